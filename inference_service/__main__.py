@@ -33,6 +33,7 @@ FLAGS = {
     "backend": "auto, native, torch or triton",
     "device": "auto, cpu or cuda",
     "dtype": "auto, float32, bfloat16 or float16",
+    "tensor_parallel": "processes that compute the base together, on a GPU each",
     "threads": "threads that compute on the CPU",
     "keys_file": "the API keys, as `loramux keys new` writes them",
     "follow_interval_s": "seconds between two looks at the current generation; 0 serves that of the start",

@@ -95,6 +95,8 @@ class Replica:
         """Compute; on_failure is awaited before the requests of a broken engine end."""
         keep_what_is_loaded()
         self.ready.engine.start(on_failure)
+        if self.ready.host is not None:
+            self.ready.host.watch(self.ready.engine.fail)
 
     async def until_over(self) -> None:
         """Wait until the engine ended, or the replica is to be started again on a newer generation."""
@@ -106,6 +108,8 @@ class Replica:
         why = await self.ready.engine.stop()
         if self.ready.bank is not None:
             self.ready.bank.close()
+        if self.ready.host is not None:
+            self.ready.host.close()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
         log.info("inference service stopped", hit_rate=round(stats.prefix_hit_rate, 3), **asdict(stats))

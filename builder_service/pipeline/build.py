@@ -229,6 +229,7 @@ def _draft(deployment: Deployment, base: BaseRecord, dtype: Dtype) -> Generation
         request_default_max_tokens=runtime.request_default_max_tokens,
         speculative_tokens=runtime.speculative_tokens,
         quantization=runtime.quantization,
+        tensor_parallel_count=deployment.build.tensor_parallel_count,
         tool_parser=runtime.tool_parser,
         reasoning_parser=runtime.reasoning_parser,
         pooling=runtime.pooling,

@@ -257,6 +257,8 @@ def needs_restart(old: Generation, new: Generation) -> str | None:
         return f"a larger max_lora_rank: {new.max_lora_rank} instead of {old.max_lora_rank}"
     if new.quantization is not old.quantization:
         return f"weights rounded to {new.quantization} instead of {old.quantization}"
+    if new.tensor_parallel_count != old.tensor_parallel_count:
+        return f"{new.tensor_parallel_count} ranks that compute together instead of {old.tensor_parallel_count}"
     return _merging(old, new)
 
 

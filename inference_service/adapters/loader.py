@@ -24,12 +24,19 @@ from inference_service.engine.residents import P
 from inference_service.kernels.launch import stream_of
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
-from inference_service.lora.weights import AdapterWeights, load_adapter, values_of
+from inference_service.lora.weights import AdapterWeights, load_adapter, part_of, values_of
 from inference_service.models.decoder import Decoder
 from loramux_shared.bundle.manifest import REBUILD
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.extensions import need_extension
-from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted, ShuttingDown
+from loramux_shared.faults import (
+    BundleCorrupt,
+    Fault,
+    InternalFault,
+    ProofFailed,
+    ResourcesExhausted,
+    ShuttingDown,
+)
 
 log = structlog.get_logger()
 
@@ -76,14 +83,20 @@ class Packer:
             ResourcesExhausted: it has more tokens of its own than recorded steps have room for.
             ProofFailed: the adapter answers otherwise than its proof says.
         """
-        config = self._model.config
+        config, ranks = self._model.config, self._model.ranks
+        if ranks is not None and bundle.manifest.proof is not None:
+            raise ProofFailed(
+                f"the adapter has a proof, which {ranks.shard.world} tensor-parallel ranks cannot replay. "
+                "Build the deployment without proofs, or serve it with LORAMUX_TENSOR_PARALLEL=1."
+            )
         room = (bundle.manifest.vocab or 0) - config.dims.vocab
         if room > ROOM and self._model.device.type == "cuda":
             raise ResourcesExhausted(
                 f"the adapter has {room} tokens more than the base, and a GPU's steps have room for {ROOM}. "
                 "Train it with fewer, or merge it into the base and serve a full model."
             )
-        packed = self._lora.pack(self._weights(bundle))
+        weights = self._weights(bundle)
+        packed = self._lora.pack(weights if ranks is None else part_of(weights, ranks.shard))
         if bundle.digest not in self._proved:
             self._prove(bundle, packed)
             self._proved.add(bundle.digest)
@@ -95,7 +108,9 @@ class Packer:
         known = self._arranged.get(bundle.digest)
         if known is not None:
             return replace(known, values=values_of(bundle, dtype, home))
-        weights = load_adapter(bundle, self._model.config.layer_groups, dtype, home)
+        ranks = self._model.ranks
+        config = self._model.config if ranks is None else ranks.shard.whole
+        weights = load_adapter(bundle, config.layer_groups, dtype, home)
         if weights.vocabulary is None and not weights.vectors:  # the bundle has all tensors
             size = weights.ranks.nbytes + weights.first_a.nbytes + weights.first_b.nbytes
             self._arranged.put(bundle.digest, replace(weights, values=torch.empty(0)), size)
@@ -160,7 +175,7 @@ class AdapterLoader(Generic[P]):
         self._waiting: dict[str, list[Callable[[P | Fault, str], None]]] = {}
         self._reads = Workers("bundles", LOADS)
         # One thread computes: teams of threads would wait for each other, and take cores from the steps.
-        self._work = Workers("adapters", threads, prepare=_one_thread)
+        self._work = Workers("adapters", threads, prepare=one_thread)
         torch.set_num_threads(torch.get_num_threads())  # of threads that are not yet begun; see decision 38
 
     @property
@@ -274,7 +289,7 @@ def _tell(done: Callable[..., None], *outcome: object) -> None:
         log.exception("adapter load callback raised")  # the others still run
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
     """Let this thread compute alone. Asked for the first time, torch takes the process's number: ask before."""
     torch.get_num_threads()
     torch.set_num_threads(1)

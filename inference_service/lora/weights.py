@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary
 from loramux_shared.bases.groups import GroupShape, distinct
+from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.manifest import ModuleRow
 from loramux_shared.bundle.modules import BY_ID, BY_NAME
 from loramux_shared.bundle.npy import Array
@@ -184,6 +185,37 @@ def load_adapter(
     weights = arrange(values_of(bundle, dtype, device), rows, layers)
     own = bundle.vocabulary is not None or bundle.manifest.vocab is not None
     return replace(weights, vocabulary=_vocabulary(bundle, device)) if own else weights
+
+
+def part_of(weights: AdapterWeights, shard: Shard) -> AdapterWeights:
+    """Return what a rank adds of an adapter to the decoder that it computes, in memory of its own.
+
+    Of a linear with a part of the outputs it has all of A and some rows of B, of one with a part of the inputs
+    some columns of A and all of B: what is added is summed with what it is added to. The first rank has what
+    counts once: d of such a sum, and what is outside of the layers.
+    """
+    whole = {group.name: group for group in weights.groups}
+    rows: list[Placed] = []
+    values: list[Tensor] = []
+    first = 0
+    for layer, groups in enumerate(weights.layers):
+        for name, own in groups.items():
+            shape, (inputs, outputs, is_sum) = whole[name], shard.part(whole[name])
+            for module, a, b, vectors, span in zip(
+                shape.modules, own.a, own.b, own.vectors, outputs, strict=True
+            ):
+                rank, inside, out = 0, inputs.stop - inputs.start, span.stop - span.start
+                if a is not None and b is not None:
+                    rank = len(a)
+                    values += [a[:, inputs].reshape(-1), b.t()[span].reshape(-1)]
+                if vectors is not None:
+                    once = not is_sum or shard.is_first
+                    vectors = Vectors(vectors.c[span], vectors.d[span] * once)
+                rows.append(Placed(layer, BY_NAME[module].id, rank, inside, out, first, shape.expert, vectors))
+                first += rank * (inside + out)
+    flat = torch.cat(values) if values else weights.values[:0]
+    found = arrange(flat, [row for row in rows if row.rank or row.vectors], shard.config.layer_groups)
+    return replace(found, vocabulary=weights.vocabulary if shard.is_first else None)
 
 
 def values_of(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -97,7 +97,7 @@ class AttentionBlock:
         self._o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
         self._sinks = None
         if names.sinks is not None:
-            self._sinks = reader.get(names.sinks, (spec.num_heads,)).float()
+            self._sinks = reader.sinks(names.sinks, spec.num_heads)
         self._head_norm = self._row_norms = None
         if names.q_norm is not None and names.k_norm is not None:
             if config.qk_norm_of_heads:

@@ -43,6 +43,7 @@ from inference_service.models.blocks import (
 )
 from inference_service.models.checkpoint import Tensors
 from inference_service.models.experts import BesideBlock, ExpertsBlock
+from inference_service.models.ranks import Ranks
 from inference_service.models.reader import LayerReader, Reader
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
@@ -109,11 +110,13 @@ class Decoder:
         checkpoint: Tensors,
         operations: Operations | None = None,
         quantization: Rounding = Rounding.NONE,
+        ranks: Ranks | None = None,
     ) -> None:
         """Load the weights of a checkpoint, to be run with the operations of the device, or else with torch's.
 
         Those of linears are rounded as quantization says; embeddings, norms, biases and adapters are not.
-        Whether the head is tied is decided by the checkpoint, and `config` of this decoder says it.
+        Whether the head is tied is decided by the checkpoint, and `config` of this decoder says it. With ranks,
+        it is the part of this one, and only the first one has embeddings and head.
 
         Raises:
             CheckpointInvalid: a tensor is missing or has another shape than config.json implies.
@@ -121,7 +124,11 @@ class Decoder:
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
         self.rounding = quantization
         self._operations = operations or TorchOperations(self.dtype, self.device)
-        reader = Reader(checkpoint, config, self.dtype, self._operations, quantization=quantization)
+        self.ranks, shard = ranks, None if ranks is None else ranks.shard
+        config = config if shard is None else shard.config
+        reader = Reader(
+            checkpoint, config, self.dtype, self._operations, quantization=quantization, shard=shard
+        )
         self._embedding, head = reader.tables()
         self.config = replace(config, tied_embeddings=head is self._embedding)
         self._stateful = config.state_bytes(1) > 0
@@ -194,7 +201,9 @@ class Decoder:
         Their embeddings, hidden [T, hidden size], become the residual stream. The result is what transformers
         calls the last hidden state; it is in out, where that is given.
         """
-        ops = self._operations
+        ops, ranks = self._operations, self.ranks
+        if ranks is not None:
+            ranks.share(hidden)
         turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
         factors = self._factors_at(positions)
@@ -203,7 +212,7 @@ class Decoder:
             step = Step(ops, attention, cache, lora, turns, factors, recurrence)
             return self._run_layers(step, hidden, inputs)
 
-        if inputs is None and factors is None and not self._stateful:
+        if ranks is None and inputs is None and factors is None and not self._stateful:
             hidden, delta = ops.run_layers(run, LayerInputs(hidden, attention, turns, lora, cache))
         else:
             hidden, delta = run(hidden, attention, turns)
@@ -268,7 +277,9 @@ class Decoder:
         return hidden
 
     def _scaled(self, delta: Tensor) -> Tensor:
-        """Scale what is about to be added, in place."""
+        """Sum what ranks computed, and scale what is about to be added, in place."""
+        if self.ranks is not None:
+            self.ranks.sum(delta)
         scale = self.config.residual_scale
         return delta if scale == 1.0 else delta.mul_(scale)
 

@@ -105,15 +105,20 @@ class SharedExpert:
 
 def _grouped(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], group: str) -> Grouped:
     """Return the linears of all experts, with what is added to them."""
-    rounded, biases = reader.reader.rounded, None
-    every = zip(_weights(reader, spec, shapes, group), shapes, strict=True)
-    weights = [rounded(reader.with_merged(weight, shape)) for weight, shape in every]
+    rounded = reader.reader.rounded
+    biases: Iterable[Tensor | None] = [None] * len(shapes)
     if spec.bias:
         name = f"{reader.config.names.experts}.{LEAVES[group][0]}_bias"
         outs = shapes[0].out_features
         of_all = reader.get(name, (len(shapes), sum(outs)))
-        biases = [rounded(_in_order(bias, len(outs) if spec.in_turns else 1)) for bias in of_all]
-    return reader.operations.new_grouped(weights, biases, reader.reader.quantization)
+        biases = [_in_order(bias, len(outs) if spec.in_turns else 1) for bias in of_all]
+    weights, added = [], []
+    for weight, bias, shape in zip(_weights(reader, spec, shapes, group), biases, shapes, strict=True):
+        own, own_bias = reader.part(reader.with_merged(weight, shape), bias, shape)
+        weights.append(rounded(own))
+        if own_bias is not None:
+            added.append(rounded(own_bias))
+    return reader.operations.new_grouped(weights, added or None, reader.reader.quantization)
 
 
 def _weights(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], group: str) -> Iterable[Tensor]:

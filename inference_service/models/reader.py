@@ -19,6 +19,7 @@ from inference_service.models.packed import Integers
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import AttentionLayer
+from loramux_shared.bases.shard import Shard
 from loramux_shared.runtime import Rounding
 
 
@@ -33,11 +34,14 @@ class Reader:
         operations: Operations,
         merged: AdapterWeights | None = None,
         quantization: Rounding = Rounding.NONE,
+        shard: Shard | None = None,
     ) -> None:
         """Read from a checkpoint, which may be in a wider type than dtype; merged is added to the linears.
 
         The sum is made in the checkpoint's type, and rounded once, and that of linears again where it is said.
+        With a shard, linears are its part, as config is.
         """
+        self.shard = shard
         self.config = config
         self.operations = operations
         self.quantization = quantization
@@ -49,12 +53,15 @@ class Reader:
         self._prefix = found.removesuffix(f"{names.final_norm}.weight")
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """Embeddings and head, both [vocab, hidden]; of a tied model they are one tensor.
+        """Embeddings and head, both [vocab, hidden]; of a tied model one tensor. Rank 0 alone has some.
 
         As in transformers, a checkpoint counts before its config: what is tied may stand under either name, and
         where it stands under both with different values it is not tied.
         """
         config, checkpoint = self.config, self._checkpoint
+        if self.shard is not None and not self.shard.is_first:
+            unread = torch.zeros(1, config.dims.hidden, dtype=self._dtype, device=checkpoint.device)
+            return unread, unread
         embedding = f"{self._prefix}{config.names.embedding}.weight"
         head = checkpoint.first([f"{name}.weight" for name in config.names.heads])
         if config.tied_embeddings and not (checkpoint.has(embedding) and checkpoint.has(head)):
@@ -71,7 +78,8 @@ class Reader:
         """Return a reader of one layer."""
         merged = self._merged.layers[index] if self._merged else {}
         at = self.config.names.layer.format(index=index)
-        return LayerReader(self, index, at, self.config.layer_groups[index], merged)
+        whole = self.config if self.shard is None else self.shard.whole
+        return LayerReader(self, index, at, whole.layer_groups[index], merged)
 
     def has(self, name: str) -> bool:
         """Return True if there is a tensor behind the prefix."""
@@ -104,6 +112,7 @@ class LayerReader:
     at: str
     """Before the names of its tensors."""
     groups: tuple[GroupShape, ...]
+    """Fused linears as the checkpoint has them: those of all ranks together."""
     merged: dict[str, GroupWeights] = field(default_factory=dict)
     """Weights to add, by the names of groups."""
 
@@ -138,13 +147,32 @@ class LayerReader:
         weight = self.cat([(f"{name}.weight", (out, shape.in_features)) for name, out in parts])
         biases = self.cat([(f"{name}.bias", (out,)) for name, out in parts]) if bias else None
         weight, biases = self.with_merged(weight, shape), self._with_vectors(biases, weight, shape)
+        weight, biases = self.part(weight, biases, shape)
         rounded = self.reader.rounded
         added = None if biases is None else rounded(biases)
         return self.operations.new_linear(rounded(weight), added, self.reader.quantization)
 
+    def part(self, weight: Tensor, bias: Tensor | None, shape: GroupShape) -> tuple[Tensor, Tensor | None]:
+        """Return the rank's part of a group's weight [out, in] and bias [out]; one of a sum is of one rank."""
+        shard = self.reader.shard
+        if shard is None:
+            return weight, bias
+        inputs, outputs, is_sum = shard.part(shape)
+        slices = [*zip(outputs, shape.out_offsets, shape.out_features, strict=True)]
+
+        def cut(whole: Tensor) -> Tensor:
+            return torch.cat([whole[at : at + size][own] for own, at, size in slices])
+
+        if bias is not None:
+            bias = None if is_sum and not shard.is_first else cut(bias)
+        return cut(weight[:, inputs]), bias
+
     def _packed(self, shape: GroupShape, parts: list[tuple[str, int]]) -> PackedWeight | None:
         """Return the weight of a group whose parts are of 4 bits, where the device multiplies these."""
-        whole = shape.name in self.merged or self.reader.quantization is not Rounding.NONE
+        reader = self.reader
+        whole = (
+            shape.name in self.merged or reader.quantization is not Rounding.NONE or reader.shard is not None
+        )
         if whole or not self.operations.keeps_integers:
             return None
         names = [(f"{name}.weight", (out, shape.in_features)) for name, out in parts]
@@ -187,6 +215,12 @@ class LayerReader:
             weights.append(plain.expand(spec.num_kv_heads, -1))
         weight = self.reader.rounded(torch.cat(weights))
         return RMSNorm(weight, self.config.norm_eps, self.config.norm_offset)
+
+    def sinks(self, name: str, heads: int) -> Tensor:
+        """Return the scores [heads] of what every row of a query head sees besides, in float32."""
+        shard = self.reader.shard
+        ranks, rank = (1, 0) if shard is None else (shard.world, shard.rank)
+        return self.get(name, (heads * ranks,)).float()[rank * heads :][:heads].contiguous()
 
     def cat(self, tensors: list[tuple[str, tuple[int, ...]]]) -> Tensor:
         """Return tensors of these names and shapes, one behind the other."""

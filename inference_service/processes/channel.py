@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 import msgpack
 import structlog
 
-from loramux_shared.faults import FAULTS, Fault, Finding, InternalFault, ReplicaFailed
+from loramux_shared.faults import Fault, InternalFault, ReplicaFailed, fault_from, fault_to
 
 MOST_UNREAD: Final = 64 << 20
 """Bytes that wait for a peer that does not read; a channel with more is closed."""
@@ -152,15 +152,3 @@ class Channel(asyncio.Protocol):
             self._transport.abort()
             return
         self._transport.write(self._packer.pack(message))
-
-
-def fault_to(fault: Fault) -> list[Any]:
-    """Return a fault as a message has it."""
-    findings = [finding.model_dump() for finding in fault.findings]
-    return [fault.reason, fault.message, findings, fault.repository, fault.retry_after_s]
-
-
-def fault_from(message: Sequence[Any]) -> Fault:
-    """Return the fault of a message."""
-    reason, text, findings, repository, retry_after_s = message
-    return FAULTS[reason](text, [Finding(**each) for each in findings], repository, retry_after_s)

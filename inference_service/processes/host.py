@@ -18,7 +18,7 @@ from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.http.app import Application
 from inference_service.http.wire.refusals import REQUEST_ID
 from inference_service.processes import messages
-from inference_service.processes.channel import Channel, fault_to
+from inference_service.processes.channel import Channel
 from inference_service.serving.delivery import Outputs
 from inference_service.serving.limits import Ticket
 from inference_service.serving.request import Request, RequestPrompt, SchedulingOptions
@@ -26,7 +26,7 @@ from inference_service.serving.service import GenerationService
 from inference_service.serving.terms import begin_of, of_answer
 from loramux_shared import routes
 from loramux_shared.access.keys import ACCESS
-from loramux_shared.faults import Fault
+from loramux_shared.faults import Fault, fault_to
 
 COLLECT_S: Final = 1.0
 """For API processes to hand over their counts, before the sums are reported."""

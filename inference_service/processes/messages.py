@@ -15,9 +15,9 @@ from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence as EngineSequence, StepOutput, Token
-from inference_service.processes.channel import fault_from, fault_to
 from inference_service.serving.request import ModelReference
 from loramux_shared.access.keys import Access, Scope
+from loramux_shared.faults import fault_from, fault_to
 from loramux_shared.runtime import Limits, Pooling
 
 Handles = Callable[[str, tuple[int, ...]], Adapter]

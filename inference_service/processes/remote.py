@@ -19,7 +19,7 @@ from inference_service.core.adapter import Adapter
 from inference_service.core.constraint import Grammar
 from inference_service.core.sequence import FAIR, Sequence
 from inference_service.processes import messages
-from inference_service.processes.channel import GONE, Channel, fault_from
+from inference_service.processes.channel import GONE, Channel
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.limits import Ticket
@@ -36,7 +36,7 @@ from loramux_shared.access.keys import ACCESS
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
-from loramux_shared.faults import Fault, ReplicaFailed
+from loramux_shared.faults import Fault, ReplicaFailed, fault_from
 
 HERE: Final = Ticket("", FAIR, ())
 """The ticket of every request here: the engine's process has the limits."""

@@ -177,6 +177,10 @@ class EngineThread:
         for outputs in set(self._streams.values()):
             outputs.fail(self._stopped.with_message(self._stopped.message))
 
+    def fail(self, why: str) -> None:
+        """End as a failed engine does, whatever the thread waits for; on any thread, once it was started."""
+        self._end(why)
+
     async def stop(self) -> str | None:
         """End the thread after the step in progress, and what is open; return what `ended` does."""
         self.cut()

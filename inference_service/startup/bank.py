@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -17,14 +17,16 @@ from inference_service.adapters.texts import AdapterTexts
 from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import Adapter
 from inference_service.engine.residency import Residency
+from inference_service.engine.residents import BankMemory
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import Places
+from inference_service.ranks.work import RankedBank, RankedPacker
 from inference_service.serving.engine_thread import Inbox
 from inference_service.startup.base import LoadedBase
 from inference_service.startup.memory import free_bytes
 from loramux_shared.bases.memory import GB, USUAL_RANK, adapter_bytes, plan_bank
 from loramux_shared.bundle.generation import Generation
-from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.bundle.reader import Bundle, read_manifest
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.base import Store
 
@@ -98,12 +100,24 @@ def open_bank(
     item_bytes = base.model.dtype.itemsize
     sizes = _sizes(generation, item_bytes, store)
     usual = adapter_bytes(config, item_bytes, min(USUAL_RANK, generation.max_lora_rank))
-    num_bytes = plan_bank(sizes.values(), free_bytes(device), settings, device.type, usual=usual)
+    free = free_bytes(device, 1 if base.host is None else base.host.world)
+    num_bytes = plan_bank(sizes.values(), free, settings, device.type, usual=usual)
     lora = backend.new_lora()
     slots = min(MAX_SLOTS, max(LEAST_SLOTS, MAX_TABLES // max(1, lora.slot_bytes)))
     host_bytes = int(settings.adapter_host_gb * GB) if device.type == "cuda" else 0
     largest = max(sizes.values(), default=usual)
-    lora.open(num_bytes, generation.max_lora_rank, slots, int(host_bytes * SPARE) + UNDER_WAY * largest)
+    opened = num_bytes, generation.max_lora_rank, slots, int(host_bytes * SPARE) + UNDER_WAY * largest
+    pack: Callable[[Bundle], PackedAdapter] = Packer(
+        base.model, lora, backend.new_lora, settings.block_size, generation.max_lora_rank
+    )
+    bank: BankMemory[PackedAdapter] = lora
+    if base.host is None:
+        lora.open(*opened)
+    else:
+        others = base.host.ask("open", *opened)
+        lora.open(*opened)
+        others()
+        pack, bank = RankedPacker(pack, base.host), RankedBank(lora, base.host)
     median = int(statistics.median(sizes.values())) if sizes else usual
     held = num_bytes // max(1, median)
     log.info("memory", item="bank of adapters", gb=round(num_bytes / GB, 3), holds_like_the_median=held)
@@ -111,12 +125,12 @@ def open_bank(
     reader = BundleReader(store, disk)
     loader = AdapterLoader(
         reader,
-        Packer(base.model, lora, backend.new_lora, settings.block_size, generation.max_lora_rank),
+        pack,
         host_bytes=host_bytes,
         threads=settings.adapter_threads,
     )
     wait_s = COPY_WAIT_S if device.type == "cpu" else 0.0
-    residency = Residency(Places(num_bytes), slots, lora, loader, inbox.post, wait_s=wait_s)
+    residency = Residency(Places(num_bytes), slots, bank, loader, inbox.post, wait_s=wait_s)
     return OpenBank(lora, residency, loader, AdapterTexts(reader, base.text), sizes)
 
 

@@ -17,12 +17,15 @@ from inference_service.core.computing import Computing
 from inference_service.layers.linear import Linear
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
+from inference_service.models.ranks import Ranks
+from inference_service.ranks.host import RankHost
 from inference_service.startup.choose import choose_backend
 from inference_service.text.text import Text
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats import Quantization
 from loramux_shared.bases.memory import GB, may_stay_packed, token_bytes, weights_bytes, widening
 from loramux_shared.bases.read import read_config
+from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Merge, SourceKind
@@ -46,6 +49,8 @@ class LoadedBase:
     backend: Backend
     model: Decoder
     load_s: float
+    host: RankHost | None = None
+    """The other ranks that compute it, where there are some."""
     pooling: Pooling | None = Pooling.LAST
     """Pooling with which it was trained to make vectors; None: one that is not served."""
 
@@ -74,21 +79,21 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
             config = read_config(folder, generation.max_seq_len)
             text = Text.load(folder, config.dims.vocab)
             pooling = pooling_in(folder)
-        backend = choose_backend(settings, config)
+        shard = shard_of(settings, config, 0)
+        backend = choose_backend(settings, config if shard is None else shard.config)
         dtype = str(backend.dtype).removeprefix("torch.")
-        packed = backend.operations.keeps_integers and may_stay_packed(config)
+        packed = backend.operations.keeps_integers and may_stay_packed(config) and shard is None
         formats = widening(config, placed.record.weights_bytes, dtype, packed=packed)
         if formats and backend.quantization is Rounding.NONE:
             log.info("base has quantized weights", weights=formats)
         reading = time.monotonic()
         report(f"reading the base, {placed.record.weights_bytes / GB:.2f} GB")
-        model = Decoder(
-            config,
-            checkpoint(placed, backend.dtype, backend.device, config.quantization),
-            backend.operations,
-            backend.quantization,
-        )
-        return LoadedBase(placed, config, text, backend, model, time.monotonic() - reading, pooling)
+        if shard is None:
+            host, model = None, read_model(placed, config, backend)
+        else:
+            host, model = read_with_ranks(placed, shard, backend, settings, generation)
+            config = shard.config
+        return LoadedBase(placed, config, text, backend, model, time.monotonic() - reading, host, pooling)
 
     if generation.base.source.source is not SourceKind.LOCAL:
         report("fetching the base, or finding it in the cache")
@@ -97,6 +102,66 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         return with_base(generation.base, into, sources, read)
     except ResourcesExhausted as fault:
         raise ResourcesExhausted(f"LORAMUX_CACHE_DIR={settings.cache_dir}: {fault.message}") from fault
+
+
+def shard_of(settings: InferenceSettings, config: ModelConfig, rank: int) -> Shard | None:
+    """Return what a rank has of a base; None where one process computes all of it.
+
+    Raises:
+        SettingsInvalid: the base cannot be divided so, or its answers would depend on the batch.
+    """
+    world = settings.tensor_parallel or 1
+    if world == 1:
+        return None
+    if settings.deterministic:
+        raise SettingsInvalid(
+            f"LORAMUX_DETERMINISTIC=true, and LORAMUX_TENSOR_PARALLEL={world}: the order in which ranks are "
+            "summed may depend on the batch. Set it to false, or compute with one rank."
+        )
+    return Shard(config, rank, world, config.shard(world))
+
+
+def read_model(
+    placed: PlacedBase, config: ModelConfig, backend: Backend, ranks: Ranks | None = None
+) -> Decoder:
+    """Read the weights of a base, or the part of a rank.
+
+    Raises:
+        CheckpointInvalid: the base cannot be served.
+        BundleCorrupt: a file is not the one that was recorded.
+    """
+    tensors = checkpoint(placed, backend.dtype, backend.device, config.quantization)
+    return Decoder(config, tensors, backend.operations, backend.quantization, ranks)
+
+
+def read_with_ranks(
+    placed: PlacedBase, shard: Shard, backend: Backend, settings: InferenceSettings, generation: Generation
+) -> tuple[RankHost, Decoder]:
+    """Start the other ranks, read the first one's part while they read theirs, and meet them.
+
+    Raises:
+        ReplicaFailed: a rank ended, or was silent for too long.
+        Fault: what `read_model` raises, here or on a rank.
+    """
+    cards = torch.cuda.device_count() if backend.device.type == "cuda" else 0
+    host, ranks = RankHost(shard.world, cards=cards), Ranks(shard)
+    with host.ending_where_it_raises():
+        dumped = settings.model_dump(mode="json", exclude={"api_keys"})
+        facts = {"settings": dumped, "generation": generation.model_dump_json()}
+        facts |= {"folder": str(placed.folder), "cache": str(placed.cache), "meeting": str(host.meeting)}
+        others = host.ask("load", facts)
+        model = read_model(placed, shard.whole, backend, ranks)
+        others()
+        ranks.meet(host.meeting, backend.device, settings.step_timeout_s)
+        host.leave = ranks.close
+    return host, model
+
+
+def set_threads(settings: InferenceSettings) -> None:
+    """Divide the cores among the ranks, unless settings say how many threads each has."""
+    ranks = settings.tensor_parallel or 1
+    if settings.threads or ranks > 1:
+        torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // ranks))
 
 
 def checkpoint(
@@ -123,23 +188,31 @@ def _cache_name(generation: Generation) -> str:
 
 
 def agree(settings: InferenceSettings, generation: Generation) -> tuple[InferenceSettings, Generation]:
-    """Return the settings with what weights are rounded to, and the generation: those take in no adapter.
+    """Return the settings with what weights are rounded to and how many ranks compute, and the generation.
+
+    Rounded weights, and those of several ranks, take in no adapter.
 
     Raises:
         SettingsInvalid: the deployment asks for that.
     """
     quantization = settings.quantization or generation.quantization
-    settings = settings.model_copy(update={"quantization": quantization})
-    if quantization is Rounding.NONE or generation.merged is None:
+    ranks = settings.tensor_parallel or generation.tensor_parallel_count
+    settings = settings.model_copy(update={"quantization": quantization, "tensor_parallel": ranks})
+    if (quantization is Rounding.NONE and ranks == 1) or generation.merged is None:
         return settings, generation
     if generation.merge is Merge.ALWAYS:
+        has, would, cure = f"LORAMUX_TENSOR_PARALLEL={ranks}", "could not be proved by several ranks", "1"
+        if ranks == 1:
+            has, would, cure = (
+                f"LORAMUX_QUANTIZATION={quantization}",
+                "would be rounded with the weights",
+                "none",
+            )
         raise SettingsInvalid(
-            f"LORAMUX_QUANTIZATION={quantization}, but runtime.merge of the deployment is always, and a merged "
-            "adapter would be rounded with the weights. Set none, or build it with merge: auto."
+            f"{has}, but runtime.merge of the deployment is always, and a merged adapter {would}. Set {cure}, "
+            "or build it with merge: auto."
         )
-    log.info(
-        "adapter is not merged: the weights are quantized", weights=quantization, adapter=generation.merged
-    )
+    log.info("adapter is not merged", weights=quantization, ranks=ranks, adapter=generation.merged)
     return settings, generation.model_copy(update={"merge": Merge.NEVER})
 
 

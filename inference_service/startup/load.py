@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -36,12 +37,21 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident, Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
+from inference_service.ranks.host import RankHost
+from inference_service.ranks.work import RankedRunner
 from inference_service.serving.base_files import BaseFiles
 from inference_service.serving.engine_thread import EngineThread, Inbox
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import OpenBank, open_bank, preload, preload_later
-from inference_service.startup.base import LoadedBase, agree, describe_weights, load_base, reading_of
+from inference_service.startup.base import (
+    LoadedBase,
+    agree,
+    describe_weights,
+    load_base,
+    reading_of,
+    set_threads,
+)
 from inference_service.startup.memory import (
     SCRATCH_BLOCKS,
     CudaMemory,
@@ -85,6 +95,8 @@ class Ready:
     """None where an adapter is merged into the weights."""
     resolver: Resolver | None
     """None where requests cannot add adapters."""
+    host: RankHost | None
+    """The other ranks of tensor parallelism, where there are some."""
     device: str
     """Its kind: cpu or cuda."""
 
@@ -136,9 +148,22 @@ def load(
         secrets_dir=settings.secrets_dir,
         work_dir=settings.cache_dir,
     )
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    set_threads(settings)
     base = load_base(generation, settings, sources)
+    with nullcontext() if base.host is None else base.host.ending_where_it_raises():
+        return _begin(settings, store, generation, base, started, watchers, publisher)
+
+
+def _begin(
+    settings: InferenceSettings,
+    store: Store,
+    generation: Generation,
+    base: LoadedBase,
+    started: float,
+    watchers: Sequence[Watcher],
+    publisher: Publisher | None,
+) -> Ready:
+    """Make everything else of a base that is loaded."""
     inbox = Inbox()
     bank: OpenBank | None = None
     models = [base.served(generation)]
@@ -218,7 +243,9 @@ def load(
     )
     if bank is not None:
         preload_later(bank, fitting[settings.preload :], inbox)
-    return Ready(service, thread, adapters, follower, generation, bank, resolver, base.model.device.type)
+    return Ready(
+        service, thread, adapters, follower, generation, bank, resolver, base.host, base.model.device.type
+    )
 
 
 def _open_resolver(manager: AdapterManager, catalog: Catalog, store: Store) -> Resolver | None:
@@ -270,13 +297,13 @@ def _engine(
         model,
         lora.num_bytes,
         promised=0 if bank is None else bank.promised,
-        graphs=backend.recordable,
+        graphs=backend.recordable and base.host is None,
         measure=measured if model.device.type == "cuda" else None,
     )
     limits = replace(limits_of(plan.max_seq_len), max_seqs=plan.seqs)
     blocks = blocks_of(plan, model.config, settings)
     runner = _runner(base, lora, plan.blocks, block_size, limits, plan.slots)
-    if backend.recordable:
+    if backend.recordable and base.host is None:
         _record(runner, model.device)
     return Engine(runner, limits, blocks, residents), limits
 
@@ -333,9 +360,11 @@ def _runner(
 ) -> Runner:
     """Return a runner with a cache of its own; one that can replay steps has recorded none yet."""
     model = base.model
-    if base.backend.recordable:
+    if base.host is not None:
+        runner: Runner = RankedRunner(model, lora, num_blocks, block_size, base.host)
+    elif base.backend.recordable:
         segmented = cast(SegmentedLora, lora)  # what `recordable` promises
-        runner: Runner = GraphRunner(
+        runner = GraphRunner(
             model, segmented, num_blocks, block_size, limits, CudaRecorder(model.device), slots
         )
     else:

@@ -175,7 +175,7 @@ def divide_memory(
         ResourcesExhausted: it does not fit.
     """
     config, item_bytes, device = model.config, model.dtype.itemsize, model.device
-    free = free_bytes(device) - promised
+    free = free_bytes(device, 1 if model.ranks is None else model.ranks.shard.world) - promised
     needs = needs_of(config, item_bytes, adapters, settings, device.type, graphs=graphs)
     cache = cache_of(config, item_bytes, settings, device.type, max_seq_len)
     forecast: dict[str, int] = {}
@@ -209,11 +209,11 @@ def blocks_of(plan: MemoryPlan, config: ModelConfig, settings: InferenceSettings
     return BlockManager(plan.blocks, size, config.windows, states=states, prefix_cache=cached)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Free bytes of the device, or of the machine."""
+def free_bytes(device: torch.device, ranks: int = 1) -> int:
+    """Free bytes of the device, or a rank's part of those of the machine."""
     if device.type == "cuda":
         return CudaMemory(device).settled()
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // ranks
 
 
 _M_ARENA_MAX: Final = -8

@@ -125,6 +125,9 @@ class Build(Model):
     """Adapters by the name under which they are served; no two of them, and the base's, differ only in case."""
     lora_configuration: LoraConfiguration = LoraConfiguration()
     """Ceilings for all adapters."""
+    tensor_parallel_count: int = Field(default=1, ge=1, le=64)
+    """Processes that compute the base of a replica together, on a GPU each: docs/guides/fleet.md says when. A
+    replica's ``LORAMUX_TENSOR_PARALLEL`` comes first."""
     prove: bool = False
     """Record in every bundle what it should answer; replicas replay it before they serve. Needs torch."""
     signed_by: tuple[str, ...] = ()

@@ -50,7 +50,7 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
         gather_all_token_logits kv_cache_type max_batch_size max_beam_width max_num_tokens
         max_prompt_embedding_table_size num_builder_gpus paged_kv_cache pipeline_parallel_count
         plugin_configuration quantization_config quantization_type skip_build_result speculator
-        strongly_typed tensor_parallel_count use_fused_mlp
+        strongly_typed use_fused_mlp
     """),
     "runtime": _words("""
         batch_scheduler_policy config_kwargs enable_chunked_context enable_chunked_prefill
@@ -58,18 +58,16 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
         tensor_parallel_size total_token_limit webserver_default_route
     """),
 }
-_ONE_DEVICE = "A replica computes on one device: take a larger one, or set runtime.quantization."
 UNSERVED_KEYS: dict[str, tuple[Any, str]] = {
     "build.max_beam_width": (1, "Answers are sampled: ask for several with n."),
     "build.max_prompt_embedding_table_size": (0, "Prompt tuning is not served: train a LoRA adapter."),
-    "build.pipeline_parallel_count": (1, _ONE_DEVICE),
+    "build.pipeline_parallel_count": (1, "Set build.tensor_parallel_count instead."),
     "build.quantization_type": ("no_quant", "Set runtime.quantization; LORAMUX_KV_CACHE_DTYPE for kv."),
     "build.speculator": (None, "Set runtime.speculative_tokens: drafts come from what a request said before."),
-    "build.tensor_parallel_count": (1, _ONE_DEVICE),
     "runtime.config_kwargs": ({}, "Name what it sets by the keys of this file."),
     "runtime.kv_cache_host_memory_bytes": (0, "The cache is in the device's memory alone."),
     "runtime.patch_kwargs": ({}, "Name what it sets by the keys of this file."),
-    "runtime.tensor_parallel_size": (1, _ONE_DEVICE),
+    "runtime.tensor_parallel_size": (1, "Set build.tensor_parallel_count."),
 }
 """Ignored keys that ask for an unsupported feature unless they have this value; and what to do instead."""
 

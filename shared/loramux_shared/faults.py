@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from enum import Enum
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -290,3 +290,15 @@ FAULTS: dict[str, type[Fault]] = {
     kind.reason: kind for kind in (*Fault.__subclasses__(), *BundleCorrupt.__subclasses__())
 }
 """Fault classes by reason."""
+
+
+def fault_to(fault: Fault) -> list[Any]:
+    """Return a fault as a message between processes has it."""
+    findings = [finding.model_dump() for finding in fault.findings]
+    return [fault.reason, fault.message, findings, fault.repository, fault.retry_after_s]
+
+
+def fault_from(message: Sequence[Any]) -> Fault:
+    """Return the fault of a message."""
+    reason, text, findings, repository, retry_after_s = message
+    return FAULTS[reason](text, [Finding(**each) for each in findings], repository, retry_after_s)

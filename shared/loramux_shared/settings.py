@@ -273,6 +273,11 @@ class InferenceSettings(Settings):
 
     Adapters are not. When not given, what the deployment's runtime says, else none.
     """
+    tensor_parallel: Count | None = None
+    """Processes (ranks) that compute the base together, on a GPU each; the first one is the engine's.
+
+    When not given, build.tensor_parallel_count of the deployment, else 1.
+    """
     tool_parser: ToolParser | None = None
     """The form in which the models write calls of tools, none: calls stay text. When not given, what the
     deployment's runtime says, else what the chat template of each shows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -47,12 +48,13 @@ from inference_service.models.decoder import Decoder
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config, read_fields
-from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.faults import CheckpointInvalid, SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_merge import ready_of
 from tests.support import tiny
 from tests.support.greedy import choices_and_logprobs, greedy_tokens
 from tests.support.poisoned import poison
+from tests.support.ranks import divided
 from tests.support.tiny import (
     ADAPTERS,
     SIZES,
@@ -531,6 +533,27 @@ def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
     ready = answers.world.load(answers.store, max_batch_tokens=16)
     poison(ready)
     assert run_engine(ready, answers.requests, NEW) == answers.expected
+
+
+ONE_RANK = {
+    "gemma4-small": "inputs from tokens",
+    "gemma4-images": "an MLP beside experts",
+    "olmo2": "norms of queries and keys",
+    "olmo3": "norms of queries and keys",
+    "qwen3_5-images": "a gated delta rule",
+    "qwen3_5-moe": "a gated delta rule",
+}
+"""Cases that ranks cannot divide, and why."""
+
+
+def test_two_ranks_answer_the_same(answers: Answers, request: pytest.FixtureRequest) -> None:
+    """Two ranks that each have some heads, columns and rows of adapters give the tokens of one, prompts in
+    chunks; a base that they cannot divide is refused by the name of what they cannot."""
+    ready = answers.world.load(answers.store, max_batch_tokens=16)
+    refused = ONE_RANK.get(request.node.callspec.params["answers"])
+    expected = nullcontext() if refused is None else pytest.raises(SettingsInvalid, match=refused)
+    with expected, divided(ready, answers.world.base, answers.store):
+        assert run_engine(ready, answers.requests, NEW) == answers.expected
 
 
 @pytest.mark.parametrize("answers", KERNELS, indirect=True)

@@ -23,6 +23,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.models import test_disguised, test_own_vocabulary
 from tests.models.conftest import Counted
 from tests.models.test_merge import ready_of
+from tests.support.ranks import divided
 from tests.support.service import open_service
 from tests.support.tiny import (
     SIZES,
@@ -151,6 +152,20 @@ def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, b
     small = answers.world.load(answers.store, kv_memory_gb=96 * 2 * 2 * 2 * 8 * 4 / 1e9, **settings)
     counted("kinds", backend, "preemption", run_engine(small, answers.requests, NEW), answers.expected)
     assert small.engine.stats.preemptions > 0
+
+
+def test_two_ranks_answer_the_same(answers: Answers, counted: Counted) -> None:
+    """Ranks with a part of every adapter each answer as PEFT: magnitudes, biases and own tables count once, in
+    chunks of prompts, with prefixes found, and in a cache too small for all."""
+    settings: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 48, "speculative_tokens": 2}
+    ready = answers.world.load(answers.store, **settings)
+    with divided(ready, answers.world.base, answers.store):
+        for situation in ("mixed batch", "prefix hits"):
+            counted("kinds", "2 ranks", situation, run_engine(ready, answers.requests, NEW), answers.expected)
+    small = answers.world.load(answers.store, kv_memory_gb=96 * 2 * 2 * 2 * 8 * 4 / 1e9, **settings)
+    with divided(small, answers.world.base, answers.store):
+        counted("kinds", "2 ranks", "preemption", run_engine(small, answers.requests, NEW), answers.expected)
+        assert small.engine.stats.preemptions > 0
 
 
 def test_an_adapter_is_called_what_it_is(answers: Answers) -> None:

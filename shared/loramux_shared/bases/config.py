@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from loramux_shared.bases.formats import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
-from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, InputLayer, LayerSpec
+from loramux_shared.bases.layers import AttentionLayer, CannotShard, ExpertsLayer, InputLayer, LayerSpec
 from loramux_shared.bases.rope import HeadCounts, QueryScaling, RopeSpec
 from loramux_shared.bundle.modules import NO_LAYER, BaseDims
+from loramux_shared.faults import SettingsInvalid
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,34 @@ class ModelConfig:
             vocab, hidden = self.dims.vocab, self.dims.hidden
             return {"embedding": (vocab, hidden), "head": (hidden, vocab)}.get(module)
         return self._features[layer].get(module) if 0 <= layer < len(self.layers) else None
+
+    def shard(self, world: int) -> ModelConfig:
+        """Return the decoder that one of several ranks computes: some heads of each layer, and some columns.
+
+        Raises:
+            SettingsInvalid: a part of it cannot be divided; the message names it.
+        """
+        try:
+            self._require_own_norms()
+            layers = {layer: layer.shard(world) for layer in dict.fromkeys(self.layers)}
+            config = replace(self, layers=tuple([layers[layer] for layer in self.layers]))
+            config._require_names_of(self)
+        except CannotShard as error:
+            raise SettingsInvalid(
+                f"LORAMUX_TENSOR_PARALLEL={world} (or build.tensor_parallel_count of the deployment): the base "
+                f"has {error}. Set another number, or 1 and more replicas."
+            ) from error
+        return config
+
+    def _require_own_norms(self) -> None:
+        if not self.qk_norm_of_heads and self.names.q_norm is not None:
+            raise CannotShard("norms of queries and keys over all heads together")
+
+    def _require_names_of(self, whole: ModelConfig) -> None:
+        for groups in zip(self.layer_groups, whole.layer_groups, strict=True):
+            own, others = ([group.name for group in some] for some in groups)
+            if own != others:
+                raise CannotShard("layers that differ in their heads of keys alone")
 
     @property
     def has_experts(self) -> bool:

@@ -18,6 +18,21 @@ from loramux_shared.bases.groups import (
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts, RopeSpec
 
 
+class CannotShard(ValueError):
+    """A part of a decoder cannot be divided among ranks; the message says which."""
+
+
+def divided(count: int, world: int, what: str) -> int:
+    """Return the part of one rank.
+
+    Raises:
+        CannotShard: the ranks would have different parts.
+    """
+    if count % world:
+        raise CannotShard(f"{count} {what}, which it does not divide")
+    return count // world
+
+
 @dataclass(frozen=True)
 class AttentionLayer:
     """Attention of grouped heads."""
@@ -57,6 +72,19 @@ class AttentionLayer:
     def state_bytes(self, item_bytes: int) -> int:  # noqa: ARG002 - mixers that carry a state have some
         """Return what it keeps of a sequence however long that is, where numbers take item_bytes."""
         return 0
+
+    def shard(self, world: int) -> AttentionLayer:
+        """Return the part of one of several ranks: heads of keys are replicated where they are fewer.
+
+        Raises:
+            CannotShard: the heads cannot be divided.
+        """
+        kv = self.num_kv_heads
+        if kv % world and world % kv:
+            raise CannotShard(f"{kv} heads of keys, which neither divide nor are divided by it")
+        return replace(
+            self, num_heads=divided(self.num_heads, world, "query heads"), num_kv_heads=max(1, kv // world)
+        )
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
@@ -105,6 +133,14 @@ class DeltaLayer:
         """Return what it keeps of a sequence however long that is, where numbers take item_bytes."""
         return math.prod(self.conv_shape) * item_bytes + math.prod(self.state_shape) * 4
 
+    def shard(self, world: int) -> DeltaLayer:  # noqa: ARG002 - as the others
+        """Refuse to be divided.
+
+        Raises:
+            CannotShard: always.
+        """
+        raise CannotShard("a gated delta rule, which is served by one rank alone")
+
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
         return delta_groups(hidden, self.channels, self.value_features, self.value_heads)
@@ -115,6 +151,14 @@ class MlpLayer:
     """A gated MLP."""
 
     intermediate: int
+
+    def shard(self, world: int) -> MlpLayer:
+        """Return the part of one of several ranks.
+
+        Raises:
+            CannotShard: the width cannot be divided.
+        """
+        return MlpLayer(divided(self.intermediate, world, "columns of the MLP"))
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
@@ -151,6 +195,18 @@ class ExpertsLayer:
     """
     beside: int | None = None
     """Width of an MLP that all rows have as well; both have norms of their own then."""
+
+    def shard(self, world: int) -> ExpertsLayer:
+        """Return the part of one of several ranks: some columns of each expert.
+
+        Raises:
+            CannotShard: a width cannot be divided.
+        """
+        if self.beside is not None:
+            raise CannotShard("an MLP beside experts, each with norms of its own")
+        own = divided(self.intermediate, world, "columns of an expert")
+        shared = None if self.shared is None else divided(self.shared, world, "columns of the shared expert")
+        return replace(self, intermediate=own, shared=shared)
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears: two of each expert, and those of the one for all rows."""
@@ -190,6 +246,16 @@ class LayerSpec:
         """Return the fused linears of all, in the order of computation."""
         inputs = () if self.inputs is None else self.inputs.groups(hidden)
         return (*self.mixer.groups(hidden), *self.mlp.groups(hidden), *inputs)
+
+    def shard(self, world: int) -> LayerSpec:
+        """Return the part of one of several ranks.
+
+        Raises:
+            CannotShard: it cannot be divided.
+        """
+        if self.inputs is not None:
+            raise CannotShard("inputs from tokens to each layer, which one rank alone serves")
+        return replace(self, mixer=self.mixer.shard(world), mlp=self.mlp.shard(world))
 
     def attending(self, **changes: Any) -> LayerSpec:
         """Return the layer with other fields of its `AttentionSpec`, if it attends."""

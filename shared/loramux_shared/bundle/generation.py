@@ -124,6 +124,7 @@ class Generation(Record):
     request_default_max_tokens: int | None = None
     speculative_tokens: int | None = Field(default=None, ge=0, exclude_if=unset)
     quantization: Rounding = Field(default=Rounding.NONE, exclude_if=lambda kind: kind is Rounding.NONE)
+    tensor_parallel_count: int = Field(default=1, ge=1, exclude_if=lambda count: count == 1)
     tool_parser: ToolParser = Field(default=ToolParser.AUTO, exclude_if=lambda name: name is ToolParser.AUTO)
     pooling: Pooling | None = Field(default=None, exclude_if=unset)
     reasoning_parser: ReasoningParser = Field(

@@ -102,7 +102,7 @@ def test_ignored_keys_are_listed_once(tmp_path: Path) -> None:
 def test_a_key_that_asks_for_what_is_not_done_is_a_warning(tmp_path: Path) -> None:
     """The warning has the key, its value and the replacement; a key with the usual value is ignored."""
     requests = HOSTED.replace(
-        "no_quant", "fp8_kv\n    tensor_parallel_count: 1\n    speculator: {num_draft_tokens: 4}"
+        "no_quant", "fp8_kv\n    max_beam_width: 1\n    speculator: {num_draft_tokens: 4}"
     )
     requests = requests.replace("    request_default", "    tensor_parallel_size: 2\n    request_default")
     file = _load(tmp_path, requests)
@@ -113,7 +113,7 @@ def test_a_key_that_asks_for_what_is_not_done_is_a_warning(tmp_path: Path) -> No
         "runtime.tensor_parallel_size": ("W_UNSERVED", "1 or nothing", "2"),
     }
     assert all(each.fix for each in file.warnings)
-    assert "build.tensor_parallel_count" in file.ignored
+    assert "build.max_beam_width" in file.ignored
     assert not {each.where for each in file.warnings} & set(file.ignored)
 
 

@@ -1,0 +1,54 @@
+"""The part of a decoder, and of its adapters, that one rank of a tensor-parallel replica has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.groups import GroupShape
+
+
+class Part(NamedTuple):
+    """The part of a fused linear."""
+
+    inputs: slice
+    outputs: tuple[slice, ...]
+    """Columns of each slice of the linear, within the slice."""
+    is_sum: bool
+    """True if what the ranks compute must be summed: each has some of the inputs."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank of several, and the decoder that they compute together."""
+
+    whole: ModelConfig
+    rank: int
+    world: int
+    config: ModelConfig
+    """The decoder that each rank computes: `ModelConfig.shard` of the whole."""
+
+    @property
+    def is_first(self) -> bool:
+        """True for the rank that adds once what all would add: biases of sums."""
+        return self.rank == 0
+
+    @cached_property
+    def _own(self) -> dict[str, GroupShape]:
+        return {group.name: group for group in self.config.groups}
+
+    def part(self, whole: GroupShape) -> Part:
+        """Return what the rank has of a fused linear; ranks share pieces where these are fewer."""
+        own = self._own[whole.name]
+        outputs = zip(whole.out_features, own.out_features, strict=True)
+        return Part(
+            self._piece(whole.in_features, own.in_features),
+            tuple([self._piece(*sizes) for sizes in outputs]),
+            own.in_features != whole.in_features,
+        )
+
+    def _piece(self, whole: int, own: int) -> slice:
+        index = self.rank * (whole // own) // self.world
+        return slice(index * own, (index + 1) * own)

@@ -1,0 +1,202 @@
+"""A replica of two processes: it answers as one process does, and ends in time where a rank fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Token
+from inference_service.ranks.host import RankHost
+from inference_service.serving.service import Request
+from inference_service.startup.load import Ready
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.manifest import WEIGHTS_FILE
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.faults import BundleCorrupt, InternalFault, ReplicaFailed, SettingsInvalid
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.open import open_store
+from tests.support.service import Service
+from tests.support.tiny import VOCAB, World, make_world, run_engine, sequence
+from tests.support.waiting import ended, until
+
+MODELS = ("base", "wide", "all", "rs", "wide*0.7+rs*-0.5")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Store]]:
+    """A world in a store that other processes read, too."""
+    world = make_world(tmp_path_factory.mktemp("ranks"))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("LORAMUX_STORE", f"file://{world.root}/store")
+        store = open_store(f"file://{world.root}/store")
+        world.build(store)
+        yield world, store
+
+
+def load(built: tuple[World, Store], **settings: Any) -> Ready:
+    few = {"adapter_memory_gb": 3e-5, "block_size": 4, "max_batch_tokens": 32, "tensor_parallel": 2}
+    return built[0].load(built[1], **few | settings)
+
+
+def close(ready: Ready) -> None:
+    ready.bank.close()
+    if ready.host is not None:
+        ready.host.close()
+        assert all(not Path(f"/proc/{pid}").exists() for pid in ready.host.pids)
+
+
+def request(draw: random.Random) -> tuple[str, list[int], SamplingParams]:
+    """A request of any model with any way to draw, whose prompt often begins as others do."""
+    prompt = [7, 8, 9, 10, 11, 12, 13, 14][: draw.randrange(9)] + draw.choices(
+        range(3, VOCAB), k=draw.randint(1, 30)
+    )
+    params = SamplingParams(max_tokens=draw.randint(1, 12))
+    others: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8, "seed": draw.randrange(9)},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": {9: 2.0}},
+        {"min_tokens": 3, "logprobs": 2},
+        {"prompt_logprobs": 1},
+    ]
+    return draw.choice(MODELS), prompt, replace(params, **draw.choice(others))
+
+
+@pytest.mark.parametrize("requests", [24, pytest.param(300, marks=pytest.mark.sweep)])
+def test_random_steps_give_the_tokens_of_one_process(built: tuple[World, Store], requests: int) -> None:
+    """Requests that come at random, drafts, prefixes that are found, sequences that are preempted and adapters
+    that leave and come back give the tokens of one process, and its log probabilities."""
+    found: list[dict[str, list[Token]]] = []
+    for ranks in (1, 2):
+        ready = load(built, tensor_parallel=ranks, kv_memory_gb=64 * 2 * 2 * 2 * 8 * 4 / 1e9 / ranks)
+        engine, draw, answers = ready.engine._engine, random.Random(3), defaultdict(list)
+        for step in range(requests * 4):
+            if step % 4 == 0:
+                engine.add(sequence(ready, str(step), *request(draw)))
+            take(ready, answers)
+        while not engine.idle:
+            take(ready, answers)
+        assert engine.stats.preemptions
+        assert engine.stats.prefix_tokens_hit
+        assert ready.bank.residency.stats.evictions
+        found.append(answers)
+        close(ready)
+    assert found[0].keys() == found[1].keys()
+    for name, tokens in found[0].items():
+        assert [token.id for token in tokens] == [token.id for token in found[1][name]], name
+        for one, other in zip(tokens, found[1][name], strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def take(ready: Ready, answers: dict[str, list[Token]]) -> None:
+    """Run a step, behind what loads have posted."""
+    ready.engine._inbox.receive(0.001)
+    for output in ready.engine._engine.step():
+        assert output.fault is None
+        answers[output.seq_id].append(output.token)
+
+
+async def test_adapters_come_leave_and_change_while_others_stream(built: tuple[World, Store]) -> None:
+    """Streams of all models in a bank with room for one adapter at a time answer as one process does; a bundle
+    that is damaged for one rank fails on all, by its name; and names move to other versions meanwhile."""
+    world, store = built
+    requests = [(model, [5, 6, 7, 8, 9 + place]) for place, model in enumerate(MODELS[:4] * 2)]
+    one = load(built, tensor_parallel=1, adapter_memory_gb=None)
+    expected = run_engine(one, requests, 12)
+    close(one)
+    ready = load(built)
+    service = Service(ready)
+    ready.engine.start()
+    ready.host.watch(ready.engine.fail)
+
+    async def all_answers() -> list[list[int]]:
+        fields = {"max_tokens": 12, "ignore_eos": True}
+        answers = [service.answers(prompt, model=model, **fields) for model, prompt in requests]
+        return [found for [found] in await ended(asyncio.gather(*answers), "answers")]
+
+    assert await all_answers() == expected
+    generation = current_generation(store, "tiny")
+    bundle = read_bundle(store, generation.adapters["rs"].digest)
+    [key] = [key for key in store.list("") if bundle.digest in key and WEIGHTS_FILE in key]
+    data = store.get(key)
+    store.put(key, data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(BundleCorrupt, match=r"^rank 1 of 2: "):
+        await asyncio.to_thread(ready.bank.loader._pack, bundle)
+    store.put(key, data)
+    streaming = asyncio.ensure_future(all_answers())
+    turned = dict(zip(world.adapters, [*world.adapters][1:] + [*world.adapters][:1], strict=True))
+    records = {name: generation.adapters[other] for name, other in turned.items()}
+    ready.adapters.apply(generation.model_copy(update={"adapters": records, "number": 2}))
+    await streaming
+    now = {model: answers for (model, _), answers in zip(requests[:4], expected, strict=False)}
+    prompts = dict(requests[:4])
+    for model in world.adapters:
+        [found] = await service.answers(prompts[turned[model]], model=model, max_tokens=12, ignore_eos=True)
+        assert found == now[turned[model]]
+    await service.close()
+    close(ready)
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"), [(signal.SIGKILL, "ended with signal 9"), (signal.SIGSTOP, "did not answer")]
+)
+async def test_a_rank_that_dies_or_hangs_ends_the_replica(
+    built: tuple[World, Store], sent: signal.Signals, why: str
+) -> None:
+    """The running request and the engine end with the reason, and no process is left."""
+    ready = load(built)
+    ready.engine.start()
+    ready.host.hung_s = 2.0
+    ready.host.watch(ready.engine.fail)
+    stream = ready.service.generate(Request.of("all", [5, 6, 7], max_tokens=200, ignore_eos=True))
+    await anext(stream)
+    os.kill(ready.host.pids[0], sent)
+
+    async def rest() -> None:
+        async for _ in stream:
+            pass
+
+    with pytest.raises(ReplicaFailed, match=f"rank 1 of 2 {why}"):
+        await ended(rest(), "the end of the stream")
+    assert why in await ended(ready.engine.stop(), "the end of the engine")
+    await until(lambda: "engine" not in [each.name for each in threading.enumerate()], "the end of its thread")
+    close(ready)
+
+
+def test_a_rank_that_begins_late_is_waited_for() -> None:
+    """A rank answers what was asked before it began; one that does not begin in time is a failure."""
+    late = RankHost(2)
+    os.kill(late.pids[0], signal.SIGSTOP)
+    answer = late.ask("load", {})
+    os.kill(late.pids[0], signal.SIGCONT)
+    with pytest.raises(InternalFault, match=r"^rank 1 of 2: "):  # there is nothing to load
+        answer()
+    late.close()
+    never = RankHost(2, begin_s=0.2)
+    os.kill(never.pids[0], signal.SIGSTOP)
+    with pytest.raises(ReplicaFailed, match="rank 1 of 2 did not begin"):
+        never.ask("load", {})()
+    never.close()
+
+
+def test_what_ranks_cannot_compute_is_refused_at_the_start(built: tuple[World, Store]) -> None:
+    """Heads that cannot be divided, answers that must not depend on the batch, more ranks than GPUs, and an
+    adapter with a proof are refused before any process is started."""
+    for settings, found in (
+        ({"tensor_parallel": 4}, "6 query heads, which it does not divide"),
+        ({"deterministic": True}, "the order in which ranks are summed"),
+    ):
+        with pytest.raises(SettingsInvalid, match=found):
+            load(built, **settings)
+    with pytest.raises(SettingsInvalid, match="needs as many GPUs, found 1"):
+        RankHost(2, cards=1)
