@@ -1,7 +1,7 @@
 """``python -m inference_service.startup.rank STEPS CONTROL``: a rank of a replica, beside the first one.
 
-The numbers are descriptors of sockets to the process of the engine, see `inference_service.ranks.host`; the rank
-ends when they are closed.
+The numbers are descriptors of sockets to the process of the engine, see `inference_service.ranks.host`; the
+rank ends when they are closed.
 """
 
 from __future__ import annotations
