@@ -220,16 +220,6 @@ def test_up_for_machines_killed_kills_its_children(
         assert_gone(children)
 
 
-def test_up_with_a_service_that_cannot_start(
-    scripted: dict[str, str], tmp_path: Path, deployment: Callable[..., str]
-) -> None:
-    """A service that dies at the start ends ``up`` with its last lines and exit 1."""
-    with running(tmp_path, "up", deployment("crash"), **scripted) as command:
-        assert command.end() == 1
-        assert "error: SERVICE_DIED: inference ended with exit status 1" in command.errors
-        assert "| error: SETTINGS_INVALID: this machine is too small" in command.errors
-
-
 def test_interrupted_before_it_is_ready(
     scripted: dict[str, str], tmp_path: Path, deployment: Callable[..., str]
 ) -> None:

@@ -39,15 +39,6 @@ def test_captured_launches_serve_every_later_step(window: int | None, cuts: bool
         check(later, out, keys, values)
 
 
-def test_a_graph_of_decodes_has_only_the_launches_that_it_needs(device: str) -> None:
-    """A graph of decodes has two launches for short contexts, and a third for long ones."""
-    short = make_case(Layout([(1, 100)], decode_only=True), device=device)
-    long = make_case(Layout([(1, 300)], decode_only=True), device=device)
-    assert [len(case.planned()[1]) for case in (short, long)] == [2, 3]
-    # A window that is no longer than a piece bounds what is seen.
-    assert len(replace(long, spec=replace(long.spec, window=100)).planned()[1]) == 2
-
-
 def test_the_memory_of_a_layer_is_what_its_capacity_says(device: str) -> None:
     """The memory plan reads the capacity, and the launches take that much."""
     case = make_case(Layout([(1, 300), (20, 600)]), device=device)

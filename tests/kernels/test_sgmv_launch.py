@@ -53,18 +53,6 @@ def test_a_captured_launch_serves_adapters_that_were_loaded_later(device: str) -
     assert relative_errors(case.out, before, case).max() <= TOLERANCE[torch.float32]
 
 
-def test_a_table_may_be_32_bit(device: str) -> None:
-    """The table's type makes no difference where the sizes allow it."""
-    case = small_case(device, slots=[0, 1, 2, 3])
-    before = case.out.clone()
-    case.run()
-    wide = case.out.clone()
-    case.out.copy_(before)
-    narrow = dataclasses.replace(case.group, table=case.group.table.int())
-    lora_apply(case.x, case.out, narrow, case.segments, case.workspace)
-    assert torch.equal(case.out, wide)
-
-
 def test_grids_are_those_of_the_largest_step_or_cover_the_device(device: str) -> None:
     """No program is launched that could never find work; a step of many segments is done in loops."""
     case = small_case(device)

@@ -115,26 +115,6 @@ def test_the_weights_are_not_kept(lora: TritonLora) -> None:
     assert not bank.held
 
 
-def test_what_is_launched_does_not_follow_the_number_of_slots(device: str) -> None:
-    """The grids, the workspace and the step are the same for three slots and for three thousand empty ones."""
-    grids: list[list[tuple[int, ...]]] = []
-    sizes = []
-    for num_slots in (3, 3000):
-        lora = TritonLora(GROUPS, LAYERS, torch.float32, torch.device(device))
-        bank_of(lora, num_slots).bring(adapter(ADAPTERS[1], 0))
-        x, out = torch.zeros(16, 48, device=device), torch.zeros(16, 80, device=device)
-        of_bank: list[tuple[int, ...]] = []
-        with intercepted(lambda launch, of_bank=of_bank: of_bank.append(launch.grid)):
-            lora.begin(arrangement({0: 2}))
-            lora.apply(x, out, 0, "qkv")
-        grids.append(of_bank)
-        sizes.append([len(workspace) for workspace in lora._workspaces.values()])
-    assert grids[0] == grids[1] != []
-    assert sizes[0] == sizes[1]
-    for capacity in (SegmentCapacity(64, slots, DECODE_TILE, active=16) for slots in (16, 3000)):
-        assert (capacity.segments, capacity.packed_size) == (20, 64 + 24 + 20 + 4)
-
-
 def test_a_linear_that_no_adapter_of_the_step_touches_has_no_launch(lora: TritonLora, device: str) -> None:
     """A linear without an adapter has no launch and keeps its output; a recorded step has a launch."""
     hold(lora, adapter({"attn_q": 2}, seed=0, layers=[1]))

@@ -181,17 +181,6 @@ def test_products_are_of_sizes_that_agree() -> None:
         assert torch.equal(in_pieces(moody, x[5 : 5 + rows], sizes), whole[5 : 5 + rows])
 
 
-def test_a_product_has_few_numbers_of_rows() -> None:
-    """A prompt of any length has few numbers of rows: the library keeps compiled code for each of them, for
-    good.
-    """
-    moody = Moody("")
-    for rows in [*range(1, 200), 1300]:
-        assert len(in_pieces(moody, torch.zeros(rows, 24), ROWS)) == rows
-    assert set(moody.seen) <= set(ROWS)
-    assert len(ROWS) < 30
-
-
 def test_a_machine_on_which_no_size_agrees_is_told() -> None:
     """The start is refused rather than a promise broken."""
     with pytest.raises(SettingsInvalid, match="24 x 40 depend on a row"):

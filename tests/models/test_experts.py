@@ -16,10 +16,6 @@ from torch import Tensor
 from transformers import Qwen3_5MoeTextConfig, Qwen3MoeConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 
-from builder_service.pipeline.check import check_one
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
-from builder_service.rpc.servicer import report_message
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
 from inference_service.models.blocks import Cache, Step
@@ -27,12 +23,10 @@ from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.experts import ExpertsBlock
 from inference_service.models.reader import Reader
 from inference_service.startup import bank
-from loramux.mapping import report_of
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import ExpertsLayer, LayerSpec
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import AdapterInvalid
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.conftest import Counted
 from tests.support.tiny import (
@@ -117,21 +111,6 @@ def test_modules_of_single_experts_are_what_peft_makes_of_them(base: Path) -> No
     folder = base.parent / "each"
     save_adapter(folder, of_each(lambda *_: 2), r=2, lora_alpha=5, target_modules=[*FEATURES])
     assert answered(base, {"each": folder}) == expected_of(base, {"each": folder})
-
-
-def test_a_check_tells_whose_modules_an_adapter_has(base: Path) -> None:
-    """A check over gRPC names the modules of an adapter of experts as a local one does."""
-    folder = base.parent / "told"
-    save_adapter(
-        folder, of_each(lambda expert, _: int(expert == 4)), r=1, lora_alpha=1, target_modules=[*FEATURES]
-    )
-    expected = World(base, {"told": folder}, base.parent).deployment()
-    context = BuildContext(MemoryStore(), open_sources(local_roots=[base.parent]))
-    report = report_of(report_message(check_one(expected, context, Progress(expected.build.lora_adapters))))
-    assert report.accepted
-    assert [(row.layer, row.module_id, row.expert) for row in report.rows] == [
-        (layer, module, 4) for layer in range(2) for module in (13, 14, 15)
-    ]
 
 
 def test_experts_of_one_adapter_may_differ_in_rank_and_modules(base: Path) -> None:

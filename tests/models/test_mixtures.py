@@ -9,13 +9,10 @@ from typing import Any
 import pytest
 
 from inference_service.core.adapter import Mixture
-from inference_service.serving.service import AnswerDelta, AnswerStarted, Request
 from inference_service.startup.load import Ready
-from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import Fault, ModelNotFound, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.conftest import Counted
-from tests.support.service import open_service
 from tests.support.tiny import (
     ADAPTERS,
     VOCAB,
@@ -156,26 +153,3 @@ def test_what_cannot_be_mixed_is_refused_by_name(world: World, store: MemoryStor
     for request, fault, stated in REFUSED:
         with pytest.raises(fault, match=stated):
             catalog.resolve(request)
-
-
-@pytest.mark.asyncio
-async def test_an_adapter_that_is_replaced_while_its_mixture_answers(world: World, peft: Oracle) -> None:
-    """A request keeps the versions that it began with; the next one has the new one."""
-    store = MemoryStore()
-    world.build(store)
-    service = await open_service((world, store))
-    prompt, parts = [5, 6, 7], (("wide", 0.5), ("all", 1.5))
-    request = Request.of(text(parts), prompt, max_tokens=NEW, ignore_eos=True)
-    old: list[int] = []
-    async for event in service.ready.service.generate(request):
-        if isinstance(event, AnswerStarted):
-            World(world.base, {**world.adapters, "all": world.root / SECOND}, world.root).build(store)
-            generation = current_generation(store, "tiny")
-            assert generation is not None
-            service.ready.adapters.apply(generation)
-        old += [token.id for token in event.tokens] if isinstance(event, AnswerDelta) else []
-    [new] = await service.answers(prompt, model=text(parts), max_tokens=NEW, ignore_eos=True)
-    await service.close()
-    assert old == peft(parts, prompt)
-    assert new == peft((("wide", 0.5), (SECOND, 1.5)), prompt)
-    assert old != new

@@ -214,30 +214,6 @@ def test_what_was_said_before_comes_in_few_steps() -> None:
     assert max(lengths.popitem()[1] for lengths in device.lengths[1:]) == 4
 
 
-def test_a_token_that_nobody_knows_yet_is_not_followed_by_a_draft() -> None:
-    """A runner that is a step ahead verifies nothing."""
-    engine, _, _ = _engine(1, speculative=3, memory=1)
-    engine.add(_seq([1, 2], SamplingParams(max_tokens=30)))
-    _drain(engine)
-    assert engine.stats.tokens_drafted == 0
-
-
-@pytest.mark.parametrize(("depth", "rows"), [(0, 4), (1, 5)])
-def test_a_stop_token_costs_one_row_and_a_limit_none(depth: int, rows: int) -> None:
-    """A limit is known in advance; a stop token only when the next step is under way."""
-    for prompt in ([seed, 1, 2] for seed in range(1000)):
-        answer = _expected(prompt, SamplingParams(max_tokens=4), 0)
-        if answer[3] not in answer[:3]:
-            break
-    engine, device, _ = _engine(depth)
-    engine.add(_seq(prompt, SamplingParams(max_tokens=4)))
-    _drain(engine)
-    assert len(device.lengths) == 4
-    engine.add(_seq(prompt, SamplingParams(max_tokens=9, stop_token_ids=frozenset({answer[3]}))))
-    _drain(engine)
-    assert len(device.lengths) == 4 + rows
-
-
 def test_only_known_tokens_are_found_in_the_prefix_cache() -> None:
     """A block whose last token is in flight is registered when the token is known, also at the very end."""
     engine, _, manager = _engine(1)

@@ -348,11 +348,3 @@ async def test_tokens_of_a_minute_are_not_used_twice(apis: ReplicaApis) -> None:
     gate.set()
     answers = await asyncio.gather(*waiting)
     assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
-
-
-async def test_lora_path_beside_model(apis: ReplicaApis) -> None:
-    """lora_path is accepted with the base, or with the same adapter as model, and else refused by name."""
-    for model in ("base", "rs"):
-        assert (await apis.ask(model, lora_path="base:rs")).json()["model"] == "rs"
-    refused = await apis.ask("rs", lora_path="wide")
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "lora_path")

@@ -230,17 +230,6 @@ async def test_the_build_of_a_living_builder_is_left_alone(world: Builders, beat
     assert (await ended(living)).state is BuildState.ACTIVE
 
 
-async def test_two_builders_build_one_deployment(world: Builders) -> None:
-    """Different content under one name at two builders: both are published, and the later number is served."""
-    one, two = world.builder(), world.builder(OTHER)
-    await asyncio.gather(one.build(world.deployment("one")), two.build(world.deployment("two")))
-    world.store.gate.set()
-    ends = await asyncio.gather(ended(one), ended(two))
-    assert [end.state for end in ends] == [BuildState.ACTIVE, BuildState.ACTIVE]
-    assert len(list(world.store.list("deployments/tiny/generations/"))) == 2
-    assert (world.generation.number, world.journal) == (2, [])
-
-
 def test_entries_beyond_their_bounds_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry that is too large is removed; of entries that are too large together the first ones are read."""
     store = MemoryStore()

@@ -153,15 +153,6 @@ async def test_bad_messages_are_refused_with_their_fields(world: Served) -> None
     assert world.store.objects == {}
 
 
-async def test_unknown_deployments(world: Served) -> None:
-    """Get and Watch of an unknown name are DEPLOYMENT_NOT_FOUND with the known names."""
-    await world.build(world.deployment("one"))
-    await world.watch()
-    for name in ("other", "", "../tiny", "x" * 5000):
-        assert (await failure(world.get(name))).reason == "DEPLOYMENT_NOT_FOUND"
-    assert "there are tiny" in (await failure(world.watch("other"))).message
-
-
 async def test_lists_have_pages(world: Served) -> None:
     """Pages follow each other by name, the last one has no token, and a foreign token is refused."""
     for name in ("c", "a", "b"):

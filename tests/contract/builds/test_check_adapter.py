@@ -17,7 +17,7 @@ from builder_service.pipeline.check import ADAPTER, Checks, check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
-from loramux.client import AsyncClient, Client
+from loramux.client import AsyncClient
 from loramux.faults import (
     CheckpointInvalid,
     DeploymentInvalid,
@@ -30,7 +30,7 @@ from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.adapters import HIDDEN, key, tensors, write_adapter, write_base
+from tests.support.adapters import HIDDEN, tensors, write_adapter, write_base
 from tests.support.folders import Built, built, deployment_of, workshop
 from tests.support.hub import Hub, HubRepo, serve_hub
 from tests.support.waiting import BOUND_S, until, wait_until
@@ -92,20 +92,6 @@ async def test_the_report_of_an_adapter_that_would_be_built(world: Served) -> No
     assert {"W_BASE", "W_LICENSE"} <= {finding.code for finding in report.findings}
     assert list(world.context.store.list("")) == []
     assert list((world.folder / "work").iterdir()) == []
-
-
-async def test_a_report_says_which_kind_an_adapter_is(world: Served) -> None:
-    """Scales of outputs have rows with a vector and no rank; tokens of an invocation are reported."""
-    scales = {f"{key(0, 'k_proj', 'A').partition('.lora')[0]}.ia3_l": np.full((HIDDEN // 2, 1), 1.5, "f4")}
-    ia3 = {"peft_type": "IA3", "feedforward_modules": [], "target_modules": ["k_proj"]}
-    of_lora = dict.fromkeys(("r", "lora_alpha", "bias", "init_lora_weights"))
-    write_adapter(world.folder / "ia3", scales, **ia3, **of_lora)
-    write_adapter(world.folder / "called", alora_invocation_tokens=[3, 4])
-    found = await world.check("ia3")
-    called = await world.check("called")
-    assert (found.accepted, found.kinds) == (True, ("ia3",))
-    assert [(row.module, row.rank, row.vectors) for row in found.rows] == [("attn_k", 0, 1)]
-    assert (called.kinds, called.invocation_tokens) == (("lora", "activated"), (3, 4))
 
 
 async def test_a_report_names_labels(world: Served) -> None:
@@ -176,16 +162,6 @@ async def test_faults_are_named_without_the_checks_own_words(world: Served) -> N
     assert error.value.findings[0].where == "build.lora_configuration.truncate_to_rank"
     report = await world.check("empty")
     assert [finding.code for finding in report.findings] == ["E_NO_CONFIG"]
-
-
-async def test_the_client_for_threads_has_it_too(world: Served) -> None:
-    """Client.check is AsyncClient.check."""
-
-    def check() -> AdapterReport:
-        with Client(builder=world.address) as client:
-            return client.check(str(world.folder / "one"), str(world.folder / "base"))
-
-    assert (await asyncio.to_thread(check)).accepted
 
 
 async def test_a_check_that_nobody_waits_for_is_stopped(world: Served, monkeypatch: pytest.MonkeyPatch) -> None:

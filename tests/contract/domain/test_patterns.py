@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from builder_service.domain import config_fields, peft_names
-from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import KNOWN, PatternsInvalid, read_names
 from builder_service.domain.sandbox import Bounds, TooCostly
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT
@@ -122,14 +121,6 @@ def test_memory_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_fields, "BOUNDS", Bounds(cpu_s=30.0, memory_bytes=64 << 20))
     with pytest.raises(TooCostly, match="more than 64 MB"):
         read_names(NAMES, {**SILENT, "target_modules": "(?:a?){100000000}"})
-
-
-def test_all_values_of_a_name_are_found_in_the_file_s_order():
-    """PEFT takes the first value of a name; the other values show that the order matters."""
-    config, found = AdapterConfig(8, 1.0, {"proj": 1, r".*\.q_proj": 2, "self_attn.q_proj": 3}).read(NAMES)
-    assert found == []
-    assert config.ranks_of("model.layers.0.self_attn.q_proj") == (2, 3)
-    assert config.ranks_of("model.layers.0.mlp.down_proj") == (8,)
 
 
 def test_every_field_of_peft_is_known():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from loramux_shared.access.keyring import Keyring
 from loramux_shared.deployment import SourceKind
 from tests.contract.gateways.controllers import (
     LABELS,
-    TRIES,
     AIBrix,
     LoadingFailed,
     LoraController,
@@ -106,21 +104,6 @@ async def test_aibrix_brings_an_adapter_to_every_pod(fleet: Fleet) -> None:
     await controller.delete(adapter)
     await fleet.until_listed(*USUAL)
     assert controller.calls[6:] == [UNLOAD] * 2
-
-
-async def test_aibrix_finds_a_late_artifact_at_a_later_try(fleet: Fleet) -> None:
-    """A load fails with the folder's name until the folder exists."""
-    controller, late = AIBrix(fleet.web), fleet.world[0].root / "late"
-    adapter, pod = ModelAdapter("late", str(late)), Pod(fleet.apis[0].url)
-    with pytest.raises(LoadingFailed, match="late"):
-        await controller.reconcile(adapter, [pod])
-    assert controller.calls == [LIST, LOAD] * TRIES
-    shutil.copytree(fleet.world[0].adapters["rs"], late)
-    try:
-        await controller.reconcile(adapter, [pod])
-    finally:
-        shutil.rmtree(late)
-    assert adapter.instances == [pod]
 
 
 async def test_production_stack_brings_an_adapter_to_both(fleet: Fleet) -> None:

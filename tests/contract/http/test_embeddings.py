@@ -75,17 +75,6 @@ async def test_openais_client_gets_what_transformers_gives(
                 np.testing.assert_allclose(found, other, atol=1e-5)
 
 
-async def test_more_texts_than_the_queue_holds(api: OpenAIApi) -> None:
-    """A call of many texts goes through a short queue, beside answers, and returns a vector for each text."""
-    texts = [[3 + (7 * place) % 190, 3 + place % 90] for place in range(200)]
-    answer = api.post("/v1/completions", model="all", prompt=[5, 6], max_tokens=30, ignore_eos=True)
-    chat, several = await asyncio.gather(answer, made(api, input=texts))
-    assert chat.json()["usage"]["completion_tokens"] == 30
-    assert len({vector.tobytes() for vector in several}) == len({tuple(text) for text in texts})
-    np.testing.assert_allclose(several[150], (await made(api, input=texts[150]))[0], atol=1e-5)
-    await api.until_free()
-
-
 @pytest.mark.parametrize(("fields", "code", "param"), cases(__file__, "test_what_is_refused_is_named"))
 async def test_what_is_refused_is_named(
     api: OpenAIApi, fields: dict[str, Any], code: str, param: str | None

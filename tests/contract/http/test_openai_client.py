@@ -23,13 +23,6 @@ USER: Any = [{"role": "user", "content": "Hi"}]
 GREEDY: dict[str, Any] = {"model": "rs", "messages": USER, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
-class Verdict(BaseModel):
-    """An answer that cannot be long."""
-
-    fine: bool
-    color: Literal["red", "blue"]
-
-
 class Paint(BaseModel):
     """Paint something."""
 
@@ -131,20 +124,6 @@ async def test_tokens_are_called_by_their_ids_where_that_is_asked_for(api: OpenA
     expected = [f"token_id:{token}" for token in plain.model_extra["token_ids"]]
     assert plain.logprobs.tokens == expected
     assert [next(iter(each)) for each in plain.logprobs.top_logprobs or ()] == expected
-
-
-async def test_an_answer_is_parsed_into_a_model(api: OpenAIApi) -> None:
-    """A response format that is a pydantic model constrains the answer, whatever the model would have said."""
-    options = GREEDY | {"extra_body": None, "max_tokens": 200}
-    for model in ("base", "all"):
-        parsed = await api.openai.chat.completions.parse(**options | {"model": model}, response_format=Verdict)
-        assert isinstance(parsed.choices[0].message.parsed, Verdict)
-        assert parsed.choices[0].finish_reason == "stop"
-    async with api.openai.chat.completions.stream(**options, response_format=Verdict) as stream:
-        async for _ in stream:
-            pass
-        final = await stream.get_final_completion()
-    assert isinstance(final.choices[0].message.parsed, Verdict)
 
 
 @pytest.mark.parametrize(

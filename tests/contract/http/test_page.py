@@ -62,19 +62,6 @@ def test_nothing_comes_from_elsewhere_or_becomes_markup() -> None:
         assert not re.search(forbidden, text), name
 
 
-async def test_the_state_tells_the_load(web: httpx.AsyncClient) -> None:
-    """Sequences, blocks, cached tokens and generated tokens of the engine, and the models that are at work."""
-    assert (await web.get("/state")).json() == {
-        "running": 3,
-        "waiting": 2,
-        "kv_blocks": {"used": 2, "total": 8},
-        "prefix_tokens": {"hit": 10, "queried": 40},
-        "generated_tokens": 7,
-        "models": {"base": {"running": 1, "waiting": 0}, "one": {"running": 2, "waiting": 0}}
-        | {"two": {"running": 0, "waiting": 2}},
-    }
-
-
 async def test_the_state_names_the_callers_models_only(tmp_path: Path) -> None:
     """A key that is limited to a model does not learn which others are at work."""
     key, entry = new_entry("ann", "infer", models=("two",))

@@ -15,7 +15,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux import AsyncClient
-from loramux.faults import ServerUnavailable
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.rpc import options
@@ -27,7 +26,7 @@ from tests.support.fake_services import WORDS, FakeInference, inference_server
 from tests.support.forks import Forked
 from tests.support.raw_http import JSON
 from tests.support.raw_http2 import ASK_PING, CANCEL, GOAWAY, PING, RESET, call, connect, frame, hello
-from tests.support.waiting import BOUND_S, bounded, ended
+from tests.support.waiting import BOUND_S, bounded
 
 WAIT = json.dumps({"model": MODEL, "prompt": "WAIT", "stream": True}).encode()
 ASK = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(WAIT) + WAIT
@@ -139,29 +138,6 @@ async def test_an_endpoint_whose_connections_are_all_busy_says_so(apis: EndlessA
     assert await late.ended() == b""
     for each in busy:
         each.close()
-
-
-async def test_a_grpc_server_takes_so_many_connections(apis: EndlessApis) -> None:
-    """The gRPC server closes a connection above the limit at once, and takes the next when one ends."""
-    held = [await connect(apis.rpc.address) for _ in range(BOUND)]
-    for reader, _ in held:
-        await reader.readexactly(9)
-    reader, writer = await connect(apis.rpc.address)
-    assert await ended(reader.read(), "the end of one connection too many") == b""
-    for _, each in [*held, (reader, writer)]:
-        each.close()
-    async with bounded("a place that is free"):
-        while not await _answers(apis.rpc.address):
-            await asyncio.sleep(0.005)
-
-
-async def _answers(address: str) -> bool:
-    """Return True if a server takes one more connection; it notices in its own time that others are closed."""
-    async with AsyncClient(address) as client:
-        try:
-            return len(await client.models()) == 2
-        except ServerUnavailable:
-            return False
 
 
 def _read_pong(sock: socket.socket) -> None:

@@ -197,15 +197,6 @@ def _has_come(sock: Any) -> bool:
             return False
 
 
-async def test_half_a_head_is_answered(apis: EndlessApis) -> None:
-    """A connection with half a head is a request that began, and gets the usual refusal."""
-    client = await apis.raw(VERSION[:20])
-    await apis.seen()
-    draining = asyncio.create_task(apis.http.drain(BOUND_S))
-    assert await refusal_of(client) == REFUSED
-    assert await draining
-
-
 async def test_an_endpoint_that_leaves_lets_connections_go(apis: EndlessApis) -> None:
     """Every answer says that its connection ends, also where the request came before."""
     retained, busy = await apis.raw(VERSION), await apis.raw(ASK)

@@ -9,7 +9,6 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -161,30 +160,6 @@ async def test_tokens_between_first_and_last_come_together(
     assert [len(delta.token_ids) for delta in deltas[1:-1]] == [1, 39]
 
 
-async def test_logprobs_belong_to_the_tokens(api: RpcApi) -> None:
-    """Greedy tokens are the likeliest, and as many alternatives come as were asked for."""
-    events = await api.events(sampling=greedy(4, logprobs=3))
-    tokens = [token for event in events for token in event.delta.token_ids]
-    logprobs = [item for event in events for item in event.delta.logprobs]
-    assert len(tokens) == len(logprobs) == 4
-    for token, item in zip(tokens, logprobs, strict=True):
-        assert (item.top[0].token_id, item.rank) == (token, 1)
-        assert len(item.top) == 3
-        assert item.logprob == pytest.approx(item.top[0].logprob)
-        assert item.logprob <= 0
-
-
-async def test_a_prompt_that_does_not_fit_gives_both_numbers(api: RpcApi) -> None:
-    """Too long a prompt, and too long an answer, are refused before anything runs."""
-    code, reason, _, message = await api.failure(token_ids=pb.TokenIds(ids=[5] * 2048))
-    assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG")
-    assert "2048" in message
-    assert "2047" in message
-    code, reason, _, message = await api.failure(sampling=pb.SamplingParams(max_tokens=2045))
-    assert reason == "PROMPT_TOO_LONG"
-    assert "2044" in message
-
-
 async def test_closing_the_stream_frees_the_sequence(api: RpcApi) -> None:
     """A client that goes away costs nothing beyond the step in progress."""
     request = pb.GenerateRequest(
@@ -300,25 +275,6 @@ async def test_a_failing_step_ends_every_request_and_the_next_one_works(
     await api.until_free()
 
 
-async def test_the_folder_of_the_base_is_not_copied(world: tuple[World, MemoryStore], tmp_path: Path) -> None:
-    """A LOCAL base is verified and read where it is."""
-    world[0].load(world[1], cache_dir=tmp_path, native=False)
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-async def test_n_answers_are_choices(api: RpcApi) -> None:
-    """The sync and asyncio clients return n answers in order; the first is the completion's text."""
-    alone = await api.client.complete("base", PROMPT, **SAMPLED)
-    several = await api.client.complete("base", PROMPT, n=3, **SAMPLED)
-    assert len(several.choices) == 3
-    assert several.token_ids == several.choices[0].token_ids == alone.token_ids
-    assert len({choice.token_ids for choice in several.choices}) == 3
-    assert all(choice.usage.completion_tokens == 6 for choice in several.choices)
-    with Client(api.server.address) as sync:
-        again = await asyncio.to_thread(sync.complete, "base", PROMPT, n=3, **SAMPLED)
-    assert again.choices == several.choices
-
-
 async def test_long_prompts_are_scored_in_several_messages(api: RpcApi) -> None:
     """All tokens come with the bytes they stand for, the first without a log probability."""
     prompt = [3 + (7 * place) % 190 for place in range(1500)]
@@ -364,14 +320,6 @@ async def test_constraints_reach_the_model(api: RpcApi, options: dict[str, Any],
     stopped = [choice.text for choice in completion.choices if choice.reason is FinishReason.STOP]
     assert stopped
     assert all(map(valid, stopped))
-
-
-async def test_a_refusal_of_the_server_is_named_to_the_client(api: RpcApi) -> None:
-    """A bad option comes back as the field's name, through the status of the call."""
-    for options, named in (({"regex": "("}, "response_format"), ({"logit_bias": {5000: 1.0}}, "logit_bias")):
-        with pytest.raises(faults.RequestInvalid) as caught:
-            await api.client.complete("base", PROMPT, **options)  # type: ignore[arg-type]
-        assert [finding.where for finding in caught.value.findings] == [named]
 
 
 @pytest.mark.parametrize(

@@ -65,19 +65,6 @@ async def ready(shared: Ready) -> Ready:
     return shared
 
 
-async def found_by(world: tuple[World, MemoryStore], kind: Kind, text: str, **fields: Any) -> list[Any]:
-    """Return the answers to a request with room for all, and with too little memory and no prefix cache."""
-    found = []
-    for settings in ({}, {"kv_memory_gb": 0.00007, "prefix_cache": False}):
-        ready = world[0].load(world[1], stream_interval_ms=0, **settings)
-        async with running(ready):
-            found.append(await ask(ready, kind, text, **fields))
-            preempted = ready.engine.stats.preemptions
-    assert preempted
-    assert found[0] == found[1]
-    return found[0]
-
-
 async def ask(ready: Ready, kind: Kind, text: str = "", **fields: Any) -> list[tuple[str, EndReason]]:
     """Text and end of every answer."""
     request = Request.of(fields.pop("model", "base"), PROMPT, constraint=Constraint(kind, text), **fields)
@@ -162,12 +149,6 @@ async def test_the_end_of_sequence_comes_only_where_the_text_may_end(ready: Read
     for model in ("base", "all"):
         ((text, end),) = await ask(ready, "regex", "[a-z]{3,9}", model=model, **fields)
         assert (len(text), end) == (3, EndReason.STOP)
-
-
-async def test_a_preempted_answer_goes_on_where_it_was(world: tuple[World, MemoryStore]) -> None:
-    """Constrained answers are the same with too little memory for all, and without the prefix cache."""
-    schema = json.dumps({"type": "string", "minLength": 70})
-    await found_by(world, "json_schema", schema, n=5, seed=9, **DRAWN)
 
 
 async def test_drafts_change_no_constrained_answer(world: tuple[World, MemoryStore]) -> None:

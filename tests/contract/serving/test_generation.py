@@ -36,15 +36,6 @@ from tests.support.waiting import ended
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def test_the_first_of_n_answers_is_the_only_one_of_one(service: Service) -> None:
-    """The n answers differ, the first equals the answer of n = 1, and a repeated request gives the same n."""
-    (alone,) = await service.answers(**SAMPLED)
-    several = await service.answers(n=4, **SAMPLED)
-    assert several[0] == alone
-    assert len({tuple(answer) for answer in several}) == 4
-    assert await service.answers(n=4, **SAMPLED) == several
-
-
 async def test_every_answer_finishes_once(service: Service) -> None:
     """A request has one start, and one end per index with its own counts; a stop text ends its answer only."""
     whole = await service.events(n=3, **SAMPLED)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from inference_service.serving.request import Request
 from loramux import AsyncClient
 from loramux_shared.faults import Fault
 from loramux_shared.storage.memory import MemoryStore
@@ -154,16 +153,3 @@ async def test_what_is_loaded_is_told(api: OpenAIApi) -> None:
     loads = {own["model"]: value for own, value in metrics.series("loramux_model_load_seconds")}
     assert set(loads) == {"base", "all", "rs", "wide"}
     assert 0 < sum(loads.values()) < metrics.value("loramux_load_seconds")
-
-
-async def test_a_setting_bounds_the_models_with_series(world: tuple[World, MemoryStore]) -> None:
-    """Models above the limit of series share one series."""
-    ready = world[0].load(world[1], metrics_models=1)
-    ready.engine.start()
-    for model in ("rs", "all", "wide"):
-        async for _ in ready.service.generate(Request.of(model, PROMPT, max_tokens=2)):
-            pass
-    await ready.engine.stop()
-    metrics = Scrape(ready.service.metrics.render().decode())
-    assert metrics.series("loramux_prompt_tokens_total") == [({"model": "rs"}, 40), ({"model": "(others)"}, 80)]
-    assert len(metrics.series("loramux_model_info")) == 1

@@ -12,7 +12,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from inference_service.text import chat_template
-from inference_service.text.chat_template import MAX_PROCESSES, ChatTemplate
+from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.sandbox import templates as rendering
 from inference_service.text.sandbox.process import SandboxPool, SandboxProcess
 from loramux_shared.faults import CheckpointInvalid, RequestInvalid
@@ -156,15 +156,6 @@ def _processes() -> list[psutil.Process]:
     """The processes that render templates now."""
     found = psutil.Process().children()
     return [each for each in found if each.status() != psutil.STATUS_ZOMBIE and MODULE in each.cmdline()]
-
-
-async def test_many_templates_share_a_few_processes() -> None:
-    """Many templates at once are rendered right, each with its own text, and few processes are alive."""
-    before = set(_processes())
-    templates = [ChatTemplate(f"{number}:{{{{ messages[0].content }}}}", {}) for number in range(24)]
-    requests = (template.render([{"content": f"<{n}>"}]) for n, template in enumerate(templates))
-    assert await asyncio.gather(*requests) == [f"{number}:<{number}>" for number in range(24)]
-    assert len(set(_processes()) - before) <= MAX_PROCESSES
 
 
 def test_processes_that_nobody_asks_end() -> None:

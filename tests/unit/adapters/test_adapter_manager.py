@@ -47,14 +47,6 @@ def test_pages_give_every_name_once_and_look_at_no_other() -> None:
         replica.manager.list("x" * 300)
 
 
-def test_a_page_goes_on_where_its_name_was_removed() -> None:
-    """The token is a name; the next page begins behind it even after the name was removed."""
-    replica = operated(["a", "b", "c", "d"])
-    first = replica.manager.list(limit=2)
-    replica.adapters.apply(generation(2, {"a": 1, "c": 3, "d": 4}))
-    assert [each.name for each in replica.manager.list(first.next_page).adapters] == ["c", "d"]
-
-
 def test_a_key_of_some_models_sees_those() -> None:
     """A limit to models holds for an admin key too, and its pages are full."""
     replica = operated(["a", "b", "c", "d"])
@@ -144,18 +136,6 @@ def test_a_removed_name_leaves_unless_another_stands_for_its_version() -> None:
     replica.adapters.apply(generation(2, {"b": 1}))
     assert replica.residency.calls[2:] == [("unpin", "1"), ("unpin", "3"), ("drop", "3")]
     assert replica.manager.replica().pinned == 0
-
-
-async def test_a_load_is_published_and_served_when_it_returns() -> None:
-    """The builder is given the repository; then the name is served here, and brought in."""
-    replica = operated()
-    loaded = await replica.manager.load("three", "hf://org/three@main")
-    [(name, repository, new)] = replica.deployment.asked
-    assert (name, repository.repo, repository.revision, new) == ("three", "org/three", "main", True)
-    assert loaded.everywhere
-    assert replica.manager.replica().generation == 2
-    assert loaded.adapter.generation == 2
-    assert replica.residency.calls == [("prefetch", loaded.adapter.digest.lstrip("0"))]
 
 
 async def test_a_taken_name_is_replaced_only_when_that_is_said() -> None:

@@ -168,18 +168,6 @@ def test_counters_of_a_model_only_grow_or_restart() -> None:
     assert scrape(series).value("loramux_asked_total", model="a", outcome="OK") == 1
 
 
-def test_a_histogram_adds_up() -> None:
-    """Each bucket counts the values below its bound; sum and count are those of all values."""
-    series = ModelSeries([COUNTED], [TOOK])
-    for seconds in (0.05, 0.1, 0.5, 3.0):
-        series.observe(TOOK.name, "a", seconds)
-    metrics = scrape(series)
-    buckets = [(labels["le"], value) for labels, value in metrics.series("loramux_took_seconds_bucket")]
-    assert buckets == [("0.1", 2), ("1.0", 3), ("+Inf", 4)]
-    assert metrics.value("loramux_took_seconds_sum", model="a") == pytest.approx(3.65)
-    assert metrics.value("loramux_took_seconds_count", model="a") == 4
-
-
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "ä"])
 def test_every_name_can_be_read_again(name: str) -> None:
     """Special characters of the format are escaped."""

@@ -15,7 +15,6 @@ from loramux_shared.bases.cache import Cache, KeptTokens, window_blocks
 from loramux_shared.bases.memory import (
     GB,
     Needs,
-    cache_of,
     count_weights,
     needs_of,
     plan_memory,
@@ -46,25 +45,11 @@ def test_a_token_reads_all_matrices_but_the_embeddings_and_experts_that_are_not_
     assert token_bytes(mixture, 1, Rounding.NONE) == pytest.approx(3.03e9, rel=0.01)  # of 30.5 billion
 
 
-def test_the_cache_takes_its_share_of_what_steps_leave() -> None:
-    """63 GB free, 3 GB for steps: 90 % of 60 GB, in whole blocks."""
-    plan = plan_memory(63 * 10**9, NEEDS, CACHE, share=0.9)
-    assert plan.blocks == (54 * 10**9 // 131072 // 16,)
-    assert plan.kv_bytes == plan.blocks[0] * 16 * 131072
-    assert plan.max_seq_len == 8192
-
-
 def test_the_cache_is_not_larger_than_its_use_or_its_ceiling() -> None:
     """The cache never exceeds the need of all sequences at their longest, nor a ceiling."""
     assert plan_memory(10**12, NEEDS, CACHE, share=0.9).blocks == (64 * 8192 // 16,)
     plan = plan_memory(10**12, NEEDS, CACHE, share=0.9, ceiling=4 * 10**9)
     assert 4 * 10**9 - 16 * 131072 < plan.kv_bytes <= 4 * 10**9
-
-
-def test_a_size_that_is_said_is_taken_as_it_is() -> None:
-    """kv_memory_gb may take all that steps leave, which is more than the usual share."""
-    plan = plan_memory(63 * 10**9, NEEDS, replace(CACHE, kv_bytes=60 * 10**9), share=0.5)
-    assert plan.kv_bytes > 59.9e9
 
 
 @pytest.mark.parametrize("kv_bytes", [None, 10**9])
@@ -208,16 +193,6 @@ def _bytes_of(cache: Cache, length: int, number: int) -> int:
         for group in cache.groups
     ]
     return number * sum(each)
-
-
-def test_gemma_3_has_room_for_more_than_it_had_without_windows() -> None:
-    """A cache of 20 GB with all seats of a GPU has more tokens: sliding layers took most of every token."""
-    config = read_fields(HUB_CONFIGS["gemma-3-4b"])
-    cache = cache_of(config, 2, InferenceSettings(deployment="none"), "cuda")
-    plan = plan_memory(25 * 10**9, NEEDS, replace(cache, kv_bytes=20 * 10**9), share=0.9)
-    assert plan.kv_bytes <= 20 * 10**9
-    assert plan.tokens > 3 * (20 * 10**9 // cache.token_bytes)
-    assert plan.blocks[0] < plan.blocks[1] / 5
 
 
 def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from builder_service.domain.rules.values import row_norms
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter, write_base
 from tests.support.folders import built, deployment_of, workshop
@@ -174,15 +173,3 @@ def test_the_test_vector_of_the_page(tmp_path):
     assert [body[:2], body[2]] == written
     norms = re.findall(r"_proj +([\d.]+), ([\d.]+), ([\d.]+)$", block, re.MULTILINE)
     assert [[row["norm_a"], row["norm_b"], row["norm_ba"]] for row in rows] == [[*map(float, n)] for n in norms]
-
-
-def test_norms_of_narrow_and_wide_matrices():
-    """The norms are numpy's, also for a matrix wider than a block of the sum."""
-    random = np.random.default_rng(0)
-    for rank, features_in, features_out in ((1, 3, 2), (64, 9000, 5), (3, 2, 300_000)):
-        a, b = random.normal(size=(rank, features_in)), random.normal(size=(features_out, rank))
-        norms = row_norms(a.astype(np.float32), b.astype(np.float32))
-        assert norms.a == pytest.approx(np.linalg.norm(a), rel=1e-4)
-        assert norms.b == pytest.approx(np.linalg.norm(b), rel=1e-4)
-        if features_in * features_out < 10**6:
-            assert norms.ba == pytest.approx(np.linalg.norm(b @ a), rel=1e-4)

@@ -37,14 +37,6 @@ def write(path: Path, dtype: Dtype, q_scale: float) -> bytes:
     return path.read_bytes()
 
 
-def test_worked_example_in_float16_is_what_np_save_writes(tmp_path):
-    """The example of the format's description gives its numbers, byte for byte as np.save stores them."""
-    expected = np.zeros((1, 2, 16), "<f2")
-    expected[0, 0] = [1, 2, 3, 4, 5, 6, 7, 8, 2, 0, 0, 2, 2, 2, 4, -2]
-    expected[0, 1, :6] = [1, -1, 0.5, 0, 1, -2]
-    assert write(tmp_path / "w.npy", Dtype.FLOAT16, 2.0) == saved(expected)
-
-
 def test_a_file_that_is_read_back_is_the_same(tmp_path):
     """Written in pieces with gaps for zeros, and read back, it is the file that is written at once."""
     dtype, half = Dtype.FLOAT16, 5

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from inference_service.chat.dialect import Dialect, parsers_of
-from inference_service.chat.pieces import AnswerCalls, AnswerReader, CallArguments, CallBegun, TextPiece
+from inference_service.chat.pieces import AnswerCalls, AnswerReader
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 from tests.support.cases import cases
 from tests.support.readings import Collected, cuts_of, read
@@ -98,21 +98,6 @@ def test_what_is_held_has_a_bound() -> None:
     assert read(_reading(T.HERMES, R.NONE), long, range(0, len(long), 9999)) == [["said", long]]
     endless = "<|channel|>" + "x " * 999
     assert read(_reading(T.HARMONY, R.HARMONY), endless, range(0, 1999, 99)) == [["said", endless]]
-
-
-def test_arguments_come_as_they_are_written() -> None:
-    """Arguments as JSON, and text between tags, are not held back."""
-    reading = _reading(T.HERMES, R.NONE)
-    assert reading.push('<tool_call>{"name": "find", "arguments"') == []
-    begun, arguments = reading.push(': {"city": "O')
-    assert isinstance(begun, CallBegun)
-    assert arguments == CallArguments(0, '{"city": "O')
-    assert reading.push('slo}"') == [CallArguments(0, 'slo}"')]
-    reading = _reading(T.QWEN3_CODER, R.NONE)
-    reading.push("<tool_call><function=find><parameter=city>\n")
-    assert reading.push("Os") == [CallArguments(0, "Os")]
-    reading = _reading(T.NONE, R.THINK)
-    assert reading.push("Hi") == [TextPiece("Hi")]
 
 
 def test_a_prompt_may_have_begun_to_think() -> None:

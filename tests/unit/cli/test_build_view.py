@@ -22,7 +22,6 @@ from loramux.cli.shell import Later, Screen
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
 from loramux_shared.faults import Finding
-from loramux_shared.wording import listed
 from tests.support.waiting import BOUND_S
 
 WARNING = Finding(code="W_FP32", where="weights", found="float32")
@@ -123,31 +122,10 @@ def replace_code(finding: Finding) -> Finding:
     return finding.model_copy(update={"code": "W_ALPHA"})
 
 
-def test_lists_of_names_end() -> None:
-    """A list in a message names some and counts the rest."""
-    assert listed([]) == "none"
-    assert listed(["a", "b"], 2) == "a, b"
-    assert listed(["a", "b", "c", "d"], 2) == "a, b and 2 more"
-
-
 def screen_of(height: int = 12) -> tuple[StringIO, Screen]:
     """A terminal, and the bytes that it receives."""
     sent = StringIO()
     return sent, Screen(file=sent, force_terminal=True, width=100, height=height)
-
-
-def test_a_build_that_was_over_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """A build without anything to wait for has a line per adapter with its origin, and no bar."""
-    sent, screen = screen_of()
-    with BuildView(console=screen) as view:
-        view.update(
-            state([replace(adapter(number, Stage.DONE), reused=True) for number in range(2)], ended=True)
-        )
-    assert sent.getvalue() == ""
-    assert capsys.readouterr().err.splitlines() == [
-        "adapter-0000: done, already in the store",
-        "adapter-0001: done, already in the store",
-    ]
 
 
 class Drawn:

@@ -70,15 +70,6 @@ def test_an_address_without_a_port() -> None:
     assert "error: SETTINGS_INVALID: 127.0.0.1: expected HOST:PORT" in errors
 
 
-def test_a_builder_where_an_inference_service_was_meant(fakes: Fakes) -> None:
-    """The other kind of server is recognised by the call that it does not have."""
-    code, _, errors = run("models", "--grpc", fakes.builder_address)
-    assert code == 1
-    assert (
-        f"{fakes.builder_address} does not have this call. A builder and an inference service are two" in errors
-    )
-
-
 def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
     """A deployment file with a wrong key fails with its name and the nearest known one, without a traceback."""
     path = tmp_path / "d.yaml"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from loramux.cli.build_view import BuildLines
 from loramux.cli.documents import jsonable
 from loramux.cli.main import app
 from loramux.records import Stage
-from loramux_shared.faults import AdapterInvalid, Finding
 from tests.support.fake_services import Fakes
 from tests.unit.cli.test_build_view import adapter, state
 
@@ -122,15 +120,3 @@ def test_keys(tmp_path: Path) -> None:
     assert new["key"] not in json.dumps(listed)
     assert documents("keys", "remove", "ann", "--file", file) == [{"schema": 2, "removed": "ann"}]
     assert documents("keys", "list", "--file", file)[0]["keys"] == []
-
-
-def test_records_become_json() -> None:
-    """Times, paths and failures have a form in JSON."""
-    fault = AdapterInvalid("no", [Finding(code="E_SHAPE", fix="Do it.")])
-    moment = datetime(2026, 1, 2, tzinfo=UTC)
-    found = jsonable({"at": moment, "in": Path("/a"), "why": fault, "of": (1, None)})
-    assert found["at"] == "2026-01-02T00:00:00+00:00"
-    assert found["in"] == "/a"
-    assert found["why"]["findings"][0]["fix"] == "Do it."
-    assert found["of"] == [1, None]
-    assert json.loads(json.dumps(found)) == found

@@ -145,12 +145,6 @@ def test_unknown_options_are_a_type_error(client: Client) -> None:
         client.generate("base", "hi", max_token=3)  # type: ignore[call-arg]
 
 
-def test_an_unknown_model_is_model_not_found(client: Client) -> None:
-    """A status with our reason becomes the class of that reason."""
-    with pytest.raises(faults.ModelNotFound, match="served are base"):
-        client.complete("nobody", "hi")
-
-
 def test_a_deadline_is_named(client: Client) -> None:
     """timeout_s bounds the whole answer, and its end is a CallFailed with grpc's code."""
     with pytest.raises(faults.CallFailed) as caught:
@@ -194,16 +188,6 @@ async def test_closing_ends_open_async_streams(fakes: Fakes) -> None:
     await client.close()
     with pytest.raises(faults.CallFailed, match="closed"):
         await task
-
-
-def test_closing_ends_open_streams(fakes: Fakes) -> None:
-    """The same for threads."""
-    client = Client(fakes.inference_address)
-    events = client.generate("base", "wait")
-    next(events)
-    client.close()
-    with pytest.raises(faults.CallFailed, match="CANCELLED"):
-        list(events)
 
 
 async def test_listing_turns_the_pages(client: Client, aio: AsyncClient, fakes: Fakes, deploy: Any) -> None:

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from loramux_shared.bundle.names import OWN_NAME, StoredName
 from loramux_shared.deployment import Build, Deployment, Repository, Runtime, SourceKind
@@ -241,13 +241,6 @@ def test_a_good_adapter_name(tmp_path: Path, name: str) -> None:
     assert list(_load(tmp_path, text).deployment.build.lora_adapters) == [name]
 
 
-def test_a_bad_beginning_of_a_name_is_explained(tmp_path: Path) -> None:
-    """Files that begin with a dot are hidden, and words that begin with a dash are options."""
-    finding = _findings(tmp_path, MINIMAL + "  lora_adapters: {-rf: {source: HF, repo: a/b}}\n")
-    fix = finding["build.lora_adapters.-rf"].fix
-    assert fix == "Begin with a letter, a digit, _ or :, and go on with these, - and dots."
-
-
 def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
     """Two names that differ in case only are refused, as clients would confuse them."""
     text = MINIMAL + "  lora_adapters: {Law: {source: HF, repo: a/b}, law: {source: HF, repo: a/c}}\n"
@@ -284,14 +277,6 @@ def test_an_adapter_may_have_the_deployments_name(tmp_path: Path) -> None:
     text = "model_name: same\nruntime: {served_model_name: base}\n" + MINIMAL
     deployment = _load(tmp_path, text + "  lora_adapters: {same: {source: HF, repo: a/b}}\n").deployment
     assert "same" in deployment.build.lora_adapters
-
-
-def test_a_deployment_made_in_code_obeys_too() -> None:
-    """The rule about names belongs to the deployment, not to the file."""
-    repository = Repository(source=SourceKind.HF, repo="a/b")
-    build = Build(checkpoint_repository=repository, lora_adapters={"m": repository})
-    with pytest.raises(ValidationError, match="found the base m"):
-        Deployment(model_name="m", build=build)
 
 
 def test_duplicate_keys(tmp_path: Path) -> None:

@@ -56,14 +56,6 @@ def with_value(value: float, dtype: Any = np.float32) -> dict[str, Any]:
     return made
 
 
-def test_one_finding_for_all_layers(tmp_path):
-    """Wrong dims in every layer are one finding that names the module and both numbers."""
-    values = {k: (np.ones((4, 20), "f4") if "q_proj.lora_A" in k else v) for k, v in tensors().items()}
-    (finding,) = check_adapter(write_adapter(tmp_path, values), book()).errors
-    assert finding.where == "layer 0 q_proj, layer 1 q_proj"
-    assert (finding.expected, finding.found) == ("q_proj in=16 out=16", "in=20 out=16")
-
-
 def test_all_violations_at_once(tmp_path):
     """Config, key, shape and value rules are all reported together."""
     values = with_value(np.nan) | {"x": np.ones(1, "f4"), key(1, "o_proj", "A"): np.ones((4, 16), "f4")}

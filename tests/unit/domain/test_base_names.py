@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub.hf_api import ModelInfo
 
-from builder_service.domain.origin import base_warning, licence_warning, plain_name
+from builder_service.domain.origin import base_warning, licence_warning
 from loramux_shared.bundle.generation import Descent
 from loramux_shared.sources.licence import MOST, descent_of, licence_in, licence_of
 from tests.support.cases import cases
@@ -43,11 +43,6 @@ def test_anything_else_is_worth_a_warning(other: str) -> None:
     warning = base_warning(other, "Qwen/Qwen3-8B")
     assert warning is not None
     assert (warning.code, warning.expected, warning.found) == ("W_BASE", "Qwen/Qwen3-8B", other or "no name")
-
-
-def test_a_name_of_formats_alone_stays() -> None:
-    """A name that consists of formats alone is kept."""
-    assert plain_name("org/AWQ-4bit") == "awq"
 
 
 def test_quantised_copies_by_the_hub_are_the_base() -> None:

@@ -299,35 +299,6 @@ def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
     assert _run(engine, manager, list(range(60))).progress.num_cached == 28
 
 
-def test_a_prompt_is_found_by_the_state_at_its_last_full_block() -> None:
-    """The state there is kept for equal or longer prompts; the chunk before ends there."""
-    engine, device, manager = Base(snapshots=3, spacing=8).engine()
-    prompt = list(range(15))
-    assert _run(engine, manager, prompt).progress.num_cached == 0
-    assert [*device.lengths[0].values(), *device.lengths[1].values()] == [12, 3]
-    assert _run(engine, manager, [*prompt, 1, 2]).progress.num_cached == 12
-    assert _run(engine, manager, prompt, uid=1).progress.num_cached == 0
-
-
-def test_where_two_prompts_part_a_third_one_begins() -> None:
-    """The second finds blocks and no state, so it leaves one there."""
-    engine, _, manager = Base(snapshots=4, spacing=8).engine()
-    common = list(range(12))
-    found = [_run(engine, manager, [*common, *[20 + number] * 14]).progress.num_cached for number in range(3)]
-    assert found == [0, 0, 12]
-
-
-def test_states_and_windows_agree_on_a_place() -> None:
-    """An earlier state is taken where a window lacks a block before the last one, so that both can serve."""
-    engine, _, manager = Base((None, 6), snapshots=9, spacing=2, sliding=20).engine()
-    prompt = list(range(40))
-    first = _run(engine, manager, prompt)
-    pool = manager.groups[1].pool
-    pool._key_of.pop(pool._by_key.pop(first.progress.hashes[4]))
-    assert manager.groups[1].longest(first, 7) == 7
-    assert _run(engine, manager, [*prompt[:29], 50]).progress.num_cached == 16
-
-
 def test_the_state_that_was_used_longest_ago_makes_room() -> None:
     """A sequence without a free slot evicts the least recently used snapshot."""
     states = StateSlots(3, BLOCK, 4)

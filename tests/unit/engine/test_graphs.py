@@ -18,7 +18,7 @@ from inference_service.engine import graphs
 from inference_service.engine.graphs import Recorder
 from inference_service.engine.tape import CaptureRefused, TapeRecorder
 from inference_service.engine.trace import TraceRecorder
-from inference_service.kernels.launch import Launch, SideStream, intercepted, stream_of
+from inference_service.kernels.launch import Launch, stream_of
 
 STATIC = torch.zeros(4, 6)
 INDEX = torch.tensor([2, 0])
@@ -78,15 +78,6 @@ def test_what_depends_on_the_host_is_refused(recorder: Recorder, name: str) -> N
         recorder.capture(work)  # type: ignore[arg-type]
 
 
-def test_indices_are_no_masks(recorder: Recorder) -> None:
-    """Gathering and scattering rows by number has a static shape."""
-    out = torch.zeros(2, 6)
-    graph = recorder.capture(lambda: out.copy_(STATIC[INDEX] + 1))  # type: ignore[arg-type]
-    out.zero_()
-    graph.replay()
-    assert torch.equal(out, torch.ones(2, 6))
-
-
 def test_tensors_that_do_not_outlive_the_recording_are_refused() -> None:
     """A tensor that was made for this call alone is gone, or frozen, at the replay."""
     passing, out = iter([torch.ones(3), torch.ones(3), torch.ones(3)]), torch.zeros(3)
@@ -116,20 +107,6 @@ def test_nothing_that_a_graph_left_behind_is_read() -> None:
     second.replay()
     assert retained[2].isnan().all()
     assert torch.equal(total, torch.full((3,), 4.0))
-
-
-def test_accumulation_over_uninitialised_memory_shows() -> None:
-    """An addition to unwritten memory is NaN at a replay, though the memory may be zero before."""
-    x, out = torch.ones(3), torch.zeros(3)
-
-    def work() -> None:
-        sums = torch.empty(3)
-        sums.add_(x)
-        out.copy_(sums)
-
-    graph = TapeRecorder().capture(work)
-    graph.replay()
-    assert out.isnan().all()
 
 
 class Kernel:
@@ -212,14 +189,3 @@ def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch
     assert len(made) == 1  # cuBLAS would keep memory for each
     assert len({id(stream_of(purpose, device)) for purpose in ("copies", "copies", "proofs", "recording")}) == 3
     stream_of.cache_clear()
-
-
-def test_launches_beside_are_marked() -> None:
-    """A count of launches that wait for one another can leave out those that do not."""
-    noted: list[Launch] = []
-    side = SideStream(torch.device("cpu"))
-    with intercepted(noted.append):
-        side.launch(Launch(None, (1,), {}))
-        side.join()
-        Launch(None, (1,), {})()
-    assert [launch.beside for launch in noted] == [True, False]

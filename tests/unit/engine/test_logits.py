@@ -14,7 +14,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.engine.sampler import sample, shape
 from tests.support.examples import examples
-from tests.support.grammars import mask_of, only
+from tests.support.grammars import only
 
 VOCAB = 50
 
@@ -63,29 +63,11 @@ def test_a_bias_is_added() -> None:
     assert torch.equal(model, before)
 
 
-def test_stop_tokens_come_only_after_min_tokens() -> None:
-    """Stop tokens are out until as many others were drawn, and then they are in again."""
-    params: dict[str, Any] = {"min_tokens": 2, "stop_token_ids": frozenset([9, 10]), "logit_bias": {9: 50.0}}
-    ids = [sample(logits(3), [seq([1], answer, **params)])[0].id for answer in ([], [5], [5, 5])]
-    assert ids[0] not in (9, 10)
-    assert ids[1] not in (9, 10)
-    assert ids[2] == 9
-
-
 def test_a_grammar_comes_before_min_tokens() -> None:
     """A stop token that the grammar alone leaves is drawn for any length of the answer."""
     ends: dict[str, Any] = {"min_tokens": 5, "stop_token_ids": frozenset([9])}
     assert sample(logits(4), [seq([1], grammar=only(9), **ends)])[0].id == 9
     assert sample(logits(4), [seq([1], grammar=only(9, 11), **ends)])[0].id == 11
-
-
-def test_only_what_is_allowed_may_come() -> None:
-    """Every draw is among the allowed tokens, of which a bad word takes one, and the grammar others."""
-    allowed: dict[str, Any] = {"allowed_token_ids": mask_of([3, 4, 5, 9]), "bad_words": {0: {(): (4,)}}}
-    made = seq([1], temperature=50.0, **allowed)
-    assert torch.isfinite(shape(logits(3)[0], made)).nonzero().flatten().tolist() == [3, 5, 9]
-    made = seq([1], temperature=50.0, grammar=only(5, 9, 12), **allowed)
-    assert torch.isfinite(shape(logits(3)[0], made)).nonzero().flatten().tolist() == [5, 9]
 
 
 @settings(max_examples=examples(60))
@@ -102,16 +84,6 @@ def test_bad_words_are_vllms(words: list[list[int]], answer: list[int]) -> None:
     found = shape(logits(3)[0], seq([0, 1, 2, 3], answer, bad_words=table))
     expected = {word[-1] for word in words if (answer + word[-1:])[-len(word) :] == word}
     assert set(found.isneginf().nonzero().flatten().tolist()) == expected
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_draw_from_nothing_says_so(temperature: float) -> None:
-    """Masks that leave nothing together make no NaN; the token is marked as none, and its neighbour is not."""
-    made = seq([1], allowed_token_ids=mask_of([3]), bad_words={0: {(): (3,)}}, temperature=temperature)
-    other = seq([1], allowed_token_ids=mask_of([3]), temperature=temperature)
-    drawn = sample(logits(3, rows=2), [made, other])
-    assert [token.impossible for token in drawn] == [True, False]
-    assert drawn[1].id == 3
 
 
 @given(st.floats(0.01, 1), st.integers(0, 99))
@@ -134,13 +106,3 @@ def test_hopeless_logits_still_give_a_token(kind: str, temperature: float) -> No
     grammar = only() if kind == "nothing allowed" else None
     made = seq([1], grammar=grammar, temperature=temperature, logit_bias=bias, top_p=0.5, top_k=3, min_p=0.1)
     assert 0 <= sample(model, [made])[0].id < VOCAB
-
-
-def test_log_probabilities_are_the_models_own() -> None:
-    """A bias decides the token, and is not in its log probability."""
-    model = logits(7)
-    token = sample(model, [seq([1], logit_bias={7: 100.0}, logprobs=1)])[0]
-    expected = torch.log_softmax(model[0], dim=-1)
-    assert token.id == 7
-    assert token.logprob == pytest.approx(float(expected[7]))
-    assert token.top[0][0] == int(expected.argmax())

@@ -97,15 +97,6 @@ def test_drafts_never_cost(text: Text, part: float, streams: int) -> None:
     assert _token_s(machine, engine, 200) < STEP_S / streams / 0.98
 
 
-@pytest.mark.parametrize("streams", [1, 8, 20])
-def test_drafts_gain_where_rows_are_cheap(streams: int) -> None:
-    """Drafts make the engine faster at any number of streams that leaves rows of a step."""
-    machine = Machine(circle, 0.2 * STEP_S / max(4, streams))
-    engine = _engine(machine, streams)
-    _token_s(machine, engine, 40)
-    assert _token_s(machine, engine, 100) < STEP_S / streams / 2
-
-
 @pytest.mark.parametrize("streams", [1, 8])
 def test_drafts_stop_where_rows_cost_what_they_save_and_come_back_where_they_are_free(streams: int) -> None:
     """The engine stops drafts where a row costs more than a token, and measures the cost now and then."""
@@ -119,19 +110,6 @@ def test_drafts_stop_where_rows_cost_what_they_save_and_come_back_where_they_are
     machine.row_s = 0.0
     _token_s(machine, engine, 800)
     assert _token_s(machine, engine, 100) < STEP_S / streams / 3
-
-
-def test_as_many_are_drafted_as_are_worth_their_rows() -> None:
-    """One stream gets the longest drafts; eight streams get shorter ones, as their tokens are worth less."""
-    for part, streams, least, most in ((0.02, 1, 8, 8), (0.02, 8, 30, 56), (0.13, 8, 0, 0)):
-        machine = Machine(repetitive, part * STEP_S)
-        engine = _engine(machine, streams)
-        _token_s(machine, engine, 150)
-        rows = []
-        for _ in range(100):
-            engine.step()
-            rows.append(machine.rows)
-        assert least <= sorted(rows)[50] <= most, (part, streams, sorted(rows))
 
 
 def test_what_a_step_takes_without_drafts_stays_known() -> None:

@@ -85,13 +85,6 @@ def test_it_fails_and_nothing_of_it_is_found(fields: dict[str, object]) -> None:
     assert world.blocks.num_free == world.blocks.num_blocks
 
 
-def test_what_is_of_the_base_is_found_again() -> None:
-    """Blocks before an activated adapter acts are healthy, and others have them."""
-    world = World()
-    assert world.reason("bad", world.bad, invocation=9) == "NUMERICS"
-    assert world.ask("base", None).num_cached == 8
-
-
 def test_after_three_within_a_minute_a_version_is_refused() -> None:
     """The version is refused in every request, blends too; others are served, and errors that are further apart
     do not count.
@@ -115,20 +108,6 @@ def test_a_blend_counts_for_none_of_its_adapters() -> None:
     blend = Mixture.of([(world.bad, 1e30), (world.good, 0.5)])
     assert [world.reason("blend", blend) for _ in range(MOST + 1)] == ["NUMERICS"] * (MOST + 1)
     assert world.bad.unusable is world.good.unusable is None
-
-
-def test_a_waiting_request_ends_with_it() -> None:
-    """A waiting request ends with the reason, when the third answer fails."""
-    world = World()
-    world.engine._scheduler.limits = SchedulerLimits(64, 1, 4, max_seq_len=128)
-    for number in range(MOST + 2):
-        params = SamplingParams(max_tokens=2)
-        world.engine.add(Sequence(str(number), [number, *PROMPT], params, world.bad, model="bad"))
-    ends: dict[str, str] = {}
-    while not world.engine.idle:
-        ends |= {each.seq_id: each.fault.reason for each in world.engine.step() if each.fault is not None}
-    assert [ends[str(number)] for number in range(MOST)] == ["NUMERICS"] * MOST
-    assert set(ends.values()) == {"NUMERICS", "MODEL_UNUSABLE"}
 
 
 @pytest.mark.parametrize("spoil", [lambda row: row[5].fill_(torch.nan), lambda row: row.fill_(-torch.inf)])

@@ -87,19 +87,6 @@ def test_lengths() -> None:
     assert _completion(max_tokens=0, echo=True).sampling.prompt_logprobs == 0
 
 
-def test_a_lower_priority_is_earlier() -> None:
-    """vLLM's order is the reverse of the engine's."""
-    assert _chat(priority=3).scheduling.priority == -3
-    assert _chat().scheduling.priority == 0
-
-
-def test_what_the_model_is_told_of_tools() -> None:
-    """Tools are rendered as the client wrote them, and not at all when none may be used."""
-    assert _chat(tools=TOOLS).prompt.tools == tuple(TOOLS)
-    assert _chat(tools=TOOLS, tool_choice="none").prompt.tools == ()
-    assert _chat(tools=TOOLS).output.constraint is None
-
-
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -129,18 +116,6 @@ def test_how_long_to_think_is_told_to_the_template() -> None:
     own = {"thinking": True, "x": [1]}
     query = _chat(reasoning_effort="none", chat_template_kwargs=own)
     assert query.prompt.chat_template_kwargs == off | own
-
-
-def test_formats_become_constraints() -> None:
-    """The schema is handed on as it came; text is no constraint."""
-    schema = {"type": "object", "properties": {"a": {"const": "é"}}}
-    requests = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
-    constraint = _chat(response_format=requests).output.constraint
-    assert constraint
-    assert (constraint.kind, json.loads(constraint.text)) == ("json_schema", schema)
-    assert _chat(response_format={"type": "text"}).output.constraint is None
-    for choice in ("none", "auto"):
-        assert _chat(response_format={"type": "json_object"}, tools=TOOLS, tool_choice=choice).output.constraint
 
 
 def test_schemas_of_several_tools_keep_their_references() -> None:

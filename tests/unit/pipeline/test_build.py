@@ -97,17 +97,6 @@ def test_a_build_publishes_bundles_then_the_generation_then_the_pointer(tmp_path
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_the_same_build_again_uploads_nothing(tmp_path, context):
-    """A build of unchanged content answers with the current generation and writes no object."""
-    write_adapter(tmp_path / "one")
-    first = run(deployment(tmp_path, "one"), context)
-    context.store.puts.clear()
-    second = run(deployment(tmp_path, "one"), context)
-    assert second.unchanged
-    assert second.generation == first.generation
-    assert context.store.puts == []
-
-
 def test_the_same_adapter_has_the_same_digest_from_anywhere(tmp_path, context):
     """The digest follows from the adapter's bytes and the settings, not from where the adapter was."""
     write_adapter(tmp_path / "one")
@@ -175,21 +164,6 @@ def test_a_base_that_is_none(tmp_path, context, missing):
     (tmp_path / "base" / missing).unlink()
     with pytest.raises(CheckpointInvalid, match=f"base checkpoint: .*expected {missing}"):
         run(deployment(tmp_path), context)
-
-
-def test_progress_counts_bytes_to_their_total(tmp_path, context):
-    """Each stage with a known size ends with as many bytes as it announced."""
-    write_adapter(tmp_path / "one")
-    expected, seen = deployment(tmp_path, "one"), []
-    progress = Progress(["one"], lambda: seen.append(progress.adapters[0]))
-    build(expected, context, progress)
-    stages = list(dict.fromkeys(adapter.stage for adapter in seen))
-    assert stages == [Stage.FETCHING, Stage.VALIDATING, Stage.CONVERTING, Stage.PUBLISHING, Stage.DONE]
-    last = {adapter.stage: adapter for adapter in seen}
-    for stage in (Stage.FETCHING, Stage.PUBLISHING):
-        assert last[stage].bytes_done == last[stage].bytes_total > 0
-    assert last[Stage.DONE].digest
-    assert last[Stage.DONE].warnings[0].code == "W_BASE"
 
 
 def test_old_work_folders_are_swept(tmp_path, context):

@@ -69,15 +69,6 @@ def test_identical_adapters_are_converted_once(tmp_path, context):
         read_bundle(context.store, record.digest)
 
 
-def test_identical_adapters_are_refused_under_each_name(tmp_path, context):
-    """A fault of files that two names share is reported for both."""
-    for name in ("a", "b"):
-        write_adapter(tmp_path / name, use_dora=True)
-    with pytest.raises(AdapterInvalid) as refusal:
-        build(deployment_of(tmp_path, "a", "b"), context, Progress("ab"))
-    assert [(item.adapter, item.code) for item in refusal.value.findings] == [("a", "E_DORA"), ("b", "E_DORA")]
-
-
 class Meeting(Counting):
     """Weights are only put when those of another adapter are put at the same time."""
 

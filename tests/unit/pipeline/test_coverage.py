@@ -57,18 +57,6 @@ def test_every_key_is_used_or_redundant(tmp_path):
     assert (warning.code, warning.where) == ("W_REDUNDANT_EMBED", f"{HEAD}, {EMBED}")
 
 
-def test_one_other_value_is_no_copy(tmp_path):
-    """A row of the head that differs in one value is kept; the embeddings are a copy."""
-    sharded_base(tmp_path)
-    head = matrix(2)
-    head[-1, -1] += 1
-    write_adapter(tmp_path / "one", {**tensors(), EMBED: matrix(1), HEAD: head}, modules_to_save=["lm_head"])
-    manifest = manifest_of(tmp_path)
-    assert manifest.coverage == Coverage(used=tuple(sorted([*tensors(), HEAD])), redundant=(EMBED,))
-    (replaced,) = manifest.replaced
-    assert (replaced.module, replaced.tokens) == ("head", ((VOCAB - 1, 1),))
-
-
 def test_tied_matrices_of_two_values_are_refused(tmp_path):
     """Embeddings and head of a tied base that the config does not name are one matrix to PEFT."""
     write_base(tmp_path / "base", tie_word_embeddings=True)
@@ -82,14 +70,6 @@ def test_tied_matrices_of_two_values_are_refused(tmp_path):
         ("embedding", ((3, 1),)),
         ("head", ((3, 1),)),
     ]
-
-
-def test_the_vocabulary_is_named_with_both_sizes(tmp_path):
-    """Embeddings of a resized vocabulary are refused with the size that they have and the base's."""
-    sharded_base(tmp_path)
-    write_adapter(tmp_path / "one", {**tensors(), EMBED: np.zeros((VOCAB + 2, HIDDEN), np.float16)})
-    with pytest.raises(AdapterInvalid, match="found 32 and 34 rows"):
-        manifest_of(tmp_path)
 
 
 def test_nothing_is_compared_with_a_base_that_changed(tmp_path):

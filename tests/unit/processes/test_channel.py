@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inference_service.adapters.names import ScaledAdapter
 from inference_service.adapters.served_model import NO_DEFAULTS, ServedModel
 from inference_service.core.adapter import Adapter, Mixture
-from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
 from inference_service.processes import messages
 from inference_service.processes.channel import MOST_UNREAD, Channel
-from inference_service.serving.request import ModelReference
 from loramux_shared.access.keys import EVERYTHING, Access, Scope
 from loramux_shared.faults import Fault, Finding, ReplicaFailed, RequestInvalid
 from loramux_shared.runtime import Limits
@@ -67,15 +64,6 @@ async def test_a_sampling_arrives_as_it_was(sampling: SamplingParams) -> None:
 async def test_rights_arrive_as_they_were(access: Access) -> None:
     """The rights of a key arrive with models and limits."""
     assert messages.access_from(await passed(messages.access_to(access))) == access
-
-
-async def test_references_and_constraints_arrive_as_they_were() -> None:
-    """Half of a surrogate pair in a name too, which JSON can hold."""
-    reference = ModelReference("\ud800", (ScaledAdapter("a", 0.5),), "b", 3, "key")
-    assert messages.reference_from(await passed(messages.reference_to(reference))) == reference
-    constraint = Constraint("regex", "a+", "tools", "around", composed=True, optional=True)
-    found = messages.constraint_from(await passed(messages.constraint_to(constraint)))
-    assert (found, found.where, found.composed, found.optional) == (constraint, "tools", True, True)
 
 
 async def test_a_mixture_arrives_with_the_handles_of_its_adapters() -> None:

@@ -17,7 +17,7 @@ from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keys import Scope
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import AdapterInvalid, Fault
+from loramux_shared.faults import Fault
 from loramux_shared.rpc.server import CORE, RpcServer, Rules
 from tests.support.access import keyring
 
@@ -74,13 +74,6 @@ async def test_an_update_returns_with_the_number_of_its_generation() -> None:
     added, removed = ("demo", {"a": REPOSITORY}, (), True), ("demo", {}, ("a",), False)
     assert builder.asked == [added, removed, ("demo", 3)]
     assert len(set(builder.request_ids)) == 2
-
-
-async def test_what_a_build_fails_with_is_raised() -> None:
-    """A failed build raises with the builder's reason."""
-    builder = Builder(info(DeploymentState.FAILED, 6, AdapterInvalid("no LoRA")))
-    with pytest.raises(AdapterInvalid):
-        await BuilderPublisher(builder, "demo").add("a", REPOSITORY, must_be_new=False)
 
 
 async def _echo(request: Empty, _context: object) -> Empty:

@@ -48,13 +48,6 @@ def test_numbers_of_a_schema() -> None:
         assert too_many("json_schema", json.dumps({key: MOST_UP_TO + 1}))
 
 
-def test_names_and_values_are_no_keywords() -> None:
-    """A property may be called as a keyword is, and is looked into."""
-    assert too_many("json_schema", json.dumps({"properties": {"minLength": {"type": "string"}}})) is None
-    assert too_many("json_schema", json.dumps({"enum": [{"minLength": MANY}], "const": MANY})) is None
-    assert too_many("json_schema", json.dumps({"properties": {"enum": {"minLength": MANY}}}))
-
-
 @pytest.mark.parametrize(
     ("kind", "text", "refused"),
     [

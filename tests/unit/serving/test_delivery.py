@@ -17,7 +17,7 @@ from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.faults import InternalFault, ReplicaFailed
-from tests.support.waiting import BOUND_S, bounded, ended, until
+from tests.support.waiting import BOUND_S, ended, until
 from tests.unit.serving.threads import Device, Threads, following, submit
 
 MANY = 256
@@ -105,16 +105,6 @@ async def test_a_sink_takes_what_comes_while_the_reader_waits(takes: bool | Repl
     else:
         with pytest.raises(ReplicaFailed):
             await reader
-
-
-async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:
-    """Deliveries continue while requests arrive at every turn of the loop."""
-    delivery, streams, woken = await _ready(2 * SLICE)
-    delivery.begin()
-    async with bounded("deliveries", lambda: len(woken.order)):
-        while len(woken.order) < len(streams):
-            delivery.came = True
-            await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize(("streams", "together"), [(SLICE, True), (SLICE + 1, False)])

@@ -10,7 +10,6 @@ import pytest
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Share, Token
-from inference_service.http.wire.errors import headers_of, status_of
 from inference_service.serving.limits import FEW_METERS, Limiter, Ticket
 from inference_service.serving.request import AnswerDelta
 from loramux_shared.access.keys import EVERYTHING, Access, Scope
@@ -121,15 +120,6 @@ def test_tokens_of_a_minute_come_back_with_time() -> None:
     world.refused()
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(0.2, "1"), (1.0, "1"), (1.2, "2"), (41.0, "41")])
-def test_nobody_is_told_to_come_back_too_early(seconds: float, expected: str) -> None:
-    """HTTP has whole seconds; a fault that is with_message keeps its own."""
-    fault = RateLimited("later", retry_after_s=seconds)
-    assert headers_of(fault, status_of(fault))["retry-after"] == expected
-    assert fault.with_message("much later").retry_after_s == seconds
-    assert RateLimited("later").retry_after_s == 1.0
-
-
 def test_tokens_that_others_used_meanwhile_are_seen_before_the_engine() -> None:
     """Requests that arrive together do not all pass on the tokens that were left at their arrival."""
     world = World(models={"a": {"tokens_per_minute": 60}})
@@ -165,20 +155,6 @@ def test_what_the_engine_is_told() -> None:
     ticket = world.enter(BASE, holder("bob", max_running=20))
     assert (ticket.flow, ticket.share) == ("base/bob", Share(1.0, 8))
     assert world.enter(A, holder("cid", tokens_per_minute=9)).flow == "a"
-
-
-def test_new_limits_hold_for_new_requests() -> None:
-    """New limits hold at once, and count earlier use."""
-    world = World(models={"a": {"tokens_per_minute": 60}})
-    world.ask(120, 0)
-    world.refused()
-    world.limits = ModelLimits()
-    world.ask(1, 0)
-    world.limits = ModelLimits(models={"a": Limits(tokens_per_minute=60, max_waiting=1)})
-    world.refused()
-    world.now_s += 61
-    world.enter()
-    world.refused()
 
 
 def test_meters_of_what_is_idle_are_forgotten() -> None:

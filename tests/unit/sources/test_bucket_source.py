@@ -52,16 +52,6 @@ def test_a_broken_transfer_begins_again(tmp_path):
     assert bucket.reads == 3
 
 
-def test_attempts_end(tmp_path):
-    """A transfer that always breaks off is given up, and leaves no file."""
-    bucket = FakeBucket({"a": b"abcdef"})
-    bucket.failures = [SourceUnavailable("x")] * 9
-    with pytest.raises(SourceUnavailable):
-        source(bucket).fetch(listed(a=6), ["a"], tmp_path)
-    assert bucket.reads == 3
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("size", [5, 7])
 def test_files_have_their_size(size, tmp_path):
     """A file that has more or fewer bytes than its listing is not kept."""
