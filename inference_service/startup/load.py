@@ -305,6 +305,8 @@ def _engine(
     runner = _runner(base, lora, plan.blocks, block_size, limits, plan.slots)
     if backend.recordable and base.host is None:
         _record(runner, model.device)
+        if (proofs := find_extensions(PARTS).get("prove.replay")) is not None:
+            proofs.load().rehearse(backend.new_lora(), model, block_size)
     return Engine(runner, limits, blocks, residents), limits
 
 

@@ -25,11 +25,9 @@ from loramux_prove.fingerprint import effect_of
 from loramux_prove.reference import Reference, Run
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
-from loramux_shared.bundle.proof import Probe, ProbeLogprob
+from loramux_shared.bundle.proof import PROBE_LENGTHS, Probe, ProbeLogprob
 from loramux_shared.faults import Fault
 
-LENGTHS: Final = (5, 9, 14, 20)
-"""Tokens of the probes: 48 in all, which a replica computes in one step."""
 TOP: Final = 16
 """Tokens whose log probability is kept."""
 
@@ -74,7 +72,7 @@ def probe_tokens(config: ModelConfig, replaced: Sequence[int] = ()) -> list[list
     vocab, drawn = config.dims.vocab, 0
     low, high = vocab // 50, max(vocab // 50 + 2, vocab // 3)
     sequences = []
-    for length in LENGTHS:
+    for length in PROBE_LENGTHS:
         sequence = []
         for _ in range(min(length, config.max_positions)):
             drawn += 1

@@ -21,7 +21,7 @@ from inference_service.backends.base import StepLora
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence, Token
-from inference_service.engine.runner import Runner
+from inference_service.engine.runner import Pending, Runner
 from inference_service.kernels.experts.layout import ByExpert
 from inference_service.lora.segments import Arrangement, Segment
 from inference_service.lora.vocabulary import StepVocabulary, Vocabularies
@@ -29,7 +29,7 @@ from inference_service.models.decoder import Decoder
 from loramux_prove.fingerprint import EMBEDDING, HEAD, difference, effect_of
 from loramux_shared.bundle.manifest import Manifest
 from loramux_shared.bundle.modules import NO_LAYER
-from loramux_shared.bundle.proof import Effect, Probe, Proof
+from loramux_shared.bundle.proof import PROBE_LENGTHS, Effect, Probe, Proof
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import ProofFailed
 from loramux_shared.runtime import Rounding
@@ -220,7 +220,8 @@ def replay(
     _expect_sound(name, proof, manifest, model.config.dims.vocab)
     ends = torch.tensor([len(probe.tokens) for probe in proof.probes]).cumsum(0) - 1
     recorder = ProbeRecorder(lora, ends.tolist(), model, manifest)
-    answers = _run(proof.probes, adapter, recorder, model, block)
+    batch, pending = _submit([probe.tokens for probe in proof.probes], adapter, recorder, model, block)
+    answers = dict(pending.tokens())
     effect = 0.0
     # In the order of computation: a wrong row makes later rows wrong, so the first one is the cause.
     for place, expected in _in_order(manifest, proof.effects, model):
@@ -233,7 +234,7 @@ def replay(
                 f"relative difference {off:.3g}, at most {allowed.effect:g} is rounding. {_CURE}"
             )
         effect = max(effect, off)
-    logprob = _logprob_difference(answers, proof.probes)
+    logprob = _logprob_difference([answers[chunk.seq] for chunk in batch.chunks], proof.probes)
     if logprob > allowed.logprob:
         raise ProofFailed(
             f"adapter {name!r}: log probabilities differ from its proof by {logprob:.3g}, "
@@ -269,19 +270,25 @@ def _expect_sound(name: str, proof: Proof, manifest: Manifest, vocab: int) -> No
         raise ProofFailed(f"adapter {name!r}: its proof is about another bundle or another base. {_CURE}")
 
 
-def _run(probes: Sequence[Probe], adapter: Adapter, lora: StepLora, model: Decoder, block: int) -> list[Token]:
-    """Compute all probes in one step of a runner of their own; return each one's answer."""
-    seqs, chunks, blocks = [], [], 0
+def rehearse(lora: StepLora, model: Decoder, block: int) -> None:
+    """Launch what the replay of a proof launches, for no adapter, so that the first proof compiles nothing."""
+    _submit([[0] * length for length in PROBE_LENGTHS], None, lora, model, block)
+
+
+def _submit(
+    probes: Sequence[Sequence[int]], adapter: Adapter | None, lora: StepLora, model: Decoder, block: int
+) -> tuple[Batch, Pending]:
+    """Begin to compute all probes in one step of a runner of their own."""
+    chunks, blocks = [], 0
     sampling = SamplingParams(max_tokens=1, logprobs=min(WIDE, model.config.dims.vocab))
-    for index, probe in enumerate(probes):
-        seq = EngineSequence(f"probe {index}", list(probe.tokens), sampling, adapter)
-        need = math.ceil(len(probe.tokens) / block)
+    for index, tokens in enumerate(probes):
+        seq = EngineSequence(f"probe {index}", list(tokens), sampling, adapter)
+        need = math.ceil(len(tokens) / block)
         seq.progress.blocks, seq.progress.state_slot = array("i", range(blocks, blocks + need)), index
         blocks += need
-        seqs.append(seq)
-        chunks.append(Chunk(seq, len(probe.tokens)))
-    answers = dict(Runner(model, lora, blocks, block, len(probes)).run(Batch(tuple(chunks))))
-    return [answers[seq] for seq in seqs]
+        chunks.append(Chunk(seq, len(tokens)))
+    batch = Batch(tuple(chunks))
+    return batch, Runner(model, lora, blocks, block, len(probes)).submit(batch)
 
 
 def _logprob_difference(answers: Sequence[Token], probes: Sequence[Probe]) -> float:

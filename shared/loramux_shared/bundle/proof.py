@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import Field
 
@@ -10,6 +10,8 @@ from loramux_shared.deployment import Model
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0)]
+PROBE_LENGTHS: Final = (5, 9, 14, 20)
+"""Tokens of the probes that are written: 48 in all, which a replica computes in one step."""
 
 
 class ProbeLogprob(Model):

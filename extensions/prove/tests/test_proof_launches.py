@@ -1,0 +1,46 @@
+"""The first proof waits for no compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from inference_service.backends.triton import TritonLora
+from inference_service.core.adapter import Adapter
+from inference_service.engine.graph_runner import GraphRunner
+from inference_service.engine.tape import TapeRecorder
+from loramux_prove.replay import _submit, rehearse
+from loramux_shared.bundle.proof import PROBE_LENGTHS
+from loramux_shared.storage.memory import MemoryStore
+from tests.kernels.test_launch_keys import BLOCK, BLOCKS, LIMITS, noted
+from tests.support.tiny import make_world
+from tests.support.weights import adapter_of
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels tell of themselves when interpreted")
+def test_the_first_proof_launches_what_the_start_has_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of a rank that no other has is proved in a bank of its own, by kernels of the start."""
+    world, store = make_world(tmp_path), MemoryStore()
+    world.build(store, max_lora_rank=16)
+    eager: Any = world.load(store, backend="triton").engine._engine._runner
+    model, lora = eager._model, eager._lora
+    with noted(monkeypatch) as known:
+        GraphRunner(model, lora, BLOCKS, BLOCK, LIMITS, TapeRecorder()).capture()
+        recorded = set(known)
+        rehearse(lora, model, BLOCK)
+    of_proofs = TritonLora(model.config.groups, model.config.dims.num_layers, model.dtype, model.device)
+    kv = model.config.layers[1].mixer.kv_features
+    rows = [(1, "attn_k", torch.ones(7, model.config.dims.hidden), torch.ones(kv, 7))]
+    packed = of_proofs.pack(adapter_of(rows, model.config.layer_groups))
+    of_proofs.open(packed.num_bytes, 16, 1)
+    of_proofs.copy(packed, 0)
+    of_proofs.enter(0, 0, packed)
+    with noted(monkeypatch) as proof:
+        _submit([[3] * length for length in PROBE_LENGTHS], Adapter("first", 0), of_proofs, model, BLOCK)
+    assert not proof - known
+    assert proof - recorded
