@@ -1,11 +1,17 @@
-"""The measured device: a GPU with its clock, or in a rehearsal the interpreter, which has none."""
+"""The measured device, and timing on it: a GPU, or in a rehearsal the interpreter, which has no clock."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
+import os
+import platform
+import statistics
+import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -13,16 +19,29 @@ import torch
 from inference_service.engine.graphs import CudaRecorder, Recorder
 from inference_service.engine.tape import TapeRecorder
 
+ROOT: Final = Path(__file__).resolve().parents[2]
 FLUSH: Final = 4
 """Bytes that are read between two measurements, as a multiple of the L2 cache."""
+REPLAYS: Final = 30
+COPIES: Final = 8
+"""Most works of one recording: so many times fewer does a measurement contain the start of a graph."""
+COPY_BYTES: Final = 2**30
+STATE: Final = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit,driver_version"
+"""Fields of ``nvidia-smi --query-gpu``."""
+Work = Callable[[], object]
 
 
-class Rehearsal:
+class Device:
     """Triton's interpreter on the CPU, with tiny sizes; tapes stand in for graphs, and are as strict."""
 
     where = torch.device("cpu")
     dtype = torch.float32
     rehearses = True
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a number of its type."""
+        return self.dtype.itemsize
 
     def recorder(self) -> Recorder:
         """Return what records graphs here."""
@@ -45,8 +64,41 @@ class Rehearsal:
         """Return the host's clock; NaN in a rehearsal."""
         return math.nan
 
+    def replayed_us(self, works: Sequence[Work]) -> float:
+        """Record works of one kind, on memory of their own, as one graph; return the median of a work in
+        microseconds, each replay from a cold cache.
+        """
 
-class Gpu(Rehearsal):
+        def together() -> None:
+            for work in works:
+                work()
+
+        graph, marks = self.recorder().capture(together), []
+        for _ in range(1 if self.rehearses else REPLAYS):
+            self.flush()
+            begin = self.mark()
+            graph.replay()
+            marks.append((begin, self.mark()))
+        self.wait()
+        return statistics.median(self.between_us(begin, end) for begin, end in marks) / len(works)
+
+    def copies_of(self, num_bytes: int) -> int:
+        """Return how many works to record together, where each takes so many bytes: about 1 GB in all."""
+        return 2 if self.rehearses else max(1, min(COPIES, COPY_BYTES // max(1, num_bytes)))
+
+    @cached_property
+    def copy_gb_s(self) -> float:
+        """Bytes read and written per second by a copy that no cache holds: what floors are computed with."""
+        size = 2**12 if self.rehearses else COPY_BYTES
+        source, target = (torch.zeros(size, dtype=torch.uint8, device=self.where) for _ in range(2))
+        return 2 * size / self.replayed_us([lambda: target.copy_(source)]) / 1e3
+
+    def floor_us(self, num_bytes: int) -> float:
+        """Microseconds in which so many bytes can be moved."""
+        return num_bytes / self.copy_gb_s / 1e3
+
+
+class Gpu(Device):
     """The current CUDA device."""
 
     dtype = torch.bfloat16
@@ -87,18 +139,35 @@ class Gpu(Rehearsal):
         return time.perf_counter()
 
 
-Device = Rehearsal
-"""What a device does; those of a rehearsal do it without a clock."""
+def describe(device: Device) -> dict[str, str]:
+    """Name the card, its clocks and the versions: without them a number says nothing."""
+    about = {
+        "card": "none: a rehearsal",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
+        "triton": importlib.metadata.version("triton"),
+        "python": platform.python_version(),
+        "commit": output_of("git", "describe", "--always", "--dirty"),
+        "host": f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}",
+    }
+    if device.rehearses:
+        return about
+    card = torch.cuda.get_device_properties(device.where)
+    about["card"] = (
+        f"{card.name}, sm_{card.major}{card.minor}, {card.multi_processor_count} multiprocessors, "
+        f"{card.total_memory / 1e9:.0f} GB, L2 {card.L2_cache_size / 2**20:.0f} MB"
+    )
+    return about | {"copy": f"{device.copy_gb_s:.0f} GB/s read and written", "before": state()}
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The facts about the card before anything runs."""
+def state() -> str:
+    """Return what ``nvidia-smi`` says of the cards: clocks, temperature and power."""
+    return output_of("nvidia-smi", f"--query-gpu={STATE}", "--format=csv,noheader").replace("\n", "; ")
 
-    device: Device
-    copy_gb_s: float
-    """Bytes read and written by a copy of a large tensor, per second: what floors are computed with."""
 
-    def floor_us(self, num_bytes: int) -> float:
-        """Microseconds in which so many bytes can be moved."""
-        return num_bytes / self.copy_gb_s / 1e3
+def output_of(*command: str) -> str:
+    """Return what a program prints; why it does not, else."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]} does not answer: {error}"
+    return done.stdout.strip() or f"{command[0]} does not answer: {done.stderr.strip()}"

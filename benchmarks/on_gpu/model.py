@@ -24,12 +24,6 @@ LLAMA_8B: Final[dict[str, Any]] = {
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
 }
-LLAMA_1B: Final[dict[str, Any]] = LLAMA_8B | {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "tie_word_embeddings": True,
-}
 TINY: Final[dict[str, Any]] = LLAMA_8B | {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -101,14 +95,14 @@ class RandomTensors:
         """Return None: no tensor is of few bits."""
 
 
-def random_adapter(config: ModelConfig, rank: int, dtype: torch.dtype) -> AdapterWeights:
-    """Rank ``rank`` in every module of every layer, in the host's memory; all layers share theirs."""
+def random_adapter(config: ModelConfig, rank: int, dtype: torch.dtype, scale: float = SCALE) -> AdapterWeights:
+    """Return an adapter of a rank in all modules but experts, in the host's memory; layers share matrices."""
     rows: list[Placed] = []
     first = 0
-    for group in config.groups:
+    for group in [each for each in config.groups if each.expert is None]:
         for module, out in zip(group.modules, group.out_features, strict=True):
             rows.append(Placed(0, BY_NAME[module].id, rank, group.in_features, out, first))
             first += rank * (group.in_features + out)
     every = [row._replace(layer=layer) for layer in range(config.dims.num_layers) for row in rows]
-    values = torch.randn(first, dtype=dtype) * SCALE
+    values = torch.randn(first, dtype=dtype) * scale
     return arrange(values, every, config.layer_groups)

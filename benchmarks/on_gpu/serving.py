@@ -1,32 +1,43 @@
-"""Throughput and time to the first token over gRPC, with a random model of 1B's shape."""
+"""Serving of a random model of 8B's shape, beside vLLM and SGLang on the same card where they are installed.
+
+A replica without adapters and one with all of them are asked in turn, over gRPC. The others have the same
+checkpoint and adapters, and are asked over HTTP, one after the other. Prompts are of random words.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import importlib.util
+import json
 import math
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import httpx
 
 from benchmarks.on_gpu.checkpoint import build_deployment, write_adapter, write_base
-from benchmarks.on_gpu.model import LLAMA_1B, TINY
-from benchmarks.on_gpu.run import Run
-from benchmarks.on_gpu.targets import OF_BASE
-from benchmarks.service import replica_process
+from benchmarks.on_gpu.model import LLAMA_8B, TINY
+from benchmarks.on_gpu.run import OF_BASE, Run
+from benchmarks.service import Ask, end_process, over_grpc, over_http, replica_process
+from benchmarks.serving import prompts, run_of
 from loramux import AsyncClient
-
-if TYPE_CHECKING:
-    from loramux_bench.figures import Figures
+from loramux.cli.local.tree import free_address
 
 RANK: Final = 16
-SETTINGS: Final = {"native": "false", "kv_memory_gb": 4}
-"""The same cache on every card; and in a rehearsal nothing is compiled."""
+KV_GB: Final = 8
+"""Size of our caches on every card: two replicas share it."""
+PEER_SHARE: Final = 0.6
+"""Part of the card that a peer may take for weights and cache."""
+LONGEST: Final = 512
+ROUNDS: Final = 4
+"""Requests for each that is open at once."""
 
 
 @dataclass(frozen=True)
@@ -38,92 +49,137 @@ class Plan:
     actives: tuple[int, ...]
     """Adapters that requests take in turn; 0: requests for the base."""
     concurrencies: tuple[int, ...]
-    duration_s: float
-    prompt_tokens: int
-    new_tokens: int
-    max_seq_len: int
 
 
-FULL: Final = Plan(LLAMA_1B, 16, (0, 1, 8, 16), (1, 32, 128), 3.0, 128, 128, 1024)
-QUICK: Final = Plan(LLAMA_1B, 8, (0, 8), (1, 32), 3.0, 128, 64, 1024)
-REHEARSAL: Final = Plan(TINY, 2, (0, 2), (2,), 0.1, 6, 3, 64)
+FULL: Final = Plan(LLAMA_8B | {"tie_word_embeddings": True}, 16, (0, 1, 8, 16), (1, 32, 128))
+REHEARSAL: Final = Plan(TINY | {"max_position_embeddings": LONGEST}, 2, (0, 2), (2,))
 
 
 def run(run: Run) -> None:
     """Write a base and adapters, build them, serve them with and without adapters, and ask."""
-    (plan,) = run.choose((FULL,), (QUICK,), (REHEARSAL,))
-    with tempfile.TemporaryDirectory(prefix="loramux-gpu-") as folder, ExitStack() as stack:
+    plan = run.choose(FULL, REHEARSAL)
+    with tempfile.TemporaryDirectory(prefix="loramux-gpu-") as folder:
         work = Path(folder)
         names = _prepare(run, plan, work)
-        settings = SETTINGS | {"max_batch_seqs": max(plan.concurrencies)}
-        with ThreadPoolExecutor() as pool:
+        settings: dict[str, object] = {"native": False, "kv_memory_gb": run.choose(KV_GB, 0.1)}
+        bases: dict[int, float] = {}
+        with ExitStack() as stack, ThreadPoolExecutor() as pool:
             started = pool.map(lambda name: replica_process(work, name, **settings), ("bare", "full"))
-        bare, full = map(stack.enter_context, started)
-        asyncio.run(_ask_all(run, plan, bare.grpc, full.grpc, names))
+            bare, full = map(stack.enter_context, started)
+            asyncio.run(_ask_ours(run, plan, bare.grpc, full.grpc, names, bases))
+        for peer, command in run.choose(peers(work, names), {}).items():
+            try:
+                with _serving(run, work, command) as url:
+                    asyncio.run(_ask_peer(run, plan, peer, url, names, bases))
+            except (RuntimeError, httpx.HTTPError) as error:
+                run.note(f"{peer} was not measured: {error}")
 
 
 def _prepare(run: Run, plan: Plan, work: Path) -> list[str]:
     """Return the names of the adapters of deployment ``full``; ``bare`` has none."""
-    began = time.monotonic()
-    from loramux_bench.workload import WORDS
-
-    write_base(work / "base", plan.shape, run.device.where, WORDS)
+    words = sorted({word for prompt in prompts(2000, 0) for word in prompt.split()})
+    write_base(work / "base", plan.shape, run.device.where, words[: plan.shape["vocab_size"] - 3])
+    (work / "base" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     names = [f"lora{index}" for index in range(plan.adapters)]
     for name in names:
         write_adapter(work / "adapters" / name, plan.shape, RANK, run.device.where)
-    build_deployment(work, "full", names, plan.max_seq_len)
-    build_deployment(work, "bare", [], plan.max_seq_len)
-    run.say(f"a random base and {len(names)} adapters built in {time.monotonic() - began:.1f} s")
+    build_deployment(work, "full", names, LONGEST)
+    build_deployment(work, "bare", [], LONGEST)
     return names
 
 
-async def _ask_all(run: Run, plan: Plan, bare: str, full: str, names: Sequence[str]) -> None:
-    from loramux_bench.drive import LoadPlan, drive
-    from loramux_bench.figures import report
-    from loramux_bench.workload import Workload, words_for
-
+async def _ask_ours(
+    run: Run, plan: Plan, bare: str, full: str, names: list[str], bases: dict[int, float]
+) -> None:
     async with AsyncClient(inference=bare) as alone, AsyncClient(inference=full) as many:
-        words = await words_for(alone, "base", plan.prompt_tokens)
-        seeds = itertools.count()  # no prompt is met twice
-        options: Any = {"max_tokens": plan.new_tokens, "ignore_eos": True}
-        warm = LoadPlan(max(plan.concurrencies), requests=max(plan.concurrencies), options=options)
-        loads = [(alone, 0, 0), *((many, len(names), active) for active in plan.actives)]
-        for client, _, active in loads:
-            await drive(client, Workload(_models(names, active), next(seeds), words), warm)
-        base: dict[int, float] = {}
-        for concurrency in plan.concurrencies:
-            sent = LoadPlan(concurrency, duration_s=plan.duration_s, options=options)
-            for client, loaded, active in loads:
-                if run.left_s <= 0:
-                    run.note(f"out of time before concurrency {concurrency}, {active} adapters")
-                    return
-                workload = Workload(_models(names, active), next(seeds), words)
-                done = await drive(client, workload, sent)
-                figures = report(done.outcomes, workload.models).all
-                base.setdefault(concurrency, figures.tokens_per_s)
-                point = {"loaded": loaded, "active": active, "concurrency": concurrency}
-                busy = done.load is not None and done.load.is_bottleneck
-                _put(run, point, figures, base[concurrency], busy=busy)
+        loads = [("loramux", over_grpc(alone), 0, ["base"])]
+        loads += [
+            ("loramux", over_grpc(many), len(names), names[:active] or ["base"]) for active in plan.actives
+        ]
+        await _ask_all(run, plan, loads, bases)
 
 
-def _models(names: Sequence[str], active: int) -> Sequence[str]:
-    return names[:active] or ["base"]
+async def _ask_peer(
+    run: Run, plan: Plan, peer: str, url: str, names: list[str], bases: dict[int, float]
+) -> None:
+    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=256)) as web:
+        ask = over_http(web, url)
+        loads = [(peer, ask, len(names), names[:active] or ["base"]) for active in plan.actives]
+        await _ask_all(run, plan, loads, bases)
 
 
-def _put(run: Run, point: Mapping[str, int | str], done: Figures, base: float, *, busy: bool) -> None:
+async def _ask_all(
+    run: Run, plan: Plan, loads: Sequence[tuple[str, Ask, int, list[str]]], bases: dict[int, float]
+) -> None:
+    """Ask each in turn; rates are parts of that of our replica without adapters, which is the first."""
     hidden = math.nan if run.device.rehearses else 1.0
-    first = done.first_token_s
-    run.add(
-        point,
-        {
-            "requests": done.requests,
-            "failed": sum(each.count for each in done.errors.values()),
-            "tokens/s": done.tokens_per_s * hidden,
-            OF_BASE: done.tokens_per_s / base * hidden if base else None,
-            "ttft p50 ms": None if first.p50 is None else first.p50 * 1e3 * hidden,
-            "ttft p99 ms": None if first.p99 is None else first.p99 * 1e3 * hidden,
-            "client": "rehearsal" if run.device.rehearses else "busy" if busy else "idle",
-        },
-    )
-    for reason, failures in done.errors.items():
-        run.note(f"{failures.count} requests failed with {reason}: {failures.message}")
+    for _, ask, _, models in loads:
+        await run_of(ask, models)(max(plan.concurrencies), max(plan.concurrencies), 999)  # warm up
+    for seed, concurrency in enumerate(plan.concurrencies):
+        for server, ask, loaded, models in loads:
+            if run.left_s <= 0:
+                run.note(f"out of time before {server}, concurrency {concurrency}, {models}")
+                return
+            found = await run_of(ask, models)(concurrency, ROUNDS * concurrency, seed)
+            base = bases.setdefault(concurrency, found.tokens_per_s)
+            active = 0 if models == ["base"] else len(models)
+            figures = {"tokens/s": found.tokens_per_s, "ttft p50 ms": found.first_token_s * 1e3}
+            if server == "loramux":
+                figures[OF_BASE] = found.tokens_per_s / base
+            else:
+                figures["of loramux's base"] = found.tokens_per_s / base
+            point: dict[str, int | str] = {
+                "server": server,
+                "loaded": loaded,
+                "active": active,
+                "concurrency": concurrency,
+            }
+            run.add(point, {name: value * hidden for name, value in figures.items()})
+
+
+def peers(work: Path, names: Sequence[str]) -> Mapping[str, list[str]]:
+    """Return the commands of the peers that are installed, without their addresses."""
+    paths = [f"{name}={work / 'adapters' / name}" for name in names]
+    share, most = str(PEER_SHARE), str(len(names))
+    same = ["--served-model-name", "base", "--enable-lora"]
+    commands = {
+        "vllm": [
+            *("vllm.entrypoints.openai.api_server", "--model", str(work / "base"), *same),
+            *("--max-model-len", str(LONGEST), "--gpu-memory-utilization", share),
+            *("--max-loras", most, "--max-lora-rank", str(RANK), "--lora-modules", *paths),
+        ],
+        "sglang": [
+            *("sglang.launch_server", "--model-path", str(work / "base"), *same),
+            *("--context-length", str(LONGEST), "--mem-fraction-static", share),
+            *("--max-loras-per-batch", most, "--lora-paths", *paths),
+        ],
+    }
+    return {name: command for name, command in commands.items() if importlib.util.find_spec(name)}
+
+
+@contextmanager
+def _serving(run: Run, work: Path, command: list[str]) -> Iterator[str]:
+    """Start a peer; its address, once it answers."""
+    host, _, port = free_address().rpartition(":")
+    log = work / f"{port}.log"
+    with log.open("w") as output:
+        whole = [sys.executable, "-m", *command, "--host", host, "--port", port]
+        process = subprocess.Popen(whole, stdout=output, stderr=output)  # noqa: S603 - installed here
+    try:
+        asyncio.run(_until_ready(run, f"http://{host}:{port}/v1", process))
+        yield f"http://{host}:{port}/v1"
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}: {json.dumps(log.read_text()[-500:])}") from None
+    finally:
+        end_process(process)
+
+
+async def _until_ready(run: Run, url: str, process: subprocess.Popen[bytes]) -> None:
+    async with httpx.AsyncClient() as web:
+        while process.poll() is None and run.left_s > 0:
+            try:
+                if (await web.get(f"{url}/models")).is_success:
+                    return
+            except httpx.TransportError:
+                await asyncio.sleep(1)
+    raise RuntimeError("it did not begin to serve")
