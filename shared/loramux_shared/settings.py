@@ -332,7 +332,7 @@ class InferenceSettings(Settings):
     """GB (10^9 bytes) of bundles in cache_dir; those that were not used for longest leave. 0: none are kept. A
     store in a folder of the same file system is never copied."""
     adapter_host_gb: float = Field(default=8, ge=0, allow_inf_nan=False)
-    """GB (10^9 bytes) of host memory on a GPU machine, locked at the start, for adapters that left the device."""
+    """GB (10^9 bytes) of a GPU machine's memory, locked at the start, for adapters that left the device."""
     adapter_threads: Count = 1
     """Threads that pack and prove adapters beside the steps."""
     follow_interval_s: float = Field(default=5, ge=0, allow_inf_nan=False)
