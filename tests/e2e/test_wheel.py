@@ -55,6 +55,7 @@ def wheel(into: Path) -> Path:
     return Path(path)
 
 
+@pytest.mark.sweep
 def test_a_wheel_has_the_operations_of_every_kind_of_processor(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,22 +109,6 @@ async def test_a_report_names_labels(world: Served) -> None:
     assert named.kinds == nameless.kinds == ("lora", "classifier")
 
 
-async def test_a_refused_adapter_is_an_answer_with_every_violation(world: Served) -> None:
-    """Errors come first, warnings behind them; no rows, no bundle, no fault."""
-    values = tensors(("q_proj", "v_proj"), rank=80)
-    values["base_model.model.model.layers.9.mlp.nothing.lora_A.weight"] = np.zeros((1, 1), np.float32)
-    write_adapter(world.folder / "bad", values, r=80, use_dora=True)
-    (world.folder / "bad" / "optimizer.pt").write_bytes(b"x")
-    report = await world.check("bad")
-    codes = [finding.code for finding in report.findings]
-    assert not report.accepted
-    assert {"E_RANK_MAX", "E_DORA", "E_MODULE"} <= set(codes)
-    assert codes == sorted(codes, key=lambda code: code.startswith("W_"))
-    assert "W_EXTRA_FILES" in codes
-    assert (report.rows, report.bundle_bytes) == ((), 0)
-    assert {finding.adapter for finding in report.findings} == {""}
-
-
 async def test_the_ceilings_of_a_deployment_can_be_asked_for(world: Served) -> None:
     """Rank, modules, storage type, truncation and signers are those of the request."""
     signers = ["sigstore:https://issuer.example.com#release@example.com"]

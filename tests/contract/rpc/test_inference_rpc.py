@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +22,7 @@ from inference_service.core.sequence import Batch
 from inference_service.engine.runner import Pending
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.startup.load import Ready
-from loramux import AsyncClient, Client, FinishReason, PromptLogprobs, faults
+from loramux import AsyncClient, Client, FinishReason, faults
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
@@ -206,23 +205,6 @@ async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore
         await api.until_free()
 
 
-async def test_draining_finishes_open_streams_and_refuses_new_ones(api: RpcApi) -> None:
-    """Draining finishes open streams, and refuses new ones with SHUTTING_DOWN."""
-    engine = api.ready.engine
-    async with served(api.ready) as leaving:
-        await engine.pause()
-        asking = asyncio.create_task(leaving.events(model="rs", sampling=greedy(9)))
-        await until(lambda: engine.stats.waiting, "a request in the queue", lambda: engine.stats)
-        draining = asyncio.create_task(leaving.server.drain(BOUND_S))
-        await asyncio.sleep(0)
-        _, reason, _, _ = await leaving.failure()
-        assert reason == "SHUTTING_DOWN"
-        assert not draining.done()
-        engine.resume()
-        assert (await asking)[-1].HasField("finished")
-        assert await draining
-
-
 async def test_a_drain_that_takes_too_long_cuts_what_is_open(world: tuple[World, MemoryStore]) -> None:
     """A drain that exceeds its time ends open streams with SHUTTING_DOWN and a delay, and frees sequences."""
     async with opened(world) as api:
@@ -273,24 +255,6 @@ async def test_a_failing_step_ends_every_request_and_the_next_one_works(
     events = await api.events(sampling=greedy(3))
     assert events[-1].finished.usage.completion_tokens == 3
     await api.until_free()
-
-
-async def test_long_prompts_are_scored_in_several_messages(api: RpcApi) -> None:
-    """All tokens come with the bytes they stand for, the first without a log probability."""
-    prompt = [3 + (7 * place) % 190 for place in range(1500)]
-    events = [event async for event in api.client.generate("base", prompt, prompt_logprobs=2, max_tokens=0)]
-    completion = await api.client.complete("base", prompt, prompt_logprobs=2, max_tokens=0)
-    assert sum(isinstance(event, PromptLogprobs) for event in events) == 2
-    assert [token.token_id for token in completion.prompt] == prompt
-    assert completion.prompt[0].logprobs is None
-    for token in completion.prompt[1:]:
-        assert math.isfinite(token.logprobs.logprob)
-        assert token.logprobs.token == api.ready.service.text.token_bytes(token.token_id)
-        assert len(token.logprobs.top) == len(token.logprobs.top_tokens) == 2
-        listed = token.token_id in (number for number, _ in token.logprobs.top)
-        assert (token.logprobs.rank <= 2) == listed
-    assert completion.token_ids == ()
-    assert completion.reason is FinishReason.LENGTH
 
 
 async def test_logprobs_come_with_bytes(api: RpcApi) -> None:

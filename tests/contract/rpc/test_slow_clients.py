@@ -16,10 +16,8 @@ import pytest
 from inference_service.http.wire import protocol
 from inference_service.http.wire.protocol import MAX_HEAD_BYTES
 from inference_service.rpc.servicer import SERVICE_NAME
-from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.access.guard import Guard
-from loramux_shared.faults import ClientStalled
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.status import fault_of
 from tests.support.access import keyring
@@ -255,18 +253,6 @@ async def test_a_grpc_client_that_did_not_take_the_first_message_gets_a_status(
     writer.close()
 
 
-@patience("read_s")
-async def test_a_grpc_client_that_stops_reading_learns_why(apis: EndlessApis, clock: Clock) -> None:
-    """The status comes after the messages that the client had not read."""
-    async with AsyncClient(apis.rpc.address) as client:
-        events = client.generate(MODEL, "HI")
-        await anext(events)
-        await given_up(apis, clock)
-        with pytest.raises(ClientStalled):
-            async for _ in events:
-                pass
-
-
 @patience("send_s")
 async def test_a_grpc_request_that_does_not_come_is_refused(apis: EndlessApis, clock: Clock) -> None:
     """A call without a message ends with a named fault."""
@@ -281,13 +267,3 @@ async def test_a_grpc_request_that_does_not_come_is_refused(apis: EndlessApis, c
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await reading
     assert fault_of(caught.value).reason == "CLIENT_STALLED"
-
-
-@pytest.mark.parametrize("sent", [[], [b"\xff\xff"]])
-async def test_a_grpc_call_without_a_request_is_refused(apis: EndlessApis, sent: list[bytes]) -> None:
-    """A call without a message and a call with invalid bytes are invalid requests."""
-    async with grpc.aio.insecure_channel(apis.rpc.address) as channel:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in channel.stream_stream(f"/{SERVICE_NAME}/Generate")(iter(sent)):
-                pass
-    assert fault_of(caught.value).reason == "REQUEST_INVALID"

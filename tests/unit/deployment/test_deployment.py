@@ -6,9 +6,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from pydantic import TypeAdapter
 
-from loramux_shared.bundle.names import OWN_NAME, StoredName
+from loramux_shared.bundle.names import OWN_NAME
 from loramux_shared.deployment import Build, Deployment, Repository, Runtime, SourceKind
 from loramux_shared.deployment_file import (
     IGNORED_KEYS,
@@ -165,13 +164,6 @@ def test_two_ranks_are_refused(tmp_path: Path) -> None:
     assert "16 here and 8 under build" in findings["build.lora_configuration.max_lora_rank"].found
 
 
-@pytest.mark.parametrize("block", ["[1]", "text", "5"])
-def test_an_older_rank_beside_no_mapping(tmp_path: Path, block: str) -> None:
-    """An older rank beside a lora_configuration that is no mapping is refused for the latter."""
-    text = MINIMAL + f"  max_lora_rank: 8\n  lora_configuration: {block}\n"
-    assert set(_findings(tmp_path, text)) == {"build.lora_configuration"}
-
-
 @pytest.mark.parametrize(("text", "where", "near"), cases(__file__, "test_a_misspelt_key"))
 def test_a_misspelt_key(tmp_path: Path, text: str, where: str, near: str) -> None:
     """A misspelt key is named with its place and the nearest known key."""
@@ -248,11 +240,6 @@ def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
     assert (finding.expected, finding.found) == (OWN_NAME, "adapter Law")
     text = "model_name: Law\n" + MINIMAL + "  lora_adapters: {law: {source: HF, repo: a/b}}\n"
     assert _findings(tmp_path, text)["build.lora_adapters.law"].found == "the base Law"
-
-
-def test_names_of_older_stores_are_read() -> None:
-    """A name that was published and is refused now stays served."""
-    assert TypeAdapter(dict[StoredName, int]).validate_python({".a": 1, "-b": 2}) == {".a": 1, "-b": 2}
 
 
 def test_a_file_that_is_hidden_gives_a_name(tmp_path: Path) -> None:
@@ -335,7 +322,7 @@ def test_a_revision_that_yaml_reads_as_a_number_or_date(tmp_path: Path, revision
         ("a: 2024-99-99\n", "is not valid YAML"),
         ("a: !!python/object/apply:os.system [x]\n", "is not valid YAML at line 1"),
         ("a: \x01\n", "is not valid YAML"),
-        ("[" * 100_000, "is not valid YAML"),
+        ("[" * 5_000, "is not valid YAML"),
         ("build: {}\ntrt_llm: {build: {}}\n", "build: set both inside and outside trt_llm"),
     ],
 )

@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, check_adapter
 from builder_service.domain.rules.files import file_findings
 from builder_service.domain.rules.tensors import AdapterLimits
@@ -79,22 +78,6 @@ def test_subfolder_is_suggested():
     assert finding.fix == "The adapter is in 'checkpoint-500': set subfolder, or name that folder."
     (finding,) = file_findings(["adapter_config.json"])
     assert (finding.code, finding.where) == ("E_NO_WEIGHTS", "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("patterns", "name", "expected"),
-    [
-        ({"proj": 2}, "model.layers.0.self_attn.q_proj", 8),
-        ({"q_proj": 2, r"model\.layers\.0\.self_attn\.q_proj": 3}, "model.layers.0.self_attn.q_proj", 2),
-        ({r"^model\.layers\.0\..*": 3}, "model.layers.0.self_attn.q_proj", 3),
-        ({r"layers\.1\.self_attn\.q_proj": 3}, "model.layers.11.self_attn.q_proj", 8),
-        ({"self_attn.q_proj": 5}, "model.layers.4.self_attn.q_proj", 5),
-    ],
-)
-def test_patterns_match_as_in_peft(patterns, name, expected):
-    """The first pattern in the file's order that matches the end of the name decides."""
-    config, _ = AdapterConfig(8, 16.0, rank_pattern=patterns).read([name])
-    assert config.ranks_of(name)[0] == expected
 
 
 Q = f"{ROOT}layers.0.self_attn.q_proj"

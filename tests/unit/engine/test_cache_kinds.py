@@ -299,26 +299,6 @@ def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
     assert _run(engine, manager, list(range(60))).progress.num_cached == 28
 
 
-def test_the_state_that_was_used_longest_ago_makes_room() -> None:
-    """A sequence without a free slot evicts the least recently used snapshot."""
-    states = StateSlots(3, BLOCK, 4)
-    seqs = [Sequence(str(number), [number] * 9, SamplingParams()) for number in range(5)]
-    for seq in seqs[:2]:
-        states.begin(seq, 0, 0)
-        seq.progress.num_computed = seq.progress.stop
-        states.reached(seq)
-        states.keep()
-        states.release(seq)
-    again = Sequence("again", [0] * 9, SamplingParams())
-    states.begin(again, states.longest(again, 2), 2)
-    assert states.copies()[-1] == {again.progress.state_slot: states._snapshots[again.progress.hashes[1]]}
-    states.begin(seqs[2], 0, 0)
-    assert [states.longest(seq, 2) for seq in seqs[:2]] == [2, 0]
-    states.begin(seqs[3], 0, 0)
-    assert states.num_free == 0
-    assert [states.longest(seq, 2) for seq in seqs[:2]] == [0, 0]
-
-
 def test_after_a_failed_step_no_state_is_trusted() -> None:
     """A failed step drops stored and pending states, and all slots come back."""
     engine, _, manager = Base(snapshots=3, spacing=1).engine()

@@ -43,36 +43,24 @@ def test_what_is_not_taken_is_named(fields: dict[str, Any], param: str, code: st
     assert param in error["message"]
 
 
-@pytest.mark.parametrize("body", ["", "{", "[" * 1000, '{"model": "\\ud800"}', '{"n": 1e}'])
-def test_what_is_no_json_is_said_without_a_parameter(body: str) -> None:
-    """A body that cannot be parsed has no parameter to name."""
+@pytest.mark.parametrize(
+    ("body", "param", "found"),
+    [
+        *((body, None, "not JSON") for body in ("", "{", "[" * 1000, '{"model": "\\ud800"}', '{"n": 1e}')),
+        *((body, None, "") for body in ("[]", "3", "null", '"x"')),
+        (json.dumps(CHAT | {"temperature": float("nan")}), "temperature", ""),
+        (json.dumps(CHAT | {"max_token": 1}), "max_token", "Did you mean max_tokens?"),
+        *(
+            (json.dumps({"messages": [USER], "n": "x", "top_p": "y"}), "model", name)
+            for name in ("n:", "top_p")
+        ),
+    ],
+)
+def test_a_body_is_refused_with_its_parameter(body: str, param: str | None, found: str) -> None:
+    """No JSON and no object have no parameter; the message has every finding, the parameter is the first's."""
     error = _error(ChatBody, body)
-    assert error["param"] is None
-    assert "not JSON" in error["message"]
-
-
-@pytest.mark.parametrize("body", ["[]", "3", "null", '"x"'])
-def test_a_body_that_is_no_object_is_refused(body: str) -> None:
-    """JSON that is no object is refused as a whole."""
-    assert _error(ChatBody, body)["param"] is None
-
-
-def test_not_a_number_is_no_number() -> None:
-    """NaN, which Python's JSON writes, is refused."""
-    assert _error(ChatBody, json.dumps(CHAT | {"temperature": float("nan")}))["param"] == "temperature"
-
-
-def test_the_nearest_parameter_is_named() -> None:
-    """A slip of the pen is corrected."""
-    error = _error(ChatBody, json.dumps(CHAT | {"max_token": 1}))
-    assert "Did you mean max_tokens?" in error["message"]
-
-
-def test_all_that_is_wrong_is_told_at_once() -> None:
-    """The message holds every finding, the parameter is that of the first."""
-    error = _error(ChatBody, json.dumps({"messages": [USER], "n": "x", "top_p": "y"}))
-    assert error["param"] == "model"
-    assert all(name in error["message"] for name in ("model", "n:", "top_p"))
+    assert error["param"] == param
+    assert found in error["message"]
 
 
 def test_null_is_not_set() -> None:
@@ -111,18 +99,26 @@ def test_prompts_come_in_many_shapes(provided: Any, prompts: tuple[Any, ...]) ->
     assert CompletionBody.model_validate_json(json.dumps({"model": "m", "prompt": provided})).prompt == prompts
 
 
-@pytest.mark.parametrize(
-    "provided", [[], [[]], 3, None, {"a": 1}, [True], [1.5], [[1], 2], ["a"] * (MAX_PROMPTS + 1)]
+WRONG_PROMPTS: tuple[Any, ...] = (
+    [],
+    [[]],
+    3,
+    None,
+    {"a": 1},
+    [True],
+    [1.5],
+    [[1], 2],
+    ["a"] * (MAX_PROMPTS + 1),
 )
-def test_prompts_that_are_none_are_refused(provided: Any) -> None:
-    """Anything else is refused by name."""
-    assert _error(CompletionBody, json.dumps({"model": "m", "prompt": provided}))["param"] == "prompt"
 
 
-def test_a_suffix_is_refused() -> None:
-    """Filling in the middle is not served, and ignoring the suffix would be a lie."""
-    error = _error(CompletionBody, json.dumps({"model": "m", "prompt": "a", "suffix": "b"}))
-    assert (error["param"], error["code"]) == ("suffix", UNSUPPORTED)
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [*(({"prompt": each}, "prompt") for each in WRONG_PROMPTS), ({"suffix": "b"}, "suffix")],
+)
+def test_what_is_no_prompt_is_refused(fields: dict[str, Any], param: str) -> None:
+    """Other prompts are refused by name, and so is filling in the middle, which is not served."""
+    assert _error(CompletionBody, json.dumps({"model": "m", "prompt": "a"} | fields))["param"] == param
 
 
 @pytest.mark.parametrize(

@@ -131,23 +131,6 @@ def world(tmp_path: Path) -> World:
     return made
 
 
-def test_a_build_with_one_change_does_the_work_of_one(tmp_path: Path) -> None:
-    """The files of the one new adapter among a hundred are fetched, and its bundle alone is written or read."""
-    many, one = World(tmp_path / "many", MANY), World(tmp_path / "one", 1)
-    many.build(many.deployment())
-    one.build(one.deployment())
-    first = one.store.written
-    write_adapter(many.folder / "new", tensors(seed=1000))
-    reported = many.build(many.deployment(also=["new"]))
-    assert set(many.source.fetched) == {"new", "base"}
-    assert many.store.written == pytest.approx(
-        first, rel=0.01
-    )  # a manifest names the files, whose hashes differ
-    assert many.store.read == 0
-    assert many.store.looks == MANY
-    assert [name for name, adapter in reported.items() if not adapter.kept] == ["new"]
-
-
 def test_an_update_does_not_even_list_the_others(tmp_path: Path) -> None:
     """An update neither lists, fetches nor looks up the other adapters and the base."""
     many = World(tmp_path, MANY)

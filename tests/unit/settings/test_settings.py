@@ -111,38 +111,17 @@ def test_addresses(address: str) -> None:
     assert load_settings(BuilderSettings, grpc=address).grpc == address
 
 
-def test_a_bad_flag_is_named_as_a_flag() -> None:
-    """A value from a flag is refused under the flag's name."""
-    message = _refusal(InferenceSettings, deployment="demo", max_batch_seqs=0)
-    assert message == "--max-batch-seqs=0: expected greater than or equal to 1"
-
-
-def test_a_missing_value() -> None:
-    """A missing value of the one setting without a default is an error with its name."""
-    assert _refusal(InferenceSettings).startswith("LORAMUX_DEPLOYMENT is not set")
-
-
-def test_an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A misspelt variable stops the start and is answered with the nearest name."""
-    monkeypatch.setenv("LORAMUX_STOER", "file:///x")
-    assert _refusal(BuilderSettings) == "LORAMUX_STOER: unknown setting, did you mean LORAMUX_STORE?"
-
-
-def test_the_other_service_may_share_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable of the other service is no mistake: both may read one file of variables."""
-    monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")
-    monkeypatch.setenv("LORAMUX_MAX_CONCURRENT_BUILDS", "3")
-    assert load_settings(BuilderSettings).max_concurrent_builds == 3
-    assert load_settings(InferenceSettings).deployment == "demo"
-
-
-def test_a_client_may_share_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable of clients is no mistake in a service's environment, and opens nothing there."""
-    for name in ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY"):
-        monkeypatch.setenv(f"LORAMUX_{name}", "x")
+def test_others_may_share_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables of the other service, of clients and of secrets are no mistakes, and open nothing."""
+    shared = {"DEPLOYMENT": "demo", "MAX_CONCURRENT_BUILDS": "3", "SECRET_hf_access_token": "x"}
+    for name, value in (
+        shared | dict.fromkeys(("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY"), "x")
+    ).items():
+        monkeypatch.setenv(f"LORAMUX_{name}", value)
     settings = load_settings(BuilderSettings)
-    assert (settings.keys_file, settings.tls_client_ca) == (None, None)
+    assert (settings.max_concurrent_builds, settings.keys_file, settings.tls_client_ca) == (3, None, None)
     assert settings.api_keys.get_secret_value() == ""
+    assert load_settings(InferenceSettings).deployment == "demo"
 
 
 def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,17 +130,32 @@ def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pasted" not in repr(load_settings(BuilderSettings))
 
 
-def test_secrets_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A secret in the environment is no setting."""
-    monkeypatch.setenv("LORAMUX_SECRET_hf_access_token", "x")
-    assert load_settings(BuilderSettings).max_concurrent_builds == 2
-
-
-def test_an_address_with_credentials_is_masked() -> None:
-    """Credentials in a refused address are not repeated."""
-    message = _refusal(BuilderSettings, grpc="http://user:s3cret@host:1")
-    assert "s3cret" not in message
-    assert message.startswith("--grpc=http://***@host:1: expected HOST:PORT")
+@pytest.mark.parametrize(
+    ("kind", "variables", "flags", "message"),
+    [
+        (
+            InferenceSettings,
+            {},
+            {"deployment": "d", "threads": 0},
+            "--threads=0: expected greater than or equal to 1",
+        ),
+        (InferenceSettings, {}, {}, "LORAMUX_DEPLOYMENT is not set"),
+        (BuilderSettings, {"STOER": "x"}, {}, "LORAMUX_STOER: unknown setting, did you mean LORAMUX_STORE?"),
+        (
+            BuilderSettings,
+            {},
+            {"grpc": "http://u:s3cret@host:1"},
+            "--grpc=http://***@host:1: expected HOST:PORT",
+        ),
+    ],
+)
+def test_a_refusal_has_its_name(kind, variables, flags, message, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad flag is named as one, a misspelt variable with the nearest name; no credentials are repeated."""
+    for name, value in variables.items():
+        monkeypatch.setenv(f"LORAMUX_{name}", value)
+    refusal = _refusal(kind, **flags)
+    assert refusal.startswith(message)
+    assert "s3cret" not in refusal
 
 
 def test_kubernetes_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
