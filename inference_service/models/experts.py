@@ -16,11 +16,8 @@ from inference_service.models.reader import LayerReader
 from loramux_shared.bases.groups import EXPERTS_DOWN, EXPERTS_GATE_UP, GroupShape, name_of_all
 from loramux_shared.bases.layers import ExpertsLayer
 
-LEAVES: Final = {
-    EXPERTS_GATE_UP: ("gate_up_proj", "gate_proj", "up_proj"),
-    EXPERTS_DOWN: ("down_proj", "down_proj"),
-}
-"""Names of the tensors of all experts together, and of each."""
+OF_ALL: Final = {EXPERTS_GATE_UP: "gate_up_proj", EXPERTS_DOWN: "down_proj"}
+"""Names of the tensors of all experts together."""
 
 
 class Experts:
@@ -108,7 +105,7 @@ def _grouped(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
     rounded = reader.reader.rounded
     biases: Iterable[Tensor | None] = [None] * len(shapes)
     if spec.bias:
-        name = f"{reader.config.names.experts}.{LEAVES[group][0]}_bias"
+        name = f"{reader.config.names.experts}.{OF_ALL[group]}_bias"
         outs = shapes[0].out_features
         of_all = reader.get(name, (len(shapes), sum(outs)))
         biases = [_in_order(bias, len(outs) if spec.in_turns else 1) for bias in of_all]
@@ -124,7 +121,8 @@ def _grouped(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
 def _weights(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], group: str) -> Iterable[Tensor]:
     """Return the weight [out, in] of each expert's group, from one tensor of all or from those of each."""
     name, outs, inside = reader.config.names.experts, shapes[0].out_features, shapes[0].in_features
-    of_all, *leaves = LEAVES[group]
+    of_all = OF_ALL[group]
+    leaves = reader.config.names.expert[:2] if group == EXPERTS_GATE_UP else reader.config.names.expert[2:]
     every: Iterable[Tensor]
     if spec.in_turns:
         columns = reader.get(f"{name}.{of_all}", (len(shapes), inside, sum(outs)))

@@ -20,21 +20,26 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4Config,
     Gemma4TextConfig,
+    GemmaConfig,
     GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
     Mistral3Config,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen2VLConfig,
     Qwen3_5Config,
     Qwen3_5MoeTextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLConfig,
     SmolLM3Config,
 )
 
@@ -184,6 +189,11 @@ QWEN_DELTA = {
         "mrope_section": [2, 1, 1],
     },
 }
+MROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    "pad_token_id": 0,
+}
+QWEN_VISION = {"depth": 1, "embed_dim": 16, "hidden_size": 48, "mlp_ratio": 1, "num_heads": 2}
 DELTA_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 48}
 
 
@@ -246,6 +256,34 @@ CASES = {
     ),
     "mistral": Case(MistralConfig(**SIZES, sliding_window=WINDOW), ADAPTERS),
     "mistral-full": Case(MistralConfig(**SIZES, sliding_window=None, head_dim=16), ALL),
+    "mixtral": Case(
+        MixtralConfig(
+            **SIZES | {"intermediate_size": 20},
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=WINDOW,
+        ),
+        MOE_ADAPTERS,
+    ),
+    "qwen2-vl": Case(Qwen2VLConfig(text_config=SIZES | MROPE, vision_config=QWEN_VISION), OF_TEXT),
+    "qwen2.5-vl": Case(
+        Qwen2_5_VLConfig(
+            text_config=SIZES
+            | MROPE
+            | {"num_hidden_layers": 3, "use_sliding_window": True, "max_window_layers": 1}
+            | {"sliding_window": WINDOW},
+            vision_config=DELTA_VISION | {"fullatt_block_indexes": [0]},
+            tie_word_embeddings=True,
+        ),
+        OF_TEXT,
+    ),
+    "qwen3-vl": Case(
+        Qwen3VLConfig(
+            text_config=SIZES | MROPE | {"head_dim": 16, "attention_bias": True},
+            vision_config=DELTA_VISION | {"deepstack_visual_indexes": [0]},
+        ),
+        OF_TEXT,
+    ),
     "qwen2": Case(Qwen2Config(**SIZES), ADAPTERS),
     "qwen2-windows": Case(
         Qwen2Config(
@@ -268,6 +306,9 @@ CASES = {
             sliding_window=WINDOW,
         ),
         ALL,
+    ),
+    "gemma": Case(
+        GemmaConfig(**SIZES | {"head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 1}), ADAPTERS
     ),
     "gemma2": Case(
         Gemma2Config(

@@ -82,8 +82,10 @@ class TensorNames:
     router: str = "mlp.gate"
     """Name of the router of a mixture of experts."""
     experts: str = "mlp.experts"
-    """Before the number of an expert and its ``gate_proj``, ``up_proj`` and ``down_proj``; or before
-    ``gate_up_proj`` and ``down_proj`` of all experts in one, which have no ``.weight``."""
+    """Before the number of an expert and its linears; or before ``gate_up_proj`` and ``down_proj`` of all
+    experts in one, which have no ``.weight``."""
+    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """The linears of an expert: gate, up and down."""
     shared_expert: str = "mlp.shared_expert"
     """The one that all rows have; the name of its gate ends in ``_gate``."""
     beside: BesideNames = BesideNames()

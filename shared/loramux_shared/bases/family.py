@@ -30,6 +30,10 @@ class Architecture:
     """The ``model_type`` by which transformers chooses the config's class."""
     nested: bool = False
     """True for a model of more than text, whose decoder is described in ``text_config``."""
+    flat: bool = False
+    """True where the decoder's fields may stand outside of ``text_config`` too, and a head is tied only if the
+    config says so in either place.
+    """
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "Cohere": {"architectures": ["CohereForCausalLM"], "model_type": "cohere", "logit_scale": 0.0625},
     "GLM": {"architectures": ["GlmForCausalLM"], "model_type": "glm"},
     "OLMo": {"architectures": ["OlmoForCausalLM"], "model_type": "olmo"},
-    "Mixtral": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8},
+    "DBRX": {"architectures": ["DbrxForCausalLM"], "model_type": "dbrx", "num_local_experts": 8},
     "three bits": {"quantization_config": {"quant_method": "gptq", "bits": 3}},
     "contradiction": {"model_type": "mistral"},
     "activation": {"hidden_act": "relu"},

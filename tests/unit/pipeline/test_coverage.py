@@ -111,3 +111,12 @@ def test_the_nearest_known_form_of_a_key(key):
     assert isinstance(parse_key(near), LoraKey)
     assert ".3." in near
     assert nearest_key("something.else") == ""
+
+
+@pytest.mark.parametrize(("linear", "path"), [("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")])
+def test_linears_of_mixtrals_experts_have_their_place(linear: str, path: str) -> None:
+    """Adapters of transformers 4 name them as the checkpoint does."""
+    name = f"base_model.model.model.layers.1.block_sparse_moe.experts.3.{linear}.lora_A.weight"
+    key = parse_key(name, experts=True)
+    assert isinstance(key, LoraKey)
+    assert (key.layer, key.expert, key.path, key.side) == (1, 3, f"mlp.experts.{path}", "A")

@@ -1,7 +1,8 @@
 """Gemma 2: norms before and after each block, GeGLU, soft caps, every other layer slides.
 
-Gemma 3, text: as Gemma 2, with a norm of every head instead of caps, and another rope where layers slide. Of a
-checkpoint with images (``Gemma3ForConditionalGeneration``) the text decoder is served.
+Gemma: norms before each block alone, no caps and no windows. Gemma 3, text: as Gemma 2, with a norm of every
+head instead of caps, and another rope where layers slide. Of a checkpoint with images
+(``Gemma3ForConditionalGeneration``) the text decoder is served.
 """
 
 from __future__ import annotations
@@ -39,14 +40,17 @@ def gemma_like(
 ) -> ModelConfig:
     """Return what Gemma 2 and 3 have in common."""
     config.require("hidden_activation", "gelu_pytorch_tanh")
+    model = _gemma(config, max_positions, sizes, rope)
+    scale = config.positive("query_pre_attn_scalar", 256.0) ** -0.5
+    return replace(model, layers=tuple(layer.attending(scale=scale) for layer in model.layers), names=NAMES)
+
+
+def _gemma(config: HfConfig, max_positions: int, sizes: Mapping[str, int], rope: ReadRope) -> ModelConfig:
     config.require("use_bidirectional_attention", False)
     model = llama_like(config, max_positions=max_positions, tied=True, sizes=sizes, rope=rope)
     bias = config.flag("attention_bias", default=False)
-    scale = config.positive("query_pre_attn_scalar", 256.0) ** -0.5
     return replace(
         model,
-        layers=tuple(layer.attending(scale=scale) for layer in model.layers),
-        names=NAMES,
         norm_offset=1.0,
         qkv_bias=bias,
         o_bias=bias,
@@ -67,6 +71,24 @@ def _read(config: HfConfig) -> ModelConfig:
     )
 
 
+def _read_1(config: HfConfig) -> ModelConfig:
+    config.require("hidden_act", "gelu_pytorch_tanh", "gelu")  # "gelu" of the first releases meant the same
+    config.require("hidden_activation", None, "gelu_pytorch_tanh")
+    sizes = {
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+    }
+    more = {"num_key_value_heads": 16, "head_dim": 256, "vocab_size": 256000}
+    return _gemma(config, 8192, sizes | more, read_rope)
+
+
+FAMILY_1 = Family(
+    (Architecture("GemmaForCausalLM", "gemma"),),
+    _read_1,
+    models="Gemma, CodeGemma",
+)
 FAMILY = Family(
     (Architecture("Gemma2ForCausalLM", "gemma2"),),
     _read,

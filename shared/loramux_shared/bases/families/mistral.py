@@ -1,14 +1,16 @@
-"""Mistral, Ministral 3, and Mistral 3: models with images, of which the text decoder is served."""
+"""Mistral, Mixtral, Ministral 3, and Mistral 3: models with images, of which the text decoder is served."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
-from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.family import Architecture, Family, llama_like, windowed
+from loramux_shared.bases.config import ModelConfig, TensorNames
+from loramux_shared.bases.families.qwen2 import read_experts
+from loramux_shared.bases.family import EXPERTS, Architecture, Family, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope import QueryScaling, original_positions, rope_block, with_rope
+from loramux_shared.bases.rope import QueryScaling, original_positions, read_rope, rope_block, with_rope
 
 
 def _read(config: HfConfig) -> ModelConfig:
@@ -23,6 +25,37 @@ MISTRAL = Family(
     (Architecture("MistralForCausalLM", "mistral"),),
     _read,
     models="Mistral 7B, Nemo",
+)
+
+
+MIXTRAL_NAMES: Final = TensorNames(
+    router="block_sparse_moe.gate", experts="block_sparse_moe.experts", expert=("w1", "w3", "w2")
+)
+
+
+def _read_mixtral(config: HfConfig) -> ModelConfig:
+    config.require("hidden_act", "silu")
+    config.require("layer_types", None)
+    rope = partial(read_rope, default_theta=1_000_000.0)
+    sizes = {"num_key_value_heads": 8, "intermediate_size": 14336}
+    model = llama_like(config, max_positions=131072, sizes=sizes, rope=rope)
+    experts = read_experts(config, renormalised=True, num=8, top_k=2)
+    experts = replace(experts, intermediate=model.dims.intermediate)
+    window = config.integer_or_none("sliding_window", None)
+    layers = tuple(replace(layer, mlp=experts) for layer in model.layers)
+    return replace(
+        model,
+        layers=windowed(layers, config, window, lambda _: True),
+        names=MIXTRAL_NAMES,
+        norm_eps=config.number("rms_norm_eps", 1e-5),
+    )
+
+
+MIXTRAL = Family(
+    (Architecture("MixtralForCausalLM", "mixtral"),),
+    _read_mixtral,
+    models="Mixtral 8x7B, 8x22B",
+    describes=EXPERTS,
 )
 
 

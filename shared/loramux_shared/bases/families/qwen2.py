@@ -21,11 +21,11 @@ def _read(config: HfConfig) -> ModelConfig:
     return replace(model, layers=qwen_windows(model, config), qkv_bias=True)
 
 
-def qwen_windows(model: ModelConfig, config: HfConfig) -> tuple[LayerSpec, ...]:
-    """Return the layers with their windows, which Qwen 3 has too."""
+def qwen_windows(model: ModelConfig, config: HfConfig, first: int = 28) -> tuple[LayerSpec, ...]:
+    """Return the layers with their windows, which Qwen 3 has too; first is the default of the first one."""
     if not config.flag("use_sliding_window", default=False):
         return model.layers
-    first = config.integer("max_window_layers", 28)
+    first = config.integer("max_window_layers", first)
     window = config.integer_or_none("sliding_window", 4096)
     return windowed(model.layers, config, window, lambda index: index >= first)
 
