@@ -73,8 +73,8 @@ def _decoder(fields: Mapping[str, Any], *, flat: bool) -> dict[str, Any]:
     """Return the fields of the decoder of a model of more than text, as transformers takes them.
 
     They stand in ``text_config``, or, of a flat one without it, outside. Whether the head is tied stands
-    outside alone, and means true where it is not said, except for a flat one; the type of the weights and the end of
-    sequences are looked for outside first.
+    outside alone, and means true where it is not said, except for a flat one; the type of the weights and the
+    end of sequences are looked for outside first.
     """
     text = fields.get("text_config")
     if text is not None and not isinstance(text, dict):
