@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
+
+import numpy as np
 
 from builder_service.domain.safetensors_header import TensorFile
 from loramux_shared.bundle.npy import Array
@@ -38,6 +40,19 @@ class TensorRecipe(Protocol):
             NotMade: they do not say what it is.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix that is made of others."""
+
+    sources: tuple[str, ...]
+    make: Callable[..., Array]
+
+    def of(self, *wholes: Array) -> Array:
+        """Return it, in float32."""
+        with np.errstate(over="ignore", invalid="ignore"):  # later checks report values that are not finite
+            return np.ascontiguousarray(self.make(*(whole.astype(np.float32) for whole in wholes)))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from builder_service.domain.derived import Derived
-from builder_service.domain.expansion import Product
+from builder_service.domain.derived import Derived, Product
 from builder_service.domain.rules.values import Part
 from builder_service.domain.safetensors_header import Tensor, TensorFile
 from builder_service.domain.vectors import AdapterVectors, VectorRow

@@ -13,6 +13,7 @@ import pytest
 
 from builder_service.domain.rules.adapter import check_adapter
 from loramux_shared.codes import CODES
+from loramux_shared.extensions import PARTS, find_extensions
 from tests.fuzz.mutate import TEXTS, bounded, json_text, mutated_json
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT
 from tests.support.adapters import write_adapter
@@ -89,6 +90,7 @@ def odd_kind(rng: Random) -> tuple[str, dict[str, tuple[int, ...]]]:
     return kind, parts
 
 
+@pytest.mark.skipif("kinds" not in find_extensions(PARTS), reason="an extension reads them")
 def test_odd_shapes_of_other_kinds_are_taken_or_refused_by_name(tmp_path):
     """Any combination of shapes gives a named finding, or rows of the base's own sizes."""
     accepted = 0

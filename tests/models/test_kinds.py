@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from inference_service.adapters.changing import StoredBundles
@@ -18,9 +19,10 @@ from inference_service.adapters.names import ScaledAdapter
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.extensions import PARTS, find_extensions
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.models import test_disguised, test_own_vocabulary
+from tests.models import test_own_vocabulary
 from tests.models.conftest import Counted
 from tests.models.test_merge import ready_of
 from tests.support.ranks import divided
@@ -65,13 +67,14 @@ OWN: dict[str, dict[str, Any]] = {
     | {"bias": "lora_only", "modules_to_save": ["lm_head"], "trainable_token_indices": [3, 60]},
 }
 """Adapters with embeddings or a head; the last one with everything that goes together."""
+SOME: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
 DISGUISED: dict[str, Any] = {
-    "vera": peft.VeraConfig(r=5, **test_disguised.SOME),
-    "loha": peft.LoHaConfig(r=2, alpha=5, **test_disguised.SOME),
     "ia3": peft.IA3Config(
         task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
 }
+if "kinds" in find_extensions(PARTS):
+    DISGUISED |= {"vera": peft.VeraConfig(r=5, **SOME), "loha": peft.LoHaConfig(r=2, alpha=5, **SOME)}
 UNTRAINED = "untrained"
 """IA3, whose scales are all 1."""
 MIXED: dict[str, dict[str, float]] = {
@@ -84,6 +87,18 @@ MODELS = ("base", *KINDS, *MIXED)
 
 APART = ("dora", "lora-bias", "biases", "all-biases", "called", "called-bias", "ia3", *OWN)
 """Those that no mixture has."""
+
+
+def save(base: Path, folder: Path, config: Any, seed: int) -> Path:
+    """Save an adapter that moved away from its initialisation."""
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.save_pretrained(folder)
+    return folder
 
 
 def peft_answers(world: World, requests: Sequence[tuple[str, list[int]]]) -> list[list[int]]:
@@ -120,7 +135,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     for seed, (name, settings) in enumerate(OWN.items()):
         test_own_vocabulary.make(base, root / name, seed, **settings)
     for seed, (name, config) in enumerate(DISGUISED.items()):
-        test_disguised.save(base, root / name, config, seed)
+        save(base, root / name, config, seed)
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), DISGUISED["ia3"]).save_pretrained(
         root / UNTRAINED
     )
@@ -189,9 +204,7 @@ def test_an_adapter_is_called_what_it_is(answers: Answers) -> None:
         "head": ("lora", "head"),
         "tokens": ("lora", "embedding"),
         "everything": ("dora", "embedding", "head"),
-        "vera": ("vera",),
-        "loha": ("loha",),
-        "ia3": ("ia3",),
+        **{name: (name,) for name in DISGUISED},
         UNTRAINED: ("ia3",),
     }
     assert dict(found["everything"].replaced) == {"embedding": 2, "head": VOCAB}

@@ -10,11 +10,9 @@ from typing import Protocol
 
 from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
-from builder_service.domain.dora_tables import with_dora_tables
-from builder_service.domain.expansion import expanded
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
-from builder_service.domain.initial import with_initial
+from builder_service.domain.other_kinds import expanded, with_dora_tables, with_initial
 from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.pairs import Lone, Pair
 from builder_service.domain.planned import PlannedRow, planned_rows, unchanged, unchanged_warning

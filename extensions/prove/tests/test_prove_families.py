@@ -24,11 +24,11 @@ from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.kernels import test_uneven_steps as uneven
-from tests.models.test_disguised import KINDS, make_saved
 from tests.models.test_families import CASES, DENSE
 from tests.proving import proved_here
 from tests.support import lowbit
 from tests.support.tiny import World, make_world, make_world_of, oracle, refusal
+from tests.test_disguised import KINDS, make_saved
 from tests.unit.bases.test_base_weights import other_head, rewrite
 
 PROMPT = [5 + (index * 37) % 180 for index in range(60)]

@@ -20,9 +20,10 @@ from typing import Final
 
 import numpy as np
 
-from builder_service.domain.derived import Derived
+from builder_service.domain.derived import Derived, Product
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.kinds import Kind
+from builder_service.domain.other_kinds import SAVE, Expanded, is_foreign
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import LoraKey, parse_key
 from loramux_shared.bases.config import ModelConfig
@@ -38,23 +39,8 @@ _PARTS: Final[Mapping[Kind, tuple[str, ...]]] = {
 }
 _SHARED: Final = re.compile(r"base_model\.(vera_[AB])(?:\.[^.]+)?")
 """VeRA's projections, which all modules have in common."""
-_MARKS: Final = {".lora_": Kind.LORA, ".ia3_l": Kind.IA3}
-SAVE: Final = "Save the adapter again with PEFT, under the kind that its config says."
 
 Parts = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Product:
-    """A matrix that is made of others."""
-
-    sources: tuple[str, ...]
-    make: Callable[..., Array]
-
-    def of(self, *wholes: Array) -> Array:
-        """Return it, in float32."""
-        with np.errstate(over="ignore", invalid="ignore"):  # later checks report values that are not finite
-            return np.ascontiguousarray(self.make(*(whole.astype(np.float32) for whole in wholes)))
 
 
 @dataclass(frozen=True)
@@ -63,15 +49,6 @@ class Side:
 
     shape: tuple[int, int]
     product: Product
-
-
-@dataclass(frozen=True)
-class Expanded:
-    """A file in the words of LoRA."""
-
-    file: TensorFile
-    idle: tuple[str, ...] = ()
-    """Tensors without elements: of modules that AdaLoRA left no rank."""
 
 
 def expanded(file: TensorFile, kind: Kind, base: ModelConfig, report: Grouping) -> Expanded:
@@ -85,12 +62,7 @@ def expanded(file: TensorFile, kind: Kind, base: ModelConfig, report: Grouping) 
             modules[match[1], match[3]][match[2]] = tensor
         elif kind is Kind.VERA and (match := _SHARED.fullmatch(name)):
             shared[match[1]] = tensor
-        elif any(mark in name and kind is not owner for mark, owner in _MARKS.items()):
-            found = f"keys of another kind than {kind}"
-            report.add(
-                "E_UNKNOWN_KEY", name, expected=f"keys of {kind}", found=found, fix=SAVE, places_listed=10
-            )
-        else:
+        elif not is_foreign(name, kind, report):
             tensors[name] = tensor
     recipes: dict[str, Product] = {}
     idle: list[str] = []

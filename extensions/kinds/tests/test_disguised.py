@@ -9,22 +9,21 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
-import torch
 from peft.utils import constants
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from builder_service.domain.adapter_config import default_targets
 from builder_service.domain.derived import NotMade
-from builder_service.domain.initial import first_columns, leading
 from builder_service.domain.kinds import Kind
+from loramux_kinds.initial import first_columns, leading
 from loramux_shared.bases.families import load_families
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import CASES
+from tests.models.test_kinds import SOME, save
 from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
-SOME: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
 KINDS: dict[str, Any] = {
     "plain": peft.LoraConfig(r=4, lora_alpha=6, **SOME),
     "pissa": peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", alpha_pattern={"v_proj": 3}, **SOME),
@@ -49,18 +48,6 @@ KINDS: dict[str, Any] = {
 }
 PROMPT = [5, 9, 2, 40, 17, 33]
 NEW = 12
-
-
-def save(base: Path, folder: Path, config: Any, seed: int) -> Path:
-    """Save an adapter that moved away from its initialisation."""
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
