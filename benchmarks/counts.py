@@ -32,7 +32,7 @@ from inference_service.backends.triton import TritonLora, TritonOperations
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence
-from inference_service.engine import transfer
+from inference_service.engine import runner
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
 from inference_service.engine.queues import SchedulerLimits
@@ -115,7 +115,7 @@ class Counted:
         rows = lay_out(Batch(tuple(map(Chunk, seqs, lengths))), {})
         eager: list[Launch] = []
         before = self.recorder.replays
-        with _nothing_runs(eager), patch.object(transfer, "to_host", lambda tensor: tensor):
+        with _nothing_runs(eager), patch.object(runner, "to_host", lambda tensor: tensor):
             self.runner._launch(rows)
         replayed = self.recorder.replays > before
         attends = not set(ONCE_PER_LAYER).isdisjoint(names_of(eager))

@@ -12,16 +12,19 @@ from inference_service.chat.demands import ConstraintAt, Demand
 from inference_service.chat.dialect import Dialect, dialect_of
 from inference_service.chat.formats.lark import OfferedTool
 from inference_service.chat.formats.reading import ThinkingMarks
-from inference_service.chat.pieces import (
+from inference_service.chat.request import (
+    ANY_ARGUMENTS,
     AnswerCalls,
     AnswerReader,
     CallArguments,
     CallBegun,
+    ChatRequest,
+    ChatTool,
     Piece,
     TextPiece,
     Thought,
+    naming,
 )
-from inference_service.chat.request import ANY_ARGUMENTS, ChatRequest, ChatTool, naming
 from inference_service.core.constraint import ByEnding
 from inference_service.serving.delivery import Sink
 from inference_service.serving.request import (

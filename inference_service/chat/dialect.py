@@ -23,7 +23,7 @@ from inference_service.chat.formats.reading import (
     nothing,
 )
 from inference_service.chat.formats.tagged import HERMES, QWEN3_CODER
-from inference_service.chat.pieces import AnswerCalls, AnswerReader, Plain
+from inference_service.chat.request import AnswerCalls, AnswerReader, Plain
 from inference_service.serving.request import Message
 from inference_service.serving.service import GenerationService
 from inference_service.text.chat_template import ChatTemplate

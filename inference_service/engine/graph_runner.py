@@ -14,10 +14,9 @@ from inference_service.core.sequence import Batch, Token
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.runner import Blocks, Pending, Rows, Runner, Vectors, lay_out, pool
-from inference_service.engine.shaping import Shaper
+from inference_service.engine.runner import Blocks, Pending, Rows, Runner, Vectors, lay_out, pool, score_prompt
+from inference_service.engine.shaping import Reading, Shaper
 from inference_service.engine.trace import TraceRecorder
-from inference_service.engine.transfer import Reading, score_prompt
 from inference_service.kernels.attention import cut_of
 from inference_service.kernels.delta import delta_tile, gated_delta
 from inference_service.kernels.sampling import sample

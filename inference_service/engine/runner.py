@@ -15,8 +15,7 @@ from torch import Tensor
 from inference_service.backends.base import StepLora
 from inference_service.core.sequence import Batch, Chunk, Sequence, Token, Vector
 from inference_service.engine.lookup import verified
-from inference_service.engine.sampler import sample
-from inference_service.engine.transfer import mark, score_prompt, to_device, to_host
+from inference_service.engine.sampler import SCORED_ROWS, sample, scores, tokens_of
 from inference_service.kernels.attention import Context
 from inference_service.lora.segments import Arrangement, Segment, arrange
 from inference_service.models.blocks import CacheSize
@@ -164,6 +163,56 @@ class StepRunner(Protocol):
     def submit(self, batch: Batch) -> Pending:
         """Begin a step; a token that is in flight comes from the step before."""
         ...
+
+
+def to_device(values: Seq[int], device: torch.device) -> Tensor:
+    """Return numbers as int64 on the device, by pinned memory, which is kept until they are there."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Return a copy in the host's memory; it is complete when the device has done what it was given so far."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def score_prompt(seq: Sequence, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """Begin to score the next N tokens of a prompt, each by the row before it; hidden is [N, hidden size].
+
+    The result waits for the scores and gives them to the sequence.
+    """
+    progress, count = seq.progress, seq.sampling.prompt_logprobs or 0
+    copies: list[list[Tensor]] = []
+    for start in range(0, len(hidden), SCORED_ROWS):
+        rows, first = hidden[start : start + SCORED_ROWS], progress.num_scored
+        progress.num_scored += len(rows)
+        ids = to_device(progress.tokens[first : progress.num_scored], hidden.device)
+        copies.append([to_host(part) for part in scores(head(rows), ids, count)])
+    if not copies:
+        return lambda: None
+    done = mark(copies[-1][0], hidden.device)
+
+    def keep() -> None:
+        done()
+        for parts in copies:
+            progress.prompt_scores += tokens_of(parts)
+
+    return keep
+
+
+def mark(copy: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """Return what waits until the device has done what it was given up to now, and returns the copy."""
+    if device.type != "cuda":
+        return lambda: copy
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    event.record()
+
+    def wait() -> Tensor:
+        event.synchronize()
+        return copy
+
+    return wait
 
 
 Vectors: TypeAlias = list[tuple[Sequence, Vector]]

@@ -20,8 +20,8 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
 from inference_service.kernels.sampling import Drawn, RowParams, draw_rows
 
-# Rows whose logits [PIECE, vocab] are held in float32 at once: 39 MB for 152 thousand tokens.
-PIECE = 64
+SCORED_ROWS = 64
+"""Rows whose logits [SCORED_ROWS, vocab] are held in float32 at once: 39 MB for 152 thousand tokens."""
 
 
 def report(logits: Tensor, tokens: Seq[int], count: int) -> list[Token]:

@@ -1,4 +1,6 @@
-"""The changes of requests to their logits, as data for the device; `sampler.shape` is the reference.
+"""The changes of requests to their logits, as data for the device, and the way of drawn tokens to the host.
+
+`sampler.shape` is the reference.
 
 A sequence that shapes its logits has a place in the state on the device, which counts its tokens as they are
 drawn: so its next draw need not wait until the last token is known here.
@@ -6,7 +8,7 @@ drawn: so its next draw need not wait until the last token is known here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -15,9 +17,18 @@ import torch
 from torch import Tensor
 
 from inference_service.core.constraint import packed, unpacked
-from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Sequence
-from inference_service.engine.sampler import row_params, shapes
+from inference_service.core.sampling import LogprobsMode, SamplingParams
+from inference_service.core.sequence import Sequence, Token
+from inference_service.engine.runner import mark, to_device, to_host
+from inference_service.engine.sampler import (
+    SCORED_ROWS,
+    marked,
+    processed,
+    row_params,
+    scores,
+    shapes,
+    tokens_of,
+)
 from inference_service.kernels.sampling import (
     ShapedRow,
     ShapingState,
@@ -191,3 +202,85 @@ def _shaped(row: Shaped) -> ShapedRow:
         np.concatenate(edits),
         place.stops if row.generated < params.min_tokens else NOTHING,
     )
+
+
+class Reading:
+    """The tokens of a step on their way to the host: ids [>= N], drawn from logits [N, vocab] for N sequences.
+
+    Of a sequence with a draft there are several rows, and ahead says how many of its tokens stand before each.
+    Where a request shapes its logits, its token is drawn here, behind the step. A grammar must have seen the
+    tokens before, so where one of them is in flight, that draw and all copies are put off to ``finish``; until
+    then logits and ids must stay as they are.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        seqs: Seq[Sequence],
+        shaper: Shaper,
+        ahead: Seq[int] | None = None,
+    ) -> None:
+        self._logits, self._ids, self._seqs, self._shaper = logits, ids, seqs, shaper
+        rows = shaper.rows(seqs, ahead)
+        self._shaped = bool(rows)
+        now: list[Shaped] = []
+        self._late: list[Shaped] = []
+        for row in rows:
+            (self._late if row.seq.grammar is not None and row.seq.progress.in_flight else now).append(row)
+        self._made = shaper.draw(logits, ids, now)
+        """Source of the log probabilities of rows whose logits are shaped."""
+        self._copies = None if self._late else self._copy()
+
+    @torch.inference_mode()
+    def finish(self) -> Callable[[], list[Token]]:
+        """Draw what was put off; the tokens before are known now. The result waits for those of this step."""
+        if self._copies is None:
+            self._made |= self._shaper.draw(self._logits, self._ids, self._late)
+            self._copies = self._copy()
+        return self._copies
+
+    def wait(self) -> list[Token]:
+        """Wait for the tokens."""
+        return self.finish()()
+
+    def _copy(self) -> Callable[[], list[Token]]:
+        """Begin to copy tokens and scores; the result waits for them."""
+        logits, ids, num = self._logits, self._ids, len(self._seqs)
+        groups: dict[tuple[int, LogprobsMode], list[int]] = {}
+        for row, seq in enumerate(self._seqs):
+            if seq.sampling.logprobs is not None:
+                groups.setdefault((seq.sampling.logprobs, seq.sampling.logprobs_mode), []).append(row)
+        drawn, tops = to_host(ids[:num]), to_host(logits[:num].amax(dim=-1))
+        impossible = to_host(self._shaper.state.impossible[:num]) if self._shaped else None
+        scored = []
+        for (count, mode), rows in groups.items():
+            size = len(rows) if mode == "raw" else SCORED_ROWS
+            for first in range(0, len(rows), size):
+                some = rows[first : first + size]
+                index = to_device(some, ids.device)
+                own, drawn_ids = logits.index_select(0, index), ids.index_select(0, index)
+                if mode == "processed":
+                    own = self._processed(own, drawn_ids, some)
+                scored.append((some, [to_host(part) for part in scores(own, drawn_ids, count)]))
+        self._made.clear()
+        done = mark(drawn, ids.device)
+
+        def wait() -> list[Token]:
+            tokens = [Token(token) for token in done().tolist()]
+            for rows, parts in scored:
+                for row, token in zip(rows, tokens_of(parts), strict=True):
+                    tokens[row] = token
+            for row in () if impossible is None else impossible.nonzero().flatten().tolist():
+                tokens[row] = tokens[row]._replace(impossible=True)
+            return marked(tokens, tops.tolist())
+
+        return wait
+
+    def _processed(self, logits: Tensor, ids: Tensor, rows: Seq[int]) -> Tensor:
+        """Return what rows were drawn from; logits are theirs, ids their tokens."""
+        shaped = logits.float()
+        for place, row in enumerate(rows):
+            if row in self._made:
+                shaped[place] = self._made[row]
+        return processed(shaped, ids, [self._seqs[row].sampling for row in rows])

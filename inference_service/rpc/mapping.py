@@ -18,7 +18,7 @@ from inference_service.core.adapter import MOST_PARTS
 from inference_service.core.constraint import Constraint, Kind
 from inference_service.core.sampling import LogprobsMode, Sampling
 from inference_service.core.sequence import EndReason, Token
-from inference_service.serving.prompts import check_ids, check_texts, countable, role_of, thought_of
+from inference_service.serving.bounds import check_ids, check_texts, countable, role_of, thought_of
 from inference_service.serving.request import (
     NO_SAMPLING,
     AnswerDelta,

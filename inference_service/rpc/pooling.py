@@ -11,8 +11,8 @@ import numpy as np
 from inference_service.core.sampling import Sampling
 from inference_service.core.sequence import Vector
 from inference_service.rpc.mapping import adapters_of, optional, texts_of
+from inference_service.serving.bounds import check_ids, countable
 from inference_service.serving.pooling import MAX_INPUTS, PooledPrompt, ScoredPrompt
-from inference_service.serving.prompts import check_ids, countable
 from inference_service.serving.request import (
     ModelReference,
     OutputOptions,

@@ -20,13 +20,12 @@ from inference_service.core.sampling import LogprobsMode
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.serving.answer import Answer
 from inference_service.serving.base_files import BaseFiles
-from inference_service.serving.bounds import check
+from inference_service.serving.bounds import check, countable
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.delivery import Outputs, Sink
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
-from inference_service.serving.prompts import countable
 from inference_service.serving.request import (
     AnswerDelta,
     AnswerFinished,

@@ -15,9 +15,8 @@ import numpy as np
 from inference_service.adapters.served_model import AdapterDefaults
 from inference_service.core.constraint import Constraint, Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
-from inference_service.serving.bounds import check_constraint
+from inference_service.serving.bounds import check_constraint, countable, prompt_too_long
 from inference_service.serving.constraints import Constraints
-from inference_service.serving.prompts import countable, prompt_too_long
 from inference_service.serving.request import Request, TextPair
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, PromptTooLong, RequestInvalid

@@ -16,7 +16,7 @@ import pytest_asyncio
 from inference_service.http.admin.operators import LoadBody
 from inference_service.http.app import ENDPOINTS
 from inference_service.rpc.servicer import SERVICE_NAME
-from inference_service.serving.prompts import MAX_NAMES
+from inference_service.serving.bounds import MAX_NAMES
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES

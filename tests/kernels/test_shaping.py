@@ -15,9 +15,8 @@ from torch import Tensor
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence as EngineSequence, Token
 from inference_service.engine import sampler
-from inference_service.engine.shaping import Shaper
+from inference_service.engine.shaping import Reading, Shaper
 from inference_service.engine.tape import TapeRecorder
-from inference_service.engine.transfer import Reading
 from inference_service.kernels.launch import Launch, intercepted
 from inference_service.kernels.sampling import ShapingTables, pack_shapes, plan_shaped
 from inference_service.kernels.sampling.shaping import PIECE, ShapedRow, ShapingState

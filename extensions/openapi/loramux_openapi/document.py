@@ -24,8 +24,7 @@ from inference_service.http.vectors.embeddings import ClassifyBody, ScoringBody
 from inference_service.http.wire.body import Body, table
 from inference_service.http.wire.errors import AGAIN
 from inference_service.http.wire.reply import EventStream, Reply
-from inference_service.serving.bounds import IDS, LOGPROBS_MODES, NUMBERS, SANE_ID, TEXTS
-from inference_service.serving.prompts import MAX_TOOLS
+from inference_service.serving.bounds import IDS, LOGPROBS_MODES, MAX_TOOLS, NUMBERS, SANE_ID, TEXTS
 from inference_service.serving.service import GenerationService
 from loramux_openapi.parts import (
     DIGEST_HEADERS,

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.serving.prompts import check_ids, countable
+from inference_service.serving.bounds import check_ids, countable
 from inference_service.serving.request import PromptContent, Request
 from loramux_shared.runtime import Pooling
 from loramux_vllm_grpc.calling import call_options, refuse_rank

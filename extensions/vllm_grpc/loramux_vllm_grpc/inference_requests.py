@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.serving.prompts import check_ids, countable
+from inference_service.serving.bounds import check_ids, countable
 from inference_service.serving.request import PromptContent, Request
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_vllm_grpc.calling import call_options

@@ -40,7 +40,7 @@ from inference_service.chat.formats.values import (
     types_of,
     written,
 )
-from inference_service.chat.pieces import AnswerCalls
+from inference_service.chat.request import AnswerCalls
 from loramux_shared.runtime import ToolParser
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling, either, json_of
 from inference_service.chat.formats.reading import AnswerSource, Reader, TemplateMarks, ToolFormat, marks
-from inference_service.chat.pieces import AnswerCalls, Piece, TextPiece, Thought
+from inference_service.chat.request import AnswerCalls, Piece, TextPiece, Thought
 from inference_service.serving.request import Message
 from loramux_shared.runtime import ToolParser
 

@@ -11,7 +11,7 @@ import re
 from typing import Final
 
 from inference_service.chat.formats.reading import AnswerSource, Block, Reader
-from inference_service.chat.pieces import AnswerCalls
+from inference_service.chat.request import AnswerCalls
 
 ARGUMENTS: Final = frozenset({"arguments", "parameters"})
 """Llama says parameters, all others arguments."""

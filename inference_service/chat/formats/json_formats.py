@@ -37,7 +37,7 @@ from inference_service.chat.formats.lark import (
     list_schema,
 )
 from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat
-from inference_service.chat.pieces import AnswerCalls
+from inference_service.chat.request import AnswerCalls
 from inference_service.serving.request import Message
 from loramux_shared.runtime import ToolParser
 

@@ -47,7 +47,7 @@ from inference_service.chat.formats.values import (
     plain,
     written,
 )
-from inference_service.chat.pieces import AnswerCalls
+from inference_service.chat.request import AnswerCalls
 from loramux_shared.runtime import ToolParser
 
 OLMO: Final = "<function_calls>"

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Final, TypeVar
 
 from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling
-from inference_service.chat.pieces import AnswerCalls, Piece, TextPiece, Thought, call_id
+from inference_service.chat.request import AnswerCalls, Piece, TextPiece, Thought, call_id
 from inference_service.serving.request import Message
 from loramux_shared.runtime import ToolParser
 

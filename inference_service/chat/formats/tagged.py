@@ -39,7 +39,7 @@ from inference_service.chat.formats.lark import (
 )
 from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat, marks
 from inference_service.chat.formats.values import arguments, is_open, is_text, texts, typed, written
-from inference_service.chat.pieces import AnswerCalls
+from inference_service.chat.request import AnswerCalls
 from loramux_shared.runtime import ToolParser
 
 BEGIN: Final = "<tool_call>"

@@ -18,8 +18,7 @@ from inference_service.http.openai.mapping import tool_of, turns_of
 from inference_service.http.openai.schema import GOES_ON, OF_MESSAGES, ONE_OF_TWO
 from inference_service.http.wire.body import Body, Examples, Made, read_body
 from inference_service.http.wire.reply import Reply
-from inference_service.serving.bounds import check_turns, refused
-from inference_service.serving.prompts import countable
+from inference_service.serving.bounds import check_turns, countable, refused
 from inference_service.serving.service import GenerationService
 
 

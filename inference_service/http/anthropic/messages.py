@@ -14,8 +14,7 @@ from pydantic_core import from_json
 from starlette.requests import Request as HttpRequest
 
 from inference_service.chat.conversation import AnswerPart, Conversation
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
-from inference_service.chat.request import ChatRequest
+from inference_service.chat.request import CallArguments, CallBegun, ChatRequest, Piece, TextPiece, Thought
 from inference_service.core.sequence import EndReason
 from inference_service.http.anthropic.answers import (
     AnthropicMessage,

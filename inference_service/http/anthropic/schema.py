@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator,
 from pydantic_core import PydanticCustomError
 
 from inference_service.http.wire.body import Body, Examples, Made, Noun, Same, unsupported
-from inference_service.serving.prompts import NAME
+from inference_service.serving.bounds import NAME
 
 BLOCKS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
 Name = Annotated[str, Field(min_length=1)]

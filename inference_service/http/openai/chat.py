@@ -8,7 +8,7 @@ from contextlib import aclosing
 from starlette.requests import Request as HttpRequest
 
 from inference_service.chat.conversation import AnswerPart, Conversation
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
+from inference_service.chat.request import CallArguments, CallBegun, Piece, TextPiece, Thought
 from inference_service.core.sequence import EndReason, Token
 from inference_service.http.openai.answers import (
     REASONS,

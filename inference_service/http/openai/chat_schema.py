@@ -1,4 +1,4 @@
-"""The body of a chat request; the rules of turns and tools are `serving.prompts`'s."""
+"""The body of a chat request; the rules of turns and tools are `serving.bounds`'s."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from inference_service.http.openai.schema import (
     GenerationBody,
 )
 from inference_service.http.wire.body import Body, Examples, Made, Noun, unsupported
-from inference_service.serving.prompts import NAME, ROLES
+from inference_service.serving.bounds import NAME, ROLES
 
 TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
 """Content parts that hold text, and their key for it."""

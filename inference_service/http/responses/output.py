@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Final, Literal
 
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
+from inference_service.chat.request import CallArguments, CallBegun, Piece, TextPiece, Thought
 from inference_service.core.sequence import Token
 from inference_service.http.openai.answers import TokenLogprob
 from inference_service.http.openai.logprobs import TokenNames, chat_logprobs

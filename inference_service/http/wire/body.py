@@ -21,7 +21,7 @@ from starlette.requests import Request
 
 from inference_service.chat.request import naming
 from inference_service.http.wire.errors import invalid_body, invalid_query, is_tag, refused_twice
-from inference_service.serving.prompts import unfolds_to
+from inference_service.serving.bounds import unfolds_to
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.wording import refuse_odd

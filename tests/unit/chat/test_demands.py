@@ -16,7 +16,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from inference_service.chat.demands import Demand
 from inference_service.chat.dialect import Dialect, parsers_of
 from inference_service.chat.formats.lark import OfferedTool
-from inference_service.chat.pieces import AnswerCalls
+from inference_service.chat.request import AnswerCalls
 from inference_service.core.constraint import Constraint
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.sandbox import grammars as sandbox

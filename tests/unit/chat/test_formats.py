@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from inference_service.chat.dialect import Dialect, parsers_of
-from inference_service.chat.pieces import AnswerCalls, AnswerReader
+from inference_service.chat.request import AnswerCalls, AnswerReader
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 from tests.support.cases import cases
 from tests.support.readings import Collected, cuts_of, read

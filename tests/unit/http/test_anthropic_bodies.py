@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
-from inference_service.chat.request import Call, ChatRequest, NamedTool
+from inference_service.chat.request import (
+    Call,
+    CallArguments,
+    CallBegun,
+    ChatRequest,
+    NamedTool,
+    Piece,
+    TextPiece,
+    Thought,
+)
 from inference_service.http.anthropic.mapping import chat_of
 from inference_service.http.anthropic.messages import Content, input_of, signature_of
 from inference_service.http.anthropic.schema import CountBody, MessagesBody

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from inference_service.chat.conversation import AnswerPart, Conversation
-from inference_service.chat.pieces import Piece
+from inference_service.chat.request import Piece
 from inference_service.core.sequence import EndReason
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import chat_of

@@ -16,8 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from inference_service.adapters.catalog import Catalog
 from inference_service.chat.conversation import AnswerPart
 from inference_service.chat.formats.lark import OfferedTool, calls_schema
-from inference_service.chat.pieces import TextPiece, Thought
-from inference_service.chat.request import NO_HEADERS
+from inference_service.chat.request import NO_HEADERS, TextPiece, Thought
 from inference_service.core.sequence import EndReason, Token
 from inference_service.http.openai.answers import usage
 from inference_service.http.openai.chat import ChatChoice

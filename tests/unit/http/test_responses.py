@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
-from inference_service.chat.request import ChatRequest
+from inference_service.chat.request import CallArguments, CallBegun, ChatRequest, Piece, TextPiece, Thought
 from inference_service.core.sequence import Token
 from inference_service.http.openai import mapping as openai
 from inference_service.http.openai.chat_schema import ChatBody
