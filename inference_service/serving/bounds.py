@@ -1,4 +1,4 @@
-"""The bounds of a request: its numbers and texts, messages and tools of a chat, sizes of JSON; for every API."""
+"""The bounds of a request, for every API: numbers and texts, messages and tools of a chat, sizes of JSON."""
 
 from __future__ import annotations
 
