@@ -13,6 +13,7 @@ from loramux_shared.bases.family import Architecture, Family, token_ids
 from loramux_shared.bases.formats import QUANTIZE, read_quantization, with_quantize
 from loramux_shared.bases.hf_config import HfConfig, read_json
 from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.wording import nearest
 
 
 def read_config(folder: Path, max_seq_len: int | None = None) -> ModelConfig:
@@ -56,8 +57,10 @@ def _named(fields: Mapping[str, Any]) -> tuple[Architecture, Family]:
     name = str(named[0]) if isinstance(named, list) and named else "unknown"
     families = load_families()
     if name not in families:
+        near = nearest(name.partition("For")[0], {known.partition("For")[0] for known in families})
+        meant = f" The nearest name is that of {near}." if near else ""
         raise CheckpointInvalid(
-            f"config.json: architecture {name} is not supported; supported: {', '.join(families)}."
+            f"config.json: architecture {name} is not supported; supported: {', '.join(families)}.{meant}"
         )
     architecture, family = families[name]
     model_type = fields.get("model_type")
