@@ -25,6 +25,7 @@ WITHOUT_JSON = {
     "serve": "becomes the service, whose log is JSON on stderr",
     "builder": "becomes the service, whose log is JSON on stderr",
     "envoy": "prints YAML, for Envoy",
+    "webhooks": "a service, whose log is the answer",
 }
 
 
