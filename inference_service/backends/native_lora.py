@@ -65,6 +65,9 @@ class NativeLora:
         """Parts of the segments, where rows have several."""
         self._workspace = torch.empty(0, 1)
         self._step = NO_ADAPTERS[1:]
+        self._places: tuple[Sequence[Place | None], int] = (), 0
+        self._found = np.zeros((0, 7), dtype=np.int64)
+        """The last result of `adapters_of_all`, of these linears and what was touched."""
 
     @property
     def num_bytes(self) -> int:
@@ -163,11 +166,11 @@ class NativeLora:
 
     def adapters_of_all(self, places: Sequence[Place | None]) -> npt.NDArray[np.int64]:
         """Return `adapters` of linears, [places, 7]; zeros where there are none."""
-        touched = [place is not None and bool(place[0] & self._touched) for place in places]
-        found = np.zeros((len(places), 7), dtype=np.int64)
-        found[touched, 0] = [place[1] for place, has in zip(places, touched, strict=True) if has and place]
-        found[touched, 1:] = [each or 0 for each in self._step]
-        return found
+        if (places, self._touched) != self._places:
+            self._places, self._found = (places, self._touched), np.zeros((len(places), 7), dtype=np.int64)
+            self._found[:, 0] = [place[1] if place and place[0] & self._touched else 0 for place in places]
+        self._found[self._found[:, 0] > 0, 1:] = [each or 0 for each in self._step]
+        return self._found
 
     def adapters(self, layer: int, group: str) -> Adapters:
         """Return those of the step that add to a linear."""

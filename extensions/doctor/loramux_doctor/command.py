@@ -47,6 +47,8 @@ SOME_LLAMA: Final = {
 }
 """Stands for a base in bfloat16 where none is named."""
 
+HELD: Final = "held in 12 bits"
+"""A part of the product that a replica reports where weights are compact."""
 DEFAULT_STORE: Final[str] = InferenceSettings.model_fields["store"].default
 DEFAULT_CACHE: Final[Path] = InferenceSettings.model_fields["cache_dir"].default.expanduser()
 
@@ -193,8 +195,12 @@ def show_diagnosis(found: Diagnosis) -> None:
         _line(place.name, f"{place.address}: {place.state}")
     if found.base:
         shell.show()
-        on_cpu = not isinstance(found.inference, str) and found.inference.device == "cpu"
-        _show_sizes(found.base, on_cpu=on_cpu)
+        chosen = None if isinstance(found.inference, str) else found.inference
+        on_cpu, held = (
+            chosen is not None and chosen.device == "cpu",
+            HELD if chosen and HELD in chosen.product else "",
+        )
+        _show_sizes(found.base, on_cpu=on_cpu, held=held)
     shell.show()
     for problem in found.problems:
         shell.show(f"wrong: {problem}", "bold red")
@@ -215,9 +221,11 @@ def _show_inference(found: Diagnosis) -> None:
         _line("reads", chosen.reading)
 
 
-def _show_sizes(sizes: Sizes, *, on_cpu: bool) -> None:
+def _show_sizes(sizes: Sizes, *, on_cpu: bool, held: str) -> None:
     weights, left = decimal(sizes.weights_bytes), decimal(sizes.free_bytes)
     _line("weights", f"{weights} as {sizes.dtype}; {left} are free")
+    if held:
+        _line("", f"a linear's weights are {held} once it is loaded: a quarter less")
     if sizes.widened:
         _line("", sizes.widened)
     _line("steps", f"{decimal(sizes.steps_bytes)} for the largest")

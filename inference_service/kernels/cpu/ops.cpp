@@ -86,7 +86,7 @@ extern "C" const char* instructions() {
 #ifndef ONLY_FLOAT32
 EXPORT(bf16, bfloat16)
 
-extern "C" void compact(const void* weights, int64_t N, int64_t K, void* tiles, void* beside, int64_t threads) {
-  compact((const uint16_t*)weights, N, K, (uint8_t*)tiles, (int64_t*)beside, threads);
+extern "C" int64_t compact(const void* values, int64_t count, void* to, void* beside, int64_t threads) {
+  return compact((const uint16_t*)values, count, (uint8_t*)to, (int64_t*)beside, threads);
 }
 #endif

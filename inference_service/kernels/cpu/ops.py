@@ -34,7 +34,7 @@ LANES = 16
 COMPACT = 12
 """Bits of whole bfloat16 weights that are compact (compact.h)."""
 OF_GRANULE = 8
-"""Values of K that are compact together."""
+"""Values of K of a tile that are compact together."""
 SPARSE = 512
 """Weights for each that no table holds: with more of them, compact ones are not read faster."""
 ROUNDED = 32
@@ -151,7 +151,7 @@ class CpuOps:
         self.multiplies = not (dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported())
         """True if `linear` is the fastest product of whole weights here: with AMX, oneDNN's is."""
         self._compact = library.compact
-        self._compact.argtypes, self._compact.restype = [_TYPES[letter] for letter in "piippi"], None
+        self._compact.argtypes, self._compact.restype = [_TYPES[letter] for letter in "pippi"], ctypes.c_int64
         self._linear, self._pack = functions["linear"], functions["pack"]
         self._attention = functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
@@ -224,17 +224,16 @@ class CpuOps:
         """Return the same with the very weights in 12 bits each; None where `tiled` is read as fast.
 
         So it is where this processor does not decode them, K is no multiple of OF_GRANULE, or the weights have
-        many different exponents.
+        many different upper bytes.
         """
-        rows, width = weight.shape
-        if self.dtype is not torch.bfloat16 or width % OF_GRANULE:
+        tiled = self.tiled(weight, bias) if self.dtype is torch.bfloat16 else None
+        if tiled is None or weight.shape[1] % OF_GRANULE:
             return None
-        count, weight = -(-rows // LANES), weight.contiguous()
-        tiles = torch.empty(count * LANES * width * COMPACT // 8, dtype=torch.uint8)
-        beside = torch.empty(3 + 2 * count + weight.numel() // SPARSE, dtype=torch.int64)
-        self._compact(weight.data_ptr(), rows, width, tiles.data_ptr(), beside.data_ptr(), self.threads)
-        used = int(beside[0])
-        return Tiled(tiles, bias, rows, beside[:used].clone(), COMPACT) if used else None
+        count = tiled.num_bytes // 2
+        granules = torch.empty(count * COMPACT // 8, dtype=torch.uint8)
+        beside = torch.empty(4 + count // SPARSE, dtype=torch.int64)
+        used = self._compact(tiled.arguments[0], count, granules.data_ptr(), beside.data_ptr(), self.threads)
+        return Tiled(granules, bias, len(weight), beside[:used].clone(), COMPACT) if used else None
 
     def tiled_integers(self, weight: Quantized, bias: Tensor | None = None) -> Tiled | None:
         """The same of integers, which are multiplied as they are, their sums then by the scales."""

@@ -127,7 +127,9 @@ template <int WIDE> struct CompactPanel {
   const Product<bf16>& p; int64_t column;
   Compact<WIDE> from = begin();
 
-  Compact<WIDE> begin() const { return {p.w, reinterpret_cast<const int64_t*>(p.scales), column / LANES, p.K}; }
+  Compact<WIDE> begin() const {
+    return {p.w, reinterpret_cast<const int64_t*>(p.scales), column * p.K / OF_GRANULE, p.K * LANES / OF_GRANULE};
+  }
   void add(int64_t t, int rows, int64_t k, int some, float* sums) {
     static thread_local std::vector<vu> room;
     room.resize(WIDE * std::min(BLOCK, p.K) / 2);
