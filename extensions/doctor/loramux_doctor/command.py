@@ -46,7 +46,6 @@ SOME_LLAMA: Final = {
     "torch_dtype": "bfloat16",
 }
 """Stands for a base in bfloat16 where none is named."""
-
 HELD: Final = "held in 12 bits"
 """A part of the product that a replica reports where weights are compact."""
 DEFAULT_STORE: Final[str] = InferenceSettings.model_fields["store"].default
@@ -196,11 +195,8 @@ def show_diagnosis(found: Diagnosis) -> None:
     if found.base:
         shell.show()
         chosen = None if isinstance(found.inference, str) else found.inference
-        on_cpu, held = (
-            chosen is not None and chosen.device == "cpu",
-            HELD if chosen and HELD in chosen.product else "",
-        )
-        _show_sizes(found.base, on_cpu=on_cpu, held=held)
+        on_cpu = chosen is not None and chosen.device == "cpu"
+        _show_sizes(found.base, on_cpu=on_cpu, compact=chosen is not None and HELD in chosen.product)
     shell.show()
     for problem in found.problems:
         shell.show(f"wrong: {problem}", "bold red")
@@ -221,11 +217,11 @@ def _show_inference(found: Diagnosis) -> None:
         _line("reads", chosen.reading)
 
 
-def _show_sizes(sizes: Sizes, *, on_cpu: bool, held: str) -> None:
+def _show_sizes(sizes: Sizes, *, on_cpu: bool, compact: bool) -> None:
     weights, left = decimal(sizes.weights_bytes), decimal(sizes.free_bytes)
     _line("weights", f"{weights} as {sizes.dtype}; {left} are free")
-    if held:
-        _line("", f"a linear's weights are {held} once it is loaded: a quarter less")
+    if compact:
+        _line("", f"a linear's weights are {HELD} once it is loaded: a quarter less")
     if sizes.widened:
         _line("", sizes.widened)
     _line("steps", f"{decimal(sizes.steps_bytes)} for the largest")

@@ -246,6 +246,15 @@ def test_slow_operations_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"wrong: {slow}" in text
 
 
+def test_weights_in_12_bits_take_less_than_planned(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan has 16 bits a weight; the doctor says where a loaded linear takes a quarter less."""
+    held = "bfloat16 held in 12 bits (AVX-512 with bfloat16)"
+    chosen = Inference("cpu", "Some", 2**34, 2**33, "bfloat16", "native", "compiled", held, "", "", 2)
+    monkeypatch.setattr("loramux_doctor.command.look_at_inference", lambda _: chosen)
+    _, text = doctor("--base", base, "--grpc", "127.0.0.1:1", "--builder", "127.0.0.1:1")
+    assert "held in 12 bits once it is loaded: a quarter less" in text
+
+
 def test_what_is_wrong_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting that stops a service is an error here too; a service that does not run is none."""
     monkeypatch.setenv("LORAMUX_STORRE", "x")
