@@ -1,7 +1,8 @@
 """Serving of a random model of 8B's shape, beside vLLM and SGLang on the same card where they are installed.
 
-A replica without adapters and one with all of them are asked in turn, over gRPC. The others have the same
-checkpoint and adapters, and are asked over HTTP, one after the other. Prompts are of random words.
+A replica without adapters and one with all of them are asked in turn, over gRPC; then one of two ranks, where
+there are two cards. The others have the same checkpoint and adapters, and are asked over HTTP, one after the
+other. Prompts are of random words.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import torch
 
 from benchmarks.on_gpu.checkpoint import build_deployment, write_adapter, write_base
 from benchmarks.on_gpu.model import LLAMA_8B, TINY
@@ -67,6 +69,11 @@ def run(run: Run) -> None:
             started = pool.map(lambda name: replica_process(work, name, **settings), ("bare", "full"))
             bare, full = map(stack.enter_context, started)
             asyncio.run(_ask_ours(run, plan, bare.grpc, full.grpc, names, bases))
+        if run.device.rehearses or torch.cuda.device_count() < 2:
+            run.note("two ranks: skipped: one card")
+        else:
+            with replica_process(work, "full", tensor_parallel=2, **settings) as two:
+                asyncio.run(_ask_ranks(run, plan, two.grpc, names, bases))
         for peer, command in run.choose(peers(work, names), {}).items():
             try:
                 with _serving(run, work, command) as url:
@@ -95,6 +102,14 @@ async def _ask_ours(
         loads = [("loramux", over_grpc(alone), 0, ["base"])]
         loads += [
             ("loramux", over_grpc(many), len(names), names[:active] or ["base"]) for active in plan.actives
+        ]
+        await _ask_all(run, plan, loads, bases)
+
+
+async def _ask_ranks(run: Run, plan: Plan, two: str, names: list[str], bases: dict[int, float]) -> None:
+    async with AsyncClient(inference=two) as client:
+        loads = [
+            ("2 ranks", over_grpc(client), len(names), names[:active] or ["base"]) for active in plan.actives
         ]
         await _ask_all(run, plan, loads, bases)
 

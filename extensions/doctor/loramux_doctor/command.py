@@ -235,6 +235,8 @@ def _show_sizes(sizes: Sizes, *, on_cpu: bool, compact: bool) -> None:
     _line("KV cache", f"{decimal(sizes.kv_bytes)}: {sizes.kv_tokens} tokens of {each}{kind}{states}")
     if sizes.refusal:
         shell.show(f"it does not fit: {sizes.refusal}", "yellow")
+        if sizes.ranks:
+            shell.show(f"with LORAMUX_TENSOR_PARALLEL={sizes.ranks} and as many such GPUs it fits", "yellow")
     rows = [(str(fit.rank), decimal(fit.adapter_bytes), str(fit.adapters)) for fit in sizes.fits]
     headers = ("rank, all modules", "one adapter", "adapters that fit")
     shell.table(headers, rows, frozenset(headers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,11 +22,13 @@ from loramux_shared.bases.memory import (
     widening,
 )
 from loramux_shared.bases.read import read_fields
-from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
+from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted, SettingsInvalid
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings
 
 RANKS: Final = (8, 16, 32, 64)
+CARDS: Final = (2, 4, 8, 16)
+"""Numbers of GPUs that are tried where one does not suffice."""
 PROCESS_BYTES: Final = 250_000_000
 """Memory of a replica on a CPU for itself: the interpreter, torch, grpc, a tokenizer, and their threads."""
 TOUCHED_BYTES: Final = 8 << 20
@@ -72,6 +75,9 @@ class Sizes:
     fits: tuple[Fit, ...]
     refusal: str
     """Refusal of a replica; empty where it would start."""
+    ranks: int
+    """Tensor-parallel ranks with which a replica would start, each on a device with as much free: those of the
+    settings if these suffice, else more; 0: no number suffices."""
     ready_bytes: int
     """Memory of a replica on a CPU when it is ready, before adapters are loaded and the cache fills."""
 
@@ -117,8 +123,9 @@ def sizes_of(
     Raises:
         CheckpointInvalid: the base is not served.
     """
-    config, item = read_fields(fields), ITEM_BYTES[dtype]
-    needs = needs_of(config, item, 0, settings, device, graphs=graphs)
+    whole, item, ranks = read_fields(fields), ITEM_BYTES[dtype], settings.tensor_parallel or 1
+    config = whole if ranks == 1 else whole.shard(ranks)
+    needs = needs_of(config, item, 0, settings, device, graphs=graphs and ranks == 1)
     cache = cache_of(config, item, settings, device)
     steps, room, refusal = needs.activations + needs.graphs, 0, ""
     try:
@@ -127,6 +134,7 @@ def sizes_of(
         room = free_bytes - needs.weights - steps - requested
     except ResourcesExhausted as fault:
         plan, refusal = MemoryPlan((), 0, 0, 0, 0), fault.message
+        ranks = _more_ranks(fields, settings, free_bytes, dtype) if device == "cuda" else 0
     each = {rank: adapter_bytes(config, item, rank) for rank in RANKS}
     return Sizes(
         dtype=dtype,
@@ -146,5 +154,16 @@ def sizes_of(
         state_slots=plan.slots,
         fits=tuple(Fit(rank, size, room // size) for rank, size in each.items()),
         refusal=refusal,
+        ranks=ranks,
         ready_bytes=PROCESS_BYTES + needs.weights + min(plan.kv_bytes, TOUCHED_BYTES * len(config.layers)),
     )
+
+
+def _more_ranks(fields: Mapping[str, Any], settings: InferenceSettings, free_bytes: int, dtype: str) -> int:
+    """Return the least number of GPUs, above that of the settings, that a base fits; 0 where none does."""
+    for count in CARDS:
+        if count > (settings.tensor_parallel or 1):
+            more = settings.model_copy(update={"tensor_parallel": count})
+            with suppress(SettingsInvalid):  # it cannot be divided so
+                return sizes_of(fields, more, free_bytes, dtype, "cuda").ranks
+    return 0

@@ -188,6 +188,18 @@ def test_the_doctors_figures_are_those_of_the_plan(
             plan((fit.adapters + 1) * fit.adapter_bytes, stated or sizes.kv_bytes)
 
 
+@pytest.mark.parametrize(("free_gb", "ranks"), [(24, 1), (14, 2), (8, 4), (2, 0)])
+def test_the_doctor_counts_the_gpus_that_a_base_needs(free_gb: float, ranks: int) -> None:
+    """The least number of GPUs on which each rank's part fits; none where no number suffices."""
+    settings, free = InferenceSettings(deployment="none"), int(free_gb * 1e9)
+    fields = HUB_CONFIGS["Llama-3.1"]
+    sizes = sizes_of(fields, settings, free, "bfloat16", "cuda", graphs=True)
+    assert (sizes.ranks, bool(sizes.refusal)) == (ranks, ranks != 1)
+    if ranks > 1:
+        enough = settings.model_copy(update={"tensor_parallel": ranks})
+        assert not sizes_of(fields, enough, free, "bfloat16", "cuda", graphs=True).refusal
+
+
 def test_a_replica_plans_what_the_doctor_says(tmp_path: Path) -> None:
     """Weights, steps and tokens of the cache of a loaded model are the doctor's of its config."""
     world, store = make_world(tmp_path), MemoryStore()

@@ -22,6 +22,7 @@ from loramux.cli.documents import emit
 from loramux.cli.local.tree import ProcessTree, free_address, run_tree
 from loramux.cli.local.up import DEFAULT_STORE, OPENAI, UpPlan, keep, preflight, reachable
 from loramux.client import INFERENCE, AsyncClient
+from loramux_shared.deployment import Deployment
 from loramux_shared.faults import SettingsInvalid
 
 app = typer.Typer(
@@ -34,7 +35,9 @@ MaxReplicas = Annotated[
     int | None,
     typer.Option("--max-replicas", metavar="N", min=1, help="Most replicas; else always --replicas."),
 ]
-Gpus = Annotated[float, typer.Option("--num-gpus", metavar="N", min=0, help="GPUs per replica.")]
+Gpus = Annotated[
+    float, typer.Option("--num-gpus", metavar="N", min=0, help="GPUs per replica, or per rank of one.")
+]
 Cpus = Annotated[
     float | None, typer.Option("--num-cpus", metavar="N", min=0, help="CPUs per replica: its threads.")
 ]
@@ -76,12 +79,21 @@ def up(
     most = max_replicas or replicas
     each = num_cpus or max(1, (os.cpu_count() or 1) // most)
     options = {"replicas": replicas, "max_replicas": max_replicas, "num_cpus": each, "num_gpus": num_gpus}
+    options |= parts_of(plan.deployment, each, num_gpus)
     cpus = round(most * each + 0.5) + 1  # the builder's
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))  # an open Ray runs any job
     # Ray's sockets want short paths, and its last process writes until it ends.
     with tempfile.TemporaryDirectory(prefix="loramux-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         head = ["--cpus", str(cpus), "--folder", folder]
         run_tree(functools.partial(_up, plan=plan, options=options, head=head, as_json=as_json))
+
+
+def parts_of(deployment: Deployment, num_cpus: float | None, num_gpus: float) -> dict[str, Any]:
+    """Return the placement of a replica of several ranks: all of their GPUs on one node."""
+    ranks = deployment.build.tensor_parallel_count
+    if ranks == 1:
+        return {}
+    return {"placement_group_bundles": [{"CPU": num_cpus or ranks, "GPU": num_gpus * ranks}]}
 
 
 async def _up(
@@ -135,6 +147,7 @@ def deploy(
     )
     options = {"replicas": replicas, "max_replicas": max_replicas, "num_gpus": num_gpus}
     options |= {} if num_cpus is None else {"num_cpus": num_cpus}
+    options |= parts_of(plan.deployment, num_cpus, num_gpus)
     here = not builder
     run_tree(
         functools.partial(_deploy, plan=plan, address=address, options=options, builds=here, as_json=as_json)

@@ -11,12 +11,14 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
-from loramux_ray.app import Options, build
+from loramux_ray.app import Options, _resources, build
 from loramux_ray.calls import host_of, require_local
+from loramux_ray.command import parts_of
 from loramux_ray.forwarding import _fault
 from loramux_ray.names import MIDDLEWARES, SERVICERS, key_of
 from loramux_ray.routing import AffineRouter
 from loramux_ray.scaling import by_sequences
+from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import InternalFault, PermissionDenied, QueueFull, ReplicaFailed, SettingsInvalid
 from tests.support.root import ROOT
 
@@ -30,6 +32,19 @@ def test_requests_of_an_adapter_have_its_name_as_key_however_it_is_written():
         assert key_of(name, "base") == "a"
     assert key_of("b*0.7+a", "base") == key_of("base:a*0.1 + b@0123abcd*2", "base") == "a+b"
     assert key_of("base", "base") == key_of("", "base") == ""
+
+
+def test_a_replica_of_several_ranks_asks_for_their_gpus_on_one_node():
+    """A placement group of one bundle has the CPUs and GPUs of all ranks, which are processes of one node."""
+    build = {"checkpoint_repository": {"source": "HF", "repo": "a/b"}, "tensor_parallel_count": 2}
+    deployment = parse_deployment({"model_name": "m", "build": build}).deployment
+    parts = parts_of(deployment, 8, 1)
+    assert parts == {"placement_group_bundles": [{"CPU": 8, "GPU": 2}]}
+    assert _resources(Options(**parts)) == parts | {"ray_actor_options": {"num_cpus": 8, "num_gpus": 2}}
+    one = deployment.model_copy(
+        update={"build": deployment.build.model_copy(update={"tensor_parallel_count": 1})}
+    )
+    assert parts_of(one, 8, 1) == {}
 
 
 def tried(model: str, loads: dict[str, int]) -> list[list[str]]:
