@@ -243,18 +243,6 @@ async def test_model_server_and_loads(apis: VllmApis) -> None:
     assert (await failure(apis.engine.GetLoads(engine.GetLoadsRequest(dp_rank=2))))[2] == ["dp_rank"]
 
 
-async def test_health_is_that_of_the_model(apis: VllmApis) -> None:
-    """A port is healthy while requests are taken, and its model is served."""
-    for stub in (apis.engine, apis.of_model):
-        assert (await stub.HealthCheck(engine.HealthCheckRequest())).healthy
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(apis.ready.service.catalog._models, MODEL)  # type: ignore[arg-type]
-        assert (await apis.of_model.HealthCheck(engine.HealthCheckRequest())).message == "MODEL_NOT_FOUND"
-    await apis.server.leave()
-    for stub in (apis.engine, apis.of_model):
-        assert not (await stub.HealthCheck(engine.HealthCheckRequest())).healthy
-
-
 async def test_the_tokenizer_comes_as_an_archive(apis: VllmApis, world: tuple[World, MemoryStore]) -> None:
     """The same bytes for the same files; an adapter's chat template stands in place of the base's."""
     files = await archive_of(apis.engine)

@@ -13,7 +13,7 @@ import pytest
 from builder_service.builds.builds import Builds
 from builder_service.builds.views import stored_view
 from builder_service.pipeline import check
-from builder_service.pipeline.check import ADAPTER, Checks, check_one
+from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
@@ -278,13 +278,3 @@ def test_folders_ask_nobody(hub: Hub, context: BuildContext, tmp_path: Path) -> 
     _, found = found_by(deployment(tmp_path, str(tmp_path / "base"), one="some/copy"), context)
     assert found == {"one": "some/copy"}
     assert hub.requests == []
-
-
-def test_a_check_asks_too(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
-    """A check of an adapter reports what a build would."""
-    report = check_one(deployment(tmp_path, **{ADAPTER: "some/copy"}), context, Progress([ADAPTER]))
-    assert "W_BASE" not in [finding.code for finding in report.findings]
-    report = check_one(deployment(tmp_path, **{ADAPTER: "some/tuned"}), context, Progress([ADAPTER]))
-    assert [f.found for f in report.findings if f.code == "W_BASE"] == [
-        "some/tuned; some/tuned is a finetune of lab/Tiny-1B, as the hub says"
-    ]

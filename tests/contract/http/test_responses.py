@@ -6,7 +6,6 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
-import openai
 import pytest
 import pytest_asyncio
 from openai import pydantic_function_tool
@@ -17,7 +16,7 @@ from inference_service.core.sequence import EndReason
 from inference_service.http.responses.compact import ASK, NO_SUMMARY
 from inference_service.http.responses.items import carried, uncarried
 from inference_service.http.responses.mapping import SUMMED_UP
-from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, RequestInvalid
+from loramux_shared.faults import RateLimited, ReplicaFailed, RequestInvalid
 from loramux_shared.runtime import ReasoningParser
 from tests.support.cases import cases
 from tests.support.generations import change_deployed
@@ -328,13 +327,6 @@ async def test_what_is_refused_is_named(api: TalkerApi, fields: dict[str, Any], 
         assert error["message"].count(f"{param}: ") == 1
 
 
-async def test_null_is_not_set_within_items(api: TalkerApi) -> None:
-    """Null fields within items are unset: clients send all fields that they know, also of earlier output."""
-    api.talker.say("Ahoy")
-    item = {"role": "user", "content": "Hi", "no_such_field": None, "phase": None}
-    assert (await api.post(PATH, model="pirate", input=[item], no_such_field=None)).status_code == 200
-
-
 @pytest.mark.parametrize(
     ("fault", "status", "code"),
     [
@@ -356,11 +348,3 @@ async def test_a_fault_on_the_way_ends_the_stream(
     assert (last["status"], last["error"]["code"]) == ("failed", code)
     assert last["error"]["message"] == str(fault)
     assert _role_and_text(last["output"][0]) == ("message", "Ah")
-
-
-async def test_a_fault_before_the_first_token_has_its_status(api: TalkerApi) -> None:
-    """A request that fails before its first token never was a stream."""
-    api.talker.say_nothing(QueueFull("full."))
-    with pytest.raises(openai.RateLimitError) as caught:
-        await api.openai.responses.create(**FIELDS, stream=True)
-    assert caught.value.code == "queue_full"

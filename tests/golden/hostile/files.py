@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.golden.hostile.exhibit import CONFIG, WEIGHTS, adapter, exhibit, of_files
+from tests.golden.hostile.exhibit import WEIGHTS, adapter, exhibit, of_files
 from tests.support.adapters import tensors
+from tests.support.cases import cases
 
 INDEX = f"{WEIGHTS}.index.json"
 ONE_SHARD = "adapter_model-00001-of-00001.safetensors"
@@ -69,17 +70,9 @@ def _sharded(index: Callable[[dict[str, str]], Any]) -> Any:
 
 
 REFUSED = (
-    of_files("nothing at all", "E_NO_CONFIG", "README.md"),
-    of_files("a full model", "E_NO_CONFIG", "config.json", "model-00001-of-00002.safetensors"),
-    of_files("a checkpoint below", "E_NO_CONFIG", "checkpoint-500/adapter_config.json", "README.md"),
-    of_files("weights alone", "E_NO_CONFIG", WEIGHTS),
-    of_files("config alone", "E_NO_WEIGHTS", CONFIG),
-    of_files("a pickle alone", "E_NO_CONFIG E_BIN_ONLY", "adapter_model.bin"),
+    *(of_files(*row, **more) for *row, more in cases(__file__, "REFUSED")["of_files"]),
     exhibit("a pickle with a canary", "E_BIN_ONLY", _canary("adapter_model.bin")),
     exhibit("pickles of all names", "E_BIN_ONLY", _canary("adapter_model.pt", "adapter_model.pth", "opt.pt")),
-    of_files("a shard of two", "E_SHARDED", CONFIG, "adapter_model-00002-of-00002.safetensors", INDEX),
-    of_files("shards without an index", "E_SHARDED", CONFIG, ONE_SHARD),
-    of_files("a shard that is none", "E_BAD_WEIGHTS", CONFIG, ONE_SHARD, INDEX),
     exhibit("an index that is a list", "E_BAD_WEIGHTS", _sharded(lambda places: list(places))),
     exhibit("an index that names another file", "E_BAD_WEIGHTS", _sharded(
         lambda places: {"weight_map": dict.fromkeys(places, "../../base/model.safetensors")})),
@@ -87,15 +80,6 @@ REFUSED = (
         lambda places: {"weight_map": places | {"x.lora_A.weight": ONE_SHARD}})),
     exhibit("an index of 30,000 tensors", "E_TENSORS", _sharded(
         lambda places: {"weight_map": places | {f"x{i}": "y" for i in range(30_000)}})),
-    of_files("MLX files", "E_MLX", CONFIG, "adapters.safetensors"),
-    of_files("mistral-finetune", "E_CONTAINER", "lora.safetensors", "params.json", "tekken.json"),
-    of_files("consolidated", "E_CONTAINER", "consolidated/lora.safetensors", "consolidated.00.pth"),
-    of_files("torchtune", "E_CONTAINER", CONFIG, "adapter_0.pt", "recipe_state.pt"),
-    of_files("NeMo", "E_CONTAINER", "adapter.nemo"),
-    of_files("NeMo unpacked", "E_CONTAINER", "model_config.yaml", "weights/__0_0.distcp"),
-    of_files("Orbax", "E_CONTAINER", "_METADATA", "d/abc", "manifest.ocdbt"),
-    of_files("diffusers", "E_CONTAINER", "pytorch_lora_weights.safetensors"),
-    of_files("llama.cpp", "E_CONTAINER", "lora-f16.gguf"),
     exhibit("template that is no text", "E_BAD_TEXT", lambda folder: (
         adapter(folder) / "chat_template.jinja").write_bytes(b"\xff\xfe")),
     exhibit("added tokens", "E_EMBED", _text("added_tokens.json", '{"<tool>": 32}')),

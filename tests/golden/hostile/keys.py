@@ -21,6 +21,7 @@ from tests.golden.hostile.exhibit import (
 )
 from tests.golden.wild.bases import BASES
 from tests.support.adapters import HIDDEN, INTERMEDIATE, VOCAB, Tensors, key, tensors
+from tests.support.cases import cases
 
 HEAD, EMBED = "base_model.model.lm_head", f"{ROOT}embed_tokens"
 SCORE = "base_model.model.score.weight"
@@ -113,7 +114,14 @@ def _classifier(name: str, codes: str, *, values: Any = None, key: str = SCORE, 
     return exhibit(name, codes, lambda folder: adapter(folder, tensors() | {key: head}, **config))
 
 
+def _of_data(name: str) -> tuple[Exhibit, ...]:
+    """Exhibits of the JSON file, by the function that makes them."""
+    makers = (_one, _renamed, _of_none, _tokens)
+    return tuple(make(*row, **more) for make in makers for *row, more in cases(__file__, name)[make.__name__])
+
+
 REFUSED = (
+    *_of_data("REFUSED"),
     of_tensors("no tensors", "E_EMPTY_WEIGHTS", dict),
     _classifier("a score head of another base", "E_TASK", values=np.ones((3, HIDDEN + 1), "f4")),
     _classifier("a score head of 1,025 labels", "E_TASK", values=np.ones((1025, HIDDEN), "f4")),
@@ -124,30 +132,16 @@ REFUSED = (
     _classifier("a bias of a score head alone", "E_TASK", values=np.ones(3, "f4"), key=f"{SCORE[:-6]}bias"),
     _classifier("a classifier that acts from tokens on", "E_ALORA", alora_invocation_tokens=[1]),
     _classifier("a score head of no classifier", "E_EMBED", task_type="CAUSAL_LM", modules_to_save=["score"]),
-    _one("LoRA of a score head", "E_UNKNOWN_KEY", "base_model.model.score.lora_A.weight"),
     exhibit("no tensors and no targets", "E_EMPTY_TARGETS", lambda at: adapter(at, {}, target_modules=[])),
     of_tensors("ZeRO-3", "E_EMPTY_WEIGHTS", lambda: {k: np.zeros((0,), "f2") for k in tensors()}),
     of_tensors("tensors with a dimension of zero", "E_EMPTY_WEIGHTS",
                lambda: plus(key(0, "o_proj", "A"), (0, 16), pair=(16, 0))),
-    _one("an unknown key", "E_UNKNOWN_KEY", "something.else"),
-    _one("an empty key", "E_UNKNOWN_KEY", ""),
     _one("a key of a million dots", "E_UNKNOWN_KEY", f"{ROOT}{'layers.0.' * 100_000}x.lora_A.weight."),
-    _renamed("no root", "E_UNKNOWN_KEY", "base_model.model.", ""),
-    _renamed("no layer", "E_UNKNOWN_KEY", "layers.0.", "layers.x."),
-    _renamed("negative layer", "E_UNKNOWN_KEY", "layers.0.", "layers.-1."),
     of_tensors("two adapters", "E_ADAPTER_INFIX",
                lambda: plus(key(1, "o_proj", "A").replace("_A", "_A.second"), pair=(16, 4))),
-    _one("vision tower", "E_PREFIX", _TOWER),
-    _one("blocks of a tower", "E_PREFIX", f"{ROOT}visual.blocks.0.attn.qkv.lora_A.weight"),
-    _one("audio tower", "E_PREFIX", "base_model.model.audio_tower.layers.0.self_attn.q_proj.lora_A.weight"),
-    _one("encoder", "E_PREFIX", f"{ROOT}encoder.layers.0.self_attn.q_proj.lora_A.weight"),
-    _one("fused where the base is not", "E_MODULE", f"{ROOT}layers.0.self_attn.qkv_proj.lora_A.weight"),
-    _one("q_proj of an MLP", "E_MODULE", f"{MLP}.q_proj.lora_A.weight"),
-    _one("linear attention", "E_MODULE", f"{ROOT}layers.0.linear_attn.in_proj_qkvz.lora_A.weight"),
     of_tensors("beyond the ceiling", "E_MODULE", tensors, lora={"lora_target_modules": ["attn_q"]}),
     of_tensors("A alone", "E_PAIR", lambda: _without(key(1, "v_proj", "B"))),
     of_tensors("B alone", "E_PAIR", lambda: _without(key(1, "v_proj", "A"))),
-    _one("A twice", "E_PAIR", key(0, "q_proj", "A", "base_model.model.language_model.model.")),
     _changed("ranks of two adapters", "E_RANK_SHAPE", lambda _: np.ones((8, 16), "f2")),
     _changed("a convolution", "E_RANK_SHAPE", lambda _: np.ones((4, 16, 1, 1), "f2")),
     _changed("a vector", "E_RANK_SHAPE", lambda _: np.ones((4,), "f2")),
@@ -155,54 +149,13 @@ REFUSED = (
     of_tensors("a deeper base", "E_LAYER", lambda: tensors(layers=3)),
     of_tensors("layer 999,999", "E_LAYER", lambda: plus(key(999_999, "q_proj", "A"), pair=(16, 4))),
     of_tensors("above the ceiling", "E_RANK_MAX", tensors, lora={"max_lora_rank": 3}),
-    _of_none("A of embeddings alone", "E_PAIR", (4, VOCAB)),
-    _of_none("embeddings of a larger vocabulary", "E_DIMS", (4, VOCAB + 2), (HIDDEN, 4)),
-    _of_none("embeddings that are no target", "E_TARGETS", (4, VOCAB), (HIDDEN, 4), targets=_TARGETS[:2]),
-    _of_none("linear is no embedding", "E_TARGETS", (4, VOCAB), (HIDDEN, 4), targets="all-linear"),
-    _of_none("a rank of embeddings above the ceiling", "E_RANK_MAX", (65, VOCAB), (HIDDEN, 65),
-             rank_pattern={"embed_tokens": 65}),
     of_tensors("LoRA of a tower's embeddings", "E_PREFIX",
                lambda: plus("base_model.model.tower.embed_tokens.lora_embedding_A")),
-    _one("LoRA of embeddings of each layer", "E_EMBED", f"{EMBED}_per_layer.lora_embedding_A"),
-    _one("embeddings as a linear", "E_EMBED", f"{EMBED}.lora_A.weight"),
-    _of_none("embeddings that act from tokens on", "E_ALORA", (4, VOCAB), (HIDDEN, 4),
-             alora_invocation_tokens=[3]),
-    _tokens("more rows than tokens", "E_EMBED", [3, 4], (3, HIDDEN)),
-    _tokens("a token beyond the vocabulary", "E_EMBED", [3, VOCAB], (2, HIDDEN)),
-    _tokens("a token twice", "E_EMBED", [3, 3], (2, HIDDEN)),
-    _tokens("tokens as text", "E_BAD_CONFIG E_EMBED", ["<s>"], (1, HIDDEN)),
-    _tokens("tokens of the head without rows", "E_EMBED", {"embed_tokens": [3], "lm_head": [4]}, (1, HIDDEN)),
     exhibit("NaN in a saved head", "E_NAN", _saved(
         lambda: np.full((VOCAB, HIDDEN), np.nan, "f2"), f"{EMBED}.weight")),
-    _one("a resized vocabulary", "E_EMBED", f"{EMBED}.weight", (VOCAB + 2, HIDDEN)),
-    _one("a head by another name", "E_EMBED", f"{ROOT}unembed_tokens.lora_A.weight"),
-    _one("base_layer of embeddings", "E_EMBED", f"{EMBED}.base_layer.weight", (VOCAB, HIDDEN)),
-    _one("trainable tokens", "E_EMBED", f"{EMBED}.token_adapter.trainable_tokens_delta"),
-    _one("modules_to_save", "E_EMBED", f"{HEAD}.modules_to_save.default.weight"),
     exhibit("embeddings in int8", "E_EMBED", _saved(lambda: embeddings().astype("i1"), f"{EMBED}.weight")),
-    _one("a norm", "E_UNKNOWN_KEY", f"{ROOT}norm.weight", (HIDDEN,)),
-    _one("DoRA", "E_DORA", f"{Q}.lora_magnitude_vector", (16,)),
-    _one("DoRA, raw", "E_ADAPTER_INFIX", f"{Q}.lora_magnitude_vector.default.weight", (16,)),
-    _one("lora_bias of a head", "E_EMBED", f"{HEAD}.lora_B.bias", (VOCAB,)),
     exhibit("DoRA of other widths", "E_DIMS", _magnitudes(17)),
     exhibit("DoRA, and no weights of the base", "E_DORA", _magnitudes(16)),
-    _one("DoRA of NVlabs", "E_DORA", f"{Q}.weight_m_wdecomp.weight", (16, 1)),
-    _one("bias of B", "E_BIAS", f"{Q}.lora_B.bias", (16,)),
-    _one("bias of the base", "E_BIAS", f"{Q}.base_layer.bias", (16,)),
-    _one("bias of an older release", "E_BIAS", f"{Q}.bias", (16,)),
-    _one("bias alone", "E_BIAS", f"{ROOT}layers.0.self_attn.k_proj.bias", (8,)),
-    _one("bias of a norm", "E_BIAS", f"{ROOT}norm.bias", (16,)),
-    _one("VeLoRA", "E_VARIANT", f"{Q}.lora_velora_embed", (4,)),
-    _one("KaSA", "E_VARIANT", f"{Q}.lora_diag"),
-    _one("an expert", "E_MOE", f"{MLP}.experts.0.up_proj.lora_A.weight"),
-    _one("experts", "E_MOE", f"{MLP}.experts.base_layer.lora_A.weight"),
-    _one("a router", "E_MOE", f"{MLP}.gate.lora_A.weight"),
-    _one("Mixtral", "E_MOE", f"{ROOT}layers.0.block_sparse_moe.experts.3.w1.lora_A.weight"),
-    _one("MLX keys", "E_MLX", "model.layers.0.self_attn.q_proj.lora_a"),
-    _one("torchtune keys", "E_CONTAINER", "layers.0.attn.q_proj.lora_a.weight"),
-    _one("mistral keys", "E_CONTAINER", "layers.0.attention.wq.lora_A.weight"),
-    _one("NeMo keys", "E_CONTAINER", "model.layers.0.self_attn.adapter_layer.lora_kqv_adapter.x.weight"),
-    _one("kohya keys", "E_CONTAINER", "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"),
     _changed("NaN", "E_NAN", _set(np.nan)),
     _changed("infinite", "E_NAN", _set(np.inf)),
     of_tensors("beyond bfloat16", "E_OVERFLOW", lambda: tensors() | {
@@ -223,14 +176,12 @@ REFUSED = (
 )  # fmt: skip
 
 ACCEPTED = (
+    *_of_data("ACCEPTED"),
     _classifier("a classifier of three labels", ""),
     _classifier("a classifier, as a raw state dict names its head", "",
                 key="base_model.model.score.modules_to_save.default.weight"),
-    _of_none("LoRA of embeddings and head", "", (4, VOCAB), (HIDDEN, 4), (4, HIDDEN), (VOCAB, 4)),
-    _one("a head", "", f"{HEAD}.weight", (VOCAB, HIDDEN)),
     exhibit("trained embeddings", "", _saved(lambda: 2 * embeddings(), f"{EMBED}.weight")),
     exhibit("embeddings of minus zero", "", _saved(lambda: -embeddings(), f"{EMBED}.weight")),
-    _tokens("trained tokens", "", {"embed_tokens": [30, 4]}, (2, HIDDEN)),
     exhibit("embeddings and nothing else", "W_TARGETS", lambda folder: adapter(
         folder, {f"{EMBED}.weight": np.ones((VOCAB, HIDDEN), "f2")}, modules_to_save=["embed_tokens"])),
     of_tensors("B is zero", "W_ZERO_B", lambda: _zero("B")),
@@ -245,12 +196,6 @@ ACCEPTED = (
     exhibit("the same, raw and wide", "W_REDUNDANT_EMBED", _saved(
         lambda: embeddings().astype("f4"), f"{EMBED}.modules_to_save.default.weight",
         f"{EMBED}.original_module.weight", f"{HEAD}.base_layer.weight")),
-    _renamed("a raw state dict", "", ".weight", ".default.weight"),
-    _renamed("a compiled model", "", "base_model.", "_orig_mod.base_model."),
-    _renamed("FSDP and DDP", "", ROOT, f"module.{ROOT}_fsdp_wrapped_module."),
-    _renamed("a model with images", "", ROOT, f"{ROOT}language_model."),
-    _renamed("an older model with images", "", ROOT, "base_model.model.language_model.model."),
-    _renamed("a bare model", "", ROOT, "base_model.model."),
     of_tensors("a tower of a model with images", "W_TOWER",
                lambda: plus(_TOWER, pair=(16, 4)), base=BASES["gemma3"]),
     exhibit("fused", "", lambda folder: adapter(folder, {

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
-from pathlib import Path
 
 import pytest
 from google.protobuf.json_format import ParseDict
@@ -17,7 +15,7 @@ from google.protobuf.json_format import ParseDict
 from loramux.cli import shell
 from loramux.cli.build_view import ROWS, BuildView, show_built
 from loramux.cli.local.tree import listening_address
-from loramux.cli.local.up import program, reachable, show_lines_to_try
+from loramux.cli.local.up import reachable, show_lines_to_try
 from loramux.cli.shell import Later, Screen
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
@@ -203,17 +201,6 @@ def test_without_a_key_none_is_shown(
     assert "authorization" not in text
     assert "--grpc" not in text
     assert "Client()" in text
-
-
-def test_programs_are_named_as_the_shell_finds_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A hint has the program's name where PATH finds this environment, else its path, relative if below."""
-    folder = Path(sys.executable).parent
-    monkeypatch.setenv("PATH", str(folder))
-    assert program(Path(sys.executable).name) == Path(sys.executable).name
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert program("loramux") in (str(folder / "loramux"), ".venv/bin/loramux")
-    monkeypatch.chdir(folder.parent)
-    assert program("loramux") == "bin/loramux"
 
 
 def test_an_address_of_all_is_reached_as_this_machine() -> None:

@@ -102,16 +102,6 @@ def test_a_table_that_fits_has_a_line_for_each_row() -> None:
     assert len(_lines(80)) == 2 + len(ROWS)
 
 
-def test_cells_go_on_between_words_before_rows_become_blocks() -> None:
-    """The column with several words wraps first; then each row becomes a block."""
-    wrapped, blocks = _lines(43), _lines(42)
-    assert sum("bård" in line or "mlp" in line for line in wrapped) == 2
-    assert "model      bård" in blocks
-    assert [line for line in blocks if line.startswith("modules")] == [
-        "modules    attn q k v dense, mlp gate",
-    ]
-
-
 def test_columns_that_can_be_spared_go_first() -> None:
     """Optional columns are dropped in the given order, as few as a line needs."""
     spare = ("first, ms", "modules")

@@ -300,17 +300,6 @@ def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
         assert stated in fault.message
 
 
-def test_a_prefetched_adapter_takes_room_that_nobody_has_and_no_other() -> None:
-    """A prefetched adapter evicts no other."""
-    world = World(2, [1, 1, 1])
-    world.answer(0)
-    for number in (1, 2):
-        world.residency.prefetch(world.adapters[number])
-    world.settle()
-    assert world.resident() == {0, 1}
-    assert world.residency.settled
-
-
 def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
     """A replica prefetches one adapter at a time into free room, while no other load runs."""
     world = World(3, [1] * 8)
@@ -411,17 +400,6 @@ def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() 
     assert "2 adapters of 256 bytes" in str(fault)
     assert "192 bytes in one piece" in str(fault)
     assert {world.ends[each.id].finish for each in (one, other)} == {EndReason.LENGTH}
-
-
-def test_adapters_of_a_mixture_that_are_in_each_others_way_lie_down_again() -> None:
-    """An adapter in the middle of the bank that blocks the other one is evicted, and loaded again."""
-    world = World(5, [2, 1, 3, 1])
-    world.answer(0, 1)
-    world.residency.drop(world.adapters[0])
-    mixture = world.ask(1, 2)
-    world.settle()
-    assert world.ends[mixture.id].finish is EndReason.LENGTH
-    assert world.resident() == {1, 2}
 
 
 def test_slots_are_as_many_as_there_are() -> None:
