@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from loramux.builder.v1 import builder_pb2 as pb
-from loramux.mapping import adapter_of, deployment_of, time_of
+from loramux.mapping import adapter_of, deployment_of, record_of
 from loramux.messages import adapters_to_message
 from loramux.records import AdapterInfo, DeploymentInfo
 from loramux.steps import Ask, Steps
@@ -94,21 +94,12 @@ class RollbackInfo:
 
 def generation_of(message: pb.Generation) -> GenerationInfo:
     """Return a generation."""
-    return GenerationInfo(
-        number=message.number,
-        create_time=time_of(message.create_time),
-        served=message.served,
-        adapters=message.adapters,
-        changes=tuple(map(_change, message.changes)),
-        change_count=message.change_count,
-        other_settings=message.other_settings,
-        damage=message.damage,
-    )
+    return record_of(GenerationInfo, message, changes=tuple(map(_change, message.changes)))
 
 
 def push_of(message: pb.PutAdapterResponse) -> PushInfo:
     """Return what came of a push."""
-    return PushInfo(message.digest, message.generation, message.unchanged, adapter_of(message.adapter))
+    return record_of(PushInfo, message, adapter=adapter_of(message.adapter))
 
 
 def rollback_of(message: pb.RollbackDeploymentResponse) -> RollbackInfo:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from datetime import UTC
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from loramux.builder.v1 import builder_pb2
@@ -38,20 +39,14 @@ from loramux_shared.deployment import Dtype
 from loramux_shared.faults import FAULTS, Fault, Finding, InternalFault
 
 _E = TypeVar("_E", bound=StrEnum)
+_R = TypeVar("_R")
 
 
 def event_of(message: pb.GenerateResponse) -> Event | None:
     """Return an event, or None for one that this client is too old to know."""
     match message.WhichOneof("event"):
         case "started":
-            started = message.started
-            return Started(
-                request_id=started.request_id,
-                model=started.model,
-                adapter_digest=started.adapter_digest,
-                generation=started.generation,
-                prompt_tokens=started.prompt_tokens,
-            )
+            return record_of(Started, message.started)
         case "prompt_logprobs":
             return PromptLogprobs(tuple(map(_prompt_token, message.prompt_logprobs.tokens)))
         case "delta":
@@ -62,11 +57,7 @@ def event_of(message: pb.GenerateResponse) -> Event | None:
             finished = message.finished
             return Finished(
                 reason=_member(FinishReason, finished.reason),
-                usage=Usage(
-                    prompt_tokens=finished.usage.prompt_tokens,
-                    cached_tokens=finished.usage.cached_tokens,
-                    completion_tokens=finished.usage.completion_tokens,
-                ),
+                usage=record_of(Usage, finished.usage),
                 stop_text=finished.stop_text,
                 stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
                 index=finished.index,
@@ -118,38 +109,18 @@ def _choice(deltas: Sequence[Delta], finished: Finished) -> Choice:
 
 def model_of(message: pb.Model) -> ModelInfo:
     """Return a model."""
-    return ModelInfo(
-        name=message.name,
-        parent=message.parent,
-        digest=message.digest,
-        ranks=tuple(message.ranks),
-        modules=tuple(message.modules),
-        warnings=tuple(message.warnings),
-        load_time=time_of(message.load_time),
-        generation=message.generation,
-        max_seq_len=message.max_seq_len,
-        kinds=tuple(message.kinds),
-        replaced_rows=dict(message.replaced_rows),
-        invocation_tokens=tuple(message.invocation_tokens),
-        licence=message.licence,
-        base_licence=message.base_licence,
-        tool_parser=message.tool_parser,
-        reasoning_parser=message.reasoning_parser,
-        num_labels=message.num_labels,
-    )
+    return record_of(ModelInfo, message)
 
 
 def deployment_of(message: builder_pb2.Deployment) -> DeploymentInfo:
     """Return a deployment."""
-    return DeploymentInfo(
-        name=message.name,
+    return record_of(
+        DeploymentInfo,
+        message,
         state=_member(DeploymentState, message.state),
         generation=message.generation or None,
-        create_time=time_of(message.create_time),
-        update_time=time_of(message.update_time),
         adapters=tuple(map(adapter_of, message.adapters)),
         failure=_fault(message.failure) if message.HasField("failure") else None,
-        unchanged=message.unchanged,
     )
 
 
@@ -172,51 +143,32 @@ class Watched:
 
 def adapter_of(message: builder_pb2.AdapterBuild) -> AdapterInfo:
     """Return the build of an adapter."""
-    return AdapterInfo(
-        name=message.name,
+    return record_of(
+        AdapterInfo,
+        message,
         stage=_member(Stage, message.stage),
-        bytes_done=message.bytes_done,
         bytes_total=message.bytes_total or None,
-        digest=message.digest,
-        ranks=tuple(message.ranks),
-        modules=tuple(message.modules),
-        tensors_used=message.tensors_used,
-        bundle_bytes=message.bundle_bytes,
         warnings=_findings(message.warnings),
-        reused=message.reused,
-        repaired=message.repaired,
-        kept=message.kept,
-        added=message.added,
-        kinds=tuple(message.kinds),
     )
 
 
 def report_of(message: builder_pb2.AdapterReport) -> AdapterReport:
     """Return the report of a check."""
-    return AdapterReport(
-        accepted=message.accepted,
+    return record_of(
+        AdapterReport,
+        message,
         adapter=repository_from_message(message.adapter),
         base=repository_from_message(message.base),
         files={file.name: FileDigest(size=file.size, sha256=file.sha256) for file in message.files},
         findings=_findings(message.findings),
         rows=tuple(map(_row, message.rows)),
         dtype=DTYPE_NAMES.get(message.dtype) or Dtype.BFLOAT16,
-        bundle_bytes=message.bundle_bytes,
-        base_model_name=message.base_model_name,
-        licence=message.licence,
-        base_licence=message.base_licence,
-        kinds=tuple(message.kinds),
-        replaced_rows=dict(message.replaced_rows),
-        invocation_tokens=tuple(message.invocation_tokens),
-        labels=tuple(message.labels),
-        problem_type=message.problem_type,
     )
 
 
 def _row(message: builder_pb2.AdapterRow) -> RowReport:
-    fields = {name: getattr(message, name) for name in RowReport.__dataclass_fields__}
     expert = message.expert if message.HasField("expert") else None
-    return RowReport(**fields | {"truncated_from": message.truncated_from or None, "expert": expert})
+    return record_of(RowReport, message, truncated_from=message.truncated_from or None, expert=expert)
 
 
 def _fault(message: builder_pb2.Failure) -> Fault:
@@ -228,9 +180,21 @@ def _findings(messages: Iterable[builder_pb2.Finding]) -> tuple[Finding, ...]:
     return tuple(map(finding_from_message, messages))
 
 
-def time_of(message: Timestamp) -> datetime | None:
-    """Return a moment; None where there is none."""
-    return message.ToDatetime(UTC) if message.ByteSize() else None
+def record_of(kind: Callable[..., _R], message: Message, **others: Any) -> _R:
+    """Return a record of the fields of a message that have the names of its own, beside those that are given.
+
+    A list becomes a tuple, a map a dictionary, and a moment that is not set None.
+    """
+    names = [field.name for field in fields(cast(Any, kind)) if field.name not in others]
+    return kind(**{name: _plain(getattr(message, name)) for name in names}, **others)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | bytes | int | float):
+        return value
+    if isinstance(value, Timestamp):
+        return value.ToDatetime(UTC) if value.ByteSize() else None
+    return dict(value) if isinstance(value, Mapping) else tuple(value)
 
 
 def _member(kind: type[_E], number: int) -> _E:

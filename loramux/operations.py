@@ -9,7 +9,7 @@ from typing import Any
 
 from loramux.inference.v1 import adapters_pb2 as pb
 from loramux.inference.v1.adapters_pb2_grpc import AdapterServiceStub
-from loramux.mapping import time_of
+from loramux.mapping import record_of
 from loramux.steps import Ask, Steps, Stream
 from loramux_shared.faults import FAULTS, Fault, InternalFault
 
@@ -74,28 +74,19 @@ class ReplicaStatus:
 
 def adapter_of(message: pb.AdapterState) -> AdapterStatus:
     """Return an adapter."""
-    return AdapterStatus(
-        name=message.name,
-        digest=message.digest,
-        resident_digest=message.resident_digest,
-        generation=message.generation,
+    return record_of(
+        AdapterStatus,
+        message,
         tier=_word(pb.Tier, message.tier),
         residency=_word(pb.Residency, message.residency),
-        pinned=message.pinned,
-        in_flight=message.in_flight,
-        waiting=message.waiting,
         num_bytes=message.bytes,
-        last_used=time_of(message.last_used),
         last_failure=_failure(message.last_failure) if message.HasField("last_failure") else None,
-        only_here=message.only_here,
-        kinds=tuple(message.kinds),
     )
 
 
 def replica_of(message: pb.ReplicaState) -> ReplicaStatus:
     """Return a replica."""
-    fields = {name: getattr(message, name) for name in ReplicaStatus.__dataclass_fields__}
-    return ReplicaStatus(**fields | {"start_time": time_of(message.start_time)})
+    return record_of(ReplicaStatus, message)
 
 
 def _word(kind: Any, number: int) -> str:

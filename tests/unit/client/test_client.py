@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 
 import loramux
 from loramux import (
@@ -19,11 +20,14 @@ from loramux import (
     DeploymentState,
     FinishReason,
     Stage,
+    changes,
     faults,
     load_deployment,
+    mapping,
+    operations,
 )
 from loramux.builder.v1 import builder_pb2
-from loramux.inference.v1 import inference_pb2
+from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux.mapping import completion_of, deployment_of, event_of
 from loramux.requests import generate_request
 from loramux.vectors import ScoreOptions, classify_request, embed_request
@@ -33,6 +37,7 @@ from tests.support.fake_services import DIGEST, WORDS, Fakes
 from tests.support.waiting import BOUND_S, until
 
 TEXT = "".join(WORDS)
+NAMED = builder_pb2.Repository(source="SOURCE_KIND_HF", repo="org/one")
 
 
 @pytest.fixture
@@ -234,3 +239,25 @@ def test_the_package_exports_what_it_lists() -> None:
         assert getattr(loramux, name)
     with pytest.raises(AttributeError):
         loramux.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (mapping.model_of, inference_pb2.Model()),
+        (mapping.deployment_of, builder_pb2.Deployment()),
+        (mapping.adapter_of, builder_pb2.AdapterBuild()),
+        (mapping.report_of, builder_pb2.AdapterReport(adapter=NAMED, base=NAMED)),
+        (changes.generation_of, builder_pb2.Generation()),
+        (changes.push_of, builder_pb2.PutAdapterResponse()),
+        (operations.adapter_of, adapters_pb2.AdapterState()),
+        (operations.replica_of, adapters_pb2.ReplicaState()),
+        (mapping.event_of, inference_pb2.GenerateResponse(started=inference_pb2.Started())),
+        (mapping.event_of, inference_pb2.GenerateResponse(finished=inference_pb2.Finished())),
+    ],
+    ids=lambda each: getattr(each, "__name__", type(each).__name__),
+)
+def test_records_have_the_fields_of_their_messages(read: Any, message: Any) -> None:
+    """Every field of a record is one of its message, or is read from one; nothing that is set is needed."""
+    record = read(message)
+    assert not [value for value in vars(record).values() if isinstance(value, Message)]
