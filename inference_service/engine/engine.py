@@ -7,16 +7,62 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
+import structlog
 
+from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token, Vector
 from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.numerics import overflowed
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, StepRunner
 from inference_service.engine.scheduler import Scheduler
+from loramux_shared.faults import ModelUnusable, NumericsFault
+
+MOST_OVERFLOWS: Final = 3
+OVERFLOWS_WITHIN_S: Final = 60.0
+"""Period in which so many such answers make an adapter refused."""
+
+log = structlog.get_logger()
+
+
+def overflowed(seq: Sequence, now_s: float) -> NumericsFault:
+    """Return why a sequence ends whose logits or vector are no numbers, and count that for its adapter.
+
+    A blend counts for none of its adapters, since the request has chosen their weights; nor does the warm-up,
+    which has no model's name.
+    """
+    adapter = seq.adapter
+    digest = "" if adapter is None else adapter.digest[:12]
+    log.warning("answer failed: it holds NaN or infinity", model=seq.model, digest=digest, request=seq.id)
+    if isinstance(adapter, Adapter) and seq.model:
+        _count(adapter, seq.model, now_s)
+    if adapter is None:
+        return NumericsFault(
+            "the base computed NaN or infinity. Serve it in a type that holds its values (LORAMUX_DTYPE)."
+        )
+    return NumericsFault(
+        "the adapter made NaN or infinity of the base's values: its weights overflow. Replace it by an earlier "
+        "checkpoint, or ask another model."
+    )
+
+
+def _count(adapter: Adapter, model: str, now_s: float) -> None:
+    adapter.overflows_s = (*(at for at in adapter.overflows_s if now_s - at < OVERFLOWS_WITHIN_S), now_s)
+    if len(adapter.overflows_s) < MOST_OVERFLOWS or adapter.unusable is not None:
+        return
+    adapter.unusable = ModelUnusable(
+        f"{MOST_OVERFLOWS} of its answers within {OVERFLOWS_WITHIN_S:g} s held NaN or infinity, so this replica refuses the "
+        f"version {adapter.digest[:12]}. Push or load another version under this name."
+    )
+    log.error(
+        "adapter is refused from now on: its answers hold NaN or infinity",
+        model=model,
+        digest=adapter.digest[:12],
+        reason=adapter.unusable.reason,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from inference_service.chat.demands import Demand
+from inference_service.chat.conversation import Demand
 from inference_service.chat.dialect import Dialect, parsers_of
 from inference_service.chat.formats.lark import OfferedTool
 from inference_service.chat.request import AnswerCalls
