@@ -21,8 +21,8 @@ from inference_service.engine.runner import Pending, StepRunner
 from inference_service.engine.scheduler import Scheduler
 from loramux_shared.faults import ModelUnusable, NumericsFault
 
-MOST_OVERFLOWS: Final = 3
-OVERFLOWS_WITHIN_S: Final = 60.0
+OVERFLOWS: Final = 3
+WITHIN_S: Final = 60.0
 """Period in which so many such answers make an adapter refused."""
 
 log = structlog.get_logger()
@@ -50,11 +50,11 @@ def overflowed(seq: Sequence, now_s: float) -> NumericsFault:
 
 
 def _count(adapter: Adapter, model: str, now_s: float) -> None:
-    adapter.overflows_s = (*(at for at in adapter.overflows_s if now_s - at < OVERFLOWS_WITHIN_S), now_s)
-    if len(adapter.overflows_s) < MOST_OVERFLOWS or adapter.unusable is not None:
+    adapter.overflows_s = (*(at for at in adapter.overflows_s if now_s - at < WITHIN_S), now_s)
+    if len(adapter.overflows_s) < OVERFLOWS or adapter.unusable is not None:
         return
     adapter.unusable = ModelUnusable(
-        f"{MOST_OVERFLOWS} of its answers within {OVERFLOWS_WITHIN_S:g} s held NaN or infinity, so this replica refuses the "
+        f"{OVERFLOWS} of its answers within {WITHIN_S:g} s held NaN or infinity, so this replica refuses the "
         f"version {adapter.digest[:12]}. Push or load another version under this name."
     )
     log.error(

@@ -13,7 +13,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.blocks import StateSlots
-from inference_service.engine.engine import MOST_OVERFLOWS, OVERFLOWS_WITHIN_S, Engine
+from inference_service.engine.engine import OVERFLOWS, WITHIN_S, Engine
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.runner import Pending
@@ -89,10 +89,10 @@ def test_after_three_within_a_minute_a_version_is_refused() -> None:
     do not count.
     """
     world = World()
-    for _ in range(MOST_OVERFLOWS - 1):
+    for _ in range(OVERFLOWS - 1):
         assert world.reason("bad", world.bad) == "NUMERICS"
-    world.now_s += OVERFLOWS_WITHIN_S
-    for _ in range(MOST_OVERFLOWS):
+    world.now_s += WITHIN_S
+    for _ in range(OVERFLOWS):
         assert world.bad.unusable is None
         assert world.reason("bad", world.bad) == "NUMERICS"
     blend = Mixture.of([(world.bad, 0.5), (world.good, 0.5)])
@@ -105,9 +105,7 @@ def test_a_blend_counts_for_none_of_its_adapters() -> None:
     """A blend's weights are the request's, so a failed blend does not disable an adapter."""
     world = World()
     blend = Mixture.of([(world.bad, 1e30), (world.good, 0.5)])
-    assert [world.reason("blend", blend) for _ in range(MOST_OVERFLOWS + 1)] == ["NUMERICS"] * (
-        MOST_OVERFLOWS + 1
-    )
+    assert [world.reason("blend", blend) for _ in range(OVERFLOWS + 1)] == ["NUMERICS"] * (OVERFLOWS + 1)
     assert world.bad.unusable is world.good.unusable is None
 
 
