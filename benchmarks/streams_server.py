@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +30,7 @@ from inference_service.http.server import HttpServer
 from inference_service.processes.children import ApiProcesses
 from inference_service.processes.host import ApiHost
 from inference_service.replica import SWITCH_S, keep_what_is_loaded
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.request_log import open_watchers
@@ -104,7 +103,7 @@ async def serve(device: Instant, api_processes: int = 0) -> None:
         inside, apis = f"unix:{folder}/engine", None
         rpc = RpcServer(
             inside if api_processes else "127.0.0.1:0",
-            {SERVICE_NAME: partial(register, InferenceServicer(made))},
+            {SERVICE_NAME: InferenceServicer(made).register},
         )
         http = HttpServer("127.0.0.1:0", made)
         addresses = {"grpc": await rpc.start(), "http": await http.start()}

@@ -19,7 +19,7 @@ from inference_service.replica import TELL_S, Replica, end_broken
 from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.extensions import Extensions, Services
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux_shared.access.guard import Guard
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer
@@ -39,8 +39,8 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     extensions = Extensions.load(ready.service, operators.manager)
     count = settings.sizes(ready.device).api_processes
     services: Services = {
-        SERVICE_NAME: partial(register, InferenceServicer(ready.service)),
-        adapters_rpc.SERVICE_NAME: partial(adapters_rpc.register, AdapterServicer(operators.manager)),
+        SERVICE_NAME: InferenceServicer(ready.service).register,
+        adapters_rpc.SERVICE_NAME: AdapterServicer(operators.manager).register,
         **extensions.of_all_models(lambda: server.serving),
     }
     patience = calls.Patience(read_s=stall_s, pause_s=stall_s)

@@ -34,7 +34,7 @@ from loramux_shared.bundle.npy import Array, cast
 from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, Finding
-from loramux_shared.wording import listed
+from loramux_shared.wording import counted, listed
 
 SCRATCH: Final = "truncated.bin"
 """A and B of the approximations in float32, one after the other."""
@@ -193,7 +193,7 @@ def refuse_any(checked: Mapping[str, CheckedAdapter]) -> None:
     violations = {name: adapter.errors for name, adapter in checked.items() if adapter.errors}
     findings = [_named(finding, name) for name, errors in violations.items() for finding in errors]
     if findings:
-        rules = f"{len(findings)} rule{'s'[: len(findings) > 1]}"
+        rules = counted(len(findings), "rule")
         raise AdapterInvalid(f"{listed(violations)}: {rules} broken; nothing was published", findings)
 
 

@@ -15,7 +15,7 @@ from inference_service.http.wire.body import read_bytes
 from inference_service.http.wire.refusals import REQUEST_ID
 from inference_service.processes import messages
 from inference_service.processes.channel import Channel
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.rpc.options import CLIENT_OPTIONS
@@ -50,7 +50,7 @@ class RpcRelay(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     def __init__(self, address: str, servicer: InferenceServicer) -> None:
         self._channel = grpc.aio.insecure_channel(address, CLIENT_OPTIONS)
         own = _Handlers()
-        register(servicer, own)
+        servicer.register(own)
         self._own = own.handlers
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:

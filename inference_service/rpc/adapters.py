@@ -36,6 +36,10 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     def __init__(self, adapters: AdapterManager) -> None:
         self._adapters = adapters
 
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the service to a server."""
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+
     async def ListAdapters(  # noqa: N802 - grpc's name
         self, request: pb.ListAdaptersRequest, _context: grpc.aio.ServicerContext
     ) -> pb.ListAdaptersResponse:
@@ -95,11 +99,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         async with aclosing(self._adapters.watch()) as views:
             async for view in views:
                 yield pb.WatchReplicaResponse(replica=replica_message(view))
-
-
-def register(servicer: AdapterServicer, server: grpc.aio.Server) -> None:
-    """Add the service to a server."""
-    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
 
 def adapter_message(view: AdapterView) -> pb.AdapterState:

@@ -29,6 +29,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, service: GenerationService) -> None:
         self._service = service
 
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the service to a server."""
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+
     async def Generate(  # noqa: N802 - grpc's name
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
@@ -94,8 +98,3 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 def _has_text(event: Event) -> bool:
     return isinstance(event, AnswerDelta) and bool(event.text)
-
-
-def register(servicer: InferenceServicer, server: grpc.aio.Server) -> None:
-    """Add the service to a server."""
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]

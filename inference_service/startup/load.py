@@ -73,6 +73,7 @@ from loramux_shared.process import report
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
+from loramux_shared.wording import counted
 
 log = structlog.get_logger()
 
@@ -177,7 +178,7 @@ def _begin(
     registered = [model.adapter for model in catalog.everything if model.adapter is not None]
     fitting = bank.fitting(registered) if bank is not None else []
     if bank is not None and (first := fitting[: settings.preload]):
-        report(f"loading {len(first)} adapter{'s'[: len(first) != 1]}")
+        report(f"loading {counted(len(first), 'adapter')}")
         preload(bank, first, inbox)
     engine, limits = _engine(settings, generation, base, bank)
     probe = partial(_run_a_few_tokens, engine, bank)

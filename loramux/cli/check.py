@@ -25,6 +25,7 @@ from loramux_shared.deployment import LoraConfiguration, Repository, SourceKind
 from loramux_shared.deployment_file import parse_lora_configuration
 from loramux_shared.faults import Finding, RepoNotFound, SourceUnavailable
 from loramux_shared.spelling import parse_repository
+from loramux_shared.wording import counted
 
 Base = Annotated[
     str, typer.Option("--base", metavar="BASE", help="Base, in the form of ADAPTER.", show_default=False)
@@ -273,7 +274,7 @@ def _name(repository: Repository) -> str:
 
 
 def _count(number: int, word: str) -> str:
-    return f"{number or 'no'} {word}{'s'[: number != 1]}"
+    return counted(number, word) if number else f"no {word}s"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loramux_shared.bundle.kinds import AdapterKind
-from loramux_shared.wording import listed
+from loramux_shared.wording import counted, listed
 
 GAP = 2
 """Columns of the terminal between two of the table."""
@@ -105,7 +105,7 @@ def kind(kinds: Sequence[str], replaced_rows: Mapping[str, int] | None = None, n
     """
     counts = {each: f" ({count} rows)" for each, count in (replaced_rows or {}).items()}
     if num_labels:
-        counts[AdapterKind.CLASSIFIER] = f" ({num_labels} label{'s'[: num_labels != 1]})"
+        counts[AdapterKind.CLASSIFIER] = f" ({counted(num_labels, 'label')})"
     words = {each: _NAMES.get(AdapterKind(each), each) if each in set(AdapterKind) else each for each in kinds}
     return ", ".join(word + counts.get(each, "") for each, word in words.items())
 

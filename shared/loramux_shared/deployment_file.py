@@ -29,7 +29,7 @@ from loramux_shared.deployment import (
 )
 from loramux_shared.faults import DeploymentInvalid, Finding
 from loramux_shared.signatures import read_signer
-from loramux_shared.wording import MAX_FINDINGS, nearest
+from loramux_shared.wording import MAX_FINDINGS, counted, nearest
 
 
 def _words(text: str) -> frozenset[str]:
@@ -113,7 +113,7 @@ def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
     except ValidationError as error:
         findings = [*findings_of(error, Deployment), *_name_findings(data)]
         count = max(len(findings), error.error_count())
-        raise DeploymentInvalid(f"the deployment breaks {count} rule{'s'[: count > 1]}", findings) from error
+        raise DeploymentInvalid(f"the deployment breaks {counted(count, 'rule')}", findings) from error
     warnings = {where: each for where, value in dropped.items() if (each := _unserved(where, value))}
     ignored = sorted(dropped.keys() - warnings.keys())
     return DeploymentFile(deployment=deployment, ignored=tuple(ignored), warnings=tuple(warnings.values()))

@@ -18,6 +18,11 @@ def listed(names: Collection[str], most: int = LISTED, *, none: str = "none") ->
     return f"{joined} and {more} more" if more > 0 else joined or none
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: ``1 rule``, ``2 rules``."""
+    return f"{count} {noun}{'s'[: count != 1]}"
+
+
 MAX_FINDINGS: Final = 64
 """Largest number of findings of one message or file that are listed one by one."""
 _LONGEST: Final = 64

@@ -31,9 +31,8 @@ from inference_service.http.responses.schema import CompactBody, ResponsesBody
 from inference_service.http.server import HttpServer
 from inference_service.http.vectors.embeddings import PoolingBody
 from inference_service.http.wire.body import Body
-from inference_service.rpc import adapters
 from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS, AdapterServicer
-from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.deployment import SourceKind
@@ -273,8 +272,8 @@ async def open_apis(folder: Path) -> AsyncIterator[FuzzedApis]:
     http = HttpServer("127.0.0.1:0", ready.service)
     operators = AdapterServicer(fixed_manager(ready.service.catalog))
     servers = {
-        INFERENCE: RpcServer("127.0.0.1:0", {INFERENCE: partial(register, InferenceServicer(ready.service))}),
-        ADAPTERS: RpcServer("127.0.0.1:0", {ADAPTERS: partial(adapters.register, operators)}),
+        INFERENCE: RpcServer("127.0.0.1:0", {INFERENCE: InferenceServicer(ready.service).register}),
+        ADAPTERS: RpcServer("127.0.0.1:0", {ADAPTERS: operators.register}),
         BUILDER: RpcServer("127.0.0.1:0", {BUILDER: BuilderServicer(builds, checks).register}),
     }
     ready.engine.start()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from functools import partial
 from pathlib import Path
 from typing import Self
 
 from inference_service.core.sequence import Token
 from inference_service.http.server import HttpServer
 from inference_service.http.wire import protocol
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.request import AnswerDelta, AnswerStarted, Event, Request
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
@@ -65,7 +64,7 @@ def apis_of(
     bound: int | None = None,
 ) -> tuple[HttpServer, RpcServer]:
     """Return both APIs on free ports."""
-    services = {SERVICE_NAME: partial(register, InferenceServicer(service))}
+    services = {SERVICE_NAME: InferenceServicer(service).register}
     return (
         HttpServer("127.0.0.1:0", service, guard, patience=http, max_connections=bound),
         RpcServer("127.0.0.1:0", services, guard, patience=rpc, max_connections=bound),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from functools import partial
 from pathlib import Path
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import EndReason, Token
 from inference_service.http.server import HttpServer
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
 from inference_service.text.text import Text
@@ -67,7 +66,7 @@ class ScriptedReplica:
 
     def __init__(self, folder: Path, name: str, guard: Guard = NOBODY_GUARDS) -> None:
         self.service = Named(folder, name)
-        services = {SERVICE_NAME: partial(register, InferenceServicer(self.service))}
+        services = {SERVICE_NAME: InferenceServicer(self.service).register}
         self.http = HttpServer("127.0.0.1:0", self.service, guard)
         self.grpc = RpcServer("127.0.0.1:0", services, guard)
 

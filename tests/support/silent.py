@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -10,7 +9,7 @@ from typing import cast
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.engine_thread import EngineThread, PauseMode
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.text.text import Text
@@ -58,4 +57,4 @@ def silent_service(folder: Path) -> GenerationService:
 def silent_server(service: GenerationService, guard: Guard = NOBODY_GUARDS) -> RpcServer:
     """Return the service's gRPC API on a free port."""
     servicer = InferenceServicer(service)
-    return RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, servicer)}, guard)
+    return RpcServer("127.0.0.1:0", {SERVICE_NAME: servicer.register}, guard)

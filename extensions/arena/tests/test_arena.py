@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux.client import AsyncClient
 from loramux_arena.contest import Contest
 from loramux_arena.kept import AnswerFile
@@ -49,7 +48,7 @@ async def hold(
 ) -> dict[str, dict[str, float]]:
     """Have versions find out how likely the references are; return that, and answer a little."""
     ready = world[0].load(world[1], stream_interval_ms=0)
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(ready.service))})
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: InferenceServicer(ready.service).register})
     address = await server.start()
     ready.engine.start()
     await server.set_serving(True)

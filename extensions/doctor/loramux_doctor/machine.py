@@ -17,6 +17,7 @@ from typing import Any
 from loramux_shared.bundle.deployments import list_deployments
 from loramux_shared.faults import Fault
 from loramux_shared.storage.open import open_store
+from loramux_shared.wording import counted
 
 
 @dataclass(frozen=True)
@@ -100,4 +101,4 @@ def look_at_store(uri: str) -> Place:
         names = list_deployments(open_store(uri))
     except Fault as fault:
         return Place("store", uri, f"{fault.reason}: {fault.message}", ok=False)
-    return Place("store", uri, f"answers, {len(names)} deployment{'s'[: len(names) != 1]}", ok=True)
+    return Place("store", uri, f"answers, {counted(len(names), 'deployment')}", ok=True)

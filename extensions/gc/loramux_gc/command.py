@@ -18,7 +18,7 @@ from loramux_gc.orphans import Orphan, RetainedGeneration, Retention, check_grac
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings
 from loramux_shared.storage.open import open_store
-from loramux_shared.wording import listed
+from loramux_shared.wording import counted, listed
 
 _UNITS: Final = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
 
@@ -115,14 +115,14 @@ def _print_retained(retained: Sequence[RetainedGeneration]) -> None:
         some = list(found)
         numbers = listed([str(each.number) for each in some])
         most = max(each.bundles for each in some)
-        bundles = f"{most} bundle{'s'[: most != 1]}" if len(some) == 1 else f"up to {most} bundles each"
+        bundles = counted(most, "bundle") if len(some) == 1 else f"up to {most} bundles each"
         stay = f"generation {numbers} stays" if len(some) == 1 else f"generations {numbers} stay"
         shell.show(f"{name}: {stay}: {why}; {bundles}")
 
 
 def _counted(orphans: Sequence[Orphan]) -> str:
     size = decimal(sum(orphan.size for orphan in orphans))
-    return f"{len(orphans)} orphan{'s'[: len(orphans) != 1]}, {size},"
+    return f"{counted(len(orphans), 'orphan')}, {size},"
 
 
 def _duration(flag: str, text: str) -> timedelta:

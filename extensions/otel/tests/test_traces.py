@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from functools import partial
 from typing import Any
 
 import grpc
@@ -19,7 +18,7 @@ from opentelemetry.trace import StatusCode
 from structlog.contextvars import merge_contextvars
 
 from inference_service.http.server import HttpServer
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.request_log import open_watchers
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
@@ -85,7 +84,7 @@ async def watched(request: pytest.FixtureRequest, world: tuple[World, MemoryStor
     made, watchers = ready.service, open_watchers(tracing, log_prompts=request.param)
     service = GenerationService(made.catalog, made.text, ready.engine, made.limits, watchers)
     http = HttpServer("127.0.0.1:0", service, tracing=tracing)
-    add = partial(register, InferenceServicer(service))
+    add = InferenceServicer(service).register
     rpc = RpcServer("127.0.0.1:0", {SERVICE_NAME: add}, tracing=tracing)
     server = Watched(await http.start(), await rpc.start(), exporter)
     ready.engine.start()

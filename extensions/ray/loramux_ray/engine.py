@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 import structlog
 
 from inference_service.http.app import create_app
 from inference_service.replica import TELL_S, Replica, end_broken
-from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer
-from inference_service.rpc.servicer import InferenceServicer, register
+from inference_service.rpc.servicer import InferenceServicer
 from loramux_ray.asgi import answered
 from loramux_ray.bridge import Bridge
 from loramux_ray.calls import End, HttpCall, Messages, RpcCall
@@ -46,8 +44,8 @@ class Engine:
         self._over = ""
         ready, manager = replica.ready, replica.operators.manager
         services = (
-            partial(register, InferenceServicer(ready.service)),
-            partial(adapters_rpc.register, AdapterServicer(manager)),
+            InferenceServicer(ready.service).register,
+            AdapterServicer(manager).register,
         )
         self._bridge = Bridge(services, guard, replica.tracing, insecure=settings.insecure)
         self._local_only = guard.keyring is None and not settings.insecure

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, is_dataclass
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 import pytest_asyncio
 
 from inference_service.http.server import HttpServer
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux.client import AsyncClient, Client
 from loramux.faults import ModelNotFound, ReplicaFailed, RequestInvalid
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
@@ -119,7 +118,7 @@ class Single:
 async def single(world: World) -> Any:
     """A service beside Ray's, with our own servers."""
     ready = world.load(open_store(f"file://{world.root}/store"), backend="torch", native=False, threads=1)
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(ready.service))})
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: InferenceServicer(ready.service).register})
     http = HttpServer("127.0.0.1:0", ready.service)
     addresses = await server.start(), await http.start()
     ready.engine.start()

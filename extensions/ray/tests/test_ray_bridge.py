@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 
 from inference_service.http.app import create_app
-from inference_service.rpc.servicer import InferenceServicer, register
+from inference_service.rpc.servicer import InferenceServicer
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_ray.asgi import answered
 from loramux_ray.bridge import Bridge
@@ -47,7 +46,7 @@ async def service(opened: Service) -> Service:
 def bridge_of(service: Service, guard: Guard = NOBODY_GUARDS, *, insecure: bool = False) -> Bridge:
     """The services of a replica."""
     servicer = InferenceServicer(service.ready.service)
-    return Bridge([partial(register, servicer)], guard, None, insecure=insecure)
+    return Bridge([servicer.register], guard, None, insecure=insecure)
 
 
 async def call(

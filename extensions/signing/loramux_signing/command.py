@@ -17,6 +17,7 @@ from loramux_shared.settings import BuilderSettings, load_settings, variable
 from loramux_shared.signatures import SIGNATURE, SigningKey
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
+from loramux_shared.wording import counted
 from loramux_signing.folder import verify_folder
 from loramux_signing.openssf import sign_folder
 from loramux_signing.store import check_signature, sign_object, signed_store
@@ -128,7 +129,7 @@ def _verify_deployment(store: Store, name: str, signers: tuple[str, ...]) -> tup
     with shell.working(f"reading {len(digests)} bundles"):
         for digest in sorted(digests):
             read_bundle(store, digest)
-    return by, f"generation {generation.number}, {len(digests)} bundle{'s'[: len(digests) != 1]}"
+    return by, f"generation {generation.number}, {counted(len(digests), 'bundle')}"
 
 
 def _served(store: Store, name: str) -> Generation:

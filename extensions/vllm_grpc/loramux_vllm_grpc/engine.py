@@ -55,6 +55,10 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
         self._model = model
         self._started_s = time.monotonic()
 
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the service to a server."""
+        engine_pb2_grpc.add_VllmEngineServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+
     async def Generate(  # noqa: N802 - grpc's name
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
@@ -183,11 +187,6 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
         """Return the base's repository, as it may be reported."""
         catalog = self._service.catalog
         return next((model.source for model in catalog.everything if model.name == catalog.base_name), "")
-
-
-def register(servicer: VllmEngineServicer, server: grpc.aio.Server) -> None:
-    """Add the service to a server."""
-    engine_pb2_grpc.add_VllmEngineServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
 
 def _token(config: Any, name: str) -> int:

@@ -28,6 +28,10 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._service = service
         self._running = running
 
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the service to a server."""
+        inference_pb2_grpc.add_InferenceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+
     async def Generate(  # noqa: N802 - grpc's name
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateResponse:
@@ -75,8 +79,3 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
 def _too_many(count: int) -> RequestInvalid:
     finding = Finding(code="E_BAD_FIELD", where="sampling.num_sequences", expected="1", found=str(count))
     return RequestInvalid("Generate has room for one answer. Use GenerateStream.", [finding])
-
-
-def register(servicer: VllmInferenceServicer, server: grpc.aio.Server) -> None:
-    """Add the service to a server."""
-    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from inference_service.adapters.manager import AdapterManager
@@ -49,7 +48,7 @@ class VllmServices:
         inferring = VllmInferenceServicer(self._service, self._running)
         return {
             **self.of_model("", healthy),
-            inference.SERVICE_NAME: partial(inference.register, inferring),
+            inference.SERVICE_NAME: inferring.register,
         }
 
     def of_model(self, model: str, healthy: Callable[[], bool]) -> Services:
@@ -57,4 +56,4 @@ class VllmServices:
         servicer = VllmEngineServicer(
             self._service, self._running, self._archives, healthy, dtype=self._adapters.facts.dtype, model=model
         )
-        return {ENGINE: partial(engine.register, servicer)}
+        return {ENGINE: servicer.register}

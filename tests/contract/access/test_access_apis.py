@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ from inference_service.http.wire.refusals import fault_body
 from inference_service.rpc.adapters import (
     SERVICE_NAME as ADAPTERS,
     AdapterServicer,
-    register as register_adapters,
 )
-from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer
 from inference_service.serving.service import GenerationService
 from loramux import AsyncClient
 from loramux.builder.v1 import builder_pb2
@@ -74,8 +72,8 @@ async def guarded(
     """The service's name, and a channel to a real server with keys."""
     add = {
         BUILDER: builder_servicer(tmp_path).register,
-        INFERENCE: partial(register, InferenceServicer(service)),
-        ADAPTERS: partial(register_adapters, AdapterServicer(fixed_manager(service.catalog))),
+        INFERENCE: InferenceServicer(service).register,
+        ADAPTERS: AdapterServicer(fixed_manager(service.catalog)).register,
     }[request.param]
     server = RpcServer("127.0.0.1:0", {request.param: add}, Guard(RING))
     async with grpc.aio.insecure_channel(await server.start()) as channel:

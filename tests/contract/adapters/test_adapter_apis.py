@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +10,7 @@ import httpx
 import pytest
 
 from inference_service.http.app import create_app
-from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer, register
+from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer
 from inference_service.serving.service import GenerationService, ServingLimits
 from loramux import AsyncClient
 from loramux_shared.faults import (
@@ -38,7 +37,7 @@ def replica() -> Operated:
 async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
     """A client of the replica's gRPC API."""
     servicer = AdapterServicer(replica.manager)
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, servicer)})
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: servicer.register})
     async with AsyncClient(await server.start()) as client:
         yield client
     await server.drain(1)

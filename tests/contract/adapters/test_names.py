@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 import grpc
@@ -20,7 +19,7 @@ from builder_service.pipeline.progress import Progress
 from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults
 from inference_service.core.sequence import Sequence
 from inference_service.http.server import HttpServer
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.request import AnswerDelta, AnswerStarted, Request
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.record import RequestRecord
@@ -75,7 +74,7 @@ class ReplicaApis:
     def __init__(self, ready: Ready, generation: Generation, guard: Guard) -> None:
         self.ready = ready
         self.generation = generation
-        services = {SERVICE_NAME: partial(register, InferenceServicer(ready.service))}
+        services = {SERVICE_NAME: InferenceServicer(ready.service).register}
         self.rpc = RpcServer("127.0.0.1:0", services, guard)
         self.web = HttpServer("127.0.0.1:0", ready.service, guard)
 

@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,7 +18,7 @@ from benchmarks.streams_clients import MODEL
 from benchmarks.streams_server import Instant, service
 from inference_service.processes.children import ApiProcesses
 from inference_service.processes.host import ApiHost
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import SettingsInvalid
@@ -90,7 +89,7 @@ async def replica(folder: Path, count: int = 2, **times: float) -> AsyncIterator
     """Serve with API processes."""
     made, thread = service(folder, Instant(0.001))
     inside = f"unix:{folder}/engine"
-    rpc = RpcServer(inside, {SERVICE_NAME: partial(register, InferenceServicer(made))})
+    rpc = RpcServer(inside, {SERVICE_NAME: InferenceServicer(made).register})
     await rpc.start()
     settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0")
     apis = ApiProcesses(settings, ApiHost(made, keyless=True), count, (SERVICE_NAME,), CORE, inside, **times)

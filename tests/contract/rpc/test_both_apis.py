@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.requests import generate_request
 from loramux_shared.rpc.server import RpcServer
@@ -30,7 +29,7 @@ LOOK = {"type": "function", "function": {"name": "look"}}
 async def apis(api_processes: int, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FuzzedApis]:
     """The endpoints of an inference service."""
     async with open_api(openai_world(tmp_path_factory.mktemp("both"))) as http:
-        services = {SERVICE_NAME: partial(register, InferenceServicer(http.ready.service))}
+        services = {SERVICE_NAME: InferenceServicer(http.ready.service).register}
         server = RpcServer("127.0.0.1:0", services)
         async with grpc.aio.insecure_channel(await server.start()) as channel:
             yield FuzzedApis(http.http, {SERVICE_NAME: channel}, {})

@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 import grpc
@@ -20,7 +19,7 @@ from grpc_status import rpc_status
 
 from inference_service.core.sequence import Batch
 from inference_service.engine.runner import Pending
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.startup.load import Ready
 from loramux import AsyncClient, Client, FinishReason, faults
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
@@ -82,7 +81,7 @@ class RpcApi:
 @asynccontextmanager
 async def served(ready: Ready) -> AsyncIterator[RpcApi]:
     """Put a server before a service."""
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(ready.service))})
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: InferenceServicer(ready.service).register})
     await server.start()
     await server.set_serving(True)
     api = RpcApi(ready, server)

@@ -7,13 +7,12 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer, register
+from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer
 from loramux.cli.main import app
 from loramux.connection import API_KEY
 from loramux.inference.v1 import inference_pb2_grpc
@@ -44,7 +43,7 @@ def api(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str, 
     """Yield the address of a replica's gRPC API, which runs in a thread, and a call in its loop."""
     add: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server
     services = {
-        SERVICE_NAME: partial(register, AdapterServicer(replica.manager)),
+        SERVICE_NAME: AdapterServicer(replica.manager).register,
         "loramux.inference.v1.InferenceService": lambda server: add(FakeInference(), server),
     }
     loop = asyncio.new_event_loop()
