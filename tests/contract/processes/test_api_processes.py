@@ -6,16 +6,21 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+import httpx
 import psutil
 import pytest
 import pytest_asyncio
 
 from benchmarks.streams_clients import MODEL
 from benchmarks.streams_server import Instant, service
+from inference_service.adapters.served_model import ServedModel
 from inference_service.processes.children import ApiProcesses
 from inference_service.processes.host import ApiHost
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
@@ -25,6 +30,7 @@ from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.server import CORE, RpcServer
 from loramux_shared.runtime import Limits
 from loramux_shared.settings import InferenceSettings
+from tests.support.access import Certificates, lines, new_entry
 from tests.support.raw_http import JSON, RawClient
 from tests.support.waiting import bounded, until
 
@@ -58,7 +64,10 @@ class Replica:
 
     def pid_of(self, client: RawClient) -> int:
         """The process that has a connection."""
-        port = client.writer.get_extra_info("sockname")[1]
+        return self.pid_at(client.writer.get_extra_info("sockname")[1])
+
+    def pid_at(self, port: int) -> int:
+        """The process that has the connection of a client's port."""
         for pid in self.apis.pids:
             for each in psutil.Process(pid).net_connections():
                 if each.raddr and each.raddr.port == port:
@@ -85,14 +94,17 @@ class Replica:
 
 
 @asynccontextmanager
-async def replica(folder: Path, count: int = 2, **times: float) -> AsyncIterator[Replica]:
-    """Serve with API processes."""
+async def replica(
+    folder: Path, count: int = 2, guarded: Mapping[str, Any] = MappingProxyType({}), **times: float
+) -> AsyncIterator[Replica]:
+    """Serve with API processes; guarded are settings of keys and TLS."""
     made, thread = service(folder, Instant(0.001))
     inside = f"unix:{folder}/engine"
     rpc = RpcServer(inside, {SERVICE_NAME: InferenceServicer(made).register})
     await rpc.start()
-    settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0")
-    apis = ApiProcesses(settings, ApiHost(made, keyless=True), count, (SERVICE_NAME,), CORE, inside, **times)
+    settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0", **guarded)
+    host = ApiHost(made, keyless=not guarded)
+    apis = ApiProcesses(settings, host, count, (SERVICE_NAME,), CORE, inside, **times)
     addresses = await apis.start()
     thread.start(apis.refuse)
     await apis.set_serving()
@@ -209,6 +221,48 @@ async def test_limits_hold_across_processes(served: Replica) -> None:
                 client.close()
     finally:
         catalog.deployed = kept
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.sweep)])
+async def test_every_process_follows_keys_certificates_and_aliases(count: int, tmp_path: Path) -> None:
+    """A sticky key has one model in all processes; a new key and a new certificate are taken by all."""
+    certificates, keys = Certificates(tmp_path), tmp_path / "keys"
+    (old, old_line), (new, new_line) = new_entry("old", "infer"), new_entry("new", "infer")
+    keys.write_text(lines(old_line))
+    files = certificates.server
+    guarded = {"keys_file": keys, "tls_cert": files.cert, "tls_key": files.key}
+    async with replica(tmp_path, count, guarded) as served:
+        catalog = served.service.catalog
+        catalog._models["other"] = ServedModel("other")
+        catalog.deployed = catalog.deployed.model_copy(update={"aliases": {"alias": {MODEL: 1, "other": 1}}})
+
+        async def all_answer(key: str, trusted: str, sticky: str, expected: int) -> set[str]:
+            """Ask on new connections until every process gave the expected status; return the models."""
+            context = ssl.create_default_context(cafile=tmp_path / trusted)
+            seen: set[int] = set()
+            models: set[str] = set()
+            body = {"model": "alias", "prompt": [5], "max_tokens": 1, "user": sticky}
+            async with bounded(f"{expected} from all processes", lambda: seen):
+                while len(seen) < count:
+                    async with httpx.AsyncClient(verify=context, trust_env=False) as web:
+                        headers = {"authorization": f"Bearer {key}"}
+                        url = f"https://{served.addresses['http']}/v1/completions"
+                        async with web.stream("POST", url, json=body, headers=headers) as answer:
+                            _, port = answer.extensions["network_stream"].get_extra_info("client_addr")[:2]
+                            pid = served.pid_at(port)
+                    if answer.status_code == expected:
+                        seen.add(pid)
+                        models.add(answer.headers.get("x-loramux-model", ""))
+            return models
+
+        picked = [await all_answer(old, "ours.pem", sticky, 200) for sticky in ("ann", "bob", "cid", "dan")]
+        assert all(len(models) == 1 for models in picked)
+        assert set.union(*picked) == {MODEL, "other"}
+        keys.write_text(lines(new_line))
+        await all_answer(old, "ours.pem", "ann", 401)
+        assert await all_answer(new, "ours.pem", "ann", 200) == picked[0]
+        certificates.issue("server", certificates.other)
+        assert await all_answer(new, "other.pem", "ann", 200) == picked[0]
 
 
 async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
