@@ -26,7 +26,7 @@ from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer, Rules
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.tracing import open_tracing
+from loramux_shared.tracing import Tracing, open_tracing
 
 log = structlog.get_logger()
 TELL_S: Final = 1.0
@@ -40,7 +40,7 @@ class ApiProcess:
         self._servers: list[HttpServer | RpcServer] = []
         self._rpc: RpcServer | None = None
         self._service: RemoteService | None = None
-        self._tracing: Any = None
+        self._tracing: Tracing | None = None
         self._drained = False
         self._lost = asyncio.Event()
         answers: dict[str, Callable[..., Awaitable[Any]]] = {
@@ -72,8 +72,7 @@ class ApiProcess:
         log_to_stderr(settings.log_format)
         guard, stall_s = open_guard(settings), settings.stall_timeout_s
         self._tracing = open_tracing("loramux-inference")
-        tracer = self._tracing.tracer if self._tracing else None
-        watchers = open_watchers(tracer, log_prompts=settings.log_prompts)
+        watchers = open_watchers(self._tracing, log_prompts=settings.log_prompts)
         service = self._service = RemoteService(facts["served"], settings.parsers, watchers)
         service.attach(self.channel)
         scopes, keyless, untraced = facts["rules"]

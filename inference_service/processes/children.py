@@ -229,8 +229,10 @@ class _Child:
 
     def _on_lost(self, process: Process) -> None:
         was_ready, self.peer = self.peer is not None, None
+        if self._all.ending:  # it sends its last spans, and `end` waits for that
+            return
         _kill(process)
-        if was_ready and not self._all.ending:
+        if was_ready:
             self._keep(self._start_again(process))
 
     async def _start_again(self, process: Process) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 
 from loramux_shared.tracing import Tracing, open_tracing
+from tests.contract.processes.test_api_processes import replica
 from tests.support.forks import Forked
-from tests.support.waiting import BOUND_S
+from tests.support.waiting import BOUND_S, bounded
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +88,31 @@ def _sees_nothing_of_it() -> None:
 def test_nothing_of_it_is_needed() -> None:
     """The services start without OpenTelemetry, and import nothing of OpenTelemetry before tracing is set."""
     assert Forked(_sees_nothing_of_it).wait(BOUND_S) == 0
+
+
+async def test_an_api_process_sends_its_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that an API process answers is a span below its client's, sent at the latest at the drain."""
+    received: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+        async with replica(tmp_path, 1) as served:
+            stream = await served.stream(2)
+            async with bounded("the end of the answer"):
+                await stream.reader.readuntil(b"[DONE]")
+            stream.close()
+        collector.shutdown()
+        thread.join()
+    assert b"POST /v1/completions" in b"".join(received)
