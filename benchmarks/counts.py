@@ -14,13 +14,11 @@ serves. Sizes are the defaults: adapters of rank 64 at most, 64 of them in a ste
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 from unittest.mock import patch
@@ -68,14 +66,13 @@ OWN_TOKENS: Final = 8
 
 @dataclass
 class Noted:
-    """A recorder, and the graph that it records last; its replays are counted."""
+    """A recorder and its graphs, whose replays are counted."""
 
-    launched: list[list[Launch | str]] = field(default_factory=list)
     replays: int = 0
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Note what is launched."""
-        self.launched.append(launches_of(work))
+        """Do it once."""
+        work()
         return self
 
     def replay(self) -> None:
@@ -94,7 +91,7 @@ class Counted:
         self.recorder = Noted()
         model = Decoder(config, RandomTensors(DTYPE, META), operations)
         self.runner = GraphRunner(model, self.lora, LONGEST, BLOCK_SIZE, LIMITS, self.recorder)
-        with _nothing_runs([]):
+        with intercepted(lambda _: None):
             self.runner.capture()
 
     @torch.inference_mode()
@@ -115,15 +112,11 @@ class Counted:
         rows = lay_out(Batch(tuple(map(Chunk, seqs, lengths))), {})
         eager: list[Launch] = []
         before = self.recorder.replays
-        with _nothing_runs(eager), patch.object(runner, "to_host", lambda tensor: tensor):
+        with intercepted(eager.append), patch.object(runner, "to_host", lambda tensor: tensor):
             self.runner._launch(rows)
         replayed = self.recorder.replays > before
         attends = not set(ONCE_PER_LAYER).isdisjoint(names_of(eager))
         return "traced" if attends else "recorded" if replayed else "nothing"
-
-
-def _nothing_runs(noted: list[Launch]) -> Any:
-    return intercepted(noted.append)
 
 
 def per_layer(names: Sequence[str]) -> int:
@@ -246,24 +239,18 @@ def kinds(counted: Counted) -> Iterator[str]:
     for slot, vocabulary in enumerate(own.values()):
         counted.lora.vocabularies.enter(slot, vocabulary)
     plain = adapters[len(own) :]
+    blends = {parts: Mixture(tuple((each, 0.5) for each in plain[:parts])) for parts in (2, 3, 8)}
     scores = SamplingParams(prompt_logprobs=1)
     cases: dict[str, tuple[Adapter | Mixture | None, int, SamplingParams]] = {
         "base": (None, 1, SamplingParams()),
         "adapter": (plain[0], 1, SamplingParams()),
         **{name: (adapters[slot], 1, SamplingParams()) for slot, name in enumerate(own)},
-        **{
-            f"blend of {parts}": (
-                Mixture(tuple((each, 0.5) for each in plain[:parts])),
-                1,
-                SamplingParams(),
-            )
-            for parts in (2, 3, 8)
-        },
+        **{f"blend of {parts}": (blends[parts], 1, SamplingParams()) for parts in (2, 3, 8)},
         "logprobs": (plain[0], 1, SamplingParams(logprobs=5)),
         "penalties": (plain[0], 1, SamplingParams(frequency_penalty=1.0)),
         "prompt of 100": (plain[0], 100, SamplingParams()),
         "prompt of 100, own tokens": (adapters[2], 100, SamplingParams()),
-        "prompt of 100, blend of 3": (Mixture(tuple((each, 0.5) for each in plain[:3])), 100, SamplingParams()),
+        "prompt of 100, blend of 3": (blends[3], 100, SamplingParams()),
         "prompt of 100, prompt_logprobs": (plain[0], 100, scores),
         "prompt of 1100": (plain[0], 1100, SamplingParams()),
     }
@@ -283,29 +270,14 @@ def _sequence(
     return seq
 
 
-SECTIONS: Final = {"launches": launches, "programs": programs, "rows": computed, "kinds": kinds}
-
-
-def lines(only: Sequence[str] = tuple(SECTIONS)) -> Iterator[str]:
+def lines() -> Iterator[str]:
     """Yield the tables."""
     counted = Counted()
-    for name in only:
-        yield from SECTIONS[name](counted)
+    for section in (launches, programs, computed, kinds):
+        yield from section(counted)
         yield ""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the counts."""
-    parser = argparse.ArgumentParser(
-        prog="counts.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", action="append", choices=SECTIONS, help="repeatable")
-    options = parser.parse_args(arguments)
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels are described, and none is compiled
-    for line in lines(options.only or tuple(SECTIONS)):
-        print(line)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels are described, and none is compiled
+    print("\n".join(lines()))

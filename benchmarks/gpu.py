@@ -23,7 +23,7 @@ from typing import Final
 
 import torch
 
-from benchmarks.on_gpu import correctness, kernels, serving, step, tune
+from benchmarks.on_gpu import correctness, serving, sgmv, step, tune
 from benchmarks.on_gpu.device import Device, Gpu, describe, state
 from benchmarks.on_gpu.run import Run
 
@@ -32,9 +32,7 @@ Section = tuple[Callable[[Run], None], float]
 """A part of the run, and the seconds after which it begins no further point."""
 SECTIONS: Final[Mapping[str, Section]] = {
     "correctness": (correctness.run, 300),
-    "sgmv": (kernels.sgmv, 90),
-    "attention": (kernels.attend, 60),
-    "delta": (kernels.states, 30),
+    "sgmv": (sgmv.run, 90),
     "step": (step.run, 300),
     "serving": (serving.run, 360),
     "tune": (tune.run, 300),

@@ -88,7 +88,8 @@ def run_tests(run: Run) -> None:
     """Run the kernels' tests in a process of their own, on the GPU where there is one.
 
     Raises:
-        Red: one failed, or they did not end in time.
+        Red: one failed.
+        TimeoutExpired: they did not end.
     """
     folder = "tests/kernels"
     tests = [f"{folder}/{REHEARSED_TEST}"]
@@ -100,12 +101,9 @@ def run_tests(run: Run) -> None:
         if importlib.util.find_spec("xdist"):
             tests += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-    try:
-        done = subprocess.run(  # noqa: S603 - our own tests
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TESTS_S
-        )
-    except subprocess.TimeoutExpired as error:
-        raise Red(f"the kernels' tests did not end in {TESTS_S:.0f} s") from error
+    done = subprocess.run(  # noqa: S603 - our own tests
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TESTS_S, check=False
+    )
     lines = done.stdout.strip().splitlines()[-40:]
     if done.returncode != 0:
         raise Red("\n".join(["the kernels' tests fail:", *lines, *done.stderr.strip().splitlines()[-5:]]))

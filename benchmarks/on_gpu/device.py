@@ -38,11 +38,6 @@ class Device:
     dtype = torch.float32
     rehearses = True
 
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of a number of its type."""
-        return self.dtype.itemsize
-
     def recorder(self) -> Recorder:
         """Return what records graphs here."""
         return TapeRecorder()
@@ -65,9 +60,7 @@ class Device:
         return math.nan
 
     def replayed_us(self, works: Sequence[Work]) -> float:
-        """Record works of one kind, on memory of their own, as one graph; return the median of a work in
-        microseconds, each replay from a cold cache.
-        """
+        """Record works of one kind as one graph; return a work's median microseconds, each from a cold cache."""
 
         def together() -> None:
             for work in works:

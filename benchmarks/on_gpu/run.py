@@ -79,7 +79,6 @@ TARGETS: Final = (
     Target("serving, 1-8 adapters: at least 0.95", "serving", OF_BASE, 0.95, _adapters(1, 8)),
     Target("serving, 16 adapters: at least 0.90", "serving", OF_BASE, 0.90, _adapters(9, 16)),
     Target("sgmv: within 1.5 times a floor of 10 us or more", "sgmv", OF_FLOOR, 1.5, _is_bytes),
-    Target("delta: within 2 times a floor of 10 us or more", "delta", OF_FLOOR, 2.0, _is_bytes),
 )
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, Final
 
 import torch
+from torch.profiler import profile
 
 from benchmarks.on_gpu.model import LLAMA_8B, TINY, RandomTensors, config_of, random_adapter
 from benchmarks.on_gpu.run import OF_BASE, Run
@@ -27,6 +28,8 @@ CEILING: Final = 64
 """Largest rank that the bank was opened for, and adapters of a step at most: the defaults."""
 BLOCK_SIZE: Final = 16
 STEPS: Final = 20
+MOST: Final = 12
+"""Kernels whose times are noted."""
 RESERVE_BYTES: Final = 6 * 2**30
 """Bytes of the device that are left to activations, graphs and workspaces."""
 PENALTY: Final = SamplingParams(repetition_penalty=1.1, frequency_penalty=0.1)
@@ -115,7 +118,7 @@ class Steps:
         self._entered = 0
         most = max(plan.loaded)
         self._lora.open(most * taken_by(self._adapter.num_bytes), CEILING, most)
-        self._token_bytes = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * run.device.item_bytes
+        self._token_bytes = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * dtype.itemsize
         self._base: dict[Point, float] = {}
 
     def level(self, loaded: int) -> None:
@@ -144,6 +147,21 @@ class Steps:
             self._run.add(asdict(point), {"us": step, OF_BASE: of_base, "tokens/s": point.batch / step * 1e6})
 
         self._run.each(points, measure)
+        if loaded == max(plan.loaded):
+            for point in [each for each in points if each.active == plan.few and not each.prompt][:1]:
+                self._profile(runner, point)
+
+    def _profile(self, runner: GraphRunner, point: Point) -> None:
+        """Note which kernels take the time of a step."""
+        batch = point.make()
+        with profile() as kernels:
+            runner.submit(batch).tokens()
+            self._device.wait()
+        times = [(each.self_device_time_total, each.count, each.key) for each in kernels.key_averages()]
+        most = "; ".join(
+            f"{key[:40]} {us:.0f} us in {count}" for us, count, key in sorted(times)[: -1 - MOST : -1]
+        )
+        self._run.note(f"kernels of {point}: {most}")
 
     def _points(self, loaded: int) -> list[Point]:
         """Return all that fit the device; and base rows beside the most adapters."""

@@ -12,8 +12,8 @@ from benchmarks import gpu
 from benchmarks.on_gpu import correctness, serving, step
 from benchmarks.on_gpu.correctness import NEEDS_NO_GPU
 from benchmarks.on_gpu.device import ROOT, Device
-from benchmarks.on_gpu.kernels import LINEARS, Linear, Point
 from benchmarks.on_gpu.run import FLOOR, OF_BASE, OF_FLOOR, Row, Run, formatted
+from benchmarks.on_gpu.sgmv import LINEARS, Linear, Point
 from benchmarks.on_gpu.tune import candidates
 from tests.kernels import sgmv_case
 
@@ -34,7 +34,7 @@ def test_every_section_runs_to_its_end(section: str, capsys: pytest.CaptureFixtu
     output = capsys.readouterr().out
     assert f"\n{section}\n" in output
     assert "rehearsal" in output
-    assert output.count("  not measured  ") == 7
+    assert output.count("  not measured  ") == 6
 
 
 @without_gpu
@@ -73,9 +73,9 @@ def test_red_stops_the_run(error: float) -> None:
 def test_a_section_that_fails_leaves_the_others_their_turn() -> None:
     """Measurements stand beside failures; the exit status is 1."""
     run = _rehearsal()
-    assert gpu.measure(run, {"step": (_fails, 60.0), "attention": (_measures, 60.0)}) == 1
+    assert gpu.measure(run, {"step": (_fails, 60.0), "sgmv": (_measures, 60.0)}) == 1
     assert run.notes == ["step: FAILED: RuntimeError: out of memory"]
-    assert [row.section for row in run.rows] == ["attention"]
+    assert [row.section for row in run.rows] == ["sgmv"]
 
 
 def _row(section: str, figure: str, value: float, **point: int) -> Row:
@@ -96,8 +96,8 @@ def test_the_worst_row_decides_a_target() -> None:
         _row("sgmv", OF_FLOOR, 1.2, hidden=11),
     ]
     run = Run(Device(), rows=rows)
-    assert [each["met"] for each in run.verdicts()] == [True, False, True, None, None, False, None]
-    assert [each["worst"] for each in run.verdicts()] == [0.96, 0.79, 0.995, None, None, 1.6, None]
+    assert [each["met"] for each in run.verdicts()] == [True, False, True, None, None, False]
+    assert [each["worst"] for each in run.verdicts()] == [0.96, 0.79, 0.995, None, None, 1.6]
     text = run.text()
     assert "MISSED        step, 16 adapters: at least 0.90: 0.790 at loaded 64, active 16" in text
     assert "met           step, 1-8 adapters" in text
