@@ -60,7 +60,7 @@ class Device:
         return math.nan
 
     def replayed_us(self, works: Sequence[Work]) -> float:
-        """Record works of one kind as one graph; return a work's median microseconds, each from a cold cache."""
+        """Record works of one kind as one graph; return the median microseconds of one, from a cold cache."""
 
         def together() -> None:
             for work in works:

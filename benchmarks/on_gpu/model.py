@@ -13,58 +13,31 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.modules import BY_NAME
 
-ARCHITECTURE: Final = "LlamaForCausalLM"
-LLAMA_8B: Final[dict[str, Any]] = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-}
-TINY: Final[dict[str, Any]] = LLAMA_8B | {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 260,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
-QWEN3_30B_A3B: Final[dict[str, Any]] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1000000.0,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-}
+LLAMA_8B: Final[dict[str, Any]] = (
+    {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8}
+    | {"max_position_embeddings": 8192, "rope_theta": 500000.0}
+)
+TINY: Final[dict[str, Any]] = (
+    {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 260}
+    | {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    | {"max_position_embeddings": 256, "rope_theta": 500000.0}
+)
+QWEN3_30B_A3B: Final[dict[str, Any]] = (
+    {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "vocab_size": 151936}
+    | {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    | {"max_position_embeddings": 40960, "rope_theta": 1000000.0}
+    | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+)
 SCALE: Final = 0.02
 
 
 def config_fields(shape: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` of a shape."""
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "torch_dtype": "bfloat16",
-    } | shape
+    """Return ``config.json`` of a shape."""
+    family = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+    usual = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1}
+    return family | usual | shape
 
 
 def config_of(shape: dict[str, Any]) -> ModelConfig:

@@ -12,7 +12,6 @@ from itertools import product
 from typing import Final
 
 import torch
-from inference_service.kernels.sgmv.tuning import DECODE_TILE, ExpandConfig, ShrinkConfig
 from torch import Tensor
 
 from benchmarks.on_gpu.run import Run
@@ -20,6 +19,7 @@ from benchmarks.on_gpu.sgmv import Linear, Point, all_of
 from inference_service.kernels.experts import by_expert, grouped
 from inference_service.kernels.experts.tuning import GroupedConfig
 from inference_service.kernels.launch import Launch, intercepted
+from inference_service.kernels.sgmv.tuning import DECODE_TILE, ExpandConfig, ShrinkConfig
 
 POINTS: Final = (
     Point(4096, 16, 1, 1),

@@ -35,6 +35,7 @@ from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.experts.segments import Owners, allocate, capacity_of, fill, owners_of
 from inference_service.kernels.integers import quantize
 from inference_service.kernels.launch import SideStream
+from inference_service.kernels.packing import power_of_two
 from inference_service.kernels.rounded import PackedWeight, round_rows
 from inference_service.kernels.rows import Activation
 from inference_service.kernels.sgmv import (
@@ -145,10 +146,10 @@ class TritonOperations(GroupedOperations, TorchOperations):
     def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
         """Return a recurrence of kernels, with tables that are reused for steps of the same size class."""
         chunks = [StateChunk.of(context) for context in contexts]
-        size = _class_of(len(chunks))
+        size = power_of_two(len(chunks))
         capacity = DeltaCapacity(size, size)
         if any(chunk.length > 1 for chunk in chunks):
-            rows = _class_of(sum(chunk.length for chunk in chunks))
+            rows = power_of_two(sum(chunk.length for chunk in chunks))
             capacity = DeltaCapacity(rows, size, delta_tile(self._dtype))
         if capacity not in self._deltas:
             self._deltas[capacity] = DeltaTables.allocate(capacity, self._device)
@@ -166,9 +167,9 @@ class TritonOperations(GroupedOperations, TorchOperations):
         tables: dict[Cut, AttentionTables] = {}
         for cut in dict.fromkeys(self._cuts.values()):
             capacity = AttentionCapacity(
-                rows=_class_of(num_rows),
-                chunks=_class_of(len(contexts)),
-                blocks_per_chunk=_class_of(longest),
+                rows=power_of_two(num_rows),
+                chunks=power_of_two(len(contexts)),
+                blocks_per_chunk=power_of_two(longest),
                 block_size=block_size,
                 tile=cut.tile if mixed else None,
                 kv_heads=cut.kv_heads,
@@ -309,12 +310,12 @@ class TritonLora:
         long = any(segment.length >= LONG_SEGMENT for segment in segments)
         tile = PREFILL_TILE if long else DECODE_TILE
         capacity = SegmentCapacity(
-            max(MIN_ENTRIES, _class_of(len(entries.rows))),
+            max(MIN_ENTRIES, power_of_two(len(entries.rows))),
             self.num_slots,
             tile,
-            _class_of(arrangement.most_parts),
+            power_of_two(arrangement.most_parts),
             scaled=bool(arrangement.mixed),
-            active=_class_of(len(segments)),
+            active=power_of_two(len(segments)),
         )
         if capacity not in self._segments:
             self._segments[capacity] = Segments.allocate(capacity, self._device)
@@ -434,8 +435,3 @@ class TritonLora:
             fill(each, pairs, owners, slot_stride=bank.slot_stride, expert_stride=MODULES_APART)
         self._by_expert = pairs, segments
         return segments
-
-
-def _class_of(number: int) -> int:
-    """The power of two that holds a number, so that there are few tables and few kinds of launches."""
-    return 1 << (number - 1).bit_length()

@@ -5,10 +5,12 @@ Triton is imported by the modules of kernels alone, for machines without a GPU n
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from typing import Any, Final, Literal
 
 import torch
@@ -79,22 +81,29 @@ class SideStream:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
-_interceptors: list[Callable[[Launch], None]] = []
+class _Interceptors(threading.local):
+    """The functions that take the launches of a thread: proofs launch beside the steps."""
+
+    def __init__(self) -> None:
+        self.stack: list[Callable[[Launch], Any]] = []
+
+
+_interceptors = _Interceptors()
 
 
 @contextmanager
-def intercepted(take: Callable[[Launch], None]) -> Iterator[None]:
-    """Hand every launch to a function, which enqueues it or does not; launches come from one thread."""
-    _interceptors.append(take)
+def intercepted(take: Callable[[Launch], Any]) -> Iterator[None]:
+    """Hand every launch of this thread to a function, which enqueues it or does not."""
+    _interceptors.stack.append(take)
     try:
         yield
     finally:
-        _interceptors.pop()
+        _interceptors.stack.pop()
 
 
 def taker() -> Callable[[Launch], Any]:
-    """Return what takes launches now."""
-    return _interceptors[-1] if _interceptors else Launch.enqueue
+    """Return what takes launches of this thread now."""
+    return _interceptors.stack[-1] if _interceptors.stack else Launch.enqueue
 
 
 _compiled_for: list[int] = []
@@ -125,6 +134,18 @@ def architecture_of(device: torch.device) -> int:
     if not older:
         raise ValueError(f"kernels need sm_{ARCHITECTURES[0]} or newer, {device} is sm_{major}{minor}")
     return older[-1]
+
+
+def kernels_of(launcher: str, tensor: Tensor | None = None) -> Any:
+    """Return the module of kernels beside a launcher's, imported now: machines without a GPU need no Triton.
+
+    Raises:
+        ValueError: they cannot compute with a tensor.
+    """
+    kernels = import_module(f"{launcher.rpartition('.')[0]}.triton_kernels")
+    if tensor is not None:
+        require_device(tensor, interpreted=kernels.INTERPRETED)
+    return kernels
 
 
 def require_device(tensor: Tensor, *, interpreted: bool) -> None:

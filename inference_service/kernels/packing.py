@@ -14,6 +14,11 @@ def aligned(length: int) -> int:
     return -(-length // _ALIGN) * _ALIGN
 
 
+def power_of_two(number: int) -> int:
+    """Return the power of two that holds a number."""
+    return 1 << (number - 1).bit_length()
+
+
 def most_tiles(rows: int, chunks: int, tile: int | None) -> int:
     """Return how many tiles of so many rows the chunks of a step have at most; None: all chunks have one row.
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from inference_service.kernels.experts import triton_kernels, tuning
+from inference_service.kernels.packing import power_of_two
 from inference_service.kernels.rows.tuning import TILE as ROW_TILE
 from inference_service.kernels.sgmv import PREFILL_TILE
 from tests.kernels.aot import Variant, with_halves
@@ -58,8 +59,8 @@ def _entries() -> Iterator[Variant]:
         yield _variant("experts.combine", triton_kernels.combine_kernel, dtype, constants, options)
         for name, (experts, top_k) in COUNTS.items():
             sizes = {
-                "BLOCK_E": tuning.block_of(experts),
-                "BLOCK_K": tuning.block_of(top_k),
+                "BLOCK_E": power_of_two(experts),
+                "BLOCK_K": power_of_two(top_k),
                 "RENORMALISED": True,
             }
             options = {"num_warps": tuning.ROUTE_WARPS}
@@ -70,7 +71,7 @@ def _sorts() -> Iterator[Variant]:
     """Numbers alone, of no model's type."""
     options = {"num_warps": tuning.SORT_WARPS}
     for load, (name, (experts, _)) in zip(tuning.Load, COUNTS.items(), strict=True):
-        sizes = {"TILE": tuning.TILE[load], "BLOCK_E": tuning.block_of(experts), "BLOCK_P": tuning.SORT_BLOCK}
+        sizes = {"TILE": tuning.TILE[load], "BLOCK_E": power_of_two(experts), "BLOCK_P": tuning.SORT_BLOCK}
         name = f"experts.sort {load.value} {name}"
         yield _variant(name, triton_kernels.sort_kernel, "bf16", sizes, options)
     sizes = {"TILE": PREFILL_TILE, "BLOCK_P": tuning.SORT_BLOCK, "SPAN": tuning.SPAN}

@@ -14,7 +14,6 @@ GATE_UP = {"OFFSETS": (0, 14336), "SIZES": (14336, 14336), "ALIGNMENT": 16, "N_S
 TYPES = {
     **aot_sgmv.TYPES,
     "p_num_runs": "*i32",
-    "p_rows": "*i64",
     "p_tokens": "*i64",
     "eps": "fp32",
     "offset": "fp32",
@@ -24,10 +23,9 @@ TYPES = {
 # Every tile in the form that holds most; the others, which leave something out, in the middle one.
 POST, OTHER_TILE = "post", 4096
 NORMS: dict[str, dict[str, Any]] = {
-    POST: {"p_rows": None},
-    "add": {"p_rows": None, "p_delta_weight": None},
-    "plain": {"p_rows": None, "p_delta_weight": None, "p_delta": None},
-    "rows": {"p_delta_weight": None},
+    POST: {},
+    "add": {"p_delta_weight": None},
+    "plain": {"p_delta_weight": None, "p_delta": None},
 }
 
 

@@ -87,19 +87,6 @@ def test_a_delta_may_be_normed_first(dtype: torch.dtype, device: str) -> None:
     assert_close(out, expected, scale=expected.abs().clamp(min=1e-2))
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_chosen_rows_leave_the_stream_as_it_is(index: torch.dtype, device: str) -> None:
-    """The last norm before the head is made of some rows, in any order, even twice the same."""
-    hidden, delta = (guarded(5, 96, dtype=torch.float32, device=device) for _ in range(2))
-    before, weight = hidden.clone(), torch.randn(96, device=device)
-    rows = torch.tensor([4, 0, 4], dtype=index, device=device)
-    with intercepted(poisoned):
-        out = rms_norm(hidden, weight, eps=EPS, delta=delta, rows=rows)
-    assert torch.equal(hidden, before)
-    chosen = (before + delta)[rows.long()]
-    assert_close(out, reference.rms_norm(chosen, weight, eps=EPS, offset=0.0, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [63, 96, 1100])
@@ -164,7 +151,6 @@ REFUSALS: dict[str, Callable[[], object]] = {
     "weight must be torch.float32, got torch.float16": lambda: rms_norm(X, W.half(), eps=EPS),
     r"delta must be \(2, 64\)": lambda: rms_norm(X, W, eps=EPS, delta=X[:1]),
     "delta_weight needs a delta": lambda: rms_norm(X, W, eps=EPS, delta_weight=W),
-    "rows must be int32 or int64": lambda: rms_norm(X, W, eps=EPS, rows=W),
     "hidden must be contiguous in its last": lambda: rms_norm(X.T.contiguous().T, W, eps=EPS),
     "at most 16384 elements, got 20000": lambda: rms_norm(torch.zeros(1, 20000), torch.zeros(20000), eps=EPS),
     "an even number of columns, got 63": lambda: gated(X[:, 1:], "silu"),

@@ -12,7 +12,8 @@ from torch import Tensor
 from inference_service.kernels.attention import tuning
 from inference_service.kernels.attention.inputs import HeadNorm, Inputs
 from inference_service.kernels.attention.layout import AttentionTables
-from inference_service.kernels.launch import Launch, require, require_device
+from inference_service.kernels.launch import Launch, kernels_of, require
+from inference_service.kernels.packing import power_of_two
 from inference_service.kernels.sgmv import Slices, Update
 from loramux_shared.bases.rope import AttentionSpec
 
@@ -64,9 +65,7 @@ def plan(
     They depend on capacities and addresses alone, so that they stay right for whatever the tables hold when
     they run.
     """
-    from inference_service.kernels.attention import triton_kernels  # machines without a GPU need no Triton
-
-    require_device(inputs.heads, interpreted=triton_kernels.INTERPRETED)
+    kernels = kernels_of(__name__, inputs.heads)
     _check_tables(inputs, tables)
     if sinks is not None:
         require(sinks, "sinks", dims=1, dtype=torch.float32, device=inputs.heads.device)
@@ -74,7 +73,7 @@ def plan(
             raise ValueError(f"sinks must be of {inputs.num_heads} query heads, got {len(sinks)}")
     q, out = (inputs.heads.new_empty(len(inputs.heads), inputs.num_heads, inputs.head_dim) for _ in range(2))
     weights = {"p_sinks": sinks, **_weights(spec, tables.capacity.context)}
-    planner = _Planner(triton_kernels, inputs, tables, q, out, weights)
+    planner = _Planner(kernels, inputs, tables, q, out, weights)
     return out, [planner.rope(norm, update), *planner.attend()]
 
 
@@ -171,7 +170,7 @@ class _Planner:
         at = self.inputs
         decodes, group = tile == 1 and items is self.tables.decodes, at.num_heads // at.kv_heads
         config = self._config(tuning.tiles(decodes=decodes, eight_bits=at.scales is not None))
-        block_m = max(config.block_m, _power_of_two(group)) if decodes else config.block_m
+        block_m = max(config.block_m, power_of_two(group)) if decodes else config.block_m
         if tile * group > block_m:
             raise ValueError(f"a tile has at most {block_m // group} rows, got {tile}")
         arguments = {
@@ -245,8 +244,4 @@ def _check_tables(inputs: Inputs, tables: AttentionTables) -> None:
 
 
 def _block_d(head_dim: int) -> int:
-    return max(16, _power_of_two(head_dim))
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+    return max(16, power_of_two(head_dim))

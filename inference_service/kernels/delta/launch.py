@@ -11,7 +11,8 @@ from torch import Tensor
 from inference_service.kernels.delta import tuning
 from inference_service.kernels.delta.inputs import DeltaInputs
 from inference_service.kernels.delta.layout import DeltaTables
-from inference_service.kernels.launch import Launch, require_device
+from inference_service.kernels.launch import Launch, kernels_of
+from inference_service.kernels.packing import power_of_two
 
 MAX_GRID = 65535
 """Programs along the second and third axis of a grid."""
@@ -37,15 +38,13 @@ def plan(inputs: DeltaInputs, tables: DeltaTables) -> tuple[Tensor, list[Launch]
     They depend on capacities and addresses alone, so that they stay right for whatever the tables hold when
     they run.
     """
-    from inference_service.kernels.delta import triton_kernels  # machines without a GPU need no Triton
-
-    require_device(inputs.qkv, interpreted=triton_kernels.INTERPRETED)
+    kernels = kernels_of(__name__, inputs.qkv)
     _check(inputs, tables)
     rows, capacity = inputs.qkv.shape[0], tables.capacity
     # Steps that decode write every row of the capacity; a step may have fewer.
     new = inputs.z.new_empty if capacity.tile is None else inputs.z.new_zeros
     out = new(capacity.rows if capacity.tile is None else rows, inputs.z.shape[1])
-    planner = _Planner(triton_kernels, inputs, tables, torch.empty_like(inputs.qkv).contiguous(), out)
+    planner = _Planner(kernels, inputs, tables, torch.empty_like(inputs.qkv).contiguous(), out)
     return out[:rows], planner.launches()
 
 
@@ -81,7 +80,7 @@ class _Planner:
             "stride_qkv": at.qkv.stride(0),
             "WIDTH": at.width,
             "BLOCK_T": 1 if capacity.tile is None else config.block_t,
-            "BLOCK_W": _power_of_two(at.width - 1),
+            "BLOCK_W": power_of_two(at.width - 1),
             "BLOCK_C": config.block_c,
             "num_warps": config.num_warps,
         }
@@ -207,8 +206,4 @@ def _check(inputs: DeltaInputs, tables: DeltaTables) -> None:
 
 
 def _block(dim: int) -> int:
-    return max(16, _power_of_two(dim))
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+    return max(16, power_of_two(dim))

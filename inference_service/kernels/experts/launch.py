@@ -18,10 +18,10 @@ from inference_service.kernels.experts.tuning import (
     SORT_BLOCK,
     SORT_WARPS,
     TILE,
-    block_of,
     load_of,
 )
-from inference_service.kernels.launch import Launch, require, require_device
+from inference_service.kernels.launch import Launch, kernels_of, require
+from inference_service.kernels.packing import power_of_two
 from inference_service.kernels.rows.launch import halved
 from inference_service.kernels.rows.tuning import TILE as ROW_TILE
 
@@ -37,7 +37,7 @@ def route(logits: Tensor, top_k: int, *, renormalised: bool) -> Routed:
     Raises:
         ValueError: too many experts, or fewer than top_k, or a tensor that kernels do not take.
     """
-    kernels = _kernels(logits)
+    kernels = kernels_of(__name__, logits)
     require(logits, "logits", dims=2)
     rows, experts = logits.shape
     if not 1 <= top_k <= experts <= MAX_EXPERTS:
@@ -52,8 +52,8 @@ def route(logits: Tensor, top_k: int, *, renormalised: bool) -> Routed:
         "k": top_k,
         "stride_logits": logits.stride(0),
         "RENORMALISED": renormalised,
-        "BLOCK_E": block_of(experts),
-        "BLOCK_K": block_of(top_k),
+        "BLOCK_E": power_of_two(experts),
+        "BLOCK_K": power_of_two(top_k),
         "num_warps": ROUTE_WARPS,
     }
     Launch(kernels.route_kernel, (rows,), arguments)()
@@ -66,7 +66,7 @@ def by_expert(ids: Tensor, num_experts: int) -> ByExpert:
     Raises:
         ValueError: more experts than a program counts, or ids [T, k] that are no contiguous int32.
     """
-    kernels = _module()
+    kernels = kernels_of(__name__)
     require(ids, "ids", dims=2, dtype=torch.int32)
     if not 1 <= num_experts <= MAX_EXPERTS or not ids.is_contiguous():
         raise ValueError(f"ids must be contiguous, of 1 to {MAX_EXPERTS} experts, got {num_experts}")
@@ -87,7 +87,7 @@ def by_expert(ids: Tensor, num_experts: int) -> ByExpert:
         "k": ids.shape[1],
         "tiles": count,
         "TILE": tile,
-        "BLOCK_E": block_of(num_experts),
+        "BLOCK_E": power_of_two(num_experts),
         "BLOCK_P": SORT_BLOCK,
         "num_warps": SORT_WARPS,
     }
@@ -110,7 +110,7 @@ def grouped(
     Raises:
         ValueError: when shapes, dtypes, strides or devices do not fit.
     """
-    kernels = _kernels(x)
+    kernels = kernels_of(__name__, x)
     _check_grouped(x, weight, pairs, bias, of_tokens)
     columns, width = weight.shape[1:]
     out = x.new_empty(len(pairs.tokens), columns)
@@ -163,7 +163,7 @@ def clamped(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     Raises:
         ValueError: an odd number of columns, or a tensor that kernels do not take.
     """
-    kernels = _kernels(gate_up)
+    kernels = kernels_of(__name__, gate_up)
     out, arguments = halved(gate_up)
     _tiled(kernels.clamped_kernel, out, arguments | {"alpha": alpha, "limit": limit})
     return out
@@ -175,7 +175,7 @@ def combine(y: Tensor, routed: Routed, pairs: ByExpert) -> Tensor:
     Raises:
         ValueError: when shapes or strides do not fit.
     """
-    kernels = _kernels(y)
+    kernels = kernels_of(__name__, y)
     require(y, "y", dims=2)
     if len(y) != routed.pairs or not routed.weights.is_contiguous():
         raise ValueError(f"y must have {routed.pairs} rows, got {len(y)}, and weights must be contiguous")
@@ -199,16 +199,3 @@ def _tiled(kernel: Any, out: Tensor, arguments: dict[str, Any]) -> None:
     config = ROW_TILE[out.dtype.itemsize]
     grid = len(out), -(-out.shape[1] // config.block)
     Launch(kernel, grid, arguments | {"BLOCK": config.block, "num_warps": config.num_warps})()
-
-
-def _kernels(tensor: Tensor) -> Any:
-    kernels = _module()
-    require_device(tensor, interpreted=kernels.INTERPRETED)
-    return kernels
-
-
-def _module() -> Any:
-    """The module of kernels: imported here, for machines without a GPU need no Triton."""
-    from inference_service.kernels.experts import triton_kernels
-
-    return triton_kernels

@@ -6,14 +6,14 @@ all places: those of the base belong to a slot that nobody has.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from inference_service.kernels.experts.layout import ByExpert
 from inference_service.kernels.experts.tuning import SLOT_BLOCK, SORT_BLOCK, SORT_WARPS, SPAN
-from inference_service.kernels.launch import Launch
+from inference_service.kernels.launch import Launch, kernels_of
 from inference_service.kernels.sgmv import SegmentCapacity, Segments
 
 
@@ -46,7 +46,7 @@ def owners_of(segments: Segments, tokens: int, nobody: int, passes: int | None =
             "BLOCK": SLOT_BLOCK,
             "num_warps": 1,
         }
-        Launch(_kernels().slots_kernel, (segments.capacity.segments_per_pass,), arguments)()
+        Launch(kernels_of(__name__).slots_kernel, (segments.capacity.segments_per_pass,), arguments)()
         owners.append(Owners(slots, scales))
     return owners
 
@@ -93,7 +93,7 @@ def fill(segments: Segments, pairs: ByExpert, owners: Owners, *, slot_stride: in
     spans, counts = -(-len(pairs.tokens) // SPAN), None
     if spans > 1:
         counts = torch.empty(spans, dtype=torch.int32, device=pairs.tokens.device)
-        Launch(_kernels().starts_kernel, (spans,), {**places, "p_counts": counts})()
+        Launch(kernels_of(__name__).starts_kernel, (spans,), {**places, "p_counts": counts})()
     arguments = {
         **places,
         "p_scales": owners.scales,
@@ -106,11 +106,4 @@ def fill(segments: Segments, pairs: ByExpert, owners: Owners, *, slot_stride: in
         "slot_stride": slot_stride,
         "expert_stride": expert_stride,
     }
-    Launch(_kernels().segments_kernel, (spans,), arguments)()
-
-
-def _kernels() -> Any:
-    """The module of kernels: imported here, for machines without a GPU need no Triton."""
-    from inference_service.kernels.experts import triton_kernels
-
-    return triton_kernels
+    Launch(kernels_of(__name__).segments_kernel, (spans,), arguments)()

@@ -57,8 +57,3 @@ MAX_EXPERTS: Final = 1024
 def load_of(pairs: int, num_experts: int) -> Load:
     """Return the load of a step's experts on average."""
     return Load.MANY if pairs >= MANY_PLACES * num_experts else Load.FEW
-
-
-def block_of(number: int) -> int:
-    """The power of two that holds a number."""
-    return 1 << (number - 1).bit_length()

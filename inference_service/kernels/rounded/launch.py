@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from inference_service.kernels.integers import Quantized
-from inference_service.kernels.launch import Launch, require, require_device
+from inference_service.kernels.launch import Launch, kernels_of, require
+from inference_service.kernels.packing import power_of_two
 
 MOST_ROWS: Final = 64
 """Rows for which weights are widened in registers; for more, once in memory, and multiplied by torch."""
@@ -98,7 +99,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tens
     Raises:
         ValueError: when shapes, dtypes, strides or devices do not fit.
     """
-    kernels = _kernels(x)
+    kernels = kernels_of(__name__, x)
     require(x, "x", dims=2, device=weight.values.device)
     if x.shape[1] != weight.width:
         raise ValueError(f"x must have {weight.width} values in a row, got {x.shape[1]}")
@@ -126,17 +127,17 @@ def widened(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     rows, size = weight.values.shape
     out = weight.values.new_empty(rows, weight.width, dtype=dtype)
     arguments = {**weight.arguments, "p_out": out, "BLOCK_B": WIDEN_BLOCK, "num_warps": 4}
-    Launch(_kernels(out).widen_kernel, (rows, -(-size // WIDEN_BLOCK)), arguments)()
+    Launch(kernels_of(__name__, out).widen_kernel, (rows, -(-size // WIDEN_BLOCK)), arguments)()
     return out
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows [T, K] in fp8, and float32 [T, 1] that they are to be multiplied with, in one launch."""
-    kernels = _kernels(x)
+    kernels = kernels_of(__name__, x)
     require(x, "x", dims=2)
     rows, width = x.shape
     values, scales = x.new_empty(rows, width, dtype=FP8), x.new_empty(rows, 1, dtype=torch.float32)
-    block = 1 << (width - 1).bit_length()
+    block = power_of_two(width)
     arguments = {
         "p_x": x, "p_values": values, "p_scales": scales, "K": width, "stride_x": x.stride(0), "BLOCK": block,
         "num_warps": min(16, max(4, block // 512)),
@@ -144,10 +145,3 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if rows:
         Launch(kernels.round_rows_kernel, (rows,), arguments)()
     return values, scales
-
-
-def _kernels(x: Tensor) -> Any:
-    from inference_service.kernels.rounded import triton_kernels  # machines without a GPU need no Triton
-
-    require_device(x, interpreted=triton_kernels.INTERPRETED)
-    return triton_kernels

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from inference_service.kernels.launch import Launch, require, require_device
+from inference_service.kernels.launch import Launch, kernels_of, require
 from inference_service.kernels.rows.tuning import TILE, norm_config
 from inference_service.kernels.sgmv import Slices, Update
 
@@ -26,7 +26,6 @@ def rms_norm(
     offset: float = 0.0,
     delta: Tensor | None = None,
     delta_weight: Tensor | None = None,
-    rows: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Add ``delta`` to ``hidden`` in place, and return its rows, normed and times (offset + weight).
@@ -40,30 +39,27 @@ def rms_norm(
         offset: 1 for Gemma.
         delta: [T, dim], added to hidden.
         delta_weight: [dim]: delta is normed with it (and the offset) before it is added.
-        rows: int32 or int64 [N]: these rows of hidden are wanted, and hidden keeps what it holds.
         out: where the result is written.
 
     Returns:
-        [T, dim], or [N, dim] for N rows.
+        [T, dim].
 
     Raises:
         ValueError: when shapes, dtypes, strides or devices do not fit.
     """
-    kernels = _kernels(hidden)
-    _check_norm(hidden, weight, delta, delta_weight, rows)
+    kernels = kernels_of(__name__, hidden)
+    _check_norm(hidden, weight, delta, delta_weight)
     dim = hidden.shape[1]
     config = norm_config(dim)
-    shape = len(hidden) if rows is None else len(rows), dim
     if out is None:
-        out = hidden.new_empty(shape)
+        out = hidden.new_empty(hidden.shape)
     else:
-        _require_like(out, "out", hidden, shape)
+        _require_like(out, "out", hidden, tuple(hidden.shape))
     arguments = {
         "p_hidden": hidden,
         "p_delta": delta,
         "p_delta_weight": delta_weight,
         "p_weight": weight,
-        "p_rows": rows,
         "p_out": out,
         "dim": dim,
         "stride_hidden": hidden.stride(0),
@@ -86,7 +82,7 @@ def gated(gate_up: Tensor, activation: Activation, update: Update | None = None)
     Raises:
         ValueError: an odd number of columns, or a tensor that kernels do not take.
     """
-    kernels = _kernels(gate_up)
+    kernels = kernels_of(__name__, gate_up)
     out, arguments = halved(gate_up)
     arguments["GELU"] = activation == "gelu_tanh"
     if update is None:
@@ -128,7 +124,7 @@ def embed(tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     Raises:
         ValueError: when shapes, dtypes, strides or devices do not fit.
     """
-    kernels = _kernels(table)
+    kernels = kernels_of(__name__, table)
     require(table, "table", dims=2)
     _require_indices(tokens, "tokens", table.device)
     out = table.new_empty(len(tokens), table.shape[1])
@@ -156,7 +152,7 @@ def softcap(logits: Tensor, cap: float) -> None:
     Raises:
         ValueError: a cap that is not positive, or a tensor that kernels do not take.
     """
-    kernels = _kernels(logits)
+    kernels = kernels_of(__name__, logits)
     require(logits, "logits", dims=2)
     if cap <= 0:
         raise ValueError(f"cap must be positive, got {cap}")
@@ -164,9 +160,7 @@ def softcap(logits: Tensor, cap: float) -> None:
     _tiled(kernels.softcap_kernel, logits, arguments)
 
 
-def _check_norm(
-    hidden: Tensor, weight: Tensor, delta: Tensor | None, delta_weight: Tensor | None, rows: Tensor | None
-) -> None:
+def _check_norm(hidden: Tensor, weight: Tensor, delta: Tensor | None, delta_weight: Tensor | None) -> None:
     require(hidden, "hidden", dims=2)
     _require_like(weight, "weight", hidden, (hidden.shape[1],))
     if delta is not None:
@@ -175,22 +169,12 @@ def _check_norm(
         if delta is None:
             raise ValueError("delta_weight needs a delta")
         _require_like(delta_weight, "delta_weight", hidden, (hidden.shape[1],))
-    if rows is not None:
-        _require_indices(rows, "rows", hidden.device)
 
 
 def _tiled(kernel: Any, out: Tensor, arguments: dict[str, Any]) -> None:
     config = TILE[out.dtype.itemsize]
     grid = len(out), -(-out.shape[1] // config.block)
     Launch(kernel, grid, arguments | {"BLOCK": config.block, "num_warps": config.num_warps})()
-
-
-def _kernels(tensor: Tensor) -> Any:
-    """The module of kernels: imported here, for machines without a GPU need no Triton."""
-    from inference_service.kernels.rows import triton_kernels
-
-    require_device(tensor, interpreted=triton_kernels.INTERPRETED)
-    return triton_kernels
 
 
 def _require_like(tensor: Tensor, name: str, other: Tensor, shape: tuple[int, ...]) -> None:

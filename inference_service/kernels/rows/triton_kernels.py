@@ -1,4 +1,4 @@
-"""The kernels. T rows of hidden states, N rows that are wanted, I columns of a gate, V tokens."""
+"""The kernels. T rows of hidden states, I columns of a gate, V tokens."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # The bodies are Triton, not Python: only the compiler knows their types.
 
@@ -30,8 +30,7 @@ def rms_norm_kernel(
     p_delta,  # [T, dim], or None
     p_delta_weight,  # [dim], or None
     p_weight,  # [dim]
-    p_rows,  # int [N], or None
-    p_out,  # [N, dim]
+    p_out,  # [T, dim]
     dim,
     stride_hidden,
     stride_delta,
@@ -40,12 +39,8 @@ def rms_norm_kernel(
     offset,
     BLOCK: tl.constexpr,
 ):
-    """hidden += delta, or its norm; out[n] = norm(hidden[rows[n]]). One program per row of out.
-
-    With chosen rows, hidden is not written: two programs may read the same row.
-    """
-    i_n = tl.program_id(0).to(tl.int64)
-    row = i_n if p_rows is None else tl.load(p_rows + i_n).to(tl.int64)
+    """hidden += delta, or its norm; out = norm(hidden). One program per row."""
+    row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)  # [BLOCK]
     m_d = o_d < dim
     p_row = p_hidden + row * stride_hidden + o_d
@@ -56,11 +51,10 @@ def rms_norm_kernel(
             b_delta = _normed(b_delta, p_delta_weight, o_d, m_d, dim, eps, offset)
             b_delta = b_delta.to(p_delta.dtype.element_ty).to(tl.float32)
         b_sum = (b_hidden + b_delta).to(p_hidden.dtype.element_ty)
-        if p_rows is None:
-            tl.store(p_row, b_sum, mask=m_d)
+        tl.store(p_row, b_sum, mask=m_d)
         b_hidden = b_sum.to(tl.float32)
     b_out = _normed(b_hidden, p_weight, o_d, m_d, dim, eps, offset)
-    tl.store(p_out + i_n * stride_out + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
+    tl.store(p_out + row * stride_out + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
 
 
 @triton.jit

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from inference_service.kernels.launch import Launch, require, require_device
+from inference_service.kernels.launch import Launch, kernels_of, require
+from inference_service.kernels.packing import power_of_two
 from inference_service.kernels.sampling.layout import SamplingTables
 from inference_service.kernels.sampling.shaping import ShapingState, ShapingTables, num_words
 from inference_service.kernels.sampling.tuning import EDIT, PICK, RACE, SHAPE
@@ -33,7 +34,7 @@ def sample(logits: Tensor, tables: SamplingTables, ids: Tensor) -> None:
 
 def plan(logits: Tensor, tables: SamplingTables, ids: Tensor) -> list[Launch]:
     """The launches of ``sample``; they stay right for whatever the tables and logits hold when they run."""
-    kernels = _kernels(logits)
+    kernels = kernels_of(__name__, logits)
     _check(logits, tables, ids)
     tiles = tables.scores.shape[1]
     config = PICK[logits.dtype.itemsize]
@@ -50,7 +51,7 @@ def plan(logits: Tensor, tables: SamplingTables, ids: Tensor) -> list[Launch]:
     pick = {
         "p_out": ids,
         "tiles": tiles,
-        "TILES": 1 << (tiles - 1).bit_length(),
+        "TILES": power_of_two(tiles),
         "SHIFT": SHIFTS[logits.dtype],
         "LINES": config.lines,
         "BLOCK": config.block,
@@ -84,7 +85,7 @@ def plan_shaped(logits: Tensor, tables: ShapingTables, state: ShapingState, ids:
 
     But not when the state gets memory for what it had none for.
     """
-    kernels = _kernels(logits)
+    kernels = kernels_of(__name__, logits)
     require(logits, "logits", dims=2)
     require(tables.packed, "tables", dims=1, dtype=torch.int32, device=logits.device)
     require(state.last, "state", dims=1, dtype=torch.int32, device=logits.device)
@@ -121,7 +122,7 @@ def plan_shaped(logits: Tensor, tables: ShapingTables, state: ShapingState, ids:
         "p_last": state.last,
         "p_counts": state.counts,
         "tiles": tiles,
-        "TILES": 1 << (tiles - 1).bit_length(),
+        "TILES": power_of_two(tiles),
         "num_warps": 1,
     }
     return [
@@ -144,11 +145,3 @@ def _check(logits: Tensor, tables: SamplingTables, ids: Tensor) -> None:
         raise ValueError(f"logits and ids must have the same rows, got {len(logits)} and {len(ids)}")
     if len(logits) > len(tables.rows):
         raise ValueError(f"{len(logits)} rows, but tables for {len(tables.rows)}")
-
-
-def _kernels(tensor: Tensor) -> Any:
-    """The module of kernels: imported here, for machines without a GPU need no Triton."""
-    from inference_service.kernels.sampling import triton_kernels
-
-    require_device(tensor, interpreted=triton_kernels.INTERPRETED)
-    return triton_kernels

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference_service.kernels.launch import Launch, architecture_of, require, require_device
+from inference_service.kernels.launch import Launch, architecture_of, kernels_of, require
+from inference_service.kernels.packing import power_of_two
 from inference_service.kernels.sgmv.layout import FIELDS, Group, Segments, Slices
 from inference_service.kernels.sgmv.tuning import (
     COVERING,
@@ -87,7 +88,7 @@ def shrink(x: Tensor, group: Group, segments: Segments, workspace: Tensor) -> La
     require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
     if workspace.numel() < numel:
         raise ValueError(f"workspace must hold {numel} elements, got {workspace.numel()}")
-    kernels, weights = _kernels(x), group.weights
+    kernels, weights = kernels_of(__name__, x), group.weights
     slices = _check_table(group.table, segments, x.device)
     require(x, "x", dims=2)
     require(weights, "weights", dims=1, dtype=x.dtype, device=x.device)
@@ -130,7 +131,7 @@ def expand(out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> 
     Raises:
         ValueError: as ``lora_apply``.
     """
-    kernels, slices = _kernels(out), group.slices
+    kernels, slices = kernels_of(__name__, out), group.slices
     if _check_table(group.table, segments, out.device) != len(slices.sizes):
         shape = tuple(group.table.shape)
         raise ValueError(f"table must be [slots, {len(slices.sizes)}, {FIELDS}], got {shape}")
@@ -159,7 +160,7 @@ def update(group: Group, segments: Segments, workspace: Tensor) -> Update:
     """Return what ``expand`` would add behind ``shrink``, of segments whose capacity has rows."""
     if not segments.capacity.rows:
         raise ValueError(f"the rows without an adapter are in no segment of {segments.capacity}")
-    arguments = _factors(_kernels(group.weights), group, segments, workspace)
+    arguments = _factors(kernels_of(__name__, group.weights), group, segments, workspace)
     arguments["p_num_runs"] = segments.num_runs
     return Update(arguments, group.slices, _expand_config(group, segments), segments.capacity.runs)
 
@@ -187,7 +188,7 @@ def _factors(kernels: Any, group: Group, segments: Segments, workspace: Tensor) 
         "SIZES": slices.sizes,
         "ALIGNMENT": slices.alignment,
         "N_SLICES": len(slices.sizes),
-        "PLANES": 1 << (most_planes - 1).bit_length(),
+        "PLANES": power_of_two(most_planes),
         "BLOCK_T": config.block_t,
         "BLOCK_R": config.block_r,
         "UPCAST": kernels.INTERPRETED,
@@ -202,14 +203,6 @@ def _planes(group: Group, segments: Segments, workspace: Tensor) -> dict[str, An
         "p_end": segments.pass_start[-2:],
         "stride_y": group.max_rows,
     }
-
-
-def _kernels(tensor: Tensor) -> Any:
-    """The module of kernels: imported here, for machines without a GPU need no Triton."""
-    from inference_service.kernels.sgmv import triton_kernels
-
-    require_device(tensor, interpreted=triton_kernels.INTERPRETED)
-    return triton_kernels
 
 
 def _check_table(table: Tensor, segments: Segments, device: torch.device) -> int:

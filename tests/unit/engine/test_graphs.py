@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,6 +148,20 @@ def test_a_trace_launches_by_position_and_holds_no_tensor_of_its_work() -> None:
         assert [(grid, args[2]) for grid, args in kernel.calls[1:]] == [((5, 1, 1), 2)]
         del kernel.calls[1:]
         assert [each() for each in kernel.seen] == [None, None]
+
+
+def test_launches_of_other_threads_are_in_no_trace() -> None:
+    """A proof that runs beside a step which is recorded launches for itself."""
+    x, own, other = torch.ones(3), Kernel(), Kernel()
+    beside = Launch(other, (1,), {"p_x": x, "p_out": torch.zeros(3)})
+
+    def work() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(beside).result()
+        Launch(own, (1,), {"p_x": x, "p_out": x.new_empty(3)})()
+
+    TraceRecorder().capture(work).replay()
+    assert (len(own.calls), len(other.calls)) == (2, 1)
 
 
 def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
