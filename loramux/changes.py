@@ -128,35 +128,6 @@ Files: TypeAlias = Path | str | Mapping[str, bytes]
 """A folder as a deployment file may name one, or the contents of its files by their names."""
 
 
-def _update_request(
-    name: str,
-    add: Adapters,
-    remove: Iterable[str],
-    expected: int | None,
-    must_be_new: bool,
-    request_id: str | None,
-) -> pb.UpdateDeploymentRequest:
-    repositories = {
-        adapter: parse_repository(each) if isinstance(each, str) else each for adapter, each in add.items()
-    }
-    return pb.UpdateDeploymentRequest(
-        name=name,
-        add=adapters_to_message(repositories),
-        remove=remove,
-        expected_generation=expected or 0,
-        must_be_new=must_be_new,
-        request_id=request_id or "",
-    )
-
-
-def _rollback_request(name: str, to: int | None, expected: int | None) -> pb.RollbackDeploymentRequest:
-    return pb.RollbackDeploymentRequest(name=name, to=to or 0, expected_generation=expected or 0)
-
-
-def _history_request(name: str, token: str, left: int | None) -> pb.ListGenerationsRequest:
-    return pb.ListGenerationsRequest(name=name, page_token=token, page_size=min(left or 0, 100))
-
-
 def _messages(deployment: str, name: str, expected: int | None, files: Files) -> Iterator[pb.PutAdapterRequest]:
     """Return the messages of an upload, which read the files piece by piece.
 
@@ -226,7 +197,18 @@ class Changes:
         the request_id for the end of this one. It is refused if expected_generation is not the newest, or, with
         must_be_new, if an adapter to add exists.
         """
-        request = _update_request(name, add or {}, remove, expected_generation, must_be_new, request_id)
+        repositories = {
+            adapter: parse_repository(each) if isinstance(each, str) else each
+            for adapter, each in (add or {}).items()
+        }
+        request = pb.UpdateDeploymentRequest(
+            name=name,
+            add=adapters_to_message(repositories),
+            remove=remove,
+            expected_generation=expected_generation or 0,
+            must_be_new=must_be_new,
+            request_id=request_id or "",
+        )
         answer = yield Ask("builder", "UpdateDeployment", request, self.timeout_s)
         return deployment_of(answer.deployment)
 
@@ -247,7 +229,9 @@ class Changes:
         self, name: str, to: int | None = None, *, expected_generation: int | None = None
     ) -> Steps[RollbackInfo]:
         """Publish an older generation again; by default the one before the newest."""
-        request = _rollback_request(name, to, expected_generation)
+        request = pb.RollbackDeploymentRequest(
+            name=name, to=to or 0, expected_generation=expected_generation or 0
+        )
         return rollback_of((yield Ask("builder", "RollbackDeployment", request, self.timeout_s)))
 
     def history(self, name: str, limit: int | None = None) -> Steps[list[GenerationInfo]]:
@@ -255,7 +239,8 @@ class Changes:
         found: list[GenerationInfo] = []
         token = ""
         while limit is None or len(found) < limit:
-            request = _history_request(name, token, limit and limit - len(found))
+            left = limit and limit - len(found)
+            request = pb.ListGenerationsRequest(name=name, page_token=token, page_size=min(left or 0, 100))
             answer = yield Ask("builder", "ListGenerations", request, self.timeout_s)
             found += map(generation_of, answer.generations)
             token = answer.next_page_token

@@ -65,27 +65,6 @@ _inference_stub: Callable[[Any], Any] = InferenceServiceStub
 _builder_stub: Callable[[Any], Any] = BuilderServiceStub
 
 
-def _build_request(
-    deployment: Deployment, request_id: str | None, verify: bool, exact: bool
-) -> builder_pb2.BuildDeploymentRequest:
-    return builder_pb2.BuildDeploymentRequest(
-        deployment=deployment_to_message(deployment), request_id=request_id or "", verify=verify, exact=exact
-    )
-
-
-def _check_request(
-    adapter: Repository | str, base: Repository | str, lora: LoraConfiguration, signed_by: Sequence[str]
-) -> builder_pb2.CheckAdapterRequest:
-    named = [parse_repository(each) if isinstance(each, str) else each for each in (adapter, base)]
-    return check_request(named[0], named[1], lora, signed_by)
-
-
-def _watch_request(name: str, follow: bool, request_id: str | None) -> builder_pb2.WatchDeploymentRequest:
-    return builder_pb2.WatchDeploymentRequest(
-        name=name, changes_only=True, follow=follow, request_id=request_id or ""
-    )
-
-
 class Services:
     """The connections of a client to both services."""
 
@@ -121,7 +100,10 @@ class Services:
         Adapters that were added or pushed stay, unless exact is true. With verify, every byte of kept bundles
         is read back.
         """
-        request = _build_request(deployment, request_id, verify, exact)
+        spec = deployment_to_message(deployment)
+        request = builder_pb2.BuildDeploymentRequest(
+            deployment=spec, request_id=request_id or "", verify=verify, exact=exact
+        )
         return deployment_of((yield Ask("builder", "BuildDeployment", request, self.timeout_s)).deployment)
 
     def watch(
@@ -137,7 +119,9 @@ class Services:
         With follow the stream has no end and has every generation, and adapters while builds run. With the
         request_id of a build or update, the states are those of that one, else those of the newest.
         """
-        request = _watch_request(name, follow, request_id)
+        request = builder_pb2.WatchDeploymentRequest(
+            name=name, changes_only=True, follow=follow, request_id=request_id or ""
+        )
         return Stream("builder", "WatchDeployment", request, timeout_s, Watched().state_of)
 
     def cancel(self, name: str) -> Steps[DeploymentInfo]:
@@ -175,7 +159,8 @@ class Services:
         signed_by names the required signers: PEM, or ``sigstore:ISSUER#IDENTITY``; empty: none is required.
         Repositories may be text: ``"org/name@main"``, ``"./folder"``, ``"s3://bucket/prefix"``.
         """
-        request = _check_request(adapter, base, lora, signed_by)
+        named = [parse_repository(each) if isinstance(each, str) else each for each in (adapter, base)]
+        request = check_request(named[0], named[1], lora, signed_by)
         return report_of((yield Ask("builder", "CheckAdapter", request, timeout_s)).report)
 
 
