@@ -331,6 +331,7 @@ def _log_loaded(
 ) -> None:
     backend, stats = base.backend, engine.stats
     facts: dict[str, Any] = {} if bank is None else {"resident": len(bank.residency.resident())}
+    facts |= {} if base.host is None else {"ranks": base.host.world}
     log.info(
         "loaded",
         deployment=generation.deployment,

@@ -286,7 +286,7 @@ class InferenceSettings(Settings):
     native: bool = True
     """Use compiled operations on a CPU; a wheel has them, or the first start compiles them."""
     threads: Count | None = None
-    """Threads that compute on the CPU; as many as cores when not given."""
+    """Threads that compute on the CPU, of each rank; as many as cores together when not given."""
     spin: Literal["auto", "always", "never"] = "auto"
     """Busy waiting of the threads of a step on a CPU.
 

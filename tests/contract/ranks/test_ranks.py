@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Token
+from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.ranks.host import RankHost
 from inference_service.serving.service import Request
 from inference_service.startup.load import Ready
@@ -24,8 +24,10 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import BundleCorrupt, InternalFault, ReplicaFailed, SettingsInvalid
+from loramux_shared.runtime import Pooling
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
+from tests.support.grammars import only
 from tests.support.service import Service
 from tests.support.tiny import VOCAB, World, make_world, run_engine, sequence
 from tests.support.waiting import ended, until
@@ -56,11 +58,9 @@ def close(ready: Ready) -> None:
         assert all(not Path(f"/proc/{pid}").exists() for pid in ready.host.pids)
 
 
-def request(draw: random.Random) -> tuple[str, list[int], SamplingParams]:
-    """A request of any model with any way to draw, whose prompt often begins as others do."""
-    prompt = [7, 8, 9, 10, 11, 12, 13, 14][: draw.randrange(9)] + draw.choices(
-        range(3, VOCAB), k=draw.randint(1, 30)
-    )
+def request(ready: Ready, name: str, draw: random.Random) -> Sequence:
+    """A request of any model with any way to draw, or for a vector; its prompt often begins as others do."""
+    prompt = [*range(7, 15)][: draw.randrange(9)] + draw.choices(range(3, VOCAB), k=draw.randint(1, 30))
     params = SamplingParams(max_tokens=draw.randint(1, 12))
     others: list[dict[str, Any]] = [
         {},
@@ -69,20 +69,25 @@ def request(draw: random.Random) -> tuple[str, list[int], SamplingParams]:
         {"min_tokens": 3, "logprobs": 2},
         {"prompt_logprobs": 1},
     ]
-    return draw.choice(MODELS), prompt, replace(params, **draw.choice(others))
+    seq = sequence(ready, name, draw.choice(MODELS), prompt, replace(params, **draw.choice(others)))
+    kinds: list[dict[str, Any]] = [
+        {"grammar": only(*range(3, 60))},
+        {"pooling": Pooling.MEAN, "sampling": SamplingParams(max_tokens=0)},
+    ]
+    return replace(seq, **draw.choice([{}, {}, *kinds]))
 
 
 @pytest.mark.parametrize("requests", [24, pytest.param(300, marks=pytest.mark.sweep)])
 def test_random_steps_give_the_tokens_of_one_process(built: tuple[World, Store], requests: int) -> None:
-    """Requests that come at random, drafts, prefixes that are found, sequences that are preempted and adapters
-    that leave and come back give the tokens of one process, and its log probabilities."""
-    found: list[dict[str, list[Token]]] = []
+    """Requests that come at random, drafts, grammars, prefixes that are found, sequences that are preempted and
+    adapters that leave and come back give the tokens of one process, its log probabilities and vectors."""
+    found: list[dict[str, list[StepOutput]]] = []
     for ranks in (1, 2):
         ready = load(built, tensor_parallel=ranks, kv_memory_gb=64 * 2 * 2 * 2 * 8 * 4 / 1e9 / ranks)
         engine, draw, answers = ready.engine._engine, random.Random(3), defaultdict(list)
         for step in range(requests * 4):
             if step % 4 == 0:
-                engine.add(sequence(ready, str(step), *request(draw)))
+                engine.add(request(ready, str(step), draw))
             take(ready, answers)
         while not engine.idle:
             take(ready, answers)
@@ -92,18 +97,24 @@ def test_random_steps_give_the_tokens_of_one_process(built: tuple[World, Store],
         found.append(answers)
         close(ready)
     assert found[0].keys() == found[1].keys()
-    for name, tokens in found[0].items():
-        assert [token.id for token in tokens] == [token.id for token in found[1][name]], name
-        for one, other in zip(tokens, found[1][name], strict=True):
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    for name, outputs in found[0].items():
+        for one, other in zip(outputs, found[1][name], strict=True):
+            if one.pooled is not None:
+                assert one.pooled == pytest.approx(other.pooled, abs=1e-3)
+                continue
+            assert one.token.id == other.token.id, name
+            assert one.token.logprob == pytest.approx(other.token.logprob, abs=1e-4)
+            assert [each.logprob for each in one.prompt[1:]] == pytest.approx(
+                [each.logprob for each in other.prompt[1:]], abs=1e-3
+            )
 
 
-def take(ready: Ready, answers: dict[str, list[Token]]) -> None:
+def take(ready: Ready, answers: dict[str, list[StepOutput]]) -> None:
     """Run a step, behind what loads have posted."""
     ready.engine._inbox.receive(0.001)
     for output in ready.engine._engine.step():
         assert output.fault is None
-        answers[output.seq_id].append(output.token)
+        answers[output.seq_id].append(output)
 
 
 async def test_adapters_come_leave_and_change_while_others_stream(built: tuple[World, Store]) -> None:
