@@ -80,7 +80,8 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
   static thread_local RoundedRows rounding;
   static thread_local WidenedRows widening;
   if constexpr (Unit<T>::P > 1) {
-    if (base.bits && base.bits != COMPACT) rounding.round(base.x, base.ldx, base.rows, base.K, base.bits), base.rounded = &rounding;
+    if (base.bits && base.bits != COMPACT)
+      rounding.round(base.x, base.ldx, base.rows, base.K, base.bits, threads), base.rounded = &rounding;
     else if (base.w && !Unit<T>::multiplied) base.widened = widening.widen(base.x, base.ldx, base.rows, base.K);
   }
   const int64_t tiles = base.w ? (base.N + LANES - 1) / LANES : 0;

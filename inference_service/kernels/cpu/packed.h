@@ -17,7 +17,8 @@ namespace {
 
 typedef int8_t rb __attribute__((vector_size(REGISTER / 4)));
 
-constexpr int64_t ROUNDED = 32;  // values of x with one step
+constexpr int64_t ROUNDED = 32;             // values of x with one step
+constexpr int64_t ROWS_OF_ONE_THREAD = 16;  // fewer are rounded before a second thread has woken up
 
 // Weights as they are multiplied: part of a lane vector of units, of which a vector has so many.
 struct Whole {
@@ -127,15 +128,19 @@ class RoundedRows {
   int64_t width = 0, parts = 0;
 
  public:
-  void round(const bf16* x, int64_t ldx, int64_t rows, int64_t K, int64_t bits) {
+  void round(const bf16* x, int64_t ldx, int64_t rows, int64_t K, int64_t bits, int64_t threads) {
     width = K, parts = (K + ROUNDED - 1) / ROUNDED;
-    values.resize(rows * K), steps.resize(rows * parts), starts.resize(rows * parts);
-    for (int64_t i = 0; i < rows * parts; ++i) {
-      const int64_t row = i / parts, at = i % parts * ROUNDED;
-      int sum = 0;
-      steps[i] = round_part(x + row * ldx + at, values.data() + row * K + at, int(std::min(ROUNDED, K - at)), sum);
-      starts[i] = -sum * (1 << (bits - 1));
-    }
+    if (int64_t(values.size()) < rows * K) values.resize(rows * K);
+    if (int64_t(steps.size()) < rows * parts) steps.resize(rows * parts), starts.resize(rows * parts);
+    each(rows, rows < ROWS_OF_ONE_THREAD ? 1 : int(threads), [&](int64_t row) {
+      for (int64_t i = row * parts, at = 0; at < K; ++i, at += ROUNDED) {
+        const bf16* from = x + row * ldx + at;
+        int8_t* to = values.data() + row * K + at;
+        int sum = 0;
+        steps[i] = K - at < ROUNDED ? round_part(from, to, int(K - at), sum) : round_part(from, to, int(ROUNDED), sum);
+        starts[i] = -sum * (1 << (bits - 1));
+      }
+    });
   }
   int64_t parts_of_row() const { return parts; }
   const int8_t* row(int64_t row) const { return values.data() + row * width; }
@@ -143,16 +148,19 @@ class RoundedRows {
   const int32_t* starts_of(int64_t row) const { return starts.data() + row * parts; }  // of sums, for what weights have too much
 
  private:
-  static float round_part(const bf16* x, int8_t* to, int count, int& sum) {
+  // Inlined for a constant count, in loops that become vectors.
+  static inline __attribute__((always_inline)) float round_part(const bf16* x, int8_t* to, int count, int& sum) {
+    constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: sums with it are whole numbers
     uint16_t most = 0;
     for (int i = 0; i < count; ++i) most = std::max<uint16_t>(most, x[i].raw & 0x7fff);
     const float largest = widen(bf16{most});
     const bool usable = largest > 1e-30f && most < 0x7f80;
-    const float times = usable ? 127.0f / largest : 0.0f, magic = 12582912.0f;  // 1.5 * 2^23: sums with it are whole numbers
+    const float times = usable ? 127.0f / largest : 0.0f;
+    float whole[ROUNDED];
+    for (int i = 0; i < count; ++i) whole[i] = std::fma(usable ? widen(x[i]) : 0.0f, times, MAGIC);
     for (int i = 0; i < count; ++i) {
-      const float whole = std::fma(usable ? widen(x[i]) : 0.0f, times, magic);
-      int32_t all; std::memcpy(&all, &whole, 4);
-      sum += to[i] = int8_t(all);
+      const int value = int(as<uint32_t>(whole[i]) - as<uint32_t>(MAGIC));
+      to[i] = int8_t(value), sum += value;
     }
     return most < 0x7f80 ? usable ? largest / 127.0f : 0.0f : NAN;
   }
