@@ -184,6 +184,10 @@ def _operation(
             out = func(*arguments[:split], **dict(zip(names, arguments[split:], strict=True)))
         else:
             out = func(*arguments)
+        if not one:
+            for each in out if isinstance(out, tuple) else ():
+                if isinstance(each, torch.ScriptObject):
+                    each.wait()  # type: ignore[attr-defined]  # an exchange of ranks: torch waits for it
         if results:
             every = (out,) if one else tensors_of(out)
             for place, number in results:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 from torch.nn.functional import linear, rms_norm
 
 from inference_service.engine import graphs
@@ -148,6 +150,20 @@ def test_a_trace_launches_by_position_and_holds_no_tensor_of_its_work() -> None:
         assert [(grid, args[2]) for grid, args in kernel.calls[1:]] == [((5, 1, 1), 2)]
         del kernel.calls[1:]
         assert [each() for each in kernel.seen] == [None, None]
+
+
+def test_a_trace_waits_for_exchanges_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later operations have the sum over ranks, as behind the function of torch."""
+    waited: list[int] = []
+    x = torch.ones(3)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        trace = TraceRecorder().capture(lambda: dist.all_reduce(x))
+        monkeypatch.setattr(torch.ScriptObject, "wait", lambda _: waited.append(1), raising=False)
+        trace.replay()
+    finally:
+        dist.destroy_process_group()
+    assert waited == [1]
 
 
 def test_launches_of_other_threads_are_in_no_trace() -> None:
