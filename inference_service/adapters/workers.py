@@ -32,17 +32,20 @@ class Workers:
     """
 
     def __init__(self, name: str, count: int, prepare: Callable[[], object] | None = None) -> None:
-        """Start the threads; each has run prepare when this returns."""
+        """Start the threads; each has run prepare when this returns. What one of them raises there is raised."""
         self._queue: queue.PriorityQueue[_Work] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._count = count
         self._lock = threading.Lock()
         self._closed = False
-        ready = threading.Barrier(count + 1)
+        ready, failures = threading.Barrier(count + 1), list[BaseException]()
         for number in range(count):
-            arguments = self._queue, prepare, ready
+            arguments = self._queue, prepare, ready, failures
             threading.Thread(target=_serve, args=arguments, name=f"{name}-{number}", daemon=True).start()
-        ready.wait()
+        try:
+            ready.wait()
+        except threading.BrokenBarrierError:
+            raise failures[0] from None
         weakref.finalize(self, _end, self._queue, count)
 
     def submit(self, work: Callable[[], T], *, urgent: bool = False) -> Future[T]:
@@ -74,11 +77,19 @@ def _serve(
     work: queue.PriorityQueue[_Work],
     prepare: Callable[[], object] | None,
     ready: threading.Barrier,
+    failures: list[BaseException],
 ) -> None:
     """Work as a thread; it knows nothing of the `Workers`, so that those can be forgotten."""
-    if prepare is not None:
-        prepare()
-    ready.wait()
+    try:
+        if prepare is not None:
+            prepare()
+        ready.wait()
+    except threading.BrokenBarrierError:
+        return
+    except BaseException as error:  # noqa: BLE001 - the maker of the threads gets it
+        failures.append(error)
+        ready.abort()
+        return
     while (item := work.get()).run is not None:
         _carry_out(item)
         del item  # otherwise the item keeps its future's result alive until the next item

@@ -367,3 +367,13 @@ async def test_texts_that_fail_are_read_again(store, texts):
         await ended(stays, "the other caller")
     store.away = False
     assert (await texts.defaults(digest, "a0")).template is not None
+
+
+def test_a_thread_that_cannot_begin_ends_the_start() -> None:
+    """The maker of the threads gets what one of them raised, and waits for none."""
+
+    def prepare() -> None:
+        raise OSError("no core")
+
+    with pytest.raises(OSError, match="no core"):
+        Workers("test", 3, prepare)
