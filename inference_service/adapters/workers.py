@@ -32,7 +32,7 @@ class Workers:
     """
 
     def __init__(self, name: str, count: int, prepare: Callable[[], object] | None = None) -> None:
-        """Start the threads; each has run prepare when this returns. What one of them raises there is raised."""
+        """Start the threads; each has run prepare when this returns. What one raises there is raised."""
         self._queue: queue.PriorityQueue[_Work] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._count = count
