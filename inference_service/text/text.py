@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -228,13 +229,13 @@ class Text:
         special = self._left_out if skip_special_tokens else {}
         if special and visible:
             special = special | {token: name for name in visible if (token := self.token_id(name)) in special}
-        return Detokenizer(self._tokenizer, prompt, special, self.vocabulary.whole)
+        return Detokenizer(self._tokenizer, prompt, special, self.vocabulary.pieces)
 
 
 class Detokenizer:
     """Tokens in, text out, never half a character.
 
-    Byte-level tokens that are whole characters are looked up while no character waits for its rest.
+    Tokens of byte-level vocabularies are bytes, whatever stands around them; a stream decodes others.
     """
 
     # Tokens of the prompt that decide how the first token of the answer is spaced.
@@ -245,34 +246,26 @@ class Detokenizer:
         tokenizer: Tokenizer,
         prompt: Sequence[int],
         special: Mapping[int, str],
-        whole: Mapping[int, str] | None = None,
+        pieces: Mapping[int, bytes] | None = None,
     ) -> None:
-        """Begin behind a prompt; special tokens have the given texts, and the tokenizer never sees them."""
-        self._tokenizer = tokenizer
+        """Begin behind a prompt; special tokens have the given texts, and the tokenizer never sees them.
+
+        pieces are the bytes of the tokens of a byte-level vocabulary.
+        """
         self._special = special
         context = [token for token in prompt[-self.CONTEXT :] if token not in special]
-        self._stream: DecodeStream | None = DecodeStream(ids=context, skip_special_tokens=False)
-        """None: the last token was looked up."""
-        self._whole = whole
-        self._last = 0
-        self._waits = True
-        """Whether a token may have begun a character that has not ended."""
+        if pieces is None:
+            stream = DecodeStream(ids=context, skip_special_tokens=False)
+            self._decode: Callable[[int], str] = lambda token: stream.step(tokenizer, token) or ""
+        else:
+            decoder = getincrementaldecoder("utf-8")("replace")
+            decoder.decode(b"".join(pieces[token] for token in context))
+            self._decode = lambda token: decoder.decode(pieces[token])
 
     def push(self, tokens: Sequence[int]) -> str:
         """Return the text that became certain with these tokens; often, but not always, their own."""
-        return "".join([self._push(token) for token in tokens])
-
-    def _push(self, token: int) -> str:
-        if token in self._special:
-            return self._special[token]
-        if self._whole is not None and not self._waits and (text := self._whole[token]):
-            self._stream, self._last = None, token
-            return text
-        if self._stream is None:
-            self._stream = DecodeStream(ids=[self._last], skip_special_tokens=False)
-        text = self._stream.step(self._tokenizer, token) or ""
-        self._waits = not text
-        return text
+        special, decode = self._special, self._decode
+        return "".join([special[token] if token in special else decode(token) for token in tokens])
 
 
 class StopTexts:

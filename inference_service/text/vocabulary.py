@@ -13,17 +13,16 @@ from tokenizers import Tokenizer
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class WholeTexts(dict[int, str]):
-    """The texts of byte-level tokens, found as they are looked up; empty for a part of a character."""
+class Pieces(dict[int, bytes]):
+    """The bytes of byte-level tokens as their decoder has them, found as they are looked up."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self._tokenizer = tokenizer
 
-    def __missing__(self, token: int) -> str:
-        """Decode a token that was not looked up before."""
-        text = str(self._tokenizer.decode([token], skip_special_tokens=False))
-        self[token] = found = "" if "\N{REPLACEMENT CHARACTER}" in text else text
+    def __missing__(self, token: int) -> bytes:
+        """Read a token that was not looked up before."""
+        self[token] = found = _bytes_of(str(self._tokenizer.id_to_token(token) or ""))
         return found
 
 
@@ -37,8 +36,8 @@ class TokenBytes:
         decoders = _decoders(json.loads(tokenizer.to_str())["decoder"])
         kinds = {decoder["type"] for decoder in decoders}
         self._byte_level = "ByteLevel" in kinds
-        self.whole = WholeTexts(tokenizer) if kinds == {"ByteLevel"} else None
-        """Texts of tokens that are whole characters; None where a token's text depends on its neighbours."""
+        self.pieces = Pieces(tokenizer) if kinds == {"ByteLevel"} else None
+        """None where a token's text depends on its neighbours."""
         self._byte_fallback = "ByteFallback" in kinds
         self._replaced = dict(filter(None, map(_replacement, decoders)))
         added = tokenizer.get_added_tokens_decoder()
@@ -99,3 +98,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES: Final = _byte_alphabet()
+
+
+def _bytes_of(piece: str) -> bytes:
+    """Return the bytes of a piece in GPT-2's alphabet; other pieces are text."""
+    return bytes(_BYTES[char] for char in piece) if all(char in _BYTES for char in piece) else piece.encode()
