@@ -95,7 +95,8 @@ _MIXTURE: Final = re.compile(
     r"\.experts?\.|\.shared_experts?\.|block_sparse_moe|\.mlp\.(gate|router)\.|\.router\."
 )
 _OF_EXPERTS: Final = re.compile(
-    r"(?:mlp\.|block_sparse_moe\.)?experts(?:\.(?P<expert>0|[1-9][0-9]{0,4}))?(?:\.(?P<leaf>\w+))?"
+    r"(?:mlp\.|(?P<mixtral>block_sparse_moe\.))?experts"
+    r"(?:\.(?P<expert>0|[1-9][0-9]{0,4}))?(?:\.(?P<leaf>\w+))?"
 )
 """Modules of single experts, and what PEFT wraps around the parameters of all."""
 _OF_MIXTRAL: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -277,7 +278,8 @@ def _lora_key(match: re.Match[str], fused: Set[str], side: Side) -> LoraKey | To
         return RefusedKey("E_PREFIX", place["decoder"].rstrip("."))
     path, expert = place["path"], None
     if own := _OF_EXPERTS.fullmatch(path):
-        path = ".".join(part for part in (EXPERTS, _OF_MIXTRAL.get(own["leaf"], own["leaf"])) if part)
+        leaf = _OF_MIXTRAL.get(own["leaf"], own["leaf"]) if own["mixtral"] else own["leaf"]
+        path = ".".join(part for part in (EXPERTS, leaf) if part)
         expert = None if own["expert"] is None else int(own["expert"])
     if not _is_known(path, expert, fused):
         return RefusedKey("E_MOE" if _MIXTURE.search(f".{match['module']}.") else "E_MODULE", path)
