@@ -258,17 +258,21 @@ Targets = tuple[str, ...] | str
 """Names, or a pattern."""
 
 _QUERY_VALUE: Final[Mapping[str, Targets]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), ("q_proj", "v_proj")),
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+        ("q_proj", "v_proj"),
+    ),
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
 }
 _IA3: Final[Mapping[str, Targets]] = {
     **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
-    **dict.fromkeys(("qwen2", "qwen3", "gemma2", "gemma3_text"), ("q_proj", "v_proj", "down_proj")),
+    **dict.fromkeys(("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), ("q_proj", "v_proj", "down_proj")),
+    "mixtral": ("k_proj", "v_proj", "w2"),
 }
 
 
 def default_targets(kind: Kind, model_type: str) -> Targets | None:
     """Return what PEFT 0.21 adapts of a base; None where it wants the config to say it."""
-    if kind is Kind.ADALORA and model_type == "mistral":
+    if kind is Kind.ADALORA and model_type in ("mistral", "mixtral"):
         return None
     return (_IA3 if kind is Kind.IA3 else _QUERY_VALUE).get(model_type)
