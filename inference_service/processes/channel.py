@@ -45,8 +45,15 @@ class Channel(asyncio.Protocol):
         handlers: dict[str, Callable[..., None]],
         answers: Mapping[str, Callable[..., Awaitable[Any]]],
         lost: Callable[[], None],
+        room: Callable[[], None] = lambda: None,
     ) -> None:
-        """Call handlers for what the peer says, answers for what it asks, and lost once it is gone."""
+        """Call handlers for what the peer says, answers for what it asks, and lost once it is gone.
+
+        room is called when the peer reads on, after `writable` was false.
+        """
+        self._room = room
+        self.writable = True
+        """False while the peer has much to read: what can wait is better not sent."""
         self.handlers = handlers
         self._answers, self._lost = answers, lost
         self._numbers = itertools.count()
@@ -95,6 +102,15 @@ class Channel(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
         self._transport = cast(asyncio.Transport, transport)
+
+    def pause_writing(self) -> None:
+        """Note that the peer has much to read."""
+        self.writable = False
+
+    def resume_writing(self) -> None:
+        """Tell that the peer reads on."""
+        self.writable = True
+        self._room()
 
     def data_received(self, data: bytes) -> None:
         """Take messages."""

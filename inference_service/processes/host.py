@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence as Seq
 from contextlib import ExitStack, suppress
 from typing import Any, Final
 
+import structlog
 from structlog.contextvars import bound_contextvars
 
 from inference_service.adapters.served_model import ServedModel
@@ -30,9 +31,12 @@ from loramux_shared.faults import Fault, fault_to
 
 COLLECT_S: Final = 1.0
 """For API processes to hand over their counts, before the sums are reported."""
+MOST_PENDING: Final = 1 << 20
+"""Outputs that wait for a process that does not read."""
 SUMMED: Final = (routes.METRICS.path, routes.LOAD.path)
 """Routes whose answers are sums over API processes."""
 
+log = structlog.get_logger()
 _numbers = itertools.count()
 
 
@@ -58,9 +62,8 @@ class RelayedOutputs(Outputs):
         seq = self.seqs[seq_id]
         if self._ticket.bounds:
             self._ticket.take(sum(output.token is not None for output in outputs))
-        self._peer.send(
-            [self._number, self._places[seq_id], [messages.output_to(output, seq) for output in outputs]]
-        )
+        found = [messages.output_to(output, seq) for output in outputs]
+        self._peer.send((self._number, self._places[seq_id]), found)
         later, self._later = self._later, ()
         return later
 
@@ -69,6 +72,7 @@ class RelayedOutputs(Outputs):
 
     def fail(self, fault: Fault) -> None:
         """End with a fault what has not ended yet."""
+        self._peer.flush()
         self._peer.channel.say("end", self._number, fault_to(fault))
 
 
@@ -80,7 +84,9 @@ class ApiPeer:
         self._service = host.service
         self._lost = lost
         self._open: dict[int, RelayedOutputs] = {}
-        self._batch: list[Any] = []
+        self._batch: dict[tuple[int, int], list[Any]] = {}
+        """Outputs that were not sent yet, by request and place."""
+        self._pending = 0
         self._in_work = 0
         self.channel = Channel(
             {"drop": self._drop, "cut": host.service.engine.cut},
@@ -92,24 +98,40 @@ class ApiPeer:
                 "http": self._http,
             },
             self._on_lost,
+            self._flush_where_read,
         )
 
-    def send(self, outputs: list[Any]) -> None:
-        """Let outputs leave with the others of this turn of the event loop, in one message."""
+    def send(self, answer: tuple[int, int], outputs: list[Any]) -> None:
+        """Let outputs leave with the others of this turn of the event loop, in one message.
+
+        While the process has much to read, they wait for more of the same answer: a process that is behind gets
+        fewer and larger parts.
+        """
         if not self._batch:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._batch.append(outputs)
+            asyncio.get_running_loop().call_soon(self._flush_where_read)
+        self._batch.setdefault(answer, []).extend(outputs)
+        self._pending += len(outputs)
+        if self._pending > MOST_PENDING:
+            log.error("API process does not read: its channel is closed", pending=self._pending)
+            self.channel.close()
 
     async def collect(self) -> None:
         """Have what was counted since the last time added to the sums."""
         self._count(*await self.channel.ask("collect"))
 
-    def _flush(self) -> None:
-        batch, self._batch = self._batch, []
-        self.channel.say("out", batch)
+    def _flush_where_read(self) -> None:
+        if self.channel.writable:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the outputs that wait."""
+        if self._batch:
+            self.channel.say("out", [[*answer, outputs] for answer, outputs in self._batch.items()])
+            self._batch, self._pending = {}, 0
 
     def _on_lost(self) -> None:
         """Free everything that the process had."""
+        self._batch.clear()
         for number in list(self._open):
             self._drop(number)
         self._service.in_work -= self._in_work

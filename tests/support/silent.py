@@ -29,6 +29,9 @@ class SilentEngine(SimpleNamespace):
         """Note the pause."""
         self.paused, self.mode = True, mode
 
+    def cut(self) -> None:
+        """Do nothing: no stream is open."""
+
     def resume(self) -> None:
         """Note the resume."""
         self.paused = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ from inference_service.adapters.served_model import NO_DEFAULTS, ServedModel
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
-from inference_service.processes import messages
+from inference_service.processes import host, messages
 from inference_service.processes.channel import MOST_UNREAD, Channel
+from inference_service.processes.host import ApiHost, ApiPeer
 from loramux_shared.access.keys import EVERYTHING, Access, Scope
 from loramux_shared.faults import Fault, Finding, ReplicaFailed, RequestInvalid
 from loramux_shared.runtime import Limits
 from tests.support.apart import Loopback, connect
+from tests.support.silent import silent_service
 from tests.support.waiting import until
 
 
@@ -160,3 +163,27 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
     one.say("out", [])
     await until(lambda: lost, "the end of the channel")
     assert not one.is_open
+
+
+async def test_outputs_wait_together_for_a_process_that_is_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs of an answer join while the process has much to read, and a process that never reads is lost."""
+    found: list[Any] = []
+    lost: list[bool] = []
+    peer = ApiPeer(ApiHost(silent_service(tmp_path), keyless=True), lambda: lost.append(True))
+    connect(peer.channel, Channel({"out": found.append}, {}, lambda: None))
+    peer.send((1, 0), ["a"])
+    await until(lambda: found, "the first outputs")
+    peer.channel.pause_writing()
+    for answer, outputs in (((1, 0), ["b"]), ((2, 0), ["c"]), ((1, 0), ["d"])):
+        peer.send(answer, outputs)
+        await asyncio.sleep(0)
+    assert len(found) == 1
+    peer.channel.resume_writing()
+    await until(lambda: len(found) == 2, "the others")
+    assert found == [[[1, 0, ["a"]]], [[1, 0, ["b", "d"]], [2, 0, ["c"]]]]
+    monkeypatch.setattr(host, "MOST_PENDING", 1)
+    peer.channel.pause_writing()
+    peer.send((1, 0), ["e", "f"])
+    await until(lambda: lost, "the end of the channel")
