@@ -156,11 +156,19 @@ def test_a_trace_waits_for_exchanges_of_ranks(monkeypatch: pytest.MonkeyPatch) -
     """Later operations have the sum over ranks, as behind the function of torch."""
     waited: list[int] = []
     x = torch.ones(3)
+
+    def wait(work: torch.ScriptObject) -> None:
+        work._get_method("wait")()
+        waited.append(1)
+
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         trace = TraceRecorder().capture(lambda: dist.all_reduce(x))
-        monkeypatch.setattr(torch.ScriptObject, "wait", lambda _: waited.append(1), raising=False)
+        monkeypatch.setattr(torch.ScriptObject, "wait", wait, raising=False)
         trace.replay()
+        del (
+            trace
+        )  # which has the group: the last to let it go waits for its threads, with the interpreter's lock
     finally:
         dist.destroy_process_group()
     assert waited == [1]
