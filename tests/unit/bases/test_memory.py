@@ -149,12 +149,7 @@ def _at_once(cache: Cache, blocks: tuple[int, ...], length: int) -> int:
 
 @settings(max_examples=examples(60), deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.integers(16, 8192), st.integers(1, 64)),
-        min_size=1,
-        max_size=2,
-        unique_by=lambda group: group[0],
-    ),
+    st.tuples(st.integers(16, 8192), st.integers(1, 64)),
     st.integers(1, 64),
     st.integers(64, 131072),
     st.integers(1, 256),
@@ -162,15 +157,13 @@ def _at_once(cache: Cache, blocks: tuple[int, ...], length: int) -> int:
     st.floats(0.0, 1.0),
 )
 def test_a_division_serves_half_of_what_the_best_one_for_any_length_would(
-    sliding: list[tuple[int, int]], everything: int, longest: int, seqs: int, memory: float, length: float
+    sliding: tuple[int, int], everything: int, longest: int, seqs: int, memory: float, length: float
 ) -> None:
-    """A division of groups with windows serves half of the sequences that the best one would, short or long, in
-    any memory, and all of them where there is enough for all.
+    """A division between layers with a window and others serves half of the sequences that the best one would,
+    short or long, in any memory. With two windows, which no served family has, it can be a fifth.
     """
-    groups = (
-        KeptTokens(None, 1024 * everything),
-        *(KeptTokens(window, 1024 * each) for window, each in sliding),
-    )
+    window, each = sliding
+    groups = KeptTokens(None, 1024 * everything), KeptTokens(window, 1024 * each)
     cache = Cache(groups, 16, longest, seqs, rows=1024, whole=False)
     budget = int(memory * cache.num_bytes(cache.most))
     count = cache.fitting(budget)
@@ -180,7 +173,7 @@ def test_a_division_serves_half_of_what_the_best_one_for_any_length_would(
         return
     tokens = max(1, int(longest * length))
     best = next((number for number in range(seqs, 0, -1) if _bytes_of(cache, tokens, number) <= budget), 0)
-    assert 2 * _at_once(cache, blocks, tokens) + 2 >= best
+    assert 2 * _at_once(cache, blocks, tokens) >= best
 
 
 def _bytes_of(cache: Cache, length: int, number: int) -> int:
