@@ -11,9 +11,8 @@ import base64
 import binascii
 import json
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from urllib.parse import urlencode
 
 from loramux_clouds.archive import Archive, inner_files
 from loramux_clouds.https import Challenged, Https
+from loramux_clouds.listed import ListedSource
 from loramux_clouds.public import AddressGuard
 from loramux_clouds.remote_url import MAX_ARCHIVE
 from loramux_shared.bundle.manifest import FileDigest, sha256_hex
@@ -35,9 +35,8 @@ from loramux_shared.faults import (
     SourceUnavailable,
 )
 from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
-from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.files import disk_errors, hash_pieces, inside, whole
-from loramux_shared.sources.retry import RetryPolicy, TimeLeft
+from loramux_shared.sources.retry import TimeLeft
 from loramux_shared.sources.secrets import Secrets
 
 MANIFESTS: Final = (
@@ -109,16 +108,10 @@ class Registry:
         return f"https://{self.host}/v2/{self.name}/{kind}/{reference}"
 
 
-class OciSource:
+class OciSource(ListedSource):
     """Reads artifacts over the registries' API; a file that is a layer is fetched alone."""
 
-    def __init__(
-        self, https: Https, secrets: Secrets, work_dir: Path | None = None, patience: RetryPolicy | None = None
-    ) -> None:
-        self._https = https
-        self._secrets = secrets
-        self._work_dir = work_dir
-        self._patience = patience or RetryPolicy()
+    cached_in = "oci"
 
     def resolve(
         self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
@@ -177,42 +170,6 @@ class OciSource:
                 with whole(inside(into, name)) as sink:
                     fetched[name] = hash_pieces(pieces, progress, sink)
         return fetched
-
-    def digests(
-        self,
-        resolved: Resolved,
-        names: Iterable[str],
-        progress: Progress = unwatched,
-        room: Room = unwatched,
-    ) -> dict[str, FileDigest]:
-        """Return what the listing found."""
-        del room
-        progress(0)
-        files = {name: resolved.files[name] for name in names}
-        return {name: FileDigest(size=file.size, sha256=file.sha256 or "") for name, file in files.items()}
-
-    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
-        """Return the repository at its manifest's digest."""
-        del files
-        return resolved.repository
-
-    def place(
-        self,
-        repository: Repository,
-        files: Mapping[str, FileDigest],
-        cache: Path,
-        progress: Progress = unwatched,
-        room: Room = unwatched,
-    ) -> Path:
-        """Download the files that the cache lacks."""
-        folder = inside(cache, "/".join(filter(None, ("oci", repository.revision, repository.subfolder))))
-        if missing := missing_files(cache, folder, files):
-            with closing(self.resolve(repository, progress, room)) as resolved:
-                if gone := sorted(name for name in missing if name not in resolved.files):
-                    raise RepoNotFound(f"OCI {repository.label}: {', '.join(gone[:3])} is not in it")
-                room(resolved.size(missing))
-                self.fetch(resolved, missing, folder, progress)
-        return folder
 
     def _registry(self, repository: Repository) -> Registry:
         label = f"OCI {repository.label}"
@@ -278,9 +235,7 @@ class OciSource:
             )
         room(layer.size)
         with ExitStack() as opened, disk_errors():
-            if self._work_dir:
-                self._work_dir.mkdir(parents=True, exist_ok=True)
-            file = opened.enter_context(tempfile.TemporaryFile(dir=self._work_dir))
+            file = self._unnamed(opened)
             self._blob(registry, layer, file, progress)
             file.flush()
             opened.pop_all()

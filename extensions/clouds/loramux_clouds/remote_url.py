@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
 from loramux_clouds.archive import Archive, inner_files
 from loramux_clouds.https import Https
+from loramux_clouds.listed import ListedSource
 from loramux_clouds.public import AddressGuard
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoNotFound, RevisionNotFound, SourceRefused
 from loramux_shared.sources.base import Progress, Resolved, Room, unwatched
-from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.files import disk_errors, hash_pieces, inside, whole
-from loramux_shared.sources.retry import RetryPolicy, TimeLeft
+from loramux_shared.sources.retry import TimeLeft
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
 MAX_ARCHIVE: Final = 64 << 30
@@ -39,25 +38,17 @@ class ResolvedArchive(Resolved):
         self.archive.file.close()
 
 
-class UrlSource:
+class UrlSource(ListedSource):
     """Downloads an archive once, into a file without a name, and reads everything from that."""
 
-    def __init__(
-        self, https: Https, secrets: Secrets, work_dir: Path | None = None, patience: RetryPolicy | None = None
-    ) -> None:
-        self._https = https
-        self._secrets = secrets
-        self._work_dir = work_dir
-        self._patience = patience or RetryPolicy()
+    cached_in = "archive"
 
     def resolve(
         self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
     ) -> ResolvedArchive:
         """Download the archive, and list it; the revision is its sha256."""
         with ExitStack() as opened, disk_errors():
-            if self._work_dir:
-                self._work_dir.mkdir(parents=True, exist_ok=True)
-            file = opened.enter_context(tempfile.TemporaryFile(dir=self._work_dir))
+            file = self._unnamed(opened)
             resolved = self._listed(repository, file, progress, room)
             opened.pop_all()
         return resolved
@@ -73,42 +64,6 @@ class UrlSource:
             with whole(inside(into, name)) as sink:
                 fetched[name] = hash_pieces(pieces, progress, sink)
         return fetched
-
-    def digests(
-        self,
-        resolved: Resolved,
-        names: Iterable[str],
-        progress: Progress = unwatched,
-        room: Room = unwatched,
-    ) -> dict[str, FileDigest]:
-        """Return what the listing found."""
-        del room
-        progress(0)
-        files = {name: resolved.files[name] for name in names}
-        return {name: FileDigest(size=file.size, sha256=file.sha256 or "") for name, file in files.items()}
-
-    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
-        """Return the repository at its archive's digest."""
-        del files
-        return resolved.repository
-
-    def place(
-        self,
-        repository: Repository,
-        files: Mapping[str, FileDigest],
-        cache: Path,
-        progress: Progress = unwatched,
-        room: Room = unwatched,
-    ) -> Path:
-        """Download the archive where the cache lacks a file of it."""
-        folder = inside(cache, "/".join(filter(None, ("archive", repository.revision, repository.subfolder))))
-        if missing := missing_files(cache, folder, files):
-            with closing(self.resolve(repository, progress, room)) as resolved:
-                if gone := sorted(name for name in missing if name not in resolved.files):
-                    raise RepoNotFound(f"REMOTE_URL {repository.label}: {', '.join(gone[:3])} is not in it")
-                room(resolved.size(missing))
-                self.fetch(resolved, missing, folder, progress)
-        return folder
 
     def _listed(
         self, repository: Repository, file: IO[bytes], progress: Progress, room: Room
