@@ -51,6 +51,7 @@ class OtherKinds(Protocol):
 
     def with_dora_tables(
         self,
+        dora: list[Pair],
         file: TensorFile,
         pairs: list[Pair],
         config: AdapterConfig,
@@ -118,5 +119,5 @@ def with_dora_tables(
     if dora and not report:
         what = "DoRA of embeddings and head"
         if extension := _extension("E_DORA", dora[0].key.place, what, report):
-            return extension.with_dora_tables(file, pairs, config, base, weights, report)
+            return extension.with_dora_tables(dora, file, pairs, config, base, weights, report)
     return file, pairs, []

@@ -23,7 +23,6 @@ from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFi
 from builder_service.domain.tensor_names import FullKey
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Replaced
-from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.npy import Array
 
 BLOCK: Final = 1 << 20
@@ -124,6 +123,7 @@ def _blocks(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def with_dora_tables(
+    dora: list[Pair],
     file: TensorFile,
     pairs: list[Pair],
     config: AdapterConfig,
@@ -131,13 +131,12 @@ def with_dora_tables(
     weights: BaseTensors | None,
     report: Grouping,
 ) -> tuple[TensorFile, list[Pair], list[PlannedRows]]:
-    """Return the pairs that stay A and B, and the rows that the others become, with the file to read them from.
+    """Return the pairs that stay A and B, and the rows that those of DoRA become, with the file for them.
 
-    Where something was reported, all pairs stay.
+    Where something is reported, all pairs stay.
     """
-    dora = [pair for pair in pairs if pair.key.layer == NO_LAYER and pair.magnitude is not None]
     tables: dict[str, DoraTable] = {}
-    for pair in [] if report else dora:
+    for pair in dora:
         table = _table(file, pair, config, base, weights, report)
         if table is not None:
             tables[f"{pair.key.name} of DoRA"] = table
