@@ -38,7 +38,7 @@ from inference_service.startup.memory import bound_arenas, give_back
 from inference_service.store import open_replica_store
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.generation import Generation
-from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted, fault_to
+from loramux_shared.faults import Fault, InternalFault, ResourcesExhausted, fault_to
 from loramux_shared.process import log_to_stderr
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.checkpoint import PlacedBase
@@ -202,7 +202,7 @@ def _take(rank: Rank, control: Control, workers: Workers) -> None:
 
 
 def _fault(error: Exception) -> Fault:
-    if isinstance(error, BundleCorrupt | Fault):
+    if isinstance(error, Fault):
         return error
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return ResourcesExhausted("the memory does not suffice for its part. Free memory, or take more ranks.")
