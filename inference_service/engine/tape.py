@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference_service.kernels.launch import Launch, intercepted
 
+T = TypeVar("T")
 REFUSED_TAGS: Final = {
     torch.Tag.data_dependent_output: "reads a value on the host",
     torch.Tag.dynamic_output_shape: "makes a shape of values",
@@ -57,20 +58,11 @@ class _Operation:
             result.copy_(again[place])
 
 
-class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Sees every operation while it is active."""
+class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Sees every operation while it is active, but for those within a kernel of the interpreter."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.steps: list[Callable[[], None]] = []
-        self.launched: list[Launch | str] = []
-        """Kernels, and operations of torch by their names."""
-        self.made: list[Tensor] = []
-        """Tensors with memory of their own, made by the work."""
-        self.given: dict[int, Tensor] = {}
-        """Tensors from before, by their memory."""
-        self._known: set[int] = set()
-        self._kept: list[Any] = []
         self._in_kernel = False
 
     def __torch_dispatch__(
@@ -83,8 +75,38 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         refuse(func, inputs)
         with self:
             parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
+        return self.record(func, args, kwargs, inputs) if parts is NotImplemented else parts
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> Any:
+        """Do an operation that has no parts, with these tensors among its arguments, and note it."""
+        raise NotImplementedError
+
+    def unseen(self, launch: Callable[[], T]) -> T:
+        """Launch a kernel, and see nothing of what the interpreter does within it."""
+        self._in_kernel = True
+        try:
+            return launch()
+        finally:
+            self._in_kernel = False
+
+
+class _Recording(Watching):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
+    """Notes what is done for a tape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Callable[[], None]] = []
+        self.launched: list[Launch | str] = []
+        """Kernels, and operations of torch by their names."""
+        self.made: list[Tensor] = []
+        """Tensors with memory of their own, made by the work."""
+        self.given: dict[int, Tensor] = {}
+        """Tensors from before, by their memory."""
+        self._known: set[int] = set()
+        self._kept: list[Any] = []
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> Any:
+        """Do it, and keep what repeats it over the same memory."""
         self._note(inputs)
         out = func(*args, **kwargs)
         results = tuple((at, t) for at, t in enumerate(tensors_of(out)) if _memory(t) not in self._known)
@@ -100,11 +122,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         self._note(tensors_of(launch.arguments))
         self.steps.append(launch.enqueue)
         self.launched.append(launch)
-        self._in_kernel = True
-        try:
-            launch.enqueue()
-        finally:
-            self._in_kernel = False
+        self.unseen(launch.enqueue)
 
     def _note(self, inputs: Iterable[Tensor]) -> None:
         for tensor in inputs:

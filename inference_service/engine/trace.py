@@ -14,9 +14,8 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference_service.engine.tape import UNINITIALIZED, refuse, tensors_of
+from inference_service.engine.tape import UNINITIALIZED, Watching, tensors_of
 from inference_service.kernels.launch import Launch, intercepted, taker
 
 Made: TypeAlias = list[Any]
@@ -61,11 +60,11 @@ class TraceRecorder:
         return Trace(list(zip(tracing.steps, map(tuple, ends), strict=True)), tracing.made)
 
 
-class _Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Sees every operation while it is active."""
+class _Tracing(Watching):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
+    """Notes what is done for a trace."""
 
     def __init__(self, enqueue: Callable[[Launch], Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.steps: list[Callable[[Made], None]] = []
         self.used: list[list[int]] = []
         """Numbers of the tensors that each step makes or reads."""
@@ -73,22 +72,10 @@ class _Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         self._numbers: dict[int, tuple[ref[Tensor], int]] = {}
         """Numbers of tensors by their identity; that of one that is gone may come again."""
         self._enqueue = enqueue
-        self._in_kernel = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._in_kernel:
-            return func(*args, **kwargs)
-        held = [*args, *kwargs.values()]
-        inputs = tensors_of(held)
-        refuse(func, inputs)
-        with self:
-            parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
-        bind, known = self._bind(held)
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> Any:
+        """Do it, and keep what repeats it with tensors made anew."""
+        bind, known = self._bind([*args, *kwargs.values()])
         out = func(*args, **kwargs)
         if func.is_view and not known:
             return out  # of a tensor from before: as lasting as that
@@ -108,11 +95,7 @@ class _Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
 
     def launch(self, launch: Launch) -> None:
         """Take a kernel launch; what the interpreter does within it is not recorded."""
-        self._in_kernel = True
-        try:
-            compiled = self._enqueue(launch)
-        finally:
-            self._in_kernel = False
+        compiled = self.unseen(lambda: self._enqueue(launch))
         if compiled is None:
             bind, known = self._bind(list(launch.arguments.values()))
             step = _unbound(launch, tuple(launch.arguments), bind)
