@@ -74,7 +74,7 @@ class _Tracing(Watching):  # type: ignore[no-untyped-call]  # torch leaves its b
         self._enqueue = enqueue
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> Any:
-        """Do it, and keep what repeats it with tensors made anew."""
+        """Do it, and keep what repeats it with new tensors."""
         bind, known = self._bind([*args, *kwargs.values()])
         out = func(*args, **kwargs)
         if func.is_view and not known:
