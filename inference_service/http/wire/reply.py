@@ -122,9 +122,8 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             gone.result()
         return task.result()
     finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await _ended(task)
+        await _ended(gone)
 
 
 async def _until_gone(receive: Receive) -> NoReturn:
@@ -203,10 +202,12 @@ def _part(data: bytes) -> Message:
 
 
 async def _ended(task: asyncio.Future[Any]) -> None:
-    """Cancel a task that runs, and return when it has ended."""
+    """Cancel a task that runs, and return when it has ended; its exception is the caller's to raise."""
     if not task.done():
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+    elif not task.cancelled():
+        task.exception()  # asyncio logs one that nobody retrieves
 
 
 async def open_stream(
