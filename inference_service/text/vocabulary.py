@@ -22,7 +22,9 @@ class Pieces(dict[int, bytes]):
 
     def __missing__(self, token: int) -> bytes:
         """Read a token that was not looked up before."""
-        self[token] = found = _bytes_of(str(self._tokenizer.id_to_token(token) or ""))
+        piece = str(self._tokenizer.id_to_token(token) or "")
+        found = _of_alphabet(piece)
+        self[token] = found = piece.encode() if found is None else found
         return found
 
 
@@ -53,8 +55,8 @@ class TokenBytes:
         piece: str | None = self._tokenizer.id_to_token(token)
         if piece is None:
             return b""
-        if self._byte_level and all(char in _BYTES for char in piece):
-            return bytes(_BYTES[char] for char in piece)
+        if self._byte_level and (found := _of_alphabet(piece)) is not None:
+            return found
         if self._byte_fallback and (byte := _BYTE.fullmatch(piece)):
             return bytes([int(byte[1], 16)])
         for mark, meaning in self._replaced.items():
@@ -100,6 +102,6 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTES: Final = _byte_alphabet()
 
 
-def _bytes_of(piece: str) -> bytes:
-    """Return the bytes of a piece in GPT-2's alphabet; other pieces are text."""
-    return bytes(_BYTES[char] for char in piece) if all(char in _BYTES for char in piece) else piece.encode()
+def _of_alphabet(piece: str) -> bytes | None:
+    """Return the bytes of a piece in GPT-2's alphabet; None for other pieces, which are text."""
+    return bytes(_BYTES[char] for char in piece) if all(char in _BYTES for char in piece) else None
