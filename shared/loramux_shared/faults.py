@@ -90,6 +90,16 @@ class Fault(Exception):
         self.repository = repository
         """The one that was being read when it happened, as `Repository.shown` names it; empty: none was."""
 
+    @property
+    def is_passing(self) -> bool:
+        """Return True if another try of the same may not fail so."""
+        return self.status in (
+            Status.UNAVAILABLE,
+            Status.RESOURCE_EXHAUSTED,
+            Status.ABORTED,
+            Status.DEADLINE_EXCEEDED,
+        )
+
     def with_message(self, message: str) -> Self:
         """Return a fault that says the same in other words, and holds nothing of where it happened."""
         return type(self)(message, self.findings, self.repository, self.retry_after_s)

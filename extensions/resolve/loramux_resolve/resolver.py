@@ -33,7 +33,6 @@ from loramux_shared.faults import (
     PermissionDenied,
     QueueFull,
     RequestInvalid,
-    Status,
 )
 from loramux_shared.storage.base import Store
 
@@ -53,8 +52,6 @@ BUILDS: Final = 16
 """Adapters that one replica has built for requests at once; others wait."""
 MOST_BUILDS: Final = 256
 """Adapters that are built or wait for that."""
-_PASSING: Final = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED, Status.ABORTED, Status.DEADLINE_EXCEEDED)
-"""Statuses that another try may not have."""
 
 
 class Resolver:
@@ -116,14 +113,13 @@ class Resolver:
 
     async def _add(self, name: str, requested: str, repository: Repository) -> None:
         began = self._clock()
-        key = resolved_key(self._catalog.deployed.deployment, name)
-        await asyncio.to_thread(self._store.put, key, requested.encode())
+        await self._mark(name)
         try:
             async with self._room:
                 with suppress(AdapterExists):  # another replica was first
                     await self._manager.load(name, repository)
         except Fault as fault:
-            if fault.status not in _PASSING:
+            if not fault.is_passing:
                 self._refusals[requested] = (self._clock() + REMEMBERED_S, fault)
                 while len(self._refusals) > REFUSALS:
                     self._refusals.popitem(last=False)
@@ -155,7 +151,7 @@ class Resolver:
         rule = self._catalog.deployed.resolve
         if rule is None:
             return
-        prefix = resolved_key(self._catalog.deployed.deployment)
+        prefix = self._key()
         entries = await asyncio.to_thread(lambda: list(self._store.entries(prefix)))
         marks = {entry.key.removeprefix(prefix): entry.modified for entry in entries}
         removable = await self._used(marks)
@@ -182,8 +178,7 @@ class Resolver:
             here = self._now() if view.in_flight or view.waiting or view.pinned else view.last_used
             used[name] = max(modified, here or modified)
             if used[name] - modified > TOUCH:
-                key = resolved_key(self._catalog.deployed.deployment, name)
-                await asyncio.to_thread(self._store.put, key, name.encode())
+                await self._mark(name)
         return used
 
     async def _remove(self, name: str) -> None:
@@ -192,8 +187,14 @@ class Resolver:
         await self._unmark(name)
         log.info("idle adapter removed", adapter=name)
 
+    def _key(self, name: str = "") -> str:
+        return resolved_key(self._catalog.deployed.deployment, name)
+
+    async def _mark(self, name: str) -> None:
+        await asyncio.to_thread(self._store.put, self._key(name), b"")
+
     async def _unmark(self, name: str) -> None:
-        await asyncio.to_thread(self._store.delete, resolved_key(self._catalog.deployed.deployment, name))
+        await asyncio.to_thread(self._store.delete, self._key(name))
 
 
 def allowed(rule: Resolve, requested: str) -> Repository | None:

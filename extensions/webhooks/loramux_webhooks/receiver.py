@@ -20,7 +20,7 @@ import structlog
 from loramux.client import Client
 from loramux.records import DeploymentState
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import Fault, Status
+from loramux_shared.faults import Fault
 from loramux_shared.rpc.options import listen
 
 log = structlog.get_logger()
@@ -32,7 +32,6 @@ RETRY_S: Final = 30.0
 """Seconds before an update is repeated that the builder had no room or no store for."""
 MAIN: Final = "main"
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-_PASSING: Final = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED, Status.ABORTED, Status.DEADLINE_EXCEEDED)
 
 
 class Followed:
@@ -120,7 +119,7 @@ class Updates:
                 raise last.failure
         except Fault as fault:
             log.warning("adapters not updated", adapters=[*adapters], reason=fault.reason, problem=str(fault))
-            if fault.status in _PASSING:
+            if fault.is_passing:
                 self.note(adapters, RETRY_S)
         else:
             log.info("adapters updated", adapters=[*adapters], generation=last.generation)

@@ -5,7 +5,7 @@
     deployments/<name>/generations/<n>.json            immutable
     deployments/<name>/generations/<n>.json.sig        its signature, where a builder signs
     deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
-    deployments/<name>/resolved/<adapter>              its repository; put again while requests use it
+    deployments/<name>/resolved/<adapter>              empty; put again while requests use it
     deployments/<name>/current.json                    which generation is served, with its digest
     builds/<name>/<builder>.json                       while a build runs, and until a killed one is taken up
 """
