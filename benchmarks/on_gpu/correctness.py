@@ -49,7 +49,7 @@ MODEL_TOLERANCE: Final = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 LAYERS: Final = 2
 BLOCK_SIZE: Final = 16
 SCALE: Final = 0.1
-"""Of adapters: they add more than the base's products do."""
+"""Scale of adapters, with which they add more than the base's products do."""
 DELTA_TOLERANCE: Final = {torch.bfloat16: 4e-2, torch.float32: 1e-4}
 """Tolerance of outputs and states, relative to the largest: later rows of a sequence have the earlier errors
 too.

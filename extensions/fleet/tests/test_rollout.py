@@ -21,8 +21,8 @@ from tests.unit.cli.test_cli_adapters import KEYS, RING, _no_key as _no_key, api
 
 
 @pytest.fixture
-def when_told(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], object]], None]:
-    """Has something done when a command tells a text for the first time."""
+def when_printed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], object]], None]:
+    """Has something done when a command prints a text for the first time."""
 
     def when(text: str, do: Callable[[], object]) -> None:
         say, left = shell.say, [do]
@@ -37,12 +37,12 @@ def when_told(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], ob
     return when
 
 
-def test_a_rollout_ends_when_all_serve_the_generation(when_told: Callable[..., None]) -> None:
+def test_a_rollout_ends_when_all_serve_the_generation(when_printed: Callable[..., None]) -> None:
     """A line for every change of every replica, and one at the end."""
     first, second = operated(), operated()
     with api(first) as (one, do), api(second) as (two, also):
         do(first.manager.load("x", "org/x"))
-        when_told(f"{two} serves 1", lambda: also(second.manager.load("x", "org/x")))
+        when_printed(f"{two} serves 1", lambda: also(second.manager.load("x", "org/x")))
         code, text, stated = run("rollout", "demo", "--replicas", f"{one},{two}", "--timeout", f"{BOUND_S}")
     assert (code, text) == (0, "generation 2 is served by 2 replicas\n")
     assert [line.split(" ", 1)[1] for line in stated.splitlines() if two in line] == [
@@ -61,11 +61,11 @@ def test_a_rollout_by_a_name_with_tls(tmp_path: Path, monkeypatch: pytest.Monkey
         assert asyncio.run(Rollout("demo", [found], None, as_json=False).run(BOUND_S))
 
 
-def test_a_rollout_that_takes_too_long(when_told: Callable[..., None]) -> None:
+def test_a_rollout_that_takes_too_long(when_printed: Callable[..., None]) -> None:
     """A late replica is exit 3 with its name; a replica that can never serve the generation is exit 1."""
     replica = operated()
     with api(replica) as (address, _):
-        when_told(f"{address} serves 1", lambda: Clock().advance(3600))
+        when_printed(f"{address} serves 1", lambda: Clock().advance(3600))
         query = ("rollout", "demo", "--replicas", address, "--timeout", "3600")
         code, _, stated = run(*query, "--generation", "2")
         assert (code, stated.count(f"{address} serves 1")) == (3, 2)
@@ -75,7 +75,7 @@ def test_a_rollout_that_takes_too_long(when_told: Callable[..., None]) -> None:
         last = json.loads(text.splitlines()[-1])
         assert (code, last["done"], len(last["replicas"])) == (3, False, 2)
         replica.deployment.standing = FollowerStanding(1, 2, stale="another base")
-        when_told("another base", lambda: Clock().advance(3600))
+        when_printed("another base", lambda: Clock().advance(3600))
         code, _, stated = run(*query)
         assert (code, "another base" in stated) == (1, True)
 

@@ -94,7 +94,7 @@ async def show_openapi(service: GenerationService, http: HttpRequest) -> Respons
 
 
 ROUTES: Final = (Endpoint(OPENAPI, show_openapi),)
-"""What this extension adds to the HTTP API."""
+"""The routes of this extension."""
 
 
 def answer_of(endpoint: Endpoint) -> Any:

@@ -15,7 +15,7 @@ from inference_service.http.openai.schema import (
     BY_ROLE,
     GOES_ON,
     SAYS_SOMETHING,
-    SCHEMA_WHERE_SAID,
+    SCHEMA_BY_TYPE,
     GenerationBody,
 )
 from inference_service.http.wire.body import Body, Examples, Made, Noun, unsupported
@@ -233,7 +233,7 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     """The form of the answer."""
 
-    model_config = ConfigDict(json_schema_extra=SCHEMA_WHERE_SAID)
+    model_config = ConfigDict(json_schema_extra=SCHEMA_BY_TYPE)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None

@@ -50,7 +50,7 @@ SAYS_SOMETHING: Final[dict[str, Any]] = {
         {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
     ]
 }
-SCHEMA_WHERE_SAID: Final[dict[str, Any]] = {
+SCHEMA_BY_TYPE: Final[dict[str, Any]] = {
     "oneOf": [
         {
             "required": ["json_schema"],

@@ -264,7 +264,7 @@ def test_the_record_has_no_query(tmp_path):
     assert len(fetched.source.revision) == 64
 
 
-def test_one_fault_is_said_with_its_adapter(tmp_path):
+def test_one_fault_is_reported_with_its_adapter(tmp_path):
     """The fault of one adapter keeps its reason, and its adapter is marked."""
     source = FakeSource({"https://h/two": RepoNotFound("nothing")})
     with pytest.raises(RepoNotFound, match="adapter 'two': nothing") as failure:
@@ -272,7 +272,7 @@ def test_one_fault_is_said_with_its_adapter(tmp_path):
     assert failure.value.__notes__ == [f"one=FETCHING,two={Stage.REFUSED.value}"]
 
 
-def test_every_fault_is_said(tmp_path):
+def test_every_fault_is_reported(tmp_path):
     """Each of several faults is a finding, and the whole is the first that trying again does not cure."""
     faults = {
         "https://h/a": SourceUnavailable("away"),
