@@ -16,7 +16,6 @@ from inference_service.chat.formats.reading import (
     AnswerSource,
     ParsedAnswer,
     Reader,
-    TemplateMarks,
     ThinkingMarks,
     ToolFormat,
     answer,
@@ -30,24 +29,47 @@ from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 
+
+@dataclass(frozen=True)
+class TemplateMarks:
+    """Texts by which a chat template shows what its models write."""
+
+    words: tuple[str, ...]
+    """All of them stand in it."""
+    without: str = ""
+    """Text that the template must not have."""
+
+    def by(self, template: str) -> bool:
+        """True where the text of a template shows it."""
+        return all(word in template for word in self.words) and not (self.without and self.without in template)
+
+
 FORMATS: Final[Mapping[ToolParser, ToolFormat]] = {
     each.parser: each
     for each in (
-        HARMONY,
-        GEMMA4,
-        FUNCTIONGEMMA,
-        MISTRAL,
-        OLMO3,
-        PHI4,
-        QWEN3_CODER,
-        GRANITE,
-        HERMES,
-        TOOL_CODE,
-        PYTHONIC,
-        LLAMA3_JSON,
+        *(HARMONY, MISTRAL, PHI4, QWEN3_CODER, GRANITE, HERMES, LLAMA3_JSON),
+        *(GEMMA4, FUNCTIONGEMMA, OLMO3, TOOL_CODE, PYTHONIC),
     )
 }
-"""Formats by their names; the first one that a template shows counts."""
+"""Formats by their names."""
+CALLS_SHOWN: Final = (
+    (ToolParser.HARMONY, TemplateMarks(("<|channel|>", "<|message|>"))),
+    (ToolParser.GEMMA4, TemplateMarks(("<|tool_call>",))),
+    (ToolParser.FUNCTIONGEMMA, TemplateMarks(("<start_function_call>",))),
+    (ToolParser.MISTRAL, TemplateMarks(("[TOOL_CALLS]",))),
+    (ToolParser.OLMO3, TemplateMarks(("<function_calls>",))),
+    (ToolParser.PHI4, TemplateMarks(("<|tool|>",))),
+    (ToolParser.PHI4, TemplateMarks(("functools[",))),
+    (ToolParser.QWEN3_CODER, TemplateMarks(("<function=", "<tool_call>"))),
+    (ToolParser.GRANITE, TemplateMarks(("<|start_of_role|>", "<|tool_call|>"))),
+    (ToolParser.GRANITE, TemplateMarks(("<|start_of_role|>", "available_tools"), without="<tool_call>")),
+    (ToolParser.HERMES, TemplateMarks(("<tool_call>",))),
+    (ToolParser.TOOL_CODE, TemplateMarks(("```tool_code",))),
+    (ToolParser.PYTHONIC, TemplateMarks(("func_name1(",))),
+    (ToolParser.LLAMA3_JSON, TemplateMarks(("<|start_header_id|>", '"parameters"'))),
+    (ToolParser.LLAMA3_JSON, TemplateMarks(("<|python_tag|>",))),
+)
+"""Formats of calls by the marks in a template; the first one counts."""
 THINK: Final = ThinkingMarks("<think>", "</think>")
 REASONING: Final[Mapping[ReasoningParser, tuple[ThinkingMarks, ...]]] = {
     ReasoningParser.THINK: (THINK,),
@@ -175,8 +197,7 @@ def parsers_of(template: str, explicit: Parsers = Parsers()) -> Parsers:  # noqa
     """Return what is said, and where that is auto what a template's text shows; auto where it shows nothing."""
     tool, reasoning = explicit.tool, explicit.reasoning
     if tool is ToolParser.AUTO:
-        found = (name for name, each in FORMATS.items() if any(one.by(template) for one in each.marks))
-        tool = next(found, tool)
+        tool = next((name for name, one in CALLS_SHOWN if one.by(template)), tool)
     if reasoning is ReasoningParser.AUTO:
         reasoning = next((name for name, one in REASONING_SHOWN if one.by(template)), reasoning)
     return Parsers(tool, reasoning)

@@ -26,7 +26,7 @@ from inference_service.chat.formats.lark import (
     quoted,
     row,
 )
-from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat, marks
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader, ToolFormat, marks
 from inference_service.chat.formats.values import (
     MAX_DEPTH,
     PARSING,
@@ -276,7 +276,7 @@ def _format(
     parser: ToolParser, own: GemmaMarks, blocks: Callable[[AnswerCalls], Mapping[str, Block]]
 ) -> ToolFormat:
     tokens = (own.begin, own.end, own.quote)
-    return ToolFormat(parser, (TemplateMarks((own.begin,)),), blocks, _gemma(own), tokens=tokens, end=own.end)
+    return ToolFormat(parser, blocks, _gemma(own), tokens=tokens, end=own.end)
 
 
 GEMMA4: Final = _format(ToolParser.GEMMA4, MARKS, gemma_blocks)

@@ -36,7 +36,7 @@ from inference_service.chat.formats.lark import (
     json_of,
     list_schema,
 )
-from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader, ToolFormat
 from inference_service.chat.request import AnswerCalls
 from inference_service.serving.request import Message
 from loramux_shared.runtime import ToolParser
@@ -70,17 +70,12 @@ def _phi(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> Cal
 
 GRANITE: Final = ToolFormat(
     ToolParser.GRANITE,
-    (
-        TemplateMarks(("<|start_of_role|>", MARK)),
-        TemplateMarks(("<|start_of_role|>", "available_tools"), without=tagged.BEGIN),
-    ),
     granite_blocks,
     _granite,
     tokens=(MARK, tagged.BEGIN, tagged.END),
 )
 PHI4: Final = ToolFormat(
     ToolParser.PHI4,
-    (TemplateMarks(("<|tool|>",)), TemplateMarks(("functools[",))),
     phi_blocks,
     _phi,
     tokens=(MARK, PHI_END),
@@ -116,7 +111,6 @@ def _llama(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> C
 
 LLAMA3_JSON: Final = ToolFormat(
     ToolParser.LLAMA3_JSON,
-    (TemplateMarks(("<|start_header_id|>", '"parameters"')), TemplateMarks((PYTHON_TAG,))),
     llama_blocks,
     _llama,
     leading=llama_leading,
@@ -194,7 +188,6 @@ def _short(own: str) -> str:
 
 MISTRAL: Final = ToolFormat(
     ToolParser.MISTRAL,
-    (TemplateMarks((TOOL_CALLS,)),),
     mistral_blocks,
     _mistral,
     tokens=(TOOL_CALLS, ID, ARGS),

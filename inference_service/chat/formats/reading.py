@@ -275,27 +275,11 @@ def _leading(source: AnswerSource, block: Block) -> Reader[None]:
 
 
 @dataclass(frozen=True)
-class TemplateMarks:
-    """Texts by which a chat template shows what its models write."""
-
-    words: tuple[str, ...]
-    """All of them stand in it."""
-    without: str = ""
-    """Text that the template must not have."""
-
-    def by(self, template: str) -> bool:
-        """True where the text of a template shows it."""
-        return all(word in template for word in self.words) and not (self.without and self.without in template)
-
-
-@dataclass(frozen=True)
 class ToolFormat:
     """The form in which some models write calls."""
 
     parser: ToolParser
     """Its name."""
-    marks: tuple[TemplateMarks, ...]
-    """Any of these shows it."""
     blocks: Callable[[AnswerCalls], Mapping[str, Block]]
     """Returns the readers of what begins with a mark, by that."""
     grammar: Callable[[Sequence[OfferedTool], Spelling, bool], CallGrammar]

@@ -37,7 +37,7 @@ from inference_service.chat.formats.lark import (
     quoted,
     row,
 )
-from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat, marks
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader, ToolFormat, marks
 from inference_service.chat.formats.values import arguments, is_open, is_text, texts, typed, written
 from inference_service.chat.request import AnswerCalls
 from loramux_shared.runtime import ToolParser
@@ -153,12 +153,9 @@ def _xml(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> Cal
     return CallGrammar(BEGIN, "".join(rules), MOST_CALLS if several else 1, "\n")
 
 
-HERMES: Final = ToolFormat(
-    ToolParser.HERMES, (TemplateMarks((BEGIN,)),), tagged_blocks, _hermes, tokens=(BEGIN, END), end=END
-)
+HERMES: Final = ToolFormat(ToolParser.HERMES, tagged_blocks, _hermes, tokens=(BEGIN, END), end=END)
 QWEN3_CODER: Final = ToolFormat(
     ToolParser.QWEN3_CODER,
-    (TemplateMarks((FUNCTION, BEGIN)),),
     tagged_blocks,
     _xml,
     tokens=(BEGIN, END),
