@@ -60,7 +60,7 @@ def test_the_command_line_has_all_other_commands(tree: Path) -> None:
 
 
 def test_what_needs_an_extension_says_so(tree: Path) -> None:
-    """A command, and a start that requires signatures, name the pip install of the missing extension."""
+    """A command, signatures and a form of calls are refused with the pip install of the extension."""
     assert "pip install 'loramux[envoy]'" in run(
         tree, "from loramux.cli.main import main; main()", "envoy", "one", "--grpc-port=1", status=2
     )
@@ -81,6 +81,18 @@ for open_it, settings in ((open_replica_store, replica), (_store, builder)):
         print(fault)
 """
     assert run(tree, required).count("pip install 'loramux[signing]'") == 2
+    calls = """
+from inference_service.chat.dialect import dialect_of
+from types import SimpleNamespace
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.runtime import Parsers
+model = SimpleNamespace(template=SimpleNamespace(source="<|tool_call>"))
+try:
+    dialect_of(model, None, Parsers()).require_form()
+except SettingsInvalid as fault:
+    print(fault)
+"""
+    assert "calls in the form gemma4: expected the extension 'calls'" in run(tree, calls)
 
 
 def test_its_import_contracts_hold(tree: Path) -> None:

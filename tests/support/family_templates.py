@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from inference_service.chat.dialect import FORMATS
 from loramux_shared.runtime import ReasoningParser, ToolParser
 from tests.support.cases import cases
 
@@ -24,5 +25,9 @@ class Family:
 FAMILIES = {
     name: Family(template, ToolParser(tool), ReasoningParser(reasoning), tuple(special), end)
     for name, (template, tool, reasoning, special, end) in cases(__file__, "FAMILIES").items()
+    if tool in FORMATS
 }
-"""Families by the name of the models. Sources: their templates as they were published; see the dialects."""
+"""Families whose calls are read, by the name of the models.
+
+Sources: their templates as they were published; see the dialects.
+"""

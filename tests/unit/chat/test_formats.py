@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from inference_service.chat.dialect import Dialect, parsers_of
+from inference_service.chat.dialect import FORMATS, Dialect, parsers_of
 from inference_service.chat.request import AnswerCalls, AnswerReader
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 from tests.support.cases import cases
@@ -30,6 +30,7 @@ T, R = ToolParser, ReasoningParser
 CASES: list[tuple[ToolParser, ReasoningParser, str, Collected]] = [
     (ToolParser(tool), ReasoningParser(reasoning), text, expected)
     for tool, reasoning, text, expected in cases(__file__, "CASES")
+    if tool in (*FORMATS, "auto", "none")
 ]
 
 
