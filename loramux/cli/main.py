@@ -10,16 +10,15 @@ from typing import Annotated
 
 import typer
 
-from loramux.cli import keys, shell
+from loramux.cli import shell
 from loramux.cli.build import build, prove
 from loramux.cli.change import add, push, remove
 from loramux.cli.check import check
-from loramux.cli.deployments import cancel, deployments, history, rollback, watch
 from loramux.cli.exits import tell_uncaught
 from loramux.cli.local.demo import demo
 from loramux.cli.local.services import builder, serve
 from loramux.cli.local.up import up
-from loramux.cli.serving import health, models, pin, unpin
+from loramux.cli.serving import health, models
 from loramux.connection import API_KEY
 from loramux_shared.extensions import COMMANDS, absent, find_extensions, load_extensions, package_of
 
@@ -30,13 +29,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: half the lines, the same words
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for function in (
-    *(demo, up, build, watch, cancel, deployments, check, prove),
-    *(add, remove, push, history, rollback),
-    *(models, pin, unpin, serve, builder, health),
-):
+for function in (demo, up, build, check, prove, add, remove, push, models, serve, builder, health):
     app.command()(function)
-app.add_typer(keys.app, name="keys")
 for name, extension in load_extensions(COMMANDS).items():
     if isinstance(extension, typer.Typer):
         app.add_typer(extension, name=name)

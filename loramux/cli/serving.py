@@ -1,4 +1,4 @@
-"""``loramux models``, ``pin``, ``unpin`` and ``health``: what runs, and the model names that are completed."""
+"""``loramux models`` and ``health``: what runs, and the model names that are completed."""
 
 from __future__ import annotations
 
@@ -86,39 +86,6 @@ def _where(adapter: AdapterStatus | None) -> tuple[str, str, str]:
         return ("device", "-", "-")
     tier = f"{adapter.tier}: {adapter.last_failure.reason}" if adapter.last_failure else adapter.tier
     return (tier, "yes" if adapter.pinned else "-", str(adapter.in_flight + adapter.waiting))
-
-
-AdapterName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter.", show_default=False)]
-
-
-@shell.command
-def pin(name: AdapterName, grpc: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
-    """Keep an adapter in a replica's memory.
-
-    Whatever version its name stands for, until it is unpinned or the replica ends.
-
-    Example: loramux pin support
-    """
-    with Client(inference=grpc) as client:
-        _show_pin(client.pin(name), as_json=as_json)
-
-
-@shell.command
-def unpin(name: AdapterName, grpc: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
-    """Let an adapter leave a replica's memory again.
-
-    Example: loramux unpin support
-    """
-    with Client(inference=grpc) as client:
-        _show_pin(client.unpin(name), as_json=as_json)
-
-
-def _show_pin(adapter: AdapterStatus, *, as_json: bool) -> None:
-    if as_json:
-        emit({"adapter": adapter})
-        return
-    pinned = "pinned" if adapter.pinned else "not pinned"
-    shell.show(f"{adapter.name}: {pinned}, {shell.digest(adapter.digest)}, {adapter.residency}")
 
 
 @shell.command

@@ -24,6 +24,7 @@ from loramux.cli.local.tree import ProcessTree, ServiceDied, free_address, run_t
 from loramux.cli.main import app
 from loramux.faults import SettingsInvalid
 from loramux_shared.rpc.options import require_free
+from tests.support.access import lines, new_entry
 from tests.support.commands import Command, running
 from tests.support.fake_services import Fakes
 from tests.support.forks import command_line
@@ -160,13 +161,13 @@ def test_up_on_a_taken_address(fakes: Fakes, deployment: Callable[..., str], fla
 @pytest.fixture
 def keys(tmp_path: Path) -> tuple[str, dict[str, str]]:
     """A file of keys, and one by its scopes."""
-    file = str(tmp_path / "keys.jsonl")
-    new = ["keys", "new", "--file", file]
+    file = tmp_path / "keys.jsonl"
     made = {
-        scope: CliRunner().invoke(app, [*new, *scope.split()]).stdout.strip()
-        for scope in ("--scope infer", BOTH)
+        words: new_entry(words.replace(" ", ""), *words.replace("--scope ", "").split())
+        for words in ("--scope infer", BOTH)
     }
-    return file, made
+    file.write_text(lines(*(entry for _, entry in made.values())))
+    return str(file), {words: key for words, (key, _) in made.items()}
 
 
 def test_up_with_keys_asks_for_one(keys: tuple[str, dict[str, str]], deployment: Callable[..., str]) -> None:

@@ -56,6 +56,7 @@ def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
         removed = _changed(builder, "remove", "all")
         with pytest.raises(ModelNotFound):
             ask("all", removed)
-        back = _changed(builder, "rollback", "tiny", "--to", str(wide.generation))
+        with Client(builder=builder) as operator:
+            back = operator.rollback("tiny", wide.generation).generation
         assert ask("wide", back).adapter_digest == wide.adapter_digest
         ask("all", back)

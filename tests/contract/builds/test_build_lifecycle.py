@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
-from typer.testing import CliRunner
 
 from builder_service.builds import journal
 from builder_service.builds.journal import Abandoned, Journal, JournalEntry
-from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import BuildState
 from builder_service.pipeline.update import Update
-from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux.records import DeploymentState
 from loramux_shared.bundle.deployments import current_generation
@@ -53,23 +50,6 @@ async def test_a_cancelled_build_fails_and_leaves_what_is_served(world: Builders
         assert (last.state, last.generation) == (DeploymentState.ACTIVE, 1)
         with pytest.raises(DeploymentNotFound):
             await client.cancel("other")
-
-
-async def test_the_cancel_command(world: Builders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`loramux cancel` waits for the end of the build and prints it; without a build it prints the state."""
-    stopped, stop = asyncio.Event(), RunningBuild.stop
-    monkeypatch.setattr(RunningBuild, "stop", lambda build, why: (stop(build, why), stopped.set()))
-    builds = world.builder()
-    async with world.served(builds) as address:
-        words = ["cancel", "tiny", "--builder", address]
-        await builds.build(world.deployment("one"))
-        call = asyncio.create_task(asyncio.to_thread(CliRunner().invoke, app, words))
-        await until(stopped.is_set, "the cancel at the builder")
-        world.store.gate.set()
-        first = await call
-        assert (first.exit_code, first.stdout.splitlines()[-1]) == (0, "tiny: failed, BUILD_CANCELLED")
-        again = await asyncio.to_thread(CliRunner().invoke, app, words)
-        assert (again.exit_code, again.stdout) == (0, "tiny: no build runs; it is failed\n")
 
 
 async def test_a_waiting_build_can_be_cancelled(world: Builders) -> None:

@@ -1,4 +1,4 @@
-"""Commands ``loramux models``, ``pin`` and ``unpin`` against APIs of scripted replicas."""
+"""The command ``loramux models`` against APIs of scripted replicas."""
 
 from __future__ import annotations
 
@@ -67,15 +67,6 @@ def api(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str, 
         thread.join(BOUND_S)
         assert not thread.is_alive()
         loop.close()
-
-
-def test_a_pin_is_told() -> None:
-    """A pin is printed as a line and as a document; a name that is not served fails."""
-    with api(operated()) as (address, _):
-        assert run("pin", "one", "--grpc", address) == (0, "one: pinned, 000000000000, resident\n", "")
-        code, text, _ = run("unpin", "one", "--grpc", address, "--json")
-        assert (code, json.loads(text)["adapter"]["pinned"]) == (0, False)
-        assert run("pin", "nobody", "--grpc", address)[0] == 1
 
 
 def test_models_say_where_they_are() -> None:

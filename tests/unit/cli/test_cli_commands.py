@@ -129,7 +129,7 @@ def completions(*words: str) -> tuple[list[str], str]:
 
 def test_words_complete() -> None:
     """Commands and flags complete."""
-    assert completions("dep") == (["deployments"], "")
+    assert completions("dem") == (["demo"], "")
     assert completions("up", "--loc") == (["--local-root"], "")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +43,7 @@ def test_health(fakes: Fakes) -> None:
 
 
 def test_a_build_is_a_line_per_state(fakes: Fakes, deployment: Callable[..., str]) -> None:
-    """``build`` and ``watch`` give the deployment at each change, the last one as it stayed."""
+    """``build`` gives the deployment at each change, the last one as it stayed."""
     path = deployment("lines", "lora1")
     lines = documents("build", path, "--builder", fakes.builder_address)
     assert len(lines) > 2
@@ -52,7 +51,6 @@ def test_a_build_is_a_line_per_state(fakes: Fakes, deployment: Callable[..., str
     last = lines[-1]["deployment"]
     assert (last["state"], last["generation"], last["failure"]) == ("active", 3, None)
     assert last["adapters"][0]["warnings"][0]["code"] == "W_NARROWED"
-    assert documents("watch", "lines", "--builder", fakes.builder_address)[-1] == lines[-1]
 
 
 def test_lines_of_a_build_grow_with_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,37 +84,3 @@ def test_a_refused_build_ends_with_its_failure(fakes: Fakes, deployment: Callabl
     assert state["deployment"]["failure"]["reason"] == "ADAPTER_INVALID"
     assert failed["error"]["reason"] == "ADAPTER_INVALID"
     assert [finding["code"] for finding in failed["error"]["findings"]] == ["E_RANK_MAX", "E_SHAPE"]
-
-
-def test_deployments_and_cancel(fakes: Fakes, deployment: Callable[..., str]) -> None:
-    """``deployments`` lists all or shows one; ``cancel`` reports whether a build was cancelled."""
-    documents("build", deployment("listed", "lora1"), "--builder", fakes.builder_address)
-    [listed] = documents("deployments", "--builder", fakes.builder_address)
-    assert "listed" in [info["name"] for info in listed["deployments"]]
-    [one] = documents("deployments", "listed", "--builder", fakes.builder_address)
-    assert [info["name"] for info in one["deployments"]] == ["listed"]
-    [cancelled] = documents("cancel", "listed", "--builder", fakes.builder_address)
-    assert (cancelled["cancelled"], cancelled["deployment"]["state"]) == (False, "active")
-    [error] = documents("deployments", "nothing", "--builder", fakes.builder_address, code=1)
-    assert error["error"]["reason"] == "DEPLOYMENT_NOT_FOUND"
-
-
-def test_deployments_for_people(fakes: Fakes, deployment: Callable[..., str]) -> None:
-    """The output without ``--json`` is a table."""
-    documents("build", deployment("shown", "lora1", "lora2"), "--builder", fakes.builder_address)
-    result = CliRunner().invoke(app, ["deployments", "shown", "--builder", fakes.builder_address])
-    header, row = result.stdout.splitlines()
-    assert header.split() == ["deployment", "state", "generation", "adapters", "changed", "failure"]
-    assert row.split()[:4] == ["shown", "active", "3", "2"]
-
-
-def test_keys(tmp_path: Path) -> None:
-    """A new key is in its document and nowhere else; the list has everything but keys."""
-    file = str(tmp_path / "keys.jsonl")
-    [new] = documents("keys", "new", "--scope", "infer", "--id", "ann", "--file", file)
-    assert new["key"].startswith("lmx_")
-    [listed] = documents("keys", "list", "--file", file)
-    assert listed["keys"] == [new["entry"]]
-    assert new["key"] not in json.dumps(listed)
-    assert documents("keys", "remove", "ann", "--file", file) == [{"schema": 2, "removed": "ann"}]
-    assert documents("keys", "list", "--file", file)[0]["keys"] == []

@@ -1,0 +1,1 @@
+"""The extension `admin`: commands for operators of builders and replicas."""
