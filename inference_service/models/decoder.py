@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,11 +44,11 @@ from inference_service.models.blocks import (
 )
 from inference_service.models.checkpoint import Tensors
 from inference_service.models.experts import BesideBlock, ExpertsBlock
-from inference_service.models.ranks import Ranks
 from inference_service.models.reader import LayerReader, Reader
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
 from loramux_shared.bases.rope import QueryScaling
+from loramux_shared.bases.shard import Shard
 from loramux_shared.runtime import Rounding
 
 Mixer = AttentionBlock | DeltaBlock
@@ -99,6 +100,20 @@ def _read_mlp(reader: LayerReader, spec: MlpLayer | ExpertsLayer) -> Mlp:
     if isinstance(spec, MlpLayer):
         return MlpBlock.of_layer(reader)
     return ExpertsBlock(reader, spec) if spec.beside is None else BesideBlock(reader, spec)
+
+
+class Ranks(Protocol):
+    """The ranks that compute a decoder together, as one of them sees the others in a step."""
+
+    shard: Shard
+
+    def share(self, rows: Tensor) -> None:
+        """Give all ranks the rows [T, hidden] of the first one."""
+        ...
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """Sum what each rank computed, in place; all have the same bits then."""
+        ...
 
 
 class Decoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -20,13 +20,12 @@ from inference_service.engine.residency import Residency
 from inference_service.engine.residents import BankMemory
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import Places
-from inference_service.ranks.work import RankedBank, RankedPacker
 from inference_service.serving.engine_thread import Inbox
-from inference_service.startup.base import LoadedBase
+from inference_service.startup.base import LoadedBase, Pack
 from inference_service.startup.memory import free_bytes
 from loramux_shared.bases.memory import GB, USUAL_RANK, adapter_bytes, plan_bank
 from loramux_shared.bundle.generation import Generation
-from loramux_shared.bundle.reader import Bundle, read_manifest
+from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.base import Store
 
@@ -107,17 +106,12 @@ def open_bank(
     host_bytes = int(settings.adapter_host_gb * GB) if device.type == "cuda" else 0
     largest = max(sizes.values(), default=usual)
     opened = num_bytes, generation.max_lora_rank, slots, int(host_bytes * SPARE) + UNDER_WAY * largest
-    pack: Callable[[Bundle], PackedAdapter] = Packer(
-        base.model, lora, backend.new_lora, settings.block_size, generation.max_lora_rank
-    )
+    pack: Pack = Packer(base.model, lora, backend.new_lora, settings.block_size, generation.max_lora_rank)
     bank: BankMemory[PackedAdapter] = lora
     if base.host is None:
         lora.open(*opened)
     else:
-        others = base.host.ask("open", *opened)
-        lora.open(*opened)
-        others()
-        pack, bank = RankedPacker(pack, base.host), RankedBank(lora, base.host)
+        pack, bank = base.host.open_bank(lora, pack, *opened)
     median = int(statistics.median(sizes.values())) if sizes else usual
     held = num_bytes // max(1, median)
     log.info("memory", item="bank of adapters", gb=round(num_bytes / GB, 3), holds_like_the_median=held)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final, Protocol
 
 import structlog
 import torch
 
 from inference_service.adapters.served_model import ServedModel, display_source
-from inference_service.backends.base import Backend
+from inference_service.backends.base import Backend, LoraBackend
 from inference_service.core.computing import Computing
+from inference_service.engine.residents import BankMemory
+from inference_service.engine.runner import Blocks, Runner
 from inference_service.layers.linear import Linear
+from inference_service.lora.packed import PackedAdapter
 from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder
-from inference_service.models.ranks import Ranks
-from inference_service.ranks.host import RankHost
+from inference_service.models.decoder import Decoder, Ranks
 from inference_service.startup.choose import choose_backend
 from inference_service.text.text import Text
 from loramux_shared.bases.config import ModelConfig
@@ -27,8 +29,10 @@ from loramux_shared.bases.memory import GB, may_stay_packed, token_bytes, weight
 from loramux_shared.bases.read import read_config
 from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.generation import Generation
+from loramux_shared.bundle.reader import Bundle
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Merge, SourceKind
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import ResourcesExhausted, SettingsInvalid
 from loramux_shared.process import report
 from loramux_shared.runtime import Pooling, Rounding, pooling_in
@@ -37,6 +41,39 @@ from loramux_shared.sources.checkpoint import PlacedBase, with_base
 from loramux_shared.sources.open import Sources
 
 log = structlog.get_logger()
+
+
+Pack = Callable[[Bundle], PackedAdapter]
+"""Packs an adapter for a bank."""
+
+
+class OtherRanks(Protocol):
+    """The other ranks that compute a base, as the extension `ranks` starts them."""
+
+    @property
+    def world(self) -> int:
+        """The ranks, with the first one."""
+        ...
+
+    def ending_where_it_raises(self) -> AbstractContextManager[None]:
+        """End the ranks where the block raises: with the failure of one, where one has failed."""
+        ...
+
+    def open_bank(self, lora: LoraBackend, pack: Pack, *sizes: int) -> tuple[Pack, BankMemory[PackedAdapter]]:
+        """Open all ranks' banks with sizes of `LoraBackend.open`; return what packs for them, and the bank."""
+        ...
+
+    def runner(self, model: Decoder, lora: LoraBackend, num_blocks: int | Blocks, block_size: int) -> Runner:
+        """Return a runner of steps that all ranks compute."""
+        ...
+
+    def watch(self, on_failure: Callable[[str], None]) -> None:
+        """Call on_failure with the reason once a rank has failed, on any thread."""
+        ...
+
+    def close(self) -> None:
+        """End the processes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +86,7 @@ class LoadedBase:
     backend: Backend
     model: Decoder
     load_s: float
-    host: RankHost | None = None
+    host: OtherRanks | None = None
     """The other ranks that compute it, where there are some."""
     pooling: Pooling | None = Pooling.LAST
     """Pooling with which it was trained to make vectors; None: one that is not served."""
@@ -70,9 +107,11 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
     Raises:
         CheckpointInvalid: the base cannot be served.
         ResourcesExhausted: the cache's disk is full.
+        SettingsInvalid: several ranks are to compute it, and the extension for that is not installed.
         Fault: what the base's source raises.
     """
     into = settings.cache_dir / "checkpoints" / _cache_name(generation)
+    ranks = require_ranks(settings)
 
     def read(placed: PlacedBase) -> LoadedBase:
         with placed.small_files() as folder:
@@ -91,7 +130,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         if shard is None:
             host, model = None, read_model(placed, config, backend)
         else:
-            host, model = read_with_ranks(placed, shard, backend, settings, generation)
+            host, model = ranks.read_with_ranks(placed, shard, backend, settings, generation)
             config = shard.config
         return LoadedBase(placed, config, text, backend, model, time.monotonic() - reading, host, pooling)
 
@@ -102,6 +141,17 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         return with_base(generation.base, into, sources, read)
     except ResourcesExhausted as fault:
         raise ResourcesExhausted(f"LORAMUX_CACHE_DIR={settings.cache_dir}: {fault.message}") from fault
+
+
+def require_ranks(settings: InferenceSettings) -> Any:
+    """Return the extension `ranks` where settings ask for several; else None.
+
+    Raises:
+        SettingsInvalid: it is not installed.
+    """
+    world = settings.tensor_parallel or 1
+    what = f"LORAMUX_TENSOR_PARALLEL={world} (or build.tensor_parallel_count of the deployment)"
+    return need_extension("ranks", what) if world > 1 else None
 
 
 def shard_of(settings: InferenceSettings, config: ModelConfig, rank: int) -> Shard | None:
@@ -132,29 +182,6 @@ def read_model(
     """
     tensors = checkpoint(placed, backend.dtype, backend.device, config.quantization)
     return Decoder(config, tensors, backend.operations, backend.quantization, ranks)
-
-
-def read_with_ranks(
-    placed: PlacedBase, shard: Shard, backend: Backend, settings: InferenceSettings, generation: Generation
-) -> tuple[RankHost, Decoder]:
-    """Start the other ranks, read the first one's part while they read theirs, and meet them.
-
-    Raises:
-        ReplicaFailed: a rank ended, or was silent for too long.
-        Fault: what `read_model` raises, here or on a rank.
-    """
-    cards = torch.cuda.device_count() if backend.device.type == "cuda" else 0
-    host, ranks = RankHost(shard.world, cards=cards), Ranks(shard)
-    with host.ending_where_it_raises():
-        dumped = settings.model_dump(mode="json", exclude={"api_keys"})
-        facts = {"settings": dumped, "generation": generation.model_dump_json()}
-        facts |= {"folder": str(placed.folder), "cache": str(placed.cache), "meeting": str(host.meeting)}
-        others = host.ask("load", facts)
-        model = read_model(placed, shard.whole, backend, ranks)
-        others()
-        ranks.meet(host.meeting, backend.device, settings.step_timeout_s)
-        host.leave = ranks.close
-    return host, model
 
 
 def set_threads(settings: InferenceSettings) -> None:

@@ -37,8 +37,6 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident, Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
-from inference_service.ranks.host import RankHost
-from inference_service.ranks.work import RankedRunner
 from inference_service.serving.base_files import BaseFiles
 from inference_service.serving.engine_thread import EngineThread, Inbox
 from inference_service.serving.service import GenerationService, ServingLimits
@@ -46,6 +44,7 @@ from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import OpenBank, open_bank, preload, preload_later
 from inference_service.startup.base import (
     LoadedBase,
+    OtherRanks,
     agree,
     describe_weights,
     load_base,
@@ -96,7 +95,7 @@ class Ready:
     """None where an adapter is merged into the weights."""
     resolver: Resolver | None
     """None where requests cannot add adapters."""
-    host: RankHost | None
+    host: OtherRanks | None
     """The other ranks of tensor parallelism, where there are some."""
     device: str
     """Its kind: cpu or cuda."""
@@ -365,7 +364,7 @@ def _runner(
     """Return a runner with a cache of its own; one that can replay steps has recorded none yet."""
     model = base.model
     if base.host is not None:
-        runner: Runner = RankedRunner(model, lora, num_blocks, block_size, base.host)
+        runner = base.host.runner(model, lora, num_blocks, block_size)
     elif base.backend.recordable:
         segmented = cast(SegmentedLora, lora)  # what `recordable` promises
         runner = GraphRunner(

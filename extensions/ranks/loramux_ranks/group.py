@@ -18,7 +18,7 @@ INTERFACE: Final = "GLOO_SOCKET_IFNAME"
 LOOPBACK: Final = "lo0" if sys.platform == "darwin" else "lo"
 
 
-class Ranks:
+class Group:
     """A rank's end of the group: gloo on CPUs, NCCL on GPUs."""
 
     def __init__(self, shard: Shard) -> None:

@@ -17,9 +17,9 @@ import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, StepOutput
-from inference_service.ranks.host import RankHost
 from inference_service.serving.service import Request
 from inference_service.startup.load import Ready
+from loramux_ranks.host import RankHost
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE
 from loramux_shared.bundle.reader import read_bundle
@@ -53,7 +53,7 @@ def load(built: tuple[World, Store], **settings: Any) -> Ready:
 
 def close(ready: Ready) -> None:
     ready.bank.close()
-    if ready.host is not None:
+    if isinstance(ready.host, RankHost):
         ready.host.close()
         assert all(not Path(f"/proc/{pid}").exists() for pid in ready.host.pids)
 

@@ -1,6 +1,6 @@
-"""``python -m inference_service.startup.rank STEPS CONTROL``: a rank of a replica, beside the first one.
+"""``python -m loramux_ranks.rank STEPS CONTROL``: a rank of a replica, beside the first one.
 
-The numbers are descriptors of sockets to the process of the engine, see `inference_service.ranks.host`; the
+The numbers are descriptors of sockets to the process of the engine, see `loramux_ranks.host`; the
 rank ends when they are closed.
 """
 
@@ -29,13 +29,13 @@ from inference_service.backends.base import Backend, LoraBackend
 from inference_service.lora.packed import PackedAdapter
 from inference_service.models.blocks import Cache, CacheSize
 from inference_service.models.decoder import Decoder
-from inference_service.models.ranks import Ranks
-from inference_service.ranks.host import HEARTBEAT_S
-from inference_service.ranks.work import compute
 from inference_service.startup.base import read_model, set_threads, shard_of
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.memory import bound_arenas, give_back
 from inference_service.store import open_replica_store
+from loramux_ranks.group import Group
+from loramux_ranks.host import HEARTBEAT_S
+from loramux_ranks.work import compute
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import Fault, InternalFault, ResourcesExhausted, fault_to
@@ -100,7 +100,7 @@ class Rank:
             config = read_config(folder, generation.max_seq_len)
         shard = shard_of(settings, config, facts["rank"])
         assert shard is not None  # noqa: S101 - there are several
-        self._ranks, self._meeting = Ranks(shard), Path(facts["meeting"])
+        self._ranks, self._meeting = Group(shard), Path(facts["meeting"])
         self._backend: Backend = choose_backend(settings, shard.config)
         self._model: Decoder = read_model(placed, config, self._backend, self._ranks)
         self._lora: LoraBackend = self._backend.new_lora()

@@ -27,7 +27,7 @@ from loramux_shared.process import SOCKET
 
 log = structlog.get_logger()
 
-MODULE: Final = "inference_service.startup.rank"
+MODULE: Final = "loramux_ranks.rank"
 BEGIN_S: Final = 120.0
 """For the process of a rank to import torch and say the first word."""
 HUNG_S: Final = 20.0

@@ -20,7 +20,7 @@ from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement, Segment
 from inference_service.models.blocks import Cache
 from inference_service.models.decoder import Decoder
-from inference_service.ranks.host import RankHost
+from loramux_ranks.host import RankHost
 from loramux_shared.bundle.reader import Bundle
 
 

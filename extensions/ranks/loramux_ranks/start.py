@@ -1,0 +1,62 @@
+"""The ranks of a replica from its start on: the base read by all of them, banks, runners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from inference_service.backends.base import Backend, LoraBackend
+from inference_service.engine.residents import BankMemory
+from inference_service.engine.runner import Blocks, Runner
+from inference_service.lora.packed import PackedAdapter
+from inference_service.models.decoder import Decoder
+from inference_service.startup.base import read_model
+from loramux_ranks.group import Group
+from loramux_ranks.host import RankHost
+from loramux_ranks.work import RankedBank, RankedPacker, RankedRunner
+from loramux_shared.bases.shard import Shard
+from loramux_shared.bundle.generation import Generation
+from loramux_shared.bundle.reader import Bundle
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.sources.checkpoint import PlacedBase
+
+Pack = Callable[[Bundle], PackedAdapter]
+
+
+class ReplicaRanks(RankHost):
+    """The other ranks, as the start of a replica asks them."""
+
+    def open_bank(self, lora: LoraBackend, pack: Pack, *sizes: int) -> tuple[Pack, BankMemory[PackedAdapter]]:
+        """Open all ranks' banks with sizes of `LoraBackend.open`; return what packs for them, and the bank."""
+        others = self.ask("open", *sizes)
+        lora.open(*sizes)
+        others()
+        return RankedPacker(pack, self), RankedBank(lora, self)
+
+    def runner(self, model: Decoder, lora: LoraBackend, num_blocks: int | Blocks, block_size: int) -> Runner:
+        """Return a runner of steps that all ranks compute."""
+        return RankedRunner(model, lora, num_blocks, block_size, self)
+
+
+def read_with_ranks(
+    placed: PlacedBase, shard: Shard, backend: Backend, settings: InferenceSettings, generation: Generation
+) -> tuple[ReplicaRanks, Decoder]:
+    """Start the other ranks, read the first one's part while they read theirs, and meet them.
+
+    Raises:
+        ReplicaFailed: a rank ended, or was silent for too long.
+        Fault: what `read_model` raises, here or on a rank.
+    """
+    cards = torch.cuda.device_count() if backend.device.type == "cuda" else 0
+    host, ranks = ReplicaRanks(shard.world, cards=cards), Group(shard)
+    with host.ending_where_it_raises():
+        dumped = settings.model_dump(mode="json", exclude={"api_keys"})
+        facts = {"settings": dumped, "generation": generation.model_dump_json()}
+        facts |= {"folder": str(placed.folder), "cache": str(placed.cache), "meeting": str(host.meeting)}
+        others = host.ask("load", facts)
+        model = read_model(placed, shard.whole, backend, ranks)
+        others()
+        ranks.meet(host.meeting, backend.device, settings.step_timeout_s)
+        host.leave = ranks.close
+    return host, model
