@@ -51,7 +51,7 @@ from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import Scope as AccessScope
 from loramux_shared.extensions import HTTP_ROUTES, load_extensions
 from loramux_shared.faults import Fault
-from loramux_shared.routes import Route as ApiRoute
+from loramux_shared.routes import ROUTES, Route as ApiRoute
 from loramux_shared.tracing import ServerSpans, TraceMiddleware
 
 TEXT: Final = "text/plain"
@@ -61,7 +61,7 @@ _counting = partial(Endpoint, fails=(404, 429), reads_prompts=True)
 """A route that reads a prompt as answers do, and computes nothing."""
 _computing = partial(_counting, hinted=True)
 """A route that the engine answers."""
-ENDPOINTS: Final[tuple[Endpoint, ...]] = (
+_SERVED: Final[tuple[Endpoint, ...]] = (
     _computing(routes.CHAT_COMPLETIONS, chat_completions, ChatBody),
     _computing(routes.COMPLETIONS, completions, CompletionBody),
     _computing(routes.MESSAGES, create_message, MessagesBody, fails=(404, 429, 529), error=MessageError),
@@ -109,7 +109,10 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         for path, file in page_files().items()
     ),
 )
-"""All routes."""
+ENDPOINTS: Final = tuple(
+    sorted(_SERVED, key=lambda each: ROUTES.index(each.route) if each.route in ROUTES else len(ROUTES))
+)
+"""All routes, in the order of `ROUTES`, and the page behind them."""
 TRACED: Final = frozenset(
     each.path for each in ENDPOINTS if each.method == "POST" and each.scope and "{" not in each.path
 )

@@ -20,6 +20,8 @@ class Route:
     """The scope of the keys that open it; None: no key is needed."""
     streams: bool = False
     """True where the answer is generated, token by token where the body says ``stream``."""
+    extension: str = ""
+    """The extension that answers it; empty: the core does."""
 
     @property
     def repeatable(self) -> bool:
@@ -59,7 +61,7 @@ SERVER_INFO: Final = Route("GET", "/server_info")
 TOKENIZE: Final = Route("POST", "/tokenize")
 DETOKENIZE: Final = Route("POST", "/detokenize")
 VERSION: Final = Route("GET", "/version")
-OPENAPI: Final = Route("GET", "/openapi.json")
+OPENAPI: Final = Route("GET", "/openapi.json", extension="openapi")
 HEALTH: Final = Route("GET", "/health", None)
 PING: Final = Route("GET", "/ping", None)
 POST_PING: Final = Route("POST", "/ping", None)

@@ -11,7 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from typing_extensions import TypedDict
 
+from loramux_shared.extensions import absent
 from loramux_shared.faults import Fault, Finding, RequestInvalid, Status
+from loramux_shared.routes import ROUTES
 from loramux_shared.wording import MAX_FINDINGS, nearest
 
 STATUSES: Final = {
@@ -101,7 +103,10 @@ def headers_of(fault: Fault, status: int) -> dict[str, str]:
 def http_error(http: Request, error: HTTPException) -> tuple[str, str]:
     """Return message and code of a request that met no handler, or that HTTP itself refuses."""
     code, message = HTTP_CODES.get(error.status_code, "invalid_request"), error.detail
-    if error.status_code in (404, 405):
+    extension = next((each.extension for each in ROUTES if each.path == http.url.path), "")
+    if error.status_code == 404 and extension:
+        message = absent(f"{http.method} {http.url.path}", extension).message
+    elif error.status_code in (404, 405):
         methods = error.headers["Allow"] if error.headers else ""
         allowed = f", but {methods} {'are' if ',' in methods else 'is'}" if methods else ""
         message = f"{http.method} {http.url.path[:200]} is not served{allowed}; see docs/reference/openai.md."
