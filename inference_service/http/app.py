@@ -26,9 +26,8 @@ from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.completions import completions
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.http.page import page_files
-from inference_service.http.responses.compact import compact
 from inference_service.http.responses.create import count_input, create_response
-from inference_service.http.responses.schema import CompactBody, ResponsesBody
+from inference_service.http.responses.schema import ResponsesBody
 from inference_service.http.vectors import scores
 from inference_service.http.vectors.embeddings import (
     ClassifyBody,
@@ -68,7 +67,6 @@ _SERVED: Final[tuple[Endpoint, ...]] = (
     _counting(routes.COUNT_TOKENS, count_tokens, CountBody, error=MessageError),
     _computing(routes.RESPONSES, create_response, ResponsesBody),
     _counting(routes.INPUT_TOKENS, count_input, ResponsesBody),
-    _computing(routes.COMPACT, compact, CompactBody),
     _computing(routes.EMBEDDINGS, embeddings, EmbeddingsBody),
     *(_computing(route, scores.score, ScoreBody) for route in (routes.SCORE, routes.SCORE_V1)),
     *(

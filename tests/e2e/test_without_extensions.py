@@ -60,7 +60,7 @@ def test_the_command_line_has_all_other_commands(tree: Path) -> None:
 
 
 def test_what_needs_an_extension_says_so(tree: Path) -> None:
-    """A command, signatures, a form of calls and ranks are refused with the pip install of the extension."""
+    """A command, signatures, calls, ranks and a route are refused with the pip install of the extension."""
     assert "pip install 'loramux[envoy]'" in run(
         tree, "from loramux.cli.main import main; main()", "envoy", "one", "--grpc-port=1", status=2
     )
@@ -101,6 +101,16 @@ require_ranks(InferenceSettings(deployment="d", tensor_parallel=2))
 """
     assert "LORAMUX_TENSOR_PARALLEL=2" in (refused := run(tree, divided, status=1))
     assert "pip install 'loramux[ranks]'" in refused
+    route = """
+import asyncio, httpx
+from inference_service.http.app import Application
+async def ask():
+    transport = httpx.ASGITransport(Application(None))
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
+        print((await web.post("/v1/responses/compact")).text)
+asyncio.run(ask())
+"""
+    assert "pip install 'loramux[compact]'" in run(tree, route)
 
 
 def test_its_import_contracts_hold(tree: Path) -> None:

@@ -27,7 +27,7 @@ from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.app import ENDPOINTS
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.schema import CompletionBody
-from inference_service.http.responses.schema import CompactBody, ResponsesBody
+from inference_service.http.responses.schema import ResponsesBody
 from inference_service.http.server import HttpServer
 from inference_service.http.vectors.embeddings import PoolingBody
 from inference_service.http.wire.body import Body
@@ -67,6 +67,7 @@ ITEMS = [
 ]
 BLOCKS: dict[str, Any] = cases(__file__, "BLOCKS")
 SAMPLED: dict[str, Any] = cases(__file__, "SAMPLED")
+OF_EXTENSIONS: dict[str, Any] = cases(__file__, "OF_EXTENSIONS")
 ENDLESS = f"/{ADAPTERS}/WatchReplica"
 BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
     "/v1/chat/completions": (
@@ -84,7 +85,6 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
         | SAMPLED,
     ),
     "/v1/responses/input_tokens": (ResponsesBody, {"model": "rs", "input": "Hi"}),
-    "/v1/responses/compact": (CompactBody, {"model": "rs", "input": "Hi", "max_output_tokens": 2, "seed": 3}),
     "/v1/responses": (
         ResponsesBody,
         {
@@ -116,6 +116,7 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
         for each in ENDPOINTS
         if each.body is not None and issubclass(each.body, PoolingBody)
     },
+    **{each.path: (each.body, OF_EXTENSIONS[each.path]) for each in ENDPOINTS if each.path in OF_EXTENSIONS},
 }
 """The kind of body and a valid one, of each route that takes a body."""
 

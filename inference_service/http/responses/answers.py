@@ -1,4 +1,4 @@
-"""The answers of the Responses API: a response, the events of one that is streamed, a compacted conversation.
+"""The answers of the Responses API: a response, and the events of one that is streamed.
 
 Sources: `openai.types.responses.Response` and https://www.openresponses.org/reference
 """
@@ -148,41 +148,6 @@ class Response(TypedDict):
     store: Literal[False]
     background: Literal[False]
     previous_response_id: None
-
-
-class InstructionPart(TypedDict):
-    """Input text."""
-
-    type: Literal["input_text"]
-    text: str
-
-
-class InstructionItem(TypedDict):
-    """The instructions of a system or a developer before the first other message."""
-
-    id: str
-    type: Literal["message"]
-    status: ItemStatus
-    role: Literal["system", "developer"]
-    content: list[InstructionPart]
-
-
-class SummaryItem(TypedDict):
-    """A summary that clients send back unchanged."""
-
-    id: str
-    type: Literal["compaction"]
-    encrypted_content: str
-
-
-class Compaction(TypedDict):
-    """A summary that replaces a conversation."""
-
-    id: str
-    object: Literal["response.compaction"]
-    created_at: int
-    output: list[InstructionItem | SummaryItem]
-    usage: ResponseUsage
 
 
 class InputTokens(TypedDict):

@@ -14,7 +14,6 @@ from typing import Final
 
 from inference_service.chat.request import (
     NO_HEADERS,
-    SWITCHES,
     Call,
     ChatRequest,
     Turn,
@@ -36,7 +35,7 @@ from inference_service.http.responses.items import (
     qualified,
     uncarried,
 )
-from inference_service.http.responses.schema import CompactBody, ResponsesBody, TextFormat
+from inference_service.http.responses.schema import ResponsesBody, TextFormat
 from inference_service.http.wire.body import in_words_of, names
 from inference_service.serving.bounds import refused
 
@@ -51,8 +50,10 @@ def turns_of(instructions: str | None, items: str | Sequence[Item]) -> tuple[Tur
     """Return the turns of a text, or of items, behind the instructions.
 
     Raises:
-        RequestInvalid: reasoning or a compaction is not ours.
+        RequestInvalid: an output is that of no call, or reasoning or a compaction is not ours.
     """
+    if not isinstance(items, str):
+        _check_calls(items)
     turns = [Turn("user", items, place=PLACE)] if isinstance(items, str) else [*_turns(items)]
     before = [*takewhile(lambda turn: turn.role in SYSTEM, turns)]
     texts = [text for text in (instructions, *(turn.content for turn in before)) if text is not None]
@@ -147,7 +148,7 @@ def chat_of(body: ResponsesBody, headers: Mapping[str, str] = NO_HEADERS) -> Cha
             not ours, or a header is wrong.
     """
     with in_words_of(body):
-        turns = _turns_of_body(body)
+        turns = turns_of(body.instructions, body.input)
         choice = body.tool_choice
         tools = () if choice == "none" else tuple(each.tool() for each in functions_of(body.tools))
         check_demand(choice, tools)
@@ -164,31 +165,6 @@ def chat_of(body: ResponsesBody, headers: Mapping[str, str] = NO_HEADERS) -> Cha
             variables=with_effort(body.chat_template_kwargs, effort),
             names=names(body),
         )
-
-
-def chat_to_sum_up(body: CompactBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
-    """Return the conversation that a body asks to sum up, of which an answer is as true as it can be.
-
-    Raises:
-        RequestInvalid: as `chat_of` does.
-    """
-    with in_words_of(body):
-        turns = _turns_of_body(body)
-        check_tools(None, (), turns)
-        temperature = 0.0 if body.temperature is None else body.temperature
-        return ChatRequest(
-            turns,
-            constraint=one_constraint(None, body.structured_outputs),
-            rest=request_of(body, headers, temperature=temperature),
-            variables=dict.fromkeys(SWITCHES, False),  # reasoning would be lost, and takes the room
-            names=names(body),
-        )
-
-
-def _turns_of_body(body: ResponsesBody | CompactBody) -> tuple[Turn, ...]:
-    if not isinstance(body.input, str):
-        _check_calls(body.input)
-    return turns_of(body.instructions, body.input)
 
 
 def _check_calls(items: Sequence[Item]) -> None:

@@ -7,10 +7,9 @@ need a store is refused with what to do instead. Source: the types of OpenAI's c
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired, Self
 
-from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
@@ -18,7 +17,7 @@ from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
 from inference_service.http.openai.chat_schema import Effort
 from inference_service.http.openai.schema import SamplingBody
 from inference_service.http.responses.items import NOTHING_STORED, ONLY_FUNCTIONS, Input, Tools
-from inference_service.http.wire.body import Body, Examples, Made, Noun, unsupported
+from inference_service.http.wire.body import Body, Examples, Made, Noun, unserved, unsupported
 from inference_service.serving.bounds import MAX_LOGPROBS
 
 LOGPROBS: Final = "message.output_text.logprobs"
@@ -41,22 +40,6 @@ EXPECTED_CHOICE: Final = (
     'none, auto, required, {"type": "function", "name": "..."} '
     'or {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "..."}]}'
 )
-
-
-def _refused(served: str, harmless: tuple[Any, ...] = (None,)) -> BeforeValidator:
-    """Return what refuses every value but those that ask for nothing, and says what is served."""
-
-    def refused(value: Any) -> None:
-        if not any(type(value) is type(each) and value == each for each in harmless):
-            raise unsupported(_excerpt(value), served)
-
-    return BeforeValidator(refused, json_schema_input_type=None)
-
-
-def _excerpt(value: Any) -> str:
-    if isinstance(value, str | bool):
-        return json.dumps(value)
-    return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else "a number"
 
 
 class NamedFunction(TypedDict):
@@ -127,7 +110,7 @@ class TextConfig(Body):
     """Options of the text."""
 
     format: Annotated[TextFormat | None, Noun("response_format", taken=False)] = None
-    verbosity: Annotated[None, _refused("Ask for it in instructions, or leave it out.", (None, "medium"))] = (
+    verbosity: Annotated[None, unserved("Ask for it in instructions, or leave it out.", (None, "medium"))] = (
         None
     )
 
@@ -140,8 +123,8 @@ class Reasoning(Body):
     """Accepted, without effect: the item's content has the whole reasoning."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     """Accepted: the older name."""
-    context: Annotated[None, _refused("The chat template decides it.", (None, "auto"))] = None
-    mode: Annotated[None, _refused('Only "standard" is served.', (None, "standard"))] = None
+    context: Annotated[None, unserved("The chat template decides it.", (None, "auto"))] = None
+    mode: Annotated[None, unserved('Only "standard" is served.', (None, "standard"))] = None
 
 
 class StreamingOptions(Body):
@@ -192,21 +175,21 @@ class ResponsesBody(SamplingBody):
 
     background: Annotated[
         None,
-        _refused("Background answers are not supported: wait for the answer, or stream it.", (None, False)),
+        unserved("Background answers are not supported: wait for the answer, or stream it.", (None, False)),
     ] = None
-    previous_response_id: Annotated[None, _refused(NOTHING_STORED)] = None
-    conversation: Annotated[None, _refused(NOTHING_STORED)] = None
-    prompt: Annotated[None, _refused("Prompts are not stored: send instructions and input.")] = None
-    context_management: Annotated[None, _refused("Remove from input the items that are no longer needed.")] = (
+    previous_response_id: Annotated[None, unserved(NOTHING_STORED)] = None
+    conversation: Annotated[None, unserved(NOTHING_STORED)] = None
+    prompt: Annotated[None, unserved("Prompts are not stored: send instructions and input.")] = None
+    context_management: Annotated[None, unserved("Remove from input the items that are no longer needed.")] = (
         None
     )
     background_options: None = None
-    messages: Annotated[None, _refused("Use input.")] = None
-    max_tokens: Annotated[None, _refused("Use max_output_tokens.")] = None
-    max_completion_tokens: Annotated[None, _refused("Use max_output_tokens.")] = None
-    response_format: Annotated[None, _refused("Use text.format.")] = None
-    reasoning_effort: Annotated[None, _refused("Use reasoning.effort.")] = None
-    n: Annotated[None, _refused("There is one answer.", (None, 1))] = None
+    messages: Annotated[None, unserved("Use input.")] = None
+    max_tokens: Annotated[None, unserved("Use max_output_tokens.")] = None
+    max_completion_tokens: Annotated[None, unserved("Use max_output_tokens.")] = None
+    response_format: Annotated[None, unserved("Use text.format.")] = None
+    reasoning_effort: Annotated[None, unserved("Use reasoning.effort.")] = None
+    n: Annotated[None, unserved("There is one answer.", (None, 1))] = None
     moderation: None = None
     image: None = None
     access_programs: None = None
@@ -220,25 +203,3 @@ class ResponsesBody(SamplingBody):
     def carries(self) -> bool:
         """True when reasoning is also sent in a form that clients give back unread."""
         return CARRIED in (self.include or ())
-
-
-class CompactBody(SamplingBody):
-    """``POST /v1/responses/compact``."""
-
-    examples: ClassVar[Examples] = {
-        "turns": {
-            "input": [
-                {"role": "user", "content": "My order is late."},
-                {"role": "assistant", "content": "Which one?"},
-                {"role": "user", "content": "Number 7, since Monday."},
-            ],
-            "max_output_tokens": 8,
-        },
-    }
-
-    input: Annotated[Input, Noun("messages", also=("prompt",), taken=False)]
-    instructions: str | None = None
-    max_output_tokens: Annotated[int | None, Noun("max_tokens")] = None
-    """Longest summary."""
-    previous_response_id: Annotated[None, _refused(NOTHING_STORED)] = None
-    image: None = None

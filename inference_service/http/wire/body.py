@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Final, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -43,6 +43,22 @@ class Body(BaseModel):
 def unsupported(found: str, served: str) -> PydanticCustomError:
     """Return the error of what this server cannot honour, with what it can."""
     return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
+
+
+def unserved(served: str, harmless: tuple[Any, ...] = (None,)) -> BeforeValidator:
+    """Return what refuses every value but those that ask for nothing, and says what is served."""
+
+    def refused(value: Any) -> None:
+        if not any(type(value) is type(each) and value == each for each in harmless):
+            raise unsupported(_excerpt(value), served)
+
+    return BeforeValidator(refused, json_schema_input_type=None)
+
+
+def _excerpt(value: Any) -> str:
+    if isinstance(value, str | bool):
+        return json.dumps(value)
+    return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else "a number"
 
 
 B = TypeVar("B", bound=Body)

@@ -13,9 +13,7 @@ from openai.types.responses import ResponseFunctionToolCall
 from pydantic import BaseModel
 
 from inference_service.core.sequence import EndReason
-from inference_service.http.responses.compact import ASK, NO_SUMMARY
-from inference_service.http.responses.items import carried, uncarried
-from inference_service.http.responses.mapping import SUMMED_UP
+from inference_service.http.responses.items import carried
 from loramux_shared.faults import RateLimited, ReplicaFailed, RequestInvalid
 from loramux_shared.runtime import ReasoningParser
 from tests.support.cases import cases
@@ -255,63 +253,17 @@ async def test_reasoning_is_an_item_and_comes_back(api: TalkerApi) -> None:
         assert (turn["reasoning"], turn["content"], len(turn["tool_calls"])) == ("Hm.", "So.", 1)
 
 
-SYSTEM = {"role": "system", "content": "Be brief."}
-HI = {"role": "user", "content": "Hi"}
-COMPACT = f"{PATH}/compact"
-
-
-async def test_a_summary_goes_on_in_the_place_of_a_conversation(api: TalkerApi) -> None:
-    """The model summarises, instructions stay, and an encrypted summary is sent to the model again."""
-    api.talker.say("They| launch.\n", reason=LENGTH)
-    ahoy = {"role": "assistant", "content": "Ahoy"}
-    compacted = await api.openai.responses.compact(model="pirate", input=[SYSTEM, HI, ahoy])
-    assert api.talker.last[:-1] == [SYSTEM, HI, ahoy]
-    assert api.talker.last[-1] == {"role": "user", "content": ASK}
-    assert api.talker.asked[-1].sampling.temperature == 0
-    assert compacted.object == "response.compaction"
-    assert compacted.usage.output_tokens == len("They launch.\n")
-    reported: Any = compacted.to_dict(warnings=False)["output"]
-    assert [item["type"] for item in reported] == ["message", "compaction"]
-    for before in ([], [HI, ahoy]):
-        api.talker.say("So.")
-        await api.post(PATH, model="pirate", input=[reported[0], *before, reported[1], HI])
-        summed_up = f"Be brief.\n\n{SUMMED_UP}They launch."
-        assert api.talker.last == [{"role": "system", "content": summed_up}, HI]
-
-
-async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(api: TalkerApi) -> None:
-    """The question is part of the user's turn, as templates may refuse two; reasoning is not in the summary."""
-    change_deployed(api.talker.catalog, reasoning_parser=ReasoningParser.THINK)
-    api.talker.say("<think>Hm.</think>So.")
-    answer = (await api.post(COMPACT, **FIELDS, instructions="Be brief.", temperature=0.5)).json()
-    assert api.talker.last == [SYSTEM, {"role": "user", "content": f"Hi\n\n{ASK}"}]
-    [request] = api.talker.asked[-1:]
-    assert (request.sampling.temperature, request.prompt.chat_template_kwargs["enable_thinking"]) == (
-        0.5,
-        False,
-    )
-    [compaction] = answer["output"]
-    assert uncarried(compaction["encrypted_content"]) == "So."
-    assert answer["usage"]["output_tokens_details"]["reasoning_tokens"]
-
-
-async def test_what_cannot_be_summed_up_is_refused(api: TalkerApi) -> None:
-    """A call without output, a stored conversation, a missing model and an empty answer are refused."""
-    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+async def test_a_summary_of_elsewhere_is_refused(api: TalkerApi) -> None:
+    """An output whose call a summary replaced, and a summary of another server, are refused by their places."""
+    hi, call = {"role": "user", "content": "Hi"}, {"type": "function_call", "call_id": "c", "name": "f"}
     output = {"type": "function_call_output", "call_id": "c", "output": "4"}
     summary = {"type": "compaction", "encrypted_content": carried("So.")}
-    for path, body, param in (
-        (COMPACT, {"model": "pirate", "input": [HI, call]}, "input[1]"),
-        (COMPACT, {"model": "pirate", "input": "Hi", "previous_response_id": "r"}, "previous_response_id"),
-        (COMPACT, {"input": "Hi"}, "model"),
-        (PATH, {"model": "pirate", "input": [HI, call, summary, output]}, "input[3].call_id"),
-        (PATH, FIELDS | {"input": [summary | {"encrypted_content": "gAAAA"}]}, "input[0].encrypted_content"),
+    for items, param in (
+        ([hi, call | {"arguments": "{}"}, summary, output], "input[3].call_id"),
+        ([summary | {"encrypted_content": "gAAAA"}], "input[0].encrypted_content"),
     ):
-        refused = await api.post(path, **body)
+        refused = await api.post(PATH, model="pirate", input=items)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
-    api.talker.say(" \n")
-    refused = await api.post(COMPACT, **FIELDS)
-    assert (refused.status_code, refused.json()["error"]["message"]) == (400, NO_SUMMARY)
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = cases(__file__, "REFUSED")

@@ -34,7 +34,6 @@ from inference_service.http.responses.items import (
     ReasoningItem,
 )
 from inference_service.http.responses.schema import (
-    CompactBody,
     Reasoning,
     ResponsesBody,
     StreamingOptions,
@@ -95,7 +94,7 @@ def test_the_table_is_finite_where_a_number_is_no_length() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("body", [ChatBody, CompletionBody, ResponsesBody, CompactBody])
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody, ResponsesBody])
 def test_http_fields_pass_by_name(body: type[Body]) -> None:
     """A field of a body is a request's, one of the API's own, or refused whatever it holds."""
     refused = {name for name, field in body.model_fields.items() if field.annotation is type(None)}
@@ -107,7 +106,6 @@ SMALLEST: Mapping[type[Body], dict[str, Any]] = {
     ChatBody: {"model": "m", "messages": [USER]},
     CompletionBody: {"model": "m", "prompt": "x"},
     ResponsesBody: {"model": "m", "input": "x"},
-    CompactBody: {"model": "m", "input": "x"},
     MessageItem: {"role": "user", "content": "x"},
     CallItem: {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
     OutputItem: {"type": "function_call_output", "call_id": "c", "output": "x"},

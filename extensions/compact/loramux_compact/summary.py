@@ -8,27 +8,31 @@ Sources: `openai.types.responses.CompactedResponse` and https://www.openresponse
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Final
+from typing import Annotated, ClassVar, Final, Literal
 
 from starlette.requests import Request as HttpRequest
+from typing_extensions import TypedDict
 
 from inference_service.chat.conversation import AnswerPart, Conversation
-from inference_service.chat.request import ChatRequest, Turn
-from inference_service.http.responses.answers import Compaction, InstructionItem, ResponseUsage, SummaryItem
+from inference_service.chat.request import NO_HEADERS, SWITCHES, ChatRequest, Turn, check_tools
+from inference_service.http.endpoint import Endpoint
+from inference_service.http.openai.mapping import one_constraint, request_of
+from inference_service.http.openai.schema import SamplingBody
+from inference_service.http.responses.answers import ItemStatus, ResponseUsage
 from inference_service.http.responses.create import usage_of
-from inference_service.http.responses.items import CallItem, Item, OutputItem, carried
-from inference_service.http.responses.mapping import PLACE, chat_to_sum_up, leading
+from inference_service.http.responses.items import NOTHING_STORED, CallItem, Input, Item, OutputItem, carried
+from inference_service.http.responses.mapping import PLACE, leading, turns_of
 from inference_service.http.responses.output import OutputItems
-from inference_service.http.responses.schema import CompactBody
-from inference_service.http.wire.body import read_body
+from inference_service.http.wire.body import Examples, Noun, in_words_of, names, read_body, unserved
 from inference_service.http.wire.reply import Head, Reply, while_connected
 from inference_service.serving.bounds import refused
 from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import RequestInvalid
+from loramux_shared.routes import COMPACT
 
 ASK: Final = (
     "Sum up our conversation up to here: in its place, the summary is all that you will know of it. Keep what "
@@ -37,6 +41,63 @@ ASK: Final = (
 NO_SUMMARY: Final = (
     "the model generated no summary of the conversation. Allow more tokens, or use another model."
 )
+
+
+class CompactBody(SamplingBody):
+    """``POST /v1/responses/compact``."""
+
+    examples: ClassVar[Examples] = {
+        "turns": {
+            "input": [
+                {"role": "user", "content": "My order is late."},
+                {"role": "assistant", "content": "Which one?"},
+                {"role": "user", "content": "Number 7, since Monday."},
+            ],
+            "max_output_tokens": 8,
+        },
+    }
+
+    input: Annotated[Input, Noun("messages", also=("prompt",), taken=False)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int | None, Noun("max_tokens")] = None
+    """Longest summary."""
+    previous_response_id: Annotated[None, unserved(NOTHING_STORED)] = None
+    image: None = None
+
+
+class InstructionPart(TypedDict):
+    """Input text."""
+
+    type: Literal["input_text"]
+    text: str
+
+
+class InstructionItem(TypedDict):
+    """The instructions of a system or a developer before the first other message."""
+
+    id: str
+    type: Literal["message"]
+    status: ItemStatus
+    role: Literal["system", "developer"]
+    content: list[InstructionPart]
+
+
+class SummaryItem(TypedDict):
+    """A summary that clients send back unchanged."""
+
+    id: str
+    type: Literal["compaction"]
+    encrypted_content: str
+
+
+class Compaction(TypedDict):
+    """A summary that replaces a conversation."""
+
+    id: str
+    object: Literal["response.compaction"]
+    created_at: int
+    output: list[InstructionItem | SummaryItem]
+    usage: ResponseUsage
 
 
 async def compact(service: GenerationService, http: HttpRequest) -> Reply[Compaction]:
@@ -114,3 +175,26 @@ def _instructions(items: Sequence[Item]) -> list[InstructionItem]:
         }
         for item in leading(items)
     ]
+
+
+def chat_to_sum_up(body: CompactBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
+    """Return the conversation that a body asks to sum up, of which an answer is as true as it can be.
+
+    Raises:
+        RequestInvalid: as `chat_of` does.
+    """
+    with in_words_of(body):
+        turns = turns_of(body.instructions, body.input)
+        check_tools(None, (), turns)
+        temperature = 0.0 if body.temperature is None else body.temperature
+        return ChatRequest(
+            turns,
+            constraint=one_constraint(None, body.structured_outputs),
+            rest=request_of(body, headers, temperature=temperature),
+            variables=dict.fromkeys(SWITCHES, False),  # reasoning would be lost, and takes the room
+            names=names(body),
+        )
+
+
+ROUTES: Final = (Endpoint(COMPACT, compact, CompactBody, fails=(404, 429), reads_prompts=True, hinted=True),)
+"""The routes of this extension."""

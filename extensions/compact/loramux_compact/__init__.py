@@ -1,0 +1,1 @@
+"""A conversation becomes a summary of it: ``POST /v1/responses/compact``."""
