@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 from azure.core import MatchConditions
@@ -17,11 +18,10 @@ from azure.core.exceptions import (
 )
 from azure.storage.blob import ContainerClient
 
+from loramux_clouds.bucket import TIMEOUT_S, BucketSource, md5_of
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoGated, RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from loramux_shared.sources.base import SourceFile
-from loramux_shared.sources.bucket import TIMEOUT_S
-from loramux_shared.sources.files import md5_of
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
@@ -107,3 +107,8 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[AzureContaine
     except (AzureError, ValueError):
         raise SourceRefused(f"secret {name!r}: account_key or endpoint_url is not valid") from None
     return AzureContainer(client, f"{account}/{match['container']}", secrets.hint(name)), match["folder"] or ""
+
+
+def open_source(_allowed_hosts: Collection[str], secrets: Secrets, _work_dir: Path | None) -> BucketSource:
+    """Return the source."""
+    return BucketSource(open_bucket, secrets)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -18,6 +19,7 @@ from google.auth.transport.requests import AuthorizedSession
 from google.oauth2 import service_account
 from urllib3.exceptions import HTTPError
 
+from loramux_clouds.bucket import TIMEOUT_S, BucketSource, md5_of
 from loramux_shared.adapter_files import PIECE
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import (
@@ -29,8 +31,6 @@ from loramux_shared.faults import (
     SourceUnavailable,
 )
 from loramux_shared.sources.base import SourceFile
-from loramux_shared.sources.bucket import TIMEOUT_S
-from loramux_shared.sources.files import md5_of
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
@@ -128,6 +128,11 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[GcsBucket, st
     session = _open_session(_credentials(repository, secrets))
     endpoint = os.environ.get(EMULATOR_VARIABLE, "").rstrip("/") or ENDPOINT
     return GcsBucket(session, endpoint, match["bucket"], hint), match["folder"] or ""
+
+
+def open_source(_allowed_hosts: Collection[str], secrets: Secrets, _work_dir: Path | None) -> BucketSource:
+    """Return the source."""
+    return BucketSource(open_bucket, secrets)
 
 
 def _credentials(repository: Repository, secrets: Secrets) -> Credentials:

@@ -1,20 +1,24 @@
-"""Sources GCS and AZURE, with emulators: the rules of all object stores, and no secret in a failure."""
+"""Sources S3, GCS and AZURE, with emulators: the rules of all object stores, and no secret in a failure."""
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from loramux_clouds import azure, gcs
+from loramux_clouds import azure, gcs, s3
+from loramux_clouds.bucket import BucketSource
 from loramux_shared.deployment import SourceKind
-from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.open import open_sources
+from tests import test_bucket_sources as any_store
 from tests.azurite import ACCOUNT, azurite
-from tests.contract.sources import test_bucket_sources as any_store
-from tests.contract.sources.test_bucket_sources import (
+from tests.contract.sources.test_source_secrets import CANARY, PATIENCE, repo, secrets_of, silence
+from tests.gcs_emulator import TOKEN, Gcs, serve_gcs
+from tests.support.s3_gateway import S3Server
+from tests.test_bucket_sources import (
     Cloud,
     test_a_base_is_recorded_and_fetched as test_a_base_is_recorded_and_fetched,
     test_an_object_that_changes_is_no_mix as test_an_object_that_changes_is_no_mix,
@@ -23,8 +27,6 @@ from tests.contract.sources.test_bucket_sources import (
     test_only_the_named_files_are_fetched as test_only_the_named_files_are_fetched,
     test_secrets_have_a_form as test_secrets_have_a_form,
 )
-from tests.contract.sources.test_source_secrets import CANARY, PATIENCE, repo, secrets_of, silence
-from tests.gcs_emulator import TOKEN, Gcs, serve_gcs
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +81,8 @@ def test_a_secret_that_is_not_set_is_reported(google: Cloud) -> None:
     any_store.test_a_secret_that_is_not_set_is_reported(google)
 
 
-@pytest.mark.parametrize(("kind", "address"), [("GCS", "gs://x"), ("AZURE", "azure://x")])
-def test_sources_of_a_builder_know_both(kind: str, address: str) -> None:
+@pytest.mark.parametrize(("kind", "address"), [("GCS", "gs://x"), ("AZURE", "azure://x"), ("S3", "s3://x")])
+def test_sources_of_a_builder_know_all(kind: str, address: str) -> None:
     """A wrong address is refused by the extension's rules."""
     source = open_sources().of(repo(kind, address))
     with pytest.raises(Exception, match=f"{kind} '{address}': expected"):
@@ -126,3 +128,27 @@ def test_azure(caplog):
         for address in (f"azure://{ACCOUNT}/absent/x", f"azure://{ACCOUNT}/c/x?sig={CANARY}"):
             with silence(caplog, server.account_key):
                 BucketSource(azure.open_bucket, secrets_of(good), PATIENCE).resolve(repo("AZURE", address))
+
+
+def test_s3(caplog, s3_server: S3Server):
+    """Keys and session tokens are in no failure: refused, absent, unreachable, or a secret of another form."""
+    good = {"access_key_id": s3_server.access_key, "secret_access_key": s3_server.secret_key}
+    good["endpoint_url"] = s3_server.endpoint
+    bad: list[dict[str, str] | str] = [
+        good | {"secret_access_key": CANARY},
+        good | {"access_key_id": CANARY, "session_token": CANARY},
+        good | {"secret_access_key": CANARY, "endpoint_url": "http://127.0.0.1:9"},
+        good | {"endpoint_url": CANARY},
+        CANARY,
+        json.dumps([CANARY]),
+    ]
+    for secret in bad:
+        with silence(caplog, s3_server.secret_key):
+            BucketSource(s3.open_bucket, secrets_of(secret), PATIENCE).resolve(repo("S3", "s3://bucket/x"))
+    for address in (
+        "s3://no-such-bucket/x",
+        f"s3://bucket/x?X-Amz-Signature={CANARY}",
+        f"s3://{CANARY}@bucket/x",
+    ):
+        with silence(caplog, s3_server.secret_key):
+            BucketSource(s3.open_bucket, secrets_of(good), PATIENCE).resolve(repo("S3", address))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import hashlib
 import json
@@ -21,12 +20,6 @@ from loramux_shared.bundle.manifest import FileDigest, sha256_hex
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import ResourcesExhausted, RevisionNotFound, SourceRefused, SourceUnavailable
 from loramux_shared.sources.base import Progress, SourceFile, unwatched
-
-
-def md5_of(value: str | bytearray | None) -> str:
-    """Return the checksum of a listing that gives an MD5, in base64 or as bytes; else nothing."""
-    digest = base64.b64decode(value) if isinstance(value, str) else value or b""
-    return f"md5:{digest.hex()}" if digest else ""
 
 
 def checked_file(path: Path, listed: SourceFile) -> tuple[FileDigest, str]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from loramux_shared.bundle.generation import Descent
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import RepoNotFound, SettingsInvalid, SourceRefused
 from loramux_shared.sources.base import Source, about
-from loramux_shared.sources.bucket import Bucket, BucketSource, Opener
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.secrets import Secrets
+
+ADDRESSES: Final = (SourceKind.S3, SourceKind.GCS, SourceKind.AZURE, SourceKind.REMOTE_URL, SourceKind.OCI)
+"""Kinds of sources that extensions bring."""
 
 
 class Sources:
@@ -58,7 +59,8 @@ class Sources:
                     "no complete bundle of it for this base and these settings. Push it again."
                 )
         if repository.source in self._openers and repository.source not in self._sources:
-            self._sources[repository.source] = self._openers[repository.source]()
+            with about(repository):
+                self._sources[repository.source] = self._openers[repository.source]()
         source = self._sources.get(repository.source)
         if source is None:
             known = ", ".join(sorted({*self._sources, *self._openers}))
@@ -85,68 +87,28 @@ def open_sources(
     return Sources(
         {
             SourceKind.HF: HubSource(secrets, endpoint=hub_endpoint, work_dir=work_dir),
-            SourceKind.S3: BucketSource(open_s3, secrets),
-            SourceKind.GCS: BucketSource(opener_of(SourceKind.GCS), secrets),
-            SourceKind.AZURE: BucketSource(opener_of(SourceKind.AZURE), secrets),
             SourceKind.LOCAL: LocalSource(local_roots),
         },
         work_dir,
-        {
-            kind: partial(open_address, kind, allowed_hosts, secrets, work_dir)
-            for kind in (SourceKind.REMOTE_URL, SourceKind.OCI)
-        },
+        {kind: partial(open_address, kind, allowed_hosts, secrets, work_dir) for kind in ADDRESSES},
     )
 
 
 def open_address(
     kind: SourceKind, allowed_hosts: Collection[str], secrets: Secrets, work_dir: Path | None
 ) -> Source:
-    """Return the source of archives behind addresses, or of registries, which is an extension.
-
-    Raises:
-        SourceRefused: it is not installed.
-    """
-    source: Source = part_of(kind).open_source(allowed_hosts, secrets, work_dir)
-    return source
-
-
-def open_s3(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
-    """Return the bucket of an S3 repository; boto3 takes half a second to import."""
-    with needs_extra(SourceKind.S3, "store"):
-        from loramux_shared.sources.s3 import open_bucket
-    return open_bucket(repository, secrets)
-
-
-def opener_of(kind: SourceKind) -> Opener:
-    """Return what opens the buckets of a kind that an extension knows."""
-
-    def open_it(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
-        open_bucket: Opener = part_of(kind).open_bucket
-        return open_bucket(repository, secrets)
-
-    return open_it
-
-
-def part_of(kind: SourceKind) -> Any:
-    """Return the module of an extension that has the sources of a kind.
+    """Return a source of an extension.
 
     Raises:
         SourceRefused: it, or a package that it needs, is not installed.
     """
     name = kind.lower()
     try:
-        with needs_extra(kind, name):
-            return need_extension(name, f"source {kind}")
+        source: Source = need_extension(name, f"source {kind}").open_source(allowed_hosts, secrets, work_dir)
     except SettingsInvalid as fault:
         raise SourceRefused(fault.message) from fault
-
-
-@contextmanager
-def needs_extra(kind: SourceKind, extra: str) -> Iterator[None]:
-    """Turn an import that fails into `SourceRefused`."""
-    try:
-        yield
     except ImportError as error:
         raise SourceRefused(
-            f"source {kind} needs packages that the server lacks ({error.name}): pip install 'loramux[{extra}]'"
+            f"source {kind} needs packages that the server lacks ({error.name}): pip install 'loramux[{name}]'"
         ) from None
+    return source

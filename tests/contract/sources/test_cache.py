@@ -16,14 +16,12 @@ from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, Fault, ResourcesExhausted
 from loramux_shared.sources import files
-from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from tests.support.adapters import write_base
-from tests.support.fake_bucket import FakeBucket
 from tests.support.hub import Hub, HubRepo, serve_hub
 from tests.support.waiting import BOUND_S
 
@@ -49,17 +47,13 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture(params=["hub", "bucket"])
-def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Remote:
-    """The same base on a hub and in a bucket, which are cached by different code."""
+@pytest.fixture
+def remote(hub: Hub, tmp_path: Path) -> Remote:
+    """A base on a hub; extensions/clouds/tests repeats the tests with a bucket, which other code caches."""
     contents = {path.name: path.read_bytes() for path in write_base(tmp_path / "base").iterdir()}
-    if request.param == "hub":
-        hub: Hub = request.getfixturevalue("hub")
-        hub.repos["org/base"] = HubRepo({"main": "c" * 40}, contents, lfs=("model.safetensors",))
-        source = HubSource(Secrets(None, {}), endpoint=hub.endpoint, patience=QUICK)
-        return Remote(Sources({SourceKind.HF: source}), Repository(source="HF", repo="org/base"))
-    bucket = BucketSource(lambda *_: (FakeBucket(contents), "/one/"), Secrets(None, {}), QUICK)
-    return Remote(Sources({SourceKind.S3: bucket}), Repository(source="S3", repo="s3://bucket/one"))
+    hub.repos["org/base"] = HubRepo({"main": "c" * 40}, contents, lfs=("model.safetensors",))
+    source = HubSource(Secrets(None, {}), endpoint=hub.endpoint, patience=QUICK)
+    return Remote(Sources({SourceKind.HF: source}), Repository(source="HF", repo="org/base"))
 
 
 def in_place_of(make: Callable[[Path], object], name: str = "config.json") -> Callable[[Path], object]:

@@ -13,13 +13,10 @@ from structlog.testing import capture_logs
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, Fault, SourceUnavailable
-from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.hub import HubSource
-from loramux_shared.sources.open import open_s3
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from tests.support.hub import HubRepo, serve_hub
-from tests.support.s3_gateway import S3Server
 
 CANARY = "canary7d1f"
 PATIENCE = RetryPolicy(attempts=2, wait_s=0.01)
@@ -75,30 +72,6 @@ def test_hf_storage(caplog, tmp_path, monkeypatch):
         with silence(caplog):
             source.fetch(resolved, ["a"], tmp_path)
     assert any(path.startswith("/storage/") for _, path in hub.requests)
-
-
-def test_s3(caplog, s3_server: S3Server):
-    """Keys and session tokens are in no failure: refused, absent, unreachable, or a secret of another form."""
-    good = {"access_key_id": s3_server.access_key, "secret_access_key": s3_server.secret_key}
-    good["endpoint_url"] = s3_server.endpoint
-    bad: list[dict[str, str] | str] = [
-        good | {"secret_access_key": CANARY},
-        good | {"access_key_id": CANARY, "session_token": CANARY},
-        good | {"secret_access_key": CANARY, "endpoint_url": "http://127.0.0.1:9"},
-        good | {"endpoint_url": CANARY},
-        CANARY,
-        json.dumps([CANARY]),
-    ]
-    for secret in bad:
-        with silence(caplog, s3_server.secret_key):
-            BucketSource(open_s3, secrets_of(secret), PATIENCE).resolve(repo("S3", "s3://bucket/x"))
-    for address in (
-        "s3://no-such-bucket/x",
-        f"s3://bucket/x?X-Amz-Signature={CANARY}",
-        f"s3://{CANARY}@bucket/x",
-    ):
-        with silence(caplog, s3_server.secret_key):
-            BucketSource(open_s3, secrets_of(good), PATIENCE).resolve(repo("S3", address))
 
 
 @pytest.mark.parametrize(

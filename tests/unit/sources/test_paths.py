@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,20 @@ from loramux.cli.main import app
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
-from loramux_shared.faults import Fault, RepoNotFound, SourceRefused, SourceUnavailable, StoreUnavailable
+from loramux_shared.faults import (
+    Fault,
+    RepoNotFound,
+    SourceChanged,
+    SourceRefused,
+    SourceUnavailable,
+    StoreUnavailable,
+)
 from loramux_shared.sources.local import LocalSource
-from loramux_shared.sources.open import open_sources
+from loramux_shared.sources.open import Sources, open_sources
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import write_adapter, write_base
+from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
 
 NO_TEXT = os.fsdecode(b"caf\xe9")
 
@@ -165,3 +174,45 @@ def test_the_command_line_names_them(folder: Path, name: str, command: str) -> N
     assert "INTERNAL" not in stated.output
     assert stated.exception is None or isinstance(stated.exception, SystemExit)
     assert builder_command(None, "127.0.0.1:0", [folder / name])[-1] == path
+
+
+def test_a_local_file_that_changes_is_said(tmp_path: Path) -> None:
+    """A LOCAL file that was written after the listing is SOURCE_CHANGED."""
+    file = Path(tmp_path / "a")
+    file.write_bytes(b"one")
+    local = LocalSource([tmp_path])
+    resolved = local.resolve(Repository(source=SourceKind.LOCAL, repo=str(tmp_path)))
+    file.write_bytes(b"two")
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(SourceChanged, match="changed since it was listed"):
+        local.fetch(resolved, ["a"], tmp_path / "into")
+    assert not (tmp_path / "into" / "a").exists()
+
+
+def test_nothing_of_a_folder_stays_open(tmp_path: Path) -> None:
+    """Files whose reading was cancelled, or that changed, are closed though failures are kept."""
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    local = LocalSource([tmp_path])
+    resolved = local.resolve(Repository(source=SourceKind.LOCAL, repo=str(tmp_path)))
+    with nothing_stays_open() as retained:
+        failing(lambda: local.fetch(resolved, ["file"], tmp_path / "into", cancelled_after(1 << 20)), retained)
+        failing(lambda: local.digests(resolved, ["file"], cancelled_after(1 << 20)), retained)
+        (tmp_path / "file").write_bytes(bytes(4 << 20))
+        failing(lambda: local.digests(resolved, ["file"]), retained)
+
+
+def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unsupported kind, and a kind with missing packages, are refused with the cure."""
+    repository = Repository(source=SourceKind.S3, repo="s3://bucket/one")
+    with pytest.raises(SourceRefused, match="source S3 is not supported here; supported: LOCAL"):
+        Sources({SourceKind.LOCAL: LocalSource([])}).of(repository)
+
+    def absent(_name: str, _what: str) -> None:
+        importlib.import_module("no_such_package_of_amazon")
+
+    monkeypatch.setattr("loramux_shared.sources.open.need_extension", absent)
+    with pytest.raises(SourceRefused) as refusal:
+        open_sources().of(repository)
+    text = "source S3 needs packages that the server lacks (no_such_package_of_amazon): "
+    assert str(refusal.value) == text + "pip install 'loramux[s3]'"
+    assert refusal.value.repository == "s3://bucket/one"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import boto3
@@ -12,6 +13,7 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, ProfileNotFound
 
+from loramux_clouds.bucket import TIMEOUT_S, BucketSource
 from loramux_shared.adapter_files import PIECE
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import (
@@ -23,7 +25,6 @@ from loramux_shared.faults import (
     SourceUnavailable,
 )
 from loramux_shared.sources.base import SourceFile
-from loramux_shared.sources.bucket import TIMEOUT_S
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
@@ -141,6 +142,11 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[S3Bucket, str
     except (BotoCoreError, ValueError) as error:
         raise SourceRefused(f"S3: the AWS settings are not valid ({type(error).__name__}). {hint}") from None
     return S3Bucket(client, match["bucket"], hint), match["folder"] or ""
+
+
+def open_source(_allowed_hosts: Collection[str], secrets: Secrets, _work_dir: Path | None) -> BucketSource:
+    """Return the source."""
+    return BucketSource(open_bucket, secrets)
 
 
 def _changed(bucket: str, what: str) -> SourceChanged:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from loramux_clouds.bucket import BucketSource, Opener
+from loramux_clouds.s3 import open_bucket
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
     BundleCorrupt,
@@ -19,10 +21,9 @@ from loramux_shared.faults import (
     SourceRefused,
 )
 from loramux_shared.sources.base import Resolved
-from loramux_shared.sources.bucket import BucketSource, Opener
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.files import content_digest
-from loramux_shared.sources.open import Sources, open_s3
+from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from tests.support.adapters import write_base
@@ -50,7 +51,7 @@ class Cloud:
     secret: dict[str, str]
     wrong: dict[str, str]
     """A secret that does not open it."""
-    opener: Opener = open_s3
+    opener: Opener = open_bucket
 
     def fill(self, files: dict[str, bytes]) -> None:
         """Store files below the folder."""
@@ -93,7 +94,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Cloud:
 
 @pytest.fixture
 def cloud(s3: Cloud) -> Cloud:
-    """The store of the tests of any; extensions/clouds/tests repeats them with others."""
+    """The store of the tests of any; test_clouds repeats them with others."""
     return s3
 
 

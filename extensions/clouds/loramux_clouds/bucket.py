@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,6 +19,12 @@ from loramux_shared.sources.secrets import Secrets
 
 TIMEOUT_S: Final = 20.0
 """Timeout of a connection, and between two pieces."""
+
+
+def md5_of(value: str | bytearray | None) -> str:
+    """Return the checksum of a listing that gives an MD5, in base64 or as bytes; else nothing."""
+    digest = base64.b64decode(value) if isinstance(value, str) else value or b""
+    return f"md5:{digest.hex()}" if digest else ""
 
 
 class Bucket(Protocol):

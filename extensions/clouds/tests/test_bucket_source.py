@@ -2,31 +2,32 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from loramux_clouds.bucket import BucketSource, md5_of
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
     BundleCorrupt,
     RepoNotFound,
-    SourceChanged,
     SourceRefused,
     SourceUnavailable,
 )
 from loramux_shared.sources import retry
 from loramux_shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFile
-from loramux_shared.sources.bucket import BucketSource
-from loramux_shared.sources.files import md5_of
-from loramux_shared.sources.local import LocalSource
-from loramux_shared.sources.open import Sources, needs_extra
+from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import Busy, RetryPolicy
 from loramux_shared.sources.secrets import Secrets
-from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
-from tests.support.fake_bucket import FakeBucket
+from tests.contract.sources.test_cache import (
+    Remote,
+    test_a_start_heals_its_cache as test_a_start_heals_its_cache,
+    test_nothing_outside_the_cache_is_removed as test_nothing_outside_the_cache_is_removed,
+    test_what_killed_replicas_left_is_swept as test_what_killed_replicas_left_is_swept,
+)
+from tests.fake_bucket import FakeBucket
+from tests.support.adapters import write_base
 from tests.support.own_time import OwnTime
 
 REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")
@@ -36,6 +37,13 @@ QUICK = RetryPolicy(attempts=3, wait_s=0.01)
 def source(bucket: FakeBucket, patience: RetryPolicy = QUICK) -> BucketSource:
     """A source of one bucket."""
     return BucketSource(lambda _repository, _secrets: (bucket, "/one/"), Secrets(None, {}), patience)
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Remote:
+    """A base in a bucket, for the tests of caches."""
+    contents = {path.name: path.read_bytes() for path in write_base(tmp_path / "base").iterdir()}
+    return Remote(Sources({SourceKind.S3: source(FakeBucket(contents))}), REPO)
 
 
 def listed(**sizes: int) -> Resolved:
@@ -127,41 +135,6 @@ def test_the_cache_is_filled_with_what_it_lacks(tmp_path):
     del bucket.files["b"]
     with pytest.raises(RepoNotFound, match="b was removed"):
         one.place(pinned, files, tmp_path, lambda _: None)
-
-
-def test_what_is_missing_is_said_in_one_line():
-    """An unsupported kind, and a kind with missing packages, are refused with the cure."""
-    with pytest.raises(SourceRefused, match="source S3 is not supported here; supported: HF"):
-        Sources({SourceKind.HF: source(FakeBucket({}))}).of(REPO)
-    with pytest.raises(SourceRefused) as refusal, needs_extra(SourceKind.GCS, "gcs"):
-        importlib.import_module("no_such_package_of_google")
-    text = "source GCS needs packages that the server lacks (no_such_package_of_google): "
-    assert str(refusal.value) == text + "pip install 'loramux[gcs]'"
-
-
-def test_a_local_file_that_changes_is_said(tmp_path):
-    """A LOCAL file that was written after the listing is SOURCE_CHANGED."""
-    file = Path(tmp_path / "a")
-    file.write_bytes(b"one")
-    local = LocalSource([tmp_path])
-    resolved = local.resolve(Repository(source=SourceKind.LOCAL, repo=str(tmp_path)))
-    file.write_bytes(b"two")
-    os.utime(file, ns=(1, 1))
-    with pytest.raises(SourceChanged, match="changed since it was listed"):
-        local.fetch(resolved, ["a"], tmp_path / "into")
-    assert not (tmp_path / "into" / "a").exists()
-
-
-def test_nothing_of_a_folder_stays_open(tmp_path):
-    """Files whose reading was cancelled, or that changed, are closed though failures are kept."""
-    (tmp_path / "file").write_bytes(bytes(3 << 20))
-    local = LocalSource([tmp_path])
-    resolved = local.resolve(Repository(source=SourceKind.LOCAL, repo=str(tmp_path)))
-    with nothing_stays_open() as retained:
-        failing(lambda: local.fetch(resolved, ["file"], tmp_path / "into", cancelled_after(1 << 20)), retained)
-        failing(lambda: local.digests(resolved, ["file"], cancelled_after(1 << 20)), retained)
-        (tmp_path / "file").write_bytes(bytes(4 << 20))
-        failing(lambda: local.digests(resolved, ["file"]), retained)
 
 
 def test_a_checksum_that_a_listing_gives_is_checked(tmp_path):
