@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence as Seq
+from dataclasses import replace
 from typing import Final
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from inference_service.core.constraint import unpacked
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
-from inference_service.kernels.sampling import Drawn, RowParams, draw_rows
+from inference_service.kernels.sampling import NO_TOKEN, Drawn, RowParams, draw_rows
 
 SCORED_ROWS = 64
 """Rows whose logits [SCORED_ROWS, vocab] are held in float32 at once: 39 MB for 152 thousand tokens."""
@@ -97,20 +98,23 @@ def sample(
     """
     later = ahead or [0] * len(seqs)
     params = [row_params(seq, seq.num_known + more) for seq, more in zip(seqs, later, strict=True)]
-    shaped = {
-        row: shape(logits[row], seq, later[row]) for row, seq in enumerate(seqs) if shapes(seq, seq.num_known)
-    }
+    shaped: dict[int, Tensor] = {}
+    for row, (seq, more) in enumerate(zip(seqs, later, strict=True)):
+        if looks_back(seq, seq.num_known) or (seq.grammar is not None and _scores_processed(seq)):
+            shaped[row] = shape(logits[row], seq, more)
+        elif seq.grammar is not None:
+            params[row] = replace(params[row], allowed=seq.grammar.mask(more))
     ids, tops = draw(logits, [GREEDY if row in shaped else each for row, each in enumerate(params)])
-    impossible = set()
     if shaped:
         drawn, best = draw(torch.stack([*shaped.values()]), [params[row] for row in shaped])
         for row, token, top in zip(shaped, drawn, best, strict=True):
-            ids[row] = token
-            if top == -math.inf:
-                impossible.add(row)
-    tokens = [_token(logits[row], shaped.get(row, logits[row]), ids[row], seq) for row, seq in enumerate(seqs)]
-    for row in impossible:
-        tokens[row] = tokens[row]._replace(impossible=True)
+            ids[row] = NO_TOKEN if top == -math.inf else token
+    tokens = [
+        _token(logits[row], shaped.get(row, logits[row]), max(ids[row], 0), seq) for row, seq in enumerate(seqs)
+    ]
+    for row, token_id in enumerate(ids):
+        if token_id == NO_TOKEN:
+            tokens[row] = tokens[row]._replace(impossible=True)
     return marked(tokens, tops)
 
 
@@ -132,9 +136,13 @@ def _token(logits: Tensor, shaped: Tensor, token: int, seq: Sequence) -> Token:
     count = seq.sampling.logprobs
     if count is None:
         return Token(token)
-    if seq.sampling.logprobs_mode == "processed":
+    if _scores_processed(seq):
         logits = processed(shaped[None], torch.tensor([token], device=logits.device), [seq.sampling])[0]
     return report(logits[None], [token], count)[0]
+
+
+def _scores_processed(seq: Sequence) -> bool:
+    return seq.sampling.logprobs is not None and seq.sampling.logprobs_mode == "processed"
 
 
 def shapes(seq: Sequence, generated: int) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inference_service.backends.torch import ACTIVATIONS
 from inference_service.core.computing import Lack
+from inference_service.core.constraint import packed
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.ops import (
@@ -493,14 +494,16 @@ def test_a_processor_gets_what_it_can_run(
 
 @pytest.mark.parametrize("vocab", [1, 15, 64, 700, 5003])
 def test_a_row_is_drawn_as_the_host_draws_it(ops: CpuOps, vocab: int) -> None:
-    """Every kind of draw, with ties, tokens that may not come, and NaN: the same token in any batch."""
+    """Every kind of draw, with ties, masks, tokens that may not come, and NaN: the same token in any batch."""
     nearly_all = 1 - 2**-53
     filters = (0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.9, 0.0), (0, nearly_all, 0.0), (40, 0.5, 0.05), (0, 1e-9, 1.0)
     chosen = product((0.0, 0.01, 0.7, 50.0), filters)
     rows = [
-        RowParams(temperature, top_k, top_p, min_p, seed=row - 2**63, num_generated=row)
+        RowParams(temperature, top_k, top_p, min_p, row - 2**63, row, allowed)
         for row, (temperature, (top_k, top_p, min_p)) in enumerate(chosen)
+        for allowed in (None, packed(np.random.default_rng(row).random(vocab) < 0.3))
     ]
+    rows += [RowParams(heat, allowed=allowed) for heat in (0.0, 1.0) for allowed in (b"\0", b"\1")]
     for spread in (0.0, 1.0, 8.0):
         logits = (torch.randn(len(rows), 2 * vocab) * spread).to(ops.dtype)[:, :vocab]
         logits[1::3] = (logits[1::3] * 2).round() / 2

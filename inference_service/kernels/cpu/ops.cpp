@@ -54,8 +54,9 @@
                    (T*)out, channels, width, key_heads, heads, K, V, eps}, (const DeltaChunk*)chunks, count, threads);\
   }                                                                                                                   \
   extern "C" void draw_##SUFFIX(const void* logits, int64_t ld, int64_t vocab, const void* rows, int64_t count,        \
-                                void* ids, void* tops, int64_t threads) {                                             \
-    draw<T>((const T*)logits, ld, vocab, (const Draw*)rows, count, (int64_t*)ids, (float*)tops, threads);             \
+                                const void* masks, void* ids, void* tops, int64_t threads) {                          \
+    draw<T>((const T*)logits, ld, vocab, (const Draw*)rows, count, (const uint16_t*)masks, (int64_t*)ids,             \
+            (float*)tops, threads);                                                                                   \
   }                                                                                                                   \
   extern "C" void run_##SUFFIX(const void* words, int64_t count) {                                                    \
     run_program((const int64_t*)words, count, linear_##SUFFIX, attention_##SUFFIX, rope_write_##SUFFIX,               \

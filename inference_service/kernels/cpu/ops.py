@@ -54,10 +54,10 @@ _SIGNATURES = {
     "silu": "ppiii",
     "gelu_tanh": "ppiii",
     "delta_rule": "pipipipippppppppiiiiiifpii",
-    "draw": "piipippi",
+    "draw": "piipipppi",
 }
 """Argument types of each operation: pointer, int64, float."""
-_DRAW: Final = struct.Struct("=qdqddQq")
+_DRAW: Final = struct.Struct("=qdqddQqq")
 """A row of `CpuOps.draw`: sampling.h has the fields."""
 
 
@@ -359,24 +359,18 @@ class CpuOps:
 
     def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
         """Draw a token for each row of logits [N, vocab], as `kernels.sampling.draw_rows` does."""
-        packed = b"".join(
-            [
-                _DRAW.pack(
-                    row,
-                    each.sharpness,
-                    each.top_k,
-                    each.top_p,
-                    each.span,
-                    each.seed % 2**64,
-                    each.num_generated,
-                )
-                for row, each in enumerate(rows)
-            ]
-        )
+        packed, masks = bytearray(), bytearray()
+        for row, each in enumerate(rows):
+            mask, size = -1, -(-logits.shape[1] // 16) * 2
+            if each.allowed is not None:
+                mask = len(masks) // size
+                masks += each.allowed[:size].ljust(size, b"\0")
+            filters = each.sharpness, each.top_k, each.top_p, each.span
+            packed += _DRAW.pack(row, *filters, each.seed % 2**64, each.num_generated, mask)
         ids, tops = array("q", bytes(8 * len(rows))), array("f", bytes(4 * len(rows)))
         self._draw[logits.dtype](
-            logits.data_ptr(), logits.stride(0), logits.shape[1], packed, len(rows), ids.buffer_info()[0],
-            tops.buffer_info()[0], self.threads,
+            logits.data_ptr(), logits.stride(0), logits.shape[1], bytes(packed), len(rows), bytes(masks),
+            ids.buffer_info()[0], tops.buffer_info()[0], self.threads,
         )  # fmt: skip
         return ids.tolist(), tops.tolist()
 

@@ -15,6 +15,7 @@ struct Draw {
   double top_p, span;
   uint64_t seed;
   int64_t generated;
+  int64_t mask;      // which of the masks says what tokens may come; -1: all may
 };
 
 constexpr int COUNTERS = 16;             // of Philox at once
@@ -23,6 +24,7 @@ constexpr double REACH = 27;             // more than the largest noise is above
 constexpr double LEAST_NOISE = -3.2;     // below the smallest, -log(log(2^33))
 constexpr int BUCKETS = 1024;            // of distances from the largest score, 1/32 wide; the last one has all the rest
 constexpr float NONE = -std::numeric_limits<float>::infinity();
+constexpr int64_t NO_TOKEN = -1;         // of a row whose mask leaves no token with a logit above NONE
 
 typedef double vd __attribute__((vector_size(64)));
 typedef int64_t vl __attribute__((vector_size(64)));
@@ -174,10 +176,25 @@ struct Support {
   }
 };
 
-// ids[i] and tops[i] of rows[i]: its token, and its largest logit, NaN where it has any.
+// Makes NONE of the values that a mask does not let pass, and returns the largest of the others.
+inline float keep(float* values, const uint16_t* mask, int64_t vocab) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vf top = splat(NONE);
+  for (int64_t at = 0; at < vocab; at += LANES) {
+    const vi passes = (((vi{} + int32_t(mask[at / LANES])) >> lane) & 1) != 0;
+    const vf x = passes ? load<vf>(values + at) : splat(NONE);
+    top = x > top ? x : top;
+    store(values + at, x);
+  }
+  float best = NONE;
+  for (int lane = 0; lane < LANES; ++lane) best = std::max(best, top[lane]);
+  return best;
+}
+
+// ids[i] and tops[i] of rows[i]: its token, and its largest logit, NaN where it has any. A mask has 16 bits for each 16 tokens.
 template <class T>
-void draw(const T* logits, int64_t ld, int64_t vocab, const Draw* rows, int64_t count, int64_t* ids, float* tops,
-          int64_t threads) {
+void draw(const T* logits, int64_t ld, int64_t vocab, const Draw* rows, int64_t count, const uint16_t* masks, int64_t* ids,
+          float* tops, int64_t threads) {
   each(count, int(threads), [=](int64_t i) {
     thread_local std::vector<float> values, some;
     const Draw& row = rows[i];
@@ -207,6 +224,10 @@ void draw(const T* logits, int64_t ld, int64_t vocab, const Draw* rows, int64_t 
     for (; at < padded; ++at) v[at] = NONE;
     tops[i] = missing ? std::numeric_limits<float>::quiet_NaN() : best;
     ids[i] = 0;
+    if (row.mask >= 0) {
+      best = keep(v, masks + row.mask * ((vocab + LANES - 1) / LANES), vocab);
+      if (!(best > NONE)) ids[i] = NO_TOKEN;
+    }
     if (!(best > NONE)) return;
     if (!row.sharpness) {
       ids[i] = std::find(v, v + vocab, best) - v;

@@ -22,12 +22,13 @@ launches more, over those rows alone::
 This package needs torch alone; Triton is imported at the first launch.
 """
 
-from inference_service.kernels.sampling.host import Drawn, draw, draw_rows
+from inference_service.kernels.sampling.host import NO_TOKEN, Drawn, draw, draw_rows
 from inference_service.kernels.sampling.launch import plan, plan_shaped, sample, sample_shaped
 from inference_service.kernels.sampling.layout import RowParams, SamplingTables, pack_rows
 from inference_service.kernels.sampling.shaping import ShapedRow, ShapingState, ShapingTables, pack_shapes
 
 __all__ = [
+    "NO_TOKEN",
     "Drawn",
     "RowParams",
     "SamplingTables",

@@ -25,7 +25,11 @@ Words = npt.NDArray[np.uint64]
 
 
 Drawn: TypeAlias = tuple[list[int], list[float]]
-"""A token of each row, and the row's largest logit, which is NaN where the row has any."""
+"""A token of each row, and the row's largest logit, which is NaN where the row has any.
+
+The token is NO_TOKEN where no token may come that has a logit above -inf.
+"""
+NO_TOKEN: Final = -1
 
 
 def draw_rows(logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
@@ -33,9 +37,17 @@ def draw_rows(logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
     best = logits.argmax(dim=-1, keepdim=True)
     ids, tops = best[:, 0].tolist(), logits.gather(1, best)[:, 0].tolist()
     for row, params in enumerate(rows):
-        if params.temperature:
-            ids[row] = draw(logits[row].float().numpy(force=True), params)
+        if params.temperature or params.allowed is not None:
+            ids[row] = _draw_allowed(logits[row].float().numpy(force=True), params)
     return ids, tops
+
+
+def _draw_allowed(logits: Logits, params: RowParams) -> int:
+    if params.allowed is None:
+        return draw(logits, params)
+    passes = np.unpackbits(np.frombuffer(params.allowed, np.uint8), None, len(logits), "little").view(np.bool_)
+    logits = np.where(passes, logits, np.float32(-np.inf))
+    return draw(logits, params) if np.fmax.reduce(logits) > -np.inf else NO_TOKEN
 
 
 def draw(logits: Logits, params: RowParams) -> int:

@@ -54,6 +54,8 @@ class RowParams:
     """Its lower 64 bits count."""
     num_generated: int = 0
     """Tokens that the request was given before this one."""
+    allowed: bytes | None = None
+    """Tokens that may come, bit i % 8 of byte i // 8 for token i; None is all. Draws on the host read it."""
 
     @property
     def kind(self) -> Kind:
