@@ -92,12 +92,12 @@ def with_vectors(weights: Tensor, table: npt.NDArray[np.int64], slices: Slices) 
 
 
 def make_case(
-    *,
     slots: Sequence[int],
     ranks: Sequence[Sequence[int]],
     K: int,
     sizes: Sequence[int],
-    dtype: torch.dtype,
+    *,
+    dtype: torch.dtype = torch.float32,
     device: str,
     tile: int = 16,
     spare: int = 5,
@@ -122,6 +122,14 @@ def make_case(
     out = torch.randn(x.shape[0], slices.out_features + GUARD)
     workspace = torch.full((workspace_numel(group, segments),), torch.nan)
     return Case(x.to(device, dtype), out.to(device, dtype), group, segments, workspace.to(device))
+
+
+def expect_right(case: Case) -> Tensor:
+    """Run a case, and compare its updates with fp64; return its output as it was before."""
+    before = case.out.clone()
+    case.run()
+    assert relative_errors(case.out, before, case).max() <= TOLERANCE[case.out.dtype]
+    return before
 
 
 def relative_errors(got: Tensor, before: Tensor, case: Case) -> Tensor:

@@ -1,71 +1,57 @@
 """Attention's kernels against fp64: odd shapes, scattered blocks, poisoned memory."""
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 
 from inference_service.kernels.attention import pack_tables
-from tests.kernels.attention_case import TOLERANCE, Heads, Layout, check, errors, fill, make_case
+from tests.kernels.attention_case import TOLERANCE, Heads, Layout, errors, expect_right, fill, make_case
 
 SKEWED = [(1, 4000)] + [(1, 20)] * 31
 PREFIX = [(33, 4033)]
+BOTH = Layout([*SKEWED[:3], *PREFIX])
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CASES: dict[str, dict[str, Any]] = {
-    "decode": {"layout": Layout([(1, 1), (1, 15), (1, 16), (1, 17), (1, 63)], padding=2)},
-    "decode in pieces": {
-        "layout": Layout([(1, 300), (1, 100), (1, 129)], spare=2, decode_only=True),
-        "heads": Heads(4, 1, 32),
-    },
-    "one chunk of every kind": {
-        "layout": Layout([(1, 40), (20, 20), (7, 90), (1, 1), (2, 17)], padding=3, spare=1)
-    },
-    "large blocks, a group of 8, part of a head rotated": {
-        "layout": Layout([(9, 33), (1, 63), (33, 33)], block_size=32),
-        "heads": Heads(8, 1, 80, rotary=32),
-    },
-    "no group, heads of 8": {"layout": Layout([(5, 21), (1, 16)]), "heads": Heads(2, 2, 8)},
-    "a window within a block": {
-        "layout": Layout([(1, 100), (30, 63), (1, 5), (1, 17)], spare=8),
-        "window": 5,
-    },
-    "a window across blocks": {"layout": Layout([(1, 100), (50, 100), (40, 40)], spare=1), "window": 37},
-    "rows that see nothing of a whole block of keys": {
-        "layout": Layout([(100, 120)]),
-        "heads": Heads(1, 1),
-        "window": 5,
-    },
-    "a window in pieces": {"layout": Layout([(1, 290), (1, 3)], decode_only=True), "window": 200},
-    "a cap": {"layout": Layout([(1, 63), (21, 40)]), "softcap": 2.0},
-    "a cap, a window and pieces": {
-        "layout": Layout([(1, 200), (1, 63), (17, 150)]),
-        "heads": Heads(4, 1, 96),
-        "softcap": 5.0,
-        "window": 140,
-    },
-    "sinks": {"layout": Layout([(1, 1), (1, 40), (9, 30)], padding=1), "heads": Heads(8, 1, 64), "sinks": True},
-    "sinks, a cap and a window in pieces": {
-        "layout": Layout([(1, 290), (17, 150)]),
-        "heads": Heads(4, 1, 32),
-        "softcap": 5.0,
-        "window": 200,
-        "sinks": True,
-    },
-    "one norm for all heads": {"layout": Layout([(1, 17), (4, 4)], padding=1), "heads": Heads(norm="shared")},
-    "a norm for every head": {
-        "layout": Layout([(1, 17), (4, 20)]),
-        "heads": Heads(6, 2, 24, rotary=12, norm="own"),
-    },
-    "heads of 512, whole and in pieces": {
-        "layout": Layout([(1, 140), (5, 20)], padding=1),
-        "heads": Heads(2, 1, 512, norm="own"),
-    },
-    "a norm with an offset": {
-        "layout": Layout([(1, 17), (4, 20)]),
-        "heads": Heads(3, 1, 256, norm="own", offset=1.0),
-    },
+CASES = {
+    "decode": partial(make_case, Layout([(1, 1), (1, 15), (1, 16), (1, 17), (1, 63)], padding=2)),
+    "decode in pieces": partial(
+        make_case, Layout([(1, 300), (1, 100), (1, 129)], spare=2, decode_only=True), Heads(4, 1, 32)
+    ),
+    "one chunk of every kind": partial(
+        make_case, Layout([(1, 40), (20, 20), (7, 90), (1, 1), (2, 17)], padding=3, spare=1)
+    ),
+    "large blocks, a group of 8, part of a head rotated": partial(
+        make_case, Layout([(9, 33), (1, 63), (33, 33)], block_size=32), Heads(8, 1, 80, rotary=32)
+    ),
+    "no group, heads of 8": partial(make_case, Layout([(5, 21), (1, 16)]), Heads(2, 2, 8)),
+    "a window within a block": partial(
+        make_case, Layout([(1, 100), (30, 63), (1, 5), (1, 17)], spare=8), window=5
+    ),
+    "a window across blocks": partial(make_case, Layout([(1, 100), (50, 100), (40, 40)], spare=1), window=37),
+    "rows that see nothing of a whole block of keys": partial(
+        make_case, Layout([(100, 120)]), Heads(1, 1), window=5
+    ),
+    "a window in pieces": partial(make_case, Layout([(1, 290), (1, 3)], decode_only=True), window=200),
+    "a cap": partial(make_case, Layout([(1, 63), (21, 40)]), softcap=2.0),
+    "a cap, a window and pieces": partial(
+        make_case, Layout([(1, 200), (1, 63), (17, 150)]), Heads(4, 1, 96), softcap=5.0, window=140
+    ),
+    "sinks": partial(make_case, Layout([(1, 1), (1, 40), (9, 30)], padding=1), Heads(8, 1, 64), sinks=True),
+    "sinks, a cap and a window in pieces": partial(
+        make_case, Layout([(1, 290), (17, 150)]), Heads(4, 1, 32), softcap=5.0, window=200, sinks=True
+    ),
+    "one norm for all heads": partial(make_case, Layout([(1, 17), (4, 4)], padding=1), Heads(norm="shared")),
+    "a norm for every head": partial(
+        make_case, Layout([(1, 17), (4, 20)]), Heads(6, 2, 24, rotary=12, norm="own")
+    ),
+    "heads of 512, whole and in pieces": partial(
+        make_case, Layout([(1, 140), (5, 20)], padding=1), Heads(2, 1, 512, norm="own")
+    ),
+    "a norm with an offset": partial(
+        make_case, Layout([(1, 17), (4, 20)]), Heads(3, 1, 256, norm="own", offset=1.0)
+    ),
 }
 
 
@@ -81,9 +67,7 @@ def test_rows_attend_to_what_they_see_and_nothing_else_changes(
     name: str, dtype: torch.dtype, device: str
 ) -> None:
     """Outputs and new keys are as exact as the dtype allows, and the rest of the cache keeps its bits."""
-    case = make_case(**CASES[name], dtype=dtype, device=device)
-    keys, values = case.inputs.keys.clone(), case.inputs.values.clone()
-    check(case, case.run(), keys, values)
+    expect_right(CASES[name](dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn], ids=str)
@@ -94,7 +78,7 @@ def test_rows_attend_to_what_they_see_and_nothing_else_changes(
 )
 def test_a_cache_of_8_bits(name: str, dtype: torch.dtype, cache: torch.dtype, device: str) -> None:
     """New keys and values are rounded to nearest, and all rows attend to the rounded values."""
-    case = make_case(**CASES[name], dtype=dtype, device=device, cache=cache)
+    case = CASES[name](dtype=dtype, device=device, cache=cache)
     at, before = case.inputs, case.held
     out, after = case.run(), case.held
     assert errors(out, case.expected(*after)).max() <= TOLERANCE[dtype]
@@ -115,55 +99,36 @@ def test_a_cache_of_8_bits(name: str, dtype: torch.dtype, cache: torch.dtype, de
         torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
 
 
-LONG: dict[str, dict[str, Any]] = {
-    "one long context among short ones": {
-        "layout": Layout(SKEWED, padding=2, spare=3, decode_only=True),
-        "heads": Heads(6, 1, 80),
-    },
-    "a short suffix of a long prefix": {
-        "layout": Layout(PREFIX, padding=2),
-        "heads": Heads(7, 1, 96),
-        "dtype": torch.float16,
-    },
-    "both, with a cap": {"layout": Layout([*SKEWED[:3], *PREFIX]), "heads": Heads(6, 1, 16), "softcap": 4.0},
-    "both, with a window of pieces": {
-        "layout": Layout([*SKEWED[:3], *PREFIX]),
-        "heads": Heads(7, 1, 16),
-        "window": 1000,
-    },
-    "rows that see nothing of a piece": {
-        "layout": Layout([(100, 1800)]),
-        "heads": Heads(1, 1, 16),
-        "window": 530,
-        "dtype": torch.float16,
-    },
-    "more of every context than its window": {
-        "layout": Layout([(1, 4000), (40, 1100)]),
-        "heads": Heads(2, 1, 16),
-        "window": 200,
-    },
-    "rows that see nothing of a piece but their sinks": {
-        "layout": Layout([(100, 1800)]),
-        "heads": Heads(1, 1, 16),
-        "window": 530,
-        "sinks": True,
-    },
-    "a tile that ends in a row of its own": {
-        "layout": Layout([(33, 1200), (65, 2000)]),
-        "heads": Heads(4, 1),
-        "dtype": torch.float16,
-        "sinks": True,
-    },
+LONG = {
+    "one long context among short ones": partial(
+        make_case, Layout(SKEWED, padding=2, spare=3, decode_only=True), Heads(6, 1, 80)
+    ),
+    "a short suffix of a long prefix": partial(
+        make_case, Layout(PREFIX, padding=2), Heads(7, 1, 96), dtype=torch.float16
+    ),
+    "both, with a cap": partial(make_case, BOTH, Heads(6, 1, 16), softcap=4.0),
+    "both, with a window of pieces": partial(make_case, BOTH, Heads(7, 1, 16), window=1000),
+    "rows that see nothing of a piece": partial(
+        make_case, Layout([(100, 1800)]), Heads(1, 1, 16), window=530, dtype=torch.float16
+    ),
+    "more of every context than its window": partial(
+        make_case, Layout([(1, 4000), (40, 1100)]), Heads(2, 1, 16), window=200
+    ),
+    "rows that see nothing of a piece but their sinks": partial(
+        make_case, Layout([(100, 1800)]), Heads(1, 1, 16), window=530, sinks=True
+    ),
+    "a tile that ends in a row of its own": partial(
+        make_case, Layout([(33, 1200), (65, 2000)]), Heads(4, 1), dtype=torch.float16, sinks=True
+    ),
 }
 
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_contexts_are_cut_and_put_together(name: str, device: str) -> None:
     """Pieces of long contexts and prefixes give the result of the whole, in every batch."""
-    case = make_case(**{"dtype": torch.float32, "device": device} | LONG[name])
+    case = LONG[name](device=device)
     assert case.tables.merges[:, 2].max() > 1
-    keys, values = case.inputs.keys.clone(), case.inputs.values.clone()
-    check(case, case.run(), keys, values)
+    expect_right(case)
 
 
 @pytest.mark.sweep
@@ -187,8 +152,7 @@ def test_all_contexts_in_one_step(
         softcap=softcap,
         sinks=block_size == 32 and dtype is not torch.bfloat16,
     )
-    keys, values = case.inputs.keys.clone(), case.inputs.values.clone()
-    check(case, case.run(), keys, values)
+    expect_right(case)
 
 
 def test_two_runs_give_the_same_bits(device: str) -> None:
@@ -217,4 +181,4 @@ def test_offsets_beyond_32_bits(device: str) -> None:
     case.inputs = replace(case.inputs, keys=keys, values=values)
     fill(case)
     assert max(int(case.cache_rows(context).max()) for context in case.contexts) * 2**25 > 2**31
-    check(case, case.run(), keys.clone(), values.clone())
+    expect_right(case)

@@ -2,20 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from inference_service.kernels.attention import AttentionTables, HeadNorm, Inputs, prefill_tile
-from tests.kernels.attention_case import Case, Heads, Layout, check, make_case, poison, reloaded
+from tests.kernels.attention_case import Case, Heads, Layout, expect_right, make_case, poison, reloaded
 
-LATER = {
-    "more decodes": [(1, end) for end in (190, 1, 16, 17, 63)],
-    "other lengths": [(1, 5), (20, 33), (7, 150)],
-    "a whole prompt": [(31, 31)],
-    "one chunk": [(1, 130)],
-    "nothing": [],
-}
+DECODES = [(1, end) for end in (190, 1, 16, 17, 63)]
+LATER: list[list[tuple[int, int]]] = [DECODES, [(1, 5), (20, 33), (7, 150)], [(31, 31)], [(1, 130)], []]
 
 
 @pytest.mark.parametrize(("window", "cuts"), [(None, True), (100, False)])
@@ -30,13 +26,15 @@ def test_captured_launches_serve_every_later_step(window: int | None, cuts: bool
     assert (decode.grid, prefill.grid) == ((1, capacity.decode_items), (1, capacity.prefill_items))
     assert [launch.grid for launch in merge] == [(4, capacity.merges)] * cuts
     launches = [rope, prefill, decode, *merge]
-    for chunks in LATER.values():
-        later = reloaded(case, replace(case.layout, chunks=chunks))
+
+    def replay() -> torch.Tensor:
         poison(launches)
-        keys, values = case.inputs.keys.clone(), case.inputs.values.clone()
         for launch in launches:
             launch()
-        check(later, out, keys, values)
+        return out
+
+    for chunks in LATER:
+        expect_right(reloaded(case, replace(case.layout, chunks=chunks)), replay)
 
 
 def test_the_memory_of_a_layer_is_what_its_capacity_says(device: str) -> None:
@@ -47,52 +45,47 @@ def test_the_memory_of_a_layer_is_what_its_capacity_says(device: str) -> None:
     assert taken == case.tables.capacity.workspace_bytes(6, 16)
 
 
-REFUSALS: dict[str, Callable[[Case], Case]] = {
-    "12 rows, but tables for 11": lambda case: _with(
-        case, **{name: getattr(case.inputs, name)[[0, *range(11)]] for name in ("heads", "cos", "sin")}
-    ),
-    "heads must have 3 dimensions": lambda case: _with(case, heads=case.inputs.heads[0]),
-    "the heads of a row must be contiguous": lambda case: _with(case, heads=case.inputs.heads[:, ::2]),
-    "keys must be torch.float32": lambda case: _with(case, keys=case.inputs.keys.half()),
-    "keys must have 16 dimensions": lambda case: _with(
-        case, keys=case.inputs.keys[..., :8], values=case.inputs.values[..., :8]
-    ),
-    "the same shape and strides": lambda case: _with(case, values=case.inputs.values[:, 1:]),
-    "5 query heads cannot share 2": lambda case: _with(case, heads=case.inputs.heads[:, 1:]),
-    "cos and sin must be": lambda case: _with(case, cos=case.inputs.cos[1:]),
-    "an even part of 16": lambda case: _with(case, cos=case.inputs.cos[:, 1:], sin=case.inputs.sin[:, 1:]),
-    "compute in": lambda case: replace(
-        case, inputs=Inputs(*(tensor.double() for tensor in list(vars(case.inputs).values())[:5]))
-    ),
-    "norm does not fit 8 heads of 16": lambda case: replace(
-        case, norm=HeadNorm(torch.ones(7, 16, device=case.inputs.keys.device), 1e-5)
-    ),
-    "sinks must be of 6 query heads, got 5": lambda case: replace(
-        case, sinks=torch.ones(5, device=case.inputs.keys.device)
-    ),
-    "tables must be on": lambda case: replace(
-        case, tables=AttentionTables.allocate(case.tables.capacity, "meta")
-    ),
-    "a tile has at most": lambda case: replace(
-        case, tables=AttentionTables.allocate(replace(case.tables.capacity, tile=1000), case.inputs.keys.device)
-    ),
-    "65535": lambda case: replace(
-        case,
-        tables=AttentionTables.allocate(replace(case.tables.capacity, chunks=70000), case.inputs.keys.device),
-    ),
+REFUSALS: dict[str, Callable[[Inputs], dict[str, torch.Tensor]]] = {
+    "12 rows, but tables for 11": lambda at: {
+        name: getattr(at, name)[[0, *range(11)]] for name in ("heads", "cos", "sin")
+    },
+    "heads must have 3 dimensions": lambda at: {"heads": at.heads[0]},
+    "the heads of a row must be contiguous": lambda at: {"heads": at.heads[:, ::2]},
+    "keys must be torch.float32": lambda at: {"keys": at.keys.half()},
+    "keys must have 16 dimensions": lambda at: {"keys": at.keys[..., :8], "values": at.values[..., :8]},
+    "the same shape and strides": lambda at: {"values": at.values[:, 1:]},
+    "5 query heads cannot share 2": lambda at: {"heads": at.heads[:, 1:]},
+    "cos and sin must be": lambda at: {"cos": at.cos[1:]},
+    "an even part of 16": lambda at: {"cos": at.cos[:, 1:], "sin": at.sin[:, 1:]},
+    "compute in": lambda at: {
+        name: getattr(at, name).double() for name in ("heads", "cos", "sin", "keys", "values")
+    },
+}
+MISFITS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "norm does not fit 8 heads of 16": lambda case: {"norm": HeadNorm(case.inputs.cos.new_ones(7, 16), 1e-5)},
+    "sinks must be of 6 query heads, got 5": lambda case: {"sinks": case.inputs.cos.new_ones(5)},
+    "tables must be on": lambda case: {"tables": AttentionTables.allocate(case.tables.capacity, "meta")},
+    "a tile has at most": lambda case: {"tables": _tables(case, tile=1000)},
+    "65535": lambda case: {"tables": _tables(case, chunks=70000)},
 }
 
 
-def _with(case: Case, **changed: torch.Tensor) -> Case:
-    return replace(case, inputs=replace(case.inputs, **changed))
+def _tables(case: Case, **changed: int) -> AttentionTables:
+    return AttentionTables.allocate(replace(case.tables.capacity, **changed), case.inputs.keys.device)
 
 
-@pytest.mark.parametrize("message", REFUSALS)
+def _misfit(case: Case, message: str) -> Case:
+    if message in REFUSALS:
+        return replace(case, inputs=replace(case.inputs, **REFUSALS[message](case.inputs)))
+    return replace(case, **MISFITS[message](case))
+
+
+@pytest.mark.parametrize("message", [*REFUSALS, *MISFITS])
 def test_what_does_not_fit_is_refused(message: str, device: str) -> None:
     """A launch with wrong tensors is a ValueError with the expected and the actual shape, before any kernel."""
     case = make_case(Layout([(1, 20), (10, 30)]), device=device)
     with pytest.raises(ValueError, match=message):
-        REFUSALS[message](case).planned()
+        _misfit(case, message).planned()
 
 
 def test_large_heads_and_groups_are_refused() -> None:

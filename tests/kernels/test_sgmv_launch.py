@@ -1,12 +1,13 @@
 """SGMV's launcher: which changes a captured launch survives, and which are refused."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from inference_service.kernels.sgmv import DECODE_TILE, Slices, lora_apply, pack_segments, plan
+from inference_service.kernels.sgmv import DECODE_TILE, Slices, pack_segments, plan
 from inference_service.kernels.sgmv.tuning import COVERING
 from tests.kernels.sgmv_case import TOLERANCE, Case, make_case, make_group, relative_errors
 
@@ -15,7 +16,7 @@ RANKS = [(4, 8), (12, 0), (16, 16), (8, 5), (4, 4)]
 
 def small_case(device: str, slots: Sequence[int] = (0,) * 20) -> Case:
     """Five adapters of two slices, room for 25 entries."""
-    return make_case(slots=slots, ranks=RANKS, K=100, sizes=(64, 33), dtype=torch.float32, device=device)
+    return make_case(slots, RANKS, 100, (64, 33), device=device)
 
 
 @pytest.mark.parametrize("captured", [[-1] * 20, [0] * 20], ids=["base only", "one adapter"])
@@ -60,39 +61,36 @@ def test_grids_are_those_of_the_largest_step_or_cover_the_device(device: str) ->
     assert case.segments.capacity.segments == len(RANKS) + 25 // DECODE_TILE
     assert first.grid == (6 * 2 * 2,)  # segments, tiles of 32 rows, planes of K = 64 + 36
     assert second.grid == (6 * 7,)  # segments, narrow tiles of 64 + 33 columns
-    ranks = [(16,)] * 70
-    many = make_case(slots=range(70), ranks=ranks, K=640, sizes=(6400,), dtype=torch.float32, device=device)
+    many = make_case(range(70), [(16,)] * 70, 640, (6400,), device=device)
     first, second = plan(many.x, many.out, many.group, many.segments, many.workspace)
     assert first.grid == (COVERING,)
     assert second.grid == (400,)  # narrow tiles of one segment
 
 
-REFUSALS: dict[str, Callable[[Case], Case]] = {
-    "the same rows": lambda case: dataclasses.replace(case, out=case.out[1:]),
-    "the same K": lambda case: dataclasses.replace(case, x=case.x[:, 1:]),
-    "x must be contiguous in its last": lambda case: dataclasses.replace(case, x=case.x.T.contiguous().T),
-    "x must have 2 dimensions": lambda case: dataclasses.replace(case, x=case.x[:, None]),
-    "weights must be torch.float16": lambda case: dataclasses.replace(case, out=case.out.half()),
-    "compute in": lambda case: dataclasses.replace(case, out=case.out.double()),
-    "out must have 97 columns": lambda case: dataclasses.replace(case, out=case.out[:, :96]),
-    "workspace must hold": lambda case: dataclasses.replace(case, workspace=case.workspace[1:]),
-    "workspace must be torch.float32": lambda case: dataclasses.replace(case, workspace=case.workspace.half()),
-    "segments have 5 slots, table only 4": lambda case: dataclasses.replace(
-        case, group=dataclasses.replace(case.group, table=case.group.table[:4])
-    ),
-    "table must be int32 or int64": lambda case: dataclasses.replace(
-        case, group=dataclasses.replace(case.group, table=case.group.table.float())
-    ),
-    "must be on meta": lambda case: dataclasses.replace(case, x=case.x.to("meta")),
+REFUSALS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "the same rows": lambda case: {"out": case.out[1:]},
+    "the same K": lambda case: {"x": case.x[:, 1:]},
+    "x must be contiguous in its last": lambda case: {"x": case.x.T.contiguous().T},
+    "x must have 2 dimensions": lambda case: {"x": case.x[:, None]},
+    "weights must be torch.float16": lambda case: {"out": case.out.half()},
+    "compute in": lambda case: {"out": case.out.double()},
+    "out must have 97 columns": lambda case: {"out": case.out[:, :96]},
+    "workspace must hold": lambda case: {"workspace": case.workspace[1:]},
+    "workspace must be torch.float32": lambda case: {"workspace": case.workspace.half()},
+    "segments have 5 slots, table only 4": lambda case: {
+        "group": replace(case.group, table=case.group.table[:4])
+    },
+    "table must be int32 or int64": lambda case: {"group": replace(case.group, table=case.group.table.float())},
+    "must be on meta": lambda case: {"x": case.x.to("meta")},
 }
 
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_what_does_not_fit_is_refused(message: str, device: str) -> None:
     """A ValueError names the tensor, the expected shape or type, and the actual one."""
-    case = REFUSALS[message](small_case(device))
+    case = small_case(device)
     with pytest.raises(ValueError, match=message):
-        lora_apply(case.x, case.out, case.group, case.segments, case.workspace)
+        replace(case, **REFUSALS[message](case)).run()
 
 
 def test_slices_must_not_overlap() -> None:

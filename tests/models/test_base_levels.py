@@ -14,7 +14,7 @@ from transformers import AutoConfig, Gemma3Config
 
 from loramux_shared.bases.read import read_config
 from loramux_shared.storage.memory import MemoryStore
-from tests.models.test_families import GEMMA, VISION
+from tests.models.test_families import PARTS
 from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 ABSENT = object()
@@ -26,8 +26,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Gemma 3 with images, and an untied head in the file."""
     folder = tmp_path_factory.mktemp("images") / "base"
     config = Gemma3Config(
-        text_config=SIZES | GEMMA | {"layer_types": ["full_attention", *["sliding_attention"] * 2]},
-        vision_config=VISION,
+        text_config=SIZES | PARTS["gemma"] | {"layer_types": ["full_attention", *["sliding_attention"] * 2]},
+        vision_config=PARTS["vision"],
         mm_tokens_per_image=4,
         image_token_index=VOCAB - 1,
         eos_token_id=2,

@@ -25,7 +25,7 @@ from inference_service.layers.linear import SIZES as ROWS, in_pieces
 from inference_service.startup.load import Ready
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.models.test_families import QWEN_DELTA
+from tests.models.test_families import PARTS
 from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
 
 NEW, SEQS = 17, 64
@@ -42,7 +42,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.3, embedding_multiplier=3.0, logits_scaling=7.0),
     "olmo2": Olmo2Config(**SIZES, pad_token_id=0),
-    "qwen3_5": Qwen3_5TextConfig(**SIZES | QWEN_DELTA | DELTA_FIRST, pad_token_id=0),
+    "qwen3_5": Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"] | DELTA_FIRST, pad_token_id=0),
 }
 SWEPT = [
     ("llama", "bfloat16"), ("qwen3", "float32"), ("gemma2", "float32"), ("granite", "bfloat16"),

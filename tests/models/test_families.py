@@ -7,41 +7,13 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3Config,
-    Gemma3TextConfig,
-    Gemma4Config,
-    Gemma4TextConfig,
-    GemmaConfig,
-    GptOssConfig,
-    GraniteConfig,
-    LlamaConfig,
-    Ministral3Config,
-    Mistral3Config,
-    MistralConfig,
-    MixtralConfig,
-    Olmo2Config,
-    Olmo3Config,
-    Phi3Config,
-    PreTrainedConfig,
-    Qwen2_5_VLConfig,
-    Qwen2Config,
-    Qwen2VLConfig,
-    Qwen3_5Config,
-    Qwen3_5MoeTextConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    Qwen3VLConfig,
-    SmolLM3Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
@@ -57,6 +29,7 @@ from loramux_shared.faults import CheckpointInvalid, SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_merge import ready_of
 from tests.support import tiny
+from tests.support.cases import cases
 from tests.support.greedy import choices_and_logprobs, greedy_tokens
 from tests.support.poisoned import poison
 from tests.support.tiny import (
@@ -74,151 +47,12 @@ from tests.support.tiny import (
 NEW = 14
 SNAPSHOTS = 2
 """Snapshots of states, where layers carry some: for a cache as small as that of the test below."""
-WINDOW = 24
-PHI_ADAPTERS: dict[str, dict[str, Any]] = {
-    "wide": {"r": 8, "lora_alpha": 16, "target_modules": ["qkv_proj"]},
-    "all": {
-        "r": 4,
-        "lora_alpha": 10,
-        "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
-        "rank_pattern": {"qkv_proj": 12, r"layers\.0\.mlp\.gate_up_proj": 2},
-        "alpha_pattern": {"down_proj": 3},
-    },
-    "rs": ADAPTERS["rs"],
-}
-MOE_ADAPTERS: dict[str, dict[str, Any]] = {
-    "wide": ADAPTERS["wide"],
-    "all": {
-        "r": 3,
-        "lora_alpha": 7,
-        "target_modules": ["q_proj", "o_proj"],
-        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        "rank_pattern": {r"1\.mlp\.experts\.gate_up_proj": 5, "q_proj": 12},
-        "alpha_pattern": {"mlp.experts.down_proj": 3},
-    },
-    "rs": {
-        "r": 2,
-        "lora_alpha": 5,
-        "use_rslora": True,
-        "target_modules": [],
-        "target_parameters": ["experts.down_proj"],
-    },
-}
-EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
-GEMMA = {"head_dim": 16, "num_hidden_layers": 3, "tie_word_embeddings": True, "sliding_window": WINDOW}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-MINISTRAL = {
-    "head_dim": 16,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "original_max_position_embeddings": 20,
-        "llama_4_scaling_beta": 0.5,
-    },
-    "pad_token_id": 0,
-}
-PIXTRAL = {"model_type": "pixtral", **VISION, "head_dim": 8}
-OF_TEXT = {"all": ADAPTERS["all"] | {"target_modules": r".*language_model.*\.(q_proj|o_proj|down_proj)"}}
-GEMMA_4 = {"head_dim": 16, "global_head_dim": 32, "sliding_window": WINDOW, "tie_word_embeddings": True}
-OF_INPUTS = {
-    "inputs": {
-        "r": 3,
-        "lora_alpha": 9,
-        "target_modules": ["per_layer_input_gate", "per_layer_projection", "k_proj"],
-    }
-}
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-OF_EXPERTS: dict[str, dict[str, Any]] = {
-    "wide": {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION, "rank_pattern": {"q_proj": 12}},
-    "all": {
-        "r": 3,
-        "lora_alpha": 5,
-        "target_modules": ATTENTION,
-        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    },
-    "rs": {
-        "r": 2,
-        "lora_alpha": 3,
-        "use_rslora": True,
-        "target_modules": [],
-        "target_parameters": ["mlp.experts.gate_up_proj"],
-    },
-}
-BESIDE: dict[str, dict[str, Any]] = {
-    "all": {
-        "r": 3,
-        "lora_alpha": 5,
-        "target_modules": r".*language_model.*\.(q_proj|k_proj|o_proj|gate_proj|down_proj)",
-        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-        "rank_pattern": {"down_proj": 5},
-    }
-}
-"""Adapters of an MLP and of the experts beside it."""
-FACTORS = [1.0 + 0.1 * index for index in range(4)]
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": FACTORS[:3],
-    "long_factor": [4 * factor for factor in FACTORS[:3]],
-    "partial_rotary_factor": 0.75,
-}
-
-
-QWEN_DELTA = {
-    "head_dim": 16,
-    "num_hidden_layers": 3,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 8,
-    "linear_conv_kernel_dim": 3,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 1e3,
-        "partial_rotary_factor": 0.5,
-        "mrope_section": [2, 1, 1],
-    },
-}
-MROPE = {
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-    "pad_token_id": 0,
-}
-QWEN_VISION = {"depth": 1, "embed_dim": 16, "hidden_size": 48, "mlp_ratio": 1, "num_heads": 2}
-DELTA_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 48}
-
-
-def delta_adapters(where: str = "") -> dict[str, dict[str, Any]]:
-    """Adapters of all that Qwen 3.5 has, of modules whose names begin with a pattern."""
-    every = "in_proj_(qkv|z|b|a)|out_proj|[qkvo]_proj|(gate|up|down)_proj"
-    return {
-        "wide": {"r": 8, "lora_alpha": 16, "target_modules": rf"{where}.*\.(in_proj_qkv|q_proj|out_proj)"},
-        "all": {
-            "r": 4,
-            "lora_alpha": 10,
-            "target_modules": rf"{where}.*\.({every})",
-            "rank_pattern": {"in_proj_z": 12, r"layers\.0\.linear_attn\.in_proj_b": 2},
-            "alpha_pattern": {"in_proj_a": 3},
-        },
-        "rs": {
-            "r": 5,
-            "lora_alpha": 7,
-            "use_rslora": True,
-            "target_modules": rf"{where}.*\.(in_proj_a|down_proj)",
-        },
-    }
-
-
+PARTS: dict[str, dict[str, Any]] = {"sizes": SIZES, **cases(__file__, "parts")}
+"""Fields of configs that several cases have."""
 ALL = {"all": ADAPTERS["all"]}
 """For what a family does otherwise with its positions, windows or biases alone."""
+SETS: dict[str, dict[str, dict[str, Any]]] = {"default": ADAPTERS, "all": ALL, **cases(__file__, "adapters")}
+"""Adapters by name, in sets."""
 
 
 @dataclass(frozen=True)
@@ -234,264 +68,18 @@ class Case:
     """True if keys are rotated otherwise as the sequence grows, so that only steps of transformers answer."""
 
 
-def _llama(*, stepwise: bool = False, config: Mapping[str, Any] = MappingProxyType({}), **rope: Any) -> Case:
-    rope = {"rope_theta": 10000.0, "original_max_position_embeddings": 32} | rope
-    return Case(LlamaConfig(**SIZES | config, rope_parameters=rope), ALL, stepwise=stepwise)
+def _fields(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config in the file: those of its parts, and its own."""
+    fields = {key: value for part in written.get("parts", ()) for key, value in PARTS[part].items()}
+    own = {key: _fields(value) if isinstance(value, dict) else value for key, value in written.items()}
+    return {key: value for key, value in (fields | own).items() if key != "parts"}
 
 
 CASES = {
-    "llama-linear": _llama(
-        config={"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16},
-        rope_type="linear",
-        factor=2.0,
-    ),
-    "llama-3": _llama(
-        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0
-    ),
-    "llama-dynamic": _llama(rope_type="dynamic", factor=2.0, stepwise=True),
-    "llama-yarn": _llama(rope_type="yarn", factor=8.0),
-    "llama-yarn-mscale": _llama(
-        rope_type="yarn", factor=4.0, mscale=0.8, mscale_all_dim=0.4, beta_fast=16, truncate=False
-    ),
-    "mistral": Case(MistralConfig(**SIZES, sliding_window=WINDOW), ADAPTERS),
-    "mistral-full": Case(MistralConfig(**SIZES, sliding_window=None, head_dim=16), ALL),
-    "mixtral": Case(
-        MixtralConfig(
-            **SIZES | {"intermediate_size": 20},
-            num_local_experts=6,
-            num_experts_per_tok=2,
-            sliding_window=WINDOW,
-        ),
-        MOE_ADAPTERS,
-    ),
-    "qwen2-vl": Case(Qwen2VLConfig(text_config=SIZES | MROPE, vision_config=QWEN_VISION), OF_TEXT),
-    "qwen2.5-vl": Case(
-        Qwen2_5_VLConfig(
-            text_config=SIZES
-            | MROPE
-            | {"num_hidden_layers": 3, "use_sliding_window": True, "max_window_layers": 1}
-            | {"sliding_window": WINDOW},
-            vision_config=DELTA_VISION | {"fullatt_block_indexes": [0]},
-            tie_word_embeddings=True,
-        ),
-        OF_TEXT,
-    ),
-    "qwen3-vl": Case(
-        Qwen3VLConfig(
-            text_config=SIZES | MROPE | {"head_dim": 16, "attention_bias": True},
-            vision_config=DELTA_VISION | {"deepstack_visual_indexes": [0]},
-        ),
-        OF_TEXT,
-    ),
-    "qwen2": Case(Qwen2Config(**SIZES), ADAPTERS),
-    "qwen2-windows": Case(
-        Qwen2Config(
-            **SIZES | {"num_hidden_layers": 3, "tie_word_embeddings": True},
-            use_sliding_window=True,
-            sliding_window=WINDOW,
-            max_window_layers=1,
-        ),
-        ALL,
-    ),
-    "qwen3": Case(Qwen3Config(**SIZES, head_dim=16, attention_bias=True), ADAPTERS),
-    "qwen3-moe": Case(Qwen3MoeConfig(**SIZES | EXPERTS, head_dim=16, norm_topk_prob=True), MOE_ADAPTERS),
-    "qwen3-moe-dense": Case(
-        Qwen3MoeConfig(
-            **SIZES | EXPERTS | {"num_hidden_layers": 4},
-            attention_bias=True,
-            decoder_sparse_step=2,
-            mlp_only_layers=[3],
-            use_sliding_window=True,
-            sliding_window=WINDOW,
-        ),
-        ALL,
-    ),
-    "gemma": Case(
-        GemmaConfig(**SIZES | {"head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 1}), ADAPTERS
-    ),
-    "gemma2": Case(
-        Gemma2Config(
-            **SIZES | GEMMA, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=1.0
-        ),
-        ADAPTERS,
-    ),
-    "gemma3": Case(
-        Gemma3TextConfig(
-            **SIZES | GEMMA,
-            query_pre_attn_scalar=20,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-            rope_parameters={
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        ),
-        ADAPTERS,
-    ),
-    "gemma3-images": Case(
-        Gemma3Config(
-            text_config=SIZES | GEMMA | {"layer_types": ["full_attention", *["sliding_attention"] * 2]},
-            vision_config=VISION,
-            mm_tokens_per_image=4,
-            image_token_index=VOCAB - 1,
-            eos_token_id=2,
-        ),
-        OF_TEXT,
-    ),
-    "gemma4-small": Case(
-        Gemma4TextConfig(
-            **SIZES
-            | GEMMA_4
-            | {"num_hidden_layers": 4, "use_double_wide_mlp": True, "num_kv_shared_layers": 2},
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            hidden_size_per_layer_input=8,
-            vocab_size_per_layer_input=VOCAB,
-            final_logit_softcapping=1.0,
-            attention_bias=True,
-        ),
-        ADAPTERS | OF_INPUTS,
-    ),
-    "gemma4-images": Case(
-        Gemma4Config(
-            text_config=SIZES
-            | GEMMA_4
-            | {
-                "layer_types": ["sliding_attention", "full_attention"],
-                "attention_k_eq_v": True,
-                "num_global_key_value_heads": 3,
-                "hidden_size_per_layer_input": 0,
-                "use_bidirectional_attention": "vision",
-                "enable_moe_block": True,
-                "num_experts": 8,
-                "top_k_experts": 3,
-                "moe_intermediate_size": 20,
-            },
-            vision_config=VISION | {"num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 1},
-            eos_token_id=2,
-        ),
-        BESIDE,
-    ),
-    "phi3": Case(Phi3Config(**SIZES, sliding_window=WINDOW, pad_token_id=0), PHI_ADAPTERS),
-    "phi4-mini": Case(
-        Phi3Config(
-            **SIZES | {"tie_word_embeddings": True},
-            original_max_position_embeddings=96,
-            rope_parameters=LONGROPE,
-            pad_token_id=0,
-        ),
-        PHI_ADAPTERS,
-    ),
-    "phi3-long": Case(
-        Phi3Config(**SIZES, original_max_position_embeddings=20, rope_parameters=LONGROPE, pad_token_id=0),
-        PHI_ADAPTERS,
-        max_seq_len=128,
-        shortest=21,
-    ),
-    "granite": Case(
-        GraniteConfig(
-            **SIZES,
-            attention_bias=True,
-            mlp_bias=True,
-            embedding_multiplier=3.0,
-            residual_multiplier=0.4,
-            attention_multiplier=0.2,
-            logits_scaling=5.0,
-        ),
-        ADAPTERS,
-    ),
-    "smollm3": Case(
-        SmolLM3Config(
-            **SIZES | {"num_hidden_layers": 3},
-            no_rope_layers=[1, 0, 1],
-            sliding_window=WINDOW,
-            mlp_bias=True,
-            pad_token_id=0,
-        ),
-        ADAPTERS,
-    ),
-    "smollm3-windows": Case(
-        SmolLM3Config(
-            **SIZES | {"tie_word_embeddings": True},
-            no_rope_layer_interval=2,
-            use_sliding_window=True,
-            sliding_window=WINDOW,
-            attention_bias=True,
-            pad_token_id=0,
-        ),
-        ALL,
-    ),
-    "olmo3": Case(
-        Olmo3Config(
-            **SIZES | {"num_hidden_layers": 4},
-            sliding_window=WINDOW,
-            attention_bias=True,
-            rope_parameters={
-                "full_attention": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-            pad_token_id=0,
-        ),
-        ADAPTERS,
-    ),
-    "ministral3": Case(Ministral3Config(**SIZES | MINISTRAL, sliding_window=WINDOW), ADAPTERS),
-    "ministral3-images": Case(
-        Mistral3Config(
-            text_config=SIZES | MINISTRAL | {"model_type": "ministral3"},
-            vision_config=PIXTRAL,
-            image_token_index=VOCAB - 1,
-            tie_word_embeddings=False,
-        ),
-        OF_TEXT,
-    ),
-    "mistral3-images": Case(
-        Mistral3Config(
-            text_config=SIZES | {"model_type": "mistral", "sliding_window": None},
-            vision_config=PIXTRAL,
-            image_token_index=VOCAB - 1,
-        ),
-        OF_TEXT,
-    ),
-    "gpt-oss": Case(
-        GptOssConfig(
-            **SIZES,
-            head_dim=16,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            sliding_window=WINDOW,
-            swiglu_alpha=1.3,
-            swiglu_limit=1.5,
-            rope_parameters={
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 8.0,
-                "original_max_position_embeddings": 32,
-                "truncate": False,
-            },
-            pad_token_id=0,
-        ),
-        OF_EXPERTS,
-    ),
-    "qwen3_5-images": Case(
-        Qwen3_5Config(
-            text_config=SIZES | QWEN_DELTA | {"attention_bias": True, "pad_token_id": 0},
-            vision_config=DELTA_VISION,
-            tie_word_embeddings=False,
-        ),
-        delta_adapters(r".*language_model"),
-    ),
-    "qwen3_5-moe": Case(
-        Qwen3_5MoeTextConfig(
-            **SIZES | QWEN_DELTA | EXPERTS,
-            shared_expert_intermediate_size=28,
-            pad_token_id=0,
-        ),
-        {
-            "wide": delta_adapters()["wide"],
-            "all": MOE_ADAPTERS["all"]
-            | {"target_modules": r".*(q_proj|in_proj_z|shared_expert.*_proj|shared_expert_gate)"},
-            "rs": MOE_ADAPTERS["rs"],
-        },
-    ),
-    "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
+    name: Case(
+        getattr(transformers, row.pop("class"))(**_fields(row.pop("config"))), SETS[row.pop("adapters")], **row
+    )
+    for name, row in cases(__file__, "cases").items()
 }
 
 

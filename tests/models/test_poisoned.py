@@ -22,7 +22,7 @@ from inference_service.startup.bank import OpenBank, preload
 from inference_service.startup.load import Ready
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
-from tests.models.test_families import QWEN_DELTA, delta_adapters
+from tests.models.test_families import PARTS, SETS
 from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, sequence
 
 BAD = "bad"
@@ -33,8 +33,8 @@ FAMILIES: dict[str, tuple[PreTrainedConfig, dict[str, dict[str, Any]]]] = {
     "llama": (LlamaConfig(**SIZES), ADAPTERS | {BAD: ADAPTERS["all"]}),
     "windows": (MistralConfig(**SIZES, sliding_window=24), ADAPTERS | {BAD: ADAPTERS["all"]}),
     "states": (
-        Qwen3_5TextConfig(**SIZES | QWEN_DELTA, pad_token_id=0),
-        delta_adapters() | {BAD: delta_adapters()["all"]},
+        Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"], pad_token_id=0),
+        SETS["delta"] | {BAD: SETS["delta"]["all"]},
     ),
 }
 

@@ -47,80 +47,29 @@ async def api(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TalkerA
         yield api
 
 
-STOP, LENGTH = EndReason.STOP, EndReason.LENGTH
-SAYS: dict[str, tuple[str, EndReason, dict[str, Any], list[tuple[str, str]]]] = {
-    "text": ("Ah|oy!", STOP, {}, [("message", "Ahoy!")]),
-    "nothing": ("", STOP, {}, [("message", "")]),
-    "space": (" |\n", STOP, {}, [("message", " \n")]),
-    "space before": ("\n|Ahoy", STOP, {}, [("message", "\nAhoy")]),
-    "cut": ("Ah", LENGTH, {}, [("message", "Ah")]),
-    "call": (CALL, STOP, {"tools": [WEATHER]}, [("function_call", '{"city": "Oslo"}')]),
-    "calls": (
-        f"Hm.|{CALL}| {CALL}\n",
-        STOP,
-        {"tools": [WEATHER, TIME]},
-        [("message", "Hm."), ("function_call", '{"city": "Oslo"}'), ("function_call", '{"city": "Oslo"}')],
-    ),
-    "text behind": (
-        f"{CALL} So.",
-        STOP,
-        {"tools": [WEATHER]},
-        [("function_call", '{"city": "Oslo"}'), ("message", "So.")],
-    ),
-    "forced": (
-        '{"name": "weather", "argu|ments": {"city"|: "Oslo"}}',
-        STOP,
-        {"tools": [WEATHER], "tool_choice": {"type": "function", "name": "weather"}},
-        [("function_call", '{"city": "Oslo"}')],
-    ),
-    "forced, cut": (
-        '{"name": "weather", "arguments": {"ci',
-        LENGTH,
-        {"tools": [WEATHER], "tool_choice": "required"},
-        [("function_call", '{"ci')],
-    ),
-    "not allowed": (
-        CALL,
-        STOP,
-        {"tools": [WEATHER, TIME], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [TIME]}},
-        [("message", CALL)],
-    ),
-    "a format beside tools": (
-        '{"a"|: 1}',
-        STOP,
-        {"tools": [WEATHER], "text": {"format": {"type": "json_object"}}},
-        [("message", '{"a": 1}')],
-    ),
-    "scores": (
-        "A|h",
-        STOP,
-        {"top_logprobs": 1, "include": ["message.output_text.logprobs"]},
-        [("message", "Ah")],
-    ),
-    "scores of a call": (f"A{CALL}", STOP, {"tools": [WEATHER], "top_logprobs": 1}, []),
-}
+SAYS = cases(__file__, "says")
 
 
 @pytest.mark.parametrize("name", SAYS)
 async def test_events_tell_the_response(api: TalkerApi, name: str) -> None:
     """Streamed or whole, the items are the same, and each event is one of OpenAI's."""
-    stated, reason, more, expected = SAYS[name]
-    api.talker.say(stated, reason=reason)
-    answer = await api.post(PATH, **FIELDS, **more)
+    case = SAYS[name]
+    api.talker.say(case["said"], reason=EndReason(case["reason"]))
+    answer = await api.post(PATH, **FIELDS, **case["fields"])
     whole = check_response(answer.json())
-    api.talker.say(stated, reason=reason)
-    streamed = await api.post(PATH, **FIELDS, **more, stream=True)
+    api.talker.say(case["said"], reason=EndReason(case["reason"]))
+    streamed = await api.post(PATH, **FIELDS, **case["fields"], stream=True)
     last = check_events(read_stream(streamed.content))
-    assert whole["status"] == ("incomplete" if reason is LENGTH else "completed")
+    assert whole["status"] == ("incomplete" if case["reason"] == "length" else "completed")
     assert _without_ids(last) == _without_ids(whole)
-    if expected:
-        assert [_role_and_text(item) for item in whole["output"]] == expected
+    if case["items"]:
+        assert [_role_and_text(item) for item in whole["output"]] == case["items"]
     for head in (answer.headers, streamed.headers):
         assert head["x-loramux-model"] == "pirate"
 
 
-def _role_and_text(item: dict[str, Any]) -> tuple[str, str]:
-    return item["type"], item["arguments"] if "arguments" in item else item["content"][0]["text"]
+def _role_and_text(item: dict[str, Any]) -> list[str]:
+    return [item["type"], item["arguments"] if "arguments" in item else item["content"][0]["text"]]
 
 
 def _without_ids(response: dict[str, Any]) -> Any:
@@ -299,4 +248,4 @@ async def test_a_fault_on_the_way_ends_the_stream(
     last = check_events(read_stream(streamed.content))
     assert (last["status"], last["error"]["code"]) == ("failed", code)
     assert last["error"]["message"] == str(fault)
-    assert _role_and_text(last["output"][0]) == ("message", "Ah")
+    assert _role_and_text(last["output"][0]) == ["message", "Ah"]
