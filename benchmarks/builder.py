@@ -6,8 +6,6 @@ Every measured run is a process of its own on an empty store. "copy" puts the ad
 store, one after the other; "copy bundles" does so with as many bytes as the bundles have, padding included.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -12,8 +12,6 @@ serves. Sizes are the defaults: adapters of rank 64 at most, 64 of them in a ste
 4. Kinds of requests, and whether their steps are replayed from a recorded graph, or from a trace on the host.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 from array import array

@@ -1,7 +1,5 @@
 """Figures beside their bars."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import sys

@@ -1,7 +1,5 @@
 """The demo's base, random adapters for it, and stores with as many bundles as are wanted."""
 
-from __future__ import annotations
-
 import io
 import json
 import subprocess

@@ -11,8 +11,6 @@ standard error as they come.
     python -m benchmarks.gpu --dry
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os

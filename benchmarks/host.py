@@ -17,8 +17,6 @@ all launches, and those that repeat it. Triton's part of a launch is in it, and 
 torch's "meta" ones, which cost more than real ones.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import itertools
@@ -29,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import torch
 
@@ -198,7 +196,7 @@ class _Card(Target):
     """Triton's driver of a GPU that is not here, and its launcher and functions: kernels do nothing."""
 
     @property
-    def utils(self) -> _Card:
+    def utils(self) -> Self:
         """Return what loads kernels."""
         return self
 

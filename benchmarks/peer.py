@@ -7,8 +7,6 @@
 `peft` is transformers + PEFT, one static batch that mixes the named adapters; without names transformers alone.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math

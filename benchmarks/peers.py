@@ -12,8 +12,6 @@ llama-quantize are built. It has no adapters then: a mixed batch of them it does
     python -m benchmarks.peers --peer-url http://127.0.0.1:8000/v1 --peer-models lora0,lora1
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import importlib.util

@@ -1,7 +1,5 @@
 """A replica in this process: what the engine does is seen step by step."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager

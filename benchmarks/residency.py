@@ -9,8 +9,6 @@ is worth little. The exit status is 1 when a bar is missed.
     python -m benchmarks.residency turns churn --rounds 5
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import itertools

@@ -1,7 +1,5 @@
 """Services as processes, and what their clients see of an answer."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -9,8 +9,6 @@ table is printed last, ratios beside their bars, and the exit status is 1 where 
     python -m benchmarks.serving --rounds 3
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import math

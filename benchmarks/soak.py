@@ -7,8 +7,6 @@ printed; the exit status is 1 when a promise is broken.
     python -m benchmarks.soak --minutes 10 --concurrency 16
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib
@@ -23,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import torch
@@ -98,7 +96,7 @@ class Held:
     children: int
 
     @classmethod
-    def of(cls, replica: Service) -> Held:
+    def of(cls, replica: Service) -> Self:
         """Return the resources that a replica has now."""
         descriptors: Counter[str] = Counter()
         for link in Path(f"/proc/{replica.process.pid}/fd").iterdir():

@@ -9,8 +9,6 @@ Then one request at a time. The exit status is 1 when a bar is missed.
     python -m benchmarks.streams --apis grpc --processes 0 1 --streams 8 256
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -5,8 +5,6 @@
 Each round prints the seconds to the first tokens, then those to the ends.
 """
 
-from __future__ import annotations
-
 import json
 import selectors
 import socket

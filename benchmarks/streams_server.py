@@ -4,8 +4,6 @@
 reads the seconds of steps and the number of tokens since the last one; it serves until it is killed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sys

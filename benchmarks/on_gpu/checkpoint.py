@@ -1,7 +1,5 @@
 """A random base and random adapters on disk, and the deployment that is built of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

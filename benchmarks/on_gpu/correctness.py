@@ -1,7 +1,5 @@
 """Checks before anything is timed: the kernels' tests, and steps of real sizes beside torch's operations."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess
@@ -54,6 +52,8 @@ DELTA_TOLERANCE: Final = {torch.bfloat16: 4e-2, torch.float32: 1e-4}
 """Tolerance of outputs and states, relative to the largest: later rows of a sequence have the earlier errors
 too.
 """
+Check = Callable[[Device], tuple[float, float]]
+"""Returns the worst error and its bound."""
 
 
 class Red(RuntimeError):
@@ -108,10 +108,6 @@ def run_tests(run: Run) -> None:
     if done.returncode != 0:
         raise Red("\n".join(["the kernels' tests fail:", *lines, *done.stderr.strip().splitlines()[-5:]]))
     run.note(f"pytest {' '.join(tests)}: {lines[-1].strip('= ')}")
-
-
-Check = Callable[[Device], tuple[float, float]]
-"""Returns the worst error and its bound."""
 
 
 def model(shape: dict[str, Any], ranks: Sequence[int], lengths: Sequence[int]) -> Check:

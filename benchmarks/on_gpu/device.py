@@ -1,7 +1,5 @@
 """The measured device, and timing on it: a GPU, or in a rehearsal the interpreter, which has no clock."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import math
 import os

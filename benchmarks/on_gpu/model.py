@@ -1,7 +1,5 @@
 """A decoder of Llama's shape with random weights, and random adapters for it: no files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Final
 

@@ -1,7 +1,5 @@
 """The context of a section, its rows, and the targets on an H100 that they are judged by."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -5,8 +5,6 @@ there are two cards. The others have the same checkpoint and adapters, and are a
 other. Prompts are of random words.
 """
 
-from __future__ import annotations
-
 import asyncio
 import importlib.util
 import json

@@ -3,12 +3,10 @@
 Points go along each axis through a middle one, and to corners.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import torch
@@ -79,7 +77,7 @@ class Linear:
     """The least bytes to move: weights and rows read, the output read and written."""
 
     @classmethod
-    def make(cls, device: Device, point: Point) -> Linear:
+    def make(cls, device: Device, point: Point) -> Self:
         """Draw them."""
         where, dtype, hidden = device.where, device.dtype, point.hidden
         slices, loaded = Slices.consecutive(hidden), point.loaded or point.adapters

@@ -1,7 +1,5 @@
 """A recorded step of a model of 8B's shape: with adapters, prompts, penalties and drafts."""
 
-from __future__ import annotations
-
 import gc
 import statistics
 from array import array

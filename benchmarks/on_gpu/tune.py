@@ -4,8 +4,6 @@ A launch is a value, so a candidate is the shipped launches with other tiles in 
 fit the device are left out, and so are those whose result differs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product

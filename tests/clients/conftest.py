@@ -1,7 +1,5 @@
 """A server of the demo's model and adapters, for clients that know nothing of loramux."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

@@ -3,8 +3,6 @@
 Run with ``--sweep``; a command that is not installed is skipped. docs/reference/clients.md has the versions.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

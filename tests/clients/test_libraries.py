@@ -3,8 +3,6 @@
 Run with ``--sweep``; a library that is not installed is skipped. docs/reference/clients.md has the versions.
 """
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -4,8 +4,6 @@ Run with ``--sweep``; a language whose tools are not installed is skipped. Go's 
 golang-google-grpc-dev, protoc-gen-go and protoc-gen-go-grpc.
 """
 
-from __future__ import annotations
-
 import importlib.resources
 import os
 import shutil

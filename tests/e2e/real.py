@@ -1,7 +1,5 @@
 """The demo's base model and adapters, and the answers of transformers and PEFT with them."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from functools import cache

@@ -1,7 +1,5 @@
 """A service with API processes: it drains at a signal, and its API processes end with it."""
 
-from __future__ import annotations
-
 import json
 import signal
 from pathlib import Path

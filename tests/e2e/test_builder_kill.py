@@ -1,7 +1,5 @@
 """Builders as processes: kills, settings, and memory that does not grow with adapters."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

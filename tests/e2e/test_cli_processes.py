@@ -1,7 +1,5 @@
 """The command line as processes: children, terminals, and clean ends."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """``python -m build``, and its wheel with each extra in an empty environment. A sweep: it needs an index."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import tomllib

@@ -1,7 +1,5 @@
 """The inference service as a process with both APIs: its start line, a drain, its exit status."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

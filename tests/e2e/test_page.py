@@ -1,7 +1,5 @@
 """The page in a real browser, before a tiny model and before scripted models."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

@@ -4,8 +4,6 @@ Four of twenty prompts and 12 tokens, which end a block of the cache and begin a
 them and 64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

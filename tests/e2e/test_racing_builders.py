@@ -1,7 +1,5 @@
 """Builders that publish one deployment at once, on a store without conditional writes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial

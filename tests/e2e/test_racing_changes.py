@@ -1,7 +1,5 @@
 """Changes of one deployment at once, with builds beside them: nothing that was answered gets lost."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta

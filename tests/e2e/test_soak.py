@@ -1,7 +1,5 @@
 """The soak of benchmarks/soak.py, short."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """``loramux up`` with the real services, as a person runs it."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The wheel: its files and their names."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

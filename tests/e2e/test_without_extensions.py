@@ -1,7 +1,5 @@
 """The tree without the folder of extensions: nothing in the core needs one."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The kernels in the tuning tables of the gated delta rule, for heads that are served."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

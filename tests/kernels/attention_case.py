@@ -1,7 +1,5 @@
 """Fresh random inputs for attention, in a cache that is NaN where no kernel may look."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

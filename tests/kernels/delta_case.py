@@ -1,7 +1,5 @@
 """Random layers of the gated delta rule, and their results in steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Random adapters for a small model, their updates in float64, and a bank for them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

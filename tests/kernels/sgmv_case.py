@@ -1,7 +1,5 @@
 """Fresh random inputs for SGMV, in memory that is NaN where no kernel may look."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Every shipped tile configuration of every kernel, through the real compiler; no GPU needed."""
 
-from __future__ import annotations
-
 import difflib
 from itertools import combinations, product
 

@@ -1,7 +1,5 @@
 """The layers that attend, on every backend, against the one in plain torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

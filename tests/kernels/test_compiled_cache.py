@@ -1,7 +1,5 @@
 """The cache of compiled operations is private, and foreign or damaged files never run."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """The launches of a step on a GPU, counted without one, against the golden table."""
 
-from __future__ import annotations
-
 from tests.golden.kernels.counts import TABLE, text
 
 

@@ -1,7 +1,5 @@
 """The compiled CPU operations against float64, over odd shapes, with outputs and unread memory poisoned."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import shutil

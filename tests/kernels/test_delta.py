@@ -1,7 +1,5 @@
 """The gated delta rule against transformers, everything else against it, and states in recorded steps."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Operations of 64-bit ARM, emulated: the tests of this processor's, with adapters of all kinds beside PEFT."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

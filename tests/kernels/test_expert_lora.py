@@ -1,7 +1,5 @@
 """All backends: adapters of experts, with ranks of their own for each, beside the base and each other."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

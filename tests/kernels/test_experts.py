@@ -1,7 +1,5 @@
 """Mixtures of experts: the reference against transformers, the kernels against the reference."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from typing import Any

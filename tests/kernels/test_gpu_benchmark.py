@@ -1,7 +1,5 @@
 """``benchmarks/gpu.py``, rehearsed where there is no GPU: when there is one, it must work at once."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

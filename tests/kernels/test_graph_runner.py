@@ -1,7 +1,5 @@
 """Decode steps replayed from graphs: on a GPU, or in the interpreter from tapes."""
 
-from __future__ import annotations
-
 import itertools
 from array import array
 from collections.abc import Callable, Collection, Sequence

@@ -1,7 +1,5 @@
 """The fast operators of these tests change the interpreter's speed, and no result."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Nothing is compiled while serving: whatever traffic launches was launched when the runner recorded."""
 
-from __future__ import annotations
-
 import inspect
 import random
 from collections.abc import Iterator

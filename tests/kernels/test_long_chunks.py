@@ -1,7 +1,5 @@
 """Attention of long chunks by torch's products, over the cache of the compiled operations."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

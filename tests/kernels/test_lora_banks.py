@@ -1,7 +1,5 @@
 """All backends: adapters come, leave and are replaced, in memory that never moves."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import random

@@ -1,7 +1,5 @@
 """Weights of 8 and 4 bits: rounding, and their products, widened in registers too."""
 
-from __future__ import annotations
-
 from ctypes import CDLL
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Logits that requests shape: on the device they are those of the host bit for bit, and so are the tokens."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Sequence
 from typing import Any

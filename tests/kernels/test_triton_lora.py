@@ -1,7 +1,5 @@
 """The triton backend: launches that outlive a step, and the adapters that it had."""
 
-from __future__ import annotations
-
 import gc
 import random
 import weakref

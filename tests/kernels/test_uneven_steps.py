@@ -2,8 +2,6 @@
 and windows, of adapters with tables of their own, and of experts, which are routed again at every replay.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

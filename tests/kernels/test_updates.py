@@ -1,7 +1,5 @@
 """Kernels that fuse the adapter updates do the same as expand, for every row of a step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Counters of the model tests: answers that were tried, and those that were exact."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Activated adapters against PEFT's own, token for token in float32, and shared prefixes with the base."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Adapters whose tokenizer has more tokens than the base's, token for token against PEFT in float32."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

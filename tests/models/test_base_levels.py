@@ -1,7 +1,5 @@
 """A model with images says things about its decoder at two levels; each counts as in transformers."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sliding layers with separate blocks, on a real decoder: the output is right with the fewest blocks."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """LORAMUX_DETERMINISTIC: the same answer, bit for bit, whatever happens around a request."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The engine against transformers and PEFT, token for token in float32, on a tiny random model."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapters of experts in all their forms, and mixtures where no whole decoder has them yet."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Mapping

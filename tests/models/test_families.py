@@ -1,7 +1,5 @@
 """Every family of decoders against transformers and PEFT, token for token in float32, on tiny random models."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from contextlib import nullcontext

@@ -3,8 +3,6 @@
 They hold the pieces of one GGUF file (4 bits, under the Gemma licence) and are no dependency of this project.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

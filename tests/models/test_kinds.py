@@ -1,7 +1,5 @@
 """Adapters of all kinds together, one of each beside all others, against PEFT token for token in float32."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A deployment of one adapter that hides its base: merged into the weights, and the same to a client."""
 
-from __future__ import annotations
-
 import re
 import weakref
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Several adapters with scales in a request, as PEFT's ``add_weighted_adapter`` has them with "cat"."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The engine one step ahead: a token is used before it is known, and nothing changes but when it is seen."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import zlib

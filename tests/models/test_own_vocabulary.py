@@ -1,7 +1,5 @@
 """Adapters with embeddings and a head of their own, token for token against PEFT in float32."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@
 down, and `make docs` puts them into docs/reference/models.md.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """An adapter that makes NaN, in random traffic: other requests get the same answers as without."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

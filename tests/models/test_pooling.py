@@ -1,7 +1,5 @@
 """Vectors of texts against transformers and PEFT in float32, while others are answered in the same batches."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

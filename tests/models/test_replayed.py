@@ -1,7 +1,5 @@
 """Small steps on a CPU that are replayed: the same bits as operation by operation."""
 
-from __future__ import annotations
-
 import random
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Bases whose linears are rounded to 8 and 4 bits at load: answers, adapters, and the setting."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """States of a real decoder: a request that begins behind a prefix begins with the very state that it left."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Commands about deployments, builds and generations, and about the memory of a replica."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable

@@ -1,7 +1,5 @@
 """``loramux keys``: keys in a file, and their lines."""
 
-from __future__ import annotations
-
 import json
 import stat
 from pathlib import Path

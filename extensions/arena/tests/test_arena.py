@@ -1,7 +1,5 @@
 """An arena with a tiny real model, compared with transformers and PEFT."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``loramux arena``: output, exit status, and refusals before the run."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

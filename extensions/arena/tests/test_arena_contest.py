@@ -1,7 +1,5 @@
 """An arena against scripted versions: requests, stored answers, failures."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace

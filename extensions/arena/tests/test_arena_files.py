@@ -1,7 +1,5 @@
 """The two files of an arena: questions and stored answers."""
 
-from __future__ import annotations
-
 import json
 import resource
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The report of an arena in a real browser: it shows the results, and answers stay text."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Scores of answers and their differences: by closed forms, by enumeration, by examples."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import statistics

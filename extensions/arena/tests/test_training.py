@@ -1,7 +1,5 @@
 """Checkpoints of a trainer that become versions of an adapter."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from pathlib import Path

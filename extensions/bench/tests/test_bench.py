@@ -1,7 +1,5 @@
 """``loramux bench``: arithmetic, the open and the closed loop, and output."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import signal

@@ -1,7 +1,5 @@
 """``loramux chat``: answers to the lines of a pipe, completions, and a conversation on a terminal."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Azure Blob Storage for tests: Azurite, Microsoft's emulator, which `make azurite` installs with npm."""
 
-from __future__ import annotations
-
 import base64
 import ctypes
 import os

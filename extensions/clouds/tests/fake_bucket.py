@@ -1,7 +1,5 @@
 """A bucket in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from loramux_shared.faults import SourceUnavailable

@@ -1,7 +1,5 @@
 """Google Cloud Storage for tests: the emulator's handlers behind a token endpoint and preconditions."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import json

@@ -1,7 +1,5 @@
 """Archives and public addresses of sources."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

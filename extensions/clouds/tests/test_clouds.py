@@ -1,7 +1,5 @@
 """Sources S3, GCS and AZURE, with emulators: the rules of all object stores, and no secret in a failure."""
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """OCI: files of artifacts and images in a registry, over its API."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Summaries of conversations: what the model is asked, what comes back, and how a chat goes on with it."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from typing import Any
 

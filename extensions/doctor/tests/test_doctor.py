@@ -1,7 +1,5 @@
 """``loramux doctor``: installed packages, memory, faults of settings."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from itertools import product

@@ -1,7 +1,5 @@
 """Replicas as processes, and the real Envoy before them with the configuration that `loramux envoy` prints."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

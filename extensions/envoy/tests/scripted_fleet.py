@@ -1,7 +1,5 @@
 """Scripted replicas behind the real Envoy, and clients of it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Scripted replicas behind the real Envoy, with the configuration that `loramux envoy` prints."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable

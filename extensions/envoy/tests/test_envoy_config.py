@@ -1,7 +1,5 @@
 """`loramux envoy`: output, refusals, and Envoy's own check of the configuration."""
 
-from __future__ import annotations
-
 import re
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """Replica processes behind the real Envoy: clients while a process ends."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

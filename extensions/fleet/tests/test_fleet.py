@@ -1,7 +1,5 @@
 """Clients (sync and asyncio) over several replicas: real servers on loopback with wires that can be cut."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import threading

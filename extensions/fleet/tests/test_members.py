@@ -1,7 +1,5 @@
 """Members of a fleet, and the trip of a request from replica to replica."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

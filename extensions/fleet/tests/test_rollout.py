@@ -1,7 +1,5 @@
 """Command ``loramux rollout`` against APIs of scripted replicas."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Unreferenced objects: found, spared while they are young, removed on request."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 

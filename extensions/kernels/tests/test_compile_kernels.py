@@ -1,7 +1,5 @@
 """``loramux kernels``: a start's kernels, compiled for a GPU on a machine without one."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

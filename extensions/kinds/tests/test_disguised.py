@@ -1,7 +1,5 @@
 """Kinds of adapters that amount to LoRA, saved by PEFT, against transformers and PEFT token for token."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

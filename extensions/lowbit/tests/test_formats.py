@@ -1,7 +1,5 @@
 """Low-bit weights widen to the values of the format's own library, bit for bit."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from random import Random

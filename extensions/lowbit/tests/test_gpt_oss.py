@@ -1,7 +1,5 @@
 """gpt-oss in its published format: experts of four bits, as transformers reads the same files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

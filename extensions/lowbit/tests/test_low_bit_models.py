@@ -1,7 +1,5 @@
 """Checkpoints of few bits are served as transformers serves the weights that they mean."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """npy files as another TensorRT-LLM converter writes them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """npy files: imported by ``loramux import-bundle``, and mutated ones refused by name."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections.abc import AsyncIterator, Iterator

@@ -1,7 +1,5 @@
 """npy files of another TensorRT-LLM converter: the same rules as for any adapter, and exact rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Batches in OpenAI's format: each request once, whatever interrupts a run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A model in the process of a program: lists of prompts, their order, faults, and Ctrl-C."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """``python -m tests.openapi_golden``: write the recorded OpenAPI document again."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """Hooks of the command `schemathesis` for this API: `SCHEMATHESIS_HOOKS` names this file's module."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import requests

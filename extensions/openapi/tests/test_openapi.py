@@ -1,7 +1,5 @@
 """The OpenAPI document: the demands of the specification, and agreement with the server."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import AsyncIterator, Iterator

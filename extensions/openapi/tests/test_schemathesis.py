@@ -4,8 +4,6 @@ The short run sends the document's examples; the sweep walks through every keywo
 draws many requests from them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

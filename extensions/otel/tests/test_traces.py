@@ -1,7 +1,5 @@
 """Traces and log lines of requests through both APIs, with a tiny model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any

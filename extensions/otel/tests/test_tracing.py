@@ -1,7 +1,5 @@
 """Export of traces, and the messages when the export fails."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """Proofs computed in the process of the tests, where that a build starts another is not the point."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Adapters are proved beside the steps, once, before anything of them is handed out."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from structlog.testing import capture_logs

@@ -1,7 +1,5 @@
 """Proofs: an adapter answers as its own files say, or the replica does not become ready."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

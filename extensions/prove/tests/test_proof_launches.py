@@ -1,7 +1,5 @@
 """The first proof waits for no compiler."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

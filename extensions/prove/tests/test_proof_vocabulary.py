@@ -1,7 +1,5 @@
 """Proofs of adapters with embeddings and a head of their own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The second reading of every family, format and kind of adapter: that of transformers with PEFT."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

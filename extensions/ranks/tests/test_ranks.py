@@ -1,7 +1,5 @@
 """A replica of two processes: it answers as one process does, and ends in time where a rank fails."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random

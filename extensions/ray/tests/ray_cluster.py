@@ -1,7 +1,5 @@
 """A Ray cluster on this machine, with Serve's proxies and our applications."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

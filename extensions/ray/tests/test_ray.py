@@ -1,7 +1,5 @@
 """The services on a Ray cluster: three replicas of a tiny real model, and a builder."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """A replica as Ray's proxies call it, without Ray: keys, the first part, statuses."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from typing import Any
 

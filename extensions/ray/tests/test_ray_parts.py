@@ -1,7 +1,5 @@
 """The decisions of Ray's part without a cluster: routing, the number of replicas, access."""
 
-from __future__ import annotations
-
 import asyncio
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The long ones on a Ray cluster: nodes and engines that go under traffic, replicas that follow the load."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Replicas with a builder and a hub: requests for adapters that nobody registered."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

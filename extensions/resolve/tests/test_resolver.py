@@ -1,7 +1,5 @@
 """Adapters that requests add by naming a repository, on a replica without an engine."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta

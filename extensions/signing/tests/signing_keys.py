@@ -1,7 +1,5 @@
 """Keys and certificates that sign."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

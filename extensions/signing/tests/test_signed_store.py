@@ -1,7 +1,5 @@
 """Generations that are signed: by every writer, and none other is used."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from datetime import UTC, datetime, timedelta

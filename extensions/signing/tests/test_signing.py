@@ -1,7 +1,5 @@
 """Signatures of folders: the signer, the signed files, and agreement with the library's own command."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SMG over gRPC: it makes tokens of text, and ports of ours stand for one model each."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """Requests to vLLM's services, mutated or with numbers at their limits: the server fails at none of them."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from random import Random
 

@@ -1,7 +1,5 @@
 """vLLM's services: keys, addresses of one model, and protos with the same bytes on the wire."""
 
-from __future__ import annotations
-
 import importlib.resources
 from contextlib import suppress
 from pathlib import Path

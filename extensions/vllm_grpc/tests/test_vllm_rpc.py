@@ -1,7 +1,5 @@
 """vLLM's services over a real channel, with a tiny real model behind them."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

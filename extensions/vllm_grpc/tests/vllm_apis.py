@@ -1,7 +1,5 @@
 """vLLM's services of a tiny real model: the replica's own port, and one that stands for an adapter."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import zipfile

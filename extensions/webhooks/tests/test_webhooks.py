@@ -1,7 +1,5 @@
 """Events of a hub become updates of the adapters that follow its repositories."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """All APIs of both services, with keys: every rpc and every route, and the content that a key may see."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """TLS of both APIs: real handshakes, certificates that change, and refusals that name the cure."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import ssl

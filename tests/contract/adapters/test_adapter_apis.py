@@ -1,7 +1,5 @@
 """Adapters through both APIs: requests of operators, controllers and trainers, and the answers to them."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast

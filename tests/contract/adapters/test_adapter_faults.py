@@ -1,7 +1,5 @@
 """A load that is killed, a disk that is full, a store that is far: never served, others unaffected."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

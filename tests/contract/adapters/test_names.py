@@ -1,7 +1,5 @@
 """Names, versions, aliases and limits through both APIs, on a real engine, from a deployment file on."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """An adapter with weights that overflow, over HTTP: its answers fail by name, others stay the same."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

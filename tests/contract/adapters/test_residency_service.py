@@ -1,7 +1,5 @@
 """A replica that loads and evicts adapters, as its requests see it, with a tiny model and real kernels."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The trainer's own client and rollout loop: a new adapter at each step, and the tokens that it trains on."""
 
-from __future__ import annotations
-
 import asyncio
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Builds that end early: cancels, deadlines, restarts, other builders."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

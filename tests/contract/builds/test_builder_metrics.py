@@ -1,7 +1,5 @@
 """The builder's metrics, and news of its generations for replicas."""
 
-from __future__ import annotations
-
 import asyncio
 import select
 import socket

@@ -1,7 +1,5 @@
 """The builder's service over gRPC, as its messages say it: builds, watches, lists and refusals."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """CheckAdapter over gRPC: the whole report, and nothing written; and the lineage of bases, asked of a hub."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator

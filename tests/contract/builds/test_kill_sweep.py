@@ -1,7 +1,5 @@
 """kill -9 at every step of a build, as far as one process can show it, and the next start."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A bundle that is damaged in its store, and the build that finds it there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

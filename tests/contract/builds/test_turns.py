@@ -1,7 +1,5 @@
 """Changes of one deployment that come at the same moment: each gets its turn, and those that wait share one."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """Updates that end before they are done: kills at every step, cancels and restarts; and the commands."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

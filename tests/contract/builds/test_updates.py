@@ -1,7 +1,5 @@
 """Deployments that change adapter by adapter, over gRPC: updates, pushes, rollbacks, and their history."""
 
-from __future__ import annotations
-
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Iterable

@@ -1,7 +1,5 @@
 """``loramux check`` and ``prove``: text, JSON and exit status."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

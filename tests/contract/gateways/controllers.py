@@ -6,8 +6,6 @@ back-offs are left out. vLLM's production-stack, main of September 2026: stats/e
 Pods are replicas with labels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

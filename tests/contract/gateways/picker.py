@@ -5,8 +5,6 @@ read of a scrape, and scheduling/scorer/{loraaffinity,loraloadstate,queuedepth,k
 The picker of the gateway-api-inference-extension (v1) reads a part of it by the same rules.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

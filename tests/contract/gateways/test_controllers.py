@@ -1,7 +1,5 @@
 """Adapter controllers of AIBrix and of vLLM's production-stack, against two replicas that share a builder."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 KServe, main of October 2026: config/llmisvcconfig/*.yaml and pkg/controller/v1alpha2/llmisvc/.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """The Shepherd Model Gateway itself, from PyPI, with two replicas as its HTTP workers."""
 
-from __future__ import annotations
-
 import asyncio
 from itertools import count
 from pathlib import Path

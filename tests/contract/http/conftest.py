@@ -1,7 +1,5 @@
 """A tiny model for all tests of the HTTP API, with a server that is idle when a test begins."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Anthropic's API through Anthropic's own client, with a tiny real model or a script behind it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

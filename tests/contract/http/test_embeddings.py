@@ -1,7 +1,5 @@
 """``/v1/embeddings`` with OpenAI's client, and the same over gRPC, in front of a tiny model."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import shutil

@@ -1,7 +1,5 @@
 """Requests that RFC 9112 calls ambiguous for two servers, over a raw socket; and rules of all routes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path

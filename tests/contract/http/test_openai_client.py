@@ -1,7 +1,5 @@
 """OpenAI's API through OpenAI's own client, with a tiny real model behind it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

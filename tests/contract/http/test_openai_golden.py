@@ -1,7 +1,5 @@
 """The bytes of the HTTP APIs, as tests/golden/openai has them: `make golden` writes these again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

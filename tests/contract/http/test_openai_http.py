@@ -1,7 +1,5 @@
 """OpenAI's API as HTTP: routes, errors, limits, clients that go away, and the drain."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

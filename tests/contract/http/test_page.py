@@ -1,7 +1,5 @@
 """The page's files as a browser gets them, and the state that its panel shows; without a browser."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import AsyncIterator
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """``POST /v1/responses``: every answer and event is OpenAI's, and a chat is behind it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator
 from typing import Any, Literal
@@ -187,9 +185,9 @@ async def test_reasoning_is_an_item_and_comes_back(api: TalkerApi) -> None:
         thoughts = [event["delta"] for event in events if event["type"] == "response.reasoning_text.delta"]
         assert "".join(thoughts) == "Hm."
         assert [_role_and_text(item) for item in answer["output"]] == [
-            ("reasoning", "Hm."),
-            ("message", "So."),
-            ("function_call", '{"city": "Oslo"}'),
+            ["reasoning", "Hm."],
+            ["message", "So."],
+            ["function_call", '{"city": "Oslo"}'],
         ]
         assert 0 < answer["usage"]["output_tokens_details"]["reasoning_tokens"] < len(text)
         thought, message, call = answer["output"]

@@ -1,7 +1,5 @@
 """Adapters that classify, from PEFT's files through the builder to ``/classify``, ``/score``, ``/rerank``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator, Sequence
 from functools import cache

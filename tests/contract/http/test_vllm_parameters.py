@@ -4,8 +4,6 @@ Their bounds are judged in tests/unit/http/test_bounds.py. That bodies hand them
 tests/unit/project/test_knobs.py, so each effect is shown with one kind of prompt, and streamed if it differs.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import re

@@ -1,7 +1,5 @@
 """Two real API processes before an engine of this process whose steps compute nothing."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """The requests of the HTTP API over gRPC: both accept the same, and refuse the same, each in its own words."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """Connections: sizes, compression, pings and Unix sockets, and more of them than a server takes."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """The end of open, half sent and new requests in a drain: each gets SHUTTING_DOWN, once."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import socket

@@ -1,7 +1,5 @@
 """The gRPC API over a real loopback channel, from our clients and plain stubs to a tiny model and back."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

@@ -1,7 +1,5 @@
 """Clients that send or read slowly, or not at all, at both endpoints, under a clock that the tests move."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

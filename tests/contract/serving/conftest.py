@@ -1,7 +1,5 @@
 """A service of the tiny world that the tests of a module share, and that is free when a test begins."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 
 import pytest_asyncio

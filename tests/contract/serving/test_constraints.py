@@ -1,7 +1,5 @@
 """Structured output: whatever the model, an answer that stops is of the language that was asked for."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

@@ -1,7 +1,5 @@
 """The number of drafted tokens: the deployment's current value, unless the replica has its own."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The features of the APIs, below the APIs, with a tiny model: answers, sampling, limits, scored prompts."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """/metrics of a running server, as Prometheus and inference gateways read it."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

@@ -1,7 +1,5 @@
 """Services that start while a dependency does not answer."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import json

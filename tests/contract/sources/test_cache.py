@@ -1,7 +1,5 @@
 """The folder in which a replica caches a base: damages, and the next start."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import threading

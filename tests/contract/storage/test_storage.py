@@ -1,7 +1,5 @@
 """The promises of every store, shown on all of them; S3 is a real server over HTTP."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Chat templates: as Hugging Face renders them, and bounded whatever they do."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from collections.abc import Iterator
