@@ -73,9 +73,7 @@ SUBSETS = st.lists(st.sampled_from((*LEAVES, "embed_tokens", "lm_head")), min_si
 OF_LAYERS = st.lists(st.sampled_from(LEAVES), min_size=1, unique=True)
 """Targets where there are vectors besides: those of embeddings and head are refused."""
 LAYER_SUBSETS = st.one_of(
-    st.none(),
-    st.integers(0, LAYERS - 1),
-    st.lists(st.integers(0, LAYERS - 1), min_size=1, unique=True),
+    st.none(), st.integers(0, LAYERS - 1), st.lists(st.integers(0, LAYERS - 1), min_size=1, unique=True)
 )
 
 

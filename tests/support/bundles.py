@@ -38,10 +38,7 @@ def build_bundles(store: Store, folder: Path, count: int = 1, name: str = "tiny"
         adapters[f"a{number}"] = {"source": "LOCAL", "repo": str(path)}
     data = {
         "model_name": name,
-        "build": {
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(base)},
-            "lora_adapters": adapters,
-        },
+        "build": {"checkpoint_repository": {"source": "LOCAL", "repo": str(base)}, "lora_adapters": adapters},
     }
     build(
         parse_deployment(data).deployment,
@@ -67,6 +64,12 @@ class Loaded:
     packed: Any
     tier: str
     """Tier where it was found."""
+
+
+def flipped(data: bytes) -> bytes:
+    """Return bytes with another bit in the middle."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
 
 
 def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = BOUND_S) -> Loaded | Fault:

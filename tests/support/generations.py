@@ -16,24 +16,26 @@ def _source(name: str) -> Repository:
     return Repository(source=SourceKind.HF, repo=f"org/{name}", revision="0" * 40)
 
 
-def record(name: str) -> AdapterRecord:
+def record(name: str, **fields: Any) -> AdapterRecord:
     """An adapter, whose digest follows from its name."""
-    return AdapterRecord(digest=(name.encode().hex() + "0" * 64)[:64], source=_source(name))
+    return AdapterRecord(
+        **({"digest": name.encode().hex().ljust(64, "0")[:64], "source": _source(name)} | fields)
+    )
 
 
 def generation(*names: str, **fields: Any) -> Generation:
     """Return the generation of a build with these adapters and no others."""
-    return Generation(
-        deployment="tiny",
-        number=1,
-        create_time=datetime(2026, 1, 1, tzinfo=UTC),
-        served_model_name="tiny",
-        base=BaseRecord(source=_source("base"), files={}),
-        adapters={name: record(name) for name in names},
-        max_lora_rank=8,
-        lora_dtype=Dtype.BFLOAT16,
-        **fields,
-    )
+    values = {
+        "deployment": "tiny",
+        "number": 1,
+        "create_time": datetime(2026, 1, 1, tzinfo=UTC),
+        "served_model_name": "tiny",
+        "base": BaseRecord(source=_source("base"), files={}),
+        "adapters": {name: record(name) for name in names},
+        "max_lora_rank": 8,
+        "lora_dtype": Dtype.BFLOAT16,
+    }
+    return Generation(**(values | fields))
 
 
 def change_deployed(catalog: Catalog, **fields: Any) -> None:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from inference_service.adapters.adapter_set import AdapterSet
-from inference_service.adapters.catalog import Catalog, NameChanges
+from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import Facts
 from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import AdapterState, ResidencyStats, Standing
-from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
-from loramux_shared.deployment import Dtype, Repository, SourceKind
+from loramux_shared.bundle.generation import AdapterRecord, Generation
+from loramux_shared.bundle.manifest import AdapterSummary
+from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
     AdapterExists,
     BundleNotFound,
@@ -23,6 +24,11 @@ from loramux_shared.faults import (
     GenerationNotFound,
     ModelNotFound,
     ReplicaBehind,
+)
+from tests.support import generations
+
+SUMMARY = AdapterSummary(
+    ranks=(4, 8), modules=("attn_q",), tensors_used=4, weights_bytes=64, bundle_bytes=100, texts=()
 )
 
 
@@ -33,48 +39,14 @@ def digest_of(number: int) -> str:
 
 def record(number: int) -> AdapterRecord:
     """A version."""
-    return AdapterRecord(
-        digest=digest_of(number), source=Repository(source=SourceKind.HF, repo=f"org/lora-{number}")
-    )
+    return generations.record(f"lora-{number}", digest=digest_of(number), summary=SUMMARY)
 
 
 def generation(number: int, adapters: Mapping[str, int]) -> Generation:
     """A generation whose adapters have numbered versions."""
-    return Generation(
-        deployment="demo",
-        number=number,
-        create_time=datetime(2026, 1, 2, tzinfo=UTC),
-        served_model_name="base",
-        base=BaseRecord(source=Repository(source=SourceKind.HF, repo="org/base"), files={}),
-        adapters={name: record(version) for name, version in adapters.items()},
-        max_lora_rank=64,
-        lora_dtype=Dtype.BFLOAT16,
-    )
-
-
-class FakeNames(Catalog):
-    """A catalog that takes over generations, with one handle for each digest."""
-
-    def __init__(self, started: Generation) -> None:
-        super().__init__(0, "base", [])
-        self.handles: dict[str, Adapter] = {}
-        self.apply(started)
-
-    def apply(self, generation: Generation) -> NameChanges:
-        """Take over a generation."""
-        before = {model.name: model.digest for model in self.everything if model.digest}
-        after = {name: each.digest for name, each in generation.adapters.items()}
-        models = [ServedModel("base")]
-        for name in sorted(after):
-            adapter = self.handles.setdefault(after[name], Adapter(after[name]))
-            models.append(ServedModel(name, adapter, digest=after[name], ranks=(4, 8)))
-        self._models = {model.name: model for model in models}
-        self.deployed = generation
-        return NameChanges(
-            tuple(after.keys() - before.keys()),
-            tuple(name for name in before if name in after and after[name] != before[name]),
-            tuple(before.keys() - after.keys()),
-        )
+    records = {name: record(version) for name, version in adapters.items()}
+    fields = {"deployment": "demo", "served_model_name": "base", "max_lora_rank": 64}
+    return generations.generation(number=number, adapters=records, **fields)
 
 
 class FakeResidency:
@@ -228,7 +200,7 @@ class FakeBundles:
 class Operated:
     """A manager, and what it manages."""
 
-    names: FakeNames
+    names: Catalog
     residency: FakeResidency
     deployment: FakeDeployment
     adapters: AdapterSet
@@ -252,7 +224,9 @@ def operated(
     versions = dict(adapters) if isinstance(adapters, Mapping) else {}
     versions = versions or {name: number for number, name in enumerate(adapters, start=1)}
     started = generation(1, versions)
-    names, residency, deployment = FakeNames(started), FakeResidency(), FakeDeployment(started)
+    residency, deployment = FakeResidency(), FakeDeployment(started)
+    names = Catalog(0, "base", [ServedModel("base")])
+    names.apply(started)
     adapter_set = AdapterSet(names, residency, lambda command: command())
     pauses = [False]
     manager = AdapterManager(

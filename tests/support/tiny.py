@@ -88,10 +88,7 @@ def make_checkpoint(
 
 def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:
     """Save an adapter with random A and B, and with magnitudes and biases other than the initial ones."""
-    model = get_peft_model(
-        _loaded(base),
-        LoraConfig(task_type="CAUSAL_LM", **config),
-    )
+    model = get_peft_model(_loaded(base), LoraConfig(task_type="CAUSAL_LM", **config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

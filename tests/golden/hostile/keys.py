@@ -9,16 +9,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.golden.hostile.exhibit import (
-    ROOT,
-    WEIGHTS,
-    Exhibit,
-    adapter,
-    embeddings,
-    exhibit,
-    of_tensors,
-    plus,
-)
+from tests.golden.hostile.exhibit import ROOT, WEIGHTS, Exhibit, adapter, embeddings, exhibit, of_tensors, plus
 from tests.golden.wild.bases import BASES
 from tests.support.adapters import HIDDEN, INTERMEDIATE, VOCAB, Tensors, key, tensors
 from tests.support.cases import cases

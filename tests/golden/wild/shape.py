@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tests.support.adapters import Tensors, tensors
+from tests.support.cases import cases
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -21,28 +22,7 @@ ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL: Final = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 # Which fields a release of PEFT began to write, with their defaults; of 0.2 two that were dropped again.
-RELEASES: Final[dict[str, dict[str, Any]]] = {
-    "0.2": {"base_model_name_or_path": NAME, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-            "lora_alpha": 8, "lora_dropout": 0.05, "modules_to_save": None, "peft_type": "LORA", "r": 4,
-            "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
-            "enable_lora": None, "merge_weights": False},
-    "0.3": {"init_lora_weights": True},
-    "0.4": {"auto_mapping": None, "layers_pattern": None, "layers_to_transform": None, "revision": None},
-    "0.6": {"alpha_pattern": {}, "rank_pattern": {}},
-    "0.7": {"loftq_config": {}, "megatron_config": None, "megatron_core": "megatron.core"},
-    "0.8": {"use_rslora": False},
-    "0.9": {"use_dora": False},
-    "0.10": {"layer_replication": None},
-    "0.14": {"eva_config": None, "exclude_modules": None, "lora_bias": False},
-    "0.15": {"corda_config": None, "trainable_token_indices": None},
-    "0.16": {"qalora_group_size": 16, "use_qalora": False},
-    "0.17": {"target_parameters": None},
-    "0.18": {"alora_invocation_tokens": None, "arrow_config": None, "ensure_weight_tying": False,
-             "peft_version": "0.18.1"},
-    "0.19": {"lora_ga_config": None, "use_bdlora": None, "peft_version": "0.19.1"},
-    "0.20": {"monteclora_config": None, "velora_config": None, "peft_version": "0.20.0"},
-    "0.21": {"kasa_config": None, "peft_version": "0.21.2"},
-}  # fmt: skip
+RELEASES: Final[dict[str, dict[str, Any]]] = cases(__file__, "RELEASES")
 NEWEST: Final = list(RELEASES)[-1]
 
 

@@ -154,18 +154,7 @@ def test_bearer(headers: list[str], key: str | None) -> None:
     assert bearer(headers) == key
 
 
-@pytest.mark.parametrize(
-    ("headers", "key"),
-    [
-        ({"authorization": "Bearer abc"}, "abc"),
-        ({"x-api-key": "abc"}, "abc"),
-        ({"x-api-key": "abc", "authorization": "Bearer abc"}, "abc"),
-        ({"x-api-key": "abc", "authorization": "Bearer def"}, None),
-        ({"x-api-key": "abc", "authorization": "Basic YTpi"}, None),
-        ({"x-api-key": " "}, None),
-        ({}, None),
-    ],
-)
+@pytest.mark.parametrize(("headers", "key"), cases(__file__, "test_a_key_has_two_headers"))
 def test_a_key_has_two_headers(headers: dict[str, str], key: str | None) -> None:
     """A key over HTTP may come in Anthropic's header, or in both headers with the same value."""
     assert key_of([(name.encode(), value.encode()) for name, value in headers.items()]) == key

@@ -24,11 +24,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
 
 def write(folder: Path, **files: Any) -> None:
     """Write text files: ``chat_template`` unchanged, the others as JSON."""
-    names = {
-        "chat_template": TEXT_FILES[0],
-        "generation_config": TEXT_FILES[1],
-        "tokenizer_config": TEXT_FILES[2],
-    }
+    names = dict(zip(("chat_template", "generation_config", "tokenizer_config"), TEXT_FILES, strict=True))
     for name in TEXT_FILES:
         (folder / name).unlink(missing_ok=True)
     for key, content in files.items():
@@ -58,16 +54,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return made
 
 
-@pytest.fixture(scope="module")
-def store(world: World) -> MemoryStore:
+def serving(world: World, **files: Any) -> Ready:
+    """Load the world after a build in which the adapter ``all`` brings these files."""
+    write(world.adapters["all"], **files)
     store = MemoryStore()
     world.build(store)
-    return store
+    write(world.adapters["all"])
+    return world.load(store)
 
 
 @pytest.fixture(scope="module")
-def ready(world: World, store: MemoryStore) -> Ready:
-    return world.load(store)
+def ready(world: World) -> Ready:
+    return serving(world)
 
 
 def defaults(ready: Ready, model: str) -> AdapterDefaults:
@@ -76,7 +74,6 @@ def defaults(ready: Ready, model: str) -> AdapterDefaults:
 
 
 def prompt(ready: Ready, model: str) -> str:
-    """The chat prompt of a model, as text."""
     service = ready.service
     template = defaults(ready, model).template
     tokens = asyncio.run(service.text.encode_messages(MESSAGES, 256, template))
@@ -84,18 +81,14 @@ def prompt(ready: Ready, model: str) -> str:
 
 
 def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
-    """Return the sampling parameters of a request to a model."""
     service = ready.service
     terms = Terms(Request.of(model, "x", **fields), defaults(ready, model), service.text, service.limits, None)
     return asyncio.run(terms.sampling(1))
 
 
 def test_each_model_has_its_own_template(ready: Ready) -> None:
-    """The adapter's own, with its own special tokens; the base's for the base and for adapters without one."""
-    assert prompt(ready, "base") == "<1>Hello"
-    assert prompt(ready, "wide") == "<1>!Hello$"
-    assert prompt(ready, "rs") == "?Hello"
-    assert prompt(ready, "all") == "<1>Hello"
+    prompts = [prompt(ready, model) for model in ("base", "wide", "rs", "all")]
+    assert prompts == ["<1>Hello", "<1>!Hello$", "?Hello", "<1>Hello"]
 
 
 def test_sampling_defaults_fill_what_a_request_leaves_open(ready: Ready) -> None:
@@ -125,11 +118,7 @@ def test_stop_tokens_are_added_to_those_of_the_base(ready: Ready) -> None:
 )
 def test_a_template_that_cannot_be_parsed_refuses_the_adapter(world: World, files: dict[str, Any]) -> None:
     """The builder has no jinja; the replica refuses requests with the adapter's name and the file's."""
-    write(world.adapters["all"], **files)
-    store = MemoryStore()
-    world.build(store)
-    write(world.adapters["all"])
-    ready = world.load(store)
+    ready = serving(world, **files)
     with pytest.raises(AdapterInvalid, match="'all' brings a") as error:
         defaults(ready, "all")
     assert defaults(ready, "wide").top_k == 7
@@ -139,9 +128,6 @@ def test_a_template_that_cannot_be_parsed_refuses_the_adapter(world: World, file
 
 def test_a_template_may_refuse_messages(world: World) -> None:
     """An exception of the adapter's template is the request's fault, as with the base's."""
-    write(world.adapters["all"], chat_template="{{ raise_exception('no') }}")
-    store = MemoryStore()
-    world.build(store)
-    write(world.adapters["all"])
+    ready = serving(world, chat_template="{{ raise_exception('no') }}")
     with pytest.raises(RequestInvalid):
-        prompt(world.load(store), "all")
+        prompt(ready, "all")

@@ -1,7 +1,8 @@
-"""The disk tier: kept bundles are verified, bounded and complete, and never required."""
+"""The disk tier: bundles are verified, bounded and complete, never required; and weights that were verified."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import threading
@@ -11,10 +12,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from inference_service.adapters.disk import YOUNG_S, DiskTier, open_disk_tier
-from inference_service.adapters.reading import BundleReader, Tier
-from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
+from inference_service.adapters.reading import BundleReader, KnownWeights, Tier
+from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, FileDigest, bundle_key
 from loramux_shared.bundle.reader import files_of, parse_manifest
-from tests.support.bundles import Unsteady, build_bundles
+from loramux_shared.faults import BundleCorrupt
+from tests.support.bundles import Unsteady, build_bundles, flipped
 from tests.support.waiting import BOUND_S
 
 FILES = (MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja")
@@ -30,7 +32,6 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def store(built):
-    """A copy of the store of the module."""
     return built.copied()
 
 
@@ -49,7 +50,6 @@ def keep(store, disk, digest):
 
 
 def size_of(store, digest):
-    """Bytes of a bundle in the store."""
     return sum(len(data) for key, data in store.objects.items() if digest in key)
 
 
@@ -76,11 +76,10 @@ def test_a_damaged_file_is_found_and_the_bundle_fetched_again(store, folder, tmp
     digest, disk = store.digests[0], DiskTier(folder, 10**9)
     keep(store, disk, digest)
     path = folder / digest / name
-    data = bytearray(path.read_bytes())
+    data = path.read_bytes()
     path.unlink()
     if damage == "flipped":
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
+        path.write_bytes(flipped(data))
     elif damage == "short":
         path.write_bytes(data[:-1])
     elif damage == "long":
@@ -119,14 +118,12 @@ def test_what_other_replicas_kept_counts_too(store, folder):
     """The bound holds for the folder, though each replica knows only its own bundles."""
     first, second, third = store.digests
     room = size_of(store, first) + size_of(store, second) + size_of(store, third) // 2
-    keep(store, DiskTier(folder, room), first)
-    keep(store, DiskTier(folder, room), second)
-    keep(store, DiskTier(folder, room), third)
+    for digest in (first, second, third):
+        keep(store, DiskTier(folder, room), digest)
     assert sum(size_of(store, path.name) for path in folder.iterdir()) <= room
 
 
 def test_a_bundle_larger_than_the_bound_is_not_kept(store, folder):
-    """A bundle above the bound is not kept, as its place would cost all other bundles."""
     disk = DiskTier(folder, size_of(store, store.digests[0]))
     keep(store, disk, store.digests[0])
     assert not folder.exists()
@@ -166,7 +163,6 @@ def test_a_folder_that_cannot_be_written_is_said_once(store, tmp_path):
 
 
 def test_replicas_share_a_folder(store, folder):
-    """Threads that read, keep and repair the same bundles at once all get right ones."""
     disks = [DiskTier(folder, 10**9) for _ in range(4)]
     wrong = []
 
@@ -215,7 +211,6 @@ def test_texts_come_without_the_weights(store, folder):
 
 
 def test_files_are_readable_for_others(store, folder):
-    """Replicas of other users can read kept bundles, but not write them."""
     disk = DiskTier(folder, 10**9)
     keep(store, disk, store.digests[0])
     assert stat.S_IMODE((folder / store.digests[0]).stat().st_mode) == 0o755
@@ -223,7 +218,6 @@ def test_files_are_readable_for_others(store, folder):
 
 @pytest.mark.parametrize("digest", ["", "..", "../" + "a" * 61, "A" * 64, "a" * 63])
 def test_what_is_no_digest_is_no_path(folder, digest):
-    """A name that cannot be a digest never becomes a path."""
     with pytest.raises(ValueError, match="64 hex digits"):
         DiskTier(folder, 10**9).manifest(digest)
 
@@ -244,3 +238,24 @@ def test_a_folder_beside_the_store_gets_no_copies(tmp_path):
     assert open_disk_tier(cache, 1, "file:///proc") is not None
     assert open_disk_tier(cache, 1, f"file://{tmp_path}/store") is None
     assert open_disk_tier(cache, 0, "s3://bucket/prefix") is None
+
+
+DATA = bytes(range(256)) * 40
+RECORDS = {
+    name: FileDigest(size=len(DATA), sha256=hashlib.sha256(DATA).hexdigest())
+    for name in (WEIGHTS_FILE, CONFIG_FILE)
+}
+DIGEST = "d" * 64
+
+
+@pytest.mark.parametrize("damaged", [DATA[:-1], DATA + b"\0", b"", DATA[:99] + b"?" + DATA[100:]])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_damage_is_found_whatever_came_before(damaged: bytes, before: int) -> None:
+    """Damage is found before and after the first good read, and damaged data never becomes known."""
+    weights = KnownWeights()
+    for _ in range(before):
+        weights.verify(DATA, RECORDS, WEIGHTS_FILE, DIGEST)
+    for _ in range(2):
+        with pytest.raises(BundleCorrupt, match="expected"):
+            weights.verify(damaged, RECORDS, WEIGHTS_FILE, DIGEST)
+    weights.verify(DATA, RECORDS, WEIGHTS_FILE, DIGEST)

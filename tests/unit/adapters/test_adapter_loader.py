@@ -27,7 +27,7 @@ from loramux_shared.faults import (
     ShuttingDown,
     StoreUnavailable,
 )
-from tests.support.bundles import TEMPLATE, FakePacked, Loaded, Unsteady, build_bundles, load, waiting
+from tests.support.bundles import TEMPLATE, FakePacked, Loaded, Unsteady, build_bundles, flipped, load, waiting
 from tests.support.tokens import VOCAB, write_tokenizer
 from tests.support.waiting import BOUND_S, ended, until, wait_until
 
@@ -44,7 +44,6 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def store(built):
-    """A copy of the store of the module."""
     return built.copied()
 
 
@@ -145,9 +144,7 @@ def test_damage_in_the_store_is_never_served(store, make, tmp_path, name):
     digest = store.digests[0]
     key = bundle_key(digest, name)
     right = store.objects[key]
-    wrong = bytearray(right)
-    wrong[len(wrong) // 2] ^= 4
-    store.objects[key] = bytes(wrong)
+    store.objects[key] = flipped(right)
     loader = make(disk=DiskTier(tmp_path / "bundles", 10**9))
     assert type(load(loader, digest)) is BundleCorrupt
     assert isinstance(load(loader, store.digests[1]), Loaded)
@@ -170,15 +167,13 @@ def test_damage_after_a_load_is_never_served(store, make, tmp_path, name, cached
     first = load(loader, digest)
     if cached:
         wait_until((folder / digest).exists, "the copy on the disk")
-    wrong = bytearray(store.objects[key])
-    wrong[len(wrong) // 2] ^= 4
-    store.objects[key] = bytes(wrong)
+    right = store.objects[key]
+    store.objects[key] = flipped(right)
     if cached:
         assert load(loader, digest).tier is Tier.DISK
-        (folder / digest / name).write_bytes(wrong)
+        (folder / digest / name).write_bytes(flipped(right))
     assert type(load(loader, digest)) is BundleCorrupt
-    wrong[len(wrong) // 2] ^= 4
-    store.objects[key] = bytes(wrong)
+    store.objects[key] = right
     again = load(loader, digest)
     assert again.tier is Tier.STORE
     assert np.array_equal(again.packed.bundle.table, first.packed.bundle.table)
@@ -199,7 +194,6 @@ def test_a_slow_store_delays_only_its_own_loads(store, make):
 
 
 def test_urgent_work_goes_before_packing_that_waits(store, make):
-    """An urgent copy into the bank runs before bundles that wait to be packed."""
     order, go, begun = [], threading.Event(), threading.Event()
 
     def pack(bundle):
@@ -221,7 +215,6 @@ def test_urgent_work_goes_before_packing_that_waits(store, make):
 
 
 def test_a_callback_that_raises_blocks_no_other(store, make):
-    """A listener that raises does not keep the others from hearing, nor later loads from working."""
     store.gate.clear()
     loader, digest = make(), store.digests[0]
     loader.load(Adapter(digest), lambda *_: 1 / 0)
@@ -312,7 +305,6 @@ def test_recent_values_stay_within_their_bound():
 
 
 def test_cancelled_workers_tell_their_futures():
-    """A close cancels waiting work, and lets running work end."""
     workers = Workers("test", 1)
     go = threading.Event()
     running, waits = workers.submit(lambda: go.wait(BOUND_S)), workers.submit(lambda: 1)
@@ -327,7 +319,6 @@ def test_cancelled_workers_tell_their_futures():
 
 @pytest.fixture
 def texts(store, tmp_path):
-    """The texts of the store's bundles, for a base."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     write_tokenizer(folder)

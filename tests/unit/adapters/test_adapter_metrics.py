@@ -36,7 +36,6 @@ TOOK = Timed("loramux_took_seconds", "Took.", (0.1, 1.0))
 
 
 def metrics_of(replica: Operated, counts: SequenceCounts | None = None, most: int = MOST) -> Metrics:
-    """Metrics that ask a replica."""
     counts = counts or SequenceCounts({}, {})
     engine = cast(EngineThread, SimpleNamespace(stats=STATS, sequence_counts=counts))
     return Metrics(replica.names, engine, replica.manager, most)
@@ -56,7 +55,6 @@ def observe(metrics: Metrics, model: ServedModel) -> None:
 
 
 def scrape(series: ModelSeries) -> Scrape:
-    """Return a scrape of the series of models."""
     return Scrape(b"".join(series.parts()).decode())
 
 
@@ -81,7 +79,6 @@ def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
 
 
 def test_a_scrape_writes_what_changed() -> None:
-    """A scrape writes the lines of those of 200 models that were used since the last one, and no others."""
     replica = operated([f"lora-{number:03}" for number in range(200)])
     metrics, models = metrics_of(replica), replica.names.everything[1:]
     for model in models:
@@ -98,9 +95,6 @@ def test_a_scrape_writes_what_changed() -> None:
 
 
 def test_a_scrape_says_what_is_so_now() -> None:
-    """Every change since the last scrape is in the next one: a pin, a place, a running request, limits, a
-    version.
-    """
     replica = operated({"one": 1, "two": 2})
     running: dict[str, int] = {}
     waiting: dict[str, int] = {}
@@ -170,7 +164,6 @@ def test_counters_of_a_model_only_grow_or_restart() -> None:
 
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "ä"])
 def test_every_name_can_be_read_again(name: str) -> None:
-    """Special characters of the format are escaped."""
     series = ModelSeries([COUNTED], [])
     series.count(COUNTED.name, name, label=name)
     assert scrape(series).series("loramux_asked_total") == [({"model": name, "outcome": name}, 1)]

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -18,10 +17,10 @@ from inference_service.adapters.names import ScaledAdapter, blend_parts
 from inference_service.adapters.served_model import AdapterDefaults, ServedModel
 from inference_service.core.adapter import Adapter
 from loramux_shared.access.keys import ACCESS, Access, Scope
-from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.manifest import AdapterSummary
-from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import ModelNotFound, RequestInvalid
+from tests.support import generations
 from tests.support.examples import examples
 
 BASE = ServedModel("base", warnings=("W_HEAD",))
@@ -32,33 +31,17 @@ SUMMARY = AdapterSummary(
 
 def digest(text: str) -> str:
     """A digest that begins with a text."""
-    return text.encode().hex().ljust(64, "0")
+    return generations.record(text).digest
 
 
-def generation(number: int, adapters: Mapping[str, str], **fields: Any) -> Generation:
+def generation(number: int, adapters: Mapping[str, str], summary=SUMMARY, **fields: Any) -> Generation:
     """A generation of adapters, by name, with digests that begin as said."""
-    summary = fields.pop("summary", SUMMARY)
-    source = Repository(source=SourceKind.HF, repo="org/one", revision="main")
-    return Generation(
-        **{
-            "deployment": "d",
-            "number": number,
-            "create_time": datetime.now(UTC),
-            "served_model_name": "base",
-            "base": BaseRecord(source=source, files={}),
-            "adapters": {
-                name: AdapterRecord(digest=digest(begin), source=source, summary=summary)
-                for name, begin in adapters.items()
-            },
-            "max_lora_rank": 64,
-            "lora_dtype": Dtype.BFLOAT16,
-        }
-        | fields
-    )
+    records = {name: generations.record(begin, summary=summary) for name, begin in adapters.items()}
+    values = {"number": number, "served_model_name": "base", "adapters": records}
+    return generations.generation(**(values | fields))
 
 
 def catalog(adapters: Mapping[str, str], **fields: Any) -> Catalog:
-    """A catalog that has taken over generation 1."""
     made = Catalog(1, "base", [BASE])
     made.apply(generation(1, adapters, **fields))
     return made
@@ -93,7 +76,6 @@ def test_what_an_adapter_is_and_who_may_use_it_is_known_from_its_record() -> Non
 
 
 def test_a_generation_is_taken_over_in_one_step() -> None:
-    """A generation adds, switches and removes names in one step, and a running request keeps its adapter."""
     names = catalog({"keeps": "one", "changes": "two", "goes": "three"})
     retained, changed = names.get("keeps"), names.get("changes")
     changes = names.apply(generation(2, {"keeps": "one", "changes": "four", "comes": "five"}))
@@ -108,7 +90,6 @@ def test_a_generation_is_taken_over_in_one_step() -> None:
 
 
 def test_the_base_can_be_renamed_and_hidden() -> None:
-    """A generation can rename and hide the base, whose weights stay the same."""
     names = catalog({"a": "one"})
     names.apply(generation(2, {"a": "one", "base": "two"}, served_model_name="other"))
     assert [model.name for model in names] == ["other", "a", "base"]
@@ -131,9 +112,6 @@ def test_nothing_is_served_beside_a_merged_adapter() -> None:
 
 
 def test_a_version_is_found_by_the_first_digits_of_its_digest() -> None:
-    """A prefix of a digest resolves the present version or an earlier one; a wrong prefix is refused by
-    name.
-    """
     names = catalog({"a": "z00", "ab": "else"})
     for number in range(1, EARLIER + 3):
         names.apply(generation(number + 1, {"a": f"z{number:02}"}))
@@ -154,7 +132,6 @@ def test_a_version_is_found_by_the_first_digits_of_its_digest() -> None:
 
 
 def test_digits_of_several_versions_are_refused() -> None:
-    """An ambiguous digest is not guessed."""
     names = catalog({"a": "samesame1"})
     names.apply(generation(2, {"a": "samesame2"}))
     with pytest.raises(RequestInvalid, match="Give more digits"):
@@ -163,7 +140,6 @@ def test_digits_of_several_versions_are_refused() -> None:
 
 
 def test_a_rollback_makes_no_second_version() -> None:
-    """A rollback to an earlier digest reuses its version, and the learnt limits with it."""
     names = catalog({"a": "one"}, summary=None)
     names.know(digest("one"), ranks=(4,))
     names.apply(generation(2, {"a": "two"}, summary=None))
@@ -306,10 +282,10 @@ def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
     """A blend has the defaults and stop tokens that all its adapters share, read on demand."""
     ours = AdapterDefaults(temperature=0.5, top_p=0.9, stop_token_ids=frozenset({7}))
     other = AdapterDefaults(temperature=0.5, top_p=0.8, stop_token_ids=frozenset({8}))
-    models = [ServedModel(name, Adapter(name), digest=name) for name in "ab"]
-    known = Catalog(
-        1, "base", [replace(each, defaults=stated) for each, stated in zip(models, (ours, other), strict=True)]
-    )
+    models = [
+        ServedModel(name, Adapter(name), defaults=own, digest=name) for name, own in (("a", ours), ("b", other))
+    ]
+    known = Catalog(1, "base", models)
     together = AdapterDefaults(temperature=0.5, stop_token_ids=frozenset({7, 8}))
     assert known.resolve("a+b").defaults == together
     assert known.resolve("a*0.5").defaults == ours
@@ -320,7 +296,6 @@ def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
 @settings(max_examples=examples(50))
 @given(st.text("ab*+ .@:-1e5n", max_size=24))
 def test_whatever_is_asked_for_is_named_or_refused(query: str) -> None:
-    """Any text as a model's name is resolved or refused by name."""
     known = catalog({"a": "one", "b": "two"})
     with suppress(ModelNotFound, RequestInvalid):
         assert known.resolve(query).names

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from inference_service.adapters import follower as following
 from inference_service.adapters.follower import Follower, FollowerState, needs_restart
 from loramux_shared.bundle.deployments import publish_generation, read_generation
-from loramux_shared.bundle.generation import Current, current_key, generation_key
+from loramux_shared.bundle.generation import BaseRecord, Current, current_key, generation_key
 from loramux_shared.bundle.manifest import FileDigest, sha256_hex
 from loramux_shared.deployment import Dtype, Merge, Repository, SourceKind
 from loramux_shared.faults import ReplicaBehind, ResourcesExhausted, Status
@@ -28,21 +28,23 @@ HOUR_S = 3600.0
 
 def generation(*names, **fields):
     """A generation of adapters; its number is given when it is published."""
-    made = generations.generation(*names)
-    base = made.base.model_copy(update={"files": {"x": FileDigest(size=1, sha256="b" * 64)}})
-    values = {"deployment": "d", "served_model_name": "base", "base": base, "max_lora_rank": 16}
-    return made.model_copy(update=values | fields)
+    values = {"deployment": "d", "served_model_name": "base", "max_lora_rank": 16} | other_base()
+    return generations.generation(*names, **(values | fields))
+
+
+def other_base(file="b", revision="1"):
+    """The fields of a generation with a base of one file."""
+    source = Repository(source=SourceKind.HF, repo="org/base", revision=revision)
+    return {"base": BaseRecord(source=source, files={"x": FileDigest(size=1, sha256=file * 64)})}
 
 
 @pytest.fixture(autouse=True)
 def _read_again_at_once(monkeypatch):
-    """Read again without a pause a generation that does not fit."""
     monkeypatch.setattr(following, "READ_AGAIN_S", (0.0, 0.0))
 
 
 @pytest.fixture
 def store():
-    """A store whose deployment has one generation."""
     store = Unsteady()
     publish_generation(store, generation("one"))
     store.asked.clear()
@@ -74,7 +76,6 @@ class Replica:
 
     @property
     def numbers(self):
-        """Return the numbers of the generations that were taken over."""
         return [new.number for new in self.took]
 
     async def __aenter__(self):
@@ -88,7 +89,6 @@ class Replica:
 
 
 async def test_a_newer_generation_is_taken_over_once(store):
-    """The follower takes over a new generation once; later looks read the pointer alone."""
     async with Replica(store) as replica:
         second = publish_generation(store, generation("one", "two"))
         await replica.look()
@@ -107,18 +107,19 @@ async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
     """A damaged or half-written record is logged once, the replica serves on, and a repair is enough."""
     publish_generation(store, generation("one", "two"))
     pointer, newer = store.objects[current_key("d")], store.objects[generation_key("d", 2)]
-    if damage == "pointer":
-        store.objects[current_key("d")] = pointer.replace(b'"generation":2', b'"generation":02')
-    elif damage == "half pointer":
-        store.objects[current_key("d")] = pointer[: len(pointer) // 2]
-    elif damage == "huge pointer":
-        store.objects[current_key("d")] = pointer + b" " * 300_000
-    elif damage == "no pointer":
-        del store.objects[current_key("d")]
-    elif damage == "generation":
-        store.objects[generation_key("d", 2)] = newer.replace(b"two", b"owt")
-    else:
-        del store.objects[generation_key("d", 2)]
+    damaged = {
+        "pointer": (pointer.replace(b'"generation":2', b'"generation":02'), newer),
+        "half pointer": (pointer[: len(pointer) // 2], newer),
+        "huge pointer": (pointer + b" " * 300_000, newer),
+        "no pointer": (None, newer),
+        "generation": (pointer, newer.replace(b"two", b"owt")),
+        "missing generation": (pointer, None),
+    }
+    for key, data in zip((current_key("d"), generation_key("d", 2)), damaged[damage], strict=True):
+        if data is None:
+            del store.objects[key]
+        else:
+            store.objects[key] = data
     with capture_logs() as logs:
         async with Replica(store) as replica:
             await replica.look(3)
@@ -134,7 +135,6 @@ async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
 
 
 async def test_a_store_that_is_away_is_logged_once_and_when_it_is_back(store):
-    """A lost store is a log line, and its return another; the replica serves on in between."""
     with capture_logs() as logs:
         async with Replica(store) as replica:
             store.away = True
@@ -252,7 +252,6 @@ async def test_looks_that_requests_ask_for_are_spaced(store, monkeypatch):
 
 
 async def test_a_caller_who_leaves_ends_no_look_of_others(store, held):
-    """A cancelled request does not cancel the look that another one waits for."""
     gone, stays = (asyncio.create_task(held.follower.catch_up(2)) for _ in range(2))
     await asyncio.sleep(0)
     gone.cancel()
@@ -281,16 +280,6 @@ def test_behind_is_unavailable_with_a_time_to_retry():
     assert any("RetryInfo" in detail.type_url for detail in status_of(fault).details)
 
 
-OTHER_BASE = {
-    "base": generation().base.model_copy(update={"files": {"x": FileDigest(size=1, sha256="c" * 64)}})
-}
-SAME_BASE = {
-    "base": generation().base.model_copy(
-        update={"source": Repository(source=SourceKind.HF, repo="org/base", revision="2")}
-    )
-}
-
-
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -299,8 +288,8 @@ SAME_BASE = {
         ({"served_model_name": "other", "serve_base": False}, None),
         ({"max_lora_rank": 8}, None),
         ({"lora_dtype": Dtype.FLOAT32}, None),
-        (SAME_BASE, None),
-        (OTHER_BASE, "another base"),
+        (other_base(revision="2"), None),
+        (other_base("c"), "another base"),
         ({"max_seq_len": 100}, "another max_seq_len: 100 instead of none"),
         ({"max_lora_rank": 17}, "a larger max_lora_rank: 17 instead of 16"),
         ({"serve_base": False}, None),

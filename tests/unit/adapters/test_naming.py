@@ -87,7 +87,6 @@ async def test_a_deadline_ends_the_wait() -> None:
     ],
 )
 async def test_lora_path_may_say_the_same_again(model: str, path: str) -> None:
-    """The model and lora_path may name the same adapter in different forms."""
     names, _ = naming()
     assert (await names.choose(Request.of(model, "x", lora_path=path))).model.name == "a"
 

@@ -39,17 +39,7 @@ MIXED = COMPRESSED | {
     },
 }
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
-NF4 = {
-    "_load_in_4bit": True,
-    "_load_in_8bit": False,
-    "bnb_4bit_compute_dtype": "bfloat16",
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "llm_int8_skip_modules": ["lm_head"],
-    "load_in_4bit": True,
-    "load_in_8bit": False,
-    "quant_method": "bitsandbytes",
-}
+NF4 = cases(__file__, "NF4")
 GROUPS_OF_128 = WeightScheme("int4", 1, 128)
 WITH_ZEROS = WeightScheme("int4", 1, 128, zero_points=True)
 PER_TENSOR, PER_ROW = WeightScheme("fp8"), WeightScheme("fp8", rows=1)

@@ -43,10 +43,7 @@ def first_column(table: str) -> set[str]:
     [
         (Manifest, first_column(section("### `manifest.json`", "A manifest MUST hold"))),
         (ModuleRow, first_column(section("A row:", "**Coverage.**"))),
-        (
-            Generation,
-            set(re.findall(r"`(\w+)`", section("`generations/<n>.json`:", "A `source` is"))),
-        ),
+        (Generation, set(re.findall(r"`(\w+)`", section("`generations/<n>.json`:", "A `source` is")))),
         (Current, set(re.findall(r"`(\w+)`", section("`current.json`:", "## The npy files")))),
         (BaseRecord, set(re.findall(r"`base` \(`{([^}]*)}`\)", PAGE)[0].split(", "))),
         (Repository, set(re.findall(r"A `source` is `{([^}]*)}`", PAGE)[0].split(", "))),

@@ -6,12 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loramux_shared.bundle.npy import (
-    cast,
-    read_config,
-    weights_pieces,
-    write_checked,
-)
+from loramux_shared.bundle.npy import cast, read_config, weights_pieces, write_checked
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.sources.files import hash_if_there

@@ -14,16 +14,7 @@ from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 from tests.support.cases import cases
 from tests.support.readings import Collected, cuts_of, read
 
-WEATHER: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "city": {"type": "string"},
-        "days": {"type": "integer"},
-        "share": {"type": ["number", "null"]},
-        "more": {"type": "object"},
-        "on": {"anyOf": [{"type": "boolean"}, {"type": "string"}]},
-    },
-}
+WEATHER: dict[str, Any] = cases(__file__, "WEATHER")
 OFFERED = {"find": WEATHER, "news.top": {}}
 T, R = ToolParser, ReasoningParser
 
@@ -58,20 +49,7 @@ def test_cuts_do_not_change_what_is_read(drawn: tuple[Any, list[int]]) -> None:
     assert read(_reading(tool, reasoning), text, cuts) == reported
 
 
-MARKED = [
-    *(
-        "<tool_call>",
-        "</tool_call>",
-        "<function=find>",
-        "<parameter=city>",
-        "</parameter>",
-        "<think>",
-        "</think>",
-    ),
-    *('{"name": "find", "arguments": ', '{"city": "x"}', "}", "[", "]", ",", "(city=", "'", '"', "\\"),
-    *("[TOOL_CALLS]", "find", "[ARGS]", "<|tool_call>", "<tool_call|>", "call:find{", "city:", '<|"|>'),
-    *("<|channel|>", "to=functions.find", "<|message|>", "<|end|>", "\n", " ", "é"),
-]
+MARKED = cases(__file__, "MARKED")
 
 
 @settings(deadline=None)

@@ -17,6 +17,7 @@ from loramux.cli.main import app, usual
 from loramux.cli.shell import modules, printable
 from loramux.cli.tables import kind, task
 from loramux.records import AdapterInfo, Stage
+from tests.support.cases import cases
 from tests.support.fake_services import Fakes, deployment_text
 from tests.support.https_server import served
 
@@ -35,18 +36,7 @@ def test_version(flag: str) -> None:
     assert re.fullmatch(r"loramux \d+\.\d+\.\d+\n", text)
 
 
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [
-        (["help"], ["--help"]),
-        (["help", "check"], ["check", "--help"]),
-        (["models", "--api-key", "k", "--json"], ["--api-key", "k", "models", "--json"]),
-        (["models", "--api-key=k"], ["--api-key=k", "models"]),
-        (["models", "--api-key"], ["--api-key", "models"]),
-        (["chat", "a", "--", "--api-key"], ["chat", "a", "--", "--api-key"]),
-        (["models"], ["models"]),
-    ],
-)
+@pytest.mark.parametrize(("typed", "meant"), cases(__file__, "test_what_people_type_otherwise"))
 def test_what_people_type_otherwise(typed: list[str], meant: list[str]) -> None:
     """``help`` is a command too, the key may follow a command, and text after ``--`` is no flag."""
     assert usual(typed) == meant
@@ -184,18 +174,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     assert printable("a\x1b]0;title\x07b\r\n\tc\x9b2J") == "a]0;titleb\n\tc2J"
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ('{"level": "info", "event": "loaded"}', ""),
-        ('{"level": "warning", "event": "slow", "ms": 3, "timestamp": "x"}', "slow ms=3"),
-        ("2026-01-01 [\x1b[33mwarning  \x1b[0m] slow", "2026-01-01 [warning  ] slow"),
-        ("error: SETTINGS_INVALID: no", "error: SETTINGS_INVALID: no"),
-        ('{"level": "warning", "event": "build failed", "reason": "REPO_NOT_FOUND"}', ""),
-        ("{half a json", ""),
-        ("plain words", ""),
-    ],
-)
+@pytest.mark.parametrize(("line", "expected"), cases(__file__, "test_log_lines_that_matter"))
 def test_log_lines_that_matter(line: str, expected: str) -> None:
     """Warnings and errors of a child are shown, but those that the command reports itself."""
     assert important(line) == expected

@@ -129,12 +129,7 @@ def test_an_option_that_does_not_fit_is_told_what_would(name: str) -> None:
             reported.expected,
             reported.found,
             reported.fix,
-        ) == (
-            name,
-            expected,
-            found,
-            "",
-        )
+        ) == (name, expected, found, "")
 
 
 def test_adapters_are_sent_with_their_scales() -> None:

@@ -9,12 +9,7 @@ import pytest
 
 from loramux_shared.bundle.names import OWN_NAME
 from loramux_shared.deployment import Build, Deployment, Repository, Runtime, SourceKind
-from loramux_shared.deployment_file import (
-    IGNORED_KEYS,
-    UNSERVED_KEYS,
-    DeploymentFile,
-    load_deployment,
-)
+from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS, DeploymentFile, load_deployment
 from loramux_shared.faults import DeploymentInvalid, Finding
 from tests.support.cases import cases
 
@@ -207,10 +202,7 @@ def test_local_repositories_start_at_the_file(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("repo", "expected"),
-    [
-        ("~nobody-has-this-name/x", "LOCAL repository"),
-        (r'"a\0b"', "repo: expected text without NUL bytes"),
-    ],
+    [("~nobody-has-this-name/x", "LOCAL repository"), (r'"a\0b"', "repo: expected text without NUL bytes")],
 )
 def test_a_local_path_that_is_none(tmp_path: Path, repo: str, expected: str) -> None:
     """A LOCAL path that no machine can have is refused, not a crash."""

@@ -25,19 +25,7 @@ def test_a_copy_in_another_format_is_the_base(copy: str) -> None:
     assert base_warning("Qwen/Qwen3-8B", copy) is None
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        "",
-        "Qwen/Qwen3-14B",
-        "Qwen/Qwen3-8B-Base",
-        "org/Qwen3-8B-dynamic",
-        "org/Qwen3-8B-unsloth",
-        "google/Qwen3-8B-qat-q4_0-gguf",
-        "org/4bit-Qwen3-8B",
-        "AWQ",
-    ],
-)
+@pytest.mark.parametrize("other", cases(__file__, "test_anything_else_is_worth_a_warning"))
 def test_anything_else_is_worth_a_warning(other: str) -> None:
     """Another size, another training, no name; words of a format alone are a name."""
     warning = base_warning(other, "Qwen/Qwen3-8B")
@@ -103,16 +91,7 @@ def test_a_file_is_named_where_no_front_matter_says_more(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "base", "warned"),
-    [
-        ("", "", False),
-        ("mit", "MIT", False),
-        ("mit", "apache-2.0", True),
-        ("", "mit", True),
-        ("mit", "", True),
-        ("other", "other", True),
-        ("see LICENSE", "see LICENSE", True),
-    ],
+    ("adapter", "base", "warned"), cases(__file__, "test_licences_that_differ_or_are_not_known_are_a_warning")
 )
 def test_licences_that_differ_or_are_not_known_are_a_warning(adapter, base, warned):
     """Equal licences and unknown licences give no warning."""

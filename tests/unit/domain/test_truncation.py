@@ -21,6 +21,7 @@ from loramux_shared.deployment import Deployment, Dtype
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid
 from tests.support import folders
 from tests.support.adapters import BASE_CONFIG, HIDDEN, tensors, write_adapter, write_base
+from tests.support.cases import cases
 from tests.support.folders import deployment_of, workshop
 
 RANDOM = np.random.default_rng(3)
@@ -127,17 +128,7 @@ BASE: dict[str, Any] = BASE_CONFIG | {
     "use_double_wide_mlp": True,
 }
 """Four heads: of 4 dimensions in layers 0 and 2, of 8 in layers 1 and 3; the last two read the others' keys."""
-GOOD = {
-    "layers.0.self_attn.v_proj": (HIDDEN, 8),
-    "layers.0.mlp.down_proj": (24, HIDDEN),
-    "layers.1.self_attn.q_proj": (HIDDEN, 32),
-    "layers.1.self_attn.k_proj": (HIDDEN, 8),
-    "layers.2.self_attn.q_proj": (HIDDEN, 16),
-    "layers.2.mlp.down_proj": (48, HIDDEN),
-    "layers.3.self_attn.o_proj": (32, HIDDEN),
-    "layers.3.per_layer_input_gate": (HIDDEN, 6),
-    "layers.3.per_layer_projection": (6, HIDDEN),
-}
+GOOD = cases(__file__, "GOOD")
 OF_LAYER_1 = "q_proj, k_proj, o_proj, gate_proj, up_proj, down_proj, per_layer_input_gate, per_layer_projection"
 
 

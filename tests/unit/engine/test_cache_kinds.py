@@ -1,4 +1,4 @@
-"""Caches by kind: blocks of layers that see only so far, and states that are carried from token to token."""
+"""Cache blocks, found again by their content; by kind: of layers that see only so far, and carried states."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def _next_state(state: int, token: int, uid: int) -> int:
     return zlib.crc32(repr((state, token, uid)).encode())
 
 
-def _expected(
-    prompt: list[int], sampling: SamplingParams, uid: int, windows: Windows, stateful: bool
-) -> list[int]:
+def _expected(prompt, sampling: SamplingParams, uid: int, windows: Windows, stateful: bool) -> list[int]:
     tokens, state = list(prompt), 0
     calls = [at for at in range(len(prompt)) if tuple(prompt[at : at + 2]) == INVOCATION] if uid == 3 else [0]
     owners = [uid if calls and at >= calls[-1] else 0 for at in range(LONGEST)]
@@ -140,7 +138,6 @@ class Base:
     seqs: int = SEQS
 
     def engine(self) -> tuple[Engine, Device, BlockManager]:
-        """Make one."""
         sizes = [
             self.blocks if window is None else window_blocks(window, BLOCK, BLOCK) + self.sliding
             for window in self.windows
@@ -300,7 +297,6 @@ def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
 
 
 def test_after_a_failed_step_no_state_is_trusted() -> None:
-    """A failed step drops stored and pending states, and all slots come back."""
     engine, _, manager = Base(snapshots=3, spacing=1).engine()
     prompt = list(range(20))
     _run(engine, manager, prompt)
@@ -323,9 +319,7 @@ def test_after_a_failed_step_no_state_is_trusted() -> None:
     st.sampled_from([2, 7, 16]),
     st.integers(0, 1),
 )
-def test_windows_with_enough_blocks_never_lack_any(
-    actions: list[object], blocks: int, windows: Windows, rows: int, depth: int
-) -> None:
+def test_windows_with_enough_blocks_never_lack_any(actions, blocks, windows: Windows, rows, depth) -> None:
     """An engine with the recommended blocks does step by step what it would do without windows: no sequence
     waits, and none is preempted, for layers that slide.
     """
@@ -368,3 +362,106 @@ def test_who_was_called_elsewhere_in_a_block_has_another_block() -> None:
     assert seqs[0].progress.tokens == seqs[1].progress.tokens
     assert keys[0][0] == keys[1][0]
     assert keys[0][1] != keys[1][1]
+
+
+def _seq(tokens: list[int], uid: int = 0, salt: str = "") -> Sequence:
+    adapter = Adapter(f"a{uid}") if uid else None  # of another load each time
+    return Sequence(str(next(_ids)), list(tokens), SamplingParams(), adapter, cache_salt=salt)
+
+
+def _compute(blocks: BlockManager, seq: Sequence) -> None:
+    """Admit a sequence and pretend that a step computed all of it."""
+    assert blocks.start(seq)
+    seq.progress.num_computed = len(seq.progress.tokens)
+    blocks.register(seq)
+
+
+def test_a_known_prefix_is_shared_and_its_last_token_is_left_to_compute() -> None:
+    blocks = BlockManager(8, 4)
+    first = _seq([1, 2, 3, 4, 5, 6, 7, 8])
+    _compute(blocks, first)
+    second = _seq([1, 2, 3, 4, 5, 6, 7, 8])
+    assert blocks.start(second)
+    assert second.progress.num_computed == 4
+    assert second.progress.blocks[:1] == first.progress.blocks[:1]
+    longer = _seq([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert blocks.start(longer)
+    assert longer.progress.num_computed == 8
+
+
+def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed() -> None:
+    """A sequence stays refused until blocks are released or its next prefix block becomes known."""
+    blocks = BlockManager(6, 4)
+    other, running = _seq(list(range(50, 58))), _seq(list(range(9)))
+    for seq in (other, running):
+        assert blocks.start(seq)
+    head = _seq(list(range(20)))
+    assert not blocks.still_refused(head)
+    assert not blocks.start(head)
+    assert not head.progress.blocks
+    assert blocks.still_refused(head)
+    assert not blocks.still_refused(_seq(list(range(20))))
+    other.progress.num_computed = 8
+    blocks.register(other)
+    assert blocks.still_refused(head)
+    running.progress.num_computed = 9
+    blocks.register(running)
+    assert not blocks.still_refused(head)
+    assert not blocks.start(head)
+    assert blocks.still_refused(head)
+    blocks.release(other)
+    assert not blocks.still_refused(head)
+
+
+def test_prefix_hashes_outlast_a_preemption() -> None:
+    blocks = BlockManager(8, 4)
+    seq = _seq(list(range(6)))
+    _compute(blocks, seq)
+    seq.progress.tokens += range(6, 13)
+    assert blocks.grow(seq, 13)
+    seq.progress.num_computed = 13
+    blocks.register(seq)
+    known = list(seq.progress.hashes)
+    assert len(known) == 3
+    blocks.release(seq)
+    assert blocks.start(seq)
+    assert (seq.progress.num_computed, seq.progress.hashes) == (12, known)
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3),
+            st.lists(st.integers(0, 2), min_size=1, max_size=14),
+            st.integers(0, 1),
+            st.sampled_from(["", "a", "b"]),
+        ),
+        max_size=40,
+    )
+)
+def test_blocks_balance_and_contents_are_never_mixed(actions: list[tuple[int, list[int], int, str]]) -> None:
+    """Every block is free or held after any admissions, growths and releases, and a shared block has the
+    tokens, the adapter and the salt of all its sequences."""
+    blocks = BlockManager(10, 4)
+    held: list[Sequence] = []
+    content: dict[int, tuple[int, str, tuple[int, ...]]] = {}
+    for action, tokens, uid, salt in actions:
+        if action == 0 and held:
+            blocks.release(held.pop(0))
+            continue
+        seq = _seq(tokens, uid, salt)
+        if not blocks.start(seq):
+            continue
+        for index in range(seq.progress.num_computed // 4):
+            assert content[seq.progress.blocks[index]] == (uid, salt, tuple(tokens[: index * 4 + 4]))
+        for index in range(seq.progress.num_computed // 4, len(tokens) // 4):
+            content[seq.progress.blocks[index]] = (uid, salt, tuple(tokens[: index * 4 + 4]))
+        seq.progress.num_computed = len(tokens)
+        blocks.register(seq)
+        held.append(seq)
+        in_use = {block for other in held for block in other.progress.blocks}
+        assert blocks.num_free == blocks.num_blocks - len(in_use)
+    for seq in held:
+        blocks.release(seq)
+    assert blocks.num_free == blocks.num_blocks

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -30,9 +31,7 @@ MASK = torch.tensor([True, False, True, False])
 
 @pytest.fixture(params=[TapeRecorder, TraceRecorder])
 def recorder(request: pytest.FixtureRequest) -> Recorder:
-    """A recorder of graphs, and one of traces."""
-    made: Recorder = request.param()
-    return made
+    return request.param()
 
 
 def test_a_replay_computes_with_what_the_static_tensors_hold_then(recorder: Recorder) -> None:
@@ -82,7 +81,6 @@ def test_what_depends_on_the_host_is_refused(recorder: Recorder, name: str) -> N
 
 
 def test_tensors_that_do_not_outlive_the_recording_are_refused() -> None:
-    """A tensor that was made for this call alone is gone, or frozen, at the replay."""
     passing, out = iter([torch.ones(3), torch.ones(3), torch.ones(3)]), torch.zeros(3)
 
     def work() -> None:
@@ -121,7 +119,6 @@ class Kernel:
         self.seen: list[weakref.ref[Tensor]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Kernel]:
-        """Return what launches it on a grid."""
 
         def launch(*args: Any, **arguments: Any) -> Kernel:
             self.calls.append((grid, args))
@@ -134,7 +131,6 @@ class Kernel:
 
 
 def test_a_trace_launches_by_position_and_holds_no_tensor_of_its_work() -> None:
-    """Every replay makes the tensors of the work again, and gives them back."""
     x, total, kernel = torch.ones(3), torch.zeros(3), Kernel()
 
     def work() -> None:
@@ -153,7 +149,6 @@ def test_a_trace_launches_by_position_and_holds_no_tensor_of_its_work() -> None:
 
 
 def test_a_trace_waits_for_exchanges_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later operations have the sum over ranks, as behind the function of torch."""
     waited: list[int] = []
     x = torch.ones(3)
 
@@ -166,9 +161,7 @@ def test_a_trace_waits_for_exchanges_of_ranks(monkeypatch: pytest.MonkeyPatch) -
         trace = TraceRecorder().capture(lambda: dist.all_reduce(x))
         monkeypatch.setattr(torch.ScriptObject, "wait", wait, raising=False)
         trace.replay()
-        del (
-            trace
-        )  # which has the group: the last to let it go waits for its threads, with the interpreter's lock
+        del trace  # the last to let its group go waits for its threads, with the interpreter's lock
     finally:
         dist.destroy_process_group()
     assert waited == [1]
@@ -193,31 +186,19 @@ def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch
     share a stream, and each purpose has one.
     """
     modes: list[str] = []
-    made: list[Stream] = []
+    made: list[MagicMock] = []
 
-    class Stream:
-        """Stands in for a stream of CUDA, and for what captures on it."""
-
-        def __getattr__(self, _name: str) -> Callable[..., None]:
-            return lambda *_: None
-
-        def __enter__(self) -> None:
-            """Begin."""
-
-        def __exit__(self, *_: object) -> None:
-            """End."""
-
-    def graph(*_: object, capture_error_mode: str, **__: object) -> Stream:
+    def graph(*_: object, capture_error_mode: str, **__: object) -> MagicMock:
         modes.append(capture_error_mode)
-        return Stream()
+        return MagicMock()
 
     stands_in = SimpleNamespace(
         graph_pool_handle=tuple,
         graph=graph,
         CUDAGraph=object,
-        Stream=lambda _device: made.append(Stream()) or made[-1],
+        Stream=lambda _device: made.append(MagicMock()) or made[-1],
         stream=lambda stream: stream,
-        current_stream=Stream,
+        current_stream=MagicMock,
     )
     monkeypatch.setattr(torch, "cuda", stands_in)
     stream_of.cache_clear()

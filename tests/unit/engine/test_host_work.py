@@ -31,7 +31,6 @@ def instructions(point: Point) -> float:
 
 
 def counted(step: Callable[[], object], steps: int) -> float:
-    """Count the interpreter's instructions of a step, over some."""
     return count(lambda: [step() for _ in range(steps)]) / steps
 
 
@@ -41,7 +40,6 @@ class Immediate:
     depth = 0
 
     def submit(self, batch: Batch) -> Pending:
-        """Begin a step that is over."""
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
         return Pending(seqs, lambda: [Token(7)] * len(seqs))
 
@@ -114,5 +112,4 @@ def test_a_queue_costs_a_step_next_to_nothing(kind: host.Kind, context: int) -> 
 
 @pytest.mark.sweep
 def test_the_bars_of_host_time_are_met() -> None:
-    """The host time per step meets its bounds on a quiet machine, by the thread's own clock."""
     assert host.main([]) == 0

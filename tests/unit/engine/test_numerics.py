@@ -32,7 +32,6 @@ class Overflowing:
         self.bad = bad
 
     def submit(self, batch: Batch) -> Pending:
-        """Answer at once."""
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
         drawn = tuple(seq for seq in seqs if seq.pooling is None)
         vectors = [(seq, np.array([0.0, self._value(seq)], np.float32)) for seq in seqs if seq.pooling]
@@ -55,7 +54,6 @@ class World:
         self.engine = Engine(runner, limits, self.blocks, AlwaysResident(), clock=lambda: self.now_s)
 
     def ask(self, name: str, adapter: Adapter | Mixture | None, **fields: object) -> StepOutput:
-        """Return the last output of a request."""
         params = SamplingParams(max_tokens=0 if "pooling" in fields else 2)
         self.engine.add(Sequence(name, list(PROMPT), params, adapter, model=name, **fields))  # type: ignore[arg-type]
         outputs = []

@@ -1,24 +1,30 @@
-"""Draws on the host, and ranks of tokens."""
+"""Draws on the host, ranks of tokens, and the changes of a request to its logits."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
+from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
-from inference_service.engine.sampler import processed, report, sample
+from inference_service.engine.sampler import processed, report, sample, shape
 from inference_service.http.openai.logprobs import prompt_logprobs
 from inference_service.kernels.sampling import RowParams, draw, reference
 from inference_service.kernels.sampling.host import REACH, noise
 from inference_service.kernels.sampling.reference import distribution
 from inference_service.text.text import Text
+from tests.support.examples import examples
+from tests.support.grammars import only
 from tests.support.tiny import VOCAB, write_tokenizer
 
 CHI_SQUARE = {4: 23.5, 7: 29.9}
@@ -27,7 +33,6 @@ CHI_SQUARE = {4: 23.5, 7: 29.9}
 
 @cache
 def answer(seed: int, steps: int = 16) -> list[int]:
-    """The tokens that a request of a seed is given when all of 1000 tokens are equally likely."""
     seq = Sequence("request", [0], SamplingParams(temperature=1.0, seed=seed))
     for _ in range(steps):
         (token,) = sample(torch.zeros(1, 1000), [seq])
@@ -37,13 +42,11 @@ def answer(seed: int, steps: int = 16) -> list[int]:
 
 @pytest.mark.parametrize("other", [1 + 2**32, 1 + 2**63, 1 - 2**63, -1, 2])
 def test_every_bit_of_a_seed_counts(other: int) -> None:
-    """Seeds of 64 bits, signed or not, give different answers."""
     assert answer(1) == answer.__wrapped__(1)
     assert sum(mine == theirs for mine, theirs in zip(answer(1), answer(other), strict=True)) < 4
 
 
 def test_a_negative_seed_is_the_unsigned_one_of_the_same_bits() -> None:
-    """A negative seed of int64 is the unsigned seed of uint64 with the same bits."""
     assert answer(-1) == answer(2**64 - 1)
 
 
@@ -58,7 +61,6 @@ def test_no_two_steps_of_any_seeds_share_noise() -> None:
 
 
 def chi_square(counts: npt.NDArray[np.int64], probs: npt.NDArray[np.float64]) -> float:
-    """The statistic of counts against probabilities."""
     expected = probs / probs.sum() * counts.sum()
     return float(((counts - expected) ** 2 / expected).sum())
 
@@ -109,13 +111,11 @@ def test_a_rank_counts_the_tokens_that_are_more_likely() -> None:
 
 
 def test_ranks_of_masked_tokens_are_finite() -> None:
-    """Tokens that are impossible are the last, all of them."""
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]])
     assert [report(logits, [token], 0)[0].rank for token in range(4)] == [2, 3, 1, 3]
 
 
 def test_what_the_api_lists_has_the_same_ranks(tmp_path: Path) -> None:
-    """The token of the prompt and its alternatives are ranked by one rule."""
     write_tokenizer(tmp_path)
     best = ((40, -0.5), (41, -0.5), (42, -2.0))
     [first, scored] = prompt_logprobs([Token(5), Token(41, -0.5, best, 1)], Text.load(tmp_path, VOCAB))
@@ -129,7 +129,6 @@ DRAWS = ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 5, "top_p":
 @pytest.mark.parametrize("draw", DRAWS, ids=str)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_processed_are_those_of_the_distribution(draw: dict[str, float], temperature: float) -> None:
-    """Processed log probabilities are those after temperature, of the allowed tokens; the others are -inf."""
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
     params = SamplingParams(temperature=temperature, **draw)  # type: ignore[arg-type]
     mass = distribution(logits[0], RowParams(temperature, **draw))  # type: ignore[arg-type]
@@ -165,3 +164,85 @@ def test_a_request_gets_the_log_probabilities_that_it_asks_for() -> None:
     ):
         found = dict(score(**sampling).top)
         torch.testing.assert_close(torch.tensor([found[token] for token in range(4)]), expected)
+
+
+def seq(tokens, answer=None, grammar: Grammar | None = None, **sampling: Any) -> Sequence:
+    made = Sequence("s", list(tokens), SamplingParams(**sampling), grammar=grammar)
+    made.progress.tokens += answer or []
+    return made
+
+
+def logits(seed: int, rows: int = 1) -> torch.Tensor:
+    """Random logits [rows, vocab]."""
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@settings(max_examples=examples(25))
+@given(st.floats(0.1, 10), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), st.integers(0, 99))
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float, tokens: list[int], seed: int) -> None:
+    model = logits(seed)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), model.clone())
+    found = shape(model[0], seq(tokens[:1], tokens[1:], repetition_penalty=penalty))
+    torch.testing.assert_close(found, expected[0])
+
+
+def test_presence_and_frequency_are_of_the_answer_alone() -> None:
+    """OpenAI's formula: c * frequency + (c > 0) * presence, with c counted in the answer, not in the prompt."""
+    model = logits(1)[0]
+    found = shape(model, seq([3, 4], [5, 6, 5], presence_penalty=0.5, frequency_penalty=0.25))
+    expected = model.clone()
+    expected[5] -= 0.5 + 2 * 0.25
+    expected[6] -= 0.5 + 0.25
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_bias_is_added() -> None:
+    model = logits(2)[0]
+    before = model.clone()
+    found = shape(model, seq([1], logit_bias={7: 100.0, 8: -100.0}))
+    assert found[7] == before[7] + 100
+    assert found[8] == before[8] - 100
+    assert torch.equal(model, before)
+
+
+def test_a_grammar_comes_before_min_tokens() -> None:
+    """A stop token that the grammar alone leaves is drawn for any length of the answer."""
+    ends: dict[str, Any] = {"min_tokens": 5, "stop_token_ids": frozenset([9])}
+    assert sample(logits(4), [seq([1], grammar=only(9), **ends)])[0].id == 9
+    assert sample(logits(4), [seq([1], grammar=only(9, 11), **ends)])[0].id == 11
+
+
+@settings(max_examples=examples(60))
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=5),
+    st.lists(st.integers(0, 3), max_size=6),
+)
+def test_bad_words_are_vllms(words: list[list[int]], answer: list[int]) -> None:
+    """The last token of a word is out exactly where the answer, without the prompt, ends with its others."""
+    table: dict[int, dict[tuple[int, ...], tuple[int, ...]]] = {}
+    for *before, last in words:
+        lasts = table.setdefault(len(before), {})
+        lasts[tuple(before)] = (*lasts.get(tuple(before), ()), last)
+    found = shape(logits(3)[0], seq([0, 1, 2, 3], answer, bad_words=table))
+    expected = {word[-1] for word in words if (answer + word[-1:])[-len(word) :] == word}
+    assert set(found.isneginf().nonzero().flatten().tolist()) == expected
+
+
+@given(st.floats(0.01, 1), st.integers(0, 99))
+@settings(max_examples=examples(12))
+def test_min_p_leaves_what_transformers_leaves(min_p: float, seed: int) -> None:
+    left = MinPLogitsWarper(min_p)(torch.empty(1, 0), logits(seed))[0].isfinite()
+    drawn = {
+        sample(logits(seed), [seq([1], temperature=1.0, min_p=min_p, seed=draw)])[0].id for draw in range(30)
+    }
+    assert all(left[token] for token in drawn)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["bias", "nothing allowed", "infinite"])
+def test_hopeless_logits_still_give_a_token(kind: str, temperature: float) -> None:
+    model = torch.full((1, VOCAB), -torch.inf) if kind == "infinite" else logits(5)
+    bias = dict.fromkeys(range(VOCAB), -100.0) if kind == "bias" else {}
+    grammar = only() if kind == "nothing allowed" else None
+    made = seq([1], grammar=grammar, temperature=temperature, logit_bias=bias, top_p=0.5, top_k=3, min_p=0.1)
+    assert 0 <= sample(model, [made])[0].id < VOCAB

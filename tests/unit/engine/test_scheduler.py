@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FAIR, Batch, EndReason, Sequence, Share, Token
+from inference_service.core.sequence import Batch, EndReason, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits, SequenceQueue
@@ -49,38 +50,23 @@ class NotedStepTimes(StepTimes):
     looks = False
 
     def room(self, decodes: int, times: float = TIMES) -> Room:
-        """Return the room of a model without notes."""
         room = super().room(decodes, times)
         self.looks = not room.rows
         return room
 
 
-def _engine(
-    *, blocks: int = 64, max_tokens: int = 16, max_seqs: int = 4, max_adapters: int = 2, depth: int = 0
-) -> tuple[Engine, FakeRunner, BlockManager]:
+def _engine(*, blocks=64, max_tokens=16, max_seqs=4, max_adapters=2, depth=0):
     manager = BlockManager(blocks, 4)
     runner = FakeRunner(depth)
     limits = SchedulerLimits(max_tokens, max_seqs, max_adapters, max_seq_len=blocks * 4)
     return Engine(runner, limits, manager, AlwaysResident(), clock=lambda: 0.0), runner, manager
 
 
-def _seq(
-    prompt: int,
-    new: int,
-    uid: int = 0,
-    priority: int = 0,
-    deadline_s: float | None = None,
-    *,
-    flow: str = "",
-    share: Share = FAIR,
-) -> Sequence:
+def _seq(prompt: int, new: int, uid: int = 0, priority: int = 0, **fields: Any) -> Sequence:
     number = next(_ids)
     tokens = [number * 1000 + index for index in range(prompt)]  # no shared prefixes by accident
-    sampling = SamplingParams(max_tokens=new)
     adapter = ADAPTERS[uid - 1] if uid else None
-    return Sequence(
-        str(number), tokens, sampling, adapter, priority, deadline_s=deadline_s, flow=flow, share=share
-    )
+    return Sequence(str(number), tokens, SamplingParams(max_tokens=new), adapter, priority, **fields)
 
 
 def _drain(engine: Engine, steps: int = 3000) -> dict[str, EndReason]:
@@ -115,12 +101,10 @@ def _steps(engine: Engine, seq: Sequence, most: int, *, first: bool = False) -> 
 
 
 def test_decodes_come_before_a_long_prompt_and_share_its_step() -> None:
-    """A long prompt is cut to the budget that decodes leave."""
     engine, runner, _ = _engine(max_tokens=8)
     short, long = _seq(3, 20), _seq(20, 1)
     engine.add(short)
-    for _ in range(3):
-        engine.step()  # what it takes to decode alone is known now
+    _run(engine, 3)  # what it takes to decode alone is known now
     engine.add(long)
     engine.step()
     lengths = {chunk.seq.id: chunk.length for chunk in runner.batches[-1].chunks}
@@ -128,7 +112,6 @@ def test_decodes_come_before_a_long_prompt_and_share_its_step() -> None:
 
 
 def test_a_higher_priority_is_admitted_first() -> None:
-    """The most urgent of those that wait enters first, then the oldest."""
     engine, runner, _ = _engine(max_seqs=1)
     seqs = [_seq(2, 1), _seq(2, 1), _seq(2, 1, priority=5)]
     _add(engine, *seqs)
@@ -138,7 +121,6 @@ def test_a_higher_priority_is_admitted_first() -> None:
 
 
 def test_a_late_sequence_ends_with_its_deadline() -> None:
-    """A sequence whose deadline has passed is freed and says so, also while it waits."""
     engine, _, blocks = _engine()
     late = _seq(2, 5, deadline_s=-1.0)
     engine.add(late)
@@ -179,7 +161,7 @@ def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blo
                 aborted.add(open_ids[0])
         elif isinstance(action, tuple):
             prompt, new, uid, priority, deadline = action
-            seq = _seq(min(prompt, num_blocks * 4 - new), new, uid, priority, deadline)
+            seq = _seq(min(prompt, num_blocks * 4 - new), new, uid, priority, deadline_s=deadline)
             added[seq.id] = seq
             engine.add(seq)
     ends += list(_drain(engine))
@@ -193,7 +175,6 @@ def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blo
 
 
 def _served(runner: FakeRunner) -> Counter[str]:
-    """Rows by flow, over all batches."""
     rows: Counter[str] = Counter()
     for batch in runner.batches:
         for chunk in batch.chunks:
@@ -214,7 +195,6 @@ def test_flows_are_served_by_their_weights() -> None:
 
 
 def test_a_model_that_asks_once_does_not_wait_for_endless_streams() -> None:
-    """All seats are taken by endless streams of one model: another's first token comes at once."""
     engine, _, _ = _engine(max_seqs=32, max_tokens=64, blocks=2000)
     _add(engine, *(_seq(2, 2000, flow="endless") for _ in range(40)))
     _run(engine, 50)
@@ -287,9 +267,7 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
     st.integers(20, 200),
     st.integers(0, 1),
 )
-def test_nobody_under_way_gets_far_ahead_of_who_waits(
-    requests: list[tuple[int, str, int]], max_seqs: int, max_adapters: int, num_blocks: int, depth: int
-) -> None:
+def test_nobody_under_way_gets_far_ahead_of_who_waits(requests, max_seqs, max_adapters, num_blocks, depth):
     """A queue under way is ahead of a waiting one by a quantum and a step at most, but for two steps in a row,
     whatever is short (seats, blocks, places among the adapters). Within a queue the oldest begins first. A
     sequence that waits for a place among the adapters takes nothing from those on the base, and may begin one

@@ -1,8 +1,10 @@
-"""Chunks of prompts follow step times: engines whose runner takes the time that a machine would."""
+"""Chunks of prompts and drafts follow step times: engines whose runner takes the time that a machine would."""
 
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,14 +16,34 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.runner import Pending
-from inference_service.engine.step_times import (
-    LOOK,
-    TIMES,
-)
+from inference_service.engine.step_times import LOOK, LOOK_WITHOUT_DRAFTS, TIMES
 
 STREAMS = 8
 LONG = 2000
+DRAW = random.Random(0)
+Text = Callable[[str, int], int]
+"""A token, by its stream and its position."""
 _ids = itertools.count()
+
+
+def repetitive(_: str, __: int) -> int:
+    """Every draft holds."""
+    return 7
+
+
+def circle(_: str, position: int) -> int:
+    """Every draft holds once the text has come round."""
+    return 100 + position % 20
+
+
+def coins(_: str, __: int) -> int:
+    """Something is always found, and half of the tokens hold."""
+    return 7 + DRAW.randrange(2)
+
+
+def ordinary(_: str, position: int) -> int:
+    """Runs of ten tokens that came before, and ten that did not."""
+    return 100 + position % 10 if position // 10 % 2 else 1000 + position
 
 
 @dataclass
@@ -35,6 +57,9 @@ class Machine:
     """Cost of each token that a row of a prompt attends to."""
     decode_s: float = 0.0
     """Cost of each sequence that decodes."""
+    draft_s: float = 0.0
+    """Cost of each row of a draft."""
+    text: Text = repetitive
     now_s: float = 0.0
     free_s: float = 0.0
     batches: list[Batch] = field(default_factory=list)
@@ -46,35 +71,34 @@ class Machine:
         rows = sum(chunk.length * self.row_s for chunk in prompts)
         area = sum(chunk.length * (chunk.start + chunk.end) / 2 for chunk in prompts)
         decodes = (len(batch.chunks) - len(prompts)) * self.decode_s
-        took_s = self.step_s + rows + area * self.token_s + decodes
+        drafts = sum(chunk.drafted for chunk in batch.chunks) * self.draft_s
+        took_s = self.step_s + rows + area * self.token_s + decodes + drafts
         self.free_s = end_s = max(self.now_s, self.free_s) + took_s
         self.batches.append(batch)
         self.took_s.append(took_s)
-        seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
+        places = [
+            (chunk.seq, position)
+            for chunk in batch.chunks
+            if chunk.samples
+            for position in range(chunk.end - chunk.drafted, chunk.end + 1)
+        ]
+        tokens = [Token(self.text(seq.id, position)) for seq, position in places]
 
         def wait() -> list[Token]:
             self.now_s = max(self.now_s, end_s)
-            return [Token(7)] * len(seqs)
+            return tokens
 
-        return Pending(seqs, wait)
-
-
-def _engine(machine: Machine, max_tokens: int = 1024, max_seqs: int = 64) -> Engine:
-    limits = SchedulerLimits(max_tokens, max_seqs, max_adapters=2, max_seq_len=8192)
-    blocks = BlockManager(4096, 16)
-    return Engine(machine, limits, blocks, AlwaysResident(), clock=lambda: machine.now_s)
+        return Pending(tuple(seq for seq, _ in places), wait, drafts=batch.drafts)
 
 
-def _with_64_streams(machine: Machine, **limits: int) -> Engine:
-    """Return an engine in which 64 streams of one model decode, and whose step times are known."""
-    engine = _engine(machine, **limits)
-    _add(engine, _seq(8, 8000))
-    for _ in range(5):
+def _engine(machine: Machine, drafted: int = 0) -> Engine:
+    limits = SchedulerLimits(1024, 64, max_adapters=2, max_seq_len=8192, speculative_tokens=drafted)
+    return Engine(machine, limits, BlockManager(8192, 16), AlwaysResident(), clock=lambda: machine.now_s)
+
+
+def _run(engine: Engine, steps: int) -> None:
+    for _ in range(steps):
         engine.step()
-    _add(engine, *(_seq(8, 8000) for _ in range(63)))
-    for _ in range(30):
-        engine.step()
-    return engine
 
 
 def _seq(prompt: int, new: int = 1, priority: int = 0, flow: str = "") -> Sequence:
@@ -89,12 +113,21 @@ def _add(engine: Engine, *seqs: Sequence) -> tuple[Sequence, ...]:
     return seqs
 
 
+def _with_64_streams(machine: Machine) -> Engine:
+    """Return an engine in which 64 streams of one model decode, and whose step times are known."""
+    engine = _engine(machine)
+    _add(engine, _seq(8, 8000))
+    _run(engine, 5)
+    _add(engine, *(_seq(8, 8000) for _ in range(63)))
+    _run(engine, 30)
+    return engine
+
+
 def _streaming(machine: Machine) -> Engine:
     """Return an engine with streams that decode, and a runner that has forgotten how they began."""
     engine = _engine(machine)
     _add(engine, *(_seq(8, 8000) for _ in range(STREAMS)))
-    for _ in range(10):
-        engine.step()
+    _run(engine, 10)
     machine.batches.clear()
     machine.took_s.clear()
     return engine
@@ -128,10 +161,8 @@ def test_a_first_step_that_takes_long_misleads_about_none() -> None:
     engine.step()
     machine.step_s /= 8
     _add(engine, *(_seq(LONG) for _ in range(2)))
-    took = len(machine.took_s)
-    for _ in range(12):
-        engine.step()
-    assert max(machine.took_s[took:]) / machine.step_s < 1.3 * TIMES
+    _run(engine, 12)
+    assert max(machine.took_s[2:]) / machine.step_s < 1.3 * TIMES
 
 
 def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
@@ -139,8 +170,7 @@ def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
     machine = Machine()
     engine = _streaming(machine)
     _add(engine, _seq(8000))
-    for _ in range(40):
-        engine.step()
+    _run(engine, 40)
     decode_s = machine.step_s
     usual = sorted(machine.took_s[-20:])[10]
     for look in (False, True):
@@ -150,21 +180,16 @@ def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
         engine.step()
         assert (machine.batches[-1].num_tokens == STREAMS) is look
         machine.step_s = decode_s
-    times = []
-    for _ in range(20):
-        engine.step()
-        times.append(machine.took_s[-1])
-    assert sorted(times)[10] == pytest.approx(usual, rel=0.1)
-    assert max(times) < 3.2 * decode_s
+    _run(engine, 20)
+    times = sorted(machine.took_s[-20:])
+    assert times[10] == pytest.approx(usual, rel=0.1)
+    assert times[-1] < 3.2 * decode_s
 
 
 def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
-    """A few rows a step are always granted to prompts."""
-    machine = Machine(row_s=0.5)
-    engine = _streaming(machine)
+    engine = _streaming(Machine(row_s=0.5))
     [long] = _add(engine, _seq(300))
-    for _ in range(50):
-        engine.step()
+    _run(engine, 50)
     assert long.num_known
 
 
@@ -173,8 +198,7 @@ def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:
     machine = Machine()
     engine = _streaming(machine)
     long = _add(engine, *(_seq(8000) for _ in range(4)))
-    for _ in range(50):
-        engine.step()
+    _run(engine, 50)
     for _ in range(10):
         came_s = machine.now_s
         [short] = _add(engine, _seq(64))
@@ -186,8 +210,7 @@ def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:
 
 def test_less_urgent_requests_do_not_pass_however_short_they_are() -> None:
     """The time is shared among the equally urgent."""
-    machine = Machine()
-    engine = _streaming(machine)
+    engine = _streaming(Machine())
     [long] = _add(engine, _seq(LONG, priority=1))
     [short] = _add(engine, _seq(8))
     while not long.num_known:
@@ -208,5 +231,55 @@ def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: floa
         _add(engine, _seq(64, flow=f"after {number}"))
         engine.step()
         assert len(machine.batches[-1].chunks) == 64
-        engine.step()
-        engine.step()
+        _run(engine, 2)
+
+
+def _drafting(machine: Machine, streams: int) -> Engine:
+    """Return an engine that drafts eight tokens, with streams whose prompts are known."""
+    engine = _engine(machine, drafted=8)
+    _add(engine, *(_seq(1, new=8000) for _ in range(streams)))
+    engine.step()
+    return engine
+
+
+def _token_s(machine: Machine, engine: Engine, steps: int) -> float:
+    """Return the seconds of a token, over steps to come."""
+    began_s, before = machine.now_s, engine.stats.tokens_generated
+    _run(engine, steps)
+    return (machine.now_s - began_s) / (engine.stats.tokens_generated - before)
+
+
+@pytest.mark.parametrize("streams", [1, 8, 20])
+@pytest.mark.parametrize("part", [0.2, 0.6, 3.0], ids=["cheap", "dear", "very dear"])
+@pytest.mark.parametrize("text", [repetitive, circle, coins, ordinary])
+def test_drafts_never_cost(text: Text, part: float, streams: int) -> None:
+    """Drafts never cost, for any cost of a row and any share of drafts that hold, once that is known."""
+    machine = Machine(text=text)
+    machine.draft_s = part * machine.step_s / streams
+    engine = _drafting(machine, streams)
+    _run(engine, 150)
+    assert _token_s(machine, engine, 200) < machine.step_s / streams / 0.98
+
+
+@pytest.mark.parametrize("streams", [1, 8])
+def test_drafts_stop_where_rows_cost_what_they_save_and_come_back_where_they_are_free(streams: int) -> None:
+    """The engine stops drafts where a row costs more than a token, and measures the cost now and then."""
+    machine = Machine()
+    machine.draft_s = 1.2 * machine.step_s / streams
+    engine = _drafting(machine, streams)
+    _run(engine, 100)
+    before = engine.stats
+    _run(engine, 100)
+    tokens = engine.stats.tokens_generated - before.tokens_generated
+    assert engine.stats.tokens_drafted - before.tokens_drafted < 0.1 * tokens
+    machine.draft_s = 0.0
+    _run(engine, 800)
+    assert _token_s(machine, engine, 100) < machine.step_s / streams / 3
+
+
+def test_what_a_step_takes_without_drafts_stays_known() -> None:
+    """A machine that became slower altogether drafts as before."""
+    machine = Machine()
+    _run(_drafting(machine, 1), 3 * LOOK_WITHOUT_DRAFTS)
+    rows = [sum(chunk.drafted for chunk in batch.chunks) for batch in machine.batches[11:]]
+    assert 2 <= rows.count(0) <= 4

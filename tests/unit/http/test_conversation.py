@@ -47,7 +47,6 @@ class Speaks(Scripted):
         """Constraint of the last answer, as Lark or as a schema."""
 
     async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
-        """Stream the scripted answer."""
         self.asked.append(request)
         model = self.catalog.get(request.model.name)
         turns: Any = request.prompt.content
@@ -63,7 +62,6 @@ class Speaks(Scripted):
 
 
 async def ask(service: Speaks, **fields: Any) -> Collected:
-    """Return the pieces of an answer."""
     body = ChatBody.model_validate_json(json.dumps({"model": "tiny", "messages": [USER]} | fields))
     pieces: list[Piece] = []
     async for event in Conversation(service, chat_of(body)).events():
@@ -103,7 +101,6 @@ async def test_marks_that_are_special_tokens_are_asked_for(tmp_path: Path) -> No
 
 
 async def test_one_call_is_one_call(tmp_path: Path) -> None:
-    """The answer ends behind the first call without parallel calls, and further calls are dropped."""
     service = Speaks(tmp_path, "Qwen 2.5", CALL * 2)
     assert len(await ask(service, tools=[FIND])) == 2
     assert len(await ask(service, tools=[FIND], parallel_tool_calls=False, stop="x")) == 1
@@ -147,7 +144,6 @@ async def test_half_a_demanded_call_is_not_said(tmp_path: Path) -> None:
 
 
 async def test_a_deployment_says_which_parsers(tmp_path: Path) -> None:
-    """The deployment's parsers come before those of the template."""
     service = Speaks(tmp_path, "Qwen 3", "<think>Hm.</think>" + CALL)
     assert await ask(service, tools=[FIND]) == [["thought", "Hm."], ["call", "find", "{}"]]
     change_deployed(service.catalog, tool_parser=ToolParser.NONE, reasoning_parser=ReasoningParser.NONE)

@@ -37,7 +37,6 @@ def _error(kind: type[Body], text: str) -> dict[str, Any]:
     cases(__file__, "test_what_is_not_taken_is_named")
 )  # fmt: skip
 def test_what_is_not_taken_is_named(fields: dict[str, Any], param: str, code: str) -> None:
-    """An error names the field as OpenAI does, and the code says what is wrong."""
     error = _error(ChatBody, json.dumps(CHAT | fields))
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert param in error["message"]
@@ -64,7 +63,6 @@ def test_a_body_is_refused_with_its_parameter(body: str, param: str | None, foun
 
 
 def test_null_is_not_set() -> None:
-    """Null means unset, as clients send null for unset fields."""
     names = set(ChatBody.model_fields) - set(CHAT)
     body = ChatBody.model_validate_json(json.dumps(CHAT | dict.fromkeys(names)))
     assert body.stop == ()
@@ -72,7 +70,6 @@ def test_null_is_not_set() -> None:
 
 
 def test_what_changes_nothing_is_accepted() -> None:
-    """Fields about bookkeeping are taken, whatever they say."""
     fields = {
         "user": "u",
         "metadata": {"a": "b"},
@@ -95,7 +92,6 @@ def test_what_changes_nothing_is_accepted() -> None:
     ],
 )
 def test_prompts_come_in_many_shapes(provided: Any, prompts: tuple[Any, ...]) -> None:
-    """A text, texts, token ids, lists of token ids, and mixtures."""
     assert CompletionBody.model_validate_json(json.dumps({"model": "m", "prompt": provided})).prompt == prompts
 
 
@@ -122,11 +118,9 @@ def test_what_is_no_prompt_is_refused(fields: dict[str, Any], param: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("provided", "choice"),
-    [(None, None), ("none", "none"), ("required", "required"), (TOOL, NamedTool("f"))],
+    ("provided", "choice"), [(None, None), ("none", "none"), ("required", "required"), (TOOL, NamedTool("f"))]
 )
 def test_tool_choices(provided: Any, choice: object) -> None:
-    """A word, or a function by name."""
     body = ChatBody.model_validate_json(json.dumps(CHAT | {"tools": [TOOL], "tool_choice": provided}))
     assert body.tool_choice == choice
 
@@ -162,7 +156,6 @@ def test_messages_become_what_templates_know() -> None:
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_what_was_thought_comes_back_by_both_names(name: str) -> None:
-    """Templates know one name or the other, and a turn of thoughts alone is a turn."""
     sent = [{"role": "assistant", name: "Hm."}]
     body = ChatBody.model_validate_json(json.dumps(CHAT | {"messages": sent}))
     [turn] = (turn.message() for turn in turns_of(body.messages))
@@ -170,14 +163,12 @@ def test_what_was_thought_comes_back_by_both_names(name: str) -> None:
 
 
 def test_a_prompt_or_messages_are_tokenized_and_not_both() -> None:
-    """A body with neither prompt nor messages, or with both, is refused."""
     for fields in ({}, {"prompt": "a", "messages": [USER]}):
         assert _error(TokenizeBody, json.dumps(fields))["message"].count("either prompt or messages") == 1
 
 
 @pytest.mark.parametrize("kind", [ChatBody, CompletionBody])
 def test_every_parameter_is_documented(kind: type[Body]) -> None:
-    """docs/reference/openai.md describes each parameter."""
     page = (ROOT / "docs/reference/openai.md").read_text()
     missing = [name for name in kind.model_fields if not re.search(rf"`{name}\b", page)]
     assert not missing

@@ -26,6 +26,7 @@ from inference_service.http.openai.schema import CompletionBody
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
 from inference_service.serving.service import GenerationService, ServingLimits
 from loramux_shared.faults import RequestInvalid
+from tests.support.cases import cases
 from tests.support.generations import change_deployed
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
@@ -86,21 +87,8 @@ def test_lengths() -> None:
     assert _completion(max_tokens=0, echo=True).sampling.prompt_logprobs == 0
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
-        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
-        ({"top_logprobs": 1}, "top_logprobs"),
-        (
-            {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
-            "reasoning_effort",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("fields", "param"), cases(__file__, "test_contradictions_are_refused"))
 def test_contradictions_are_refused(fields: dict[str, Any], param: str) -> None:
-    """Fields that exclude each other are refused by the name of one of them."""
     with pytest.raises(RequestInvalid) as caught:
         _chat(**fields)
     assert [finding.where for finding in caught.value.findings] == [param]
@@ -118,7 +106,6 @@ def test_how_long_to_think_is_told_to_the_template() -> None:
 
 
 def test_schemas_of_several_tools_keep_their_references() -> None:
-    """Definitions of two tools with the same name do not meet, and the grammar library takes the whole."""
     shapes = {"a": {"type": "integer"}, "b.c": {"type": "string"}}
     properties = {"x": {"$ref": "#/$defs/X"}, "again": {"$ref": "#"}}
     tools = [

@@ -106,19 +106,7 @@ def test_allowed_tools_are_told_with_the_others(mode: str) -> None:
         assert chat.request().output.constraint is None  # it is made when the model is known, of callable tools
 
 
-@pytest.mark.parametrize(
-    ("where", "here"),
-    [
-        ("messages[0].tool_calls[0].function.name", "input"),
-        ("messages", "input"),
-        ("tools[0].function.name", "tools[0].name"),
-        ("tools[2].function.name", "tools[1].tools[1].name"),
-        ("tools", "tools"),
-        ("max_tokens", "max_output_tokens"),
-        ("response_format", "text.format"),
-        ("temperature", "temperature"),
-    ],
-)
+@pytest.mark.parametrize(("where", "here"), cases(__file__, "test_faults_name_the_fields_of_the_body"))
 def test_faults_name_the_fields_of_the_body(where: str, here: str) -> None:
     """A fault of a response does not name messages, which its client never wrote."""
     tool = {"type": "function", "name": "f"}

@@ -165,10 +165,7 @@ CHANGES: dict[str, tuple[Callable[[World], Deployment], bool]] = {
         False,
     ),
     "a file of the adapter more": (
-        lambda world: (
-            (world.folder / "a000" / "chat_template.jinja").write_text("x"),
-            world.deployment(),
-        )[1],
+        lambda world: ((world.folder / "a000" / "chat_template.jinja").write_text("x"), world.deployment())[1],
         False,
     ),
 }

@@ -77,11 +77,7 @@ def test_local_roots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_allowed_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allowed hosts are separated by commas, and have a form."""
     monkeypatch.setenv("LORAMUX_ALLOWED_HOSTS", "Models.example.com, 10.0.0.5:8443,[::1]:443")
-    assert load_settings(BuilderSettings).allowed_hosts == (
-        "models.example.com",
-        "10.0.0.5:8443",
-        "[::1]:443",
-    )
+    assert load_settings(BuilderSettings).allowed_hosts == ("models.example.com", "10.0.0.5:8443", "[::1]:443")
     monkeypatch.setenv("LORAMUX_ALLOWED_HOSTS", "https://models.example.com/x")
     assert "expected HOST or HOST:PORT" in _refusal(BuilderSettings)
 

@@ -138,10 +138,7 @@ def test_no_field_of_a_repository_has_a_nul(field: str) -> None:
 def test_a_store_that_is_no_folder_is_named(folder: Path, name: str) -> None:
     """A store at a loop, a pipe or a file is STORE_UNAVAILABLE in every operation."""
     store = LocalStore(folder / name)
-    calls: list[Callable[[], object]] = [
-        lambda: list(store.list("")),
-        lambda: store.put("a", b""),
-    ]
+    calls: list[Callable[[], object]] = [lambda: list(store.list("")), lambda: store.put("a", b"")]
     for call in calls:
         with pytest.raises(StoreUnavailable):
             call()

@@ -50,10 +50,7 @@ def test_native_can_be_asked_for(config: ModelConfig, native_folder: Path) -> No
     [
         ({}, "float32 by torch; the checkpoint is float32"),
         ({"dtype": "bfloat16"}, "bfloat16 by torch; LORAMUX_DTYPE=bfloat16"),
-        (
-            {"quantization": "int8"},
-            "int8 widened piece by piece by torch; the checkpoint is float32",
-        ),
+        ({"quantization": "int8"}, "int8 widened piece by piece by torch; the checkpoint is float32"),
     ],
 )
 def test_how_weights_are_multiplied_is_told_with_its_reason(
