@@ -1,7 +1,7 @@
 """Several replicas as if they were one: what the clients call where they were given more than one address.
 
 Each replica has a channel of its own, whose health gRPC watches by itself (`HEALTHY`): a call on one that is
-away or NOT_SERVING fails at once and unsent. `loramux.placement` chooses, `trip` asks the next one.
+away or NOT_SERVING fails at once and unsent. `placement` chooses, `trip` asks the next one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Final
 import grpc
 
 from loramux.connection import GENERATE, Address, Calls, Credentials
-from loramux.placement import Placement
 from loramux_fleet.members import Members
+from loramux_fleet.placement import Placement
 from loramux_fleet.trip import Trip, model_of
 from loramux_shared.faults import ServerUnavailable
 from loramux_shared.routes import INFERENCE_SERVICE, OF_A_MODEL

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
-from loramux.placement import Placement
+from loramux_fleet.placement import Placement
 from loramux_shared.bundle.names import names_of
 from loramux_shared.faults import (
     Fault,

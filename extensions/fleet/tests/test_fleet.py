@@ -16,9 +16,9 @@ from loramux import AsyncClient, Client, Delta, Started, faults
 from loramux.connection import Address, Credentials
 from loramux.inference.v1 import adapters_pb2, inference_pb2 as pb
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
-from loramux.placement import order
 from loramux_fleet.fleet import REPEATED, STREAMS, AsyncFleetCalls, Fleet, FleetCalls
 from loramux_fleet.members import Members
+from loramux_fleet.placement import order
 from loramux_shared.access.guard import Guard
 from tests.support.access import NOBODY, Certificates
 from tests.support.replicas import MODELS, Replicas, replicas

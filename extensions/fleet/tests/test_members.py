@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from loramux.connection import Address
-from loramux.placement import Placement, order
 from loramux_fleet.members import DOUBT_S, EVERY_S, Members
+from loramux_fleet.placement import Placement, order
 from loramux_fleet.trip import TRIES, Trip
 from loramux_shared.faults import (
     Fault,
@@ -18,7 +18,7 @@ from loramux_shared.faults import (
     ShuttingDown,
 )
 from tests.support.waiting import BOUND_S
-from tests.unit.client.test_placement import REPLICAS
+from tests.test_placement import REPLICAS
 
 
 class Names:

@@ -1,4 +1,4 @@
-"""The choice of a replica for a request: the rule of our own client (`loramux.placement`), in Ray's terms.
+"""The choice of a replica for a request: the rule of our own client (`loramux_fleet`), in Ray's terms.
 
 Every proxy orders the replicas of a model alike without coordination, so an adapter is loaded where its
 requests go, and a replica that comes or goes moves those models alone that it gets or had.
@@ -11,7 +11,9 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from loramux.placement import Popularity, choose, order
+from loramux_shared.extensions import need_extension
+
+placement = need_extension("fleet.placement", "the routing of requests on Ray")
 
 
 class AffineRouter(RequestRouter):
@@ -19,7 +21,7 @@ class AffineRouter(RequestRouter):
 
     def initialize_state(self, **_: Any) -> None:
         """Know nothing yet of how much models are asked for."""
-        self._popularity = Popularity()
+        self._popularity = placement.Popularity()
         self._spot = random.random()  # noqa: S311 - spreads proxies, guards nothing
 
     async def choose_replicas(
@@ -36,7 +38,7 @@ class AffineRouter(RequestRouter):
             return [two, candidate_replicas]
         named = {each.replica_id.unique_id: each for each in candidate_replicas}
         loads = {name: self.replica_queue_len_cache.get(each.replica_id) or 0 for name, each in named.items()}
-        ordered = order(model, tuple(sorted(named)))
+        ordered = placement.order(model, tuple(sorted(named)))
         copies = self._popularity.copies(model, len(ordered))
-        first = choose(ordered, loads.__getitem__, sum(loads.values()), copies, self._spot)
+        first = placement.choose(ordered, loads.__getitem__, sum(loads.values()), copies, self._spot)
         return [[named[first]], *([named[name]] for name in ordered if name != first)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from loramux.connection import Address, is_many, look_up, resolve, split
-from loramux.placement import Placement, Popularity, choose, order
+from loramux_fleet.placement import Placement, Popularity, choose, order
 from loramux_shared.faults import SettingsInvalid
 from tests.support.examples import examples
 
