@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -140,11 +139,8 @@ def _schemas(endpoints: tuple[Endpoint, ...]) -> dict[str, Json]:
         *((kind, "validation") for kind in dict.fromkeys(read)),
         *((kind, "serialization") for kind in dict.fromkeys(written)),
     ]
-    with warnings.catch_warnings():
-        # The kind of an event is read-only so that each kind can narrow it; pydantic warns of every such field.
-        warnings.filterwarnings("ignore", message=r".*`ReadOnly` qualifier", category=UserWarning)
-        adapters = [(kind.__name__, mode, TypeAdapter(kind)) for kind, mode in kinds]
-        _, generated = TypeAdapter.json_schemas(adapters, ref_template=f"{SCHEMAS}{{model}}")
+    adapters = [(kind.__name__, mode, TypeAdapter(kind)) for kind, mode in kinds]
+    _, generated = TypeAdapter.json_schemas(adapters, ref_template=f"{SCHEMAS}{{model}}")
     schemas: dict[str, Json] = generated["$defs"]
     for kind in dict.fromkeys(read):
         tell_bounds(kind, schemas)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal, NotRequired
 
 from pydantic import ConfigDict, with_config
-from typing_extensions import ReadOnly, TypedDict
+from typing_extensions import TypedDict
 
 
 class AnswerTextBlock(TypedDict):
@@ -79,65 +79,7 @@ EventKind = Literal[
 class MessageEvent(TypedDict):
     """An event of a stream; its type says which other fields it has."""
 
-    type: ReadOnly[EventKind]
-
-
-class MessageStart(MessageEvent):
-    """The message before anything is answered."""
-
-    type: Literal["message_start"]
-    message: AnthropicMessage
-
-
-class BlockStart(MessageEvent):
-    """A block of the content begins."""
-
-    type: Literal["content_block_start"]
-    index: int
-    content_block: ContentBlock
-
-
-class TextDelta(TypedDict):
-    """More text."""
-
-    type: Literal["text_delta"]
-    text: str
-
-
-class ThinkingDelta(TypedDict):
-    """More thinking."""
-
-    type: Literal["thinking_delta"]
-    thinking: str
-
-
-class SignatureDelta(TypedDict):
-    """The signature of a block of thinking."""
-
-    type: Literal["signature_delta"]
-    signature: str
-
-
-class InputDelta(TypedDict):
-    """More of the input of a call, as JSON text."""
-
-    type: Literal["input_json_delta"]
-    partial_json: str
-
-
-class BlockDelta(MessageEvent):
-    """More of a block."""
-
-    type: Literal["content_block_delta"]
-    index: int
-    delta: TextDelta | ThinkingDelta | SignatureDelta | InputDelta
-
-
-class BlockStop(MessageEvent):
-    """A block is complete."""
-
-    type: Literal["content_block_stop"]
-    index: int
+    type: EventKind
 
 
 class Ending(TypedDict):
@@ -145,26 +87,6 @@ class Ending(TypedDict):
 
     stop_reason: StopReason
     stop_sequence: str | None
-
-
-class MessageDelta(MessageEvent):
-    """The end of a message, with its tokens."""
-
-    type: Literal["message_delta"]
-    delta: Ending
-    usage: MessageUsage
-
-
-class MessageStop(MessageEvent):
-    """The last event."""
-
-    type: Literal["message_stop"]
-
-
-class Ping(MessageEvent):
-    """A sign that the stream is alive."""
-
-    type: Literal["ping"]
 
 
 class TokenCount(TypedDict):

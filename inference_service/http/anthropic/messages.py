@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from functools import partial
 from hashlib import sha256
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic_core import from_json
 from starlette.requests import Request as HttpRequest
@@ -18,22 +18,12 @@ from inference_service.chat.request import CallArguments, CallBegun, ChatRequest
 from inference_service.core.sequence import EndReason
 from inference_service.http.anthropic.answers import (
     AnthropicMessage,
-    BlockDelta,
-    BlockStart,
-    BlockStop,
     ContentBlock,
     Ending,
-    InputDelta,
-    MessageDelta,
+    EventKind,
     MessageEvent,
-    MessageStart,
-    MessageStop,
     MessageUsage,
-    Ping,
-    SignatureDelta,
     StopReason,
-    TextDelta,
-    ThinkingDelta,
     TokenCount,
 )
 from inference_service.http.anthropic.mapping import chat_of
@@ -45,7 +35,10 @@ from inference_service.serving.request import WORDLESS, AnswerDelta, AnswerFinis
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import PromptTooLong
 
-BlockEvent = BlockStart | BlockDelta | BlockStop
+
+def event_of(kind: EventKind, **fields: Any) -> MessageEvent:
+    """Return an event of a stream."""
+    return cast(MessageEvent, {"type": kind, **fields})
 
 
 class Content:
@@ -68,15 +61,15 @@ class Content:
         """True when the answer calls something."""
         return any(block["type"] == "tool_use" for block in self.blocks)
 
-    def take(self, pieces: Iterable[Piece]) -> list[BlockEvent]:
+    def take(self, pieces: Iterable[Piece]) -> list[MessageEvent]:
         """Return the events of more of the answer."""
         return [event for piece in pieces for event in self._take(piece)]
 
-    def end(self) -> list[BlockEvent]:
+    def end(self) -> list[MessageEvent]:
         """Return the events of the end of the last block."""
         return self._close()
 
-    def _take(self, piece: Piece) -> list[BlockEvent]:
+    def _take(self, piece: Piece) -> list[MessageEvent]:
         kind = self._open["type"] if self._open else ""
         match piece:
             case TextPiece() if kind == "text":
@@ -97,28 +90,28 @@ class Content:
             case CallArguments():
                 return self._more(piece.text)
 
-    def _begin(self, block: ContentBlock) -> list[BlockEvent]:
+    def _begin(self, block: ContentBlock) -> list[MessageEvent]:
         closed = self._close()
         self._open, self._texts, self._space = block, [], ""
         self.blocks.append(block)
         # The event has a copy: it is written before the block has its text.
-        return [*closed, {"type": "content_block_start", "index": self._index, "content_block": block.copy()}]
+        return [*closed, event_of("content_block_start", index=self._index, content_block=block.copy())]
 
-    def _more(self, text: str) -> list[BlockEvent]:
+    def _more(self, text: str) -> list[MessageEvent]:
         self._texts.append(text)
         kind = self._open["type"] if self._open else ""
         if kind == "text":
-            return [self._delta({"type": "text_delta", "text": text})]
+            return [self._delta(type="text_delta", text=text)]
         if kind == "tool_use":
-            return [self._delta({"type": "input_json_delta", "partial_json": text})]
-        return [self._delta({"type": "thinking_delta", "thinking": text})] if self._shows_thinking else []
+            return [self._delta(type="input_json_delta", partial_json=text)]
+        return [self._delta(type="thinking_delta", thinking=text)] if self._shows_thinking else []
 
-    def _close(self) -> list[BlockEvent]:
+    def _close(self) -> list[MessageEvent]:
         if self._open is None:
             return []
         block, self._open = self._open, None
         text = "".join(self._texts)
-        events: list[BlockEvent] = []
+        events: list[MessageEvent] = []
         if block["type"] == "tool_use":
             block["input"] = input_of(text)
         elif block["type"] == "text":
@@ -126,11 +119,11 @@ class Content:
         else:
             block["thinking"] = text if self._shows_thinking else ""
             block["signature"] = signature_of(text)
-            events = [self._delta({"type": "signature_delta", "signature": block["signature"]})]
-        return [*events, {"type": "content_block_stop", "index": self._index}]
+            events = [self._delta(type="signature_delta", signature=block["signature"])]
+        return [*events, event_of("content_block_stop", index=self._index)]
 
-    def _delta(self, delta: TextDelta | ThinkingDelta | SignatureDelta | InputDelta) -> BlockDelta:
-        return {"type": "content_block_delta", "index": self._index, "delta": delta}
+    def _delta(self, **delta: str) -> MessageEvent:
+        return event_of("content_block_delta", index=self._index, delta=delta)
 
     @property
     def _index(self) -> int:
@@ -157,8 +150,8 @@ def signature_of(thinking: str) -> str:
 PING_S: Final = 10.0
 """Seconds without an event, though tokens come, after which a stream has a ping: a call may be held back until
 it is whole."""
-PING: Final[Ping] = {"type": "ping"}
-STOP: Final[MessageStop] = {"type": "message_stop"}
+PING: Final = event_of("ping")
+STOP: Final = event_of("message_stop")
 
 
 class MessageAnswer:
@@ -258,13 +251,13 @@ class MessageAnswer:
             "usage": usage,
         }
 
-    def _started(self) -> MessageStart:
+    def _started(self) -> MessageEvent:
         """Return the first event; the last but one says how much of the prompt was cached."""
         counted = usage(AnswerFinished(EndReason.STOP, "", self._prompt_tokens, 0, 0))
-        return {"type": "message_start", "message": self._message([], counted)}
+        return event_of("message_start", message=self._message([], counted))
 
-    def _ended(self, finished: AnswerFinished) -> MessageDelta:
-        return {"type": "message_delta", "delta": self._ending(finished), "usage": self._usage(finished)}
+    def _ended(self, finished: AnswerFinished) -> MessageEvent:
+        return event_of("message_delta", delta=self._ending(finished), usage=self._usage(finished))
 
     def _usage(self, finished: AnswerFinished) -> MessageUsage:
         counted = usage(finished)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal, NotRequired
 
 from pydantic import ConfigDict, with_config
-from typing_extensions import ReadOnly, TypedDict
+from typing_extensions import TypedDict
 
 from inference_service.http.openai.answers import TokenLogprob
 
@@ -161,96 +161,5 @@ class InputTokens(TypedDict):
 class ResponseEvent(TypedDict):
     """An event of a response; its type says which other fields it has."""
 
-    type: ReadOnly[str]
+    type: str
     sequence_number: int
-
-
-StateKind = Literal[
-    "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
-]
-
-
-class ResponseStateEvent(ResponseEvent):
-    """A response begins, continues or ends."""
-
-    type: StateKind
-    response: Response
-
-
-class ItemEvent(ResponseEvent):
-    """An item begins or ends."""
-
-    type: Literal["response.output_item.added", "response.output_item.done"]
-    output_index: int
-    item: AnsweredItem
-
-
-class PartEvent(ResponseEvent):
-    """A part of an item begins or ends."""
-
-    type: Literal["response.content_part.added", "response.content_part.done"]
-    item_id: str
-    output_index: int
-    content_index: int
-    part: OutputTextPart | ThoughtPart
-
-
-class OutputTextDelta(ResponseEvent):
-    """More text of a message, with the log probabilities of its tokens."""
-
-    type: Literal["response.output_text.delta"]
-    item_id: str
-    output_index: int
-    content_index: int
-    delta: str
-    logprobs: list[TokenLogprob]
-
-
-class OutputTextDone(ResponseEvent):
-    """The whole text of a message."""
-
-    type: Literal["response.output_text.done"]
-    item_id: str
-    output_index: int
-    content_index: int
-    text: str
-    logprobs: list[TokenLogprob]
-
-
-class ReasoningTextDelta(ResponseEvent):
-    """More reasoning."""
-
-    type: Literal["response.reasoning_text.delta"]
-    item_id: str
-    output_index: int
-    content_index: int
-    delta: str
-
-
-class ReasoningTextDone(ResponseEvent):
-    """The whole text of reasoning."""
-
-    type: Literal["response.reasoning_text.done"]
-    item_id: str
-    output_index: int
-    content_index: int
-    text: str
-
-
-class ArgumentsDelta(ResponseEvent):
-    """More arguments of a call."""
-
-    type: Literal["response.function_call_arguments.delta"]
-    item_id: str
-    output_index: int
-    delta: str
-
-
-class ArgumentsDone(ResponseEvent):
-    """All arguments of a call."""
-
-    type: Literal["response.function_call_arguments.done"]
-    item_id: str
-    output_index: int
-    name: str
-    arguments: str

@@ -24,13 +24,11 @@ from inference_service.http.responses.answers import (
     Response,
     ResponseError,
     ResponseEvent,
-    ResponseStateEvent,
     ResponseUsage,
-    StateKind,
 )
 from inference_service.http.responses.items import functions_of
 from inference_service.http.responses.mapping import chat_of
-from inference_service.http.responses.output import OutputEvent, OutputItems
+from inference_service.http.responses.output import OutputItems, event_of
 from inference_service.http.responses.schema import ResponsesBody, TextConfig
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.errors import error_body, status_of
@@ -187,6 +185,7 @@ class ResponseAnswer:
         """Known when the request was accepted."""
         self._begun = False
         """True when there was an event."""
+        self._ended: Response | None = None
 
     async def whole(self) -> Response:
         """Return the response at once.
@@ -194,13 +193,11 @@ class ResponseAnswer:
         Raises:
             Fault: it failed.
         """
-        response: Response | None = None
         async with aclosing(self._events()) as events:
-            async for event in events:
-                if event["type"] in ("response.completed", "response.incomplete"):
-                    response = event["response"]
-        assert response is not None  # noqa: S101 - a response that did not fail ends
-        return response
+            async for _ in events:
+                pass
+        assert self._ended is not None  # noqa: S101 - a response that did not fail ends
+        return self._ended
 
     async def events(self) -> AsyncGenerator[ResponseEvent]:
         """Yield the events of the response; the first with the first token, the last says how it ended.
@@ -215,9 +212,9 @@ class ResponseAnswer:
         except Fault as fault:
             if self._resource is None or not self._begun:
                 raise
-            yield self._state("response.failed", self._resource.failed(fault, self._output.items()))
+            yield self._state("failed", self._resource.failed(fault, self._output.items()))
 
-    async def _events(self) -> AsyncGenerator[ResponseStateEvent | OutputEvent]:
+    async def _events(self) -> AsyncGenerator[ResponseEvent]:
         async with aclosing(self._conversation.events()) as events:
             async for event in events:
                 match event:
@@ -226,8 +223,8 @@ class ResponseAnswer:
                     case AnswerPart() if self._resource is not None:
                         if not self._begun:
                             self._begun = True
-                            yield self._state("response.created", self._resource.under_way())
-                            yield self._state("response.in_progress", self._resource.under_way())
+                            yield self._state("created", self._resource.under_way())
+                            yield self._state("in_progress", self._resource.under_way())
                         for each in self._read(self._resource, event):
                             yield each
 
@@ -238,17 +235,17 @@ class ResponseAnswer:
         self._output = OutputItems(scored, functions, carries=self._body.carries, number=self._number)
         return ResponseObject(self._body, self.head, await self._service.naming.defaults(started.model))
 
-    def _read(self, resource: ResponseObject, part: AnswerPart) -> list[ResponseStateEvent | OutputEvent]:
+    def _read(self, resource: ResponseObject, part: AnswerPart) -> list[ResponseEvent]:
         """Collect more of the answer, or its end; return the events of it."""
         if isinstance(part.event, AnswerDelta):
             return [*self._output.take(part.pieces, part.event.tokens)]
         cut = part.event.reason is EndReason.LENGTH
         events = self._output.end(part.pieces, "incomplete" if cut else "completed")
-        ended = resource.ended(part.event, self._output.items(), self._output.reasoning_tokens)
-        return [*events, self._state("response.incomplete" if cut else "response.completed", ended)]
+        self._ended = resource.ended(part.event, self._output.items(), self._output.reasoning_tokens)
+        return [*events, self._state("incomplete" if cut else "completed", self._ended)]
 
-    def _state(self, kind: StateKind, response: Response) -> ResponseStateEvent:
-        return {"type": kind, "sequence_number": self._number(), "response": response}
+    def _state(self, kind: str, response: Response) -> ResponseEvent:
+        return event_of(kind, self._number, response=response)
 
 
 async def fitted(service: GenerationService, chat: ChatRequest) -> ChatRequest:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
-from typing import Final, Literal
+from typing import Any, Final, cast
 
 from inference_service.chat.request import CallArguments, CallBegun, Piece, TextPiece, Thought
 from inference_service.core.sequence import Token
@@ -18,38 +18,26 @@ from inference_service.http.openai.answers import TokenLogprob
 from inference_service.http.openai.logprobs import TokenNames, chat_logprobs
 from inference_service.http.responses.answers import (
     AnsweredItem,
-    ArgumentsDelta,
-    ArgumentsDone,
     CalledItem,
-    ItemEvent,
     ItemStatus,
     OutputMessage,
-    OutputTextDelta,
-    OutputTextDone,
     OutputTextPart,
-    PartEvent,
-    ReasoningTextDelta,
-    ReasoningTextDone,
+    ResponseEvent,
     ThoughtItem,
     ThoughtPart,
 )
 from inference_service.http.responses.items import CalledName, Offered, carried
 from inference_service.text.text import Text
 
-OutputEvent = (
-    ItemEvent
-    | PartEvent
-    | OutputTextDelta
-    | OutputTextDone
-    | ReasoningTextDelta
-    | ReasoningTextDone
-    | ArgumentsDelta
-    | ArgumentsDone
-)
 Number = Callable[[], int]
 """Returns the number of the next event of a stream; events are made in the order in which they are sent."""
 PART: Final = 0
 """The index of an item's part: items have one each."""
+
+
+def event_of(kind: str, number: Number, **fields: Any) -> ResponseEvent:
+    """Return the next event of a stream."""
+    return cast(ResponseEvent, {"type": f"response.{kind}", "sequence_number": number(), **fields})
 
 
 class _Item:
@@ -63,6 +51,8 @@ class _Item:
         self._number = number
         self._id = f"{self.prefix}_{secrets.token_hex(16)}"
         self._texts: list[str] = []
+        self._place: dict[str, Any] = {"item_id": self._id, "output_index": index}
+        """Fields of events about the item."""
 
     @property
     def _text(self) -> str:
@@ -72,57 +62,56 @@ class _Item:
         """Return the item with the text so far."""
         raise NotImplementedError
 
-    def added(self) -> list[OutputEvent]:
+    def added(self) -> list[ResponseEvent]:
         """Return the events that begin the item."""
-        return [self._item_event("response.output_item.added", "in_progress")]
+        return [self._whole("added", "in_progress")]
 
-    def done(self, status: ItemStatus) -> list[OutputEvent]:
+    def done(self, status: ItemStatus) -> list[ResponseEvent]:
         """Return the events that end the item."""
-        return [self._item_event("response.output_item.done", status)]
+        return [self._whole("done", status)]
 
-    def _item_event(
-        self, kind: Literal["response.output_item.added", "response.output_item.done"], status: ItemStatus
-    ) -> ItemEvent:
-        return {
-            "type": kind,
-            "sequence_number": self._number(),
-            "output_index": self._index,
-            "item": self.item(status),
-        }
+    def _whole(self, kind: str, status: ItemStatus) -> ResponseEvent:
+        item = self.item(status)
+        return event_of(f"output_item.{kind}", self._number, output_index=self._index, item=item)
+
+    def _event(self, kind: str, **fields: Any) -> ResponseEvent:
+        event = {"type": f"response.{kind}", "sequence_number": self._number(), **self._place, **fields}
+        return cast(ResponseEvent, event)
 
 
 class _Parted(_Item):
     """An item whose text is that of a part."""
 
-    def added(self) -> list[OutputEvent]:
-        return [*super().added(), self._part_event("response.content_part.added")]
+    kind: str
+    """Kind of the text, in the names of its events."""
 
-    def done(self, status: ItemStatus) -> list[OutputEvent]:
-        return [self._text_done(), self._part_event("response.content_part.done"), *super().done(status)]
+    def __init__(self, index: int, number: Number) -> None:
+        super().__init__(index, number)
+        self._place["content_index"] = PART
+
+    def added(self) -> list[ResponseEvent]:
+        return [*super().added(), self._event("content_part.added", part=self._part())]
+
+    def done(self, status: ItemStatus) -> list[ResponseEvent]:
+        text = self._event(f"{self.kind}.done", text=self._text, **self._scored())
+        return [text, self._event("content_part.done", part=self._part()), *super().done(status)]
+
+    def more(self, text: str) -> ResponseEvent:
+        """Return the event of more text."""
+        self._texts.append(text)
+        return self._event(f"{self.kind}.delta", delta=text)
 
     def _part(self) -> OutputTextPart | ThoughtPart:
         raise NotImplementedError
 
-    def _text_done(self) -> OutputTextDone | ReasoningTextDone:
-        raise NotImplementedError
-
-    def _part_event(
-        self, kind: Literal["response.content_part.added", "response.content_part.done"]
-    ) -> PartEvent:
-        return {
-            "type": kind,
-            "sequence_number": self._number(),
-            "item_id": self._id,
-            "output_index": self._index,
-            "content_index": PART,
-            "part": self._part(),
-        }
+    def _scored(self) -> dict[str, list[TokenLogprob]]:
+        return {}
 
 
 class _Message(_Parted):
-    """The text of an answer."""
+    """The text of an answer, with the log probabilities of its tokens."""
 
-    prefix = "msg"
+    prefix, kind = "msg", "output_text"
 
     def __init__(self, index: int, number: Number) -> None:
         super().__init__(index, number)
@@ -132,39 +121,23 @@ class _Message(_Parted):
         content = [self._part()] if self._texts else []
         return {"id": self._id, "type": "message", "status": status, "role": "assistant", "content": content}
 
-    def _part(self) -> OutputTextPart:
-        return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": [*self._scores]}
-
-    def more(self, text: str, scores: list[TokenLogprob]) -> OutputTextDelta:
+    def scored(self, text: str, scores: list[TokenLogprob]) -> ResponseEvent:
         """Return the event of more text, and of the log probabilities of its tokens."""
         self._texts.append(text)
         self._scores += scores
-        return {
-            "type": "response.output_text.delta",
-            "sequence_number": self._number(),
-            "item_id": self._id,
-            "output_index": self._index,
-            "content_index": PART,
-            "delta": text,
-            "logprobs": scores,
-        }
+        return self._event("output_text.delta", delta=text, logprobs=scores)
 
-    def _text_done(self) -> OutputTextDone:
-        return {
-            "type": "response.output_text.done",
-            "sequence_number": self._number(),
-            "item_id": self._id,
-            "output_index": self._index,
-            "content_index": PART,
-            "text": self._text,
-            "logprobs": [*self._scores],
-        }
+    def _part(self) -> OutputTextPart:
+        return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": [*self._scores]}
+
+    def _scored(self) -> dict[str, list[TokenLogprob]]:
+        return {"logprobs": [*self._scores]}
 
 
 class _Reasoning(_Parted):
     """The reasoning before an answer."""
 
-    prefix = "rs"
+    prefix, kind = "rs", "reasoning_text"
 
     def __init__(self, index: int, number: Number, *, carries: bool) -> None:
         super().__init__(index, number)
@@ -184,28 +157,6 @@ class _Reasoning(_Parted):
 
     def _part(self) -> ThoughtPart:
         return {"type": "reasoning_text", "text": self._text}
-
-    def more(self, text: str) -> ReasoningTextDelta:
-        """Return the event of more reasoning."""
-        self._texts.append(text)
-        return {
-            "type": "response.reasoning_text.delta",
-            "sequence_number": self._number(),
-            "item_id": self._id,
-            "output_index": self._index,
-            "content_index": PART,
-            "delta": text,
-        }
-
-    def _text_done(self) -> ReasoningTextDone:
-        return {
-            "type": "response.reasoning_text.done",
-            "sequence_number": self._number(),
-            "item_id": self._id,
-            "output_index": self._index,
-            "content_index": PART,
-            "text": self._text,
-        }
 
 
 class _Call(_Item):
@@ -228,27 +179,14 @@ class _Call(_Item):
             "arguments": self._text,
         }
 
-    def more(self, text: str) -> ArgumentsDelta:
+    def more(self, text: str) -> ResponseEvent:
         """Return the event of more arguments."""
         self._texts.append(text)
-        return {
-            "type": "response.function_call_arguments.delta",
-            "sequence_number": self._number(),
-            "item_id": self._id,
-            "output_index": self._index,
-            "delta": text,
-        }
+        return self._event("function_call_arguments.delta", delta=text)
 
-    def done(self, status: ItemStatus) -> list[OutputEvent]:
-        arguments: ArgumentsDone = {
-            "type": "response.function_call_arguments.done",
-            "sequence_number": self._number(),
-            "item_id": self._id,
-            "output_index": self._index,
-            "name": self._called["name"],
-            "arguments": self._text,
-        }
-        return [arguments, *super().done(status)]
+    def done(self, status: ItemStatus) -> list[ResponseEvent]:
+        kind, name = "function_call_arguments.done", self._called["name"]
+        return [self._event(kind, name=name, arguments=self._text), *super().done(status)]
 
 
 class OutputItems:
@@ -274,12 +212,12 @@ class OutputItems:
         """Those of which no piece has come yet."""
         self.reasoning_tokens = 0
 
-    def take(self, pieces: Sequence[Piece], tokens: Sequence[Token]) -> list[OutputEvent]:
+    def take(self, pieces: Sequence[Piece], tokens: Sequence[Token]) -> list[ResponseEvent]:
         """Return the events of more of the answer, which was decoded from these tokens."""
         self._tokens += tokens
         return [event for piece in pieces for event in self._piece(piece)]
 
-    def end(self, pieces: Sequence[Piece], status: ItemStatus) -> list[OutputEvent]:
+    def end(self, pieces: Sequence[Piece], status: ItemStatus) -> list[ResponseEvent]:
         """Return the events of its end; the last item has the status of the whole."""
         events = self.take(pieces, ())
         nothing = self._open is None and not self._done
@@ -291,7 +229,7 @@ class OutputItems:
         """Return what there is; an item that is not done is incomplete."""
         return [*self._done, *([self._open.item("incomplete")] if self._open else [])]
 
-    def _piece(self, piece: Piece) -> list[OutputEvent]:
+    def _piece(self, piece: Piece) -> list[ResponseEvent]:
         match piece:
             case TextPiece(text):
                 if isinstance(self._open, _Message) or text.strip():
@@ -312,8 +250,8 @@ class OutputItems:
                 assert isinstance(self._open, _Call)  # noqa: S101 - the piece before began it
                 return [self._open.more(text)]
 
-    def _say(self, text: str) -> list[OutputEvent]:
-        events: list[OutputEvent] = []
+    def _say(self, text: str) -> list[ResponseEvent]:
+        events: list[ResponseEvent] = []
         if not isinstance(self._open, _Message):
             text = self._space + text
             events = self._close("completed")
@@ -321,10 +259,10 @@ class OutputItems:
             events += self._open.added()
         scores = chat_logprobs(self._tokens, TokenNames(self._scored))["content"] if self._scored else []
         self._tokens.clear()
-        return [*events, self._open.more(text, scores)]
+        return [*events, self._open.scored(text, scores)]
 
-    def _think(self, text: str) -> list[OutputEvent]:
-        events: list[OutputEvent] = []
+    def _think(self, text: str) -> list[ResponseEvent]:
+        events: list[ResponseEvent] = []
         self._space = ""
         if not isinstance(self._open, _Reasoning):
             events = self._close("completed")
@@ -332,7 +270,7 @@ class OutputItems:
             events += self._open.added()
         return [*events, self._open.more(text)]
 
-    def _close(self, status: ItemStatus) -> list[OutputEvent]:
+    def _close(self, status: ItemStatus) -> list[ResponseEvent]:
         """Return the events that end the item that is open, if one is; the next one begins without space."""
         self._space = ""
         if self._open is None:
