@@ -23,6 +23,7 @@ from loramux.builder.v1 import builder_pb2 as pb
 from loramux.mapping import adapter_of, deployment_of, record_of
 from loramux.messages import adapters_to_message
 from loramux.records import AdapterInfo, DeploymentInfo
+from loramux.requests import fitted
 from loramux.steps import Ask, Steps
 from loramux_shared.adapter_files import CONFIG, PIECE, WEIGHTS, holds_weights, pieces_of, wanted_files
 from loramux_shared.deployment import Repository
@@ -139,8 +140,12 @@ def _messages(deployment: str, name: str, expected: int | None, files: Files) ->
         contents = _of_memory(files)
     else:
         contents, others = _of_folder(Path(files).expanduser())
-    upload = pb.AdapterUpload(
-        deployment=deployment, name=name, expected_generation=expected or 0, other_files=others
+    upload = fitted(
+        pb.AdapterUpload,
+        deployment=deployment,
+        name=name,
+        expected_generation=expected or 0,
+        other_files=others,
     )
     return chain([pb.PutAdapterRequest(upload=upload)], map(_chunk, contents))
 
@@ -201,10 +206,11 @@ class Changes:
             adapter: parse_repository(each) if isinstance(each, str) else each
             for adapter, each in (add or {}).items()
         }
-        request = pb.UpdateDeploymentRequest(
+        request = fitted(
+            pb.UpdateDeploymentRequest,
             name=name,
             add=adapters_to_message(repositories),
-            remove=remove,
+            remove=list(remove),
             expected_generation=expected_generation or 0,
             must_be_new=must_be_new,
             request_id=request_id or "",
@@ -229,8 +235,8 @@ class Changes:
         self, name: str, to: int | None = None, *, expected_generation: int | None = None
     ) -> Steps[RollbackInfo]:
         """Publish an older generation again; by default the one before the newest."""
-        request = pb.RollbackDeploymentRequest(
-            name=name, to=to or 0, expected_generation=expected_generation or 0
+        request = fitted(
+            pb.RollbackDeploymentRequest, name=name, to=to or 0, expected_generation=expected_generation or 0
         )
         return rollback_of((yield Ask("builder", "RollbackDeployment", request, self.timeout_s)))
 
@@ -240,7 +246,8 @@ class Changes:
         token = ""
         while limit is None or len(found) < limit:
             left = limit and limit - len(found)
-            request = pb.ListGenerationsRequest(name=name, page_token=token, page_size=min(left or 0, 100))
+            size = min(left or 0, 100)
+            request = fitted(pb.ListGenerationsRequest, name=name, page_token=token, page_size=size)
             answer = yield Ask("builder", "ListGenerations", request, self.timeout_s)
             found += map(generation_of, answer.generations)
             token = answer.next_page_token

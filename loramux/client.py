@@ -34,7 +34,7 @@ from loramux.mapping import Watched, completion_of, deployment_of, event_of, mod
 from loramux.messages import check_request, deployment_to_message
 from loramux.operations import AdapterMethods, adapter_stub
 from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
-from loramux.requests import generate_request
+from loramux.requests import fitted, generate_request
 from loramux.steps import (
     Ask,
     Awaiting,
@@ -101,8 +101,12 @@ class Services:
         is read back.
         """
         spec = deployment_to_message(deployment)
-        request = builder_pb2.BuildDeploymentRequest(
-            deployment=spec, request_id=request_id or "", verify=verify, exact=exact
+        request = fitted(
+            builder_pb2.BuildDeploymentRequest,
+            deployment=spec,
+            request_id=request_id or "",
+            verify=verify,
+            exact=exact,
         )
         return deployment_of((yield Ask("builder", "BuildDeployment", request, self.timeout_s)).deployment)
 
@@ -119,19 +123,23 @@ class Services:
         With follow the stream has no end and has every generation, and adapters while builds run. With the
         request_id of a build or update, the states are those of that one, else those of the newest.
         """
-        request = builder_pb2.WatchDeploymentRequest(
-            name=name, changes_only=True, follow=follow, request_id=request_id or ""
+        request = fitted(
+            builder_pb2.WatchDeploymentRequest,
+            name=name,
+            changes_only=True,
+            follow=follow,
+            request_id=request_id or "",
         )
         return Stream("builder", "WatchDeployment", request, timeout_s, Watched().state_of)
 
     def cancel(self, name: str) -> Steps[DeploymentInfo]:
         """Cancel all builds of a deployment, running or waiting; returns at once. `watch` shows their end."""
-        request = builder_pb2.CancelBuildRequest(name=name)
+        request = fitted(builder_pb2.CancelBuildRequest, name=name)
         return deployment_of((yield Ask("builder", "CancelBuild", request, self.timeout_s)).deployment)
 
     def deployment(self, name: str) -> Steps[DeploymentInfo]:
         """Return a deployment and its newest build."""
-        request = builder_pb2.GetDeploymentRequest(name=name)
+        request = fitted(builder_pb2.GetDeploymentRequest, name=name)
         return deployment_of((yield Ask("builder", "GetDeployment", request, self.timeout_s)).deployment)
 
     def deployments(self) -> Steps[list[DeploymentInfo]]:

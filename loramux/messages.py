@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from loramux.builder.v1 import builder_pb2 as pb
+from loramux.requests import fitted
 from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration, Merge, Repository
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, Finding
@@ -37,7 +38,8 @@ DTYPE_NAMES = {value: name for name, value in DTYPES.items()}
 def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
     """Return a deployment as a message."""
     build, runtime = deployment.build, deployment.runtime
-    return pb.DeploymentSpec(
+    return fitted(
+        pb.DeploymentSpec,
         model_name=deployment.model_name,
         base=repository_to_message(build.checkpoint_repository),
         adapters=adapters_to_message(build.lora_adapters),
@@ -147,7 +149,7 @@ def adapters_from_message(messages: Collection[pb.Adapter]) -> dict[str, dict[st
 def adapters_to_message(adapters: Mapping[str, Repository]) -> list[pb.Adapter]:
     """Return repositories by name as messages."""
     return [
-        pb.Adapter(name=name, repository=repository_to_message(repository))
+        fitted(pb.Adapter, name=name, repository=repository_to_message(repository))
         for name, repository in adapters.items()
     ]
 
@@ -156,7 +158,8 @@ def check_request(
     adapter: Repository, base: Repository, lora: LoraConfiguration, signed_by: Sequence[str] = ()
 ) -> pb.CheckAdapterRequest:
     """Return the request for the check of an adapter."""
-    return pb.CheckAdapterRequest(
+    return fitted(
+        pb.CheckAdapterRequest,
         adapter=repository_to_message(adapter),
         base=repository_to_message(base),
         max_lora_rank=lora.max_lora_rank,
@@ -179,7 +182,8 @@ def finding_from_message(message: pb.Finding) -> Finding:
 
 def repository_to_message(repository: Repository) -> pb.Repository:
     """Return a repository as a message."""
-    return pb.Repository(
+    return fitted(
+        pb.Repository,
         source=_PREFIX + repository.source.value,
         repo=repository.repo,
         revision=repository.revision,

@@ -10,6 +10,7 @@ from typing import Any
 from loramux.inference.v1 import adapters_pb2 as pb
 from loramux.inference.v1.adapters_pb2_grpc import AdapterServiceStub
 from loramux.mapping import record_of
+from loramux.requests import fitted
 from loramux.steps import Ask, Steps, Stream
 from loramux_shared.faults import FAULTS, Fault, InternalFault
 
@@ -117,35 +118,35 @@ class AdapterMethods:
 
     def adapter(self, name: str) -> Steps[AdapterStatus]:
         """Return one adapter."""
-        request = pb.GetAdapterRequest(name=name)
+        request = fitted(pb.GetAdapterRequest, name=name)
         return adapter_of((yield Ask("adapters", "GetAdapter", request, self.timeout_s)).adapter)
 
     def pin(self, name: str) -> Steps[AdapterStatus]:
         """Keep a name resident, whatever version it stands for."""
-        request = pb.PinAdapterRequest(name=name)
+        request = fitted(pb.PinAdapterRequest, name=name)
         return adapter_of((yield Ask("adapters", "PinAdapter", request, self.timeout_s)).adapter)
 
     def unpin(self, name: str) -> Steps[AdapterStatus]:
         """Allow a name to be evicted again."""
-        request = pb.UnpinAdapterRequest(name=name)
+        request = fitted(pb.UnpinAdapterRequest, name=name)
         return adapter_of((yield Ask("adapters", "UnpinAdapter", request, self.timeout_s)).adapter)
 
     def load(
         self, name: str, path: str, *, replace: bool = False, timeout_s: float | None = BUILD_TIMEOUT_S
     ) -> Steps[AdapterStatus]:
         """Have an adapter built, published and served; ``bundle:DIGEST`` is loaded into this replica alone."""
-        request = pb.LoadAdapterRequest(name=name, path=path, replace=replace)
+        request = fitted(pb.LoadAdapterRequest, name=name, path=path, replace=replace)
         return adapter_of((yield Ask("adapters", "LoadAdapter", request, timeout_s)).adapter)
 
     def unload(self, name: str, *, timeout_s: float | None = BUILD_TIMEOUT_S) -> Steps[None]:
         """Remove a name; running requests end on the version that they began with."""
-        yield Ask("adapters", "UnloadAdapter", pb.UnloadAdapterRequest(name=name), timeout_s)
+        yield Ask("adapters", "UnloadAdapter", fitted(pb.UnloadAdapterRequest, name=name), timeout_s)
 
     def rollback_replica(
         self, to: int | None = None, *, timeout_s: float | None = BUILD_TIMEOUT_S
     ) -> Steps[int]:
         """Publish an older generation again; returns its new number once this replica serves it."""
-        answer = yield Ask("adapters", "RollbackReplica", pb.RollbackReplicaRequest(to=to), timeout_s)
+        answer = yield Ask("adapters", "RollbackReplica", fitted(pb.RollbackReplicaRequest, to=to), timeout_s)
         return int(answer.generation)
 
     def replica(self) -> Steps[ReplicaStatus]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, Final, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar, cast
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
@@ -19,6 +19,7 @@ CONSTRAINT: Final = "json_object True, or one of json_schema, regex and lark as 
 OF_MESSAGES: Final = "messages as the prompt, since it belongs to the chat template"
 _MESSAGES: Final = (pb.Constraint, pb.Messages, pb.GenerateRequest, pb.SamplingParams)
 """An option is a field of one of them, by its name."""
+_M = TypeVar("_M", bound=Message)
 
 
 def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
@@ -158,6 +159,17 @@ _EXPECTED: Final = {
     FieldDescriptor.TYPE_UINT32: _WHOLE.format(0, 2**32 - 1),
     FieldDescriptor.TYPE_UINT64: _WHOLE.format(0, 2**64 - 1),
 }
+
+
+def fitted(kind: type[_M], findings: Sequence[Finding] = (), **fields: Any) -> _M:
+    """Return a message of these fields.
+
+    Raises:
+        RequestInvalid: there are findings already, or values that do not fit their fields.
+    """
+    if all_findings := [*findings, *misfits(kind, fields)]:
+        raise RequestInvalid("the request cannot be sent", all_findings)
+    return kind(**fields)
 
 
 def misfits(kind: type[Message], fields: Mapping[str, Any]) -> list[Finding]:

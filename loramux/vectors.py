@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypedDict, Unpack, cast
 
 from loramux.inference.v1 import inference_pb2 as pb
-from loramux.requests import ADAPTERS, adapters_of, explicit_options, misfit, misfits
+from loramux.requests import ADAPTERS, adapters_of, explicit_options, fitted, misfit
 from loramux.steps import Steps, Stream
-from loramux_shared.faults import Finding, InternalFault, RequestInvalid
+from loramux_shared.faults import Finding, InternalFault
 
 TextInput: TypeAlias = str | Sequence[int] | tuple[str, str]
 """A text, token ids that are taken as they are, or two texts that are looked at together."""
@@ -115,14 +115,12 @@ def classify_request(model: str, inputs: Sequence[TextInput], options: ScoreOpti
 def _request(
     kind: Any, model: str, inputs: Sequence[TextInput], explicit: Mapping[str, Any], findings: list[Finding]
 ) -> Any:
-    findings += misfits(kind, {"model": model, **explicit})
+    messages = []
     try:
         messages = [_input(each) for each in _several(inputs)]
     except (ValueError, TypeError) as error:
         findings.append(misfit("inputs", INPUTS, str(error)))
-    if findings:
-        raise RequestInvalid("the request cannot be sent", findings)
-    return kind(model=model, inputs=messages, **explicit)
+    return fitted(kind, findings, model=model, inputs=messages, **explicit)
 
 
 def _several(inputs: Sequence[TextInput]) -> Sequence[TextInput]:

@@ -225,7 +225,7 @@ CURES: Final = {
     "CLIENT_STALLED": "send and read without pauses; call again",
     "QUEUE_FULL": "retry",
     "RATE_LIMITED": "retry after the delay; the limits are those of the deployment file or of the key",
-    "BUNDLE_NOT_FOUND": "build the adapter, or name a digest that the store has: `loramux adapters` lists them",
+    "BUNDLE_NOT_FOUND": "build the adapter, or name a digest of `loramux history --json`",
     "BUNDLE_CORRUPT": "restore the file, or build the deployment again",
     "RECORD_TOO_LARGE": "check the write access to the store, remove the object, and build the deployment "
     "again",

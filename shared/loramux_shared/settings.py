@@ -133,14 +133,21 @@ Signers = Annotated[
 ]
 """Files of public keys or certificates (PEM), or sigstore:ISSUER#IDENTITY, separated by commas."""
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Workers = Annotated[int, Field(ge=1, le=1024)]
+"""Threads or processes."""
+Gigabytes = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
+GigabytesOrZero = Annotated[float, Field(ge=0, lt=1e6, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
+SecondsOrZero = Annotated[float, Field(ge=0, lt=1e9, allow_inf_nan=False)]
 
 AUTO: Final = Field(json_schema_extra={"default": "auto"})
 OfDevice = Annotated[Count | None, BeforeValidator(_of_device), AUTO]
 """A number, or ``auto`` (None): what the kind of device has in `STEP_SIZES`."""
 
-CountOfDevice = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_of_device), AUTO]
+CountOfDevice = Annotated[Annotated[int, Field(ge=0, lt=2**31)] | None, BeforeValidator(_of_device), AUTO]
 """The same, and 0."""
+ProcessesOfDevice = Annotated[Annotated[int, Field(ge=0, le=256)] | None, BeforeValidator(_of_device), AUTO]
 
 
 @dataclass(frozen=True)
@@ -208,12 +215,12 @@ class Settings(BaseSettings):
     Files of public keys or certificates (PEM), or sigstore:ISSUER#IDENTITY, separated by commas;
     extensions/signing/README.md.
     """
-    drain_delay_s: float = Field(default=0, ge=0, allow_inf_nan=False)
+    drain_delay_s: SecondsOrZero = 0
     """Seconds after SIGTERM in which health says no and requests are still taken, so that proxies turn away
     before any is refused."""
-    drain_timeout_s: float = Field(default=30, ge=0, allow_inf_nan=False)
+    drain_timeout_s: SecondsOrZero = 30
     """Seconds that running work may take to end after SIGTERM and drain_delay_s before it is cut off."""
-    stall_timeout_s: float = Field(default=30, gt=0, allow_inf_nan=False)
+    stall_timeout_s: Seconds = 30
     """Seconds that an answer may wait for a client that does not read, and that a client may pause in what it
     sends: an upload, or the body of a request; then it is cut off."""
     log_format: LogFormat = "auto"
@@ -231,9 +238,9 @@ class BuilderSettings(Settings):
     """Builds that run at once; others wait."""
     parallel_adapters: Count = 4
     """Adapters of one build that are worked on at once."""
-    build_timeout_s: float = Field(default=6 * 3600, gt=0, allow_inf_nan=False)
+    build_timeout_s: Seconds = 6 * 3600
     """Seconds that one build may run; then it fails. Keep it below the grace period of `loramux gc`."""
-    max_build_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_build_gb: Gigabytes | None = None
     """GB (10^9 bytes) that one build may write into its work folder; what the disk has when not given."""
     signing_key: HomePath | None = None
     """The private key (PEM, an elliptic curve) that signs every generation that is published. The builder then
@@ -253,7 +260,7 @@ class InferenceSettings(Settings):
     """Address of the gRPC service."""
     http: Address | None = None
     """Address of the HTTP APIs; closed when not given."""
-    api_processes: CountOfDevice = None
+    api_processes: ProcessesOfDevice = None
     """Processes that answer both APIs, beside the engine's process; 0: that one does, as always under Ray.
 
     auto: 0 on a CPU, 1 on a GPU.
@@ -273,7 +280,7 @@ class InferenceSettings(Settings):
 
     Adapters are not. When not given, what the deployment's runtime says, else none.
     """
-    tensor_parallel: Count | None = None
+    tensor_parallel: Workers | None = None
     """Processes (ranks) that compute the base together, on a GPU each; the first one is the engine's.
 
     When not given, build.tensor_parallel_count of the deployment, else 1.
@@ -285,7 +292,7 @@ class InferenceSettings(Settings):
     """The marks between which the models reason; the same."""
     native: bool = True
     """Use compiled operations on a CPU; a wheel has them, or the first start compiles them."""
-    threads: Count | None = None
+    threads: Workers | None = None
     """Threads that compute on the CPU, of each rank; as many as cores together when not given."""
     spin: Literal["auto", "always", "never"] = "auto"
     """Busy waiting of the threads of a step on a CPU.
@@ -301,12 +308,12 @@ class InferenceSettings(Settings):
     """Sequences per step; auto: 64 on a CPU, 256 on a GPU."""
     max_batch_adapters: Count = 64
     """Distinct adapters per step."""
-    adapter_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    adapter_memory_gb: Gigabytes | None = None
     """Memory of resident adapters in GB (10^9 bytes); when not given, room for all that are registered at the
     start and some more, up to a quarter of what weights leave free (on a GPU 30 %)."""
-    preload: Annotated[int, Field(ge=0)] = 16
+    preload: Annotated[int, Field(ge=0, lt=2**31)] = 16
     """Adapters that are loaded before the replica says that it is ready; the others follow while it serves."""
-    kv_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    kv_memory_gb: Gigabytes | None = None
     """Memory of the KV cache in GB (10^9 bytes); chosen from what is free when not given."""
     kv_cache_dtype: Literal["auto", "fp8", "int8"] = "auto"
     """The type of the KV cache; auto: the model's. In 8 bits it holds nearly twice the tokens: int8 on GPUs of
@@ -319,7 +326,7 @@ class InferenceSettings(Settings):
     faster. 0: none; auto: what the deployment's runtime says, else 8 on a CPU, 0 on a GPU."""
     max_queue: Count = 1024
     """Requests that wait; one more is answered QUEUE_FULL."""
-    step_timeout_s: float = Field(default=300, gt=0, allow_inf_nan=False)
+    step_timeout_s: Seconds = 300
     """Seconds that one step may take, kernels that it compiles included; then the replica ends with exit 5."""
     prefix_cache: bool = True
     """Keep the blocks of earlier prompts, for prompts that begin alike."""
@@ -328,14 +335,14 @@ class InferenceSettings(Settings):
     auto: 40 on a CPU, 10 on a GPU. With hundreds of answers under way it is longer by itself."""
     cache_dir: HomePath = Path("~/.cache/loramux")
     """Holds base checkpoints and bundles that were fetched, and what was compiled. Replicas may share it."""
-    adapter_disk_gb: float = Field(default=20, ge=0, allow_inf_nan=False)
+    adapter_disk_gb: GigabytesOrZero = 20
     """GB (10^9 bytes) of bundles in cache_dir; those that were not used for longest leave. 0: none are kept. A
     store in a folder of the same file system is never copied."""
-    adapter_host_gb: float = Field(default=8, ge=0, allow_inf_nan=False)
+    adapter_host_gb: GigabytesOrZero = 8
     """GB (10^9 bytes) of a GPU machine's memory, locked at the start, for adapters that left the device."""
-    adapter_threads: Count = 1
+    adapter_threads: Workers = 1
     """Threads that pack and prove adapters beside the steps."""
-    follow_interval_s: float = Field(default=5, ge=0, allow_inf_nan=False)
+    follow_interval_s: SecondsOrZero = 5
     """Seconds between two looks at the deployment's current generation; 0: the one of the start is served."""
     on_base_change: Literal["stay", "exit"] = "stay"
     """When a generation needs a restart (another base, other limits): serve on, or drain and end with 0."""

@@ -56,7 +56,7 @@ Duration = Annotated[
     ),
 ]
 PromptTokens = Annotated[
-    int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Tokens of a drawn prompt, about.")
+    int, typer.Option("--prompt-tokens", metavar="N", min=1, max=2**20, help="Tokens of a drawn prompt, about.")
 ]
 Prompts = Annotated[
     Path | None,

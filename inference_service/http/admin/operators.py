@@ -51,7 +51,7 @@ class RollbackBody(Body):
 
     examples: ClassVar[Examples] = {"before": {}, "number": {"to": 7}}
 
-    to: Annotated[int, Field(ge=1)] | None = None
+    to: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     """Unset: the one before the served one."""
 
 

@@ -108,6 +108,32 @@ def test_values_that_fit_no_field_are_all_named() -> None:
     assert {item.where for item in caught.value.findings} == wrong
 
 
+@pytest.mark.parametrize(
+    ("call", "where"),
+    [
+        (
+            lambda client: client.rollback("d", 10**22, expected_generation=-(10**22)),
+            ["to", "expected_generation"],
+        ),
+        (lambda client: client.update("\udcff", remove=["\udcff"]), ["name", "remove"]),
+        (lambda client: client.push("\udcff", "a", {}), ["deployment"]),
+        (lambda client: client.history("\udcff"), ["name"]),
+        (lambda client: client.cancel("\udcff"), ["name"]),
+        (lambda client: client.deployment("\udcff"), ["name"]),
+        (lambda client: list(client.watch("\udcff")), ["name"]),
+        (lambda client: client.pin("\udcff"), ["name"]),
+        (lambda client: client.rollback_replica(2**64), ["to"]),
+    ],
+)
+def test_calls_with_values_that_fit_no_field_are_refused(
+    client: Client, call: Callable[[Client], Any], where: list[str]
+) -> None:
+    """A number beyond its field, or text that is no Unicode, is named before a call is made."""
+    with pytest.raises(faults.RequestInvalid) as caught:
+        call(client)
+    assert [item.where for item in caught.value.findings] == where
+
+
 WRONG: dict[str, tuple[Any, str, str]] = cases(__file__, "WRONG")
 """A value that does not fit, by option, with what is said to be expected and found."""
 
