@@ -24,7 +24,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.on_gpu.model import LLAMA_8B, QWEN3_30B_A3B, RandomTensors, config_of
-from inference_service.backends.triton import TritonLora, TritonOperations
+from inference_service.backends.triton import TritonOperations
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence

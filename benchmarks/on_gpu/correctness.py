@@ -15,10 +15,11 @@ from torch import Tensor
 from benchmarks.on_gpu.device import ROOT, Device
 from benchmarks.on_gpu.model import LLAMA_8B, QWEN3_30B_A3B, TINY, RandomTensors, config_of, random_adapter
 from benchmarks.on_gpu.run import Run
-from inference_service.backends.base import LoraBackend, Operations
-from inference_service.backends.torch import TorchOperations
+from inference_service.backends.base import LoraBackend
+from inference_service.backends.operations import Operations
 from inference_service.backends.torch_lora import TorchLora
-from inference_service.backends.triton import TritonLora, TritonOperations
+from inference_service.backends.triton import TritonOperations
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence
@@ -118,7 +119,7 @@ def model(shape: dict[str, Any], ranks: Sequence[int], lengths: Sequence[int]) -
         own = TritonLora(config.groups, LAYERS, device.dtype, device.where)
         theirs = TorchLora(config.groups, device.dtype, device.where)
         triton = TritonOperations(config.heads, device.dtype, device.where)
-        plain = TorchOperations(device.dtype, device.where)
+        plain = Operations(device.dtype, device.where)
         ours = _logits(device, config, triton, own, ranks, lengths)
         expected = _logits(device, config, plain, theirs, ranks, lengths)
         error = float((ours - expected).abs().max() / expected.abs().max())

@@ -12,7 +12,8 @@ from torch.profiler import profile
 
 from benchmarks.on_gpu.model import LLAMA_8B, TINY, RandomTensors, config_of, random_adapter
 from benchmarks.on_gpu.run import OF_BASE, Run
-from inference_service.backends.triton import TritonLora, TritonOperations
+from inference_service.backends.triton import TritonOperations
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence

@@ -1,32 +1,23 @@
-"""The interface of backends for the model and the engine: operations, attention, adapters."""
+"""The interfaces of what backends make for a step: its attention, its adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from inference_service.backends.experts import Grouped
-from inference_service.core.computing import Computing
-from inference_service.kernels.attention import Context
 from inference_service.kernels.delta import DeltaInputs
-from inference_service.kernels.experts import ByExpert, Routed
-from inference_service.kernels.rows import Activation
-from inference_service.kernels.sampling import Drawn, RowParams
+from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.sgmv import Update
-from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
-from inference_service.layers.rope import Rope
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement
 from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
-from loramux_shared.bases.rope import AttentionSpec, HeadCounts
+from loramux_shared.bases.rope import AttentionSpec
 from loramux_shared.faults import InternalFault
-from loramux_shared.runtime import Rounding
 
 Turn = tuple[Tensor, Tensor]
 """cos and sin of the step's rows, in the form that an `Attention` made them."""
@@ -93,133 +84,6 @@ class LayerInputs(NamedTuple):
     lora: StepLora | None
     cache: object
     """The cache of all layers, which distinguishes steps: it is compared by identity, and not used."""
-
-
-class Operations(Protocol):
-    """The operations of one kind of device; T rows of all sequences stand one after the other."""
-
-    by_row: bool
-    """True if a row's results depend on nothing but the row, to the last bit."""
-    keeps_integers: bool
-    """True if weights of 4 bits are multiplied as checkpoints keep them, instead of widened at load."""
-
-    def new_linear(
-        self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
-    ) -> Linear:
-        """Return a linear of a weight [out, in], rounded to fewer bits, in the layout that is read fastest.
-
-        It stays as it is where its sizes do not allow the rounding.
-        """
-        ...
-
-    def linear(self, layer: Linear, x: Tensor) -> Tensor:
-        """Return what a linear makes of x [T, in], [T, out]."""
-        ...
-
-    def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
-        """Return [T, out] of a group of layer ``index``, with what adapters add to it."""
-        ...
-
-    def begun(
-        self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str
-    ) -> tuple[Tensor, Update | None]:
-        """Return [T, out] as `adapted` does, or of the base alone, and what is to be added by what reads it."""
-        ...
-
-    def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of `Rope.at` [T, 1, dim] for positions [T]."""
-        ...
-
-    def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
-        """Return the rows [T, hidden] of a table by tokens [T], times a scale of the table's dtype."""
-        ...
-
-    def norm(
-        self,
-        hidden: Tensor,
-        norm: RMSNorm,
-        delta: Tensor | None,
-        delta_norm: RMSNorm | None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Add delta, normed itself where it has a norm, to hidden [T, dim] in place; return hidden normed.
-
-        Where out [T, dim] is given, the result is in it.
-        """
-        ...
-
-    def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
-        """Return activation(gate) * up [T, intermediate] of both side by side; an update is one of `begun`."""
-        ...
-
-    def softcap(self, logits: Tensor, cap: float) -> Tensor:
-        """Return tanh(logits / cap) * cap, for which logits may be reused."""
-        ...
-
-    def new_grouped(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor] | None = None,
-        quantization: Rounding = Rounding.NONE,
-    ) -> Grouped:
-        """Return a linear of each expert, of weights [out, in] and biases [out], rounded as those of others.
-
-        Kernels that take all experts at once do not round them.
-        """
-        ...
-
-    def route(self, logits: Tensor, top_k: int, *, renormalised: bool) -> Routed:
-        """Return the experts with the largest logits [T, E], and their probabilities."""
-        ...
-
-    def by_expert(self, routed: Routed, num_experts: int) -> ByExpert:
-        """Sort the pairs of a token and an expert."""
-        ...
-
-    def combine(self, y: Tensor, routed: Routed, pairs: ByExpert) -> Tensor:
-        """Return the weighted sums [T, N] of each token's places of y [pairs, N]."""
-        ...
-
-    def clamped(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-        """Return (up + 1) * gate * sigmoid(alpha * gate) [T, I] of both side by side, clamped before."""
-        ...
-
-    def add_gated(self, out: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        """Add x [T, N] times the sigmoid of gate [T, 1] to out [T, N] in place, and return it."""
-        ...
-
-    def attention(
-        self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
-    ) -> Attention:
-        """Plan the attention of a step, for groups of layers with these windows."""
-        ...
-
-    def gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        """Return x [T, N] times the sigmoid of gate [T, N]."""
-        ...
-
-    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
-        """Plan how a step takes the states of its sequences on."""
-        ...
-
-    def run_layers(self, layers: Layers, inputs: LayerInputs) -> LayerOutputs:
-        """Return what layers compute of a step; it is valid until the next call for the same cache.
-
-        A device may replay what they did before for a step of the same shape, so layers must do the same
-        operations with the same weights in every such step.
-        """
-        ...
-
-    def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
-        """Draw a token for each row of logits [N, vocab], on the host."""
-        ...
-
-    def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, ...]:
-        """Return empty keys and values of one layer, for num_rows tokens, a multiple of the block size.
-
-        A cache of 8 bits has their scales behind them.
-        """
-        ...
 
 
 class StepLora(Protocol):
@@ -315,25 +179,3 @@ class LoraBackend(StepLora, Protocol):
             InternalFault: it holds no adapter.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The parts that run a model on a kind of device."""
-
-    device: torch.device
-    dtype: torch.dtype
-    operations: Operations
-    new_lora: Callable[[], LoraBackend]
-    """Makes an empty home for adapters."""
-    computing: Computing
-    """Description of the device and the operations, for operators."""
-    quantization: Rounding = Rounding.NONE
-    """Rounding of the weights of linears."""
-    cache_dtype: torch.dtype | None = None
-    """The type of keys and values; None: that of all else."""
-    recordable: bool = False
-    """True if steps can be recorded and replayed.
-
-    Launches follow from buffers that stay where they are, and `new_lora` makes a `SegmentedLora`.
-    """

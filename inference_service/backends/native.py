@@ -19,8 +19,8 @@ from inference_service.backends.base import (
 )
 from inference_service.backends.native_attention import NativeAttention
 from inference_service.backends.native_lora import NativeLora
+from inference_service.backends.operations import Operations
 from inference_service.backends.replayed import Replays
-from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.ops import (
     NO_ADAPTERS,
@@ -40,7 +40,7 @@ from loramux_shared.bases.rope import HeadCounts
 from loramux_shared.runtime import Rounding
 
 
-class NativeOperations(TorchOperations):
+class NativeOperations(Operations):
     """Operations on a CPU, compiled where they exist."""
 
     def __init__(self, ops: CpuOps, long_rows: int | None = None) -> None:

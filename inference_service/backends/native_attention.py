@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference_service.backends.base import Turn
 from inference_service.backends.long_chunks import LongChunk, split
-from inference_service.backends.torch import parts
+from inference_service.backends.operations import parts
 from inference_service.core.sequence import GONE
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned, Table

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 
-from inference_service.backends.base import LoraBackend, no_recurrence
+from inference_service.backends.base import no_recurrence
 from inference_service.backends.triton import TritonAttention
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.sequence import Batch, Token
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory
 from inference_service.engine.graphs import Graph, Recorder
@@ -31,24 +32,6 @@ MOST_TRACES: Final = 128
 """Traces that are held: each takes about a megabyte of the host's memory."""
 
 
-class SegmentedLora(LoraBackend, Protocol):
-    """A LoRA backend whose work depends on a step by its segments alone."""
-
-    @property
-    def has_experts(self) -> bool:
-        """Return True for a base with experts, which few adapters touch."""
-        ...
-
-    def touch_experts(self, slots: Iterable[int]) -> bool:
-        """Return whether an adapter in one of these slots adds to an expert."""
-        ...
-
-    def use(self, segments: Segments, passes: int | None = None, *, experts: bool = True) -> None:
-        """Compute what follows with these segments, which their owner fills; of work that is not recorded, with
-        so many of their passes."""
-        ...
-
-
 class GraphRunner(Runner):
     """Fills the static tensors of a step's capacity, and does what was recorded for it.
 
@@ -62,7 +45,7 @@ class GraphRunner(Runner):
     def __init__(
         self,
         model: Decoder,
-        lora: SegmentedLora,
+        lora: TritonLora,
         num_blocks: int | Blocks,
         block_size: int,
         limits: SchedulerLimits,

@@ -30,7 +30,7 @@ class Bank:
         self, shapes: tuple[GroupShape, ...], num_layers: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.slots: Final = Slots()
-        self.vocabularies: Final = Vocabularies()
+        self.vocabularies = Vocabularies()
         self.groups: dict[tuple[int, str], Group] = {}
         """Groups by layer and name, once it is open."""
         self.experts: dict[tuple[int, str], Group] = {}
@@ -47,6 +47,11 @@ class Bank:
         """Takes host memory for what is packed."""
         self._left: torch.cuda.Event | None = None
         """Behind the last step that may read what has left since."""
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that were opened."""
+        return self.slots.num_slots
 
     @property
     def num_bytes(self) -> int:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Operations, Recurrence, StepLora, Turn, no_recurrence
+from inference_service.backends.base import Attention, Recurrence, StepLora, Turn, no_recurrence
+from inference_service.backends.operations import Operations
 from inference_service.kernels.attention import MAX_UPDATED_DIM
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights
 from inference_service.kernels.sgmv import Update

@@ -18,13 +18,12 @@ from inference_service.backends.base import (
     Attention,
     LayerInputs,
     LayerOutputs,
-    Operations,
     Recurrence,
     StepLora,
     Turn,
     no_recurrence,
 )
-from inference_service.backends.torch import TorchOperations
+from inference_service.backends.operations import Operations
 from inference_service.kernels.attention import Context
 from inference_service.kernels.sampling import Drawn, RowParams
 from inference_service.layers.linear import Linear
@@ -138,7 +137,7 @@ class Decoder:
         """
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
         self.rounding = quantization
-        self._operations = operations or TorchOperations(self.dtype, self.device)
+        self._operations = operations or Operations(self.dtype, self.device)
         self.ranks, shard = ranks, None if ranks is None else ranks.shard
         config = config if shard is None else shard.config
         reader = Reader(

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.backends.experts import Grouped
+from inference_service.backends.operations import Grouped
 from inference_service.kernels.experts import Routed
 from inference_service.layers.norm import RMSNorm
 from inference_service.models.blocks import MlpBlock, Step

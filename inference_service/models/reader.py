@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Operations
+from inference_service.backends.operations import Operations
 from inference_service.kernels.rounded import PackedWeight, packed_halves
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm

@@ -13,7 +13,8 @@ import structlog
 import torch
 
 from inference_service.adapters.served_model import ServedModel, display_source
-from inference_service.backends.base import Backend, LoraBackend
+from inference_service.backends.base import LoraBackend
+from inference_service.backends.operations import Backend
 from inference_service.core.computing import Computing
 from inference_service.engine.residents import BankMemory
 from inference_service.engine.runner import Blocks, Runner

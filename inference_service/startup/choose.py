@@ -11,14 +11,14 @@ from typing import Final
 
 import torch
 
-from inference_service.backends.base import Backend
 from inference_service.backends.deterministic import DeterministicOperations
 from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
 from inference_service.backends.native import NativeOperations
 from inference_service.backends.native_lora import NativeLora
-from inference_service.backends.torch import TorchOperations
+from inference_service.backends.operations import Backend, Operations
 from inference_service.backends.torch_lora import TorchLora
-from inference_service.backends.triton import TritonLora, TritonOperations
+from inference_service.backends.triton import TritonOperations
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.computing import Computing, Lack
 from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
@@ -129,7 +129,7 @@ def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:
     _refuse_deterministic(settings, found.how)
     if settings.dtype == "auto" and device.type == "cpu" and not _torch_multiplies_bfloat16():
         dtype = torch.float32
-    plain = TorchOperations(dtype, device, cache_dtype)
+    plain = Operations(dtype, device, cache_dtype)
     lora = partial(TorchLora, groups, dtype, device)
     return Backend(device, dtype, plain, lora, found, cache_dtype=cache_dtype)
 

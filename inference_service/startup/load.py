@@ -26,12 +26,13 @@ from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.adapters.views import Facts
 from inference_service.backends.base import LoraBackend
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import MOST_PARTS, Adapter
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.engine import Engine
-from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
+from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident, Residents
@@ -366,7 +367,7 @@ def _runner(
     if base.host is not None:
         runner = base.host.runner(model, lora, num_blocks, block_size)
     elif base.backend.recordable:
-        segmented = cast(SegmentedLora, lora)  # what `recordable` promises
+        segmented = cast(TritonLora, lora)  # what `recordable` promises
         runner = GraphRunner(
             model, segmented, num_blocks, block_size, limits, CudaRecorder(model.device), slots
         )

@@ -9,7 +9,7 @@ import torch
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.torch_lora import TorchLora
-from inference_service.backends.triton import TritonLora
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run

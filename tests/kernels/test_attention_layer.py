@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inference_service.backends.base import Attention
 from inference_service.backends.native_attention import NativeAttention
-from inference_service.backends.torch import TorchAttention
+from inference_service.backends.operations import TorchAttention
 from inference_service.backends.triton import TritonAttention, TritonOperations
 from inference_service.kernels.attention import (
     AttentionCapacity,

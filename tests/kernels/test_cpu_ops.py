@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from inference_service.backends.torch import ACTIVATIONS
+from inference_service.backends.operations import ACTIVATIONS
 from inference_service.core.computing import Lack
 from inference_service.core.constraint import packed
 from inference_service.kernels.cpu.build import load

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.base import LoraBackend
-from inference_service.backends.experts import ExpertOperations
-from inference_service.backends.grouped import GroupedOperations
 from inference_service.backends.native_lora import NativeLora
+from inference_service.backends.operations import Operations
 from inference_service.backends.torch_lora import TorchLora
-from inference_service.backends.triton import TritonLora
+from inference_service.backends.triton import TritonOperations
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.kernels.experts import Routed, segments as of_pairs
 from inference_service.kernels.sgmv import SegmentCapacity
@@ -62,14 +62,22 @@ def added(x: Tensor, experts: list[int], owners: Owners, name: str) -> Tensor:
 
 
 @pytest.fixture(params=["native", "torch", "triton"])
-def backend(request: pytest.FixtureRequest, device: str) -> tuple[LoraBackend, ExpertOperations, str]:
+def backend(request: pytest.FixtureRequest, device: str) -> tuple[LoraBackend, Operations, str]:
     """Each backend, the operations that sort pairs for it, and the device."""
     if request.param == "native":
         ops = CpuOps(request.getfixturevalue("compiled"), torch.float32)
-        return NativeLora(ops, GROUPS, LAYERS), ExpertOperations(), "cpu"
+        return NativeLora(ops, GROUPS, LAYERS), Operations(torch.float32, torch.device("cpu")), "cpu"
     if request.param == "torch":
-        return TorchLora(GROUPS, torch.float32, torch.device("cpu")), ExpertOperations(), "cpu"
-    return TritonLora(GROUPS, LAYERS, torch.float32, torch.device(device)), GroupedOperations(), device
+        return (
+            TorchLora(GROUPS, torch.float32, torch.device("cpu")),
+            Operations(torch.float32, torch.device("cpu")),
+            "cpu",
+        )
+    return (
+        TritonLora(GROUPS, LAYERS, torch.float32, torch.device(device)),
+        TritonOperations([], torch.float32, torch.device(device)),
+        device,
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +86,7 @@ def backend(request: pytest.FixtureRequest, device: str) -> tuple[LoraBackend, E
     ids=["short", "long", "mixed"],
 )
 def test_each_pair_gets_what_its_adapters_have_for_its_expert(
-    backend: tuple[LoraBackend, ExpertOperations, str], lengths: tuple[int, int, int], mixes: bool
+    backend: tuple[LoraBackend, Operations, str], lengths: tuple[int, int, int], mixes: bool
 ) -> None:
     """Rows of base, adapters, mixtures and padding in one expert's tile; other layers get nothing."""
     lora, operations, device = backend
@@ -116,7 +124,9 @@ def test_programs_share_the_segments_of_many_pairs(device: str, monkeypatch: pyt
     """Each span's segments follow those of the spans before it, as one program would make them."""
     tokens, tile = 1300, 64
     ids = torch.rand(tokens, NUM).topk(TOP_K).indices.to(device, torch.int32)
-    pairs = GroupedOperations().by_expert(Routed(ids, torch.ones(ids.shape, device=device)), NUM)
+    pairs = TritonOperations([], torch.float32, torch.device(device)).by_expert(
+        Routed(ids, torch.ones(ids.shape, device=device)), NUM
+    )
     owners = of_pairs.Owners(torch.randint(0, 3, (tokens,), dtype=torch.int32, device=device), None)
     made = []
     for span in (4096, 1024):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference_service.backends.triton import TritonLora
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import MOST_PARTS, Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence, Token

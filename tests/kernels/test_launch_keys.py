@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.triton import TritonLora
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.engine import graph_runner

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Qwen3_5MoeTextConfig, Qwen3MoeConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 
-from inference_service.backends.torch import TorchOperations
+from inference_service.backends.operations import Operations
 from inference_service.kernels.attention import Context
 from inference_service.models.blocks import Cache, Step
 from inference_service.models.checkpoint import Checkpoint
@@ -253,7 +253,7 @@ def test_an_expert_that_all_rows_have_is_added_as_its_gate_says(tmp_path: Path) 
     spec = ExpertsLayer(NUM, 2, INNER, renormalised=True, shared=28)
     model = _with_mlp(plain, spec)
     tensors = {f"model.layers.0.mlp.{name}": value for name, value in block.state_dict().items()}
-    ops = TorchOperations(torch.float32, torch.device("cpu"))
+    ops = Operations(torch.float32, torch.device("cpu"))
     save_file(tensors | {"model.norm.weight": torch.ones(HIDDEN)}, tmp_path / "model.safetensors")
     reader = Reader(Checkpoint(tmp_path, torch.float32, torch.device("cpu")), model, torch.float32, ops)
     x = torch.randn(9, HIDDEN)

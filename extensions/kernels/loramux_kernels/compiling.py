@@ -21,7 +21,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from inference_service.backends.triton import TritonLora, TritonOperations
+from inference_service.backends.triton import TritonOperations
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
 from inference_service.engine.queues import SchedulerLimits

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference_service.backends.triton import TritonLora
+from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import Adapter
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.tape import TapeRecorder

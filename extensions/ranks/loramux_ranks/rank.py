@@ -25,7 +25,8 @@ from inference_service.adapters.disk import open_disk_tier
 from inference_service.adapters.loader import Packer, one_thread
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.workers import Workers
-from inference_service.backends.base import Backend, LoraBackend
+from inference_service.backends.base import LoraBackend
+from inference_service.backends.operations import Backend
 from inference_service.lora.packed import PackedAdapter
 from inference_service.models.blocks import Cache, CacheSize
 from inference_service.models.decoder import Decoder

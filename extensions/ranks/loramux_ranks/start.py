@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from inference_service.backends.base import Backend, LoraBackend
+from inference_service.backends.base import LoraBackend
+from inference_service.backends.operations import Backend
 from inference_service.engine.residents import BankMemory
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.lora.packed import PackedAdapter

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from inference_service.backends.base import Backend
+from inference_service.backends.operations import Backend
 from inference_service.core.computing import Computing
 from inference_service.layers.linear import Linear
 from inference_service.startup import base, memory as heap
