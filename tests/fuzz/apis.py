@@ -1,7 +1,5 @@
 """Every API of both services in this process, with one valid message for each rpc and route."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping

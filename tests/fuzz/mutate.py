@@ -1,7 +1,5 @@
 """Mutations of bytes and of JSON-like values, from a seed, and the cost of each case."""
 
-from __future__ import annotations
-
 import copy
 import json
 import time

@@ -1,7 +1,5 @@
 """Every numeric field of a message, found in its declaration, and messages that hold a number there."""
 
-from __future__ import annotations
-
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Mutated adapter configs are refused by name, or mean what PEFT reads."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

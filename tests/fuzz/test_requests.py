@@ -3,8 +3,6 @@
 Each gets an answer or a named fault, in little memory; nothing is a failure of the server's.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator, Callable
 from random import Random

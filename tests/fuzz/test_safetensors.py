@@ -1,7 +1,5 @@
 """Mutated safetensors files: accepted as they are meant, or refused by name."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

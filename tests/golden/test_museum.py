@@ -1,7 +1,5 @@
 """Hostile, broken and odd adapters, each judged by the whole pipeline, and manifests byte for byte."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

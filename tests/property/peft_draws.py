@@ -1,7 +1,5 @@
 """Random PEFT configurations, saved by PEFT itself: the oracle of an adapter."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

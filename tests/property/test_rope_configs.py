@@ -1,7 +1,5 @@
 """Rope in all places of a config: the frequencies are those that transformers computes from the file."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Keys and certificates for tests."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Small bases and adapters on disk, made from numpy alone."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Services whose APIs stand behind a channel, as in an API process; both ends are in this process."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager

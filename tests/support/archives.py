@@ -1,7 +1,5 @@
 """Archives, well-meant and hostile."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import tarfile

@@ -1,14 +1,10 @@
 """Builders over folders and one store, which a test can shut, take away and watch; also behind gRPC."""
 
-from __future__ import annotations
-
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from builder_service.builds.builds import Builds
 from builder_service.builds.journal import BuildLimits, Journal, JournalEntry
@@ -26,7 +22,7 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.folders import deployment_of, local_repository, workshop
-from tests.support.waiting import BOUND_S, bounded
+from tests.support.waiting import BOUND_S, bounded, loop_in_thread
 
 OWNER, OTHER = "0" * 16, "1" * 16
 GOOD = ("one", "two", "three")
@@ -135,29 +131,17 @@ async def ended(builds: Builds, name: str = "tiny") -> DeploymentView:
 @contextmanager
 def in_thread(context: BuildContext) -> Iterator[str]:
     """The address of a builder's service in a thread of this process."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
 
-    async def start() -> tuple[str, Callable[[], Coroutine[Any, Any, None]]]:
+    async def start() -> tuple[Builds, Checks, RpcServer, str]:
         builds, checks = Builds(context), Checks(context)
         server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, checks).register})
+        return builds, checks, server, await server.start()
 
-        async def stop() -> None:
-            checks.stop()
-            await builds.drain(BOUND_S)
-            await server.drain(BOUND_S)
-
-        return await server.start(), stop
-
-    try:
-        address, stop = asyncio.run_coroutine_threadsafe(start(), loop).result(BOUND_S)
+    with loop_in_thread() as do:
+        builds, checks, server, address = do(start())
         try:
             yield address
         finally:
-            asyncio.run_coroutine_threadsafe(stop(), loop).result(BOUND_S)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(BOUND_S)
-        assert not thread.is_alive()
-        loop.close()
+            checks.stop()
+            do(builds.drain(BOUND_S))
+            do(server.drain(BOUND_S))

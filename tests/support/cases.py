@@ -1,7 +1,5 @@
 """Tables of tests that are data: a JSON file beside the module that reads it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

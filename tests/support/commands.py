@@ -1,7 +1,5 @@
 """The `loramux` command: as files name it, and as tests run it."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -14,6 +12,12 @@ from typer.testing import CliRunner
 from loramux.cli.main import app
 from tests.support.forks import Forked, command_line
 from tests.support.waiting import wait_until
+
+
+def run(*args: str, text: str | None = None) -> tuple[int, str, str]:
+    """Run a command in this process; returns its exit code, stdout and stderr."""
+    result = CliRunner().invoke(app, args, input=text)
+    return result.exit_code, result.stdout, result.stderr
 
 
 def assert_takes(name: str, arguments: Sequence[str]) -> None:

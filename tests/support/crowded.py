@@ -1,7 +1,5 @@
 """The HTTP and gRPC APIs in a process with a low limit of open files."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import resource

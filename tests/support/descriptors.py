@@ -1,7 +1,5 @@
 """The open descriptors of this process: files, also unlinked ones, and sockets."""
 
-from __future__ import annotations
-
 import gc
 import os
 import stat

@@ -1,7 +1,5 @@
 """Processes of replicas that are killed, find no room, or hang."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

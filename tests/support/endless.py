@@ -1,7 +1,5 @@
 """A service with endless answers, and its APIs."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path

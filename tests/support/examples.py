@@ -1,7 +1,5 @@
 """The number of examples of a property: one that finds a mistake soon in CI, many more with ``--sweep``."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Final, TypeVar

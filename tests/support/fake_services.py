@@ -2,8 +2,6 @@
 
 # ruff: noqa: ARG002, N802 - the signatures and names of servicers are fixed
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import sys

@@ -1,7 +1,5 @@
 """Chat templates of families in a few lines: turns, calls and reasoning stand where the real ones have them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from inference_service.chat.dialect import FORMATS

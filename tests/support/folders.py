@@ -1,7 +1,5 @@
 """Deployments of adapters in folders, and their builds, without a builder service."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

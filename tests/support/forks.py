@@ -4,8 +4,6 @@ They are processes like others, with an exit status, signals and files of their 
 one of ``python -m``; what that does is shown where ``loramux up``, ``serve`` and ``builder`` are run.
 """
 
-from __future__ import annotations
-
 import fcntl
 import importlib
 import multiprocessing

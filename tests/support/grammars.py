@@ -1,7 +1,5 @@
 """Grammars of tests: a function of the tokens before gives the allowed tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 
 

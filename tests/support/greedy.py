@@ -1,7 +1,5 @@
 """Greedy answers of transformers, found in one pass where a guess is right."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A gRPC API over loopback, in front of a service."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 

@@ -1,7 +1,5 @@
 """An https server with its own authority, in a thread: the faults that an address may meet."""
 
-from __future__ import annotations
-
 import ssl
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """A small Hugging Face hub in a thread, which answers the real client from memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

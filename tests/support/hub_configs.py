@@ -1,7 +1,5 @@
 """Configs of models as the hub has them: written by transformers 4, and by people."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Work, counted in instructions, which other load on the machine does not change."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from types import FrameType

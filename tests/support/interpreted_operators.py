@@ -5,8 +5,6 @@ numbers before it adds them; NumPy does as much by itself. What is anything else
 other types, bfloat16 (whose bits are kept as integers), shapes of different ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Final

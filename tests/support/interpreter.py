@@ -7,8 +7,6 @@ says nothing. Here it looks once, patches once for each launch, keeps types, and
 loads are those of `interpreted_operators`.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import replace

@@ -5,8 +5,6 @@ Leftovers of a fixture of a module or of the session are the fixture's, and so a
 come into being while such a fixture is in use: they are looked for once more when it is gone.
 """
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

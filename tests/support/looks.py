@@ -1,7 +1,5 @@
 """Accessibility of a page, measured in the page itself."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tests.support.browser import Page

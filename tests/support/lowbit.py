@@ -1,7 +1,5 @@
 """Checkpoints of few bits, written from the descriptions of their formats, with the weights that they mean."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

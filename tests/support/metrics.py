@@ -1,7 +1,5 @@
 """Metrics as Prometheus reads them, for tests."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families

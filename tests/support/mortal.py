@@ -1,7 +1,5 @@
 """A store whose user dies at one of its operations, as far as one process can show kill -9."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path

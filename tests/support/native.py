@@ -3,8 +3,6 @@
 What is faster on this machine now and then would give answers other last bits now and then.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Results that are made once for a whole run of the tests, though several workers need them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A running HTTP API in front of a tiny real model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """A replica for tests of operators: real manager, pins and registry; no engine, store or builder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime

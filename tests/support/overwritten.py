@@ -1,7 +1,5 @@
 """A process that serves a base whose file changes under it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The module ``time`` of a module under test: it passes when something sleeps, and when the test says so."""
 
-from __future__ import annotations
-
 
 class OwnTime:
     """A clock of its own: ``monkeypatch.setattr(module, "time", OwnTime())`` replaces the real one."""

@@ -1,7 +1,5 @@
 """Caches that hold NaN where no sequence and no known prefix has anything."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Vectors of texts, through the engine alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache

@@ -1,7 +1,5 @@
 """Ranks of tensor parallelism in threads of one process: what they compute, without the processes."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A client of raw HTTP/2: frames on a socket, enough for gRPC calls. Source: RFC 9113, RFC 7541."""
 
-from __future__ import annotations
-
 import asyncio
 import struct
 

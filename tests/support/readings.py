@@ -1,7 +1,5 @@
 """Parsed answers in parts, and their sum."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from hypothesis import strategies as st

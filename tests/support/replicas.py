@@ -2,8 +2,6 @@
 
 # ruff: noqa: N802 - the names of servicers are fixed
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator

@@ -1,7 +1,5 @@
 """Invariants of every response: its fields, its events, and their agreement."""
 
-from __future__ import annotations
-
 import json
 from typing import Any, Final
 

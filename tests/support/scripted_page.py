@@ -1,7 +1,5 @@
 """An API for tests of the page, whose models have scripted answers."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Replicas in this process that compute nothing, report a name, and can be held before a first token."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The inference service as a process with both APIs."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Replicas with operator APIs and the builder that they call, in this process and on its sockets."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A loaded service, without an API."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from inference_service.serving.service import AnswerDelta, Event, Request

@@ -1,7 +1,5 @@
 """A generation service for tests of the layers before the engine: catalog and tokenizer, no model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast

@@ -1,7 +1,5 @@
 """The Shepherd Model Gateway itself, from PyPI, as a process."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """An API in front of a service with scripted answers, request by request."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path

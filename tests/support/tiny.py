@@ -1,7 +1,5 @@
 """A tiny random Llama and adapters saved by the real PEFT, through the real builder and engine."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

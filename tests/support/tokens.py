@@ -1,7 +1,5 @@
 """A tokenizer for services without a model, or with a tiny one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

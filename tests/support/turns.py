@@ -1,7 +1,5 @@
 """Builders of one store that take turns: each of their operations waits until the test lets it happen."""
 
-from __future__ import annotations
-
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """``loramux up`` as a separate process."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

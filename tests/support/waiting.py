@@ -4,13 +4,12 @@
 that demands a time-out: processes, threads, sockets, clients.
 """
 
-from __future__ import annotations
-
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Final, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
@@ -69,6 +68,21 @@ async def ended(awaited: Awaitable[T], what: str, state: Callable[[], object] = 
     done, _ = await asyncio.wait({task}, timeout=BOUND_S)
     assert done, f"waited {BOUND_S:.0f} s for {what}; state: {state()}"
     return task.result()
+
+
+@contextmanager
+def loop_in_thread() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
+    """Run an event loop in a thread; yields a function that runs something in it and returns the result."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield lambda work: asyncio.run_coroutine_threadsafe(work, loop).result(BOUND_S)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(BOUND_S)
+        assert not thread.is_alive(), "the loop does not end"
+        loop.close()
 
 
 class Clock:

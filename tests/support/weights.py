@@ -1,7 +1,5 @@
 """Adapters of matrices that are at hand, without a bundle."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from builder_service.builds.running import RunningBuild
 from loramux.cli.main import app
 from tests.support.builders import Builders, ended
+from tests.support.commands import run
 from tests.support.fake_services import Fakes
 from tests.support.operated import operated
 from tests.support.waiting import until
-from tests.unit.cli.test_cli import run
 from tests.unit.cli.test_cli_adapters import api
 from tests.unit.cli.test_cli_json import documents
 

@@ -1,7 +1,5 @@
 """The choice of a replica for a stream, and the addresses of a client."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 

@@ -13,9 +13,10 @@ from loramux.connection import resolve
 from loramux_fleet.rollout import Rollout
 from loramux_shared.access.guard import Guard
 from tests.support.access import Certificates
+from tests.support.commands import run
 from tests.support.operated import operated
 from tests.support.waiting import BOUND_S, Clock
-from tests.unit.cli.test_cli_adapters import KEYS, RING, _no_key as _no_key, api, run
+from tests.unit.cli.test_cli_adapters import KEYS, RING, _no_key as _no_key, api
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Configs of unsupported adapters, configs that lie, and configs that attack their reader."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

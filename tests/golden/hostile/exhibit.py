@@ -1,7 +1,5 @@
 """Exhibits of the golden museum, and the tools to make them."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Folders: missing files, files of other programs, files that must not run."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections.abc import Callable

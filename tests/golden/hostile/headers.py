@@ -1,7 +1,5 @@
 """Safetensors files that lie about themselves."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

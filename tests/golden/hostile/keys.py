@@ -1,7 +1,5 @@
 """Tensors: keys that mean something else, shapes of other bases, values that cannot be stored."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

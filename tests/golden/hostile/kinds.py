@@ -1,7 +1,5 @@
 """Kinds that amount to LoRA: products that would be giants, parts that do not fit together."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """All exhibits."""
 
-from __future__ import annotations
-
 from loramux_shared.extensions import PARTS, find_extensions
 from tests.golden.hostile import configs, files, headers, keys, kinds
 

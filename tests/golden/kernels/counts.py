@@ -3,8 +3,6 @@
 python -m tests.golden.kernels.counts
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 python -m tests.golden.kernels.grids
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -7,8 +7,6 @@ digest of all these. Triton's own cache asks for the same. Prints them:
     python -m tests.golden.kernels.sources
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

@@ -6,8 +6,6 @@ they were made of goes into `sources.txt`:
     python -m tests.golden.kernels.write [PACKAGE ...]
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection
 from pathlib import Path

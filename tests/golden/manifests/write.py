@@ -1,7 +1,5 @@
 """Build a few adapters whose bytes never change, and keep their manifests."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A replica with every metric."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace

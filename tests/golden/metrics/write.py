@@ -1,7 +1,5 @@
 """Keep the names of all metrics."""
 
-from __future__ import annotations
-
 from tests.golden.metrics.script import NAMES, names
 
 if __name__ == "__main__":

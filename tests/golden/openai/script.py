@@ -1,7 +1,5 @@
 """A service with scripted answers, so that a transcript depends on nothing but the API."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import AsyncGenerator, Sequence

@@ -1,7 +1,5 @@
 """Write the transcripts of the HTTP APIs."""
 
-from __future__ import annotations
-
 import asyncio
 import tempfile
 from pathlib import Path

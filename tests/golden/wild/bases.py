@@ -1,7 +1,5 @@
 """The bases of the shapes: small ones of transformers."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 from tests.support.adapters import BASE_CONFIG

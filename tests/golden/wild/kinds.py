@@ -1,7 +1,5 @@
 """Adapters of other kinds than LoRA, as PEFT writes them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 

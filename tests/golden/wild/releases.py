@@ -1,7 +1,5 @@
 """Adapters as the releases of PEFT itself write them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Final

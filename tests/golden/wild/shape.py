@@ -1,7 +1,5 @@
 """Shapes of adapters, and the tools to write them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

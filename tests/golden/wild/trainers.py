@@ -1,7 +1,5 @@
 """Adapters as trainers write them."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 import numpy as np

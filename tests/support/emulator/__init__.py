@@ -4,8 +4,6 @@ The tests run in a process whose heap is a file (``shared_heap.c``). The operati
 that maps it at the same address (``server.cpp``), so a call needs only its arguments.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """A plugin of pytest that replaces compiled operations by those of an emulated process."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import struct

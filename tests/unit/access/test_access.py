@@ -1,7 +1,5 @@
 """Keys: what the key file stores, the rights of each key, and reloads of a changed file."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files that an adapter brings beside its weights travel in its bundle, and are used for that adapter alone."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from pathlib import Path

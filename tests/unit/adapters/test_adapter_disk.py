@@ -1,7 +1,5 @@
 """The disk tier: bundles are verified, bounded and complete, never required; and weights that were verified."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

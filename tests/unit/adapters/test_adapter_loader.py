@@ -1,7 +1,5 @@
 """Loads: each ends once, with a result or a named fault, and none blocks another."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from queue import SimpleQueue

@@ -1,7 +1,5 @@
 """Operators' calls for adapters, and pins that names keep while versions come and go."""
 
-from __future__ import annotations
-
 import time
 from datetime import UTC, datetime, timedelta
 

@@ -1,7 +1,5 @@
 """Metrics of thousands of adapters: series of used or resident adapters, and counters that never lie."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast

@@ -1,7 +1,5 @@
 """Names across generations: the adapter of a request, the rights of a caller, and the cost."""
 
-from __future__ import annotations
-
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Mapping

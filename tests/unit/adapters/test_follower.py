@@ -1,7 +1,5 @@
 """Following a deployment: newer generations are taken over whole, once, and never backwards."""
 
-from __future__ import annotations
-
 import asyncio
 from contextlib import suppress
 

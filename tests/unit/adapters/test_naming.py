@@ -1,7 +1,5 @@
 """The model of a request's name, after the generation that it requests."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable

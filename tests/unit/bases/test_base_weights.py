@@ -1,7 +1,5 @@
 """A base's weights: the files that are served, their protection against changes, one answer for all."""
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The memory budget: what fits, and the message when a base does not."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The reader of a checkpoint's ``config.json``: reads it as transformers does, or refuses it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The reader of a base's ``quantization_config``, as the hub has them, and its refusals."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

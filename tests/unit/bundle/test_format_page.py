@@ -1,7 +1,5 @@
 """The page of the format and the records of the code name the same fields."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

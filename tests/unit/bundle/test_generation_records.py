@@ -1,7 +1,5 @@
 """Records of generations and manifests, and bundles that are read by them."""
 
-from __future__ import annotations
-
 import hashlib
 from datetime import UTC, datetime
 from typing import Any

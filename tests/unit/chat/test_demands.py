@@ -1,7 +1,5 @@
 """Round trips: a rendered turn is parsed as the same turn, and satisfies its own demand."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

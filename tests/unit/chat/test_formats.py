@@ -1,7 +1,5 @@
 """Formats of calls and reasoning: read alike in every division of an answer, chosen by their templates."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

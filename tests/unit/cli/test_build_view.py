@@ -1,7 +1,5 @@
 """The view of a build on a terminal and elsewhere, and the lines to try that ``up`` and the demo print."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import threading
@@ -26,7 +24,6 @@ WARNING = Finding(code="W_FP32", where="weights", found="float32")
 
 
 def adapter(number: int, stage: Stage) -> AdapterInfo:
-    """An adapter in a stage."""
     done = stage is Stage.DONE
     return AdapterInfo(
         f"adapter-{number:04}",
@@ -44,7 +41,6 @@ def adapter(number: int, stage: Stage) -> AdapterInfo:
 
 
 def state(adapters: Sequence[AdapterInfo], ended: bool = False) -> DeploymentInfo:
-    """A deployment of adapters."""
     kind = DeploymentState.ACTIVE if ended else DeploymentState.BUILDING
     return DeploymentInfo("many", kind, 1, None, None, tuple(adapters), None, False)
 
@@ -116,7 +112,6 @@ def test_the_table_of_many_adapters_fits_a_screen(capsys: pytest.CaptureFixture[
 
 
 def replace_code(finding: Finding) -> Finding:
-    """The same finding with another code."""
     return finding.model_copy(update={"code": "W_ALPHA"})
 
 
@@ -134,12 +129,10 @@ class Drawn:
         self.begun = threading.Event()
 
     def start(self) -> None:
-        """Begin."""
         self.calls.append("start")
         self.begun.set()
 
     def stop(self) -> None:
-        """End."""
         self.calls.append("stop")
 
 
@@ -166,9 +159,7 @@ def test_a_step_says_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None
     ]
 
 
-def test_the_lines_work_as_they_stand(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lines_work_as_they_stand(capsys, monkeypatch) -> None:
     """Each is a chat with a limit, at an address that can be reached, with the key where one is used."""
     monkeypatch.setenv("LORAMUX_API_KEY", "lmx_x")
     show_lines_to_try("0.0.0.0:50060", "[::]:8123", "lora1")
@@ -176,10 +167,8 @@ def test_the_lines_work_as_they_stand(
     chat, python, curl, grpcurl = (shlex.split(block) for block in text.replace("\\\n", " ").split("\n\n"))
     assert chat[1:] == ["chat", "lora1", "--grpc", "127.0.0.1:50060"]
     compile(python[2], "hint", "exec")
-    assert (
-        'Client("127.0.0.1:50060").complete("lora1", [{"role": "user", "content": "Hi"}], max_tokens=64)'
-        in (python[2])
-    )
+    call = 'complete("lora1", [{"role": "user", "content": "Hi"}], max_tokens=64)'
+    assert f'Client("127.0.0.1:50060").{call}' in python[2]
     assert curl[:4] == [
         *("curl", "http://127.0.0.1:8123/v1/chat/completions"),
         *("-H", "authorization: Bearer $LORAMUX_API_KEY"),
@@ -191,9 +180,7 @@ def test_the_lines_work_as_they_stand(
     assert grpcurl[-2:] == ["127.0.0.1:50060", "loramux.inference.v1.InferenceService/Generate"]
 
 
-def test_without_a_key_none_is_shown(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_key_none_is_shown(capsys, monkeypatch) -> None:
     """Hints without keys have no header for one, and leave the usual address out."""
     monkeypatch.delenv("LORAMUX_API_KEY", raising=False)
     show_lines_to_try("127.0.0.1:50052", "127.0.0.1:8000", "lora1")
@@ -204,7 +191,6 @@ def test_without_a_key_none_is_shown(
 
 
 def test_an_address_of_all_is_reached_as_this_machine() -> None:
-    """A wildcard becomes the loopback; other addresses stay."""
     assert reachable("0.0.0.0:1") == "127.0.0.1:1"
     assert reachable("10.0.0.1:1") == "10.0.0.1:1"
 

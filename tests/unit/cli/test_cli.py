@@ -1,36 +1,27 @@
 """The command line against scripted services: output and exit status."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from loramux.cli.build_view import WORK, fraction_done
 from loramux.cli.local import services
 from loramux.cli.local.tree import important, tail
-from loramux.cli.main import app, usual
+from loramux.cli.main import usual
 from loramux.cli.shell import modules, printable
 from loramux.cli.tables import kind, task
 from loramux.records import AdapterInfo, Stage
 from tests.support.cases import cases
+from tests.support.commands import run
 from tests.support.fake_services import Fakes, deployment_text
 from tests.support.https_server import served
 
 
-def run(*args: str, text: str | None = None) -> tuple[int, str, str]:
-    """Run a command in this process; returns its exit code, stdout and stderr."""
-    result = CliRunner().invoke(app, args, input=text)
-    return result.exit_code, result.stdout, result.stderr
-
-
 @pytest.mark.parametrize("flag", ["--version", "-V"])
 def test_version(flag: str) -> None:
-    """``--version`` prints one line."""
     code, text, _ = run(flag)
     assert code == 0
     assert re.fullmatch(r"loramux \d+\.\d+\.\d+\n", text)
@@ -72,7 +63,6 @@ def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
 
 
 def test_no_server_is_one_line() -> None:
-    """An unreachable service is an error of one line."""
     code, _, errors = run("models", "--grpc", "127.0.0.1:1")
     assert code == 3
     assert re.fullmatch(r"error: SERVER_UNAVAILABLE: no answer from 127\.0\.0\.1:1: .*\n", errors)
@@ -96,7 +86,6 @@ def test_build_tells_results_and_shows_a_table(fakes: Fakes, deployment: Callabl
 
 
 def test_models_are_a_table(fakes: Fakes) -> None:
-    """``models`` lists the base, then the adapters."""
     code, text, _ = run("models", "--grpc", fakes.inference_address)
     assert code == 0
     assert [re.split(r"\s{2,}", line)[:4] for line in text.splitlines()[1:]] == [
@@ -124,7 +113,6 @@ def test_who_generates_no_text_is_told_what_it_is_asked_for() -> None:
 
 
 def test_health(fakes: Fakes) -> None:
-    """``health`` prints SERVING with exit 0, and fails where no server answers."""
     assert run("health", fakes.builder_address) == (0, "SERVING\n", "")
     service = "loramux.inference.v1.InferenceService"
     assert run("health", fakes.inference_address, "--service", service)[0] == 0
@@ -133,7 +121,6 @@ def test_health(fakes: Fakes) -> None:
 
 
 def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service whose packages are missing names the pip install that brings them."""
     monkeypatch.setitem(services.NEEDS, "inference", ("numpy", "no_such_package"))
     code, _, errors = run("serve", "--deployment", "m")
     assert code == 2
@@ -152,7 +139,6 @@ def test_service_commands() -> None:
 
 
 def test_progress_never_falls() -> None:
-    """The bar of an adapter only grows, from stage to stage and within one."""
 
     def at(stage: Stage, done: int = 0) -> float:
         return fraction_done(AdapterInfo("a", stage, done, 10, "", (), (), 0, 0, (), False))
@@ -164,7 +150,6 @@ def test_progress_never_falls() -> None:
 
 
 def test_module_names_are_folded() -> None:
-    """A block's name stands once before its modules."""
     assert modules(("attn_q", "attn_v", "mlp_h_to_4h")) == "attn q v, mlp h_to_4h"
     assert modules(()) == "-"
 
@@ -181,7 +166,6 @@ def test_log_lines_that_matter(line: str, expected: str) -> None:
 
 
 def test_the_last_lines_of_a_service_that_died(tmp_path: Path) -> None:
-    """The tail of a log keeps warnings and tracebacks, and drops successful requests."""
     request, slow = '{"level": "info", "event": "answered"}', '{"level": "error", "event": "broken"}'
     log = tmp_path / "log"
     log.write_text("\n".join([slow, "Traceback", *[request] * 20]))
@@ -192,6 +176,6 @@ def test_up_with_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch
     """A backend whose package is missing is refused before anything is built, as a wrong setting is."""
     (tmp_path / "deployment.yaml").write_text(deployment_text("tiny", "lora1"))
     monkeypatch.setattr("loramux_shared.settings.find_spec", lambda _: None)
-    done = CliRunner().invoke(app, ["up", str(tmp_path / "deployment.yaml"), "--backend", "triton"])
-    assert done.exit_code == 2
-    assert "SETTINGS_INVALID: LORAMUX_BACKEND=triton needs Triton: pip install 'loramux[gpu]'" in done.stderr
+    code, _, errors = run("up", str(tmp_path / "deployment.yaml"), "--backend", "triton")
+    assert code == 2
+    assert "SETTINGS_INVALID: LORAMUX_BACKEND=triton needs Triton: pip install 'loramux[gpu]'" in errors

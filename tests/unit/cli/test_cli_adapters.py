@@ -1,27 +1,22 @@
 """The command ``loramux models`` against APIs of scripted replicas."""
 
-from __future__ import annotations
-
-import asyncio
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer
-from loramux.cli.main import app
 from loramux.connection import API_KEY
 from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc.server import RpcServer
 from tests.support.access import keyring
+from tests.support.commands import run
 from tests.support.fake_services import FakeInference
 from tests.support.operated import Operated, operated
-from tests.support.waiting import BOUND_S
+from tests.support.waiting import loop_in_thread
 
 KEYS, RING = keyring("infer", "admin")
 
@@ -32,12 +27,6 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(API_KEY, "")
 
 
-def run(*args: str) -> tuple[int, str, str]:
-    """Run a command in this process."""
-    result = CliRunner().invoke(app, args)
-    return result.exit_code, result.stdout, result.stderr
-
-
 @contextmanager
 def api(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str, Callable[..., Any]]]:
     """Yield the address of a replica's gRPC API, which runs in a thread, and a call in its loop."""
@@ -46,27 +35,18 @@ def api(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str, 
         SERVICE_NAME: AdapterServicer(replica.manager).register,
         "loramux.inference.v1.InferenceService": lambda server: add(FakeInference(), server),
     }
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
 
-    async def open_it() -> RpcServer:
+    async def start() -> RpcServer:
         server = RpcServer("127.0.0.1:0", services, guard)
         await server.start()
         return server
 
-    def do(work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, loop).result(BOUND_S)
-
-    server = do(open_it())
-    try:
-        yield server.address, do
-    finally:
-        do(server.drain(0.1))
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(BOUND_S)
-        assert not thread.is_alive()
-        loop.close()
+    with loop_in_thread() as do:
+        server = do(start())
+        try:
+            yield server.address, do
+        finally:
+            do(server.drain(0.1))
 
 
 def test_models_say_where_they_are() -> None:

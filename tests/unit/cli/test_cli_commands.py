@@ -1,7 +1,5 @@
 """Promises that every command of ``loramux`` keeps: help, tables, completion and folders."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +74,6 @@ def test_every_command_speaks_json_and_is_documented() -> None:
 
 
 def test_exit_codes_are_documented() -> None:
-    """The table of docs/reference/cli.md is the one that the program has."""
     page = (ROOT / "docs" / "reference" / "cli.md").read_text()
     for code, meaning in MEANINGS.items():
         assert f"| {code.value} | {meaning} |" in page
@@ -103,12 +100,10 @@ def test_no_line_is_longer_and_no_word_is_broken(width: int) -> None:
 
 
 def test_a_table_that_fits_has_a_line_for_each_row() -> None:
-    """A table with enough room has a line of headers, a rule, and the rows."""
     assert len(_lines(80)) == 2 + len(ROWS)
 
 
 def test_columns_that_can_be_spared_go_first() -> None:
-    """Optional columns are dropped in the given order, as few as a line needs."""
     spare = ("first, ms", "modules")
     assert fitting_columns(HEADERS, ROWS, spare, 62) == ([0, 1, 2], [])
     assert fitting_columns(HEADERS, ROWS, spare, 61) == ([0, 1], ["first, ms"])
@@ -128,7 +123,6 @@ def completions(*words: str) -> tuple[list[str], str]:
 
 
 def test_words_complete() -> None:
-    """Commands and flags complete."""
     assert completions("dem") == (["demo"], "")
     assert completions("up", "--loc") == (["--local-root"], "")
 
@@ -153,7 +147,6 @@ def test_up_reads_beside_its_file_and_below_its_roots(tmp_path: Path) -> None:
 
 
 def test_the_api_is_open_where_it_is_asked_for() -> None:
-    """The flag reaches the service, and without it the HTTP APIs stay closed."""
     assert "--http" not in inference_command("d", None, None, [], {})
     command = inference_command("d", None, None, [], {}, "127.0.0.1:8000")
     assert command[command.index("--http") + 1] == "127.0.0.1:8000"

@@ -1,34 +1,28 @@
 """``--json``: documents alone on stdout, with failures among them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from loramux.cli.build_view import BuildLines
 from loramux.cli.documents import jsonable
-from loramux.cli.main import app
 from loramux.records import Stage
+from tests.support.commands import run
 from tests.support.fake_services import Fakes
 from tests.unit.cli.test_build_view import adapter, state
 
 
 def documents(*args: str, code: int = 0) -> list[Any]:
     """Run a command with ``--json`` and return the documents on stdout, one per line or one in all."""
-    result = CliRunner().invoke(app, [*args, "--json"])
-    assert result.exit_code == code, result.stderr
-    if result.stdout.startswith("{\n"):
-        return [json.loads(result.stdout)]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    status, text, errors = run(*args, "--json")
+    assert status == code, errors
+    return [json.loads(text)] if text.startswith("{\n") else [json.loads(line) for line in text.splitlines()]
 
 
 def test_models(fakes: Fakes) -> None:
-    """``models`` is one document with every field of every model."""
     [document] = documents("models", "--grpc", fakes.inference_address)
     assert document["schema"] == 2
     assert [model["name"] for model in document["models"]] == ["base", "lora1", "lora2"]
@@ -36,7 +30,6 @@ def test_models(fakes: Fakes) -> None:
 
 
 def test_health(fakes: Fakes) -> None:
-    """``health`` has the address and the answer."""
     [document] = documents("health", fakes.builder_address)
     assert document["status"] == "SERVING"
     assert document["address"] == fakes.builder_address

@@ -1,28 +1,19 @@
 """The key that the command line shows, and what services that it starts inherit of it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from loramux.cli.exits import Exit
 from loramux.cli.local import services
 from loramux.cli.local.tree import ProcessTree
-from loramux.cli.main import app
 from loramux.connection import API_KEY
 from loramux_shared.access.guard import Guard
 from tests.support.access import keyring
+from tests.support.commands import run
 from tests.support.fake_services import Fakes
-
-
-def run(*args: str) -> tuple[int, str, str]:
-    """Run a command in this process; returns its exit code, stdout and stderr."""
-    result = CliRunner().invoke(app, args)
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +30,7 @@ def guarded() -> Iterator[tuple[Fakes, dict[str, str]]]:
     running.close()
 
 
-def test_the_command_line_shows_a_key(
-    guarded: tuple[Fakes, dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_line_shows_a_key(guarded: tuple[Fakes, dict[str, str]], monkeypatch) -> None:
     """A key comes from --api-key before the command, else from LORAMUX_API_KEY; health needs none."""
     fakes, keys = guarded
     query = ("models", "--grpc", fakes.inference_address)
@@ -58,7 +47,6 @@ def test_the_command_line_shows_a_key(
 
 
 def test_service_flags() -> None:
-    """The service gets the access flags of the command that starts it."""
     assert services.access_flags(None, False) == []
     assert services.access_flags(Path("/a/../k"), True) == ["--keys-file", "/k", "--insecure"]
 

@@ -1,7 +1,5 @@
 """A client with nothing but its own dependencies, as old as they may be."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

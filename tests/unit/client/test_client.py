@@ -1,7 +1,5 @@
 """The typed client against scripted services on loopback."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing

@@ -1,7 +1,5 @@
 """The deployment file: hosted builders' files work as they are, and a mistake is named."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Aliases, limits and drafts in files, messages, generations and keys; and repositories in one word."""
 
-from __future__ import annotations
-
 import json
 from datetime import UTC, datetime
 from pathlib import Path

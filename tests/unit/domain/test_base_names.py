@@ -1,7 +1,5 @@
 """Names of bases in adapters, and licences: copies are the base, and differences of licences are a warning."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Adapters' tokenizers beside the base's, as transformers saves them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

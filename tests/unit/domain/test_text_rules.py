@@ -1,7 +1,5 @@
 """Chat template, sampling defaults and stop tokens that an adapter brings: the builder's rules."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Cache blocks, found again by their content; by kind: of layers that see only so far, and carried states."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import zlib

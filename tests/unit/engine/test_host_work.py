@@ -1,7 +1,5 @@
 """The host's work for a step, counted: it follows the sequences of the step, and nothing else."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Answers that hold NaN or infinity: they end, nothing of them is found, and their adapter goes out of use."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Residency: which adapters are in the bank. No model: loads end when the test ends them."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Draws on the host, ranks of tokens, and the changes of a request to its logits."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Scheduling: budgets, fairness, preemption. No model: a step gives every sampled sequence one token."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from typing import Any

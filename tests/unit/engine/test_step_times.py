@@ -1,7 +1,5 @@
 """Chunks of prompts and drafts follow step times: engines whose runner takes the time that a machine would."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The failures in the protos, against the faults of the code."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

@@ -1,7 +1,5 @@
 """Anthropic's bodies, and blocks of its answers: a stream adds up to the answer without one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

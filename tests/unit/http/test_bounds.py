@@ -1,7 +1,5 @@
 """The bounds of a request's fields, which every API checks in one place."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

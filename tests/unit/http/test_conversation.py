@@ -1,7 +1,5 @@
 """A chat between its request and its answers, in the model's dialect."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncGenerator
 from pathlib import Path

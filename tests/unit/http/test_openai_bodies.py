@@ -1,7 +1,5 @@
 """Bodies of OpenAI's API: accepted fields, and the faults of others."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

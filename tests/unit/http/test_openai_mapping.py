@@ -1,7 +1,5 @@
 """The map from OpenAI's bodies to requests, demanded calls, and the server's use of uvicorn."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Streams of server-sent events whose first event is late."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any

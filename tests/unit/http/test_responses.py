@@ -1,7 +1,5 @@
 """Responses as chats: items become turns, and the parsed answer becomes items."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Locked host memory: taken once, in pieces that return."""
 
-from __future__ import annotations
-
 import gc
 import random
 

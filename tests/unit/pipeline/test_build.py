@@ -1,24 +1,24 @@
-"""Builds: their order, and what they fetch."""
-
-from __future__ import annotations
+"""Builds: their order, what they fetch, and their work: side by side, each thing once, within the disk."""
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+import threading
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import LEFTOVER_S, BuildContext, Ledger, Space
+from builder_service.pipeline.context import LEFTOVER_S, RESERVE_BYTES, Ledger, Space, claim_identity
 from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
 from builder_service.pipeline.progress import Progress, Stage
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.bundle.reader import read_manifest
-from loramux_shared.deployment import Deployment, Repository, SourceKind
-from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.bundle.reader import read_bundle, read_manifest
+from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
+    AdapterInvalid,
+    BuildCancelled,
     BundleCorrupt,
     CheckpointInvalid,
     Fault,
@@ -29,59 +29,47 @@ from loramux_shared.faults import (
     SourceChanged,
     SourceRefused,
     SourceUnavailable,
+    StoreUnavailable,
 )
-from loramux_shared.sources.base import Progress as Counter, Resolved, SourceFile, unwatched
+from loramux_shared.sources.base import Resolved, SourceFile, unwatched
 from loramux_shared.sources.checkpoint import fetch_base
 from loramux_shared.sources.files import content_digest
-from loramux_shared.sources.open import Sources, open_sources
+from loramux_shared.sources.open import Sources
+from loramux_shared.storage import patient
 from loramux_shared.storage.memory import MemoryStore
+from loramux_shared.storage.patient import PatientStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.folders import built, deployment_of, local, workshop
+from tests.support.own_time import OwnTime
+from tests.support.waiting import BOUND_S
 
 
-class CountingStore(MemoryStore):
-    """Remembers the keys that were put."""
+class Counting(MemoryStore):
+    """Remembers what was put, and by which thread."""
 
     def __init__(self) -> None:
         super().__init__()
         self.puts: list[str] = []
+        self.threads: set[int] = set()
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Store, and remember."""
         self.puts.append(key)
+        self.threads.add(threading.get_ident())
         super().put(key, data)
 
 
 @pytest.fixture
 def context(tmp_path):
-    """A workshop with an empty store; LOCAL may read below tmp_path."""
+    """A workshop over an empty store."""
     write_base(tmp_path / "base")
-    return BuildContext(CountingStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
-
-
-def deployment(folder: Path, *adapters: str, **lora: Any) -> Deployment:
-    """A deployment of adapters that lie below a folder."""
-    local = {name: {"source": "LOCAL", "repo": str(folder / name)} for name in adapters}
-    data = {
-        "model_name": "tiny",
-        "build": {
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
-            "lora_adapters": local,
-            "lora_configuration": lora,
-        },
-    }
-    return parse_deployment(data).deployment
-
-
-def run(required: Deployment, context: BuildContext) -> Any:
-    """Build and return the result."""
-    return build(required, context, Progress(required.build.lora_adapters))
+    return workshop(tmp_path, Counting())
 
 
 def test_a_build_publishes_bundles_then_the_generation_then_the_pointer(tmp_path, context):
     """Weights and config come before their manifest, manifests before the generation, the pointer last."""
     write_adapter(tmp_path / "one")
     write_adapter(tmp_path / "two", tensors(("o_proj", "up_proj"), rank=8), r=8, target_modules="all-linear")
-    result = run(deployment(tmp_path, "one", "two"), context)
+    result = built(deployment_of(tmp_path, "one", "two"), context)
     assert not result.unchanged
     puts, generation = context.store.puts, result.generation
     for record in generation.adapters.values():
@@ -101,13 +89,8 @@ def test_the_same_adapter_has_the_same_digest_from_anywhere(tmp_path, context):
     """The digest follows from the adapter's bytes and the settings, not from where the adapter was."""
     write_adapter(tmp_path / "one")
     write_adapter(tmp_path / "deep" / "two")
-    expected = deployment(tmp_path, "one", "two")
-    moved = expected.build.lora_adapters["two"].model_copy(update={"repo": str(tmp_path / "deep" / "two")})
-    adapters = {**expected.build.lora_adapters, "two": moved}
-    expected = expected.model_copy(
-        update={"build": expected.build.model_copy(update={"lora_adapters": adapters})}
-    )
-    records = run(expected, context).generation.adapters
+    adapters = {"one": local(tmp_path / "one"), "two": local(tmp_path / "deep" / "two")}
+    records = built(deployment_of(tmp_path, lora_adapters=adapters), context).generation.adapters
     assert records["one"].digest == records["two"].digest
     assert records["one"].source != records["two"].source
 
@@ -125,11 +108,11 @@ def test_storage_type(tmp_path, context, provided, config, expected):
     """Bundles have the type that was asked for, else the base's, else bfloat16."""
     write_base(tmp_path / "base", **config)
     write_adapter(tmp_path / "one")
-    generation = run(deployment(tmp_path, "one", dtype=provided), context).generation
-    assert (generation.lora_dtype, read_manifest(context.store, generation.adapters["one"].digest).dtype) == (
-        expected,
-        expected,
-    )
+    generation = built(
+        deployment_of(tmp_path, "one", lora_configuration={"dtype": provided}), context
+    ).generation
+    assert generation.lora_dtype == expected
+    assert read_manifest(context.store, generation.adapters["one"].digest).dtype == expected
 
 
 def test_local_folders_need_a_root(tmp_path, context):
@@ -137,25 +120,25 @@ def test_local_folders_need_a_root(tmp_path, context):
     outside = write_adapter(tmp_path.parent / f"{tmp_path.name}-outside")
     (tmp_path / "link").symlink_to(outside)
     with pytest.raises(SourceRefused, match=r"adapter 'link': LOCAL .* not below a folder"):
-        run(deployment(tmp_path, "link"), context)
+        built(deployment_of(tmp_path, "link"), context)
     write_adapter(tmp_path / "one")
     (tmp_path / "one" / "adapter_model.safetensors").unlink()
     (tmp_path / "one" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     with pytest.raises(SourceRefused, match="not below a folder"):
-        run(deployment(tmp_path, "one"), context)
+        built(deployment_of(tmp_path, "one"), context)
 
 
 def test_a_pinned_local_adapter_may_not_change(tmp_path, context):
     """A content digest as revision of a LOCAL repository holds it to that content."""
     write_adapter(tmp_path / "one")
-    found = run(deployment(tmp_path, "one"), context).generation.adapters["one"].source
-    data = deployment(tmp_path, "one").model_dump(mode="json")
-    data["build"]["lora_adapters"]["one"]["revision"] = found.revision
-    expected = parse_deployment(data).deployment
-    assert run(expected, context).generation.adapters["one"].source == found
+    found = built(deployment_of(tmp_path, "one"), context).generation.adapters["one"].source
+    expected = deployment_of(
+        tmp_path, lora_adapters={"one": local(tmp_path / "one") | {"revision": found.revision}}
+    )
+    assert built(expected, context).generation.adapters["one"].source == found
     write_adapter(tmp_path / "one", tensors(seed=1))
     with pytest.raises(RevisionNotFound, match="expected content"):
-        run(expected, context)
+        built(expected, context)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
@@ -163,7 +146,7 @@ def test_a_base_that_is_none(tmp_path, context, missing):
     """A base without config or weights is named before any adapter is fetched."""
     (tmp_path / "base" / missing).unlink()
     with pytest.raises(CheckpointInvalid, match=f"base checkpoint: .*expected {missing}"):
-        run(deployment(tmp_path), context)
+        built(deployment_of(tmp_path), context)
 
 
 def test_old_work_folders_are_swept(tmp_path, context):
@@ -178,7 +161,7 @@ def test_old_work_folders_are_swept(tmp_path, context):
 
 def test_fetch_base_verifies_a_local_base_in_place(tmp_path, context):
     """A LOCAL base is served from where it is, and refused when a byte of it changed."""
-    base = run(deployment(tmp_path), context).generation.base
+    base = built(deployment_of(tmp_path), context).generation.base
     assert fetch_base(base, tmp_path / "cache", context.sources) == tmp_path / "base"
     (tmp_path / "base" / "tokenizer.json").write_text("{ }")
     with pytest.raises(BundleCorrupt, match=r"tokenizer\.json: expected sha256"):
@@ -195,20 +178,17 @@ class Archived(Resolved):
     open = 0
 
     def close(self) -> None:
-        """Stop counting the open file."""
         Archived.open -= 1
 
 
 class FakeSource:
     """Repositories in memory; one whose address is a reason fails with it."""
 
-    def __init__(self, faults: Mapping[str, Fault], sizes: Mapping[str, int] | None = None) -> None:
+    def __init__(self, faults, sizes=None) -> None:
         self._faults = faults
         self._sizes = sizes or {name: len(data) for name, data in FILES.items()}
 
-    def resolve(
-        self, repository: Repository, progress: Counter = unwatched, room: Counter = unwatched
-    ) -> Resolved:
+    def resolve(self, repository, progress=unwatched, room=unwatched) -> Resolved:
         """List the same files for everyone."""
         room(1000)
         progress(0)
@@ -217,22 +197,19 @@ class FakeSource:
         Archived.open += 1
         return Archived(repository, {name: SourceFile(size) for name, size in self._sizes.items()})
 
-    def fetch(
-        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Counter = unwatched
-    ) -> dict[str, FileDigest]:
+    def fetch(self, resolved, names, into, progress=unwatched) -> dict[str, FileDigest]:
         """Write nothing."""
         del into, progress
         return {name: FileDigest(size=resolved.files[name].size, sha256="0" * 64) for name in names}
 
     digests = place = None
 
-    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
-        """Return the repository with a digest."""
+    def pin(self, resolved, files) -> Repository:
         return resolved.repository.model_copy(update={"revision": content_digest(files)})
 
 
 def fetch(
-    folder: Path, source: FakeSource, *names: str, max_bytes: int | None = None
+    folder: Path, source: FakeSource, *names: str, max_bytes=None
 ) -> tuple[Progress, list[FetchedAdapter]]:
     """Fetch adapters whose addresses are their names."""
     adapters = {
@@ -298,3 +275,164 @@ def test_an_adapter_has_a_size(tmp_path):
     source = FakeSource({}, {**dict.fromkeys(FILES, 1), "adapter_model.safetensors": 9 << 30})
     with pytest.raises(SourceRefused, match=r"https://h/one: 9663676417 bytes; an adapter has at most"):
         fetch(tmp_path, source, "one")
+
+
+def test_identical_adapters_are_converted_once(tmp_path, context):
+    """Three names of the same files have one bundle, one upload and one conversion; all are DONE."""
+    for name in ("a", "b", "c"):
+        write_adapter(tmp_path / name)
+    write_adapter(tmp_path / "d", tensors(seed=1))
+    seen = []
+    progress = Progress("abcd", lambda: seen.append(progress.adapters))
+    records = build(deployment_of(tmp_path, *"abcd"), context, progress).generation.adapters
+    assert len({record.digest for record in records.values()}) == 2
+    assert sum(key.endswith("weights.npy") for key in context.store.puts) == 2
+    assert [adapter.stage for adapter in progress.adapters] == [Stage.DONE] * 4
+    converted = {
+        adapter.name
+        for adapters in seen
+        for adapter in adapters
+        if adapter.stage is Stage.CONVERTING and adapter.bytes_done
+    }
+    assert len(converted) == 2
+    for record in records.values():
+        read_bundle(context.store, record.digest)
+
+
+class Meeting(Counting):
+    """Weights are only put when those of another adapter are put at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.together = threading.Barrier(2)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        if key.endswith("weights.npy"):
+            self.together.wait(BOUND_S)
+        super().put(key, data)
+
+
+def test_adapters_are_published_side_by_side(tmp_path, context):
+    """Two adapters of one build are put at once; with one at a time this would never end."""
+    for i, name in enumerate("abcd"):
+        write_adapter(tmp_path / name, tensors(seed=i))
+    context = replace(context, store=Meeting(), parallel_adapters=2)
+    build(deployment_of(tmp_path, *"abcd"), context, Progress("abcd"))
+    assert len(context.store.threads) >= 2
+
+
+def test_nothing_is_published_before_everything_is_valid(tmp_path, context):
+    """The last adapter of many is bad: not one byte was written to the store."""
+    for i in range(12):
+        write_adapter(tmp_path / f"a{i:02}", tensors(seed=i))
+    write_adapter(tmp_path / "z", task_type="SEQ_CLS")
+    names = [*(f"a{i:02}" for i in range(12)), "z"]
+    with pytest.raises(AdapterInvalid):
+        build(deployment_of(tmp_path, *names), context, Progress(names))
+    assert context.store.puts == []
+
+
+def test_a_build_stays_within_its_room(tmp_path, context):
+    """A build that may write less than its adapters have is refused with both numbers, before it fetches."""
+    write_adapter(tmp_path / "a")
+    size = sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
+    seen = []
+    progress = Progress("a", lambda: seen.append(progress.adapters[0].bytes_done))
+    with pytest.raises(ResourcesExhausted, match=f"{size} bytes.* may write 1000"):
+        build(deployment_of(tmp_path, "a"), replace(context, max_build_bytes=1000), progress)
+    assert set(seen) == {0}
+    with pytest.raises(ResourcesExhausted, match="the bundle of adapter 'a'"):
+        build(deployment_of(tmp_path, "a"), replace(context, max_build_bytes=size + 10), Progress("a"))
+    assert context.store.puts == []
+    build(deployment_of(tmp_path, "a"), replace(context, max_build_bytes=3 * size), Progress("a"))
+
+
+def test_builds_share_the_disk(tmp_path):
+    """Bytes that one build has announced and not written yet are not free for another."""
+    ledger = Ledger()
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    one, two = Space(tmp_path, ledger, None), Space(tmp_path, ledger, None)
+    with (
+        one.writing(free * 2 // 3, "one"),
+        pytest.raises(ResourcesExhausted, match=rf"two: {free * 2 // 3} bytes; with {free * 2 // 3} that"),
+    ):
+        two.check(free * 2 // 3, "two")
+    two.check(free // 3, "two")
+
+
+def test_a_disk_with_less_than_the_reserve_is_told_the_truth(tmp_path):
+    """The fault has the free bytes, the reserve and the missing bytes, not that nothing is free."""
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    with pytest.raises(ResourcesExhausted) as refusal:
+        Space(tmp_path, Ledger(), None).check(free, "the adapters")
+    stated = re.fullmatch(
+        rf"the adapters: {free} bytes; with 0 that running builds are about to write and {RESERVE_BYTES} that "
+        r"stay free for others, the disk of the builder's work folder needs (\d+) free bytes and has (\d+)\. "
+        r"Free (\d+), or set LORAMUX_WORK_DIR to a folder on a larger disk\.",
+        refusal.value.message,
+    )
+    needed, has, missing = map(int, stated.groups())
+    assert needed == free + RESERVE_BYTES
+    assert abs(has - free) < 1 << 30
+    assert missing == needed - has
+
+
+class Flaky(MemoryStore):
+    """Does not answer for a while."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        if self.times:
+            self.times -= 1
+            raise StoreUnavailable("the store is away")
+        super().put(key, data)
+
+
+def test_a_store_that_comes_back_is_waited_for(monkeypatch):
+    """An operation is tried again with growing pauses, and fails with the store's own words after the last."""
+    monkeypatch.setattr(patient, "time", time := OwnTime())
+    store = PatientStore(Flaky(2), pauses_s=(1, 2))
+    store.put("k", b"x")
+    assert list(store.list("")) == ["k"]
+    assert time.now_s == pytest.approx(3)
+    with pytest.raises(StoreUnavailable, match="the store is away"):
+        PatientStore(Flaky(3), pauses_s=(1, 2)).put("k", b"x")
+
+
+def test_waiting_for_a_store_can_be_stopped(monkeypatch):
+    """A build that is cancelled does not wait for its store any longer."""
+    progress = Progress(())
+
+    class Cancelling(OwnTime):
+        def sleep(self, seconds: float) -> None:
+            super().sleep(seconds)
+            progress.stop(BuildCancelled("enough"))
+
+    monkeypatch.setattr(patient, "time", time := Cancelling())
+    store = PatientStore(Flaky(10), progress.check, pauses_s=(3600.0,))
+    with pytest.raises(BuildCancelled, match="enough"):
+        store.put("k", b"x")
+    assert time.now_s < 1
+
+
+def test_identities_are_kept_and_not_shared(tmp_path):
+    """Living builders of one work folder differ; the next start of one has its identity again."""
+    one, two = claim_identity(tmp_path), claim_identity(tmp_path)
+    assert one.name != two.name
+    one._file.close()
+    again = claim_identity(tmp_path)
+    assert again.name == one.name
+    (tmp_path / "loramux-builder-2.id").write_text("cut of")
+    assert len(claim_identity(tmp_path).name) == 16
+
+
+def test_an_owners_folders_are_swept_at_its_start(tmp_path, context):
+    """Folders of a killed owner go at its next start; the folders of others stay."""
+    context = replace(context, owner="0" * 16)
+    for name in (f"loramux-build-{'0' * 16}-x", f"loramux-build-{'1' * 16}-x"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+    context.sweep()
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [f"loramux-build-{'1' * 16}-x"]

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,11 @@ from safetensors.numpy import save_file
 from builder_service.domain.tensor_names import LoraKey, nearest_key, parse_key
 from builder_service.pipeline.base_weights import BaseWeights
 from loramux_shared.bundle.manifest import Coverage, Manifest
-from loramux_shared.deployment import Repository
 from loramux_shared.faults import AdapterInvalid, BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.checkpoint import describe_base
 from loramux_shared.sources.open import open_sources
 from tests.support.adapters import HIDDEN, VOCAB, tensors, write_adapter, write_base
-from tests.support.folders import built, deployment_of, workshop
+from tests.support.folders import built, deployment_of, local_repository, workshop
 
 EMBED = "base_model.model.model.embed_tokens.weight"
 HEAD = "base_model.model.lm_head.weight"
@@ -25,7 +22,6 @@ INDEX = "model.safetensors.index.json"
 
 
 def matrix(seed: int) -> Any:
-    """Embeddings or a head."""
     return np.random.default_rng(seed).normal(size=(VOCAB, HIDDEN)).astype(ml_dtypes.bfloat16)
 
 
@@ -76,7 +72,7 @@ def test_nothing_is_compared_with_a_base_that_changed(tmp_path):
     """A shard that is not the recorded one any more proves nothing."""
     sharded_base(tmp_path)
     sources = open_sources(local_roots=[tmp_path])
-    base = describe_base(sources, Repository(source="LOCAL", repo=str(tmp_path / "base"))).record
+    base = describe_base(sources, local_repository(tmp_path / "base")).record
     weights = BaseWeights(base, sources, tmp_path / "cache", lambda _: None)
     assert weights.find("lm_head.weight") is not None
     assert weights.find("model.norm.weight") is None
@@ -90,7 +86,7 @@ def test_a_base_shard_that_is_no_safetensors_file(tmp_path):
     sharded_base(tmp_path)
     (tmp_path / "base" / "model-00002-of-00002.safetensors").write_bytes(b"x" * 100)
     sources = open_sources(local_roots=[tmp_path])
-    base = describe_base(sources, Repository(source="LOCAL", repo=str(tmp_path / "base"))).record
+    base = describe_base(sources, local_repository(tmp_path / "base")).record
     with pytest.raises(CheckpointInvalid, match=r"base: model-00002-of-00002\.safetensors: header of"):
         BaseWeights(base, sources, tmp_path / "cache", lambda _: None).find("lm_head.weight")
 

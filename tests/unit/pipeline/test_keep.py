@@ -1,12 +1,11 @@
 """Builds of existing deployments: unchanged adapters are neither fetched nor read nor converted."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,14 +17,14 @@ from loramux_shared.bundle.deployments import publish_change
 from loramux_shared.bundle.generation import CONVERTER, Generation
 from loramux_shared.bundle.manifest import FileDigest, bundle_key
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.deployment import Deployment, Repository, SourceKind
-from loramux_shared.deployment_file import parse_deployment
-from loramux_shared.sources.base import Progress as Watch, Resolved, Room, unwatched
+from loramux_shared.deployment import Deployment, SourceKind
+from loramux_shared.sources.base import Resolved, unwatched
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage.base import Entry
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.folders import deployment_of, local_repository
 
 MANY = 100
 
@@ -37,15 +36,11 @@ class CountingSource(LocalSource):
         super().__init__(roots)
         self.listed, self.fetched = Counter[str](), Counter[str]()
 
-    def resolve(self, repository: Repository, progress: Watch = unwatched, room: Room = unwatched) -> Resolved:
-        """List, and count."""
+    def resolve(self, repository, progress=unwatched, room=unwatched) -> Resolved:
         self.listed[Path(repository.repo).name] += 1
         return super().resolve(repository, progress, room)
 
-    def fetch(
-        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Watch = unwatched
-    ) -> dict[str, FileDigest]:
-        """Fetch, and count bytes."""
+    def fetch(self, resolved, names, into, progress=unwatched) -> dict[str, FileDigest]:
         files = super().fetch(resolved, names, into, progress)
         self.fetched[Path(resolved.repository.repo).name] += sum(file.size for file in files.values())
         return files
@@ -59,28 +54,23 @@ class CountingStore(MemoryStore):
         self.read, self.written, self.looks = 0, 0, 0
 
     def get(self, key: str, bound: int | None = None) -> bytes:
-        """Read, and count."""
         data = super().get(key, bound)
         self.read += len(data) if key.startswith("bundles/") else 0
         return data
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Write, and count."""
         super().put(key, data)
         self.written += len(self.objects[key]) if key.startswith("bundles/") else 0
 
     def sha256(self, key: str) -> str | None:
-        """Read back, and count."""
         self.read += len(self.objects.get(key, b""))
         return super().sha256(key)
 
     def list(self, prefix: str) -> Iterator[str]:
-        """List, and count."""
         self.looks += prefix.startswith("bundles/")
         return super().list(prefix)
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        """List, and count."""
         self.looks += prefix.startswith("bundles/")
         for key in super().list(prefix):
             yield Entry(key, len(self.objects[key]), self.modified[key])
@@ -99,25 +89,17 @@ class World:
         sources = Sources({SourceKind.LOCAL: self.source}, folder / "work")
         self.context = BuildContext(self.store, sources, folder / "work")
 
-    def repository(self, name: str) -> Repository:
-        """An adapter's folder."""
-        return Repository(source=SourceKind.LOCAL, repo=str(self.folder / name))
-
-    def deployment(self, *, also: Iterable[str] = (), **lora: object) -> Deployment:
+    def deployment(self, **lora: object) -> Deployment:
         """A deployment of all adapters."""
-        local = {name: self.repository(name).model_dump() for name in (*self.names, *also)}
-        made = {"checkpoint_repository": self.repository("base").model_dump(), "lora_adapters": local}
-        return parse_deployment({"model_name": "d", "build": made | {"lora_configuration": lora}}).deployment
+        return deployment_of(self.folder, *self.names, name="d", lora_configuration=lora)
 
     def build(self, deployment: Deployment, *, verify: bool = False) -> dict[str, AdapterProgress]:
-        """Build, and return the states of the adapters."""
         self.reset()
         progress = Progress(deployment.build.lora_adapters)
         build(deployment, self.context, progress, verify=verify)
         return {adapter.name: adapter for adapter in progress.adapters}
 
     def reset(self) -> None:
-        """Reset the count."""
         self.source.listed.clear()
         self.source.fetched.clear()
         self.store.read = self.store.written = self.store.looks = 0
@@ -125,7 +107,6 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    """Two adapters that were built."""
     made = World(tmp_path, 2)
     made.build(made.deployment())
     return made
@@ -137,7 +118,7 @@ def test_an_update_does_not_even_list_the_others(tmp_path: Path) -> None:
     many.build(many.deployment())
     write_adapter(many.folder / "new", tensors(seed=1000))
     many.reset()
-    wish = Update(name="d", add={"new": many.repository("new")})
+    wish = Update(name="d", add={"new": local_repository(many.folder / "new")})
     result = update(wish, many.context, Progress(["new"]))
     assert len(result.generation.adapters) == MANY + 1
     assert many.source.listed == {"new": 1}
@@ -147,35 +128,26 @@ def test_an_update_does_not_even_list_the_others(tmp_path: Path) -> None:
 
 
 def touch(path: Path) -> None:
-    """Change a file's time."""
     later = time.time_ns() + 1_000_000_000
     os.utime(path, ns=(later, later))
 
 
-CHANGES: dict[str, tuple[Callable[[World], Deployment], bool]] = {
-    "nothing": (lambda world: world.deployment(), True),
-    "a file that was written again": (
-        lambda world: (touch(world.folder / "a000" / "adapter_config.json"), world.deployment())[1],
-        False,
-    ),
-    "another ceiling": (lambda world: world.deployment(max_lora_rank=32), False),
-    "another type": (lambda world: world.deployment(dtype="float32"), False),
-    "another base": (
-        lambda world: (write_base(world.folder / "base", rms_norm_eps=1e-3), world.deployment())[1],
-        False,
-    ),
-    "a file of the adapter more": (
-        lambda world: ((world.folder / "a000" / "chat_template.jinja").write_text("x"), world.deployment())[1],
-        False,
-    ),
+CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
+    "nothing": (lambda _: None, {}),
+    "a file that was written again": (lambda folder: touch(folder / "a000" / "adapter_config.json"), {}),
+    "another ceiling": (lambda _: None, {"max_lora_rank": 32}),
+    "another type": (lambda _: None, {"dtype": "float32"}),
+    "another base": (lambda folder: write_base(folder / "base", rms_norm_eps=1e-3), {}),
+    "one more file": (lambda folder: (folder / "a000" / "chat_template.jinja").write_text("x"), {}),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_that_make_an_adapter_again(world: World, change: str) -> None:
     """Changed files, base or settings make an adapter again. Nothing else does."""
-    made, retained = CHANGES[change]
-    assert world.build(made(world))["a000"].kept is retained
+    act, lora = CHANGES[change]
+    act(world.folder)
+    assert world.build(world.deployment(**lora))["a000"].kept is (change == "nothing")
 
 
 def test_another_converter_makes_all_again(world: World) -> None:

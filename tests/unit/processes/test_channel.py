@@ -1,7 +1,5 @@
 """Messages between the engine's process and API processes."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any

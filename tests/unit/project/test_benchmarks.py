@@ -1,7 +1,5 @@
 """The reports of ``benchmarks``, and ``benchmarks/streams.py`` at a size that takes no time."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json
@@ -64,7 +62,6 @@ def test_a_table_says_whether_a_contender_is_fast_enough(
 
 
 async def test_both_apis_answer_clients_that_parse_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each stream has a first token after it began, and ends behind that."""
     interval_s, device = sys.getswitchinterval(), Instant(0.001)
     serving = asyncio.create_task(serve(device))
     try:

@@ -1,7 +1,5 @@
 """Figures of documents that a constant of the code decides: the page and the code agree."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -19,7 +17,6 @@ CLAIMS = cases(__file__, "CLAIMS")
     ("page", "claim"), [(page, claim) for page, claims in CLAIMS.items() for claim in claims]
 )
 def test_a_figure_is_that_of_the_code(page: str, claim: str) -> None:
-    """The page has the sentence with the value of the constant."""
     text = " ".join((ROOT / page).read_text().split())
     assert claim in text, f"{page} says otherwise than: {claim}"
 

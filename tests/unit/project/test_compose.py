@@ -1,7 +1,5 @@
 """The deployment artefacts against the code: settings, commands, images and packaging agree."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re
@@ -78,7 +76,6 @@ def test_both_services_use_one_store() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_ports_agree(service: str) -> None:
-    """A service listens where its health check, its image and clients expect it."""
     host, port = _environment(service)["LORAMUX_GRPC"].split(":")
     assert host == "0.0.0.0"  # noqa: S104 - inside a container
     assert RAW[service]["healthcheck"]["test"][-1] == f"127.0.0.1:{port}"
@@ -87,7 +84,6 @@ def test_ports_agree(service: str) -> None:
 
 
 def test_the_openai_api_is_reached() -> None:
-    """The HTTP port of the container is the one that the image exposes and compose publishes."""
     port = _environment("inference")["LORAMUX_HTTP"].removeprefix("0.0.0.0:")
     assert f"EXPOSE {port}\n" in _dockerfile("inference")
     assert f"127.0.0.1:{port}:{port}" in RAW["inference"]["ports"]
@@ -101,7 +97,6 @@ def test_published_ports_are_local() -> None:
 
 
 def test_images_are_pinned() -> None:
-    """Every image has a tag that names a version; ours is the project's."""
     images = {service: RAW[service]["image"] for service in RAW}
     for service, image in images.items():
         name, _, tag = image.rpartition(":")
@@ -120,14 +115,12 @@ def test_the_images_python_is_supported() -> None:
 
 
 def test_long_running_services_have_health_checks() -> None:
-    """A service that is restarted has a health check, and one that ends has none."""
     assert {service for service in RAW if not _one_shot(service)} == {
         service for service in RAW if "healthcheck" in RAW[service]
     }
 
 
 def test_waiting_can_end() -> None:
-    """A service waits for another's health only where that is checked, and for its end only where it ends."""
     conditions = [
         (other, wait["condition"])
         for service in RAW.values()
@@ -139,7 +132,6 @@ def test_waiting_can_end() -> None:
 
 
 def test_inference_waits_for_everything() -> None:
-    """Inference starts when the deployment is built: the chain reaches back to the store."""
     chain, service = [], "inference"
     while "depends_on" in RAW[service]:
         [service] = RAW[service]["depends_on"]
@@ -149,7 +141,6 @@ def test_inference_waits_for_everything() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_stopping_leaves_time_to_drain(service: str) -> None:
-    """Compose kills a service only after it had its time to drain."""
     grace_s = int(RAW[service]["stop_grace_period"].removesuffix("s"))
     assert grace_s > SERVICES[service].model_fields["drain_timeout_s"].default
 
@@ -172,7 +163,6 @@ def test_credentials_come_from_the_environment() -> None:
 
 
 def test_every_variable_is_documented() -> None:
-    """The variables of compose are those of .env.example."""
     assert {match[1] for match in _VARIABLE.finditer(COMPOSE_TEXT)} == set(_env_example())
 
 
@@ -188,7 +178,6 @@ def test_volumes_can_be_written(service: str) -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_images_run_modules_that_exist(service: str) -> None:
-    """The command of an image is a module of this project that can be run."""
     [command] = re.findall(r"^CMD \[(.*)\]$", _dockerfile(service), re.M)
     python, flag, module = [part.strip(' "') for part in command.split(",")]
     assert (python, flag) == ("python", "-m")
@@ -196,7 +185,6 @@ def test_images_run_modules_that_exist(service: str) -> None:
 
 
 def test_commands_exist() -> None:
-    """The `loramux` commands that compose runs exist, with the flags that it gives."""
     commands = [RAW["build"]["command"], *(RAW[name]["healthcheck"]["test"][1:] for name in SERVICES)]
     assert {command[0] for command in commands} <= set(PROJECT["scripts"])
     for _, name, *arguments in commands:

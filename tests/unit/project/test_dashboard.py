@@ -1,7 +1,5 @@
 """The dashboard, Prometheus and Grafana in compose, against the metrics that the code exports."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any
@@ -28,7 +26,6 @@ def _family(name: str) -> str:
 
 
 def test_every_query_asks_for_what_is_exported() -> None:
-    """Each metric and each label in a query of the dashboard is exported under that name."""
     for query in (*QUERIES, *VARIABLES):
         names = re.findall(r"\b(?:loramux|process|vllm)[a-z_:]+", query)
         assert names, query
@@ -39,7 +36,6 @@ def test_every_query_asks_for_what_is_exported() -> None:
 
 
 def test_everything_that_is_exported_for_people_is_shown() -> None:
-    """Each metric of loramux is in a panel."""
     printed = set(re.findall(r"loramux_[a-z_]+", " ".join((*QUERIES, *VARIABLES))))
     families = {_family(name) for name in EXPORTED if name.startswith("loramux_")}
     assert {_family(name) for name in printed} == families

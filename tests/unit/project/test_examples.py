@@ -1,7 +1,5 @@
 """The demo's files: the README shows the content of the repository."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys
@@ -9,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from loramux_shared.deployment_file import load_deployment
@@ -25,7 +24,6 @@ STATED = {  # name: rank, target modules, data type, rsLoRA
 
 
 def script(name: str) -> ModuleType:
-    """Import an example, which is a script and no package."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -34,7 +32,6 @@ def script(name: str) -> ModuleType:
 
 
 def config_of(name: str) -> dict[str, Any]:
-    """Read PEFT's config of an adapter."""
     config: dict[str, Any] = json.loads((EXAMPLES / "adapters" / name / "adapter_config.json").read_text())
     return config
 
@@ -70,23 +67,22 @@ def test_adapter_is_a_standard_repository(name: str) -> None:
     assert (folder / "README.md").read_text().startswith(f"---\nbase_model: {BASE}\n")
 
 
-def test_rows_of_a_head_are_put_back_into_halves() -> None:
-    """GGUF stores a head's rows as rotary pairs; the reading reverts the converter of llama.cpp exactly."""
+@pytest.fixture
+def prepare_base() -> ModuleType:
+    """The script that makes the demo's base."""
     pytest.importorskip("gguf")
-    import numpy as np
+    return script("prepare_base")
 
-    prepare_base = script("prepare_base")
+
+def test_rows_of_a_head_are_put_back_into_halves(prepare_base: ModuleType) -> None:
+    """GGUF stores a head's rows as rotary pairs; the reading reverts the converter of llama.cpp exactly."""
     weight = np.arange(3 * 8 * 5).reshape(3 * 8, 5)
     pairs = weight.reshape(3, 2, 4, 5).swapaxes(1, 2).reshape(weight.shape)
     assert (prepare_base.halves_of_interleaved(pairs, heads=3) == weight).all()
 
 
-def test_base_is_complete_only_with_every_file(tmp_path: Path) -> None:
+def test_base_is_complete_only_with_every_file(tmp_path: Path, prepare_base: ModuleType) -> None:
     """Half a checkpoint, truncated weights or broken JSON are made again; a complete one is left alone."""
-    pytest.importorskip("gguf")
-    import numpy as np
-
-    prepare_base = script("prepare_base")
     for name in prepare_base.FILES:
         (tmp_path / name).write_text("{}")
     weights = tmp_path / "model.safetensors"
@@ -99,10 +95,7 @@ def test_base_is_complete_only_with_every_file(tmp_path: Path) -> None:
     assert not prepare_base.is_complete(tmp_path)
 
 
-def test_base_is_not_written_over_other_files(tmp_path: Path) -> None:
-    """A directory with files of someone else is refused, never emptied."""
-    pytest.importorskip("gguf")
-    prepare_base = script("prepare_base")
+def test_base_is_not_written_over_other_files(tmp_path: Path, prepare_base: ModuleType) -> None:
     (tmp_path / "thesis.txt").write_text("the only copy")
     with pytest.raises(prepare_base.BaseUnavailable, match=r"thesis\.txt"):
         prepare_base.refuse_other_files(tmp_path)

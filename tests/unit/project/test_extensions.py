@@ -1,7 +1,5 @@
 """Extensions: found through entry points, and never needed."""
 
-from __future__ import annotations
-
 import pytest
 
 from loramux_shared.extensions import load_extensions

@@ -1,7 +1,5 @@
 """Each field of a request has one name: APIs, client, bounds, engine and documents agree on it."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -81,7 +79,6 @@ HTTP_ONLY = {
 
 
 def test_every_field_of_a_request_has_a_bound_or_is_known_to_need_none() -> None:
-    """A new field is in the table of bounds, or in the list of unbounded fields."""
     assert BOUNDED | UNBOUNDED == REQUIRED
     assert not BOUNDED & UNBOUNDED
     assert {field.name for field in fields(SamplingParams)} <= REQUIRED
@@ -96,7 +93,6 @@ def test_the_table_is_finite_where_a_number_is_no_length() -> None:
 
 @pytest.mark.parametrize("body", [ChatBody, CompletionBody, ResponsesBody])
 def test_http_fields_pass_by_name(body: type[Body]) -> None:
-    """A field of a body is a request's, one of the API's own, or refused whatever it holds."""
     refused = {name for name, field in body.model_fields.items() if field.annotation is type(None)}
     assert body.model_fields.keys() - refused - HTTP_ONLY <= REQUIRED
 
@@ -164,7 +160,6 @@ def _set(message: Any, field: Any) -> None:
 
 @pytest.mark.parametrize("part", ["", "sampling", "messages"])
 def test_every_field_of_a_grpc_request_has_the_name_and_the_value_of_the_requests(part: str) -> None:
-    """A field of the messages that make a request changes the request's field of its name, or is translated."""
     plain = _grpc_request(pb.GenerateRequest(model="m", text="x"))
     for field in (getattr(pb.GenerateRequest(), part) if part else pb.GenerateRequest()).DESCRIPTOR.fields:
         if field.name in TRANSLATED | {"model"}:
@@ -177,7 +172,6 @@ def test_every_field_of_a_grpc_request_has_the_name_and_the_value_of_the_request
 
 
 def test_the_clients_options_are_the_fields_of_a_grpc_request() -> None:
-    """An option of the client has the name of a field."""
     messages = (pb.GenerateRequest, pb.Messages, pb.SamplingParams)
     names = {field.name for message in messages for field in message.DESCRIPTOR.fields}
     options = names - TRANSLATED - {"model"} | set(pb.Constraint.DESCRIPTOR.fields_by_name)
@@ -204,7 +198,6 @@ def _section(name: str) -> str:
 
 
 def test_the_page_has_the_bound_of_the_temperature() -> None:
-    """The field in the browser has the server's bounds."""
     page = (ROOT / "inference_service/http/page/index.html").read_text()
     [field] = re.findall(r'<input id="temperature"[^>]*>', page)
     assert 'min="0"' in field

@@ -1,7 +1,5 @@
 """The release and the site: existing files are built, links lead somewhere, and only a tag publishes."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tomllib
@@ -19,12 +17,10 @@ PUBLISHES = ("docker push", "docker login", "gh-action-pypi-publish")
 
 
 def jobs() -> dict[str, Any]:
-    """Return the jobs of the workflow."""
     return dict(yaml.safe_load(WORKFLOW.read_text())["jobs"])
 
 
 def test_both_images_are_built() -> None:
-    """Each service of the matrix has its Dockerfile, and each Dockerfile its service."""
     services = jobs()["images"]["strategy"]["matrix"]["service"]
     assert {path.name for path in (ROOT / "deploy").glob("*.Dockerfile")} == {
         f"{name}.Dockerfile" for name in services
@@ -32,7 +28,6 @@ def test_both_images_are_built() -> None:
 
 
 def test_only_a_tag_publishes() -> None:
-    """Each step that publishes, or its job, has the condition that the ref is a tag."""
     steps = [(job, step) for job in jobs().values() for step in job["steps"]]
     publishing = [
         (job, step)

@@ -1,7 +1,5 @@
 """The checks of these tests and texts: leftovers of a test, words, and numbers in text."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -29,7 +27,6 @@ def test_a_word_is_found_in_prose_and_in_names(text: str) -> None:
 
 
 def test_a_comparison_is_no_refused_word() -> None:
-    """The phrase "no more than" is plain English."""
     assert not list(words.words_in("some.py", "takes no more than 2, and no more rows than 3"))
 
 
@@ -42,7 +39,6 @@ def test_an_exception_is_not_refused() -> None:
     ("doc", "refused"), [("Of a row.", True), ("A row of it", True), ("Return a row.", False)]
 )
 def test_a_docstring_is_a_sentence(doc: str, refused: bool) -> None:
-    """A docstring that begins with a refused word, or has no full stop, is refused with its line."""
     found = list(words.fragments_in("some.py", f'def f():\n    """{doc}"""\n'))
     assert [match.line for match in found] == [1] * refused
 

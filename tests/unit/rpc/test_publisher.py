@@ -1,7 +1,5 @@
 """A replica's requests to its builder, and gRPC services of extensions."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import suppress
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Bounds of a request's size before anything is made of it."""
 
-from __future__ import annotations
-
 import json
 from typing import Any, cast
 

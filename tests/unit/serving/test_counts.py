@@ -1,7 +1,5 @@
 """Counts in constraints, which are judged before a library sees them."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The delivery of outputs to their streams, and answers made of outputs that come together."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import threading
@@ -31,8 +29,6 @@ def _stream(name: int) -> Outputs:
 
 
 class _Woken:
-    """Notes in which order streams are woken, by their numbers."""
-
     def __init__(self, streams: list[Outputs]) -> None:
         self.order: list[int] = []
         self.tasks = [asyncio.ensure_future(self._wait(*each)) for each in enumerate(streams)]
@@ -53,7 +49,6 @@ async def _ready(count: int) -> tuple[Delivery, list[Outputs], _Woken]:
 
 
 async def test_first_and_last_tokens_pass_all_others() -> None:
-    """First and last tokens pass queued streams too; within a class, delivery is first come, first served."""
     delivery, streams, woken = await _ready(3 * SLICE)
     for each in streams[-2:]:
         delivery.add(each, urgent=True)
@@ -64,7 +59,6 @@ async def test_first_and_last_tokens_pass_all_others() -> None:
 
 
 async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
-    """Messages of a waiting stream are merged in order, without loss or repetition."""
     delivery, stream = Delivery(), _stream(0)
     delivery.add(stream, urgent=False)
     stream.put("0", [StepOutput("0", Token(8), None)])
@@ -108,10 +102,7 @@ async def test_a_sink_takes_what_comes_while_the_reader_waits(takes: bool | Repl
 
 
 @pytest.mark.parametrize(("streams", "together"), [(SLICE, True), (SLICE + 1, False)])
-async def test_a_first_token_takes_others_along_only_where_they_are_few(
-    threads: Threads, streams: int, *, together: bool
-) -> None:
-    """A first token wakes other streams only where few wait."""
+async def test_a_first_token_takes_others_along_only_where_they_are_few(threads: Threads, streams, *, together):
     device, steps, gone = Device(), threading.Semaphore(0), 0
     device.before_step = lambda _: steps.acquire(timeout=BOUND_S) or pytest.fail("no step was let go")
     thread = threads.make(device, MANY, MANY, blocks=4096, interval_s=math.inf)
@@ -127,7 +118,6 @@ async def test_a_first_token_takes_others_along_only_where_they_are_few(
         return waits
 
     async def first(outputs: Outputs) -> None:
-        """Run steps until the first token comes."""
         getting = asyncio.ensure_future(following(outputs))
         await until(lambda: getting.done() or (step() and getting.done()), "a first token")
         [output] = getting.result()
@@ -141,7 +131,6 @@ async def test_a_first_token_takes_others_along_only_where_they_are_few(
         await first(submit(thread, prompt=1, new=40))
     assert {task.done() for task in waiting} == {together}
     steps.release(1000)
-    assert await thread.stop() is None
     for task in waiting:
         task.cancel()
 
@@ -183,17 +172,13 @@ def _reported(events: Seq[Event]) -> tuple[str, list[int], EndReason | None]:
     ],
 )
 @pytest.mark.parametrize("together", [1, 2, 4])
-def test_how_many_tokens_come_together_changes_nothing(
-    stops: Seq[str], *, keep: bool, expected: object, together: int
-) -> None:
-    """The text, the tokens up to a stop text, and the end are those of tokens that come one by one."""
+def test_how_many_tokens_come_together_changes_nothing(stops, keep, expected, together) -> None:
     answer, outputs = _answer(stops, keep=keep), _outputs([0, 1, 2, END], EndReason.STOP)
     batches = [outputs[start : start + together] for start in range(0, len(outputs), together)]
     assert _reported([event for each in batches for event in answer.advance(each)]) == expected
 
 
 def test_a_stop_text_ends_an_answer_before_the_failure_behind_it() -> None:
-    """A sequence that fails in the delivery in which its answer ended has no failure."""
     outputs = [*_outputs([0, 1]), StepOutput("0", None, EndReason.FAILED)]
     assert _reported(_answer(["b"]).advance(outputs)) == ("a", [0, 1], EndReason.STOP)
     with pytest.raises(InternalFault):

@@ -36,7 +36,6 @@ async def test_a_bad_step_ends_its_sequences_and_nothing_else(threads: Threads) 
     for _ in range(5):
         assert await end(submit(thread, prompt=13)) is EndReason.FAILED
     assert await end(submit(thread)) is EndReason.LENGTH
-    assert await thread.stop() is None
 
 
 @pytest.fixture
@@ -62,16 +61,13 @@ async def test_what_others_held_for_a_moment_is_waited_for(threads: Threads, pau
     assert await end(submit(thread)) is EndReason.FAILED
     assert await end(submit(thread)) is EndReason.LENGTH
     assert pauses == list(PROBE_PAUSES_S)
-    assert await thread.stop() is None
 
 
 def _gone(batch: Batch) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-async def test_an_error_that_stays_ends_health_first_and_then_every_request(
-    threads: Threads, pauses: list[float]
-) -> None:
+async def test_an_error_that_stays_ends_health_first_and_then_every_request(threads, pauses) -> None:
     """Requests that run, that wait and that come later all end with REPLICA_FAILED."""
     device = Device()
     device.before_step = _gone
@@ -95,10 +91,8 @@ async def test_an_error_that_stays_ends_health_first_and_then_every_request(
     assert pauses == list(PROBE_PAUSES_S)
     with pytest.raises(ReplicaFailed):
         submit(thread)
-    why = await thread.ended()
-    assert why is not None
-    assert "RuntimeError" in why
-    assert await thread.stop() == why
+    threads.why = await thread.ended()
+    assert "RuntimeError" in threads.why
 
 
 async def test_a_step_that_never_ends_is_seen_from_outside(threads: Threads) -> None:
@@ -106,7 +100,8 @@ async def test_a_step_that_never_ends_is_seen_from_outside(threads: Threads) -> 
     thread = threads.start(Device(held_from=1), step_timeout_s=0.1)
     with pytest.raises(ReplicaFailed, match=r"LORAMUX_STEP_TIMEOUT_S=0\.1"):
         await end(submit(thread))
-    assert await thread.ended() is not None
+    threads.why = await thread.ended()
+    assert threads.why
 
 
 def test_a_watchdog_bounds_each_step_by_itself() -> None:
@@ -126,9 +121,7 @@ def test_a_watchdog_bounds_each_step_by_itself() -> None:
     assert late == [340.5]
 
 
-async def test_the_engine_bounds_each_step_and_nothing_between_two(
-    threads: Threads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_engine_bounds_each_step_and_nothing_between_two(threads, monkeypatch) -> None:
     """Every step is watched, its failure included; the thread that waits for work is not."""
     watched: list[str] = []
 
@@ -146,20 +139,19 @@ async def test_the_engine_bounds_each_step_and_nothing_between_two(
     thread = threads.start(device)
     assert await end(submit(thread, new=3)) is EndReason.LENGTH
     assert await thread.stop() is None
-    assert [watched[at - 1 : at + 2] for at, what in enumerate(watched) if what == "step"] == [
-        ["begin", "step", "end"]
-    ] * 3
+    around = [watched[at - 1 : at + 2] for at, what in enumerate(watched) if what == "step"]
+    assert around == [["begin", "step", "end"]] * 3
 
 
 async def test_a_mistake_outside_a_step_ends_every_request_too(threads: Threads) -> None:
-    """A crash of the engine's thread ends its requests with REPLICA_FAILED."""
     thread = threads.start(Device())
     priority: Any = None  # no API lets it through: the queue cannot be sorted
     broken = Sequence("broken", [5], SamplingParams(max_tokens=1), priority=priority)
     outputs = thread.submit([broken])
     with pytest.raises(ReplicaFailed):
         await end(outputs)
-    assert await thread.ended() == "its thread failed"
+    threads.why = await thread.ended()
+    assert threads.why == "its thread failed"
 
 
 async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room(threads: Threads) -> None:
@@ -179,7 +171,6 @@ async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room(threads
         submit(thread)
     device.go.set()
     assert {await end(each) for each in (*running, *waiting)} == {EndReason.LENGTH}
-    assert await thread.stop() is None
 
 
 async def test_free_seats_that_a_step_cannot_fill_let_nobody_in(threads: Threads) -> None:
@@ -194,7 +185,6 @@ async def test_free_seats_that_a_step_cannot_fill_let_nobody_in(threads: Threads
         submit(thread)
     device.go.set()
     assert {await end(each) for each in taken} == {EndReason.LENGTH}
-    assert await thread.stop() is None
 
 
 HELD_AT = 3
@@ -216,21 +206,21 @@ async def _passes(thread: EngineThread) -> None:
         await ended(passed.wait(), "a pass of the engine's thread")
 
 
-async def _asked_to_pause(thread: EngineThread, mode: PauseMode) -> asyncio.Task[None]:
-    """A pause that was asked for, and has not come yet."""
+async def _pausing(threads: Threads, mode: PauseMode, depth: int = 0) -> Any:
+    """Return a device in the middle of a step, its thread, the request, and a pause that has not come yet."""
+    device = Device(HELD_AT, depth)
+    thread = threads.start(device)
+    task = await _running(device, thread)
     pause = asyncio.create_task(thread.pause(mode))
     await asyncio.sleep(0)
     assert thread.paused
-    return pause
+    return device, thread, task, pause
 
 
 @pytest.mark.parametrize("depth", [0, 1])
 async def test_what_is_kept_stands_still_and_goes_on(threads: Threads, depth: int) -> None:
     """No step runs after the pause returns, and old and new requests finish after the resume."""
-    device = Device(HELD_AT, depth)
-    thread = threads.start(device)
-    task = await _running(device, thread)
-    pause = await _asked_to_pause(thread, PauseMode.KEEP)
+    device, thread, task, pause = await _pausing(threads, PauseMode.KEEP, depth)
     device.go.set()
     await pause
     steps = device.steps
@@ -241,15 +231,10 @@ async def test_what_is_kept_stands_still_and_goes_on(threads: Threads, depth: in
     await thread.pause(PauseMode.KEEP)  # again: nothing changes
     thread.resume()
     assert await asyncio.gather(task, late) == [EndReason.LENGTH] * 2
-    assert await thread.stop() is None
 
 
 async def test_what_is_under_way_is_ended_when_that_is_said(threads: Threads) -> None:
-    """Requests under way end by name; a later one waits."""
-    device = Device(HELD_AT)
-    thread = threads.start(device)
-    task = await _running(device, thread)
-    pause = await _asked_to_pause(thread, PauseMode.ABORT)
+    device, thread, task, pause = await _pausing(threads, PauseMode.ABORT)
     device.go.set()
     await pause
     with pytest.raises(ReplicaPaused):
@@ -259,17 +244,13 @@ async def test_what_is_under_way_is_ended_when_that_is_said(threads: Threads) ->
     assert not late.done()
     thread.resume()
     assert await late is EndReason.LENGTH
-    assert await thread.stop() is None
 
 
 @pytest.mark.parametrize("called_off", [False, True])
 async def test_what_is_under_way_may_end_first(threads: Threads, called_off: bool) -> None:
     """The pause returns after its end, or when it is cancelled; later requests have not begun, and continue
     afterwards."""
-    device = Device(HELD_AT)
-    thread = threads.start(device)
-    task = await _running(device, thread)
-    pause = await _asked_to_pause(thread, PauseMode.WAIT)
+    device, thread, task, pause = await _pausing(threads, PauseMode.WAIT)
     late = asyncio.create_task(end(submit(thread)))
     if called_off:
         thread.resume()
@@ -279,16 +260,12 @@ async def test_what_is_under_way_may_end_first(threads: Threads, called_off: boo
     assert (task.done(), late.done()) == (not called_off, False)
     thread.resume()
     assert await asyncio.gather(task, late) == [EndReason.LENGTH] * 2
-    assert await thread.stop() is None
 
 
 @pytest.mark.parametrize("mode", [PauseMode.KEEP, PauseMode.WAIT])
 async def test_deadlines_pass_while_nothing_moves(threads: Threads, mode: PauseMode) -> None:
     """Deadlines pass for requests that wait, in the engine's queue or before it."""
-    device = Device(HELD_AT)
-    thread = threads.start(device)
-    task = await _running(device, thread)
-    pause = await _asked_to_pause(thread, mode)
+    device, thread, task, pause = await _pausing(threads, mode)
     if mode is PauseMode.KEEP:
         device.go.set()
     late = submit(thread, deadline_s=time.monotonic() + 0.03)
@@ -297,11 +274,9 @@ async def test_deadlines_pass_while_nothing_moves(threads: Threads, mode: PauseM
     await pause
     thread.resume()
     assert await task is EndReason.LENGTH
-    assert await thread.stop() is None
 
 
 async def test_who_goes_away_while_nothing_moves_is_let_go(threads: Threads) -> None:
-    """A client that disconnects during a pause frees its sequence before any step computes it."""
     device = Device(HELD_AT)
     thread = threads.start(device)
     await thread.pause()
@@ -309,15 +284,10 @@ async def test_who_goes_away_while_nothing_moves_is_let_go(threads: Threads) -> 
     thread.resume()
     assert await end(submit(thread, new=1)) is EndReason.LENGTH
     assert device.steps == 1
-    assert await thread.stop() is None
 
 
 async def test_a_stop_ends_a_pause(threads: Threads) -> None:
-    """A stop ends the pause for its caller, and the requests that wait for an answer get a fault."""
-    device = Device(HELD_AT)
-    thread = threads.start(device)
-    task = await _running(device, thread)
-    pause = await _asked_to_pause(thread, PauseMode.WAIT)
+    device, thread, task, pause = await _pausing(threads, PauseMode.WAIT)
     stopped = asyncio.create_task(thread.stop())
     await asyncio.sleep(0)
     device.go.set()

@@ -1,7 +1,5 @@
 """Limits of models and keys, on a clock that stands still until it is moved."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,7 +29,6 @@ class World:
         self.stack = ExitStack()
 
     def enter(self, model: ServedModel = A, access: Access = EVERYTHING) -> Ticket:
-        """Let a request in that stays."""
         return self.stack.enter_context(self.limiter.admit(model, access, self.limits))
 
     def ask(self, prompt: int, answer: int, model: ServedModel = A, access: Access = EVERYTHING) -> None:
@@ -43,7 +40,6 @@ class World:
                 ticket.see(AnswerDelta("x", (Token(5),)))
 
     def refused(self, model: ServedModel = A, access: Access = EVERYTHING) -> RateLimited:
-        """Return why a request is not let in."""
         with pytest.raises(RateLimited) as caught, self.limiter.admit(model, access, self.limits):
             pass
         return caught.value
@@ -57,7 +53,6 @@ def sequence(prompt: int = 1, *, began: bool = False) -> Sequence:
 
 
 def test_a_mixture_counts_for_each_of_its_adapters() -> None:
-    """A blend has the limits of both adapters, and the least of their shares."""
     limits = {"a": {"tokens_per_minute": 10, "weight": 4}, "b": {"max_running": 2, "weight": 2}}
     world, mixed = World(models=limits), ServedModel("b*0.5+a", parts=(B, A))
     ticket = world.enter(mixed)
@@ -70,7 +65,6 @@ def test_a_mixture_counts_for_each_of_its_adapters() -> None:
 
 
 def holder(key_id: str, **limits: Any) -> Access:
-    """Return the access of a key with limits."""
     return Access(key_id, frozenset({Scope.INFER}), None, Limits(**limits))
 
 
@@ -93,7 +87,6 @@ def test_so_many_requests_of_a_model_may_wait() -> None:
 
 
 def test_the_default_is_each_models_own() -> None:
-    """A limit that a model does not set is the default's; every model has its own count."""
     world = World(default={"max_waiting": 1}, models={"a": {"max_waiting": 2}, "base": {"weight": 2}})
     for model in (A, A, B, BASE):
         world.enter(model)
@@ -131,7 +124,6 @@ def test_tokens_that_others_used_meanwhile_are_seen_before_the_engine() -> None:
 
 
 def test_a_key_has_limits_of_its_own_in_all_models_together() -> None:
-    """A key above its limits is refused for every model; other keys of the same models are not."""
     ann, bob = holder("ann", max_waiting=1, tokens_per_minute=60), holder("bob", max_waiting=1)
     world = World()
     world.enter(A, ann)
@@ -158,7 +150,6 @@ def test_what_the_engine_is_told() -> None:
 
 
 def test_meters_of_what_is_idle_are_forgotten() -> None:
-    """A name that comes, is used once and goes leaves nothing behind; one in use does not go."""
     world = World(default={"tokens_per_minute": 600, "max_waiting": 1})
     world.enter(A)
     for number in range(20 * FEW_METERS):

@@ -1,7 +1,5 @@
 """A base's own mode of pooling, and the map from numbers to vectors."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -31,9 +29,7 @@ ST = {"word_embedding_dimension": 48, "pooling_mode_cls_token": False, "include_
         ({}, None),
     ],
 )
-def test_how_a_base_was_trained_to_make_vectors(
-    tmp_path: Path, fields: object, pooling: Pooling | None
-) -> None:
+def test_how_a_base_was_trained_to_make_vectors(tmp_path: Path, fields: object, pooling: Pooling | None):
     """A base's mode is read in both forms of sentence-transformers; an unserved mode gives none."""
     if fields is not None:
         (tmp_path / FILE).parent.mkdir()

@@ -1,7 +1,5 @@
 """Telemetry of a request, the format of the log, and the names that gateways see."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Iterator
@@ -38,24 +36,20 @@ class Ear:
         self.outcome = ""
 
     def began(self, record: RequestRecord) -> None:
-        """Hear."""
         assert record.first_s is not None
         self.heard.append("began")
 
     def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
-        """Hear."""
         assert record.completion_tokens > 0
         self.heard.append(delta.text)
 
     def ended(self, record: RequestRecord) -> None:
-        """Hear."""
         assert record.duration_s is not None
         self.heard.append("ended")
         self.outcome = record.outcome
 
 
 def submit(follower: RequestFollower, answers: int = 1) -> None:
-    """Report sequences as submitted."""
     follower.submitted([Sequence(str(index), [1, 2, 3], SamplingParams()) for index in range(answers)])
 
 
@@ -90,7 +84,6 @@ def test_whatever_ends_a_request_is_its_outcome(raised: BaseException, outcome: 
 
 @pytest.mark.parametrize(("finished", "outcome"), [((0, 1), "OK"), ((0,), "CANCELLED")])
 def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...], outcome: str) -> None:
-    """A request is OK when every one of its answers had ended before the client went away."""
     ear = Ear()
     following_one = following(Request.of("m", "x", n=2), [ear])
     follower = following_one.__enter__()
@@ -102,7 +95,6 @@ def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...
 
 
 def test_the_time_per_token_of_one_token_is_unknown() -> None:
-    """An answer of one token has no time per token."""
     with following(Request.of("m", "x"), []) as follower:
         submit(follower, answers=2)
         follower.see(AnswerDelta("a", (Token(5),), 0))
@@ -117,7 +109,6 @@ def test_the_time_per_token_of_one_token_is_unknown() -> None:
 
 
 def lora_info(sequences: SequenceCounts, *models: ServedModel) -> tuple[str, str]:
-    """The adapters that run and wait, as gateways read them."""
     [(labels, _)] = Scrape(replica(sequences, models).render().decode()).series("vllm:lora_requests_info")
     return labels["running_lora_adapters"], labels["waiting_lora_adapters"]
 
@@ -131,7 +122,6 @@ def test_gateways_read_adapters_alone() -> None:
 
 
 def test_a_merged_adapter_has_its_name() -> None:
-    """An adapter in the weights is counted by its name, and is an adapter to gateways."""
     merged = ServedModel("only", digest="ab" * 32)
     assert lora_info(SequenceCounts({"only": 2}, {}), merged) == ("only", "")
     metrics = Scrape(replica(SequenceCounts({"only": 2}, {}), (merged,)).render().decode())
@@ -146,7 +136,6 @@ def _restored() -> Iterator[None]:
 
 
 def logged(capsys: pytest.CaptureFixture[str], form: Any) -> str:
-    """A line in a format, with something bound to the context."""
     log_to_stderr(form)
     with bound_contextvars(request_id="r1"):
         structlog.get_logger().info("said", number=3)

@@ -1,7 +1,5 @@
 """Threads of engines with scripted steps."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import threading
@@ -32,7 +30,6 @@ class Device:
         self.before_step: Callable[[Batch], object] = lambda _: None
 
     def submit(self, batch: Batch) -> Pending:
-        """Run a step."""
         self.steps += 1
         self.before_step(batch)
         if self.steps >= self.held_from:
@@ -46,6 +43,8 @@ class Threads:
 
     def __init__(self) -> None:
         self._made: list[tuple[Device, EngineThread]] = []
+        self.why: str | None = None
+        """The reason for which the threads ended, where a test lets them fail."""
 
     def make(
         self, device: Device, max_queue: int = 8, seqs: int = 8, blocks: int = 64, **options: float
@@ -64,7 +63,6 @@ class Threads:
         return thread
 
     def start(self, device: Device, **options: float) -> EngineThread:
-        """Return one that runs."""
         thread = self.make(device, **options)  # type: ignore[arg-type]
         thread.start()
         return thread
@@ -74,11 +72,10 @@ class Threads:
         for device, thread in self._made:
             device.go.set()
             if thread._ended is not None:
-                await thread.stop()
+                assert await thread.stop() == self.why
 
 
 def submit(thread: EngineThread, prompt: int = 3, new: int = 2, deadline_s: float | None = None) -> Outputs:
-    """Send a request."""
     sampling = SamplingParams(max_tokens=new)
     return thread.submit([Sequence(f"{next(_ids)}", [5] * prompt, sampling, deadline_s=deadline_s)])
 
@@ -89,7 +86,6 @@ async def following(outputs: Outputs) -> list[StepOutput]:
 
 
 async def end(outputs: Outputs) -> EndReason:
-    """Return how a request ends."""
     async with bounded("the end of a sequence"):
         while True:
             for output in await following(outputs):

@@ -1,7 +1,5 @@
 """Settings: read from LORAMUX_* variables, refused with name, value and allowed values."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

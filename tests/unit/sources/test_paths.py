@@ -1,7 +1,5 @@
 """Paths that people do not mean: bytes that are no UTF-8, a NUL, links to themselves, pipes and devices."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The choice of a replica's kernels: an explicit one is used, or refused by name."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

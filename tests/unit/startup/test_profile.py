@@ -1,7 +1,5 @@
 """The largest step, and the memory plan that its measured peak gives."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The speed of reading weights, measured at the start, and the allocator of a replica."""
 
-from __future__ import annotations
-
 import ctypes
 import threading
 from collections.abc import Iterator

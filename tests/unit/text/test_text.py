@@ -1,7 +1,5 @@
 """Stop texts, incremental detokenizing, and tokens as bytes."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

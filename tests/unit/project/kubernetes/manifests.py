@@ -1,7 +1,5 @@
 """The manifests as a cluster would get them, and the schemas for their check."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -50,7 +48,6 @@ def plain() -> list[Resource]:
 
 
 def of_kind(resources: list[Resource], *kinds: str) -> dict[str, Resource]:
-    """The resources of kinds, by name."""
     return {each["metadata"]["name"]: each for each in resources if each["kind"] in kinds}
 
 
@@ -94,7 +91,6 @@ def pods(resources: list[Resource]) -> Iterator[tuple[dict[str, str], Resource]]
 
 
 def containers(pod: Resource) -> list[Resource]:
-    """Return the containers and the init containers of a pod."""
     return [*pod.get("initContainers", ()), *pod["containers"]]
 
 

@@ -1,7 +1,5 @@
 """The manifests against the code, the images and each other: settings, ports, selectors, secrets and times."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator
@@ -43,7 +41,6 @@ each_set = pytest.mark.parametrize("name", [*OVERLAYS, "plain"])
 
 
 def made(name: str) -> list[Resource]:
-    """An overlay's resources, or those that are applied as they are."""
     return plain() if name == "plain" else rendered(name)
 
 
@@ -76,7 +73,6 @@ def seconds(probe: Resource) -> float:
 
 
 def selectors(resources: list[Resource]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the selectors of pods in services, budgets, policies, monitors and pools."""
     for each in resources:
         spec, name = each.get("spec", {}), f"{each['kind']} {each['metadata']['name']}"
         if each["kind"] == "Service":
@@ -122,7 +118,6 @@ def test_times_fit_into_each_other(name: str) -> None:
 
 @each_set
 def test_ports_agree(name: str) -> None:
-    """A service listens on a port of its container, which its image exposes and its probes use."""
     for service, _, container in services(made(name)):
         provided, ports = environment(container, made(name)), container["ports"]
         listens = {
@@ -242,7 +237,6 @@ def test_images_are_those_of_compose(name: str) -> None:
 
 @each_set
 def test_pods_may_do_little(name: str) -> None:
-    """Pods run without root and privileges, with a memory limit, and write to volumes only."""
     for _, pod in pods(made(name)):
         assert pod["enableServiceLinks"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -332,7 +326,6 @@ def test_the_route_leads_to_nothing_that_operators_do() -> None:
 
 
 def test_commands_exist() -> None:
-    """The `loramux` commands of jobs exist, with the flags that they are given."""
     ran: list[Any] = [
         each["command"]
         for _, pod in pods(rendered("base"))

@@ -1,7 +1,5 @@
 """Every manifest is one that a cluster takes: rendered, and checked field by field."""
 
-from __future__ import annotations
-
 import copy
 import os
 import re
@@ -97,12 +95,9 @@ def test_the_picker_is_configured() -> None:
 
 
 def test_kedas_behavior_is_the_autoscalers() -> None:
-    """KEDA passes the behaviour of our own autoscaler on, whose fields are checked."""
     [keda] = of_kind(rendered("overlays/gpu"), "ScaledObject").values()
     [hpa] = of_kind(rendered("overlays/cpu"), "HorizontalPodAutoscaler").values()
     passed_on = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
     assert passed_on == hpa["spec"]["behavior"]
-    assert (keda["spec"]["minReplicaCount"], keda["spec"]["maxReplicaCount"]) == (
-        hpa["spec"]["minReplicas"],
-        hpa["spec"]["maxReplicas"],
-    )
+    for end in ("min", "max"):
+        assert keda["spec"][f"{end}ReplicaCount"] == hpa["spec"][f"{end}Replicas"]
