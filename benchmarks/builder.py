@@ -29,17 +29,11 @@ from loramux_shared.storage.open import open_store
 from tests.support.s3_gateway import s3_gateway
 
 # The sizes of a base of 1.5 billion parameters: rank 8 of all modules is 18.5 MB, the bundle 32.9 MB.
-BASE: Final[dict[str, Any]] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 28,
-    "vocab_size": 32,
-    "torch_dtype": "bfloat16",
-}
+BASE: Final[dict[str, Any]] = (
+    {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "torch_dtype": "bfloat16"}
+    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 32}
+    | {"num_attention_heads": 12, "num_key_value_heads": 2}
+)
 RANK: Final = 8
 BUNDLE_BYTES: Final = 128 + 2 * RANK * 28 * 7 * (1536 + 8960)
 """Every matrix pair is padded to the largest one."""

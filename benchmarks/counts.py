@@ -12,6 +12,7 @@ serves. Sizes are the defaults: adapters of rank 64 at most, 64 of them in a ste
 4. Kinds of requests, and whether their steps are replayed from a recorded graph, or from a trace on the host.
 """
 
+import math
 import os
 import statistics
 from array import array
@@ -135,9 +136,8 @@ def launches(counted: Counted) -> Iterator[str]:
         kind = f"prompt of {rows}" if mixed else f"decode of {rows}"
         yield f"  {kind:<26}{base:>6}{adapted:>10}{adapted - base:>6}"
     mixture = Counted(QWEN3_30B_A3B)
-    of_mixture = {"adapters": False, "experts' adapters": True}
     base = per_layer(names_of(launches_of(mixture.step(8, mixed=False, adapters=False))))
-    for name, experts in of_mixture.items():
+    for name, experts in (("adapters", False), ("experts' adapters", True)):
         step = mixture.step(8, mixed=False, adapters=True, experts=experts)
         adapted = per_layer(names_of(_in_line(launches_of(step))))
         yield f"  {'decode of 8, ' + name:<26}{base:>6}{adapted:>10}{adapted - base:>6}  30B-A3B"
@@ -163,7 +163,10 @@ def programs(counted: Counted) -> Iterator[str]:
             for name, ranks in RANKS.items():
                 own = [ranks[index % len(ranks)] for index in range(adapters)]
                 halves = [
-                    (sum(map(_programs, launched)), sum(working(each, own) for each in launched))
+                    (
+                        sum(math.prod(launch.grid) for launch in launched),
+                        sum(working(each, own) for each in launched),
+                    )
                     for launched, working in ((shrinks, _shrinking), (expands, _expanding))
                 ]
                 both = sum(most for most, _ in halves) / sum(some for _, some in halves)
@@ -177,13 +180,6 @@ def _of_kernel(every: Sequence[Launch], *names: str) -> list[Launch]:
     return found[: len(found) // LAYERS]
 
 
-def _programs(launch: Launch) -> int:
-    product = 1
-    for size in launch.grid:
-        product *= size
-    return product
-
-
 def _shrinking(launch: Launch, ranks: Sequence[int]) -> int:
     """Return the programs that have work, where every adapter has one segment; they share the tiles."""
     provided = launch.arguments
@@ -191,11 +187,11 @@ def _shrinking(launch: Launch, ranks: Sequence[int]) -> int:
     required = -(-provided["COVERING"] // tiles)
     per_plane = max(provided["blocks"] // required, -(-provided["blocks"] // provided["split_k"]), 1)
     working: int = tiles * -(-provided["blocks"] // per_plane)
-    return min(_programs(launch), working)
+    return min(math.prod(launch.grid), working)
 
 
 def _expanding(launch: Launch, ranks: Sequence[int]) -> int:
-    provided, launched = launch.arguments, _programs(launch)
+    provided, launched = launch.arguments, math.prod(launch.grid)
     sizes = provided["SIZES"]
     if "p_heads" in provided:
         return min(launched, int(len(ranks) * sum(sizes) / provided["D"]))

@@ -31,7 +31,7 @@ from typing import Any, Final, Literal, Self
 
 import torch
 
-from benchmarks.counts import Counted
+from benchmarks.counts import Counted, Noted
 from benchmarks.on_gpu.model import LLAMA_8B, QWEN3_30B_A3B
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
@@ -85,16 +85,11 @@ class Point:
     """Adapters; 0: all sequences are the base's."""
 
 
-class _Nothing:
-    """A recorder, and the graphs that it records."""
-
+class _Nothing(Noted):
     def capture(self, work: Callable[[], None]) -> Graph:
         """Record nothing."""
         del work
         return self
-
-    def replay(self) -> None:
-        """Do nothing."""
 
 
 class _Runner(GraphRunner):

@@ -31,8 +31,8 @@ from inference_service.kernels.sampling import (
     reference as sampling_reference,
     sample,
 )
-from inference_service.lora.places import taken_by
 from inference_service.models.decoder import Decoder
+from inference_service.startup.merged import hold
 from loramux_shared.bases.config import ModelConfig
 from tests.kernels import delta_case
 
@@ -139,12 +139,7 @@ def _logits(
     """Return float32 logits of three steps; sequences have the adapters in turn, and the first has none."""
     torch.manual_seed(0)
     model = Decoder(config, RandomTensors(device.dtype, device.where), operations)
-    packed = [lora.pack(random_adapter(config, rank, device.dtype, SCALE)) for rank in ranks]
-    size = max(taken_by(each.num_bytes) for each in packed)
-    lora.open(size * len(packed), max(ranks), len(packed))
-    for slot, each in enumerate(packed):
-        lora.copy(each, slot * size)
-        lora.enter(slot, slot * size, each)
+    hold(lora, *(random_adapter(config, rank, device.dtype, SCALE) for rank in ranks))
     seqs, blocks = list[EngineSequence](), 0
     for index, length in enumerate(lengths):
         adapter = Adapter(f"{index:064x}", (index - 1) % len(ranks)) if index else None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from benchmarks.on_gpu.sgmv import Linear, Point, all_of
 from inference_service.kernels.experts import by_expert, grouped
 from inference_service.kernels.experts.tuning import GroupedConfig
 from inference_service.kernels.launch import Launch, intercepted
+from inference_service.kernels.sgmv import launch as launcher
 from inference_service.kernels.sgmv.tuning import DECODE_TILE, ExpandConfig, ShrinkConfig
 
 POINTS: Final = (
@@ -72,35 +74,12 @@ def candidates(linear: Linear, rank: int) -> Iterator[tuple[str, Callable[[], li
 
 def _with_tiles(linear: Linear, shrink: ShrinkConfig, expand: ExpandConfig) -> list[Launch]:
     """Return the launches of a linear with these tiles instead of the shipped ones."""
-    first, second = linear.plan()
-    group, capacity, features = linear.group, linear.segments.capacity, linear.x.shape[1]
-    numel = shrink.numel(features, group.max_rows, capacity)
-    planes = {"p_y": torch.empty(numel, dtype=torch.float32, device=linear.x.device)}
-    most_planes, _ = shrink.planes(features, 1)
-    of_shrink = {
-        "blocks": -(-features // shrink.block_k),
-        "split_k": shrink.split_k,
-        "BLOCK_R": shrink.block_r,
-        "BLOCK_K": shrink.block_k,
-        "num_warps": shrink.num_warps,
-        "num_stages": shrink.num_stages,
-    }
-    of_expand = {
-        "PLANES": 1 << (most_planes - 1).bit_length(),
-        "BLOCK_R": expand.block_r,
-        "BLOCK_N": expand.block_n,
-        "FEW_N": expand.few_n,
-        "num_warps": expand.num_warps,
-        "num_stages": expand.num_stages,
-    }
-    grids = (
-        shrink.grid(features, group.max_rows, capacity.segments),
-        expand.grid(group.slices, capacity.segments_per_pass),
-    )
-    return [
-        replace(launch, grid=(grid,), arguments=launch.arguments | planes | tiles)
-        for launch, grid, tiles in zip((first, second), grids, (of_shrink, of_expand), strict=True)
-    ]
+    with (
+        patch.object(launcher, "shrink_config", lambda *_, **__: shrink),
+        patch.object(launcher, "expand_config", lambda *_, **__: expand),
+    ):
+        numel = launcher.workspace_numel(linear.group, linear.segments)
+        return replace(linear, workspace=torch.empty(numel, device=linear.x.device)).plan()
 
 
 def _tune_experts(run: Run, mixture: Mixture) -> None:
