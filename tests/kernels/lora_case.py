@@ -124,7 +124,6 @@ class Resident:
         if len(self.held) == self.lora.num_slots:
             self.send_away(min(self.held, key=self._used.__getitem__))
         place = self.places.find(packed.num_bytes, self._used.__getitem__)
-        assert place is not None
         for slot in place.leaving:
             self.send_away(slot)
         slot = min(set(range(self.lora.num_slots)) - self.held.keys())

@@ -145,7 +145,6 @@ def test_a_linear_multiplies(ops: CpuOps) -> None:
         x, weight = apart.copy_(torch.randn(rows, width)), torch.randn(columns, width).to(ops.dtype)
         bias = torch.randn(columns).to(ops.dtype) if biased else None
         tiled = ops.tiled(weight, bias)
-        assert tiled is not None
         expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
         _assert_close(ops.linear(x, tiled), expected, ops, (rows, width, columns, biased))
 
@@ -163,7 +162,6 @@ def test_bfloat16_that_is_widened_has_the_bits_of_float32_sums_in_order(beforeha
     for k in range(2050):
         expected += x[:, k, None].float() * weight[:, k].float()
     tiled = ops.tiled(weight)
-    assert tiled is not None
     for rows in (1, 5, 8, 9, 70):
         assert torch.equal(ops.linear(x[:rows], tiled), expected[:rows].bfloat16())
 
@@ -182,8 +180,6 @@ def test_compact_weights_have_the_bits_of_whole_ones(library: ctypes.CDLL) -> No
             weight.view(-1)[few] = odd[torch.randint(len(odd), few.shape)]
         bias = torch.randn(columns).bfloat16() if own else None
         whole, compact = ops.tiled(weight, bias), ops.compact(weight, bias)
-        assert whole is not None
-        assert compact is not None
         assert compact.num_bytes < 0.79 * whole.num_bytes + 200
         for rows in (1, 3, 8, 9, 64, 65, 130):
             found, expected = ops.linear(x[:rows], compact), ops.linear(x[:rows], whole)
@@ -220,7 +216,6 @@ def test_compact_weights_are_the_very_bits(
 def _unpacked(compact: Tiled, shape: tuple[int, int]) -> npt.NDArray[np.uint16]:
     """Return the weights of tiles in the layout of compact.h."""
     tiles, _, beside = compact._kept
-    assert beside is not None
     values = beside.numpy()
     granules = tiles.numpy().reshape(-1, 3, 4, 2, 8)  # of each vector: parts, halves, bytes
     places = np.stack([granules[:, 2] & 15, granules[:, 2] >> 4], axis=1)

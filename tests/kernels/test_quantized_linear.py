@@ -87,7 +87,6 @@ def test_the_product_in_bfloat16_is_that_of_integers(
     x = torch.full((rows, width + 3), torch.nan).bfloat16()[:, :width].copy_(torch.randn(rows, width) * scales)
     x[0] = 0
     tiled = ops.tiled_integers(weight)
-    assert tiled is not None
     assert torch.equal(ops.linear(x, tiled), _in_integers(x, weight).bfloat16())
 
 
@@ -103,7 +102,6 @@ def test_native_and_torch_agree(
     x, bias = torch.randn(rows, width).to(dtype), torch.randn(columns).to(dtype)
     expected = x.double() @ weight.widened().double().t() + bias.double()
     tiled = ops.tiled_integers(weight, bias)
-    assert tiled is not None
     bounds = (2e-6, 2e-6) if dtype is torch.float32 else (7e-3, 3e-3)
     for found, bound in zip((ops.linear(x, tiled), QuantizedLinear(weight, bias)(x)), bounds, strict=True):
         assert found.dtype is dtype
@@ -125,7 +123,6 @@ def test_a_row_depends_on_no_other(
     monkeypatch.setattr(CpuOps, "threads", threads)
     ops, weight = CpuOps(library, dtype), _quantized(300, 1024, quantization)
     tiled, x = ops.tiled_integers(weight), torch.randn(70, 1024).to(dtype)
-    assert tiled is not None
     together = ops.linear(x, tiled)
     for size in (1, 6, 13):
         assert torch.equal(torch.cat([ops.linear(rows, tiled) for rows in torch.split(x, size)]), together)
@@ -150,7 +147,6 @@ def test_what_an_adapter_adds_is_what_it_adds_beside_whole_weights(
     adapters = adapters_of(fields.address, segments, workspace)
     added = []
     for tiled in (ops.tiled(whole), ops.tiled_integers(rounded)):
-        assert tiled is not None
         base, together = ops.linear(x, tiled), ops.linear(x, tiled, adapters)
         after = base.clone()
         ops.lora(x, after, adapters)
@@ -167,7 +163,6 @@ def test_what_is_not_finite_is_not_hidden(library: CDLL, value: float) -> None:
     x = torch.randn(3, 64).bfloat16()
     x[1, 5] = value
     tiled = ops.tiled_integers(weight)
-    assert tiled is not None
     found = ops.linear(x, tiled)
     assert found[1].isnan().all()
     assert found[[0, 2]].isfinite().all()
@@ -232,7 +227,6 @@ BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 def _weight(columns: int, width: int, bits: int, device: str) -> PackedWeight:
     found = quantize(torch.randn(columns, width), Rounding.INT8 if bits == 8 else Rounding.INT4)
-    assert found is not None
     packed = PackedWeight.of(found)
     return PackedWeight(packed.values.to(device), packed.scales.to(device), bits, width)
 

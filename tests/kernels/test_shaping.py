@@ -149,7 +149,6 @@ def test_tokens_in_flight_are_counted(device: str, requests: list[dict[str, Any]
             resolve(ahead, pending)
         following.finish()
         pending = following
-    assert pending is not None
     resolve(ahead, pending)
     assert [seq.progress.tokens for seq in ahead] == [seq.progress.tokens for seq in known]
 
@@ -307,7 +306,7 @@ def test_nothing_is_compiled_once_it_is_warm(vocab: int, device: str) -> None:
     kinds = [seq_of(small), seq_of({**PLAIN, "grammar": [3]}), seq_of({**PLAIN, "sampling": {"min_tokens": 3}})]
     for rows in ([0], [1, 2], [0, 1, 2]):
         seqs = [kinds[row] for row in rows]
-        assert keys_of(lambda seqs=seqs: Reading(logits, ids, seqs, shaper)) == warm  # type: ignore[misc]
+        assert keys_of(lambda seqs=seqs: Reading(logits, ids, seqs, shaper)) == warm
 
 
 def test_a_recorded_draw_serves_later_rows(device: str) -> None:

@@ -41,7 +41,6 @@ def ready_of(world: World, name: str, runtime: dict[str, object], **settings: ob
     context = BuildContext(store, open_sources(local_roots=[world.root]))
     build(deployment, context, Progress(deployment.build.lora_adapters))
     generation = current_generation(store, "tiny")
-    assert generation is not None
     assert generation.merged == (
         name if "merge" not in runtime and not runtime.get("serve_base", True) else None
     )

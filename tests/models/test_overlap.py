@@ -286,7 +286,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
 
 def _ready(world: tuple[World, MemoryStore], depth: int, **settings: object) -> Ready:
     ready = world[0].load(world[1], native=False, **settings)
-    ready.engine._engine._runner.depth = depth  # type: ignore[misc]
+    ready.engine._engine._runner.depth = depth
     return ready
 
 

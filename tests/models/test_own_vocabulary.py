@@ -166,7 +166,6 @@ def test_a_slot_that_was_left_has_no_tables(world: World, store: MemoryStore) ->
     """A slot that an adapter left has neither its embeddings nor its head for the next one."""
     ready = world.load(store)
     adapter = ready.service.catalog.get("factors").adapter
-    assert adapter.slot is not None
     lora, slot = ready.bank.lora, adapter.slot
     rows = [Segment(slot, 0, 2)]
     assert lora.vocabularies.of(rows, lambda: rows) is not None

@@ -68,7 +68,6 @@ class Registry:
         """Return the revision and the files of a reference."""
         source = self.source()
         with closing(source.resolve(self.repository(reference))) as resolved:
-            assert into is not None
             fetched = source.fetch(resolved, resolved.files, into)
             assert fetched == source.digests(resolved, resolved.files)
             revision = source.pin(resolved, fetched).revision

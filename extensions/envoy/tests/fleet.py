@@ -135,7 +135,6 @@ class Proxy:
 
     def until_healthy(self, apis: int) -> None:
         """Wait until so many endpoints get traffic."""
-        assert self._process is not None
         process, log = self._process, self._folder / "envoy.log"
 
         def healthy() -> bool:

@@ -216,7 +216,6 @@ def test_a_base_may_be_described_by_quantize_config(plain: World, tmp_path: Path
     ]
     assert run_engine(world.load(store), [("base", PROMPT), ("one", PROMPT)], NEW) == expected
     generation, sources = current_generation(store, "tiny"), open_sources(local_roots=[tmp_path])
-    assert generation is not None
     weights = BaseWeights(generation.base, sources, tmp_path / "again", lambda _: None)
     assert KnownBases().recall(generation.base, None, weights).model == read_config(world.base)
 

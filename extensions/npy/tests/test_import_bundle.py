@@ -177,7 +177,6 @@ def same_numbers(folder: Path, npy: NpyAdapter) -> bool:
     """True when every tensor is where numpy sees it."""
     weights: Any = np.load(folder / WEIGHTS, allow_pickle=False)
     raw = weights.reshape(-1, weights.shape[-1]).view(np.uint8)
-    assert npy.file is not None
     start = (folder / WEIGHTS).stat().st_size - raw.size
     flat = raw.reshape(-1)
     for tensor in npy.file.tensors.values():

@@ -92,7 +92,6 @@ def test_a_second_reading_finds_the_same(disguised: World, rank: int | None) -> 
     store, world = MemoryStore(), disguised
     world.build(store, truncate_to_rank=rank)
     generation = current_generation(store, "tiny")
-    assert generation is not None
     for name, folder in world.adapters.items():
         factors = read_adapter(folder, read_config(world.base), rank, world.base).layers
         rows = read_bundle(store, generation.adapters[name].digest).rows
@@ -133,7 +132,6 @@ def expect_passed(world: World, store: MemoryStore, **settings: Any) -> None:
         world.load(store, **settings)
     found = {line["adapter"] for line in logs if line["event"] == "adapter passed its proof"}
     generation = current_generation(store, "tiny")
-    assert generation is not None
     assert found == {record.digest[:12] for record in generation.adapters.values()}
 
 

@@ -203,7 +203,6 @@ def test_a_cluster_to_try_is_one_command(world: World, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
     )
     try:
-        assert process.stdout
         document = "".join(iter(process.stdout.readline, "}\n")) + "}"
         assert json.loads(document)["models"] == ["tiny", *NAMES[:2]]
         started = psutil.Process(process.pid).children(recursive=True)

@@ -258,7 +258,7 @@ async def test_the_tokenizer_comes_as_an_archive(apis: VllmApis, world: tuple[Wo
 
     with pytest.MonkeyPatch.context() as patch:
         bare = type(model)(MODEL, model.adapter, defaults=None)
-        patch.setitem(apis.ready.service.catalog._models, MODEL, bare)  # type: ignore[arg-type]
+        patch.setitem(apis.ready.service.catalog._models, MODEL, bare)
         patch.setattr(apis.ready.bank.texts, "defaults", with_template)
         own = await archive_of(apis.of_model)
     assert own["chat_template.jinja"] == b"{{ messages }}"

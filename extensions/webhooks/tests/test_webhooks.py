@@ -89,7 +89,7 @@ def test_events_are_debounced_and_passing_failures_repeated() -> None:
     """Adapters that are quiet go together; an adapter that is refused waits for its next event."""
     time_s = [0.0]
     client = Fake(StoreUnavailable("down"), AdapterInvalid("no LoRA"))
-    updates = Updates(client, "tiny", 10, clock=lambda: time_s[0])  # type: ignore[arg-type]
+    updates = Updates(client, "tiny", 10, clock=lambda: time_s[0])
 
     def due(after_s: float) -> list[str]:
         time_s[0] += after_s
@@ -113,7 +113,7 @@ def test_events_are_debounced_and_passing_failures_repeated() -> None:
 @pytest.fixture
 def receiver() -> Iterator[tuple[str, Updates]]:
     """A receiver whose updates nobody takes."""
-    updates = Updates(Fake(), "tiny", 0)  # type: ignore[arg-type]
+    updates = Updates(Fake(), "tiny", 0)
     with Receiver("127.0.0.1:0", SECRET, FOLLOWED, updates) as receiver:
         thread = threading.Thread(target=receiver.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -133,7 +133,7 @@ def test_an_event_needs_the_secret_and_a_bounded_body(receiver: tuple[str, Updat
         (413, {"content": b" " * ((1 << 20) + 1), "headers": headers}),
         (411, {"content": iter([b"{}"]), "headers": headers}),
     ):
-        assert httpx.post(url, **kwargs).status_code == status  # type: ignore[arg-type]
+        assert httpx.post(url, **kwargs).status_code == status
     assert updates.take() == {}
     answer = httpx.post(url, json=event(), headers=headers)
     assert (answer.status_code, answer.json()) == (202, {"adapters": ["main", "tagged"]})

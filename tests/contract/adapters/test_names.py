@@ -121,7 +121,6 @@ async def apis(
     """The APIs of a replica of the deployment."""
     store, _ = built
     generation = current_generation(store, "tiny")
-    assert generation is not None
     opened = ReplicaApis(world[0].load(store, stream_interval_ms=0), generation, Guard())
     await opened.start()
     yield opened
@@ -212,7 +211,6 @@ async def test_a_replica_catches_up_first(
     store = MemoryStore()
     store.objects.update(built[0].objects)
     generation = current_generation(store, "tiny")
-    assert generation is not None
     apis = ReplicaApis(world[0].load(store, stream_interval_ms=0), generation, Guard())
     await apis.start()
     with pytest.raises(ReplicaBehind) as behind:
@@ -296,7 +294,6 @@ async def test_the_engine_is_told_flow_and_share(apis: ReplicaApis) -> None:
 async def test_a_key_has_its_limits_at_both_apis(world: tuple[World, MemoryStore]) -> None:
     """A key's limits hold over both APIs together; the other key is not concerned."""
     generation = current_generation(world[1], "tiny")
-    assert generation is not None
     (ann, of_ann), (bob, of_bob) = new_entry("ann", "infer"), new_entry("bob", "infer")
     of_ann = of_ann.model_copy(update={"limits": Limits(tokens_per_minute=8)})
     apis = ReplicaApis(world[0].load(world[1]), generation, Guard(Keyring(text=lines(of_ann, of_bob))))

@@ -110,11 +110,11 @@ async def test_what_is_counted_is_what_is_used(claude: AsyncAnthropic) -> None:
 
 async def test_stops_and_what_they_are_called(claude: AsyncAnthropic) -> None:
     """A stop sequence is named, and is not in the text."""
-    whole = (await claude.messages.create(**FIELDS)).content[0].text  # type: ignore[union-attr]
+    whole = (await claude.messages.create(**FIELDS)).content[0].text
     stop = whole[1]
     answer = await claude.messages.create(**FIELDS, stop_sequences=["~~~", stop])
     assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", stop)
-    assert "".join(block.text for block in answer.content) == whole.partition(stop)[0]  # type: ignore[union-attr]
+    assert "".join(block.text for block in answer.content) == whole.partition(stop)[0]
 
 
 async def test_a_demanded_call_is_made_and_answered(claude: AsyncAnthropic) -> None:
@@ -128,7 +128,7 @@ async def test_a_demanded_call_is_made_and_answered(claude: AsyncAnthropic) -> N
     async with claude.messages.stream(**demanded, tool_choice={"type": "tool", "name": "Paint"}) as stream:
         parts = [event.partial_json async for event in stream if event.type == "input_json"]
         final = await stream.get_final_message()
-    assert json.loads("".join(parts)) == final.content[0].input == call.input  # type: ignore[union-attr]
+    assert json.loads("".join(parts)) == final.content[0].input == call.input
     result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "ok"}]}
     turns = [*USER, {"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
     used = (await claude.messages.create(**FIELDS | {"messages": turns}, tools=[PAINT])).usage
@@ -207,7 +207,7 @@ async def test_keys_come_in_either_header(tmp_path: Path) -> None:
     """
     async with scripted(tmp_path, Guard(Keyring(text=lines(ENTRY, METRICS_ENTRY)))) as (service, client):
         service.say("Ahoy!", "Ahoy!")
-        assert (await client.messages.create(**SENT)).content[0].text == "Ahoy!"  # type: ignore[union-attr]
+        assert (await client.messages.create(**SENT)).content[0].text == "Ahoy!"
         async with httpx.AsyncClient(base_url=str(client.base_url)) as web:
             answers = [
                 await web.post("/v1/messages", json=SENT, headers=headers)
@@ -246,10 +246,10 @@ async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
         hidden = await client.messages.create(**SENT, thinking={"type": "adaptive", "display": "omitted"})
         variables = service.asked[0].prompt.chat_template_kwargs
     assert kinds == ["thinking", "signature", "text"]
-    assert (thinking.type, thinking.thinking, text.text) == ("thinking", "I look.", "The sky.")  # type: ignore[union-attr]
-    assert thinking.signature == hidden.content[0].signature != ""  # type: ignore[union-attr]
-    assert hidden.content[0].thinking == ""  # type: ignore[union-attr]
-    assert hidden.content[1].text == "The sky."  # type: ignore[union-attr]
+    assert (thinking.type, thinking.thinking, text.text) == ("thinking", "I look.", "The sky.")
+    assert thinking.signature == hidden.content[0].signature != ""
+    assert hidden.content[0].thinking == ""
+    assert hidden.content[1].text == "The sky."
     details = hidden.usage.output_tokens_details
     assert len("I look.") <= details.thinking_tokens < hidden.usage.output_tokens
     assert variables == {"enable_thinking": True, "thinking": True}
@@ -278,5 +278,5 @@ async def test_the_clients_tool_runner_runs_tools(tmp_path: Path) -> None:
         )
         last = await runner.until_done()
     assert last.content[0].text == "It is blue."
-    assert [message["role"] for message in service.asked[-1].prompt.content] == ["user", "assistant", "tool"]  # type: ignore[index]
-    assert service.asked[-1].prompt.content[-1]["content"] == "sky is blue"  # type: ignore[index]
+    assert [message["role"] for message in service.asked[-1].prompt.content] == ["user", "assistant", "tool"]
+    assert service.asked[-1].prompt.content[-1]["content"] == "sky is blue"

@@ -79,7 +79,6 @@ async def test_several_answers_are_apart(api: OpenAIApi) -> None:
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     stated = [choice.message.content for choice in answer.choices]
     assert len(set(stated)) == 3
-    assert answer.usage
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 36)
     streamed = ["", "", ""]
     async for chunk in await api.openai.chat.completions.create(**options, stream=True):
@@ -92,7 +91,6 @@ async def test_logprobs_of_a_chat(api: OpenAIApi) -> None:
     options = GREEDY | {"max_tokens": 4, "logprobs": True, "top_logprobs": 2}
     answer = await api.openai.chat.completions.create(**options)
     scores = answer.choices[0].logprobs
-    assert scores
     assert scores.content
     assert len(scores.content) == 4
     for score in scores.content:
@@ -113,12 +111,10 @@ async def test_tokens_are_called_by_their_ids_where_that_is_asked_for(api: OpenA
     requests = {"model": "all", "messages": USER, "logprobs": True, "top_logprobs": 1}
     chat = await api.openai.chat.completions.create(**requests, **ids)
     choice = chat.choices[0]
-    assert choice.logprobs
     expected = [f"token_id:{token}" for token in choice.model_extra["token_ids"]]
     assert [each.token for each in choice.logprobs.content or ()] == expected
     assert [each.top_logprobs[0].token for each in choice.logprobs.content or ()] == expected
     plain = (await api.openai.completions.create(model="all", prompt="HI", logprobs=1, **ids)).choices[0]
-    assert plain.logprobs
     expected = [f"token_id:{token}" for token in plain.model_extra["token_ids"]]
     assert plain.logprobs.tokens == expected
     assert [next(iter(each)) for each in plain.logprobs.top_logprobs or ()] == expected
@@ -155,17 +151,14 @@ async def test_a_conversation_with_tools_goes_on(api: OpenAIApi) -> None:
         **GREEDY | {"extra_body": None, "max_tokens": 100}, tools=tools, tool_choice="required"
     )
     message = first.choices[0].message
-    assert message.tool_calls
     call = message.tool_calls[0]
     turns: Any = [*USER, message, {"role": "tool", "tool_call_id": call.id, "content": "ok"}]
     second = await api.openai.chat.completions.create(
         **GREEDY | {"messages": turns}, max_tokens=2, tools=tools, tool_choice="auto"
     )
-    assert second.usage
-    arguments = json.dumps(json.loads(call.function.arguments))  # type: ignore[union-attr]
+    arguments = json.dumps(json.loads(call.function.arguments))
     assert second.usage.prompt_tokens == len(f"[Wait]u:Hi;a:(Wait{arguments});t:ok;a:")
     without = await api.openai.chat.completions.create(**GREEDY, max_tokens=2, tools=tools, tool_choice="none")
-    assert without.usage
     assert without.usage.prompt_tokens == len("u:Hi;a:")
 
 
@@ -198,9 +191,6 @@ async def test_an_evaluation_harness_scores_a_continuation(api: OpenAIApi, max_t
     text = api.ready.service.text
     for prompt, choice in zip(prompts, answer.choices, strict=True):
         scores = choice.logprobs
-        assert scores
-        assert scores.tokens
-        assert scores.token_logprobs
         assert scores.top_logprobs
         assert scores.tokens[: len(prompt)] == [text.token_text(token) for token in prompt]
         assert choice.text.startswith(text.decode(prompt))
@@ -232,8 +222,6 @@ async def test_plain_prompts_stream(api: OpenAIApi) -> None:
     assert texts == [choice.text for choice in whole.choices]
     assert [text[:2] for text in texts] == ["AB", "AB", "CD", "CD"]
     assert reasons == ["length"] * 4
-    assert usage
-    assert whole.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (4, 24)
     assert usage.total_tokens == whole.usage.total_tokens
 
@@ -242,7 +230,7 @@ async def test_prompt_logprobs_come_in_vllms_shape(api: OpenAIApi) -> None:
     """Prompt log probabilities have an entry per token of the prompt, by token id, null for the first."""
     options: dict[str, Any] = {"max_tokens": 1, "extra_body": {"prompt_logprobs": 1}}
     completion = await api.openai.completions.create(model="base", prompt=[40, 41], **options)
-    first, second = completion.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
+    first, second = completion.choices[0].model_extra["prompt_logprobs"]
     assert first is None
     assert list(second["41"]) == ["logprob", "rank", "decoded_token"]
     assert second["41"]["decoded_token"] == api.ready.service.text.token_text(41)
@@ -250,7 +238,7 @@ async def test_prompt_logprobs_come_in_vllms_shape(api: OpenAIApi) -> None:
     assert second[best]["rank"] == 1
     assert (second["41"]["rank"] == 1) == (best == "41")
     chat = await api.openai.chat.completions.create(model="base", messages=USER, **options)
-    assert len(chat.model_extra["prompt_logprobs"]) == len("u:Hi;a:")  # type: ignore[index]
+    assert len(chat.model_extra["prompt_logprobs"]) == len("u:Hi;a:")
 
 
 async def test_what_stopped_an_answer_is_told(api: OpenAIApi) -> None:

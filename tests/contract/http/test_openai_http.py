@@ -345,7 +345,7 @@ async def test_a_failing_step_is_an_error_without_a_word_of_why(world: tuple[Wor
             calls.append(batch)
             if len(calls) in (1, 10):  # four are those that find out whether the engine still works
                 raise RuntimeError("secret detail")
-            return submit(batch)  # type: ignore[arg-type]
+            return submit(batch)
 
         runner.submit = broken  # type: ignore[method-assign, assignment]
         response = await api.post(COMPLETIONS, **LONG | {"stream": True})
@@ -373,7 +373,7 @@ async def test_a_replica_that_fails_reports_it_and_refuses_requests(world: tuple
             calls.append(batch)
             if len(calls) > 5:
                 raise RuntimeError("CUDA error: unspecified launch failure")
-            return submit(batch)  # type: ignore[arg-type]
+            return submit(batch)
 
         engine._before_cut = on_failure
         runner.submit = gone  # type: ignore[method-assign, assignment]

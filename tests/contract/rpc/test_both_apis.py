@@ -58,7 +58,7 @@ async def test_turns_tools_and_variables(
     counted = await apis.post("/tokenize", json.dumps(requests).encode())
     request = pb.GenerateRequest(model="base", messages=pb.Messages())
     if messages:
-        request = generate_request("base", messages, options | {"max_tokens": 1})  # type: ignore[arg-type]
+        request = generate_request("base", messages, options | {"max_tokens": 1})
     stated = await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString())
     assert (reported, counted, stated) == (
         ("OK",) * 3 if taken else ("invalid_value",) * 2 + ("REQUEST_INVALID",)

@@ -243,7 +243,7 @@ async def test_a_failing_step_ends_every_request_and_the_next_one_works(
         calls.append(batch)
         if len(calls) == 2:
             raise RuntimeError("secret detail")
-        return submit(batch)  # type: ignore[arg-type]
+        return submit(batch)
 
     monkeypatch.setattr(runner, "submit", broken)
     code, reason, _, message = await api.failure(sampling=greedy(9))
@@ -350,7 +350,7 @@ async def test_prompts_are_cut_salted_and_gone_on_with(api: RpcApi) -> None:
     assert goes_on.token_ids == (await api.client.complete("base", "<assistant:So", **SAMPLED)).token_ids
     for name, value in (("truncate_prompt_tokens", 0), ("cache_salt", "x" * 257)):
         with pytest.raises(faults.RequestInvalid) as caught:
-            await api.client.complete("base", PROMPT, **{name: value})  # type: ignore[arg-type]
+            await api.client.complete("base", PROMPT, **{name: value})
         assert [finding.where for finding in caught.value.findings] == [name]
     with pytest.raises(faults.PromptTooLong):
         await api.client.complete("base", [5] * 140_000, truncate_prompt_tokens=4)

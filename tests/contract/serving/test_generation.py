@@ -148,7 +148,7 @@ async def test_a_step_ahead_changes_nothing(world: tuple[World, MemoryStore]) ->
     found = []
     for depth in (0, 1):
         service = await open_service(world, max_batch_tokens=48)
-        service.ready.engine._engine._runner.depth = depth  # type: ignore[misc]
+        service.ready.engine._engine._runner.depth = depth
         fields = {"max_tokens": 12, "temperature": 1.0, "seed": 11}
         answers = await asyncio.gather(*(service.events(LONG, **fields | request) for request in requests))
         found.append([_story(events) for events in answers])
