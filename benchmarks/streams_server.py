@@ -100,8 +100,7 @@ async def serve(device: Instant, api_processes: int = 0) -> None:
         made, thread = service(Path(folder), device)
         inside, apis = f"unix:{folder}/engine", None
         rpc = RpcServer(
-            inside if api_processes else "127.0.0.1:0",
-            {SERVICE_NAME: InferenceServicer(made).register},
+            inside if api_processes else "127.0.0.1:0", {SERVICE_NAME: InferenceServicer(made).register}
         )
         http = HttpServer("127.0.0.1:0", made)
         addresses = {"grpc": await rpc.start(), "http": await http.start()}

@@ -28,10 +28,7 @@ def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     file = tmp_path / "deployment.yaml"
     file.write_text(json.dumps(world.deployment().model_dump(mode="json")))
-    with (
-        up(tmp_path, file, "--dtype", "float32", "--threads", "1") as served,
-        Client(served.grpc) as client,
-    ):
+    with up(tmp_path, file, "--dtype", "float32", "--threads", "1") as served, Client(served.grpc) as client:
         builder = served.builder
         output = (tmp_path / "up.log").read_text()
         doing = r"  importing torch\n  reading the base, .* GB\n  loading [0-9]+ adapters\n"

@@ -52,12 +52,7 @@ def _entries() -> Iterator[Variant]:
 
 
 def _variant(
-    name: str,
-    kernel: Any,
-    dtype: str,
-    constants: Mapping[str, Any],
-    num_warps: int,
-    types: Mapping[str, str],
+    name: str, kernel: Any, dtype: str, constants: Mapping[str, Any], num_warps: int, types: Mapping[str, str]
 ) -> Variant:
     return Variant(
         name=f"delta.{name}",

@@ -58,11 +58,7 @@ def _entries() -> Iterator[Variant]:
         yield _variant("experts.clamped", triton_kernels.clamped_kernel, dtype, constants, options)
         yield _variant("experts.combine", triton_kernels.combine_kernel, dtype, constants, options)
         for name, (experts, top_k) in COUNTS.items():
-            sizes = {
-                "BLOCK_E": power_of_two(experts),
-                "BLOCK_K": power_of_two(top_k),
-                "RENORMALISED": True,
-            }
+            sizes = {"BLOCK_E": power_of_two(experts), "BLOCK_K": power_of_two(top_k), "RENORMALISED": True}
             options = {"num_warps": tuning.ROUTE_WARPS}
             yield _variant(f"experts.route {name}", triton_kernels.route_kernel, dtype, sizes, options)
 

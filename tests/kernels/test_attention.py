@@ -73,8 +73,7 @@ def test_rows_attend_to_what_they_see_and_nothing_else_changes(
 @pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "name",
-    ["one chunk of every kind", "a cap, a window and pieces", "sinks", "a norm for every head"],
+    "name", ["one chunk of every kind", "a cap, a window and pieces", "sinks", "a norm for every head"]
 )
 def test_a_cache_of_8_bits(name: str, dtype: torch.dtype, cache: torch.dtype, device: str) -> None:
     """New keys and values are rounded to nearest, and all rows attend to the rounded values."""

@@ -321,10 +321,7 @@ def test_there_are_graphs_for_few_and_for_many_rows() -> None:
 
 
 def test_drafts_are_verified_row_by_row(
-    world: tuple[World, MemoryStore],
-    ready: Ready,
-    recorder: CountingRecorder,
-    monkeypatch: pytest.MonkeyPatch,
+    world: tuple[World, MemoryStore], ready: Ready, recorder: CountingRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens that are drawn behind a draft's are those that a step each would have given, sampled ones too, and
     those of a grammar."""

@@ -112,11 +112,7 @@ def test_native_and_torch_agree(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_row_depends_on_no_other(
-    library: CDLL,
-    monkeypatch: pytest.MonkeyPatch,
-    quantization: Rounding,
-    dtype: torch.dtype,
-    threads: int,
+    library: CDLL, monkeypatch: pytest.MonkeyPatch, quantization: Rounding, dtype: torch.dtype, threads: int
 ) -> None:
     """A row has the same bits alone and in a batch."""
     torch.manual_seed(0)

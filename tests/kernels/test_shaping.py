@@ -71,10 +71,7 @@ REQUESTS = st.fixed_dictionaries(
     }
 )
 LISTS = st.lists(REQUESTS, min_size=1, max_size=SEQS)
-TRIED: dict[str, Any] = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.function_scoped_fixture],
-}
+TRIED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 def seq_of(request: dict[str, Any]) -> EngineSequence:

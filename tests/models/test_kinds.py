@@ -68,7 +68,7 @@ SOME: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "
 DISGUISED: dict[str, Any] = {
     "ia3": peft.IA3Config(
         task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
-    ),
+    )
 }
 if "kinds" in find_extensions(PARTS):
     DISGUISED |= {"vera": peft.VeraConfig(r=5, **SOME), "loha": peft.LoHaConfig(r=2, alpha=5, **SOME)}

@@ -149,24 +149,14 @@ REQUEST = st.tuples(
     st.sampled_from([(0, 0), (0, 0), (1, 2), (3, 1), (3, 2), (9, 2)]),  # tokens of a draft; memory
 )
 def test_every_answer_is_what_the_model_says(
-    actions: list[object],
-    blocks: int,
-    prefix_cache: bool,
-    depth: int,
-    max_tokens: int,
-    drafts: tuple[int, int],
+    actions: list[object], blocks: int, prefix_cache: bool, depth: int, max_tokens: int, drafts: tuple[int, int]
 ) -> None:
     """Every answer equals that of the request alone, with prompts in chunks, adapters, preemption, stop tokens,
     drafts and aborts at any step; each ends once, and all blocks come back.
     """
     speculative, memory = drafts
     engine, _, manager = _engine(
-        depth,
-        blocks,
-        prefix_cache=prefix_cache,
-        max_tokens=max_tokens,
-        speculative=speculative,
-        memory=memory,
+        depth, blocks, prefix_cache=prefix_cache, max_tokens=max_tokens, speculative=speculative, memory=memory
     )
     added: dict[str, tuple[list[int], SamplingParams, int]] = {}
     outputs: list[StepOutput] = []

@@ -143,8 +143,7 @@ def test_log_probabilities_of_a_prompt_are_those_of_its_own_head(world: World, s
     [
         LlamaConfig(**(SIZES | {"tie_word_embeddings": True})),
         pytest.param(
-            Gemma3TextConfig(**(SIZES | {"tie_word_embeddings": True, "head_dim": 16})),
-            marks=pytest.mark.sweep,
+            Gemma3TextConfig(**(SIZES | {"tie_word_embeddings": True, "head_dim": 16})), marks=pytest.mark.sweep
         ),
         pytest.param(
             GraniteConfig(**(SIZES | {"logits_scaling": 3.0, "embedding_multiplier": 2.5})),

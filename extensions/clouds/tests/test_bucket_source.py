@@ -7,12 +7,7 @@ import pytest
 
 from loramux_clouds.bucket import BucketSource, md5_of
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import (
-    BundleCorrupt,
-    RepoNotFound,
-    SourceRefused,
-    SourceUnavailable,
-)
+from loramux_shared.faults import BundleCorrupt, RepoNotFound, SourceRefused, SourceUnavailable
 from loramux_shared.sources import retry
 from loramux_shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFile
 from loramux_shared.sources.open import Sources

@@ -143,8 +143,7 @@ def test_private_addresses_are_not_reached(site, host):
 
 
 @pytest.mark.parametrize(
-    "to",
-    ["https://inner.test:{port}/a.tar.gz", "https://127.0.0.1:{port}/a.tar.gz", "//[::1]:{port}/a.tar.gz"],
+    "to", ["https://inner.test:{port}/a.tar.gz", "https://127.0.0.1:{port}/a.tar.gz", "//[::1]:{port}/a.tar.gz"]
 )
 def test_redirects_are_checked(site, to):
     """A redirect of an allowed host to one that is not is refused, and not followed."""

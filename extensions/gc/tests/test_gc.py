@@ -186,10 +186,7 @@ def test_a_damaged_generation_stops_everything(tmp_path):
         find_orphans(store, grace=DAY, now=LATER)
     assert {
         orphan.kind for orphan in find_orphans(store, grace=DAY, now=LATER, retention=Retention(0)).old
-    } == {
-        Kind.GENERATION,
-        Kind.BUNDLE,
-    }
+    } == {Kind.GENERATION, Kind.BUNDLE}
 
 
 def test_a_short_grace_waits_for_builds():

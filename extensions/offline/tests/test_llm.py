@@ -10,13 +10,7 @@ import pytest
 
 import loramux
 from loramux_offline.llm import LLM, Interrupted
-from loramux_shared.faults import (
-    DeploymentInvalid,
-    Fault,
-    ModelNotFound,
-    RequestInvalid,
-    SettingsInvalid,
-)
+from loramux_shared.faults import DeploymentInvalid, Fault, ModelNotFound, RequestInvalid, SettingsInvalid
 from tests.support.openai_api import openai_world
 from tests.support.tiny import World
 from tests.support.waiting import wait_until

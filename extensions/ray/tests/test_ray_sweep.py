@@ -65,10 +65,7 @@ class Traffic:
     def _run(self, index: int) -> None:
         names = ["base", *NAMES][index:] + ["base", *NAMES][:index]
         number = 0
-        with (
-            Client(self._fleet.rpc) as client,
-            httpx.Client(base_url=self._fleet.url, timeout=BOUND_S) as http,
-        ):
+        with Client(self._fleet.rpc) as client, httpx.Client(base_url=self._fleet.url, timeout=BOUND_S) as http:
             while not self._stop.is_set():
                 number += 1
                 model = names[number % len(names)]
@@ -93,11 +90,7 @@ class Traffic:
         return f"HTTP cut, replica_failed={'replica_failed' in answer.text}"
 
 
-ALLOWED = {
-    "OK",
-    "gRPC REPLICA_FAILED retry=1.0 begun=True",
-    "HTTP cut, replica_failed=True",
-}
+ALLOWED = {"OK", "gRPC REPLICA_FAILED retry=1.0 begun=True", "HTTP cut, replica_failed=True"}
 """Ends of requests while a replica or a node goes: only what had begun fails."""
 
 

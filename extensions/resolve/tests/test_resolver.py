@@ -42,11 +42,7 @@ class Replica:
         self.operated.names.apply(changed)
         self.now = datetime.now(UTC)
         self.resolver = Resolver(
-            self.operated.manager,
-            self.operated.names,
-            store,
-            clock=lambda: self.time_s,
-            now=lambda: self.now,
+            self.operated.manager, self.operated.names, store, clock=lambda: self.time_s, now=lambda: self.now
         )
 
     @property

@@ -87,10 +87,7 @@ MESSAGES = messages()
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def channel(world: tuple[World, MemoryStore]) -> AsyncIterator[grpc.aio.Channel]:
     """A client of a tiny model; every valid request succeeds."""
-    async with (
-        open_apis(world, max_queue=8) as apis,
-        grpc.aio.insecure_channel(apis.addresses[0]) as opened,
-    ):
+    async with open_apis(world, max_queue=8) as apis, grpc.aio.insecure_channel(apis.addresses[0]) as opened:
         for path, requests in MESSAGES.items():
             for request in requests:
                 assert await outcome(opened, path, request.SerializeToString()) == "OK", path

@@ -19,15 +19,7 @@ from loramux_vllm_grpc.wire import engine_pb2 as engine, inference_pb2 as infere
 from tests.support.service import Service
 from tests.support.tiny import World
 from tests.support.waiting import until
-from tests.vllm_apis import (
-    MODEL,
-    PROMPT,
-    VllmApis,
-    archive_of,
-    failure,
-    inference_request,
-    open_apis,
-)
+from tests.vllm_apis import MODEL, PROMPT, VllmApis, archive_of, failure, inference_request, open_apis
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -20,10 +20,7 @@ from builder_service.rpc.servicer import SERVICE_NAME as BUILDER, BuilderService
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.http.app import ENDPOINTS, create_app
 from inference_service.http.wire.refusals import fault_body
-from inference_service.rpc.adapters import (
-    SERVICE_NAME as ADAPTERS,
-    AdapterServicer,
-)
+from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS, AdapterServicer
 from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer
 from inference_service.serving.service import GenerationService
 from loramux import AsyncClient

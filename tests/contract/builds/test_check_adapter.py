@@ -16,13 +16,7 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.client import AsyncClient
-from loramux.faults import (
-    CheckpointInvalid,
-    DeploymentInvalid,
-    RepoNotFound,
-    ShuttingDown,
-    SourceRefused,
-)
+from loramux.faults import CheckpointInvalid, DeploymentInvalid, RepoNotFound, ShuttingDown, SourceRefused
 from loramux.records import AdapterReport
 from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration
 from loramux_shared.rpc.server import RpcServer

@@ -133,11 +133,7 @@ def test_a_kill_at_changes_in_the_work_folder(world: World) -> None:
         if seen[0] >= seen[1] > 0:
             raise Killed
 
-    build(
-        world.new,
-        replace(world.context(copied(world.start)), parallel_adapters=2),
-        Progress(NAMES, change),
-    )
+    build(world.new, replace(world.context(copied(world.start)), parallel_adapters=2), Progress(NAMES, change))
     events = seen[0]
     assert events > 40
     for seen[1] in spread(range(1, events + 1), 12):

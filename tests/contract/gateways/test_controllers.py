@@ -11,14 +11,7 @@ from inference_service.adapters.changing import repository_of
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.deployment import SourceKind
-from tests.contract.gateways.controllers import (
-    LABELS,
-    AIBrix,
-    LoadingFailed,
-    LoraController,
-    ModelAdapter,
-    Pod,
-)
+from tests.contract.gateways.controllers import LABELS, AIBrix, LoadingFailed, LoraController, ModelAdapter, Pod
 from tests.support.access import lines, new_entry
 from tests.support.openai_api import OpenAIApi
 from tests.support.served_replicas import Built, copied, open_builder, open_fleet, open_replica

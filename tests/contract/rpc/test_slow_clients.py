@@ -21,16 +21,7 @@ from loramux_shared.rpc.status import fault_of
 from tests.support.access import keyring
 from tests.support.endless import BOUND, HEALTH, MODEL, EndlessApis
 from tests.support.raw_http import JSON
-from tests.support.raw_http2 import (
-    DATA,
-    HEADERS,
-    WINDOW_UPDATE,
-    call,
-    connect,
-    frame,
-    message,
-    until_ended,
-)
+from tests.support.raw_http2 import DATA, HEADERS, WINDOW_UPDATE, call, connect, frame, message, until_ended
 from tests.support.waiting import Clock, bounded, ended, until
 
 HOUR, NEVER = 3600.0, 1e9

@@ -19,13 +19,7 @@ from inference_service.serving.service import (
     PromptScores,
     Request,
 )
-from loramux_shared.faults import (
-    Fault,
-    PromptTooLong,
-    QueueFull,
-    RequestInvalid,
-    ShuttingDown,
-)
+from loramux_shared.faults import Fault, PromptTooLong, QueueFull, RequestInvalid, ShuttingDown
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import LONG, PROMPT, SAMPLED, Service, open_service
 from tests.support.tiny import VOCAB, World, oracle

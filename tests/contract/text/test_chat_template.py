@@ -217,9 +217,7 @@ async def test_a_template_that_hides_the_last_message_cannot_go_on_with_it() -> 
         await template.render([{"role": "user", "content": "Hi."}], continue_final_message=True)
 
 
-def test_a_process_that_does_not_start_is_no_deep_template(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_process_that_does_not_start_is_no_deep_template(capfd: pytest.CaptureFixture[str]) -> None:
     """A sandbox that lacks a module does not start: the error is clear, and the log has Python's reason."""
     assert "does not start" in SandboxProcess("no_such_module").ask({})["error"]
     assert "no_such_module" in capfd.readouterr().err
