@@ -41,7 +41,7 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.trace import TraceRecorder
 from inference_service.kernels.launch import Target, compiling_for
 from inference_service.lora.vocabulary import Vocabularies
@@ -131,7 +131,7 @@ class Bench:
         runner = _Runner(model, lora, blocks, BLOCK_SIZE, limits, _Nothing())
         runner.capture()
         runner._logits.zero_()  # no numbers would end sequences
-        self._engine = Engine(runner, limits, BlockManager(blocks, BLOCK_SIZE), AlwaysResident())
+        self._engine = Engine(runner, limits, BlockManager(blocks, BLOCK_SIZE), Residents())
         self._fill()
         if point.kind == "starved":
             self._add(blocks * BLOCK_SIZE, adapter=0)

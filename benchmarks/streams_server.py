@@ -22,7 +22,7 @@ from inference_service.core.sequence import Batch, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
 from inference_service.http.server import HttpServer
 from inference_service.processes.children import ApiProcesses
@@ -85,7 +85,7 @@ def service(folder: Path, device: Instant) -> tuple[GenerationService, EngineThr
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     limits = SchedulerLimits(max_tokens=8192, max_seqs=SEATS, max_adapters=1, max_seq_len=LONGEST)
     blocks = BlockManager(BLOCKS, BLOCK_SIZE, prefix_cache=False)
-    engine = Engine(device, limits, blocks, AlwaysResident())
+    engine = Engine(device, limits, blocks, Residents())
     thread = EngineThread(engine, SEATS, lambda: None, step_timeout_s=60)
     catalog = Catalog(1, MODEL, [ServedModel(MODEL)])
     bounds = ServingLimits(LONGEST, frozenset())

@@ -25,9 +25,7 @@ class AllResident:
 
     def standing(self, adapter: Adapter) -> Standing:
         """Return a standing: resident, with unknown users."""
-        return Standing(
-            adapter, AdapterState.RESIDENT, 0, 0, 0, pinned=False, last_used_s=None, failure=adapter.unusable
-        )
+        return Standing(adapter, AdapterState.RESIDENT)
 
     def standings(self) -> list[Standing]:
         """All of them."""

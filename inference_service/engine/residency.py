@@ -23,15 +23,14 @@ import structlog
 from inference_service.core.adapter import Adapter
 from inference_service.engine.queues import Rank
 from inference_service.engine.residents import (
-    AdapterEntry,
     AdapterState,
     BankMemory,
     Loader,
     P,
     Presence,
     ResidencyStats,
+    Residents,
     Standing,
-    standing_of,
 )
 from inference_service.lora.places import Places, taken_by
 from loramux_shared.faults import Fault, ResourcesExhausted
@@ -49,7 +48,7 @@ _NOBODY: Final[Rank] = (math.inf, (0, 0))
 """Rank of an adapter that no sequence waits for."""
 
 
-class Residency(Generic[P]):
+class Residency(Residents, Generic[P]):
     """Brings adapters in, and lets those leave that were used longest ago.
 
     An adapter leaves only where no sequence is under way on it, no submitted step reads it, and it is not
@@ -73,12 +72,8 @@ class Residency(Generic[P]):
 
         `bring_in` waits at most wait_s for copies, where they are so quick that nobody should miss a step.
         """
+        super().__init__()
         self.stats = ResidencyStats()
-        self.changes = 0
-        """Grows whenever an adapter is wanted, arrives, leaves or fails."""
-        self.failures: deque[tuple[tuple[Adapter, ...], Fault]] = deque()
-        """An adapter whose load failed, or several that find no place together, until the engine has ended
-        those who wait for them."""
         self._places = places
         self._bank = bank
         self._loader = loader
@@ -86,19 +81,21 @@ class Residency(Generic[P]):
         self._clock = clock
         self._wait_s = wait_s
         self._copying = 0
-        self._copies: queue.SimpleQueue[tuple[AdapterEntry[P], Fault | None]] = queue.SimpleQueue()
+        self._copies: queue.SimpleQueue[tuple[Standing, Fault | None]] = queue.SimpleQueue()
         """Those that have ended."""
-        self._entries: dict[Adapter, AdapterEntry[P]] = {}
-        self._absent: dict[AdapterEntry[P], None] = {}
+        self._entries: dict[Adapter, Standing] = {}
+        self._packed: dict[Standing, P] = {}
+        """Those that are held or being copied."""
+        self._absent: dict[Standing, None] = {}
         """Those that are to be loaded; first come first served where ranks say nothing."""
         self._later: deque[Adapter] = deque()
-        self._held: list[AdapterEntry[P]] = []
-        self._by_slot: dict[int, AdapterEntry[P]] = {}
+        self._held: list[Standing] = []
+        self._by_slot: dict[int, Standing] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._on_the_way = 0
         self._uses = itertools.count(1)
         self._submitted = self._resolved = 0
-        self._released: deque[tuple[int, AdapterEntry[P]]] = deque()
+        self._released: deque[tuple[int, Standing]] = deque()
 
     @property
     def wanting(self) -> bool:
@@ -136,11 +133,11 @@ class Residency(Generic[P]):
 
     def standing(self, adapter: Adapter) -> Standing:
         """Say what is known of an adapter; may be asked on another thread."""
-        return standing_of(self._entries.get(adapter) or AdapterEntry(adapter))
+        return self._entries.get(adapter) or Standing(adapter)
 
     def standings(self) -> list[Standing]:
         """The same of all that are resident, wanted, pinned, or failed lately."""
-        return [standing_of(entry) for entry in tuple(self._entries.values())]
+        return list(self._entries.values())
 
     def presence(self, adapter: Adapter) -> Presence:
         """Say where an adapter is."""
@@ -157,14 +154,14 @@ class Residency(Generic[P]):
     def want(self, adapter: Adapter) -> None:
         """Note that one more sequence waits for an adapter."""
         entry = self._entry(adapter)
-        entry.waiters += 1
+        entry.waiting += 1
         self.stats.waits += entry.state is not AdapterState.RESIDENT
         self._consider(entry)
 
     def unwant(self, adapter: Adapter) -> None:
         """Note that a sequence stopped waiting for it; an adapter without waiters is not loaded."""
         entry = self._entries[adapter]
-        entry.waiters -= 1
+        entry.waiting -= 1
         self._reconsider(entry)
 
     def pin(self, adapter: Adapter) -> None:
@@ -194,20 +191,20 @@ class Residency(Generic[P]):
         entry = self._entries.get(adapter)
         if entry is not None:
             entry.pinned = entry.prefetched = False
-            if not entry.held_fast and not entry.waiters:
+            if not entry.held_fast and not entry.waiting:
                 self._evict(entry)
             self._reconsider(entry)
 
     def acquire(self, adapter: Adapter) -> None:
         """Note that a sequence is under way on a resident adapter, which stays until it is released."""
         entry = self._entries[adapter]
-        entry.refs += 1
+        entry.in_flight += 1
         self._touch(entry)
 
     def release(self, adapter: Adapter) -> None:
         """Note that the sequence is not any more; steps that were submitted may read the adapter still."""
         entry = self._entries[adapter]
-        entry.refs -= 1
+        entry.in_flight -= 1
         self._touch(entry)
         if self._submitted > self._resolved:
             entry.reading += 1
@@ -251,21 +248,21 @@ class Residency(Generic[P]):
     def _may_prefetch(self) -> bool:
         return bool(self._later) and not self._on_the_way and not self._absent
 
-    def _entry(self, adapter: Adapter) -> AdapterEntry[P]:
-        return self._entries.setdefault(adapter, AdapterEntry(adapter))
+    def _entry(self, adapter: Adapter) -> Standing:
+        return self._entries.setdefault(adapter, Standing(adapter))
 
-    def _touch(self, entry: AdapterEntry[P]) -> None:
-        entry.used, entry.used_s = next(self._uses), self._clock()
+    def _touch(self, entry: Standing) -> None:
+        entry.used, entry.last_used_s = next(self._uses), self._clock()
 
-    def _is_wanted(self, entry: AdapterEntry[P]) -> bool:
-        return bool(entry.waiters or entry.pinned or entry.prefetched)
+    def _is_wanted(self, entry: Standing) -> bool:
+        return bool(entry.waiting or entry.pinned or entry.prefetched)
 
-    def _consider(self, entry: AdapterEntry[P]) -> None:
+    def _consider(self, entry: Standing) -> None:
         self.changes += 1
         if entry.state is AdapterState.ABSENT:
             self._absent[entry] = None
 
-    def _reconsider(self, entry: AdapterEntry[P]) -> None:
+    def _reconsider(self, entry: Standing) -> None:
         """Forget what was wanted and is not any more."""
         if self._is_wanted(entry):
             return
@@ -276,7 +273,7 @@ class Residency(Generic[P]):
             if entry.fault is None:
                 self._entries.pop(entry.adapter, None)
 
-    def _load(self, entry: AdapterEntry[P]) -> None:
+    def _load(self, entry: Standing) -> None:
         del self._absent[entry]
         entry.state = AdapterState.LOADING
         entry.began_s = self._clock()
@@ -285,21 +282,20 @@ class Residency(Generic[P]):
             entry.adapter, lambda packed, tier: self._post(partial(self._loaded, entry, packed, tier))
         )
 
-    def _loaded(self, entry: AdapterEntry[P], packed: P | Fault, tier: str) -> None:
+    def _loaded(self, entry: Standing, packed: P | Fault, tier: str) -> None:
         if isinstance(packed, Fault):
             self._fail(entry, packed)
             return
         self.stats.loads_by_tier[tier] += 1
         self.changes += 1
-        entry.state, entry.packed, entry.num_bytes = AdapterState.HELD, packed, packed.num_bytes
+        entry.state, self._packed[entry], entry.num_bytes = AdapterState.HELD, packed, packed.num_bytes
         self._held.append(entry)
         self._reconsider(entry)
 
-    def _give_place(self, entry: AdapterEntry[P], ranks: Mapping[Adapter, Rank]) -> None:
+    def _give_place(self, entry: Standing, ranks: Mapping[Adapter, Rank]) -> None:
         """Give a held adapter a place, or note that it needs one."""
-        assert entry.packed is not None  # noqa: S101 - it is held
         rank = ranks.get(entry.adapter, _NOBODY)
-        alone = entry.prefetched and not entry.waiters and not entry.pinned
+        alone = entry.prefetched and not entry.waiting and not entry.pinned
         ages = {} if alone else self._ages(rank, ranks)
         try:
             spot = self._places.find(entry.num_bytes, ages.get)
@@ -325,12 +321,12 @@ class Residency(Generic[P]):
     def _ages(self, rank: Rank, ranks: Mapping[Adapter, Rank]) -> dict[int, int]:
         """When those were used that may leave for one that is waited for with a rank; by their slots."""
         free = [entry for entry in self._by_slot.values() if not entry.held_fast]
-        ages = {entry.slot: entry.used for entry in free if not entry.waiters}
-        waited = [entry for entry in free if entry.waiters and ranks.get(entry.adapter, _NOBODY) > rank]
+        ages = {entry.slot: entry.used for entry in free if not entry.waiting}
+        waited = [entry for entry in free if entry.waiting and ranks.get(entry.adapter, _NOBODY) > rank]
         waited.sort(key=lambda entry: ranks.get(entry.adapter, _NOBODY), reverse=True)
         return ages | {entry.slot: _NEEDED_NOW + place for place, entry in enumerate(waited)}
 
-    def _require_room_without_pins(self, entry: AdapterEntry[P]) -> None:
+    def _require_room_without_pins(self, entry: Standing) -> None:
         """Raise where only pinned adapters are in the way, so that waiting would not help."""
 
         def age(slot: int) -> int | None:
@@ -342,7 +338,7 @@ class Residency(Generic[P]):
                 "bytes beside the pinned ones. Unpin some, or raise LORAMUX_ADAPTER_MEMORY_GB."
             )
 
-    def _settle(self, group: list[AdapterEntry[P]], ranks: Mapping[Adapter, Rank]) -> bool:
+    def _settle(self, group: list[Standing], ranks: Mapping[Adapter, Rank]) -> bool:
         """See to adapters that are wanted together and lack places; False where they lack none.
 
         They are a failure where they would have none even if all but the pinned ones left. Where nobody is in
@@ -370,9 +366,7 @@ class Residency(Generic[P]):
                 self._evict(entry)
         return True
 
-    def _copy(self, entry: AdapterEntry[P], offset: int) -> None:
-        packed = entry.packed
-        assert packed is not None  # noqa: S101 - it is held
+    def _copy(self, entry: Standing, offset: int) -> None:
         entry.slot, entry.offset = self._free_slots.pop(), offset
         self._by_slot[entry.slot] = entry
         self._places.take(entry.slot, offset, entry.num_bytes)
@@ -384,7 +378,7 @@ class Residency(Generic[P]):
             self._copies.put((entry, fault))
             self._post(self._end_copies)
 
-        self._loader.run(partial(self._bank.copy, packed, offset), done)
+        self._loader.run(partial(self._bank.copy, self._packed[entry], offset), done)
 
     def _end_copies(self, wait_s: float = 0.0) -> None:
         """Take in what was copied, or is within so many seconds."""
@@ -396,26 +390,26 @@ class Residency(Generic[P]):
                 self._copying -= 1
                 self._copied(*ended)
 
-    def _copied(self, entry: AdapterEntry[P], fault: Fault | None) -> None:
+    def _copied(self, entry: Standing, fault: Fault | None) -> None:
         if fault is not None:
             self._vacate(entry)
             self._fail(entry, fault)
             return
-        assert entry.packed is not None  # noqa: S101 - it was copied
         try:
-            self._bank.enter(entry.slot, entry.offset, entry.packed)
+            self._bank.enter(entry.slot, entry.offset, self._packed[entry])
         except Fault as refusal:
             self._vacate(entry)
             self._fail(entry, refusal)
             return
-        entry.packed, entry.state, entry.adapter.slot = None, AdapterState.RESIDENT, entry.slot
+        del self._packed[entry]
+        entry.state, entry.adapter.slot = AdapterState.RESIDENT, entry.slot
         self.changes += 1
         entry.fault, entry.pause_s, entry.retry_s, entry.prefetched = None, 0.0, -math.inf, False
         self._touch(entry)
         self._on_the_way -= 1
         self.stats.loaded(self._clock() - entry.began_s)
 
-    def _evict(self, entry: AdapterEntry[P]) -> None:
+    def _evict(self, entry: Standing) -> None:
         """Take a resident adapter's place away; sequences that wait for it wait for its load again."""
         self.changes += 1
         entry.adapter.slot = None
@@ -428,20 +422,21 @@ class Residency(Generic[P]):
         else:
             self._reconsider(entry)
 
-    def _vacate(self, entry: AdapterEntry[P]) -> None:
+    def _vacate(self, entry: Standing) -> None:
         self._places.give_back(entry.slot)
         del self._by_slot[entry.slot]
         self._free_slots.append(entry.slot)
         entry.slot = -1
 
-    def _let_fall(self, entry: AdapterEntry[P]) -> None:
+    def _let_fall(self, entry: Standing) -> None:
         """Forget the matrices of an adapter on its way."""
         if entry in self._held:
             self._held.remove(entry)
-        entry.packed, entry.state, entry.starved = None, AdapterState.ABSENT, False
+        self._packed.pop(entry, None)
+        entry.state, entry.starved = AdapterState.ABSENT, False
         self._on_the_way -= 1
 
-    def _fail(self, entry: AdapterEntry[P], fault: Fault) -> None:
+    def _fail(self, entry: Standing, fault: Fault) -> None:
         """Note why a load failed; sequences that wait for it end, and a retry waits for a while."""
         self.changes += 1
         self._let_fall(entry)

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from inference_service.core.adapter import Adapter
 from inference_service.engine.queues import Rank
@@ -83,89 +83,60 @@ class Loader(Protocol[P_out]):
         ...
 
 
-class Residents(Protocol):
-    """The residency's interface for engine and scheduler."""
+class Residents:
+    """The residency of adapters, as engine and scheduler ask it: here of those that keep their slots."""
 
-    @property
-    def failures(self) -> deque[tuple[tuple[Adapter, ...], Fault]]:
+    changes = 0
+    """A number that grows whenever an adapter is wanted, arrives, leaves or fails."""
+
+    def __init__(self) -> None:
+        self.failures: deque[tuple[tuple[Adapter, ...], Fault]] = deque()
         """An adapter whose load failed, or several that find no place together, until the engine has ended
         those who wait for them."""
-        ...
 
     @property
     def retry_s(self) -> float:
         """When a load that failed is to be tried again, on the clock of ``time.monotonic``; infinite: never."""
-        ...
+        return math.inf
 
     @property
     def wanting(self) -> bool:
         """Return True if `bring_in` has anything to do."""
-        ...
-
-    @property
-    def changes(self) -> int:
-        """A number that grows whenever an adapter is wanted, arrives, leaves or fails."""
-        ...
+        return False
 
     @property
     def releasing(self) -> bool:
         """Return True if an adapter that no sequence is under way on may still be read by a step."""
-        ...
+        return False
 
     def presence(self, adapter: Adapter) -> Presence:
         """Say where an adapter is."""
-        ...
+        return Presence.ABSENT if adapter.slot is None else Presence.RESIDENT
 
-    def refusal(self, adapter: Adapter) -> Fault | None:
+    def refusal(self, adapter: Adapter) -> Fault | None:  # noqa: ARG002 - none is refused
         """Return why an adapter's last load failed, until it may be retried."""
-        ...
+        return None
 
     def want(self, adapter: Adapter) -> None:
         """Note that one more sequence waits for an adapter."""
-        ...
 
     def unwant(self, adapter: Adapter) -> None:
         """Note that a sequence stopped waiting for it."""
-        ...
 
     def acquire(self, adapter: Adapter) -> None:
         """Note that a sequence is under way on a resident adapter, which stays until it is released."""
-        ...
 
     def release(self, adapter: Adapter) -> None:
         """Note that the sequence is not any more; steps that were submitted may read the adapter still."""
-        ...
 
     def submitted(self) -> None:
         """Note that a step was submitted."""
-        ...
 
     def resolved(self, *, everything: bool = False) -> None:
         """Note that the oldest step that was submitted is over, or all are."""
-        ...
 
     def bring_in(self, ranks: Mapping[Adapter, Rank], together: Iterable[tuple[Adapter, ...]] = ()) -> None:
         """Begin loads and give places, in the order of those who wait; who is together is wanted so."""
-        ...
-
-
-@dataclass(frozen=True)
-class Standing:
-    """An operator's view of an adapter."""
-
-    adapter: Adapter
-    state: AdapterState
-    num_bytes: int
-    """Bytes of the bank; 0 where it was never loaded."""
-    in_flight: int
-    """Sequences under way on it."""
-    waiting: int
-    """Sequences that wait for it or for a seat."""
-    pinned: bool
-    last_used_s: float | None
-    """On the clock of ``time.monotonic``."""
-    failure: Fault | None
-    """Why it is no longer served, or why its last load failed."""
 
 
 @dataclass
@@ -193,80 +164,41 @@ class ResidencyStats:
 
 
 @dataclass(eq=False)
-class AdapterEntry(Generic[P]):
-    """An adapter that is resident, wanted, pinned, or failed lately."""
+class Standing:
+    """An adapter that is resident, wanted, pinned, or failed lately; other threads may read it."""
 
     adapter: Adapter
     state: AdapterState = AdapterState.ABSENT
-    packed: P | None = None
     num_bytes: int = 0
+    """Bytes of the bank; 0 where it was never loaded."""
+    in_flight: int = 0
+    """Sequences under way on it."""
+    waiting: int = 0
+    """Sequences that wait for it or for a seat."""
+    pinned: bool = False
+    last_used_s: float | None = None
+    """On the clock of ``time.monotonic``."""
     offset: int = 0
     slot: int = -1
     """Slot from the moment that it has a place; `Adapter.slot` is set when it is resident."""
     starved: bool = False
-    refs: int = 0
     reading: int = 0
     """Released references that submitted steps may still need."""
-    waiters: int = 0
-    pinned: bool = False
     prefetched: bool = False
     """Wanted as long as there is room that nobody else needs."""
     used: int = 0
     """A number that grows with every use of any adapter."""
-    used_s: float | None = None
     began_s: float = 0.0
     fault: Fault | None = None
     pause_s: float = 0.0
     retry_s: float = -math.inf
 
     @property
+    def failure(self) -> Fault | None:
+        """Return why it is no longer served, or why its last load failed."""
+        return self.adapter.unusable or self.fault
+
+    @property
     def held_fast(self) -> bool:
         """Return True if it must stay in its place."""
-        return bool(self.refs or self.reading or self.pinned) or self.state is not AdapterState.RESIDENT
-
-
-def standing_of(entry: AdapterEntry[P]) -> Standing:
-    """Return what an operator may know of an adapter."""
-    return Standing(
-        entry.adapter,
-        entry.state,
-        entry.num_bytes,
-        entry.refs,
-        entry.waiters,
-        entry.pinned,
-        entry.used_s,
-        entry.adapter.unusable or entry.fault,
-    )
-
-
-class AlwaysResident:
-    """A residency for adapters that keep their slots: nothing is loaded or evicted."""
-
-    wanting = releasing = False
-    changes = 0
-    retry_s = math.inf
-
-    def __init__(self) -> None:
-        self.failures: deque[tuple[tuple[Adapter, ...], Fault]] = deque()
-
-    def presence(self, adapter: Adapter) -> Presence:
-        """Return the presence that its slot shows."""
-        return Presence.ABSENT if adapter.slot is None else Presence.RESIDENT
-
-    def refusal(self, adapter: Adapter) -> Fault | None:  # noqa: ARG002
-        """Return None: no adapter is refused."""
-        return None
-
-    def want(self, adapter: Adapter) -> None:
-        """Nothing to do, as for the others."""
-
-    unwant = acquire = release = want
-
-    def submitted(self) -> None:
-        """Nothing to do."""
-
-    def resolved(self, *, everything: bool = False) -> None:
-        """Nothing to do."""
-
-    def bring_in(self, ranks: Mapping[Adapter, Rank], together: Iterable[tuple[Adapter, ...]] = ()) -> None:
-        """Nothing to do."""
+        return bool(self.in_flight or self.reading or self.pinned) or self.state is not AdapterState.RESIDENT

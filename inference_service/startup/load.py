@@ -35,7 +35,7 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident, Residents
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
 from inference_service.serving.base_files import BaseFiles
@@ -271,7 +271,7 @@ def _engine(
     sizes = settings.sizes(model.device.type, generation.speculative_tokens)
     block_size = settings.block_size
     lora = backend.new_lora() if bank is None else bank.lora
-    residents: Residents = AlwaysResident() if bank is None else bank.residency
+    residents: Residents = Residents() if bank is None else bank.residency
     resident = [] if bank is None else bank.residency.resident()[:IN_STEPS]
 
     def limits_of(longest: int) -> SchedulerLimits:

@@ -23,7 +23,7 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels.cpu.ops import CpuOps, Table
 from inference_service.kernels.delta import (
@@ -244,7 +244,7 @@ def test_recorded_steps_take_states_on(
     with noted(monkeypatch) as known:
         runner.capture()
     blocks = BlockManager(BLOCKS, BLOCK, states=StateSlots(SLOTS, BLOCK, 1))
-    ready.engine._engine = Engine(runner, LIMITS, blocks, AlwaysResident())
+    ready.engine._engine = Engine(runner, LIMITS, blocks, Residents())
     with noted(monkeypatch) as traffic:
         assert run_engine(ready, REQUESTS, NEW) == expected
     assert ready.engine._engine.stats.prefix_tokens_hit > 0

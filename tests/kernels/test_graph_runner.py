@@ -23,7 +23,7 @@ from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.lookup import Expected, Lookup
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, Runner, lay_out
 from inference_service.engine.tape import TapeRecorder
 from inference_service.lora.places import taken_by
@@ -115,7 +115,7 @@ def _runner(ready: Ready, recorder: CountingRecorder, limits: SchedulerLimits = 
 
 
 def _with(ready: Ready, runner: GraphRunner, blocks: int = BLOCKS) -> Ready:
-    ready.engine._engine = Engine(runner, LIMITS, BlockManager(blocks, BLOCK), AlwaysResident())
+    ready.engine._engine = Engine(runner, LIMITS, BlockManager(blocks, BLOCK), Residents())
     return ready
 
 
@@ -237,7 +237,7 @@ def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
     limits = SchedulerLimits(max_tokens=16, max_seqs=2, max_adapters=2, max_seq_len=64)
     runner = GraphRunner(model, lora, BLOCKS, BLOCK, limits, CountingRecorder())
     runner.capture()
-    engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), AlwaysResident())
+    engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), Residents())
     plain = world[0].load(world[1], backend="torch", native=False)
     held: dict[int, Adapter] = {}
     for uid, name in enumerate(("all", "rs", "wide"), 1):
@@ -344,7 +344,7 @@ def test_drafts_are_verified_row_by_row(
     limits = replace(LIMITS, speculative_tokens=3)
     runner = _runner(ready, recorder, limits)
     runner.depth = 0
-    ready.engine._engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), AlwaysResident(), lambda: 0.0)
+    ready.engine._engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), Residents(), lambda: 0.0)
     found = [[token.id for token in tokens] for tokens in _run(ready, requests, walking=[2])]
     assert found == expected
     stats = ready.engine.stats

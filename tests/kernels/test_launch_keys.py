@@ -18,7 +18,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels.launch import Launch
 from inference_service.startup.load import Ready
@@ -81,7 +81,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
 
 def run(ready: Ready, runner: GraphRunner, requests: list[tuple[str, int, SamplingParams]]) -> None:
     """Run prompts of so many tokens to their end, a new one every step."""
-    engine = Engine(runner, LIMITS, BlockManager(BLOCKS, BLOCK), AlwaysResident())
+    engine = Engine(runner, LIMITS, BlockManager(BLOCKS, BLOCK), Residents())
     waiting = []
     for number, (name, length, params) in enumerate(requests):
         model = ready.service.catalog.resolve(name)

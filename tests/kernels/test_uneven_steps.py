@@ -14,7 +14,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.tape import TapeRecorder
 from loramux_shared.storage.memory import MemoryStore
 from tests.kernels.test_launch_keys import noted
@@ -98,7 +98,7 @@ def test_recorded_steps_answer_as_transformers_and_compile_nothing(
     with noted(monkeypatch) as known:
         runner.capture()
     manager = BlockManager(BLOCKS, BLOCK, eager._model.config.windows)
-    engine = Engine(runner, limits, manager, AlwaysResident())
+    engine = Engine(runner, limits, manager, Residents())
     answers: dict[str, list[int]] = {}
     for number, (name, prompt) in enumerate(requests):
         params, model = SamplingParams(max_tokens=NEW), ready.service.catalog.resolve(name)

@@ -13,7 +13,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.tape import TapeRecorder
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import OWN_TOKENS_FILE
@@ -133,7 +133,7 @@ def test_the_kernels_for_gpus_answer_the_same(
     eager: Any = ready.engine._engine._runner
     limits = SchedulerLimits(max_tokens=8, max_seqs=2, max_adapters=2, max_seq_len=32)
     runner = GraphRunner(eager._model, eager._lora, 8, 16, limits, TapeRecorder())
-    ready.engine._engine = Engine(runner, limits, BlockManager(8, 16, (None,)), AlwaysResident())
+    ready.engine._engine = Engine(runner, limits, BlockManager(8, 16, (None,)), Residents())
     base, beside = REQUESTS[0], REQUESTS[2 * MODELS.index("beside")]
     first = {request[0]: answer[:2] for request, answer in zip(REQUESTS[::2], expected[::2], strict=True)}
     assert run_engine(ready, [beside, base], 2) == [first["beside"], first["base"]]

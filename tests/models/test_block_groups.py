@@ -11,7 +11,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Runner
 from inference_service.engine.tape import TapeRecorder
 from loramux_shared.bases.cache import window_blocks
@@ -77,7 +77,7 @@ def test_answers_are_those_of_transformers(
     blocks = sliding, EVERYTHING
     manager = BlockManager(blocks, BLOCK, (WINDOW, None))
     runner = Runner(eager._model, eager._lora, blocks, BLOCK)
-    engine = ready.engine._engine = Engine(runner, LIMITS, manager, AlwaysResident())
+    engine = ready.engine._engine = Engine(runner, LIMITS, manager, Residents())
     assert run_engine(ready, requests, NEW) == expected
     assert run_engine(ready, requests, NEW) == expected
     assert engine.stats.preemptions > 0
@@ -97,5 +97,5 @@ def test_recorded_steps_see_the_blocks_of_every_group(
     runner = GraphRunner(eager._model, eager._lora, blocks, BLOCK, limits, TapeRecorder())
     runner.capture()
     manager = BlockManager(blocks, BLOCK, (WINDOW, None))
-    ready.engine._engine = Engine(runner, limits, manager, AlwaysResident())
+    ready.engine._engine = Engine(runner, limits, manager, Residents())
     assert run_engine(ready, requests[1:2], 3) == [expected[1][:3]]

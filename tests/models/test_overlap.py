@@ -17,7 +17,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.lookup import Expected, Lookup
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, lay_out
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
@@ -111,7 +111,7 @@ def _engine(
     manager = BlockManager(blocks, BLOCK, prefix_cache=prefix_cache)
     device = Device(depth, memory)
     limits = replace(LIMITS, max_tokens=max_tokens, speculative_tokens=speculative)
-    return Engine(device, limits, manager, AlwaysResident(), clock=lambda: 0.0), device, manager
+    return Engine(device, limits, manager, Residents(), clock=lambda: 0.0), device, manager
 
 
 def _seq(

@@ -10,7 +10,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.blocks import StateSlots
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Runner
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import SIZES, VOCAB, make_world_of, run_engine
@@ -54,7 +54,7 @@ def test_conversations_go_on_from_their_states(
         states = StateSlots(slots, BLOCK, 2 if flag else None)
         manager = BlockManager(BLOCKS, BLOCK, states=states, prefix_cache=flag)
         runner = Runner(eager._model, eager._lora, BLOCKS, BLOCK, slots)
-        engines.append(Engine(runner, LIMITS, manager, AlwaysResident()))
+        engines.append(Engine(runner, LIMITS, manager, Residents()))
     for _ in range(TURNS):
         answers = []
         for engine in engines:

@@ -70,8 +70,7 @@ class FakeResidency:
     def standing(self, adapter: Adapter) -> Standing:
         """Return the standing of an adapter."""
         self.looked_at += 1
-        absent = Standing(adapter, AdapterState.ABSENT, 0, 0, 0, pinned=False, last_used_s=None, failure=None)
-        return self.known.get(adapter, absent)
+        return self.known.get(adapter, Standing(adapter))
 
     def standings(self) -> list[Standing]:
         """The same of all."""
@@ -82,9 +81,7 @@ class FakeResidency:
         """Have an adapter resident."""
         adapter.slot = len(self.known)
         self.stats.loads += 1
-        self.known[adapter] = Standing(
-            adapter, AdapterState.RESIDENT, 100, in_flight, 0, pinned=False, last_used_s=used_s, failure=None
-        )
+        self.known[adapter] = Standing(adapter, AdapterState.RESIDENT, 100, in_flight, last_used_s=used_s)
 
     def pin(self, adapter: Adapter) -> None:
         """Load the adapter."""
@@ -112,9 +109,7 @@ class FakeResidency:
     def _bring(self, adapter: Adapter) -> None:
         if self.fails is not None:
             self.stats.failures += 1
-            self.known[adapter] = Standing(
-                adapter, AdapterState.ABSENT, 0, 0, 0, pinned=True, last_used_s=None, failure=self.fails
-            )
+            self.known[adapter] = Standing(adapter, pinned=True, fault=self.fails)
         elif adapter not in self.known:
             self.hold(adapter)
 

@@ -16,7 +16,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.blocks import StateSlots, prefix_key
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, lay_out
 from inference_service.kernels.attention import Context
 from loramux_shared.bases.cache import Cache, KeptTokens, window_blocks
@@ -147,7 +147,7 @@ class Base:
         manager = BlockManager(sizes, BLOCK, self.windows, states=states, prefix_cache=self.prefix_cache)
         device = Device(self.depth, self.windows, self.snapshots is not None)
         limits = SchedulerLimits(self.rows, self.seqs, 2, LONGEST)
-        engine = Engine(device, limits, manager, AlwaysResident(), clock=lambda: 0.0)
+        engine = Engine(device, limits, manager, Residents(), clock=lambda: 0.0)
         return engine, device, manager
 
 
@@ -327,7 +327,7 @@ def test_windows_with_enough_blocks_never_lack_any(actions, blocks, windows: Win
         sizes = [blocks if window is None else min(blocks, cache.enough(window)) for window in seen]
         manager = BlockManager(sizes, BLOCK, seen, prefix_cache=False)
         device = Device(depth, seen, stateful=False)
-        engine = Engine(device, SchedulerLimits(rows, SEQS, 2, LONGEST), manager, AlwaysResident(), lambda: 0.0)
+        engine = Engine(device, SchedulerLimits(rows, SEQS, 2, LONGEST), manager, Residents(), lambda: 0.0)
         for number, action in enumerate(actions):
             if isinstance(action, tuple):
                 length, new, uid, *_ = action

@@ -13,7 +13,7 @@ from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
 from tests.support.instructions import instructions as count
 
@@ -46,7 +46,7 @@ def coming_and_going(seqs: int, *, waiting: int, queues: int, adapters: int) -> 
     """Return a step of an engine whose sequences end after ANSWER tokens, each followed by another."""
     limits = SchedulerLimits(4 * seqs, seqs, ACTIVE, max_seq_len=64)
     blocks = BlockManager(8 * seqs, BLOCK_SIZE, prefix_cache=False)
-    engine = Engine(Immediate(), limits, blocks, AlwaysResident(), clock=lambda: 0.0)
+    engine = Engine(Immediate(), limits, blocks, Residents(), clock=lambda: 0.0)
     known = [Adapter(f"{number:064x}", number) for number in range(adapters)]
     numbers = itertools.count()
 

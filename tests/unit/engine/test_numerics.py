@@ -13,7 +13,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.blocks import StateSlots
 from inference_service.engine.engine import OVERFLOWS, WITHIN_S, Engine
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
 from inference_service.engine.sampler import sample
 from loramux_shared.runtime import Pooling
@@ -49,7 +49,7 @@ class World:
         self.now_s = 0.0
         limits = SchedulerLimits(64, 8, 4, max_seq_len=128)
         runner = Overflowing(self.bad)
-        self.engine = Engine(runner, limits, self.blocks, AlwaysResident(), clock=lambda: self.now_s)
+        self.engine = Engine(runner, limits, self.blocks, Residents(), clock=lambda: self.now_s)
 
     def ask(self, name: str, adapter: Adapter | Mixture | None, **fields: object) -> StepOutput:
         params = SamplingParams(max_tokens=0 if "pooling" in fields else 2)

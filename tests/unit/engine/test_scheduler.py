@@ -13,7 +13,7 @@ from inference_service.core.sequence import Batch, EndReason, Sequence, Share, T
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits, SequenceQueue
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
 from inference_service.engine.scheduler import MOST_CREDIT, QUANTUM, TWICE
 from inference_service.engine.step_times import TIMES, Room, StepTimes
@@ -57,7 +57,7 @@ def _engine(*, blocks=64, max_tokens=16, max_seqs=4, max_adapters=2, depth=0):
     manager = BlockManager(blocks, 4)
     runner = FakeRunner(depth)
     limits = SchedulerLimits(max_tokens, max_seqs, max_adapters, max_seq_len=blocks * 4)
-    return Engine(runner, limits, manager, AlwaysResident(), clock=lambda: 0.0), runner, manager
+    return Engine(runner, limits, manager, Residents(), clock=lambda: 0.0), runner, manager
 
 
 def _seq(prompt: int, new: int, uid: int = 0, priority: int = 0, **fields: Any) -> Sequence:

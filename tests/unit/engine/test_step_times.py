@@ -12,7 +12,7 @@ from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
 from inference_service.engine.step_times import LOOK, LOOK_WITHOUT_DRAFTS, TIMES
 
@@ -91,7 +91,7 @@ class Machine:
 
 def _engine(machine: Machine, drafted: int = 0) -> Engine:
     limits = SchedulerLimits(1024, 64, max_adapters=2, max_seq_len=8192, speculative_tokens=drafted)
-    return Engine(machine, limits, BlockManager(8192, 16), AlwaysResident(), clock=lambda: machine.now_s)
+    return Engine(machine, limits, BlockManager(8192, 16), Residents(), clock=lambda: machine.now_s)
 
 
 def _run(engine: Engine, steps: int) -> None:

@@ -10,7 +10,7 @@ from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutp
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
 from inference_service.serving.delivery import Outputs
 from inference_service.serving.engine_thread import EngineThread
@@ -51,7 +51,7 @@ class Threads:
     ) -> EngineThread:
         """Return one that has not been started; its probe runs a step."""
         limits = SchedulerLimits(max(64, 4 * seqs), seqs, max_adapters=1, max_seq_len=64, watermark=0.0)
-        engine = Engine(device, limits, BlockManager(blocks, 4), AlwaysResident())
+        engine = Engine(device, limits, BlockManager(blocks, 4), Residents())
 
         def probe() -> None:
             engine.add(Sequence("probe", [0], SamplingParams(max_tokens=1)))
