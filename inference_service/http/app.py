@@ -13,10 +13,8 @@ from starlette.routing import Route, Router, compile_path
 from starlette.types import Receive, Scope, Send
 
 from inference_service.adapters.manager import AdapterManager
-from inference_service.http.admin import operators, state, tokens
+from inference_service.http.admin import operators, state
 from inference_service.http.admin.operators import LoadBody, PageQuery, RollbackBody, UnloadBody, VllmError
-from inference_service.http.admin.state import InfoQuery, PauseQuery
-from inference_service.http.admin.tokens import DetokenizeBody, TokenizeBody
 from inference_service.http.anthropic.messages import count_tokens, create_message
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.endpoint import Endpoint, Handler
@@ -87,13 +85,6 @@ _SERVED: Final[tuple[Endpoint, ...]] = (
             (routes.UNLOAD_ADAPTER, operators.unload_lora_adapter, UnloadBody),
         )
     ),
-    Endpoint(routes.PAUSE, state.pause, query=PauseQuery),
-    Endpoint(routes.RESUME, state.resume),
-    Endpoint(routes.IS_PAUSED, state.is_paused),
-    Endpoint(routes.WORLD_SIZE, state.get_world_size),
-    Endpoint(routes.SERVER_INFO, state.server_info, query=InfoQuery),
-    Endpoint(routes.TOKENIZE, tokens.tokenize, TokenizeBody, fails=(404,)),
-    Endpoint(routes.DETOKENIZE, tokens.detokenize, DetokenizeBody, fails=(404,)),
     Endpoint(routes.VERSION, state.show_version),
     *chain.from_iterable(load_extensions(HTTP_ROUTES).values()),
     *(Endpoint(route, state.health) for route in (routes.HEALTH, routes.PING, routes.POST_PING)),

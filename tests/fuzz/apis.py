@@ -20,7 +20,6 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER, BuilderServicer
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.http.admin.operators import LoadBody, RollbackBody, UnloadBody
-from inference_service.http.admin.tokens import DetokenizeBody, TokenizeBody
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.app import ENDPOINTS
 from inference_service.http.openai.chat_schema import ChatBody
@@ -65,7 +64,11 @@ ITEMS = [
 ]
 BLOCKS: dict[str, Any] = cases(__file__, "BLOCKS")
 SAMPLED: dict[str, Any] = cases(__file__, "SAMPLED")
-OF_EXTENSIONS: dict[str, Any] = cases(__file__, "OF_EXTENSIONS")
+OF_EXTENSIONS: dict[str, Any] = {
+    "/v1/responses/compact": {"model": "rs", "input": "Hi", "max_output_tokens": 2, "seed": 3},
+    "/tokenize": {"model": "rs", "messages": TURNS, "tools": [TOOL]},
+    "/detokenize": {"model": "rs", "tokens": [5, 6, 7]},
+}
 ENDLESS = f"/{ADAPTERS}/WatchReplica"
 BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
     "/v1/chat/completions": (
@@ -101,8 +104,6 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
         | {"metadata": {"user_id": "u"}, "output_config": {"effort": "low"}},
     ),
     "/v1/messages/count_tokens": (CountBody, BLOCKS),
-    "/tokenize": (TokenizeBody, {"model": "rs", "messages": TURNS, "tools": [TOOL]}),
-    "/detokenize": (DetokenizeBody, {"model": "rs", "tokens": [5, 6, 7]}),
     "/v1/load_lora_adapter": (LoadBody, {"lora_name": "new", "lora_path": "org/new", "load_inplace": True}),
     "/v1/unload_lora_adapter": (UnloadBody, {"lora_name": "rs", "lora_int_id": 1}),
     "/v1/rollback": (RollbackBody, {"to": 1}),

@@ -1,7 +1,4 @@
-"""Routes for monitors, gateways and trainers: health, metrics, version, load, a description, and a pause.
-
-`/state` is what the page shows; the routes of trainers are as vLLM has them.
-"""
+"""Routes for monitors and gateways: health, metrics, version and load; `/state` is what the page shows."""
 
 from __future__ import annotations
 
@@ -13,10 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from inference_service.http.admin.operators import manager_of, refuse_other_sites
-from inference_service.http.wire.body import Query, read_query
 from inference_service.http.wire.reply import Reply
-from inference_service.serving.engine_thread import PauseMode
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.metrics import CONTENT_TYPE
 from inference_service.serving.telemetry.replica import Loads, loads
@@ -135,121 +129,3 @@ def _at_work(service: GenerationService) -> dict[str, AtWork]:
         if any(counts.values()):
             found[model.name] = counts
     return found
-
-
-class InfoQuery(Query):
-    """The form of the configuration."""
-
-    config_format: Literal["json"] = "json"
-
-
-class PauseQuery(Query):
-    """The fate of requests under way in a pause; vLLM ends them by default."""
-
-    mode: PauseMode | None = None
-    wait_for_inflight_requests: bool = False
-    """An older word for the mode wait; the mode comes before it."""
-    clear_cache: bool = True
-    """Accepted: the prefix cache is kept per version of an adapter, so it needs no flush."""
-
-    @property
-    def pause_mode(self) -> PauseMode:
-        """The mode."""
-        return self.mode or (PauseMode.WAIT if self.wait_for_inflight_requests else PauseMode.ABORT)
-
-
-class PauseStatus(TypedDict):
-    """The result of a pause or a resume."""
-
-    status: Literal["paused", "resumed"]
-
-
-class IsPaused(TypedDict):
-    """True while requests stand still."""
-
-    is_paused: bool
-
-
-class WorldSize(TypedDict):
-    """The number of devices that share the model."""
-
-    world_size: int
-
-
-class ModelConfig(TypedDict):
-    """The model as vLLM describes one."""
-
-    model: str
-    dtype: str | None
-    max_model_len: int
-    logprobs_mode: str
-
-
-class ParallelConfig(TypedDict):
-    """The model's parallelism: none."""
-
-    world_size: int
-    tensor_parallel_size: int
-    data_parallel_size: int
-
-
-class LoraConfig(TypedDict):
-    """Adapters of one step, and the largest rank."""
-
-    max_loras: int
-    max_lora_rank: int | None
-
-
-class VllmConfig(TypedDict):
-    """The part of vLLM's configuration that trainers read."""
-
-    model_config: ModelConfig
-    parallel_config: ParallelConfig
-    lora_config: LoraConfig
-
-
-class ServerInfo(TypedDict):
-    """The configuration, under vLLM's name for it."""
-
-    vllm_config: VllmConfig
-
-
-async def get_world_size(service: GenerationService, http: HttpRequest) -> Reply[WorldSize]:  # noqa: ARG001
-    """Return the number of devices that share the model: one."""
-    return Reply({"world_size": 1})
-
-
-async def server_info(service: GenerationService, http: HttpRequest) -> Reply[ServerInfo]:
-    """Describe the model as vLLM's configuration does, as far as trainers read it."""
-    read_query(http, InfoQuery)
-    facts, stats = manager_of(http).facts, service.engine.stats
-    config: VllmConfig = {
-        "model_config": {
-            "model": service.catalog.base_name,
-            "dtype": facts.dtype or None,
-            "max_model_len": service.limits.max_seq_len,
-            "logprobs_mode": f"{service.logprobs_mode}_logprobs",
-        },
-        "parallel_config": {"world_size": 1, "tensor_parallel_size": 1, "data_parallel_size": 1},
-        "lora_config": {"max_loras": stats.max_adapters, "max_lora_rank": facts.max_lora_rank or None},
-    }
-    return Reply({"vllm_config": config})
-
-
-async def pause(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
-    """Pause requests (mode keep), end them (abort) or let them end (wait); new ones wait."""
-    refuse_other_sites(http)
-    await service.engine.pause(read_query(http, PauseQuery).pause_mode)
-    return Reply({"status": "paused"})
-
-
-async def resume(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
-    """Resume all paused and waiting requests."""
-    refuse_other_sites(http)
-    service.engine.resume()
-    return Reply({"status": "resumed"})
-
-
-async def is_paused(service: GenerationService, http: HttpRequest) -> Reply[IsPaused]:  # noqa: ARG001
-    """Return whether requests are paused."""
-    return Reply({"is_paused": service.engine.paused})

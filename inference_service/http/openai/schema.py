@@ -18,8 +18,6 @@ from inference_service.http.wire.body import Body, Examples, Made, Noun, Same
 from inference_service.serving.pooling import MAX_INPUTS
 
 NOT_NULL: Final[dict[str, Any]] = {"not": {"type": "null"}}
-OF_MESSAGES: Final = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-"""Fields of rendering messages."""
 
 
 def _only(name: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -62,16 +60,6 @@ SCHEMA_BY_TYPE: Final[dict[str, Any]] = {
 GOES_ON: Final[dict[str, Any]] = {
     "if": {"required": ["continue_final_message"], "properties": {"continue_final_message": {"const": True}}},
     "then": {"required": ["add_generation_prompt"], "properties": {"add_generation_prompt": {"const": False}}},
-}
-ONE_OF_TWO: Final[dict[str, Any]] = {
-    "oneOf": [
-        {
-            "required": ["prompt"],
-            "properties": {"prompt": NOT_NULL}
-            | {name: {"type": "null"} for name in ("messages", *OF_MESSAGES)},
-        },
-        {"required": ["messages"], "properties": {"messages": NOT_NULL, "prompt": {"type": "null"}}},
-    ]
 }
 
 

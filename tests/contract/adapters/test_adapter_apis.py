@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import cast
 
 import httpx
 import pytest
@@ -22,7 +21,7 @@ from loramux_shared.faults import (
 )
 from loramux_shared.rpc.server import RpcServer
 from tests.support.operated import Operated, digest_of, generation, operated
-from tests.support.silent import SilentEngine, silent_service
+from tests.support.silent import silent_service
 
 
 @pytest.fixture
@@ -159,38 +158,7 @@ async def test_the_page_lists_pins_and_rolls_back(web: httpx.AsyncClient, replic
 
 async def test_a_page_of_another_site_changes_nothing(web: httpx.AsyncClient, replica: Operated) -> None:
     """A browser's own statement counts where there is no body that it would ask about first."""
-    for path in ("/v1/adapters/one/pin", "/v1/adapters/one/unpin", "/pause", "/resume"):
+    for path in ("/v1/adapters/one/pin", "/v1/adapters/one/unpin"):
         answer = await web.post(path, headers={"sec-fetch-site": "cross-site"})
         assert answer.status_code == 403, path
     assert replica.residency.calls == []
-
-
-async def test_trainers_are_told_who_it_is(web: httpx.AsyncClient) -> None:
-    """World size, and the configuration as far as they read it."""
-    assert (await web.get("/get_world_size")).json() == {"world_size": 1}
-    info = (await web.get("/server_info", params={"config_format": "json"})).json()["vllm_config"]
-    assert info["model_config"]["dtype"] == "bfloat16"
-    assert info["lora_config"] == {"max_loras": 4, "max_lora_rank": 64}
-    assert (await web.get("/server_info", params={"config_format": "text"})).status_code == 400
-
-
-@pytest.mark.parametrize(
-    ("query", "mode"),
-    [
-        ("?mode=keep", "keep"),
-        ("", "abort"),
-        ("?mode=wait", "wait"),
-        ("?wait_for_inflight_requests=true", "wait"),
-    ],
-)
-async def test_trainers_pause_and_resume(tmp_path: Path, query: str, mode: str) -> None:
-    """Trainers use vLLM's modes, and its own default."""
-    service = silent_service(tmp_path)
-    engine = cast(SilentEngine, service.engine)
-    transport = httpx.ASGITransport(create_app(service, adapters=operated().manager))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
-        assert (await web.post(f"/pause{query}")).json() == {"status": "paused"}
-        assert (engine.mode, (await web.get("/is_paused")).json()) == (mode, {"is_paused": True})
-        assert (await web.post("/resume")).json() == {"status": "resumed"}
-        assert (await web.get("/is_paused")).json() == {"is_paused": False}
-        assert (await web.post("/pause?mode=never")).status_code == 400

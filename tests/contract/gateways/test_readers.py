@@ -61,11 +61,11 @@ async def busy(api: OpenAIApi, model: str) -> AsyncIterator[None]:
     body = {"model": model, "prompt": [5] * 40, "max_tokens": 200, "ignore_eos": True}
     answers = [asyncio.create_task(api.post("/v1/completions", **body)) for _ in range(4)]
     await until(lambda: api.ready.engine.stats.waiting, "requests that wait")
-    (await api.post("/pause?mode=keep")).raise_for_status()
+    await api.ready.engine.pause()
     try:
         yield
     finally:
-        (await api.post("/resume")).raise_for_status()
+        api.ready.engine.resume()
         assert [each.status_code for each in await asyncio.gather(*answers)] == [200] * 4
 
 

@@ -117,10 +117,3 @@ async def test_a_query_is_read_as_strictly_as_a_body(web: httpx.AsyncClient, que
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
     assert error["message"].startswith("the query of the request is not valid.")
-
-
-async def test_a_prompt_is_not_rendered(web: httpx.AsyncClient) -> None:
-    """Options of rendering messages are refused beside a text, rather than ignored."""
-    answer = await web.post("/tokenize", json={"prompt": "Hi", "add_generation_prompt": True})
-    assert answer.status_code == 400
-    assert "only with messages" in answer.json()["error"]["message"]

@@ -226,20 +226,6 @@ async def test_health_and_version(api: OpenAIApi, monkeypatch: pytest.MonkeyPatc
     assert "server" not in response.headers
 
 
-async def test_text_becomes_tokens_and_back(api: OpenAIApi) -> None:
-    """A prompt, messages as the template renders them, and tokens."""
-    tokenized = (await api.post("/tokenize", model="base", prompt="HELLO", return_token_strs=True)).json()
-    assert (tokenized["count"], tokenized["max_model_len"]) == (5, 256)
-    assert tokenized["token_strs"] == list("HELLO")
-    body = (await api.post("/detokenize", model="base", tokens=tokenized["tokens"])).json()
-    assert body == {"prompt": "HELLO"}
-    rendered = (await api.post("/tokenize", **{key: HI[key] for key in ("model", "messages")})).json()
-    assert rendered["token_strs"] is None
-    assert (await api.post("/detokenize", tokens=rendered["tokens"])).json() == {"prompt": "u:Hi;a:"}
-    assert (await api.post("/detokenize", tokens=[500])).status_code == 400
-    assert (await api.post("/tokenize", model="nope", prompt="A")).status_code == 404
-
-
 def _sent(body: dict[str, Any]) -> bytes:
     """A request as bytes."""
     content = json.dumps(body).encode()

@@ -150,9 +150,6 @@ async def test_special_tokens_are_added_or_not(api: OpenAIApi) -> None:
             await whole(api, path, add_special_tokens=flag, max_tokens=1) for flag in (None, True, False)
         ]
         assert [answer["usage"]["prompt_tokens"] for answer in answers] == counts
-        for flag in (True, False):
-            reported = await api.post("/tokenize", **PROMPTS[path], add_special_tokens=flag)
-            assert (reported.json()["tokens"][0] == 1) == flag
 
 
 @BOTH
@@ -184,12 +181,8 @@ async def test_an_answer_goes_on_with_the_last_message(api: OpenAIApi) -> None:
     fields = {"messages": turns, "add_generation_prompt": False, "continue_final_message": True}
     expected = await texts(api, prompt="u:Hi;a:i; So ", add_special_tokens=False, n=2)
     assert await texts(api, CHAT, **fields, n=2) == expected
-    reported = await api.post("/tokenize", **fields)
-    assert reported.json()["tokens"] == api.ready.service.text.encode("u:Hi;a:i; So ", add_special_tokens=False)
     empty = {"messages": [{"role": "user", "content": ""}]}
     assert await refusal(api, CHAT, **fields | empty) == ("messages[0].content", "invalid_value")
-    answer = await api.post("/tokenize", **fields | empty)
-    assert answer.json()["error"]["param"] == "messages[0].content"
 
 
 GBNF = 'root ::= pair ("," pair)*\npair ::= [a-b] "=" ("x" | "yy")\n'

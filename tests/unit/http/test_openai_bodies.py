@@ -8,7 +8,6 @@ import pytest
 from pydantic import ValidationError
 
 from inference_service.chat.request import NamedTool
-from inference_service.http.admin.tokens import TokenizeBody
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import turns_of
 from inference_service.http.openai.schema import MAX_PROMPTS, CompletionBody
@@ -158,11 +157,6 @@ def test_what_was_thought_comes_back_by_both_names(name: str) -> None:
     body = ChatBody.model_validate_json(json.dumps(CHAT | {"messages": sent}))
     [turn] = (turn.message() for turn in turns_of(body.messages))
     assert turn == {"role": "assistant", "content": "", "reasoning": "Hm.", "reasoning_content": "Hm."}
-
-
-def test_a_prompt_or_messages_are_tokenized_and_not_both() -> None:
-    for fields in ({}, {"prompt": "a", "messages": [USER]}):
-        assert _error(TokenizeBody, json.dumps(fields))["message"].count("either prompt or messages") == 1
 
 
 @pytest.mark.parametrize("kind", [ChatBody, CompletionBody])

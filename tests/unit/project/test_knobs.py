@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.http.admin.tokens import DetokenizeBody, TokenizeBody
 from inference_service.http.openai.chat_schema import (
     ChatBody,
     ChatMessage,
@@ -113,8 +112,6 @@ SMALLEST: Mapping[type[Body], dict[str, Any]] = {
     TextFormat: {"type": "text"},
     Reasoning: {},
     StreamingOptions: {},
-    TokenizeBody: {"prompt": "x"},
-    DetokenizeBody: {"tokens": [5]},
     StreamOptions: {},
     StructuredOutputs: {"json_object": True},
     ChatMessage: USER,

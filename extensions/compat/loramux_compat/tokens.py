@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,11 +15,24 @@ from inference_service.chat.dialect import dialect_of
 from inference_service.chat.request import check_calls
 from inference_service.http.openai.chat_schema import Messages, Tool
 from inference_service.http.openai.mapping import tool_of, turns_of
-from inference_service.http.openai.schema import GOES_ON, OF_MESSAGES, ONE_OF_TWO
+from inference_service.http.openai.schema import GOES_ON, NOT_NULL
 from inference_service.http.wire.body import Body, Examples, Made, read_body
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.bounds import check_turns, countable, refused
 from inference_service.serving.service import GenerationService
+
+OF_MESSAGES: Final = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+"""Fields of rendering messages."""
+ONE_OF_TWO: Final[dict[str, Any]] = {
+    "oneOf": [
+        {
+            "required": ["prompt"],
+            "properties": {"prompt": NOT_NULL}
+            | {name: {"type": "null"} for name in ("messages", *OF_MESSAGES)},
+        },
+        {"required": ["messages"], "properties": {"messages": NOT_NULL, "prompt": {"type": "null"}}},
+    ]
+}
 
 
 class TokenizeBody(Body):

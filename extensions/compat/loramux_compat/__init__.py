@@ -1,0 +1,20 @@
+"""Routes that vLLM has beside OpenAI's: for trainers, and between text and tokens."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from inference_service.http.endpoint import Endpoint
+from loramux_compat import tokens, trainers
+from loramux_shared import routes
+
+ROUTES: Final = (
+    Endpoint(routes.PAUSE, trainers.pause, query=trainers.PauseQuery),
+    Endpoint(routes.RESUME, trainers.resume),
+    Endpoint(routes.IS_PAUSED, trainers.is_paused),
+    Endpoint(routes.WORLD_SIZE, trainers.get_world_size),
+    Endpoint(routes.SERVER_INFO, trainers.server_info, query=trainers.InfoQuery),
+    Endpoint(routes.TOKENIZE, tokens.tokenize, tokens.TokenizeBody, fails=(404,)),
+    Endpoint(routes.DETOKENIZE, tokens.detokenize, tokens.DetokenizeBody, fails=(404,)),
+)
+"""The routes of this extension."""
