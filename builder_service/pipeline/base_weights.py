@@ -1,24 +1,16 @@
 """The base's own tensors, for adapters that carry copies of them; their shards are fetched when asked for.
 
-Weights of few bits are widened by a process of its own where torch is: the builder never imports it. Bases as
-they were recorded are read again without a look at their weights.
+Bases as they were recorded are read again without a look at their weights.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import select
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from builder_service.domain.strict_json import JsonInvalid, parse
@@ -27,103 +19,12 @@ from loramux_shared.bases.formats import QUANTIZE, with_quantize
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.extensions import PARTS, find_extensions
-from loramux_shared.faults import FAULTS, BundleCorrupt, CheckpointInvalid, InternalFault, ResourcesExhausted
+from loramux_shared.extensions import PARTS, find_extensions, need_extension
+from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.base import Progress, Room, unwatched
 from loramux_shared.sources.checkpoint import CONFIG, GENERATION, INDEX, WEIGHTS, Base
 from loramux_shared.sources.files import hash_if_there
 from loramux_shared.sources.open import Sources
-
-NEEDS: Final = ("torch", "inference_service")
-MODULE: Final = "loramux_lowbit.widen"
-LIMIT_S: Final = 600.0
-"""For one weight, the start of the process included; a large one takes a second."""
-POLL_S: Final = 0.5
-
-
-def can_widen() -> bool:
-    """Return True if the packages that it takes are installed here."""
-    there = all(importlib.util.find_spec(name) is not None for name in NEEDS)
-    return there and "lowbit" in find_extensions(PARTS)
-
-
-class Widener:
-    """Widens weights of a base one by one, for several threads, in a process that lives as long as this."""
-
-    def __init__(self, work: Path, check: Callable[[], None]) -> None:
-        """Write into a work folder; check raises what the build was asked to end with."""
-        self._work = work
-        self._check = check
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._errors: IO[bytes] | None = None
-
-    def widen(self, base: Path, name: str, shape: tuple[int, int]) -> TensorFile:
-        """Return a file with a weight in float32, which goes with the object.
-
-        Raises:
-            CheckpointInvalid: there is none of this name and shape, or its tensors do not go together.
-            ResourcesExhausted: it takes too long, or the process was killed.
-            InternalFault: the process failed.
-        """
-        path = self._work / "widened.safetensors"
-        request = {"base": str(base), "name": name, "shape": shape, "into": str(path)}
-        with self._lock:
-            self._work.mkdir(parents=True, exist_ok=True)
-            answer = self._ask(json.dumps(request).encode() + b"\n")
-            if fault := answer.get("fault"):
-                raise FAULTS.get(fault["reason"], InternalFault)(f"base: {fault['message']}")
-            file = read_header(path)
-            file.detach()
-        return file
-
-    def _ask(self, line: bytes) -> dict[str, Any]:
-        process = self._process = self._process or self._started()
-        if process.stdin is None or process.stdout is None:
-            raise InternalFault("widening a base: the process has no pipes. Please report it.")
-        begin = time.monotonic()
-        try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            while not select.select([process.stdout], [], [], POLL_S)[0]:
-                self._check()
-                if time.monotonic() - begin > LIMIT_S:
-                    raise ResourcesExhausted(f"widening a weight takes more than {LIMIT_S:g} s here")
-            reply = process.stdout.readline()
-        except BrokenPipeError:
-            reply = b""
-        if reply:
-            answer: dict[str, Any] = json.loads(reply)
-            return answer
-        self._process = None
-        if (status := process.wait()) < 0:
-            raise ResourcesExhausted(f"widening a base: the process was killed by signal {-status}")
-        raise InternalFault(f"widening a base: the process ended with {status}: {self._last_words()}")
-
-    def _last_words(self) -> str:
-        if self._errors is None:
-            return ""
-        self._errors.seek(0)
-        last = self._errors.read()[-512:].decode(errors="replace").strip().rpartition("\n")[2]
-        return f"{last}. Please report it."
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
-        process = subprocess.Popen(  # noqa: S603 - this interpreter, and a module of ours
-            [sys.executable, "-m", MODULE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-        )
-        weakref.finalize(self, _end, process)
-        return process
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process, which also ends by itself when its stdin is closed."""
-    process.kill()
-    process.communicate()
-
 
 MAX_INDEX: Final = 64 << 20
 
@@ -142,7 +43,7 @@ class BaseWeights:
         self._lock = threading.Lock()
         self._shards: dict[str, str] | None = None
         self._open: dict[str, TensorFile] = {}
-        self._widener = Widener(cache.parent / "widened", lambda: progress(0))
+        self._widener: Any = None
 
     @property
     def files(self) -> Mapping[str, FileDigest]:
@@ -167,20 +68,31 @@ class BaseWeights:
     def widened(self, name: str, shape: tuple[int, int]) -> TensorFile | None:
         """Return a file with a weight of few bits [out, in] in float32, which goes with the object.
 
-        None where the base has no such weight, or torch is not installed here.
+        None where the base has no such weight, or the extension `lowbit` or its torch is not installed here.
 
         Raises:
             CheckpointInvalid: its tensors do not go together.
-            ResourcesExhausted, InternalFault: see `Widener.widen`.
+            ResourcesExhausted, InternalFault: the extension's process failed.
             Fault: what `find` raises.
         """
         parts = self._beside(name.removesuffix("weight"))
-        if not parts or not can_widen():
+        if not parts or (widener := self._open_widener()) is None:
             return None
         for part in parts:
             self.find(part)  # find() fetches and verifies the file
         described = [self.fetch(each) for each in (CONFIG, QUANTIZE) if each in self._base.files]
-        return self._widener.widen(described[0].parent, name, shape)
+        file: TensorFile = widener.widen(described[0].parent, name, shape)
+        return file
+
+    def _open_widener(self) -> Any:
+        """Return the extension's process that widens weights, one for this base; None where there is none."""
+        with self._lock:
+            if self._widener is None and "lowbit.widener" in find_extensions(PARTS):
+                extension = need_extension("lowbit.widener", "a base of few bits")
+                self._widener = extension.open_widener(
+                    self._cache.parent / "widened", lambda: self._progress(0)
+                )
+            return self._widener
 
     def _beside(self, prefix: str) -> list[str]:
         """Return the tensors of a linear."""

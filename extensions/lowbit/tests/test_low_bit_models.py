@@ -10,13 +10,13 @@ import pytest
 from structlog.testing import capture_logs
 from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
-from builder_service.pipeline import base_weights
 from builder_service.pipeline.base_weights import BaseWeights, KnownBases
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.layers.on_gpu import PackedLinear
+from loramux_lowbit import widener
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
@@ -125,7 +125,7 @@ def test_without_torch_dora_of_few_bits_is_refused(
     retained: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A builder without the package refuses low-bit weights, and names the package."""
-    monkeypatch.setattr(base_weights, "NEEDS", ("no_such_torch",))
+    monkeypatch.setattr(widener, "NEEDS", ("no_such_torch",))
     make_adapter(retained.widened, tmp_path / "dora", 3, r=4, use_dora=True, target_modules=["q_proj"])
     deployment = replace(retained.world, adapters={"dora": tmp_path / "dora"}).deployment()
     sources = open_sources(local_roots=[retained.world.root, tmp_path])
