@@ -26,7 +26,7 @@ from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import Pair
 from builder_service.domain.rules.config import CONVERTED
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from builder_service.domain.truncation import LowRank, best_approximation
+from loramux_kinds.truncation import LowRank, best_approximation
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.npy import Array
 
