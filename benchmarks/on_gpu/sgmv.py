@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.on_gpu.device import Device, Work
 from benchmarks.on_gpu.run import FLOOR, OF_FLOOR, Run
-from inference_service.kernels.launch import Launch
+from inference_service.kernels.launch import Launch, planned
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
@@ -22,9 +22,9 @@ from inference_service.kernels.sgmv import (
     SegmentCapacity,
     Segments,
     Slices,
+    lora_apply,
     pack_segments,
     pack_table,
-    plan,
     workspace_numel,
 )
 
@@ -97,7 +97,7 @@ class Linear:
 
     def plan(self) -> list[Launch]:
         """Return our launches."""
-        return plan(self.x, self.out, self.group, self.segments, self.workspace)
+        return planned(lora_apply, self.x, self.out, self.group, self.segments, self.workspace)[1]
 
 
 def run(run: Run) -> None:

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 ARCHITECTURES: Final = (80, 90, 100, 120)
 """The architectures that every configuration of every tuning table is compiled for in the tests."""
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
@@ -101,6 +102,13 @@ def intercepted(take: Callable[[Launch], Any]) -> Iterator[None]:
         _interceptors.stack.pop()
 
 
+def planned(launcher: Callable[..., T], *arguments: Any) -> tuple[T, list[Launch]]:
+    """Call a launcher; return its result, and what it would have launched."""
+    launches: list[Launch] = []
+    with intercepted(launches.append):
+        return launcher(*arguments), launches
+
+
 def taker() -> Callable[[Launch], Any]:
     """Return what takes launches of this thread now."""
     return _interceptors.stack[-1] if _interceptors.stack else Launch.enqueue
@@ -176,6 +184,15 @@ def require(
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def require_shape(
+    tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """The same of a tensor that has this very shape."""
+    require(tensor, name, dims=len(shape), dtype=dtype, device=device)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
 
 
 class Target:

@@ -14,11 +14,11 @@ from inference_service.kernels.attention import (
     HeadNorm,
     Inputs,
     KeysValues,
+    attend,
     pack_tables,
-    plan,
     prefill_tile,
 )
-from inference_service.kernels.launch import Launch
+from inference_service.kernels.launch import Launch, planned
 from loramux_shared.bases.rope import AttentionSpec
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 6e-3, torch.bfloat16: 8e-2}
@@ -79,7 +79,7 @@ class Case:
 
     def planned(self) -> tuple[Tensor, list[Launch]]:
         """The launches, with NaN in everything that they write but the cache."""
-        out, launches = plan(self.inputs, self.tables, self.spec, self.norm, self.sinks)
+        out, launches = planned(attend, self.inputs, self.tables, self.spec, self.norm, self.sinks)
         poison(launches)
         return out, launches
 

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inference_service.kernels.launch import planned
 from inference_service.kernels.sampling import (
     RowParams,
     SamplingTables,
     draw,
     pack_rows,
-    plan,
     reference,
     sample,
 )
@@ -284,7 +284,7 @@ def test_a_captured_launch_serves_later_batches(device: str) -> None:
     logits = guarded(3, 1000, torch.bfloat16, device)
     tables = SamplingTables.allocate(4, 1000, device)
     ids = torch.full((3,), UNTOUCHED, device=device)
-    graph = plan(logits, tables, ids)
+    _, graph = planned(sample, logits, tables, ids)
     seen = []
     for rows in ([], [RowParams(), FILTERED[0]], [FILTERED[1], RowParams(), RowParams(1.0)]):
         logits.copy_(torch.randn(3, 1000))
@@ -315,14 +315,14 @@ def test_parameters_are_packed_for_the_device() -> None:
 
 LOGITS, IDS = torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64)
 REFUSALS: dict[str, Callable[[SamplingTables], object]] = {
-    "logits must have 64 columns, got 63": lambda tables: plan(LOGITS[:, 1:], tables, IDS),
-    "logits must be contiguous in its last": lambda tables: plan(LOGITS.T.contiguous().T, tables, IDS),
-    "the same rows, got 2 and 1": lambda tables: plan(LOGITS, tables, IDS[1:]),
-    "3 rows, but tables for 2": lambda tables: plan(
+    "logits must have 64 columns, got 63": lambda tables: sample(LOGITS[:, 1:], tables, IDS),
+    "logits must be contiguous in its last": lambda tables: sample(LOGITS.T.contiguous().T, tables, IDS),
+    "the same rows, got 2 and 1": lambda tables: sample(LOGITS, tables, IDS[1:]),
+    "3 rows, but tables for 2": lambda tables: sample(
         torch.zeros(3, 64), tables, torch.zeros(3, dtype=torch.int64)
     ),
-    "ids must be int32 or int64": lambda tables: plan(LOGITS, tables, IDS.float()),
-    "compute in": lambda tables: plan(LOGITS.double(), tables, IDS),
+    "ids must be int32 or int64": lambda tables: sample(LOGITS, tables, IDS.float()),
+    "compute in": lambda tables: sample(LOGITS.double(), tables, IDS),
 }
 
 

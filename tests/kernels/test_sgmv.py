@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from inference_service.kernels.sgmv import PREFILL_TILE, plan
+from inference_service.kernels.sgmv import PREFILL_TILE, shrink
 from tests.kernels.sgmv_case import GUARD, expect_right, make_case
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -65,8 +65,7 @@ def test_a_slice_of_rank_zero_keeps_its_bits(device: str) -> None:
 def test_idle_planes_do_not_exist_and_unused_rows_are_not_written(device: str) -> None:
     """Shrink writes exactly the rows of an entry's slot, in as many planes as K has work for."""
     case = make_case([0, 1], [(4,), (12,)], 576, (16,), device=device, spare=1)
-    first, _ = plan(case.x, case.out, case.group, case.segments, case.workspace)
-    first()
+    shrink(case.x, case.group, case.segments, case.workspace)()
     used = 9 * 2 * 12  # 9 blocks of 64, fewer than the 16 planes that there may be, of two entries
     assert case.workspace[used:].isnan().all()
     y = case.workspace[:used].view(9, 2, 12)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from inference_service.kernels.sgmv import DECODE_TILE, Slices, pack_segments, plan
+from inference_service.kernels.launch import planned
+from inference_service.kernels.sgmv import DECODE_TILE, Slices, lora_apply, pack_segments
 from inference_service.kernels.sgmv.tuning import COVERING
 from tests.kernels.sgmv_case import TOLERANCE, Case, make_case, make_group, relative_errors
 
@@ -24,7 +25,7 @@ def test_a_captured_launch_serves_more_adapters_at_replay(captured: list[int], d
     """A grid frozen at capture covers every later step: it depends on capacities, not on the step."""
     case = small_case(device, slots=captured)
     case.x.copy_(torch.randn_like(case.x))
-    graph = plan(case.x, case.out, case.group, case.segments, case.workspace)
+    _, graph = planned(lora_apply, case.x, case.out, case.group, case.segments, case.workspace)
 
     later = [i % 5 for i in range(20)]
     case.segments.load(torch.from_numpy(pack_segments(case.segments.capacity, later)))
@@ -43,7 +44,7 @@ def test_a_captured_launch_serves_more_adapters_at_replay(captured: list[int], d
 def test_a_captured_launch_serves_adapters_that_were_loaded_later(device: str) -> None:
     """Ranks and offsets are read on the device, so a slot may change its adapter between replays."""
     case = small_case(device, slots=[0, 1, 2, 3])
-    graph = plan(case.x, case.out, case.group, case.segments, case.workspace)
+    _, graph = planned(lora_apply, case.x, case.out, case.group, case.segments, case.workspace)
 
     loaded = make_group(RANKS[::-1], 100, case.group.slices, torch.float32, device)
     case.group.weights.copy_(loaded.weights)
@@ -57,12 +58,12 @@ def test_a_captured_launch_serves_adapters_that_were_loaded_later(device: str) -
 def test_grids_are_those_of_the_largest_step_or_cover_the_device(device: str) -> None:
     """No program is launched that could never find work; a step of many segments is done in loops."""
     case = small_case(device)
-    first, second = plan(case.x, case.out, case.group, case.segments, case.workspace)
+    _, (first, second) = planned(lora_apply, case.x, case.out, case.group, case.segments, case.workspace)
     assert case.segments.capacity.segments == len(RANKS) + 25 // DECODE_TILE
     assert first.grid == (6 * 2 * 2,)  # segments, tiles of 32 rows, planes of K = 64 + 36
     assert second.grid == (6 * 7,)  # segments, narrow tiles of 64 + 33 columns
     many = make_case(range(70), [(16,)] * 70, 640, (6400,), device=device)
-    first, second = plan(many.x, many.out, many.group, many.segments, many.workspace)
+    _, (first, second) = planned(lora_apply, many.x, many.out, many.group, many.segments, many.workspace)
     assert first.grid == (COVERING,)
     assert second.grid == (400,)  # narrow tiles of one segment
 

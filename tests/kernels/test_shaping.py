@@ -16,7 +16,7 @@ from inference_service.engine import sampler
 from inference_service.engine.shaping import Reading, Shaper
 from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels.launch import Launch, intercepted
-from inference_service.kernels.sampling import ShapingTables, pack_shapes, plan_shaped
+from inference_service.kernels.sampling import ShapingTables, pack_shapes, sample_shaped
 from inference_service.kernels.sampling.shaping import PIECE, ShapedRow, ShapingState
 from loramux_shared.bases.memory import shaping_bytes
 from tests.support.examples import examples
@@ -111,8 +111,7 @@ def test_shaped_logits_are_those_of_the_host_bit_by_bit(
         return
     tables = shaper.tables(rows)
     ids = torch.zeros(len(seqs), dtype=torch.int32, device=device)
-    for launch in plan_shaped(logits, tables, shaper.state, ids):
-        launch()
+    sample_shaped(logits, tables, shaper.state, ids)
     expected = torch.stack([sampler.shape(logits[row.row].cpu(), row.seq) for row in rows])
     torch.testing.assert_close(tables.shaped.cpu(), expected, rtol=0, atol=0)
     assert torch.equal(logits, before)
@@ -318,11 +317,7 @@ def test_a_recorded_draw_serves_later_rows(device: str) -> None:
     tables = ShapingTables.over(packed, 2, VOCAB)
     ids = torch.full((2,), -7, dtype=torch.int32)
 
-    def work() -> None:
-        for launch in plan_shaped(logits, tables, shaper.state, ids):
-            launch()
-
-    tape = TapeRecorder().capture(work)
+    tape = TapeRecorder().capture(lambda: sample_shaped(logits, tables, shaper.state, ids))
     assert ids.tolist() == [-7, -7]
     assert tape.names == ("shape_kernel", "edit_kernel", "race_kernel", "pick_kernel", "note_kernel")
     for step in range(2):
@@ -345,9 +340,9 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
     packed = torch.from_numpy(pack_shapes([row], VOCAB)).to(device)
     tables, ids = ShapingTables.over(packed, 1, VOCAB), torch.zeros(3, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match=f"logits must have {VOCAB} columns, got 64"):
-        plan_shaped(torch.zeros(1, 64, device=device), tables, state, ids[:1])
+        sample_shaped(torch.zeros(1, 64, device=device), tables, state, ids[:1])
     with pytest.raises(ValueError, match="3 rows, but a state for 2"):
-        plan_shaped(torch.zeros(3, VOCAB, device=device), tables, state, ids)
+        sample_shaped(torch.zeros(3, VOCAB, device=device), tables, state, ids)
 
 
 def test_rows_are_packed_with_their_lists() -> None:

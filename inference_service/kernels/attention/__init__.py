@@ -16,7 +16,7 @@ This package needs torch alone; Triton is imported at the first launch.
 """
 
 from inference_service.kernels.attention.inputs import HeadNorm, Inputs
-from inference_service.kernels.attention.launch import attend, plan
+from inference_service.kernels.attention.launch import attend
 from inference_service.kernels.attention.layout import (
     MIN_BLOCK_SIZE,
     AttentionCapacity,
@@ -41,6 +41,5 @@ __all__ = [
     "attend_chunk",
     "cut_of",
     "pack_tables",
-    "plan",
     "prefill_tile",
 ]

@@ -1,4 +1,7 @@
-"""Launches from tensors: checks, tiles, grids. The only entry to the kernels."""
+"""Launches from tensors: checks, tiles, grids. The only entry to the kernels.
+
+Each function raises `ValueError` where shapes, dtypes, strides or devices do not fit.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ def attend(
 ) -> Tensor:
     """Norm and rotate queries and keys, write keys and values to the cache, attend: [T, query heads, d].
 
-    Rows that belong to no chunk are 0, and write nothing.
+    Rows that belong to no chunk are 0, and write nothing. Launches depend on capacities and addresses alone, so
+    that they stay right for whatever the tables hold when they run.
 
     Args:
         inputs: the layer's tensors.
@@ -42,28 +46,6 @@ def attend(
         sinks: fp32 [query heads], if the layer has them: scores of what every row sees besides, and which has
             no value.
         update: what is to be added to the heads.
-
-    Raises:
-        ValueError: when shapes, dtypes, strides or devices do not fit.
-    """
-    out, launches = plan(inputs, tables, spec, norm, sinks, update)
-    for launch in launches:
-        launch()
-    return out
-
-
-def plan(
-    inputs: Inputs,
-    tables: AttentionTables,
-    spec: AttentionSpec,
-    norm: HeadNorm | None = None,
-    sinks: Tensor | None = None,
-    update: Update | None = None,
-) -> tuple[Tensor, list[Launch]]:
-    """The launches of ``attend``, and where they leave the result.
-
-    They depend on capacities and addresses alone, so that they stay right for whatever the tables hold when
-    they run.
     """
     kernels = kernels_of(__name__, inputs.heads)
     _check_tables(inputs, tables)
@@ -74,7 +56,9 @@ def plan(
     q, out = (inputs.heads.new_empty(len(inputs.heads), inputs.num_heads, inputs.head_dim) for _ in range(2))
     weights = {"p_sinks": sinks, **_weights(spec, tables.capacity.context)}
     planner = _Planner(kernels, inputs, tables, q, out, weights)
-    return out, [planner.rope(norm, update), *planner.attend()]
+    for launch in (planner.rope(norm, update), *planner.attend()):
+        launch()
+    return out
 
 
 @dataclass(frozen=True)

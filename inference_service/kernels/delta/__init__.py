@@ -15,7 +15,7 @@ This package needs torch alone; Triton is imported at the first launch.
 """
 
 from inference_service.kernels.delta.inputs import DeltaInputs, DeltaStates, DeltaWeights, StateChunk
-from inference_service.kernels.delta.launch import gated_delta, plan
+from inference_service.kernels.delta.launch import gated_delta
 from inference_service.kernels.delta.layout import DeltaCapacity, DeltaTables, pack_delta
 from inference_service.kernels.delta.tuning import delta_tile
 
@@ -29,5 +29,4 @@ __all__ = [
     "delta_tile",
     "gated_delta",
     "pack_delta",
-    "plan",
 ]

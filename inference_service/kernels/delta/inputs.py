@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.attention import Context
-from inference_service.kernels.launch import require
+from inference_service.kernels.launch import require, require_shape
 
 L2_EPS = 1e-6
 """Added to the square of a query's or key's length before it is divided by the root."""
@@ -98,9 +98,9 @@ class DeltaInputs:
             ("norm", self.weights.norm, (value_dim,)),
             ("conv of the states", self.states.conv, (len(self.states.recurrent), self.width - 1, channels)),
         ):
-            _require_shape(tensor, name, shape, dtype, device)
+            require_shape(tensor, name, shape, dtype, device)
         for name in ("decay", "dt_bias"):
-            _require_shape(getattr(self.weights, name), name, (heads,), torch.float32, device)
+            require_shape(getattr(self.weights, name), name, (heads,), torch.float32, device)
         left = channels - heads * value_dim
         if left <= 0 or left % (2 * key_dim) or heads % (left // (2 * key_dim)):
             raise ValueError(
@@ -135,11 +135,3 @@ class DeltaInputs:
     def key_heads(self) -> int:
         """Heads of queries, and of keys: each is shared by consecutive heads of values."""
         return (self.qkv.shape[1] - self.value_heads * self.value_dim) // (2 * self.key_dim)
-
-
-def _require_shape(
-    tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    require(tensor, name, dims=len(shape), dtype=dtype, device=device)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")

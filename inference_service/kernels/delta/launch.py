@@ -1,4 +1,7 @@
-"""Launches from tensors: checks, tiles, grids. The only entry to the kernels."""
+"""Launches from tensors: checks, tiles, grids. The only entry to the kernels.
+
+Each function raises `ValueError` where shapes, dtypes, strides or devices do not fit.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,8 @@ MAX_GRID = 65535
 def gated_delta(inputs: DeltaInputs, tables: DeltaTables) -> Tensor:
     """Return [T, value heads * value dim] of the rows, and take the states of their sequences behind them.
 
-    Rows that belong to no chunk are 0.
-
-    Raises:
-        ValueError: when shapes, dtypes or devices do not fit.
-    """
-    out, launches = plan(inputs, tables)
-    for launch in launches:
-        launch()
-    return out
-
-
-def plan(inputs: DeltaInputs, tables: DeltaTables) -> tuple[Tensor, list[Launch]]:
-    """The launches of ``gated_delta``, and where they leave the result.
-
-    They depend on capacities and addresses alone, so that they stay right for whatever the tables hold when
-    they run.
+    Rows that belong to no chunk are 0. Launches depend on capacities and addresses alone, so that they stay
+    right for whatever the tables hold when they run.
     """
     kernels = kernels_of(__name__, inputs.qkv)
     _check(inputs, tables)
@@ -45,7 +34,9 @@ def plan(inputs: DeltaInputs, tables: DeltaTables) -> tuple[Tensor, list[Launch]
     new = inputs.z.new_empty if capacity.tile is None else inputs.z.new_zeros
     out = new(capacity.rows if capacity.tile is None else rows, inputs.z.shape[1])
     planner = _Planner(kernels, inputs, tables, torch.empty_like(inputs.qkv).contiguous(), out)
-    return out[:rows], planner.launches()
+    for launch in planner.launches():
+        launch()
+    return out[:rows]
 
 
 @dataclass(frozen=True)

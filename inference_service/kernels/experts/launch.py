@@ -1,11 +1,11 @@
 """Launches from tensors: checks, tiles, grids. The only entry to the kernels.
 
+Each function raises `ValueError` where shapes, dtypes, strides or devices do not fit.
+
 Launches depend on shapes alone, so that it may be recorded. Padding rows are routed like any other.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from inference_service.kernels.experts.tuning import (
 )
 from inference_service.kernels.launch import Launch, kernels_of, require
 from inference_service.kernels.packing import power_of_two
-from inference_service.kernels.rows.launch import halved
-from inference_service.kernels.rows.tuning import TILE as ROW_TILE
+from inference_service.kernels.rows.launch import halved, tiled
 
 
 def route(logits: Tensor, top_k: int, *, renormalised: bool) -> Routed:
@@ -106,9 +105,6 @@ def grouped(
         pairs: the step's pairs.
         bias: [E, N].
         of_tokens: whether x is by token.
-
-    Raises:
-        ValueError: when shapes, dtypes, strides or devices do not fit.
     """
     kernels = kernels_of(__name__, x)
     _check_grouped(x, weight, pairs, bias, of_tokens)
@@ -165,16 +161,12 @@ def clamped(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     """
     kernels = kernels_of(__name__, gate_up)
     out, arguments = halved(gate_up)
-    _tiled(kernels.clamped_kernel, out, arguments | {"alpha": alpha, "limit": limit})
+    tiled(kernels.clamped_kernel, out, arguments | {"alpha": alpha, "limit": limit})
     return out
 
 
 def combine(y: Tensor, routed: Routed, pairs: ByExpert) -> Tensor:
-    """Return the weighted sums [T, N] of each token's places of y [P, N].
-
-    Raises:
-        ValueError: when shapes or strides do not fit.
-    """
+    """Return the weighted sums [T, N] of each token's places of y [P, N]."""
     kernels = kernels_of(__name__, y)
     require(y, "y", dims=2)
     if len(y) != routed.pairs or not routed.weights.is_contiguous():
@@ -191,11 +183,5 @@ def combine(y: Tensor, routed: Routed, pairs: ByExpert) -> Tensor:
         "stride_y": y.stride(0),
         "stride_out": out.stride(0),
     }
-    _tiled(kernels.combine_kernel, out, arguments)
+    tiled(kernels.combine_kernel, out, arguments)
     return out
-
-
-def _tiled(kernel: Any, out: Tensor, arguments: dict[str, Any]) -> None:
-    config = ROW_TILE[out.dtype.itemsize]
-    grid = len(out), -(-out.shape[1] // config.block)
-    Launch(kernel, grid, arguments | {"BLOCK": config.block, "num_warps": config.num_warps})()

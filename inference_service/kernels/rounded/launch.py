@@ -1,4 +1,7 @@
-"""Launches from tensors: checks, tiles, grids. The only entry to the kernels."""
+"""Launches from tensors: checks, tiles, grids. The only entry to the kernels.
+
+Each function raises `ValueError` where shapes, dtypes, strides or devices do not fit.
+"""
 
 from __future__ import annotations
 
@@ -94,11 +97,7 @@ def packed_halves(values: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """Return x W^T + b [T, N] of x [T, K]; the sums of a row do not depend on other rows of its tile.
-
-    Raises:
-        ValueError: when shapes, dtypes, strides or devices do not fit.
-    """
+    """Return x W^T + b [T, N] of x [T, K]; the sums of a row do not depend on other rows of its tile."""
     kernels = kernels_of(__name__, x)
     require(x, "x", dims=2, device=weight.values.device)
     if x.shape[1] != weight.width:

@@ -1,5 +1,7 @@
 """Launches from tensors: checks, tiles, grids. The only entry to the kernels.
 
+Each function raises `ValueError` where shapes, dtypes, strides or devices do not fit.
+
 Rows of tensors are contiguous, with any stride between them. Padding rows are harmless: no row reads another.
 """
 
@@ -11,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from inference_service.kernels.launch import Launch, kernels_of, require
+from inference_service.kernels.launch import Launch, kernels_of, require, require_shape
 from inference_service.kernels.rows.tuning import TILE, norm_config
 from inference_service.kernels.sgmv import Slices, Update
 
@@ -43,9 +45,6 @@ def rms_norm(
 
     Returns:
         [T, dim].
-
-    Raises:
-        ValueError: when shapes, dtypes, strides or devices do not fit.
     """
     kernels = kernels_of(__name__, hidden)
     _check_norm(hidden, weight, delta, delta_weight)
@@ -54,7 +53,7 @@ def rms_norm(
     if out is None:
         out = hidden.new_empty(hidden.shape)
     else:
-        _require_like(out, "out", hidden, tuple(hidden.shape))
+        require_shape(out, "out", tuple(hidden.shape), hidden.dtype, hidden.device)
     arguments = {
         "p_hidden": hidden,
         "p_delta": delta,
@@ -86,7 +85,7 @@ def gated(gate_up: Tensor, activation: Activation, update: Update | None = None)
     out, arguments = halved(gate_up)
     arguments["GELU"] = activation == "gelu_tanh"
     if update is None:
-        _tiled(kernels.gated_kernel, out, arguments)
+        tiled(kernels.gated_kernel, out, arguments)
         return out
     half, config = arguments.pop("I"), update.config
     if update.slices != Slices.consecutive(half, half):
@@ -120,9 +119,6 @@ def embed(tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     """Return rows [T, dim] of a table [V, dim], by tokens int32 or int64 [T], times a scale.
 
     The scale is rounded to the table's dtype first: Gemma was trained with one in bfloat16.
-
-    Raises:
-        ValueError: when shapes, dtypes, strides or devices do not fit.
     """
     kernels = kernels_of(__name__, table)
     require(table, "table", dims=2)
@@ -137,7 +133,7 @@ def embed(tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
         "stride_out": out.stride(0),
         "scale": _rounded(scale, table.dtype),
     }
-    _tiled(kernels.embed_kernel, out, arguments)
+    tiled(kernels.embed_kernel, out, arguments)
     return out
 
 
@@ -157,30 +153,26 @@ def softcap(logits: Tensor, cap: float) -> None:
     if cap <= 0:
         raise ValueError(f"cap must be positive, got {cap}")
     arguments = {"p_logits": logits, "V": logits.shape[1], "stride_logits": logits.stride(0), "cap": cap}
-    _tiled(kernels.softcap_kernel, logits, arguments)
+    tiled(kernels.softcap_kernel, logits, arguments)
 
 
 def _check_norm(hidden: Tensor, weight: Tensor, delta: Tensor | None, delta_weight: Tensor | None) -> None:
     require(hidden, "hidden", dims=2)
-    _require_like(weight, "weight", hidden, (hidden.shape[1],))
+    like = hidden.dtype, hidden.device
+    require_shape(weight, "weight", (hidden.shape[1],), *like)
     if delta is not None:
-        _require_like(delta, "delta", hidden, tuple(hidden.shape))
+        require_shape(delta, "delta", tuple(hidden.shape), *like)
     if delta_weight is not None:
         if delta is None:
             raise ValueError("delta_weight needs a delta")
-        _require_like(delta_weight, "delta_weight", hidden, (hidden.shape[1],))
+        require_shape(delta_weight, "delta_weight", (hidden.shape[1],), *like)
 
 
-def _tiled(kernel: Any, out: Tensor, arguments: dict[str, Any]) -> None:
+def tiled(kernel: Any, out: Tensor, arguments: dict[str, Any]) -> None:
+    """Launch a kernel with a program for each tile of each row of out."""
     config = TILE[out.dtype.itemsize]
     grid = len(out), -(-out.shape[1] // config.block)
     Launch(kernel, grid, arguments | {"BLOCK": config.block, "num_warps": config.num_warps})()
-
-
-def _require_like(tensor: Tensor, name: str, other: Tensor, shape: tuple[int, ...]) -> None:
-    require(tensor, name, dims=len(shape), dtype=other.dtype, device=other.device)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
 
 
 def _require_indices(tensor: Tensor, name: str, device: torch.device) -> None:

@@ -23,7 +23,7 @@ This package needs torch alone; Triton is imported at the first launch.
 """
 
 from inference_service.kernels.sampling.host import NO_TOKEN, Drawn, draw, draw_rows
-from inference_service.kernels.sampling.launch import plan, plan_shaped, sample, sample_shaped
+from inference_service.kernels.sampling.launch import sample, sample_shaped
 from inference_service.kernels.sampling.layout import RowParams, SamplingTables, pack_rows
 from inference_service.kernels.sampling.shaping import ShapedRow, ShapingState, ShapingTables, pack_shapes
 
@@ -39,8 +39,6 @@ __all__ = [
     "draw_rows",
     "pack_rows",
     "pack_shapes",
-    "plan",
-    "plan_shaped",
     "sample",
     "sample_shaped",
 ]

@@ -1,4 +1,10 @@
-"""Launches from logits: checks, tiles, grids. The only entry to the kernels."""
+"""Launches from logits: checks, tiles, grids. The only entry to the kernels.
+
+Each function raises `ValueError` where shapes, dtypes, strides or devices do not fit.
+
+Launches stay right for whatever tables and logits hold when they run; those of shaped rows do not when the
+state gets memory for what it had none for.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +30,7 @@ def sample(logits: Tensor, tables: SamplingTables, ids: Tensor) -> None:
         logits: [N, vocab], rows contiguous; NaN counts as -inf, and of a row without any other the answer is 0.
         tables: parameters of N rows or more.
         ids: int32 or int64 [N]: the tokens.
-
-    Raises:
-        ValueError: when shapes, dtypes, strides or devices do not fit.
     """
-    for launch in plan(logits, tables, ids):
-        launch()
-
-
-def plan(logits: Tensor, tables: SamplingTables, ids: Tensor) -> list[Launch]:
-    """The launches of ``sample``; they stay right for whatever the tables and logits hold when they run."""
     kernels = kernels_of(__name__, logits)
     _check(logits, tables, ids)
     tiles = tables.scores.shape[1]
@@ -57,10 +54,8 @@ def plan(logits: Tensor, tables: SamplingTables, ids: Tensor) -> list[Launch]:
         "BLOCK": config.block,
         "num_warps": config.num_warps,
     }
-    return [
-        Launch(kernels.race_kernel, (len(logits), tiles), shared | race),
-        Launch(kernels.pick_kernel, (len(logits),), shared | pick),
-    ]
+    Launch(kernels.race_kernel, (len(logits), tiles), shared | race)()
+    Launch(kernels.pick_kernel, (len(logits),), shared | pick)()
 
 
 def sample_shaped(logits: Tensor, tables: ShapingTables, state: ShapingState, ids: Tensor) -> None:
@@ -72,18 +67,6 @@ def sample_shaped(logits: Tensor, tables: ShapingTables, state: ShapingState, id
         state: what the sequences at these places have said. Where all of a row is -inf after what its request
             does to it, ``impossible`` of the row becomes 1, else 0.
         ids: int32 or int64 [N]: the tokens.
-
-    Raises:
-        ValueError: when shapes, dtypes, strides or devices do not fit.
-    """
-    for launch in plan_shaped(logits, tables, state, ids):
-        launch()
-
-
-def plan_shaped(logits: Tensor, tables: ShapingTables, state: ShapingState, ids: Tensor) -> list[Launch]:
-    """The launches of ``sample_shaped``; they stay right for whatever the tables and logits hold when they run.
-
-    But not when the state gets memory for what it had none for.
     """
     kernels = kernels_of(__name__, logits)
     require(logits, "logits", dims=2)
@@ -125,12 +108,10 @@ def plan_shaped(logits: Tensor, tables: ShapingTables, state: ShapingState, ids:
         "TILES": power_of_two(tiles),
         "num_warps": 1,
     }
-    return [
-        Launch(kernels.shape_kernel, (rows, -(-vocab // SHAPE.block)), shared | shape),
-        Launch(kernels.edit_kernel, (rows,), shared | edit),
-        *plan(tables.shaped, tables.draw, tables.drawn),
-        Launch(kernels.note_kernel, (rows,), shared | note),
-    ]
+    Launch(kernels.shape_kernel, (rows, -(-vocab // SHAPE.block)), shared | shape)()
+    Launch(kernels.edit_kernel, (rows,), shared | edit)()
+    sample(tables.shaped, tables.draw, tables.drawn)
+    Launch(kernels.note_kernel, (rows,), shared | note)()
 
 
 def _check(logits: Tensor, tables: SamplingTables, ids: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""Launches from tensors: checks, tiles, grids. The only entry to the kernels."""
+"""Launches from tensors: checks, tiles, grids. The only entry to the kernels.
+
+Each function raises `ValueError` where shapes, dtypes, strides or devices do not fit.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ from inference_service.kernels.sgmv.tuning import (
 
 
 def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> None:
-    """Add the adapters' updates of one fused linear to ``out`` in place.
+    """Add the adapters' updates of one fused linear to ``out`` in place: one shrink, then one expand per pass.
+
+    Launches depend on capacities and addresses alone, so that they stay right for whatever the segments, the
+    table and the weights hold when they run.
 
     Args:
         x: [T, K], rows contiguous.
@@ -32,23 +38,11 @@ def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, workspa
         segments: the step's segments.
         workspace: fp32, at least ``workspace_numel`` elements; its content is of no interest before or after,
             so all layers share one.
-
-    Raises:
-        ValueError: when shapes, dtypes, strides or devices do not fit.
-    """
-    for launch in plan(x, out, group, segments, workspace):
-        launch()
-
-
-def plan(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> list[Launch]:
-    """The launches of ``lora_apply``: one shrink, then one expand per pass.
-
-    They depend on capacities and addresses alone, so that they stay right for whatever the segments, the
-    table and the weights hold when they run.
     """
     if x.shape[0] != out.shape[0]:
         raise ValueError(f"x and out must have the same rows, got {x.shape[0]} and {out.shape[0]}")
-    return [shrink(x, group, segments, workspace), *expand(out, group, segments, workspace)]
+    for launch in (shrink(x, group, segments, workspace), *expand(out, group, segments, workspace)):
+        launch()
 
 
 @dataclass(frozen=True)
@@ -78,11 +72,7 @@ def _shrink_config(group: Group, segments: Segments) -> ShrinkConfig:
 
 
 def shrink(x: Tensor, group: Group, segments: Segments, workspace: Tensor) -> Launch:
-    """The first launch of ``lora_apply``, which needs no output of the base.
-
-    Raises:
-        ValueError: as ``lora_apply``.
-    """
+    """The first launch of ``lora_apply``, which needs no output of the base."""
     config = _shrink_config(group, segments)
     numel = config.numel(group.in_features, group.max_rows, segments.capacity)
     require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
@@ -126,11 +116,7 @@ def shrink(x: Tensor, group: Group, segments: Segments, workspace: Tensor) -> La
 
 
 def expand(out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> list[Launch]:
-    """The other launches of ``lora_apply``, one per pass, behind ``shrink`` with the same workspace.
-
-    Raises:
-        ValueError: as ``lora_apply``.
-    """
+    """The other launches of ``lora_apply``, one per pass, behind ``shrink`` with the same workspace."""
     kernels, slices = kernels_of(__name__, out), group.slices
     if _check_table(group.table, segments, out.device) != len(slices.sizes):
         shape = tuple(group.table.shape)
