@@ -19,6 +19,7 @@ from builder_service.builder import Builder
 from builder_service.builds.builds import Builds
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux_shared.access.guard import open_guard
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.calls import Patience
@@ -64,7 +65,11 @@ async def serve(settings: BuilderSettings) -> None:
     patience = Patience(read_s=settings.stall_timeout_s, pause_s=settings.stall_timeout_s)
     services = {SERVICE_NAME: BuilderServicer(builds, checks).register}
     server = RpcServer(settings.grpc, services, guard, tracing, patience)
-    metrics = builds.meter.listen(settings.metrics, insecure=settings.insecure) if settings.metrics else "off"
+    metrics = "off"
+    if settings.metrics:
+        meter = need_extension("meter", f"LORAMUX_METRICS={settings.metrics}").BuildMeter(builds.count_running)
+        builds.on_end = meter.ended
+        metrics = meter.listen(settings.metrics, insecure=settings.insecure)
     log.info("reading the journal", store=store, builder=identity.name)
     address, recovered = await stop.starting(_start(server, builds))
     log.info(

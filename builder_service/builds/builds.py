@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Final
@@ -10,7 +11,6 @@ from typing import Final
 import structlog
 
 from builder_service.builds.journal import BuildLimits, Journal, JournalEntry, Keeper
-from builder_service.builds.meter import BuildMeter
 from builder_service.builds.pushes import Pushes
 from builder_service.builds.running import Failures, RunningBuild, place_of
 from builder_service.builds.shown import BuildViews
@@ -60,7 +60,8 @@ class Builds(BuildViews):
         self._keeping: asyncio.Task[None] | None = None
         self._draining = False
         self.pushes = Pushes(context, self.published)
-        self.meter = BuildMeter(self._count_running)
+        self.on_end: Callable[[RunningBuild], None] = lambda _: None
+        """Called with each build that ended."""
 
     async def recover(self) -> int:
         """Take up the builds that the last run of the builder did not end; returns how many.
@@ -147,7 +148,7 @@ class Builds(BuildViews):
         self._refuse_when_draining()
         found = self._find(entry)
         if found is None:
-            waiting = self._count_running()
+            waiting = self.count_running()
             if waiting >= self._limits.running + self._limits.waiting:
                 raise QueueFull(f"{waiting} builds run or wait, which is the limit. Call again later.")
             found = self._start(entry)
@@ -195,7 +196,8 @@ class Builds(BuildViews):
             self._keeping.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _count_running(self) -> int:
+    def count_running(self) -> int:
+        """Return how many builds run or wait, on any thread."""
         return len(self._open)
 
     def _find(self, entry: JournalEntry) -> RunningBuild | None:
@@ -330,7 +332,7 @@ class Builds(BuildViews):
             forgetting = asyncio.create_task(self._forget(running))
             self._tasks.add(forgetting)
             forgetting.add_done_callback(self._tasks.discard)
-        self.meter.ended(running)
+        self.on_end(running)
         self._following.forget(running.name)
 
 

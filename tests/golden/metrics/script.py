@@ -7,7 +7,6 @@ from typing import cast
 
 from prometheus_client import generate_latest
 
-from builder_service.builds.meter import BuildMeter
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import BuildState
 from inference_service.adapters.catalog import Catalog
@@ -24,6 +23,7 @@ from inference_service.serving.request import AnswerDelta, AnswerFinished, Reque
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import following
 from loramux_shared.deployment import ModelLimits
+from loramux_shared.extensions import need_extension
 from loramux_shared.runtime import Limits
 from tests.support.generations import change_deployed
 from tests.support.metrics import Scrape
@@ -69,7 +69,7 @@ def everything() -> Scrape:
 
 def of_builder() -> Scrape:
     """Return the metrics of a builder once a build has ended."""
-    meter = BuildMeter(lambda: 0)
+    meter = need_extension("meter", "metrics of a builder").BuildMeter(lambda: 0)
     entry = SimpleNamespace(create_time=datetime.now(UTC))
     meter.ended(cast(RunningBuild, SimpleNamespace(failure=None, state=BuildState.ACTIVE, entry=entry)))
     return Scrape(generate_latest(meter._registry).decode())

@@ -1,0 +1,1 @@
+"""The extension `meter`: metrics of a builder."""
