@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
 
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.requests import fitted
@@ -33,6 +35,13 @@ _MERGES = {
     Merge.ALWAYS: pb.MERGE_ALWAYS,
 }
 DTYPE_NAMES = {value: name for name, value in DTYPES.items()}
+_M = TypeVar("_M", bound=Message)
+
+
+def message_of(kind: type[_M], record: object, **others: Any) -> _M:
+    """Return a message whose fields are a record's, by their names, apart from the others."""
+    names = [name for name in kind.DESCRIPTOR.fields_by_name if name not in others]
+    return kind(**{name: getattr(record, name) for name in names}, **others)
 
 
 def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
@@ -172,7 +181,7 @@ def check_request(
 
 def finding_to_message(finding: Finding) -> pb.Finding:
     """Return a finding as a message."""
-    return pb.Finding(**finding.model_dump())
+    return message_of(pb.Finding, finding)
 
 
 def finding_from_message(message: pb.Finding) -> Finding:

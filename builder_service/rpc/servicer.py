@@ -24,6 +24,7 @@ from loramux.messages import (
     adapters_from_message,
     deployment_from_message,
     finding_to_message,
+    message_of,
     repository_to_message,
 )
 from loramux_shared.bundle.manifest import ModuleRow
@@ -150,15 +151,14 @@ MAX_OTHERS: Final = 1000
 
 def deployment_message(view: DeploymentView) -> pb.Deployment:
     """Return a deployment as a message."""
-    return pb.Deployment(
-        name=view.name,
+    return message_of(
+        pb.Deployment,
+        view,
         state=f"STATE_{view.state}",
-        generation=view.generation,
         create_time=_timestamp(view.create_time),
         update_time=_timestamp(view.update_time),
         adapters=map(_adapter_message, view.adapters),
-        failure=None if view.failure is None else _failure_message(view.failure),
-        unchanged=view.unchanged,
+        failure=view.failure and _failure_message(view.failure),
     )
 
 
@@ -209,19 +209,12 @@ def pushed_message(pushed: Pushed) -> pb.PutAdapterResponse:
 
 def generation_message(view: GenerationView) -> pb.Generation:
     """Return a generation as a message."""
-    return pb.Generation(
-        number=view.number,
-        create_time=_timestamp(view.create_time) if view.create_time else None,
-        served=view.served,
-        adapters=view.adapters,
-        changes=[
-            pb.AdapterChange(name=change.name, digest=change.digest, digest_before=change.before)
-            for change in view.changes
-        ],
-        change_count=view.change_count,
-        other_settings=view.other_settings,
-        damage=view.damage,
-    )
+    changes = [
+        pb.AdapterChange(name=change.name, digest=change.digest, digest_before=change.before)
+        for change in view.changes
+    ]
+    moment = view.create_time and _timestamp(view.create_time)
+    return message_of(pb.Generation, view, create_time=moment, changes=changes)
 
 
 def checked_deployment(request: pb.CheckAdapterRequest) -> Deployment:
@@ -245,24 +238,15 @@ def checked_deployment(request: pb.CheckAdapterRequest) -> Deployment:
 
 def report_message(report: CheckedReport) -> pb.AdapterReport:
     """Return the report of a check as a message."""
-    return pb.AdapterReport(
-        accepted=report.accepted,
+    return message_of(
+        pb.AdapterReport,
+        report,
         adapter=repository_to_message(report.adapter),
         base=repository_to_message(report.base),
-        files=[
-            pb.AdapterFile(name=name, size=file.size, sha256=file.sha256)
-            for name, file in sorted(report.files.items())
-        ],
+        files=[message_of(pb.AdapterFile, file, name=name) for name, file in sorted(report.files.items())],
         findings=map(finding_to_message, report.findings),
         rows=map(_row_message, report.rows),
         dtype=DTYPES[report.dtype],
-        bundle_bytes=report.bundle_bytes,
-        base_model_name=report.base_model_name,
-        licence=report.licence,
-        base_licence=report.base_licence,
-        kinds=report.kinds,
-        replaced_rows=report.replaced_rows,
-        invocation_tokens=report.invocation_tokens,
         labels=report.score.label_names if report.score else (),
         problem_type=(report.score and report.score.problem_type) or "",
     )
@@ -278,29 +262,12 @@ def _row_message(row: ModuleRow) -> pb.AdapterRow:
 
 
 def _adapter_message(adapter: AdapterProgress) -> pb.AdapterBuild:
-    return pb.AdapterBuild(
-        name=adapter.name,
-        stage=f"STAGE_{adapter.stage}",
-        bytes_done=adapter.bytes_done,
-        bytes_total=adapter.bytes_total,
-        digest=adapter.digest,
-        ranks=adapter.ranks,
-        modules=adapter.modules,
-        tensors_used=adapter.tensors_used,
-        bundle_bytes=adapter.bundle_bytes,
-        warnings=map(finding_to_message, adapter.warnings),
-        reused=adapter.reused,
-        repaired=adapter.repaired,
-        kept=adapter.kept,
-        added=adapter.added,
-        kinds=adapter.kinds,
-    )
+    warnings = map(finding_to_message, adapter.warnings)
+    return message_of(pb.AdapterBuild, adapter, stage=f"STAGE_{adapter.stage}", warnings=warnings)
 
 
 def _failure_message(fault: Fault) -> pb.Failure:
-    return pb.Failure(
-        reason=fault.reason, message=fault.message, findings=map(finding_to_message, fault.findings)
-    )
+    return message_of(pb.Failure, fault, findings=map(finding_to_message, fault.findings))
 
 
 def _timestamp(moment: datetime) -> Timestamp:

@@ -18,6 +18,7 @@ from inference_service.adapters.texts import AdapterTexts
 from inference_service.rpc.mapping import request_from_message
 from inference_service.rpc.pooling import requests_from_message
 from inference_service.serving.service import GenerationService
+from loramux import faults
 from loramux_shared.codes import CODES, CURES
 from loramux_shared.faults import FAULTS
 from loramux_shared.rpc import calls
@@ -175,3 +176,7 @@ def test_who_died_in_the_middle_is_not_asked_for_tls() -> None:
     connecting = "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:1.2.3.4:1: Socket closed"
     assert unreachable("a:1", connecting).endswith("Does it speak TLS? Then its address is grpcs://a:1")
     assert unreachable("a:1", "Stream removed (Socket closed)").endswith("Is it running?")
+
+
+def test_every_failure_can_be_named_by_a_client() -> None:
+    assert [each.__name__ for each in FAULTS.values() if not hasattr(faults, each.__name__)] == []
