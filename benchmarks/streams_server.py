@@ -30,8 +30,9 @@ from inference_service.processes.host import ApiHost
 from inference_service.replica import SWITCH_S, keep_what_is_loaded
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.request_log import open_watchers
+from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.server import CORE, RpcServer

@@ -7,12 +7,13 @@ import itertools
 import time
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Final
 
 from inference_service.adapters.adapter_set import AdapterSet
-from inference_service.adapters.changing import Changing
+from inference_service.adapters.changing import already_loaded, digest_of, repository_of
 from inference_service.adapters.ports import AdapterResidency, Bundles, GenerationFollower, Publisher
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import (
@@ -28,7 +29,14 @@ from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import AdapterState
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.deployment import Repository
-from loramux_shared.faults import Fault, PageTokenInvalid, RequestInvalid
+from loramux_shared.faults import (
+    AdapterExists,
+    Fault,
+    NoBuilder,
+    PageTokenInvalid,
+    ReplicaBehind,
+    RequestInvalid,
+)
 
 PAGE: Final = 100
 MAX_PAGE: Final = 1000
@@ -41,7 +49,11 @@ BLIND: Final = "the store cannot be read; the server's log says why"
 
 
 class AdapterManager:
-    """The adapters of a replica, for operators. Used on the event loop alone."""
+    """The adapters of a replica, for operators. Used on the event loop alone.
+
+    A replica does not convert: what is not a bundle yet is given to a builder, which publishes the next
+    generation, so that a change through one replica reaches all of them and survives restarts.
+    """
 
     def __init__(
         self,
@@ -59,7 +71,8 @@ class AdapterManager:
         self._residency = adapters.residency
         self._follower = follower
         self.facts = facts
-        self._changing = Changing(adapters, follower, bundles, publisher)
+        self._bundles = bundles
+        self._publisher = publisher
         self._paused = paused
         self._version = version("loramux")
 
@@ -148,11 +161,16 @@ class AdapterManager:
             BundleCorrupt: likewise, its manifest is damaged.
             StoreUnavailable: it does not answer.
         """
-        everywhere = await self._changing.add(name, path, replace=replace)
+        digest = digest_of(path) if isinstance(path, str) else None
+        if digest is not None:
+            await self._load_bundle(name, digest, replace=replace)
+        else:
+            repository = repository_of(path) if isinstance(path, str) else path
+            await self._publish(name, repository, replace=replace)
         model = self._adapter(name)
         if model.adapter is not None:
             self._adapters.prefetch(model.adapter)
-        return Loaded(self._view(model), everywhere)
+        return Loaded(self._view(model), everywhere=digest is None)
 
     async def unload(self, name: str) -> int | None:
         """Take a name away; return the generation that lacks it, or None where this replica alone had it.
@@ -166,7 +184,12 @@ class AdapterManager:
             ReplicaBehind: the generation was published, and this replica does not serve it yet.
         """
         self._adapter(name)
-        return await self._changing.remove(name)
+        if self._adapters.is_own(name):
+            self._adapters.remove(name)
+            return None
+        generation = await self._builder().remove(name)
+        await self._follower.catch_up(generation)
+        return generation
 
     async def roll_back(self, to: int | None = None) -> int:
         """Have an older generation published again, and return its new number when it is served here.
@@ -175,7 +198,9 @@ class AdapterManager:
             NoBuilder: this replica knows no builder.
             ReplicaBehind: the generation was published, and this replica does not serve it yet.
         """
-        return await self._changing.roll_back(to)
+        generation = await self._builder().roll_back(to)
+        await self._follower.catch_up(generation)
+        return generation
 
     def replica(self) -> ReplicaView:
         """Return the state of the replica; costs at most a look at the adapters in the bank or on their way."""
@@ -212,6 +237,42 @@ class AdapterManager:
                 sent = view.standing
                 yield view
             await asyncio.sleep(WATCH_S)
+
+    def _builder(self) -> Publisher:
+        if self._publisher is None:
+            raise NoBuilder(
+                "this replica has no builder, and only a builder can change the deployment. Start it with "
+                "--builder HOST:PORT, or load a bundle that the store has: bundle:DIGEST."
+            )
+        return self._publisher
+
+    def _taken(self, name: str) -> bool:
+        return name != self._catalog.base_name and any(model.name == name for model in self._catalog.everything)
+
+    def _require_free(self, name: str, *, replace: bool) -> None:
+        if not replace and self._taken(name):
+            raise already_loaded(name)
+
+    async def _publish(self, name: str, repository: Repository, *, replace: bool) -> None:
+        builder = self._builder()
+        self._require_free(name, replace=replace)
+        try:
+            number = await builder.add(name, repository, must_be_new=not replace)
+        except AdapterExists as fault:
+            if not self._taken(name):  # published a moment ago, through another replica
+                with suppress(ReplicaBehind):
+                    await self._follower.catch_up(self._follower.standing.generation + 1)
+            raise already_loaded(name) from fault
+        await self._follower.catch_up(number)
+
+    async def _load_bundle(self, name: str, digest: str, *, replace: bool) -> None:
+        if self._bundles is None:
+            raise NoBuilder("the names of this replica never change. Serve the bundle from another one.")
+        self._require_free(name, replace=replace)
+        self._adapters.check_own(name)
+        record = await self._bundles.record(digest)
+        self._require_free(name, replace=replace)
+        self._adapters.add(name, record)
 
     def _adapter(self, name: str) -> ServedModel:
         if name == self._catalog.base_name:

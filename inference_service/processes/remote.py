@@ -25,11 +25,11 @@ from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.limits import Ticket
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Request, ResolvedModel
-from inference_service.serving.service import GenerationService, ParsersOf, ServingLimits
+from inference_service.serving.service import GenerationService, ParsersOf
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.model_series import ModelSeries
 from inference_service.serving.telemetry.record import Watcher
-from inference_service.serving.terms import Terms
+from inference_service.serving.terms import ServingLimits, Terms
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.access.keys import ACCESS

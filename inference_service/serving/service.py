@@ -15,11 +15,10 @@ from inference_service.adapters.ports import GenerationFollower, Resolver
 from inference_service.adapters.served_model import AdapterDefaults, ServedModel, require_text
 from inference_service.adapters.texts import AdapterTexts, Scorer
 from inference_service.core.adapter import activation
-from inference_service.core.constraint import Constraint, Grammar
+from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import LogprobsMode
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.serving.answer import Answer
-from inference_service.serving.base_files import BaseFiles
 from inference_service.serving.bounds import check, countable
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.delivery import Outputs, Sink
@@ -28,11 +27,8 @@ from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import (
     AnswerDelta,
-    AnswerFinished,
     AnswerStarted,
     Event,
-    Message,
-    PromptScores,
     Request,
     ResolvedModel,
 )
@@ -44,19 +40,7 @@ from inference_service.text.text import StopTexts, Text
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import InternalFault
 from loramux_shared.runtime import Parsers, Pooling, ReasoningParser, ToolParser
-
-__all__ = [
-    "AnswerDelta",
-    "AnswerFinished",
-    "AnswerStarted",
-    "Constraint",
-    "Event",
-    "GenerationService",
-    "Message",
-    "PromptScores",
-    "Request",
-    "ServingLimits",
-]
+from loramux_shared.sources.checkpoint import PlacedBase
 
 ParsersOf = Callable[[ToolParser, ReasoningParser], Parsers]
 
@@ -83,7 +67,7 @@ class GenerationService:
         follower: GenerationFollower | None = None,
         texts: AdapterTexts | None = None,
         resolver: Resolver | None = None,
-        base_files: BaseFiles | None = None,
+        placed: PlacedBase | None = None,
         pooling_of_base: Pooling | None = Pooling.LAST,
         parsers_of: ParsersOf = Parsers,
         logprobs_mode: LogprobsMode = "raw",
@@ -106,7 +90,8 @@ class GenerationService:
         self.metrics = Metrics(catalog, engine, self.adapters, metrics_models)
         self.naming = Naming(catalog, follower, texts, resolver)
         self.logprobs_mode: LogprobsMode = logprobs_mode
-        self.base_files = base_files or BaseFiles()
+        self.placed = placed
+        """The base's checkpoint; None: the service was made without one."""
         self.limiter = Limiter()
         self.texts = texts
         self.pooling_of_base = pooling_of_base

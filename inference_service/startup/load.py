@@ -38,10 +38,10 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
-from inference_service.serving.base_files import BaseFiles
 from inference_service.serving.engine_thread import EngineThread, Inbox
-from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.record import Watcher
+from inference_service.serving.terms import ServingLimits
 from inference_service.startup.bank import OpenBank, open_bank, preload, preload_later
 from inference_service.startup.base import (
     LoadedBase,
@@ -236,7 +236,7 @@ def _begin(
         follower=follower,
         texts=AdapterTexts(BundleReader(store, None), base.text) if bank is None else bank.texts,
         resolver=resolver,
-        base_files=BaseFiles(base.placed),
+        placed=base.placed,
         pooling_of_base=base.pooling,
         parsers_of=settings.parsers,
         logprobs_mode=settings.logprobs_mode,

@@ -19,7 +19,8 @@ from inference_service.http import server as api
 from inference_service.http.server import HttpServer
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
-from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.service import GenerationService
+from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from inference_service.adapters.served_model import NO_DEFAULTS
 from inference_service.http.app import create_app
 from inference_service.http.wire.errors import error_body, invalid_body
-from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.service import GenerationService
+from inference_service.serving.terms import ServingLimits
 from loramux_compat.tokens import DetokenizeBody, TokenizeBody
 from loramux_shared.bundle.added_tokens import OwnTokens
 from tests.contract.http.conftest import api as api, opened as opened

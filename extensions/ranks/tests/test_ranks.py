@@ -15,7 +15,7 @@ import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, StepOutput
-from inference_service.serving.service import Request
+from inference_service.serving.request import Request
 from inference_service.startup.load import Ready
 from loramux_ranks.host import RankHost
 from loramux_shared.bundle.deployments import current_generation

@@ -114,7 +114,7 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
         """Describe the model that answers here."""
         model = self._service.catalog.resolve(self._name(context))
         defaults = await self._service.naming.defaults(model)
-        config = await asyncio.to_thread(self._service.base_files.config)
+        config = await asyncio.to_thread(self._archives.files.config)
         longest = self._service.limits.max_seq_len
         return pb.GetModelInfoResponse(
             model_path=self._source(),

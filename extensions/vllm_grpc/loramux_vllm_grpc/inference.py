@@ -9,8 +9,8 @@ from typing import Final
 
 import grpc
 
-from inference_service.serving.request import Request
-from inference_service.serving.service import AnswerStarted, GenerationService
+from inference_service.serving.request import AnswerStarted, Request
+from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_vllm_grpc.inference_answers import Telling, whole
 from loramux_vllm_grpc.inference_requests import request_of

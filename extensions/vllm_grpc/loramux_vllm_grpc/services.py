@@ -11,6 +11,7 @@ from inference_service.serving.service import GenerationService
 from loramux_shared.access.keys import Scope
 from loramux_shared.rpc.server import Rules
 from loramux_vllm_grpc import engine, inference
+from loramux_vllm_grpc.base_files import BaseFiles
 from loramux_vllm_grpc.engine import VllmEngineServicer
 from loramux_vllm_grpc.inference import VllmInferenceServicer
 from loramux_vllm_grpc.running import Running
@@ -41,7 +42,7 @@ class VllmServices:
         self._service = service
         self._adapters = adapters
         self._running = Running()
-        self._archives = Archives(service.base_files)
+        self._archives = Archives(BaseFiles(service.placed))
 
     def of_all_models(self, healthy: Callable[[], bool]) -> Services:
         """Return the services of the replica's own port."""

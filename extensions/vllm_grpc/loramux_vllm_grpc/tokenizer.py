@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from inference_service.serving.base_files import BaseFiles
 from inference_service.text.text import Text
+from loramux_vllm_grpc.base_files import BaseFiles
 
 CHUNK: Final = 64 * 1024
 """Bytes of a message, as other servers have it."""
@@ -43,7 +43,7 @@ class Archives:
     """Archives of a base's tokenizer, made on request, one at a time, and cached."""
 
     def __init__(self, files: BaseFiles) -> None:
-        self._files = files
+        self.files = files
         self._kept: dict[tuple[str, Text | None], Archive] = {}
         self._making = asyncio.Lock()
 
@@ -63,7 +63,7 @@ class Archives:
             return self._kept[key]
 
     def _make(self, template: str, text: Text | None) -> Archive:
-        files = dict(self._files.read())
+        files = dict(self.files.read())
         if text is not None:
             files[TOKENIZER] = text.tokenizer_json().encode()
         if template:

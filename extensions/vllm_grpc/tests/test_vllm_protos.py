@@ -14,7 +14,8 @@ from grpc_tools import protoc
 
 from inference_service import __main__ as process_of
 from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.service import GenerationService
+from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux_shared import extensions
 from loramux_shared.access.guard import Guard

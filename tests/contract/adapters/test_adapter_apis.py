@@ -8,7 +8,8 @@ import pytest
 
 from inference_service.http.app import create_app
 from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer
-from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.service import GenerationService
+from inference_service.serving.terms import ServingLimits
 from loramux import AsyncClient
 from loramux_shared.faults import (
     AdapterExists,

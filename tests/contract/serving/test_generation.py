@@ -11,7 +11,7 @@ import torch
 
 from inference_service.core.constraint import Constraint
 from inference_service.core.sequence import EndReason, Token
-from inference_service.serving.service import (
+from inference_service.serving.request import (
     AnswerDelta,
     AnswerFinished,
     AnswerStarted,

@@ -29,7 +29,8 @@ from inference_service.serving.request import (
     PromptScores,
     Request,
 )
-from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.service import GenerationService
+from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.faults import InternalFault, ReplicaFailed
 from tests.golden.metrics.script import replica

@@ -22,7 +22,8 @@ from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import chat_of, completion_requests
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
-from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.service import GenerationService
+from inference_service.serving.terms import ServingLimits
 from loramux_shared.faults import RequestInvalid
 from tests.support.cases import cases
 from tests.support.generations import change_deployed
