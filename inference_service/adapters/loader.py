@@ -98,7 +98,7 @@ class Packer:
         weights = self._weights(bundle)
         packed = self._lora.pack(weights if ranks is None else part_of(weights, ranks.shard))
         if bundle.digest not in self._proved:
-            self._prove(bundle, packed)
+            self.prove(bundle, packed, bundle.digest[:DIGEST_DIGITS])
             self._proved.add(bundle.digest)
         return packed
 
@@ -116,11 +116,15 @@ class Packer:
             self._arranged.put(bundle.digest, replace(weights, values=torch.empty(0)), size)
         return weights
 
-    def _prove(self, bundle: Bundle, packed: PackedAdapter) -> None:
+    def prove(self, bundle: Bundle, packed: PackedAdapter, name: str) -> None:
+        """Replay the proof of a bundle, where it has one.
+
+        Raises:
+            ProofFailed: the adapter, which is called by a name, answers otherwise than its proof says.
+        """
         manifest, began = bundle.manifest, time.monotonic()
         if manifest.proof is None:
             return
-        short = bundle.digest[:DIGEST_DIGITS]
         with self._proving, _beside_the_steps(self._model.device):
             lora = self._new_lora()
             num_bytes = -(-packed.num_bytes // ALIGNMENT) * ALIGNMENT
@@ -129,10 +133,10 @@ class Packer:
             lora.enter(0, 0, packed)
             adapter = Adapter(bundle.digest, 0)
             replay = need_extension("prove.replay", "a bundle with a proof").replay
-            replayed = replay(short, manifest.proof, manifest, adapter, lora, self._model, self._block_size)
+            replayed = replay(name, manifest.proof, manifest, adapter, lora, self._model, self._block_size)
         log.info(
             "adapter passed its proof",
-            adapter=short,
+            adapter=name,
             effect=replayed.effect,
             logprob=replayed.logprob,
             seconds=round(time.monotonic() - began, 3),

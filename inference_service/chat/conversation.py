@@ -15,12 +15,11 @@ from typing import Final, NamedTuple
 from inference_service.chat.dialect import FORMATS, Dialect, dialect_of
 from inference_service.chat.formats import harmony
 from inference_service.chat.formats.lark import ANYTHING, CallGrammar, OfferedTool, Spelling, calls_schema
-from inference_service.chat.formats.reading import ThinkingMarks
+from inference_service.chat.formats.reading import AnswerReader, ThinkingMarks
 from inference_service.chat.formats.values import CannotSayError
 from inference_service.chat.request import (
     ANY_ARGUMENTS,
     AnswerCalls,
-    AnswerReader,
     CallArguments,
     CallBegun,
     ChatRequest,

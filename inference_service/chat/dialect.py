@@ -11,8 +11,10 @@ from inference_service.adapters.served_model import NO_DEFAULTS, ServedModel
 from inference_service.chat.formats.harmony import HARMONY, MARKS, messages
 from inference_service.chat.formats.json_formats import GRANITE, LLAMA3_JSON, MISTRAL, PHI4
 from inference_service.chat.formats.reading import (
+    AnswerReader,
     AnswerSource,
     ParsedAnswer,
+    Plain,
     Reader,
     ThinkingMarks,
     ToolFormat,
@@ -20,7 +22,7 @@ from inference_service.chat.formats.reading import (
     nothing,
 )
 from inference_service.chat.formats.tagged import HERMES, QWEN3_CODER
-from inference_service.chat.request import AnswerCalls, AnswerReader, Plain
+from inference_service.chat.request import AnswerCalls
 from inference_service.serving.request import Message
 from inference_service.serving.service import GenerationService
 from inference_service.text.chat_template import ChatTemplate

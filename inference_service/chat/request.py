@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 from inference_service.core.constraint import Constraint
 from inference_service.serving.bounds import check_texts, refused, role_of, thought_of
@@ -310,30 +310,6 @@ class CallArguments:
 
 
 Piece = TextPiece | Thought | CallBegun | CallArguments
-
-
-class AnswerReader(Protocol):
-    """Reads the text of one answer as it comes."""
-
-    def push(self, text: str) -> list[Piece]:
-        """Return what became certain with more text."""
-        ...
-
-    def finish(self) -> list[Piece]:
-        """Return what is left when the answer has ended."""
-        ...
-
-
-class Plain:
-    """An answer without tools: all of it is said."""
-
-    def push(self, text: str) -> list[Piece]:
-        """Return the text."""
-        return [TextPiece(text)] if text else []
-
-    def finish(self) -> list[Piece]:
-        """Return nothing."""
-        return []
 
 
 def call_id() -> str:

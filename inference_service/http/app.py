@@ -23,7 +23,7 @@ from inference_service.http.openai.chat import chat_completions
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.completions import completions
 from inference_service.http.openai.schema import CompletionBody
-from inference_service.http.page import page_files
+from inference_service.http.page import page_endpoints
 from inference_service.http.responses.create import count_input, create_response
 from inference_service.http.responses.schema import ResponsesBody
 from inference_service.http.vectors import scores
@@ -48,7 +48,7 @@ from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import Scope as AccessScope
 from loramux_shared.extensions import HTTP_ROUTES, load_extensions
 from loramux_shared.faults import Fault
-from loramux_shared.routes import ROUTES, Route as ApiRoute
+from loramux_shared.routes import ROUTES
 from loramux_shared.tracing import ServerSpans, TraceMiddleware
 
 TEXT: Final = "text/plain"
@@ -93,10 +93,7 @@ _SERVED: Final[tuple[Endpoint, ...]] = (
     Endpoint(routes.LOADS, state.show_loads),
     Endpoint(routes.LOADS_V1, state.show_loads),
     Endpoint(routes.METRICS, state.show_metrics, text=TEXT),
-    *(
-        Endpoint(ApiRoute("GET", path, None), file.show, text=file.media_type)
-        for path, file in page_files().items()
-    ),
+    *page_endpoints(),
 )
 ENDPOINTS: Final = tuple(
     sorted(_SERVED, key=lambda each: ROUTES.index(each.route) if each.route in ROUTES else len(ROUTES))

@@ -11,7 +11,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Final, Protocol
+from typing import Final
 
 import psutil
 import structlog
@@ -38,28 +38,8 @@ LEAST_GRAPH_BYTES: Final = 1 << 20
 """Taken by a graph at least: the driver hands memory out in pieces."""
 
 
-class DeviceMemory(Protocol):
-    """The memory of a device, in bytes, as its driver and torch's allocator see it."""
-
-    def settled(self) -> int:
-        """Wait for the device, give the driver back what the allocator only keeps, and return what is free."""
-        ...
-
-    def reserved(self) -> int:
-        """Return the bytes that the allocator has of the driver."""
-        ...
-
-    def watch_peak(self) -> None:
-        """Begin to note the most that the allocator has at once."""
-        ...
-
-    def peak(self) -> int:
-        """The most since `watch_peak`."""
-        ...
-
-
 class CudaMemory:
-    """The memory of a CUDA device."""
+    """The memory of a CUDA device, in bytes, as its driver and torch's allocator see it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -97,7 +77,7 @@ class Measured:
     """Taken by each recorded step beside its tensors."""
 
 
-def measure_graph(new_runner: Callable[[], Runner], memory: DeviceMemory) -> int:
+def measure_graph(new_runner: Callable[[], Runner], memory: CudaMemory) -> int:
     """Return the bytes that each recorded step takes, by a runner that is thrown away.
 
     The first one takes the memory that all share; those behind it show what each takes.
@@ -110,7 +90,7 @@ def measure_graph(new_runner: Callable[[], Runner], memory: DeviceMemory) -> int
     return max(LEAST_GRAPH_BYTES, (before - memory.settled()) // TRIED)
 
 
-def measure(new_runner: Callable[[], StepRunner], batch: Batch, memory: DeviceMemory) -> Measured:
+def measure(new_runner: Callable[[], StepRunner], batch: Batch, memory: CudaMemory) -> Measured:
     """Run a batch with a runner of its own, whose cache has SCRATCH_BLOCKS blocks.
 
     Raises:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from inference_service.chat.request import AnswerReader, CallArguments, CallBegun, Piece, TextPiece, Thought
+from inference_service.chat.formats.reading import AnswerReader
+from inference_service.chat.request import CallArguments, CallBegun, Piece, TextPiece, Thought
 
 Collected = list[list[str]]
 """``["said", text]``, ``["thought", text]`` and ``["call", name, arguments]``, each as long as it continues."""

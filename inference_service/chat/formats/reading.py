@@ -131,7 +131,7 @@ def marks(*words: str) -> Marks:
 
 
 class ParsedAnswer:
-    """An `AnswerReader` of the pieces that a generator yields."""
+    """Reads an answer into the pieces that a generator yields."""
 
     def __init__(self, reader: Callable[[AnswerSource], Reader[None]]) -> None:
         self._source = AnswerSource()
@@ -156,6 +156,20 @@ class ParsedAnswer:
         return pieces
 
 
+class Plain:
+    """An answer without tools: all of it is said."""
+
+    def push(self, text: str) -> list[Piece]:
+        """Return the text."""
+        return [TextPiece(text)] if text else []
+
+    def finish(self) -> list[Piece]:
+        """Return nothing."""
+        return []
+
+
+AnswerReader = Plain | ParsedAnswer
+"""Reads the text of one answer as it comes."""
 Block = Callable[[AnswerSource], Reader[bool]]
 """Reads what stands behind a mark, with its end; says whether it was what the mark promises. If not, it has
 emitted nothing, and what it read is read again as text."""

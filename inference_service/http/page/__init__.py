@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Final
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from inference_service.http.endpoint import Endpoint, Handler
 from inference_service.serving.service import GenerationService
+from loramux_shared.routes import Route
 
 MEDIA_TYPES: Final = {
     "css": "text/css",
@@ -29,26 +29,16 @@ HEADERS: Final = {
 }
 """Nothing from elsewhere, nothing inline, no frame around it: what a model writes can never run."""
 
-Handler = Callable[[GenerationService, HttpRequest], Awaitable[Response]]
 
-
-@dataclass(frozen=True)
-class PageFile:
-    """A file of the page."""
-
-    show: Handler
-    media_type: str
-
-
-def page_files() -> dict[str, PageFile]:
+def page_endpoints() -> list[Endpoint]:
     """Return what answers each path of the page; the files are read here, once."""
-    found: dict[str, PageFile] = {}
+    found: list[Endpoint] = []
     for file in sorted(files(__name__).iterdir(), key=lambda each: each.name):
         kind = file.name.rpartition(".")[2]
         if kind in MEDIA_TYPES:
             path = "/" if file.name == "index.html" else f"/page/{file.name}"
             show = _handler(file.read_bytes(), f"{MEDIA_TYPES[kind]}; charset=utf-8")
-            found[path] = PageFile(show, MEDIA_TYPES[kind])
+            found.append(Endpoint(Route("GET", path, None), show, text=MEDIA_TYPES[kind]))
     return found
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from inference_service.chat.dialect import FORMATS, Dialect, parsers_of
-from inference_service.chat.request import AnswerCalls, AnswerReader
+from inference_service.chat.formats.reading import AnswerReader
+from inference_service.chat.request import AnswerCalls
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 from tests.support.cases import cases
 from tests.support.readings import Collected, cuts_of, read

@@ -19,6 +19,7 @@ from inference_service.startup.memory import (
     LEAST_GRAPH_BYTES,
     SCRATCH_BLOCKS,
     TRIED,
+    CudaMemory,
     Measured,
     divide_memory,
     largest_step,
@@ -41,7 +42,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     return world.load(store)
 
 
-class Meter:
+class Meter(CudaMemory):
     """A device's memory that says what a test scripts, and notes what it is asked."""
 
     def __init__(self, free: list[int], reserved: int = 0, peak: int = 0) -> None:
