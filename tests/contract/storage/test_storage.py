@@ -7,10 +7,11 @@ import socketserver
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -262,42 +263,41 @@ def test_long_lists_have_all_pages(aws: S3Server) -> None:
     assert len(query) == 4
 
 
-def _all_calls_fail(store: Store) -> list[str]:
-    stated = []
-    calls = (
+CREDENTIALS = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"
+
+
+@pytest.mark.parametrize(
+    ("variables", "bucket", "expected"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "not-the-secret"}, "", r"AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_ACCESS_KEY_ID": "other"}, "", "Check AWS_ACCESS_KEY_ID"),
+        (dict.fromkeys(CREDENTIALS), "bucket", r"no credentials\. Set AWS_"),
+        ({}, "no-such-bucket", "bucket 'no-such-bucket' does not exist at {endpoint}"),
+    ],
+    ids=["a wrong secret", "an unknown key", "no credentials", "a missing bucket"],
+)
+def test_every_call_names_what_is_wrong(
+    aws: S3Server, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str | None], bucket: str, expected: str
+) -> None:
+    """Each is a fault of the store in one line, with the variable to correct, and repeats no secret."""
+    for name, value in variables.items():
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    store = S3Store(bucket or aws.new_bucket())
+    for call in (
         lambda: store.get("k"),
         lambda: store.put("k", b"x"),
         lambda: store.sha256("k"),
         lambda: list(store.list("")),
         lambda: store.delete("k"),
-    )
-    for call in calls:
-        with pytest.raises(StoreUnavailable) as caught:
+    ):
+        with pytest.raises(StoreUnavailable, match=expected.format(endpoint=aws.endpoint)) as caught:
             call()
-        stated.append(str(caught.value))
-    assert all("\n" not in line and line.startswith(f"{store.uri}: ") for line in stated)
-    return stated
-
-
-def test_wrong_secret(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong secret is reported, with the variable to correct, and is not repeated."""
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
-    text = _all_calls_fail(S3Store(aws.new_bucket()))
-    assert all("AWS_SECRET_ACCESS_KEY" in line and aws.endpoint in line for line in text)
-    assert not any("not-the-secret" in line or aws.secret_key in line for line in text)
-
-
-def test_unknown_access_key(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An access key that the server does not know is reported."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "other")
-    assert all("Check AWS_ACCESS_KEY_ID" in line for line in _all_calls_fail(S3Store(aws.new_bucket())))
-
-
-def test_no_credentials(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fault names the variables of credentials that are missing."""
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert all("no credentials. Set AWS_" in line for line in _all_calls_fail(S3Store("bucket")))
+        line = str(caught.value)
+        assert "\n" not in line
+        assert line.startswith(f"{store.uri}: ")
+        assert "not-the-secret" not in line
+        assert aws.secret_key not in line
+        assert bucket or aws.endpoint in line
 
 
 def test_missing_profile(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,12 +305,6 @@ def test_missing_profile(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(StoreUnavailable, match=r"^s3://bucket: .*Check AWS_PROFILE"):
         S3Store("bucket")
-
-
-def test_missing_bucket(aws: S3Server) -> None:
-    """A bucket that does not exist is a fault of the store, never a missing object."""
-    text = _all_calls_fail(S3Store("no-such-bucket", "prefix"))
-    assert all(f"bucket 'no-such-bucket' does not exist at {aws.endpoint}" in line for line in text)
 
 
 def test_server_down(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,43 +315,45 @@ def test_server_down(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
         store.get("k")
 
 
-class _BreaksOff(socketserver.StreamRequestHandler):
-    """Answers with a body of ten bytes, of which the first `broken` answers send three."""
+class _Answers(socketserver.StreamRequestHandler):
+    """Answers with a head and a body, which may have no end."""
 
     answers = 0
-    broken = 0
+    head = b"200 OK"
+    bodies: Callable[[int], Iterable[bytes]]
+    """Pieces of a body, by the number of the answer."""
 
     def handle(self) -> None:
         while self.rfile.readline().strip():
             pass
         type(self).answers += 1
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\nConnection: close\r\n\r\n")
-        self.wfile.write(b"012" if self.answers <= self.broken else b"0123456789")
+        self.wfile.write(b"HTTP/1.1 " + self.head + b"\r\nConnection: close\r\n\r\n")
+        with suppress(ConnectionError):
+            for piece in type(self).bodies(self.answers):
+                self.wfile.write(piece)
 
 
-@pytest.fixture
-def breaks_off(aws: S3Server) -> Iterator[tuple[type[_BreaksOff], str]]:
-    """A server of our own whose answers can break off, and its address."""
-    handler = type("Handler", (_BreaksOff,), {})
+@contextmanager
+def _answering(head: str, bodies: Callable[[int], Iterable[bytes]]) -> Iterator[tuple[type[_Answers], S3Store]]:
+    """A server of our own, and a store there."""
+    handler = type("Handler", (_Answers,), {"head": head.encode(), "bodies": staticmethod(bodies)})
     with served(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)) as address:
-        yield handler, f"http://{address}"
+        yield handler, S3Store("bucket", endpoint_url=f"http://{address}")
 
 
-def test_a_broken_answer_is_asked_for_again(breaks_off: tuple[type[_BreaksOff], str]) -> None:
-    """A body that breaks off twice is read at the third time, whole."""
-    handler, endpoint = breaks_off
-    handler.broken = 2
-    assert S3Store("bucket", endpoint_url=endpoint).get("k") == b"0123456789"
-    assert handler.answers == 3
-
-
-def test_broken_answers_end(breaks_off: tuple[type[_BreaksOff], str]) -> None:
-    """A body that always breaks off is StoreUnavailable after three times, never half an object."""
-    handler, endpoint = breaks_off
-    handler.broken = 100
-    with pytest.raises(StoreUnavailable, match="broke off"):
-        S3Store("bucket", endpoint_url=endpoint).get("k")
-    assert handler.answers == 3
+@pytest.mark.parametrize("broken", [2, 100])
+def test_a_broken_answer_is_asked_for_again(aws: S3Server, broken: int) -> None:
+    """A body that breaks off twice is read at the third time, whole; one that always does is a fault then."""
+    whole = b"0123456789"
+    with _answering(
+        "200 OK\r\nContent-Length: 10", lambda number: [whole[:3] if number <= broken else whole]
+    ) as (handler, store):
+        if broken == 2:
+            assert store.get("k") == whole
+        else:
+            with pytest.raises(StoreUnavailable, match="broke off"):
+                store.get("k")
+        assert handler.answers == 3
 
 
 def test_addresses(aws: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,30 +451,11 @@ def test_a_large_pointer_costs_no_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-class _Endless(socketserver.StreamRequestHandler):
-    """Answers with a body without an end and without a length."""
-
-    status = b"200 OK"
-
-    def handle(self) -> None:
-        while self.rfile.readline().strip():
-            pass
-        self.wfile.write(b"HTTP/1.1 " + self.status + b"\r\nConnection: close\r\n\r\n")
-        with suppress(ConnectionError):
-            while True:
-                self.wfile.write(b" " * MIB)
-
-
 @pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "503 Slow Down"])
 def test_a_server_that_sends_without_end(aws: S3Server, status: str) -> None:
     """Objects, listings and errors of a server that lies about their size are read up to their bounds."""
-    handler = type("Handler", (_Endless,), {"status": status.encode()})
-    with served(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)) as address:
-        store = S3Store("bucket", endpoint_url=f"http://{address}")
-        for call in (
-            lambda: store.get(current_key("d")),
-            lambda: list(store.list("")),
-            lambda: store.put("k", b""),
-        ):
+    with _answering(status, lambda _: repeat(b" " * MIB)) as (_, store):
+        calls = (lambda: store.get(current_key("d")), lambda: list(store.list("")), lambda: store.put("k", b""))
+        for call in calls:
             with pytest.raises(RecordTooLarge, match="expected at most"):
                 call()
