@@ -237,25 +237,21 @@ def _divide_evenly(ready: Ready, blocks: int) -> None:
     ready.engine._engine = Engine(runner, limits, manager, engine._residency)
 
 
+@pytest.mark.parametrize(
+    ("settings", "within"),
+    [({"dtype": "bfloat16"}, 0.5), ({"backend": "torch", "device": "cpu", "kv_cache_dtype": "int8"}, 0.2)],
+    ids=["bfloat16", "a cache of 8 bits"],
+)
 @pytest.mark.parametrize("answers", HALVES, indirect=True)
-def test_bfloat16_stays_close(answers: Answers) -> None:
-    """Answers stay close in the type of most checkpoints, norms with an offset and caps included."""
-    ready = answers.world.load(answers.store, dtype="bfloat16")
-    poison(ready)
-    found = _engine_logprobs(ready, answers.requests[0][1], new=1)
-    assert found == pytest.approx(answers.logprobs[:1], abs=0.5)
-
-
-@pytest.mark.parametrize("answers", HALVES, indirect=True)
-def test_a_cache_of_8_bits_stays_close(answers: Answers) -> None:
-    """The scales are read with windows, sinks, caps, keys of other layers and experts.
-
-    Rounding alone changes these random models by up to 0.14; scales of another head or token by up to 1.9.
+def test_fewer_bits_stay_close(answers: Answers, settings: dict[str, Any], within: float) -> None:
+    """Answers stay close in the type of most checkpoints, norms with an offset and caps included. The scales of
+    a cache are read with windows, sinks, caps, keys of other layers and experts: rounding alone changes these
+    random models by up to 0.14; scales of another head or token by up to 1.9.
     """
-    ready = answers.world.load(answers.store, backend="torch", device="cpu", kv_cache_dtype="int8")
+    ready = answers.world.load(answers.store, **settings)
     poison(ready)
     found = _engine_logprobs(ready, answers.requests[0][1], new=1)
-    assert found == pytest.approx(answers.logprobs[:1], abs=0.2)
+    assert found == pytest.approx(answers.logprobs[:1], abs=within)
 
 
 @pytest.mark.parametrize(("dtype", "max_shard_size"), [("bfloat16", "40KB"), ("float16", "1GB")])

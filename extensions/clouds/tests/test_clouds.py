@@ -14,7 +14,7 @@ from loramux_shared.sources.open import open_sources
 from tests import test_bucket_sources as any_store
 from tests.azurite import ACCOUNT, azurite
 from tests.contract.sources.test_source_secrets import CANARY, PATIENCE, repo, secrets_of, silence
-from tests.gcs_emulator import TOKEN, Gcs, serve_gcs
+from tests.gcs_emulator import TOKEN, serve_gcs
 from tests.support.s3_gateway import S3Server
 from tests.test_bucket_sources import (
     Cloud,
@@ -87,66 +87,46 @@ def test_sources_of_a_builder_know_all(kind: str, address: str) -> None:
         source.resolve(repo(kind, address))
 
 
+def _fails(caplog: Any, cloud: Any, secret: dict[str, str] | str, address: str, *hidden: str) -> None:
+    """Check that a source fails, without the secrets in its failure."""
+    kind = {gcs: "GCS", azure: "AZURE", s3: "S3"}[cloud]
+    with silence(caplog, *hidden):
+        BucketSource(cloud.open_bucket, secrets_of(secret), PATIENCE).resolve(repo(kind, address))
+
+
 def test_gcs(caplog, monkeypatch):
     """Private keys and tokens are in no failure: no grant, absent, busy, or a secret of another form."""
-
-    def fails(server: Gcs, secret: dict[str, str] | str, address: str = "gs://bucket/x") -> None:
-        private = server.account["private_key"].splitlines()[3]
-        with silence(caplog, TOKEN, private):
-            BucketSource(gcs.open_bucket, secrets_of(secret), PATIENCE).resolve(repo("GCS", address))
-
     with serve_gcs("bucket") as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
-        fails(server, server.account | {"private_key_id": CANARY})
-        fails(server, server.account | {"private_key": CANARY})
-        fails(server, server.account | {"token_uri": "http://127.0.0.1:9/token"})
-        fails(server, CANARY)
-        fails(server, server.account, "gs://no-such-bucket/x")
-        fails(server, server.account, f"gs://bucket/x?sig={CANARY}")
+        hidden = TOKEN, server.account["private_key"].splitlines()[3]
+        own = {"private_key_id": CANARY}, {"private_key": CANARY}, {"token_uri": "http://127.0.0.1:9/token"}
+        for secret in (*(server.account | each for each in own), CANARY):
+            _fails(caplog, gcs, secret, "gs://bucket/x", *hidden)
+        for address in ("gs://no-such-bucket/x", f"gs://bucket/x?sig={CANARY}"):
+            _fails(caplog, gcs, server.account, address, *hidden)
         server.failures[:] = [503, 503]
-        fails(server, server.account)
+        _fails(caplog, gcs, server.account, "gs://bucket/x", *hidden)
 
 
 def test_azure(caplog):
     """Account keys are in no failure: refused, absent, unreachable, or a secret of another form."""
     with azurite() as server:
         good = {"account_key": server.account_key, "endpoint_url": server.endpoint_url}
-        bad: list[dict[str, str] | str] = [
-            good | {"account_key": "Y2FuYXJ5"},
-            good | {"account_key": CANARY},
-            good | {"endpoint_url": f"http://127.0.0.1:9/{ACCOUNT}"},
-            good | {"endpoint_url": CANARY},
-            CANARY,
-        ]
-        for secret in bad:
-            with silence(caplog, server.account_key, "Y2FuYXJ5"):
-                BucketSource(azure.open_bucket, secrets_of(secret), PATIENCE).resolve(
-                    repo("AZURE", f"azure://{ACCOUNT}/c/x")
-                )
+        nowhere = {"endpoint_url": f"http://127.0.0.1:9/{ACCOUNT}"}
+        own = {"account_key": "Y2FuYXJ5"}, {"account_key": CANARY}, nowhere, {"endpoint_url": CANARY}
+        for secret in (*(good | each for each in own), CANARY):
+            _fails(caplog, azure, secret, f"azure://{ACCOUNT}/c/x", server.account_key, "Y2FuYXJ5")
         for address in (f"azure://{ACCOUNT}/absent/x", f"azure://{ACCOUNT}/c/x?sig={CANARY}"):
-            with silence(caplog, server.account_key):
-                BucketSource(azure.open_bucket, secrets_of(good), PATIENCE).resolve(repo("AZURE", address))
+            _fails(caplog, azure, good, address, server.account_key)
 
 
 def test_s3(caplog, s3_server: S3Server):
     """Keys and session tokens are in no failure: refused, absent, unreachable, or a secret of another form."""
     good = {"access_key_id": s3_server.access_key, "secret_access_key": s3_server.secret_key}
     good["endpoint_url"] = s3_server.endpoint
-    bad: list[dict[str, str] | str] = [
-        good | {"secret_access_key": CANARY},
-        good | {"access_key_id": CANARY, "session_token": CANARY},
-        good | {"secret_access_key": CANARY, "endpoint_url": "http://127.0.0.1:9"},
-        good | {"endpoint_url": CANARY},
-        CANARY,
-        json.dumps([CANARY]),
-    ]
-    for secret in bad:
-        with silence(caplog, s3_server.secret_key):
-            BucketSource(s3.open_bucket, secrets_of(secret), PATIENCE).resolve(repo("S3", "s3://bucket/x"))
-    for address in (
-        "s3://no-such-bucket/x",
-        f"s3://bucket/x?X-Amz-Signature={CANARY}",
-        f"s3://{CANARY}@bucket/x",
-    ):
-        with silence(caplog, s3_server.secret_key):
-            BucketSource(s3.open_bucket, secrets_of(good), PATIENCE).resolve(repo("S3", address))
+    wrong, nowhere = {"secret_access_key": CANARY}, {"endpoint_url": "http://127.0.0.1:9"}
+    own = wrong, {"access_key_id": CANARY, "session_token": CANARY}, wrong | nowhere, {"endpoint_url": CANARY}
+    for secret in (*(good | each for each in own), CANARY, json.dumps([CANARY])):
+        _fails(caplog, s3, secret, "s3://bucket/x", s3_server.secret_key)
+    for address in ("no-such-bucket/x", f"bucket/x?X-Amz-Signature={CANARY}", f"{CANARY}@bucket/x"):
+        _fails(caplog, s3, good, f"s3://{address}", s3_server.secret_key)

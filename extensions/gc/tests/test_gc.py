@@ -41,6 +41,14 @@ def publish(folder: Path, store: Store, *names: str, deployment: str = "tiny") -
     build(parse_deployment(data).deployment, context, Progress(names))
 
 
+def published(folder: Path, *generations: str) -> MemoryStore:
+    """A store with generations of the adapters that each names."""
+    store = MemoryStore()
+    for names in generations:
+        publish(folder, store, *names.split())
+    return store
+
+
 def digest(store: Store, name: str) -> str:
     """The digest of an adapter that is served."""
     generation = current_generation(store, "tiny")
@@ -54,17 +62,14 @@ def lose_generation(store: MemoryStore, number: int) -> None:
 
 def test_a_store_in_order_has_no_orphans(tmp_path):
     """All generations are kept by default, and with them all that they refer to."""
-    store = MemoryStore()
-    publish(tmp_path, store, "one")
-    publish(tmp_path, store, "two")
+    store = published(tmp_path, "one", "two")
     found = find_orphans(store, grace=timedelta(), now=LATER)
     assert (found.old, found.young) == ((), ())
 
 
 def test_what_a_killed_build_left_is_found(tmp_path):
     """Bundles without a generation or without a manifest, and claims below a generation, are orphans."""
-    store = MemoryStore()
-    publish(tmp_path, store, "one", "two", "three")
+    store = published(tmp_path, "one two three")
     lost = digest(store, "two"), digest(store, "three")
     publish(tmp_path, store, "one")
     lose_generation(store, 1)
@@ -81,9 +86,7 @@ def test_what_a_killed_build_left_is_found(tmp_path):
 
 def test_removal_leaves_what_is_referred_to(tmp_path):
     """A removal leaves every generation complete, and nothing else."""
-    store = MemoryStore()
-    publish(tmp_path, store, "one", "two")
-    publish(tmp_path, store, "one")
+    store = published(tmp_path, "one two", "one")
     lose_generation(store, 1)
     for orphan in find_orphans(store, grace=DAY, now=LATER).old:
         assert remove(store, orphan)
@@ -93,9 +96,7 @@ def test_removal_leaves_what_is_referred_to(tmp_path):
 
 def test_the_young_are_spared(tmp_path):
     """An object within the grace period is listed apart."""
-    store = MemoryStore()
-    publish(tmp_path, store, "one", "two")
-    publish(tmp_path, store, "one")
+    store = published(tmp_path, "one two", "one")
     lose_generation(store, 1)
     found = find_orphans(store, grace=DAY, now=datetime.now(UTC) + timedelta(hours=23))
     assert (found.old, len(found.young)) == ((), 1)
@@ -103,9 +104,7 @@ def test_the_young_are_spared(tmp_path):
 
 def test_a_bundle_that_a_build_found_again_is_spared(tmp_path):
     """A build that reuses an orphan puts its manifest again; a removal that was about to begin lets it be."""
-    store = MemoryStore()
-    publish(tmp_path, store, "one", "two")
-    publish(tmp_path, store, "one")
+    store = published(tmp_path, "one two", "one")
     lose_generation(store, 1)
     [orphan] = find_orphans(store, grace=DAY, now=LATER).old
     publish(tmp_path, store, "two")
@@ -116,9 +115,7 @@ def test_a_bundle_that_a_build_found_again_is_spared(tmp_path):
 
 def test_generations_beyond_those_that_are_kept(tmp_path):
     """Older generations and their objects are removed with keep; the served one and newer ones never."""
-    store = MemoryStore()
-    for names in (["one"], ["two"], ["three"], ["two", "three"]):
-        publish(tmp_path, store, *names)
+    store = published(tmp_path, "one", "two", "three", "two three")
     found = find_orphans(store, grace=DAY, now=LATER, retention=Retention(1))
     assert [orphan.kind for orphan in found.old] == [Kind.GENERATION, Kind.GENERATION, Kind.BUNDLE]
     for orphan in found.old:
@@ -132,9 +129,7 @@ def test_generations_beyond_those_that_are_kept(tmp_path):
 
 def test_what_stays_says_why(tmp_path):
     """A generation stays by either rule, number or age, and the report gives the reason."""
-    store = MemoryStore()
-    for names in (["one"], ["two"], ["three"], ["two", "three"]):
-        publish(tmp_path, store, *names)
+    store = published(tmp_path, "one", "two", "three", "two three")
     for number, days in ((1, 40), (2, 20), (3, 10)):
         store.modified[generation_key("tiny", number)] = LATER - days * DAY
 
@@ -153,9 +148,7 @@ def test_what_stays_says_why(tmp_path):
 
 def test_nothing_of_a_deployment_goes_while_it_is_built(tmp_path):
     """An update may refer to bundles of any generation while the update is in the journal."""
-    store = MemoryStore()
-    for names in (["one"], ["two"], ["three"]):
-        publish(tmp_path, store, *names)
+    store = published(tmp_path, "one", "two", "three")
     store.put("builds/other/0123.json", b"")
     assert len(find_orphans(store, grace=DAY, now=LATER, retention=Retention(0)).old) == 4
     store.put("builds/tiny/0123.json", b"")
@@ -166,9 +159,7 @@ def test_nothing_of_a_deployment_goes_while_it_is_built(tmp_path):
 
 def test_a_rollback_makes_its_bundles_young(tmp_path):
     """A removal that was about to begin lets the bundles be to which a rollback refers from now on."""
-    store = MemoryStore()
-    publish(tmp_path, store, "one")
-    publish(tmp_path, store, "two")
+    store = published(tmp_path, "one", "two")
     going = find_orphans(store, grace=DAY, now=LATER, retention=Retention(0)).old
     context = BuildContext(store, open_sources(local_roots=[tmp_path]), tmp_path / "work")
     rollback("tiny", 1, None, context)
@@ -178,9 +169,7 @@ def test_a_rollback_makes_its_bundles_young(tmp_path):
 
 def test_a_damaged_generation_stops_everything(tmp_path):
     """A generation that cannot be read hides its references: nothing is an orphan and the damage is named."""
-    store = MemoryStore()
-    publish(tmp_path, store, "one")
-    publish(tmp_path, store, "two")
+    store = published(tmp_path, "one", "two")
     store.put(generation_key("tiny", 1), b"{}")
     with pytest.raises(BundleCorrupt, match="deployment tiny: generation 1"):
         find_orphans(store, grace=DAY, now=LATER)

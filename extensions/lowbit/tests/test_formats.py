@@ -1,6 +1,7 @@
 """Low-bit weights widen to the values of the format's own library, bit for bit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,6 +26,7 @@ from tests.support.root import ROOT
 
 WRITTEN = ROOT / "tests/golden" / "formats"
 CPU = torch.device("cpu")
+PACKED, INTEGERS = "pack-quantized", "int-quantized"
 
 
 def described(config: dict[str, Any]) -> Any:
@@ -38,6 +40,20 @@ def checkpoint(
     """A checkpoint of these tensors."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return Checkpoint(folder, dtype, CPU, quantization=described(config))
+
+
+def kept(
+    folder: Path,
+    kind: str,
+    change: Callable[[dict[str, Tensor]], object] = lambda _: None,
+    shape: tuple[int, int] = (48, 80),
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Checkpoint, Tensor]:
+    """A checkpoint of a random weight as its library keeps it, with changed tensors, and the widened weight."""
+    tensors, widened = KINDS[kind].keep(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    change(tensors)
+    named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
+    return checkpoint(folder, named, KINDS[kind].config, dtype), widened
 
 
 def read_written(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
@@ -157,9 +173,7 @@ def test_a_weight_that_takes_several_chunks_is_the_same(
 ) -> None:
     """A weight is rounded once from float32, at any beginning of a chunk within blocks and words."""
     monkeypatch.setattr(packed, "CHUNK", 1)
-    tensors, widened = KINDS[kind].keep(torch.randn(600, 80, generator=torch.Generator().manual_seed(0)))
-    named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
-    read = checkpoint(tmp_path, named, KINDS[kind].config, dtype)
+    read, widened = kept(tmp_path, kind, shape=(600, 80), dtype=dtype)
     assert torch.equal(read.get("layer.weight", (600, 80)), widened.to(dtype))
 
 
@@ -174,23 +188,13 @@ def test_what_is_kept_as_it_is_is_served_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(read.get("one.weight", (16, 32)), plain)
 
 
-def _scaled(name: str, factor: float) -> Any:
+def _to(name: str, value: Any = None) -> Any:
+    """Give a tensor another value, or one that is made of its own; None removes it."""
+
     def change(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = tensors[name] * factor
-
-    return change
-
-
-def _without(name: str) -> Any:
-    def change(tensors: dict[str, Tensor]) -> None:
-        del tensors[name]
-
-    return change
-
-
-def _to(name: str, value: Any) -> Any:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = value(tensors[name]) if callable(value) else value
+        own = tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value(own) if callable(value) else value
 
     return change
 
@@ -213,25 +217,22 @@ def _plain_zeros(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
-        ("pack-quantized", _to("weight_g_idx", torch.full((80,), -1))),
-        ("pack-quantized", _to("weight_g_idx", torch.arange(80) // 16)),
-        ("pack-quantized", _plain_zeros),
+        (PACKED, _to("weight_g_idx", torch.full((80,), -1))),
+        (PACKED, _to("weight_g_idx", torch.arange(80) // 16)),
+        (PACKED, _plain_zeros),
         ("pack-symmetric", _to("weight_zero_point", torch.zeros(48, 5).char())),
-        ("int-quantized", _to("weight_zero_point", torch.zeros(48, 1).char())),
-        ("int-quantized", _to("weight_scale", lambda scale: scale.flatten())),
+        (INTEGERS, _to("weight_zero_point", torch.zeros(48, 1).char())),
+        (INTEGERS, _to("weight_scale", lambda scale: scale.flatten())),
         ("nf4", _to("weight", lambda data: data.flatten().view(torch.bfloat16).view(-1, 1))),
         ("nf4", _to("weight", lambda data: data.flatten().view(torch.float32))),
         ("int8", _to("SCB", lambda largest: largest[:, None])),
-        ("int8", _without("weight_format")),
+        ("int8", _to("weight_format")),
         ("fp8", _to("input_scale", torch.ones(1))),
     ],
 )
 def test_other_forms_mean_the_same(tmp_path: Path, kind: str, change: Any) -> None:
     """Files of other versions of the libraries have the same meaning."""
-    tensors, widened = KINDS[kind].keep(torch.randn(48, 80, generator=torch.Generator().manual_seed(0)))
-    change(tensors)
-    named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
-    read = checkpoint(tmp_path, named, KINDS[kind].config, torch.float32)
+    read, widened = kept(tmp_path, kind, change)
     assert torch.equal(read.get("layer.weight", (48, 80)), widened)
 
 
@@ -266,8 +267,8 @@ def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "expected"),
     [
-        ("fp8", _without("weight_scale_inv"), "float8_e4m3fn is not supported; .* with its scales beside it"),
-        ("fp8", _scaled("weight_scale_inv", float("nan")), "found nan to nan"),
+        ("fp8", _to("weight_scale_inv"), "float8_e4m3fn is not supported; .* with its scales beside it"),
+        ("fp8", _to("weight_scale_inv", lambda scale: scale * torch.nan), "found nan to nan"),
         ("fp8", _to("weight_scale_inv", torch.ones(2, 2)), r"implies scales \[2, 3\] or \[1, 1\] or \[48, 1\]"),
         ("fp8", _to("weight_scale_inv", torch.ones(4, 2, 3)), "expected a grid of scales"),
         ("fp8", _to("weight_scale", torch.ones(2, 3)), "expected one of weight_scale_inv and weight_scale"),
@@ -278,49 +279,25 @@ def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
             "expected float8_e4m3fn, float8_e5m2, found bfloat16",
         ),
         ("fp8", _to("weight", lambda weight: weight[1:]), r"expected shape \(48, 80\), found \(47, 80\)"),
-        ("pack-quantized", _without("weight_scale"), "weight_scale: expected the tensor, found none"),
-        ("pack-quantized", _without("weight_zero_point"), "no such weight for int4 without zero points"),
-        (
-            "pack-quantized",
-            _to("weight_shape", torch.tensor([48, 79])),
-            r"implies \[48, 80\], found \[48, 79\]",
-        ),
-        (
-            "pack-quantized",
-            _to("weight_packed", torch.zeros(48, 20).int()),
-            "80 numbers of int4, found 20 words",
-        ),
-        (
-            "pack-quantized",
-            _to("weight_zero_point", torch.zeros(5, 5).int()),
-            "weight_zero_point: expected shape",
-        ),
-        (
-            "pack-quantized",
-            _to("weight_g_idx", torch.full((80,), 5)),
-            "expected groups from 0 to 4, found 5 to 5",
-        ),
-        (
-            "pack-quantized",
-            _to("weight_global_scale", torch.ones(1)),
-            "stands beside layer.weight, and is not read",
-        ),
-        ("pack-quantized", _to("weight_scale", torch.ones(48, 4)), r"expected shape \(6, 4\)"),
-        (
-            "int-quantized",
-            _to("weight_zero_point", torch.ones(48, 1).char()),
-            "no such weight for int8 with zero",
-        ),
-        ("int-quantized", _to("k_scale", torch.ones(1)), "layer.k_scale: it stands beside"),
-        ("gptq", _without("g_idx"), "which desc_act implies"),
+        (PACKED, _to("weight_scale"), "weight_scale: expected the tensor, found none"),
+        (PACKED, _to("weight_zero_point"), "no such weight for int4 without zero points"),
+        (PACKED, _to("weight_shape", torch.tensor([48, 79])), r"implies \[48, 80\], found \[48, 79\]"),
+        (PACKED, _to("weight_packed", torch.zeros(48, 20).int()), "80 numbers of int4, found 20 words"),
+        (PACKED, _to("weight_zero_point", torch.zeros(5, 5).int()), "weight_zero_point: expected shape"),
+        (PACKED, _to("weight_g_idx", torch.full((80,), 5)), "expected groups from 0 to 4, found 5 to 5"),
+        (PACKED, _to("weight_global_scale", torch.ones(1)), "stands beside layer.weight, and is not read"),
+        (PACKED, _to("weight_scale", torch.ones(48, 4)), r"expected shape \(6, 4\)"),
+        (INTEGERS, _to("weight_zero_point", torch.ones(48, 1).char()), "no such weight for int8 with zero"),
+        (INTEGERS, _to("k_scale", torch.ones(1)), "layer.k_scale: it stands beside"),
+        ("gptq", _to("g_idx"), "which desc_act implies"),
         ("gptq", _to("g_idx", torch.full((80,), -2).int()), "found -2 to -2"),
         ("gptq", _to("qzeros", lambda zeros: zeros[:, :1]), r"expected shape \(5, 6\)"),
         ("gptq", _to("scales", torch.ones(0, 48)), r"qzeros: expected shape \(0, 6\), found \(5, 6\)"),
-        ("gptq", _scaled("scales", float("inf")), "found nan to nan"),
+        ("gptq", _to("scales", lambda scale: scale * torch.inf), "found nan to nan"),
         ("gptq", _to("qweight", lambda words: words.long()), "expected int32, found int64"),
-        ("awq", _without("qzeros"), "qzeros: expected the tensor"),
+        ("awq", _to("qzeros"), "qzeros: expected the tensor"),
         ("awq", _to("scales", torch.tensor(1.0)), r"scales: expected shape \(0, 48\)"),
-        ("nf4", _without("weight.nested_quant_map"), "weight.nested_quant_map: expected the tensor"),
+        ("nf4", _to("weight.nested_quant_map"), "weight.nested_quant_map: expected the tensor"),
         ("nf4", _to("weight.quant_map", torch.linspace(-1, 1, 16)), "the sixteen numbers of nf4, found others"),
         ("nf4", _to("weight", lambda data: data[1:]), "expected 1920 bytes, found 1919"),
         ("nf4", _state(blocksize=0), "blocksize: expected a power of two up to 4096, found 0"),
@@ -335,11 +312,8 @@ def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
 )
 def test_hostile_tensors_are_refused_by_name(tmp_path: Path, kind: str, change: Any, expected: str) -> None:
     """A refusal has the found and the expected value; nothing is guessed, and nothing is left over."""
-    tensors, _ = KINDS[kind].keep(torch.randn(48, 80, generator=torch.Generator().manual_seed(0)))
-    change(tensors)
-    named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
     with pytest.raises(CheckpointInvalid, match=expected):
-        checkpoint(tmp_path, named, KINDS[kind].config, torch.float32).get("layer.weight", (48, 80))
+        kept(tmp_path, kind, change)[0].get("layer.weight", (48, 80))
 
 
 @pytest.mark.parametrize(

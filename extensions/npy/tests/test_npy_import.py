@@ -106,20 +106,11 @@ def test_a_peft_adapter_and_its_conversion_are_the_same_rows(bench: Bench) -> No
     assert again.manifest.files == first.manifest.files
 
 
-def poke(row: int, column: int, value: int) -> Callable[[Any, Any], None]:
-    """Change one number of the config."""
+def poke(row: int, column: int, value: float, *, weights: bool = False) -> Callable[[Any, Any], None]:
+    """Change one number of the config, or of the weights."""
 
-    def change(weights: Any, config: Any) -> None:
-        config[row, column] = value
-
-    return change
-
-
-def set_value(row: int, column: int, value: float) -> Callable[[Any, Any], None]:
-    """Change one number of the weights."""
-
-    def change(weights: Any, config: Any) -> None:
-        weights[row, column] = value
+    def change(values: Any, config: Any) -> None:
+        (values if weights else config)[row, column] = value
 
     return change
 
@@ -138,8 +129,8 @@ def set_value(row: int, column: int, value: float) -> Callable[[Any, Any], None]
         (poke(0, 3, 1), "E_DIMS"),
         (poke(0, 3, 2), "E_BAD_NPY"),
         (poke(1, 0, 1), "E_PAIR"),
-        (set_value(0, 4, float("nan")), "E_NAN"),
-        (set_value(1, -1, 0.5), "E_DIMS"),
+        (poke(0, 4, float("nan"), weights=True), "E_NAN"),
+        (poke(1, -1, 0.5, weights=True), "E_DIMS"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(bench: Bench, change: Callable[[Any, Any], None], code: str) -> None:

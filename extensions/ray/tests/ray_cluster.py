@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +25,7 @@ from loramux_ray.names import APP, BUILDER_APP, ENGINE, MIDDLEWARES, SERVICERS
 from loramux_shared.storage.open import open_store
 from tests.support.openai_api import TEMPLATE
 from tests.support.root import ROOT
+from tests.support.s3_gateway import free_port
 from tests.support.tiny import SIZES, World, make_world_of
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -204,10 +204,3 @@ def settings_of(world: World) -> dict[str, Any]:
         "follow_interval_s": 0.2,
         "log_format": "json",
     }
-
-
-def free_port() -> int:
-    """Draw a port without a listener."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

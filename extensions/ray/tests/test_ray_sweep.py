@@ -22,8 +22,9 @@ from loramux.client import Client
 from loramux.faults import Fault
 from loramux.records import Delta
 from loramux_ray.names import APP, MIDDLEWARES
-from tests.ray_cluster import NAMES, RayFleet, free_port, ray_world, settings_of
+from tests.ray_cluster import NAMES, RayFleet, ray_world, settings_of
 from tests.support.root import ROOT
+from tests.support.s3_gateway import free_port
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 

@@ -91,12 +91,20 @@ def test_answers_have_their_reasons(hub, expected, fault, text):
         source(hub).resolve(expected)
 
 
-def test_a_file_that_is_gone(hub, tmp_path):
-    """A file that vanished between listing and download is REPO_NOT_FOUND."""
+@pytest.mark.parametrize(
+    ("content", "fault", "text"),
+    [(None, RepoNotFound, "a file is missing"), (bytes(40 << 20), SourceRefused, "found far more")],
+    ids=["gone", "grown"],
+)
+def test_a_file_that_changed_since_the_listing_is_refused(hub, tmp_path, content, fault, text):
+    """A file that vanished is REPO_NOT_FOUND, and a download of far more than the listing said is ended."""
     hf = source(hub)
     resolved = hf.resolve(repo("org/adapter"))
-    del hub.repos["org/adapter"].files[FILES[1]]
-    with pytest.raises(RepoNotFound, match="a file is missing"):
+    files = hub.repos["org/adapter"].files
+    del files[FILES[1]]
+    if content is not None:
+        files[FILES[1]] = content
+    with pytest.raises(fault, match=text):
         hf.fetch(resolved, FILES, tmp_path)
 
 
@@ -169,15 +177,6 @@ def test_a_branch_that_moves_during_a_build(hub, tmp_path):
     del moved.revisions["before"]
     with pytest.raises(RevisionNotFound, match=f"no revision '{COMMIT}'"):
         hf.fetch(resolved, FILES, tmp_path / "again")
-
-
-def test_a_file_that_grew_is_refused(hub, tmp_path):
-    """A download of far more than the listing said is ended."""
-    hf = source(hub)
-    resolved = hf.resolve(repo("org/adapter"))
-    hub.repos["org/adapter"].files[FILES[1]] = bytes(40 << 20)
-    with pytest.raises(SourceRefused, match="found far more"):
-        hf.fetch(resolved, FILES, tmp_path)
 
 
 def test_digests_of_large_files_are_taken_from_the_hub(hub, tmp_path):
