@@ -45,6 +45,11 @@ class Variant:
     """Arguments that are not known to be multiples of 16."""
 
 
+def typed(names: Mapping[str, str]) -> dict[str, str]:
+    """Return the type of each argument, of names by their type."""
+    return {name: kind for kind, each in names.items() for name in each.split()}
+
+
 @dataclass(frozen=True)
 class Line:
     """The resources of one kernel, as a line of the golden table."""

@@ -9,25 +9,17 @@ from inference_service.kernels.attention import triton_kernels, tuning
 from inference_service.kernels.launch import ARCHITECTURES
 from inference_service.kernels.sgmv import Phase, tuning as sgmv
 from tests.kernels import aot_sgmv
-from tests.kernels.aot import Variant, covering
+from tests.kernels.aot import Variant, covering, typed
 
-TYPES = {
-    **aot_sgmv.TYPES,
-    "p_num_runs": "*i32",
-    "p_partial": "*fp32",
-    "p_lse": "*fp32",
-    "p_scales": "*bf16",
-    "p_cache_rows": "*i32",
-    "p_items": "*i32",
-    "p_merges": "*i32",
-    "p_blocks": "*i32",
-    "p_sinks": "*fp32",
-    "stride_kv": "i64",
-    "scale": "fp32",
-    "softcap": "fp32",
-    "eps": "fp32",
-    "offset": "fp32",
-}
+TYPES = aot_sgmv.TYPES | typed(
+    {
+        "*i32": "p_num_runs p_cache_rows p_items p_merges p_blocks",
+        "*fp32": "p_partial p_lse p_sinks",
+        "*bf16": "p_scales",
+        "i64": "stride_kv",
+        "fp32": "scale softcap eps offset",
+    }
+)
 UNALIGNED = {"window", *aot_sgmv.UNALIGNED}
 EIGHT_BITS: Final = {"int8": "*i8", "fp8": "*fp8e4nv"}
 FP8_FROM: Final = 90

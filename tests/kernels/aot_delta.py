@@ -4,20 +4,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from inference_service.kernels.delta import triton_kernels, tuning
-from tests.kernels.aot import Variant, with_halves
+from tests.kernels.aot import Variant, typed, with_halves
 
-TYPES = {
-    "p_decay": "*fp32",
-    "p_dt_bias": "*fp32",
-    "p_total": "*fp32",
-    "p_values": "*fp32",
-    "p_reads": "*fp32",
-    "p_weights": "*fp32",
-    "p_chunks": "*i32",
-    "p_tiles": "*i32",
-    "eps": "fp32",
-    "scale": "fp32",
-}
+TYPES = typed(
+    {
+        "*fp32": "p_decay p_dt_bias p_total p_values p_reads p_weights",
+        "*i32": "p_chunks p_tiles",
+        "fp32": "eps scale",
+    }
+)
 STATES = {"p_states": "*fp32"}
 DTYPES = {"bf16": 2, "fp32": 4}
 DIM = 128

@@ -7,30 +7,17 @@ from inference_service.kernels.experts import triton_kernels, tuning
 from inference_service.kernels.packing import power_of_two
 from inference_service.kernels.rows.tuning import TILE as ROW_TILE
 from inference_service.kernels.sgmv import PREFILL_TILE
-from tests.kernels.aot import Variant, with_halves
+from tests.kernels.aot import Variant, typed, with_halves
 
 DTYPES = {2: "bf16", 4: "fp32"}
-TYPES = {
-    "p_ids": "*i32",
-    "p_weights": "*fp32",
-    "p_tokens": "*i32",
-    "p_experts": "*i32",
-    "p_places": "*i32",
-    "p_tiles": "*i32",
-    "p_rows": "*i32",
-    "p_slots": "*i32",
-    "p_counts": "*i32",
-    "p_token_ids": "*i32",
-    "p_seg_start": "*i32",
-    "p_seg_slot": "*i32",
-    "p_pass_start": "*i32",
-    "p_pass": "*i32",
-    "p_entry_scales": "*fp32",
-    "p_scales": "*fp32",
-    "p_place_scales": "*fp32",
-    "alpha": "fp32",
-    "limit": "fp32",
-}
+TYPES = typed(
+    {
+        "*i32": "p_ids p_tokens p_experts p_places p_tiles p_rows p_slots p_counts p_token_ids p_seg_start "
+        "p_seg_slot p_pass_start p_pass",
+        "*fp32": "p_weights p_entry_scales p_scales p_place_scales",
+        "fp32": "alpha limit",
+    }
+)
 UNALIGNED = {
     *("E", "P", "k", "tiles", "slot_stride", "expert_stride"),
     *("p_tiles", "p_rows", "p_seg_start", "p_seg_slot", "p_pass"),

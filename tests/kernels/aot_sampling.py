@@ -6,22 +6,16 @@ import torch
 
 from inference_service.kernels.sampling import triton_kernels, tuning
 from inference_service.kernels.sampling.launch import SHIFTS
-from tests.kernels.aot import Variant
+from tests.kernels.aot import Variant, typed
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TYPES = {
-    "p_rows": "*i32",
-    "p_scores": "*fp32",
-    "p_ids": "*i32",
-    "p_out": "*i64",
-    "p_shaped": "*fp32",
-    "p_packed": "*i32",
-    "p_counts": "*i32",
-    "p_masks": "*i32",
-    "p_last": "*i32",
-    "p_drawn": "*i32",
-    "p_impossible": "*i32",
-}
+TYPES = typed(
+    {
+        "*i32": "p_rows p_ids p_packed p_counts p_masks p_last p_drawn p_impossible",
+        "*fp32": "p_scores p_shaped",
+        "*i64": "p_out",
+    }
+)
 LARGEST_VOCAB = 262144
 
 

@@ -6,20 +6,15 @@ from typing import Any
 from inference_service.kernels.launch import ARCHITECTURES
 from inference_service.kernels.sgmv import triton_kernels, tuning
 from inference_service.kernels.sgmv.layout import MAX_SLICES, Phase
-from tests.kernels.aot import Variant, with_halves
+from tests.kernels.aot import Variant, typed, with_halves
 
-TYPES = {
-    "p_y": "*fp32",
-    "p_scales": "*fp32",
-    "p_token_ids": "*i32",
-    "p_seg_start": "*i32",
-    "p_seg_slot": "*i32",
-    "p_pass": "*i32",
-    "p_end": "*i32",
-    "p_planes": "*i32",
-    "p_table": "*i64",
-    "p_vectors": "*fp32",
-}
+TYPES = typed(
+    {
+        "*fp32": "p_y p_scales p_vectors",
+        "*i32": "p_token_ids p_seg_start p_seg_slot p_pass p_end p_planes",
+        "*i64": "p_table",
+    }
+)
 # As the launcher specialises: what is not a multiple of 16 in general.
 UNALIGNED = {*triton_kernels.PLANE_SCALARS, *triton_kernels.SEGMENT_POINTERS}
 # What a gated delta rule reads: the widest table, and slices that differ.
