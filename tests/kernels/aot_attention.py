@@ -175,12 +175,7 @@ def _variant(
     constants: Mapping[str, Any],
     config: tuning.TileConfig | tuning.SmallConfig,
 ) -> Variant:
-    return Variant(
-        name=f"attention.{name}",
-        kernel=kernel,
-        dtype=row["dtype"],
-        constants={**constants, "D": row["dim"], "BLOCK_D": 1 << (row["dim"] - 1).bit_length()},
-        options={k: v for k, v in vars(config).items() if k.startswith("num_")},
-        types=TYPES | CACHES[row.get("cache", "own")],
-        unaligned=UNALIGNED,
-    )
+    constants = {**constants, "D": row["dim"], "BLOCK_D": 1 << (row["dim"] - 1).bit_length()}
+    options = {k: v for k, v in vars(config).items() if k.startswith("num_")}
+    types = TYPES | CACHES[row.get("cache", "own")]
+    return Variant(f"attention.{name}", kernel, row["dtype"], constants, options, types, UNALIGNED)

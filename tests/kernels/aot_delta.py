@@ -49,12 +49,5 @@ def _entries() -> Iterator[Variant]:
 def _variant(
     name: str, kernel: Any, dtype: str, constants: Mapping[str, Any], num_warps: int, types: Mapping[str, str]
 ) -> Variant:
-    return Variant(
-        name=f"delta.{name}",
-        kernel=kernel,
-        dtype=dtype,
-        constants=constants,
-        options={"num_warps": num_warps, "num_stages": tuning.NUM_STAGES},
-        types=types,
-        unaligned={"stride_b", "stride_a"},
-    )
+    options = {"num_warps": num_warps, "num_stages": tuning.NUM_STAGES}
+    return Variant(f"delta.{name}", kernel, dtype, constants, options, types, {"stride_b", "stride_a"})

@@ -69,12 +69,4 @@ def _sorts() -> Iterator[Variant]:
 
 
 def _variant(name: str, kernel: Any, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Variant:
-    return Variant(
-        name=name,
-        kernel=kernel,
-        dtype=dtype,
-        constants=constants,
-        options=options,
-        types=TYPES,
-        unaligned=UNALIGNED,
-    )
+    return Variant(name, kernel, dtype, constants, options, TYPES, UNALIGNED)

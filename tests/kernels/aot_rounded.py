@@ -1,6 +1,6 @@
 """The kernels in the tuning tables of products with weights of few bits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Final
 
 from inference_service.kernels.rounded import launch, triton_kernels
@@ -44,14 +44,8 @@ def _variant(
     kernel: str,
     dtype: str,
     constants: dict[str, Any],
-    options: Mapping[str, int],
-    types: Mapping[str, str],
+    options: dict[str, int],
+    types: dict[str, str],
 ) -> Variant:
-    return Variant(
-        name=f"rounded.{name}",
-        kernel=getattr(triton_kernels, kernel),
-        dtype=dtype,
-        constants={"K": WIDTH, **constants},
-        options=options,
-        types=types,
-    )
+    constants = {"K": WIDTH, **constants}
+    return Variant(f"rounded.{name}", getattr(triton_kernels, kernel), dtype, constants, options, types)

@@ -62,11 +62,5 @@ def _entries() -> Iterator[Variant]:
 def _variant(
     name: str, kernel: Any, dtype: str, config: tuning.RowConfig, constants: dict[str, Any] | None = None
 ) -> Variant:
-    return Variant(
-        name=name,
-        kernel=kernel,
-        dtype=dtype,
-        constants={"BLOCK": config.block, **(constants or {})},
-        options={"num_warps": config.num_warps},
-        types=TYPES,
-    )
+    constants = {"BLOCK": config.block, **(constants or {})}
+    return Variant(name, kernel, dtype, constants, {"num_warps": config.num_warps}, TYPES)

@@ -23,54 +23,20 @@ def variants(architecture: int) -> Iterator[Variant]:
     """Yield every entry of the tables; they are the same for all architectures."""
     tiles = -(-LARGEST_VOCAB // tuning.RACE.block)
     for torch_dtype, dtype in DTYPES.items():
-        yield Variant(
-            name="sampling.race",
-            kernel=triton_kernels.race_kernel,
-            dtype=dtype,
-            constants={"BLOCK": tuning.RACE.block},
-            options={"num_warps": tuning.RACE.num_warps},
-            types=TYPES,
-            unaligned={"stride_tiles"},
-        )
+        race = {"BLOCK": tuning.RACE.block}
+        yield _variant("race", dtype, race, {"num_warps": tuning.RACE.num_warps}, "stride_tiles")
         config = tuning.PICK[torch_dtype.itemsize]
-        yield Variant(
-            name="sampling.pick",
-            kernel=triton_kernels.pick_kernel,
-            dtype=dtype,
-            constants={
-                "TILES": tiles,
-                "SHIFT": SHIFTS[torch_dtype],
-                "LINES": config.lines,
-                "BLOCK": config.block,
-            },
-            options={"num_warps": config.num_warps},
-            types=TYPES,
-            unaligned={"tiles", "stride_tiles"},
-        )
-        yield Variant(
-            name="sampling.shape",
-            kernel=triton_kernels.shape_kernel,
-            dtype=dtype,
-            constants={"BLOCK": tuning.SHAPE.block},
-            options={"num_warps": tuning.SHAPE.num_warps, "enable_fp_fusion": False},
-            types=TYPES,
-            unaligned={"V", "words", "stride_logits"},
-        )
-    yield Variant(
-        name="sampling.edit",
-        kernel=triton_kernels.edit_kernel,
-        dtype="fp32",
-        constants={"ENTRIES": tuning.EDIT.entries, "BLOCK": tuning.EDIT.block},
-        options={"num_warps": tuning.EDIT.num_warps},
-        types=TYPES,
-        unaligned={"V"},
-    )
-    yield Variant(
-        name="sampling.note",
-        kernel=triton_kernels.note_kernel,
-        dtype="fp32",
-        constants={"TILES": tiles},
-        options={"num_warps": 1},
-        types=TYPES,
-        unaligned={"V", "tiles"},
-    )
+        pick = {"TILES": tiles, "SHIFT": SHIFTS[torch_dtype], "LINES": config.lines, "BLOCK": config.block}
+        yield _variant("pick", dtype, pick, {"num_warps": config.num_warps}, "tiles", "stride_tiles")
+        shape = {"num_warps": tuning.SHAPE.num_warps, "enable_fp_fusion": False}
+        yield _variant("shape", dtype, {"BLOCK": tuning.SHAPE.block}, shape, "V", "words", "stride_logits")
+    edit = {"ENTRIES": tuning.EDIT.entries, "BLOCK": tuning.EDIT.block}
+    yield _variant("edit", "fp32", edit, {"num_warps": tuning.EDIT.num_warps}, "V")
+    yield _variant("note", "fp32", {"TILES": tiles}, {"num_warps": 1}, "V", "tiles")
+
+
+def _variant(
+    name: str, dtype: str, constants: dict[str, int], options: dict[str, int], *unaligned: str
+) -> Variant:
+    kernel = getattr(triton_kernels, f"{name}_kernel")
+    return Variant(f"sampling.{name}", kernel, dtype, constants, options, TYPES, unaligned)

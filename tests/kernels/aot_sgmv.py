@@ -56,12 +56,5 @@ def most_planes(itemsize: int, phase: Phase = Phase.DECODE) -> int:
 
 
 def _variant(name: str, kernel: Any, itemsize: int, config: Tiles, constants: Mapping[str, Any]) -> Variant:
-    return Variant(
-        name=name,
-        kernel=kernel,
-        dtype=DTYPES[itemsize],
-        constants={"UPCAST": False, **constants},
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-        types=TYPES,
-        unaligned=UNALIGNED,
-    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return Variant(name, kernel, DTYPES[itemsize], {"UPCAST": False, **constants}, options, TYPES, UNALIGNED)
