@@ -19,6 +19,7 @@ import grpc
 from google.protobuf.message import Message
 
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
+from loramux_shared.process import read_small
 from loramux_shared.routes import MODEL_HEADER, OF_A_MODEL
 from loramux_shared.rpc.options import CLIENT_OPTIONS, MAX_REQUEST_BYTES
 from loramux_shared.rpc.status import fault_of
@@ -202,6 +203,6 @@ def named(target: str) -> Iterator[None]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.expanduser().read_bytes()
+        return read_small(path.expanduser())
     except OSError as error:
         raise SettingsInvalid(f"TLS: {path}: {error.strerror}.") from error

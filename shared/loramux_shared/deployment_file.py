@@ -28,6 +28,7 @@ from loramux_shared.deployment import (
     SourceKind,
 )
 from loramux_shared.faults import DeploymentInvalid, Finding
+from loramux_shared.process import read_small
 from loramux_shared.signatures import read_signer
 from loramux_shared.wording import MAX_FINDINGS, counted, nearest
 
@@ -88,7 +89,7 @@ def load_deployment(path: Path) -> DeploymentFile:
         DeploymentInvalid: the file cannot be read, is no YAML, or breaks a rule; all violations at once.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DeploymentInvalid(f"cannot read the deployment file {path}: {reason}") from error

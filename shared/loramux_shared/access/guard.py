@@ -13,6 +13,7 @@ import structlog
 
 from loramux_shared.access.keyring import Keyring, Watch
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.process import read_small
 from loramux_shared.settings import Settings
 
 T = TypeVar("T")
@@ -111,7 +112,7 @@ class TlsFiles:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_small(path)
     except OSError as error:
         raise SettingsInvalid(f"TLS: {path}: {error.strerror}.") from error
 

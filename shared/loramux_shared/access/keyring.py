@@ -11,6 +11,7 @@ import structlog
 
 from loramux_shared.access.keys import Access, KeyEntry, Scope, digest, parse_keys
 from loramux_shared.faults import PermissionDenied, SettingsInvalid, Unauthenticated
+from loramux_shared.process import read_small
 
 
 class Watch:
@@ -109,7 +110,7 @@ def read_keys_file(path: Path) -> str:
         SettingsInvalid: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read_small(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
         raise SettingsInvalid(

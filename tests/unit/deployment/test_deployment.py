@@ -331,12 +331,13 @@ def test_a_small_file_that_unfolds_to_a_large_one(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    """A missing file, a folder and binary data are refused with the path and the reason."""
+    """A missing file, a folder, binary data and a file without end are refused with the path and the reason."""
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name, reason in [
         ("missing", "No such file or directory"),
         (".", "Is a directory"),
         ("binary", "not UTF-8 text"),
+        ("/dev/zero", "it has more than 16 MiB"),
     ]:
         with pytest.raises(DeploymentInvalid, match=f"cannot read the deployment file .*: {reason}"):
             load_deployment(tmp_path / name)
