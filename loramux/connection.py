@@ -18,8 +18,8 @@ from typing import Any, Final, TypedDict
 import grpc
 from google.protobuf.message import Message
 
+from loramux_shared.adapter_files import read_small
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
-from loramux_shared.process import read_small
 from loramux_shared.routes import MODEL_HEADER, OF_A_MODEL
 from loramux_shared.rpc.options import CLIENT_OPTIONS, MAX_REQUEST_BYTES
 from loramux_shared.rpc.status import fault_of

@@ -1,4 +1,4 @@
-"""The files of an adapter: a builder fetches them, and a client uploads them piece by piece."""
+"""The files of an adapter, which builders fetch and clients upload by pieces, and small files of people."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from loramux_shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 
 PIECE: Final = 1 << 20
 """Bytes."""
+MAX_SMALL: Final = 1 << 24
+"""Most bytes of a file that a person writes."""
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 INDEX: Final = "adapter_model.safetensors.index.json"
@@ -60,3 +62,16 @@ def pieces_of(path: Path) -> Iterator[bytes]:
 
 def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_small(path: Path) -> bytes:
+    """Return the content of a file that a person writes: settings, keys, certificates.
+
+    Raises:
+        OSError: it cannot be read, or has more bytes than such a file has.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_SMALL + 1)
+    if len(content) > MAX_SMALL:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_SMALL >> 20} MiB")
+    return content

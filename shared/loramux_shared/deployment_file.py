@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from loramux_shared.adapter_files import read_small
 from loramux_shared.bundle.names import NAME_RULE, ModelNames
 from loramux_shared.deployment import (
     Deployment,
@@ -28,7 +29,6 @@ from loramux_shared.deployment import (
     SourceKind,
 )
 from loramux_shared.faults import DeploymentInvalid, Finding
-from loramux_shared.process import read_small
 from loramux_shared.signatures import read_signer
 from loramux_shared.wording import MAX_FINDINGS, counted, nearest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import socket
@@ -23,8 +22,6 @@ An idle replica holds 16.
 MOST: Final = 4096
 """Upper bound of the connections of one server: several times what the queue of requests holds."""
 LEAST: Final = 16
-MAX_SMALL: Final = 1 << 24
-"""Most bytes of a file that a person writes."""
 
 log = structlog.get_logger()
 
@@ -123,19 +120,6 @@ def open_folder(folder: Path) -> str | None:
     except OSError:
         return None
     return _open_to_others(found) if stat.S_ISDIR(found.st_mode) else "is a link or no folder"
-
-
-def read_small(path: Path) -> bytes:
-    """Return the content of a file that a person writes: settings, keys, certificates.
-
-    Raises:
-        OSError: it cannot be read, or has more bytes than such a file has.
-    """
-    with path.open("rb") as file:
-        content = file.read(MAX_SMALL + 1)
-    if len(content) > MAX_SMALL:
-        raise OSError(errno.EFBIG, f"it has more than {MAX_SMALL >> 20} MiB")
-    return content
 
 
 def read_private(path: Path) -> bytes | None:

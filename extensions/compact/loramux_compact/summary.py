@@ -120,6 +120,8 @@ async def compact(service: GenerationService, http: HttpRequest) -> Reply[Compac
 
 def asking(chat: ChatRequest) -> ChatRequest:
     """Return a chat that ends with the question for a summary; templates may refuse two turns of the user."""
+    if not chat.turns:
+        raise refused("input", "at least one message or call to summarise", "none")
     *before, last = chat.turns
     if last.role != "user":
         return replace(chat, turns=(*chat.turns, Turn("user", ASK, place=PLACE)))

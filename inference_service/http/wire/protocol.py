@@ -73,6 +73,8 @@ def _drop(data: bytes) -> None:
 
 HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(:[0-9]*)?")
 
+MAX_TARGET_BYTES: Final = 2**16 - 1
+"""Most that httptools takes apart."""
 TARGET: Final = re.compile(rb"(/|https?://[^/]|\*$)[^#]*$", re.IGNORECASE)
 
 
@@ -94,6 +96,8 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
     """
     if version not in ("1.0", "1.1"):
         raise Refused(505, "invalid_http", "expected HTTP/1.1.")
+    if len(url) > MAX_TARGET_BYTES:
+        raise Refused(431, "head_too_large", f"the target of the request exceeds {MAX_TARGET_BYTES} bytes.")
     if not TARGET.match(url):
         raise Refused(
             400, "invalid_http", "expected the target of the request as a path, or as http://HOST/PATH."
@@ -335,11 +339,11 @@ class BoundedHttp(HttpToolsProtocol):
         self._check_head()
         if len(self.pipeline) >= MAX_PIPELINED:
             self._reject(400, "invalid_http", f"more than {MAX_PIPELINED} requests wait for an answer.")
-        self._in_head, self._since_body = False, 0
         queued = self._busy()
         self.scope["state"][CONNECTION] = self
         self.scope["state"][ARRIVED] = arrived_at(self.transport.get_extra_info("socket"))
         super().on_headers_complete()
+        self._in_head, self._since_body = False, 0
         if self._leaving():
             self.announce()
         self._wait_for_body(math.inf if queued else self._patience.body_s)

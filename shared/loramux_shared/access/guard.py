@@ -12,8 +12,8 @@ from typing import TypeVar
 import structlog
 
 from loramux_shared.access.keyring import Keyring, Watch
+from loramux_shared.adapter_files import read_small
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.process import read_small
 from loramux_shared.settings import Settings
 
 T = TypeVar("T")

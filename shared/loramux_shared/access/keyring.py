@@ -10,8 +10,8 @@ from pathlib import Path
 import structlog
 
 from loramux_shared.access.keys import Access, KeyEntry, Scope, digest, parse_keys
+from loramux_shared.adapter_files import read_small
 from loramux_shared.faults import PermissionDenied, SettingsInvalid, Unauthenticated
-from loramux_shared.process import read_small
 
 
 class Watch:

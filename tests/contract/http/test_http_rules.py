@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from inference_service.http.app import create_app
 from inference_service.http.server import HttpServer
-from inference_service.http.wire.protocol import MAX_FIELDS, MAX_PIPELINED
+from inference_service.http.wire.protocol import MAX_FIELDS, MAX_PIPELINED, MAX_TARGET_BYTES
 from inference_service.serving.service import GenerationService
 from tests.support.cases import cases
 from tests.support.raw_http import RawClient
@@ -33,6 +33,7 @@ def post(trailers: bytes) -> bytes:
 
 REFUSED = {
     **{name: (raw.encode("latin-1"), status) for name, (status, raw) in cases(__file__, "refused").items()},
+    "long target": (get(path=b"/" + b"a" * MAX_TARGET_BYTES), 431),
     "many headers": (get(b"Host: x\r\n" + b"a: b\r\n" * MAX_FIELDS), 431),
     "many trailers": (post(b"a: b\r\n" * (MAX_FIELDS + 2)), 431),
 }
