@@ -67,7 +67,7 @@ async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(api: Tal
 
 
 async def test_what_cannot_be_summed_up_is_refused(api: TalkerApi) -> None:
-    """A call without output, reasoning alone, a stored conversation, a missing model and an empty answer are refused."""
+    """A call without output, reasoning alone, a stored conversation and an empty answer are refused."""
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
     for body, param in (
         ({"model": "pirate", "input": [HI, call]}, "input[1]"),
