@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from inference_service.lora.weights import AdapterWeights, Placed, arrange
+from inference_service.models.packed import Kept
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.modules import BY_NAME
@@ -62,7 +63,7 @@ class RandomTensors:
         drawn = torch.randn(shape, dtype=self.dtype, device=self.device).mul_(SCALE)
         return drawn.add_(1.0) if len(shape) == 1 else drawn
 
-    def integers(self, _names: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    def kept(self, _names: Sequence[tuple[str, tuple[int, ...]]], _kind: type[Kept]) -> None:
         """Return None: no tensor is of few bits."""
 
 

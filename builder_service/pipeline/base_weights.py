@@ -22,7 +22,7 @@ from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.extensions import PARTS, find_extensions, need_extension
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.base import Progress, Room, unwatched
-from loramux_shared.sources.checkpoint import CONFIG, GENERATION, INDEX, WEIGHTS, Base
+from loramux_shared.sources.checkpoint import CONFIG, GENERATION, GGUF, INDEX, WEIGHTS, Base
 from loramux_shared.sources.files import hash_if_there
 from loramux_shared.sources.open import Sources
 
@@ -43,6 +43,8 @@ class BaseWeights:
         self._lock = threading.Lock()
         self._shards: dict[str, str] | None = None
         self._open: dict[str, TensorFile] = {}
+        self._verified = False
+        """Whether a file of GGUF was found to be the one that was recorded."""
         self._widener: Any = None
 
     @property
@@ -60,6 +62,9 @@ class BaseWeights:
         """
         with self._lock:
             shard = self._shard_of(name)
+            if GGUF in self._base.files and not self._verified:
+                self.fetch(GGUF)
+                self._verified = True
             if shard is None or shard not in self._base.files:
                 return None
             file = self._open.get(shard) or self._read(shard)
@@ -75,7 +80,7 @@ class BaseWeights:
             ResourcesExhausted, InternalFault: the extension's process failed.
             Fault: what `find` raises.
         """
-        parts = self._beside(name.removesuffix("weight"))
+        parts = [name] if GGUF in self._base.files else self._beside(name.removesuffix("weight"))
         if not parts or (widener := self._open_widener()) is None:
             return None
         for part in parts:

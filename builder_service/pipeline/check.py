@@ -24,7 +24,7 @@ from loramux_shared.bundle.npy import DESCR, header_bytes
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Deployment, Dtype, Repository
 from loramux_shared.faults import BuildInterrupted, Fault, Finding, ResourcesExhausted, ShuttingDown
-from loramux_shared.sources.checkpoint import Base, describe_base
+from loramux_shared.sources.checkpoint import GGUF, Base, describe_base
 
 ADAPTER: Final = "adapter"
 """The name of the one adapter of a check."""
@@ -115,6 +115,8 @@ def _origin_warnings(
 
 def _widened(base: Base) -> list[Finding]:
     """Return what replicas will need for a base of few bits."""
+    if GGUF in base.record.files:
+        return []  # a CPU keeps them
     dtype = base.model.dtype if base.model.dtype in ITEM_BYTES else "bfloat16"
     formats = widening(base.model, base.record.weights_bytes, dtype)
     return (

@@ -22,6 +22,7 @@ from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.operations import Operations
 from inference_service.backends.replayed import Replays
 from inference_service.kernels.attention import Context
+from inference_service.kernels.blocks import WeightBlocks
 from inference_service.kernels.cpu.ops import (
     NO_ADAPTERS,
     Adapters,
@@ -36,12 +37,15 @@ from inference_service.kernels.sampling import Drawn, RowParams
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
+from loramux_shared.bases.memory import Keeps
 from loramux_shared.bases.rope import HeadCounts
 from loramux_shared.runtime import Rounding
 
 
 class NativeOperations(Operations):
     """Operations on a CPU, compiled where they exist."""
+
+    keeps: Keeps = "blocks"
 
     def __init__(self, ops: CpuOps, long_rows: int | None = None) -> None:
         """Take the operations, and the rows from which on a chunk attends by torch's products."""
@@ -65,7 +69,14 @@ class NativeOperations(Operations):
         tiled = self._tiled(weight, bias, quantization)
         if tiled is None:
             return super().new_linear(weight, bias, quantization)
-        return NativeLinear(self.ops, weight, tiled)
+        return NativeLinear(self.ops, weight.shape, tiled)
+
+    def new_blocks(self, parts: Sequence[WeightBlocks], bias: Tensor | None = None) -> Linear:
+        """Return a linear that widens them in registers, or multiplies their integers."""
+        tiled = self.ops.tiled_blocks(parts, bias)
+        if tiled is None:
+            return super().new_blocks(parts, bias)
+        return NativeLinear(self.ops, (tiled.columns, parts[0].numbers.shape[1]), tiled)
 
     def _tiled(self, weight: Tensor, bias: Tensor | None, quantization: Rounding) -> Tiled | None:
         """Return a weight as the compiled product takes it; None where it does not, or is not to have it."""
@@ -129,10 +140,12 @@ class NativeOperations(Operations):
 class NativeLinear(Linear):
     """A linear with its weights in tiles, which a compiled product reads from front to back."""
 
-    def __init__(self, ops: CpuOps, weight: Tensor, tiled: Tiled) -> None:
-        self.out_features, self.in_features = weight.shape
+    def __init__(self, ops: CpuOps, shape: Sequence[int], tiled: Tiled) -> None:
+        """Take a weight [out, in] as the product reads it."""
+        self.out_features, self.in_features = shape
         self._ops, self._tiled = ops, tiled
-        self.saved_bytes = weight.nbytes - tiled.num_bytes if tiled.is_compact else 0
+        whole = self.out_features * self.in_features * ops.dtype.itemsize
+        self.saved_bytes = whole - tiled.num_bytes if tiled.saves else 0
 
     def __call__(self, x: Tensor, adapters: Adapters = NO_ADAPTERS) -> Tensor:
         """Return [T, out], with what adapters add to it."""

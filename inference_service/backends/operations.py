@@ -22,6 +22,7 @@ from inference_service.backends.base import (
 )
 from inference_service.core.computing import Computing
 from inference_service.kernels.attention import Context, KeysValues, PagedAttention
+from inference_service.kernels.blocks import WeightBlocks
 from inference_service.kernels.delta import StateChunk, reference
 from inference_service.kernels.experts import ByExpert, Routed, host, reference as of_experts
 from inference_service.kernels.rows import Activation
@@ -31,6 +32,7 @@ from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.quantized import new_linear
 from inference_service.layers.rope import Rope, rotate
+from loramux_shared.bases.memory import Keeps
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 from loramux_shared.runtime import Rounding
 
@@ -45,8 +47,8 @@ class Operations:
 
     by_row = False
     """True if a row's results depend on nothing but the row, to the last bit."""
-    keeps_integers = False
-    """True if weights of 4 bits are multiplied as checkpoints keep them, instead of widened at load."""
+    keeps: Keeps = "nothing"
+    """Weights of few bits that are multiplied as checkpoints keep them, instead of widened at load."""
 
     def __init__(
         self, dtype: torch.dtype, device: torch.device, cache_dtype: torch.dtype | None = None
@@ -64,6 +66,10 @@ class Operations:
         It stays as it is where its sizes do not allow the rounding.
         """
         return new_linear(weight, bias, quantization)
+
+    def new_blocks(self, parts: Sequence[WeightBlocks], bias: Tensor | None = None) -> Linear:
+        """Return a linear of weights of blocks, one behind the other."""
+        return self.new_linear(torch.cat([part.widened().to(self._dtype) for part in parts]), bias)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """Return what a linear makes of x [T, in], [T, out]."""

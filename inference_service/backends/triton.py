@@ -39,6 +39,7 @@ from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.on_gpu import Fp8Linear, PackedLinear
+from loramux_shared.bases.memory import Keeps
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 from loramux_shared.runtime import Rounding
 
@@ -46,7 +47,7 @@ from loramux_shared.runtime import Rounding
 class TritonOperations(Operations):
     """One launch each, on a GPU or in Triton's interpreter."""
 
-    keeps_integers = True
+    keeps: Keeps = "int4"
 
     def __init__(
         self,

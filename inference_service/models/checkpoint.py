@@ -11,12 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from inference_service.models.packed import FLOATS, Grouped, Integers, Packed, Pieces, widened
-from inference_service.models.shard import ShardInvalid, read_shard
+from inference_service.models.packed import FLOATS, Integers, Keepable, Kept, Packed, Pieces, widened
+from inference_service.models.shard import Shard, ShardInvalid, read_shard
 from loramux_shared.bases.formats import Quantization
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.sources.checkpoint import GGUF
 from loramux_shared.sources.files import hash_if_there
 
 INDEX = "model.safetensors.index.json"
@@ -46,8 +47,8 @@ class Tensors(Protocol):
         """
         ...
 
-    def integers(self, names: Sequence[tuple[str, tuple[int, ...]]]) -> list[Integers] | None:
-        """Return the integers of weights of 4 bits instead of `get`; None where one of them has none.
+    def kept(self, names: Sequence[tuple[str, tuple[int, ...]]], kind: type[Kept]) -> list[Kept] | None:
+        """Return weights of few bits as products take them, not by `get`; None where one is of another kind.
 
         Raises:
             CheckpointInvalid: the tensors of a weight do not go together.
@@ -82,16 +83,22 @@ class Checkpoint:
         self._quantization = quantization
         self._where: dict[str, Path] = {}
         self._held: dict[str, Tensor] = {}
+        self._read: Callable[[Path], Shard] = read_shard
         self._opened: dict[str, Packed] = {}
         """Weights of few bits that were looked at, and will be widened."""
         self._others: dict[str, str] = {}
+        self._found = None
         for path in _files(folder, verify):
+            if path.name == GGUF:
+                gguf = need_extension("gguf.weights", "a base in GGUF")
+                self._where, self._read = dict.fromkeys(gguf.names_of(path), path), gguf.read_gguf
+                self._found = gguf.FoundBlocks(self._where)
+                return
             try:
                 with safe_open(path, framework="pt") as file:
                     self._where |= dict.fromkeys(file.keys(), path)
             except (SafetensorError, OSError) as error:
                 self._refuse(path, error)
-        self._found = None
         if quantization is not None:
             lowbit = need_extension("lowbit", f"a base with weights in {quantization.label}")
             self._found = lowbit.Found(quantization.format, self._where)
@@ -124,8 +131,8 @@ class Checkpoint:
             raise CheckpointInvalid(f"{name}: config.json implies shape {shape}, found {tuple(tensor.shape)}.")
         return tensor.to(self.device, self.dtype)
 
-    def integers(self, names: Sequence[tuple[str, tuple[int, ...]]]) -> list[Integers] | None:
-        """Return the integers of weights of 4 bits on the device; `get` widens them where this returns None.
+    def kept(self, names: Sequence[tuple[str, tuple[int, ...]]], kind: type[Kept]) -> list[Kept] | None:
+        """Return weights of few bits as products take them; `get` widens them where this returns None.
 
         Raises:
             CheckpointInvalid: the tensors of a weight do not go together.
@@ -137,15 +144,16 @@ class Checkpoint:
             if packed is None:
                 return None
             self._opened[name] = packed
-            kept = packed.integers() if isinstance(packed, Grouped) else None
-            if kept is None:
+            kept = packed.kept() if isinstance(packed, Keepable) else None
+            if not isinstance(kept, kind):
                 return None
             found.append(kept)
-        if len({each.scales.shape[1] for each in found}) > 1:  # the parts are one weight, with one group size
+        # Integers are one weight, with one group size.
+        if len({each.scales.shape[1] for each in found if isinstance(each, Integers)}) > 1:
             return None
         for name, _ in names:
             del self._opened[name]
-        return [each.to(self.device) for each in found]
+        return [each.to(self.device) if isinstance(each, Integers) else each for each in found]
 
     def packed(self, name: str, shape: tuple[int, ...]) -> Packed | None:
         """Return a weight of few bits as the file keeps it, instead of `get`; None where it is kept as it is.
@@ -175,7 +183,7 @@ class Checkpoint:
 
     def _load(self, path: Path) -> None:
         try:
-            shard = read_shard(path)
+            shard = self._read(path)
         except (ShardInvalid, OSError) as error:
             self._refuse(path, error)
         self._verify(path.name, shard.digest)
@@ -195,6 +203,8 @@ def _files(folder: Path, verify: Verify) -> list[Path]:
     index = folder / INDEX
     if not index.exists():
         single = folder / "model.safetensors"
+        if not single.exists() and (folder / GGUF).exists():
+            return [folder / GGUF]
         if not single.exists():
             for absent in (index, single):
                 verify(absent.name, None)

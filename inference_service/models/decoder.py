@@ -25,6 +25,7 @@ from inference_service.backends.base import (
 )
 from inference_service.backends.operations import Operations
 from inference_service.kernels.attention import Context
+from inference_service.kernels.blocks import WeightBlocks
 from inference_service.kernels.sampling import Drawn, RowParams
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
@@ -148,7 +149,10 @@ class Decoder:
         self._stateful = config.state_bytes(1) > 0
         self._layers = [read_layer(reader.layer(index)) for index in range(config.dims.num_layers)]
         self._norm = reader.norm(config.names.final_norm)
-        self._head = self._operations.new_linear(head, quantization=quantization.of_head)
+        if isinstance(head, WeightBlocks):
+            self._head = self._operations.new_blocks([head])
+        else:
+            self._head = self._operations.new_linear(head, quantization=quantization.of_head)
         self._inputs = None if config.inputs is None else Inputs(reader, config.inputs)
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
@@ -192,7 +196,10 @@ class Decoder:
     def embed(self, tokens: Tensor, own: StepVocabulary | None = None) -> Tensor:
         """Return the embeddings [T, hidden] of tokens [T]; some rows may have an adapter's own."""
         known = tokens if own is None else own.known(tokens, self.config.dims.vocab)
-        hidden = self._operations.embed(known, self._embedding, self._scale)
+        table = self._embedding
+        if isinstance(table, WeightBlocks):
+            known, table = torch.arange(len(known)), table.rows(known).widened().to(self.dtype)
+        hidden = self._operations.embed(known, table, self._scale)
         if own is not None:
             own.embed(tokens, hidden, self._scale, by_row=self._operations.by_row)
         return hidden

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from inference_service.kernels.blocks import WeightBlocks
 from loramux_shared.bases.formats import Numbers, Quantization, WeightScheme
 from loramux_shared.faults import CheckpointInvalid
 
@@ -189,7 +190,19 @@ class Shared:
         return part, grid.repeat_interleave(width, dim=1)[:, :columns]
 
 
-class Grouped:
+class Keepable:
+    """A weight that products may take as it is."""
+
+    def kept(self) -> Kept | None:
+        """Return the weight as products take it; None where they take it widened.
+
+        Raises:
+            CheckpointInvalid: it has scales that are no numbers.
+        """
+        raise NotImplementedError
+
+
+class Grouped(Keepable):
     """A weight of one matrix, whose integers share scales, and zero points where there are some."""
 
     turned, matrices = False, 1
@@ -210,7 +223,7 @@ class Grouped:
         del matrix
         return self.shared.apply(self.numbers(begin, end), begin)
 
-    def integers(self) -> Integers | None:
+    def kept(self) -> Integers | None:
         """Return the integers of 4 bits, as products take them; None where groups are others than theirs."""
         shared, (down, across) = self.shared, self.shared.scales.shape
         width = self.columns // across
@@ -241,6 +254,10 @@ class Integers(NamedTuple):
         """Return the same on a device."""
         zeros = None if self.zeros is None else self.zeros.to(device)
         return Integers(self.numbers.to(device), self.scales.to(device), zeros)
+
+
+Kept = Integers | WeightBlocks
+"""A weight of few bits that is multiplied as it is kept."""
 
 
 def grids(pieces: Pieces, scales: Tensor) -> Tensor:

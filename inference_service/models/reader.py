@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.operations import Operations
+from inference_service.kernels.blocks import WeightBlocks
 from inference_service.kernels.rounded import PackedWeight, packed_halves
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.on_gpu import PackedLinear
 from inference_service.lora.weights import AdapterWeights, GroupWeights
 from inference_service.models.checkpoint import Tensors
-from inference_service.models.packed import Integers
+from inference_service.models.packed import Integers, Kept
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import AttentionLayer
 from loramux_shared.bases.shard import Shard
 from loramux_shared.runtime import Rounding
+
+Table = Tensor | WeightBlocks
+"""Embeddings, or a head."""
 
 
 class Reader:
@@ -52,8 +56,8 @@ class Reader:
         found = checkpoint.first([f"{prefix}{names.final_norm}.weight" for prefix in names.prefixes])
         self._prefix = found.removesuffix(f"{names.final_norm}.weight")
 
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """Embeddings and head, both [vocab, hidden]; of a tied model one tensor. Rank 0 alone has some.
+    def tables(self) -> tuple[Table, Table]:
+        """Embeddings and head, both [vocab, hidden]; of a tied model one table. Rank 0 alone has some.
 
         As in transformers, a checkpoint counts before its config: what is tied may stand under either name, and
         where it stands under both with different values it is not tied.
@@ -68,10 +72,16 @@ class Reader:
             only = self._table(head if checkpoint.has(head) else embedding)
             return only, only
         first, last = self._table(embedding), self._table(head)
-        return first, first if config.tied_embeddings and torch.equal(first, last) else last
+        if not config.tied_embeddings or isinstance(first, WeightBlocks) or isinstance(last, WeightBlocks):
+            return first, last
+        return first, first if torch.equal(first, last) else last
 
-    def _table(self, name: str) -> Tensor:
+    def _table(self, name: str) -> Table:
         dims = self.config.dims
+        if self.operations.keeps == "blocks" and self.quantization.of_head is Rounding.NONE:
+            kept = self._checkpoint.kept([(name, (dims.vocab, dims.hidden))], WeightBlocks)
+            if kept is not None and isinstance(kept[0], WeightBlocks):
+                return kept[0]
         return self._checkpoint.get(name, (dims.vocab, dims.hidden)).to(self._dtype)
 
     def layer(self, index: int) -> LayerReader:
@@ -89,9 +99,18 @@ class Reader:
         """Return a tensor behind the prefix, in the checkpoint's type."""
         return self._checkpoint.get(self._prefix + name, shape)
 
-    def integers(self, names: list[tuple[str, tuple[int, ...]]]) -> list[Integers] | None:
-        """Return the integers of weights behind the prefix, where all are of 4 bits."""
-        return self._checkpoint.integers([(self._prefix + name, shape) for name, shape in names])
+    def kept(self, names: list[tuple[str, tuple[int, ...]]]) -> list[Kept] | None:
+        """Return weights behind the prefix as the device multiplies them, where all are of few bits."""
+        keeps = WeightBlocks if self.operations.keeps == "blocks" else Integers
+        return self._checkpoint.kept([(self._prefix + name, shape) for name, shape in names], keeps)
+
+    def packed_linear(self, parts: Sequence[Kept], bias: Tensor | None) -> Linear:
+        """Return a linear of weights as they are kept, one behind the other."""
+        added = None if bias is None else self.rounded(bias)
+        blocks = [part for part in parts if isinstance(part, WeightBlocks)]
+        if blocks:
+            return self.operations.new_blocks(blocks, added)
+        return PackedLinear(_joined([part for part in parts if isinstance(part, Integers)]), added)
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """Return a tensor in the type that is computed in."""
@@ -141,11 +160,10 @@ class LayerReader:
         sizes = outs if len(names) == len(outs) else (sum(outs),)
         parts = list(zip(names, sizes, strict=True))
         kept = self._packed(shape, parts)
-        if kept is not None:
-            biases = self.cat([(f"{name}.bias", (out,)) for name, out in parts]) if bias else None
-            return PackedLinear(kept, None if biases is None else self.reader.rounded(biases))
-        weight = self.cat([(f"{name}.weight", (out, shape.in_features)) for name, out in parts])
         biases = self.cat([(f"{name}.bias", (out,)) for name, out in parts]) if bias else None
+        if kept is not None:
+            return self.reader.packed_linear(kept, biases)
+        weight = self.cat([(f"{name}.weight", (out, shape.in_features)) for name, out in parts])
         weight, biases = self.with_merged(weight, shape), self._with_vectors(biases, weight, shape)
         weight, biases = self.part(weight, biases, shape)
         rounded = self.reader.rounded
@@ -167,17 +185,16 @@ class LayerReader:
             bias = None if is_sum and not shard.is_first else cut(bias)
         return cut(weight[:, inputs]), bias
 
-    def _packed(self, shape: GroupShape, parts: list[tuple[str, int]]) -> PackedWeight | None:
-        """Return the weight of a group whose parts are of 4 bits, where the device multiplies these."""
+    def _packed(self, shape: GroupShape, parts: list[tuple[str, int]]) -> list[Kept] | None:
+        """Return the parts of a group that are of few bits, where the device multiplies these."""
         reader = self.reader
         whole = (
             shape.name in self.merged or reader.quantization is not Rounding.NONE or reader.shard is not None
         )
-        if whole or not self.operations.keeps_integers:
+        if whole or self.operations.keeps == "nothing":
             return None
         names = [(f"{name}.weight", (out, shape.in_features)) for name, out in parts]
-        found = self.reader.integers([(self.at + name, size) for name, size in names])
-        return None if found is None else _joined(found)
+        return self.reader.kept([(self.at + name, size) for name, size in names])
 
     def _with_vectors(self, bias: Tensor | None, weight: Tensor, shape: GroupShape) -> Tensor | None:
         """Return the bias [out] of a group as vectors that are merged make it: one, where there was none."""

@@ -62,7 +62,7 @@ def read_shard(path: Path) -> Shard:
     """
     tensors, others = {}, {}
     with path.open("rb", buffering=0) as file:
-        reader = _Reader(file)
+        reader = ShardReader(file)
         for name, (dtype, shape, size) in _header(reader, os.fstat(file.fileno()).st_size).items():
             if dtype not in TYPES:
                 others[name] = OTHERS.get(dtype, dtype)
@@ -76,22 +76,23 @@ def read_shard(path: Path) -> Shard:
         return Shard(tensors, others, reader.rest())
 
 
-class _Reader:
-    """Hashes what it reads."""
+class ShardReader:
+    """Reads a file from front to back, and hashes what it reads."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
-        self._size = 0
+        self.size = 0
+        """Bytes that were read."""
 
     def fill(self, view: memoryview) -> None:
         """Read as many bytes as there is room for, in pieces that stay in the processor's cache."""
         while view:
             count = self._file.readinto(view[:PIECE])  # type: ignore[attr-defined]  # a raw file has it
             if not count:
-                raise ShardInvalid(f"it ends after {self._size} bytes")
+                raise ShardInvalid(f"it ends after {self.size} bytes")
             self._sha256.update(view[:count])
-            self._size += count
+            self.size += count
             view = view[count:]
 
     def take(self, count: int) -> bytes:
@@ -111,11 +112,11 @@ class _Reader:
         """Read to the end, and return what the file was."""
         while piece := self._file.read(PIECE):
             self._sha256.update(piece)
-            self._size += len(piece)
-        return FileDigest(size=self._size, sha256=self._sha256.hexdigest())
+            self.size += len(piece)
+        return FileDigest(size=self.size, sha256=self._sha256.hexdigest())
 
 
-def _header(reader: _Reader, file_size: int) -> dict[str, tuple[str, list[int], int]]:
+def _header(reader: ShardReader, file_size: int) -> dict[str, tuple[str, list[int], int]]:
     """Return type, shape and bytes of the tensors, in the order in which they follow the header."""
     length = int.from_bytes(reader.take(8), "little")
     if length > min(MAX_HEADER, file_size):

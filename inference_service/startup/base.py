@@ -38,7 +38,7 @@ from loramux_shared.faults import ResourcesExhausted, SettingsInvalid
 from loramux_shared.process import report
 from loramux_shared.runtime import Pooling, Rounding, pooling_in
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.sources.checkpoint import PlacedBase, with_base
+from loramux_shared.sources.checkpoint import GGUF, PlacedBase, with_base
 from loramux_shared.sources.open import Sources
 
 log = structlog.get_logger()
@@ -122,7 +122,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         shard = shard_of(settings, config, 0)
         backend = choose_backend(settings, config if shard is None else shard.config)
         dtype = str(backend.dtype).removeprefix("torch.")
-        packed = backend.operations.keeps_integers and may_stay_packed(config) and shard is None
+        packed = may_stay_packed(config, backend.operations.keeps) and shard is None
         formats = widening(config, placed.record.weights_bytes, dtype, packed=packed)
         if formats and backend.quantization is Rounding.NONE:
             log.info("base has quantized weights", weights=formats)
@@ -218,7 +218,7 @@ def _cache_name(generation: Generation) -> str:
 def agree(settings: InferenceSettings, generation: Generation) -> tuple[InferenceSettings, Generation]:
     """Return the settings with what weights are rounded to and how many ranks compute, and the generation.
 
-    Rounded weights, and those of several ranks, take in no adapter.
+    Rounded weights, and those of several ranks, take in no adapter; blocks do where the deployment says always.
 
     Raises:
         SettingsInvalid: the deployment asks for that.
@@ -226,7 +226,9 @@ def agree(settings: InferenceSettings, generation: Generation) -> tuple[Inferenc
     quantization = settings.quantization or generation.quantization
     ranks = settings.tensor_parallel or generation.tensor_parallel_count
     settings = settings.model_copy(update={"quantization": quantization, "tensor_parallel": ranks})
-    if (quantization is Rounding.NONE and ranks == 1) or generation.merged is None:
+    blocks = GGUF in generation.base.files
+    stays = quantization is Rounding.NONE and ranks == 1 and not blocks
+    if stays or generation.merged is None or (blocks and generation.merge is Merge.ALWAYS):
         return settings, generation
     if generation.merge is Merge.ALWAYS:
         has, would, cure = f"LORAMUX_TENSOR_PARALLEL={ranks}", "could not be proved by several ranks", "1"
@@ -253,7 +255,7 @@ def describe_weights(base: LoadedBase) -> str:
     )
     dtype = str(backend.dtype).removeprefix("torch.")
     if backend.quantization is Rounding.NONE:
-        stays = backend.operations.keeps_integers and may_stay_packed(config)
+        stays = may_stay_packed(config, backend.operations.keeps)
         if not stays or config.quantization is None:
             saved = sum(linear.saved_bytes for linear in base.model.linears()) / GB
             return f"{dtype} in 12 bits: {whole - saved:.2f} GB" if saved else f"{dtype}: {whole:.2f} GB"

@@ -25,6 +25,7 @@ from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
 from inference_service.layers.quantized import require_able
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.memory import may_stay_packed
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import open_folder
 from loramux_shared.runtime import Rounding
@@ -54,11 +55,11 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
     quantization = settings.rounding
     require_able(quantization, chosen.device, chosen.dtype)
     chosen = replace(chosen, quantization=quantization)
-    product = f"{_product(chosen)}; {_why(settings, config, chosen.dtype)}"
+    product = f"{_product(chosen, config)}; {_why(settings, config, chosen.dtype)}"
     return replace(chosen, computing=replace(chosen.computing, product=product))
 
 
-def _product(chosen: Backend) -> str:
+def _product(chosen: Backend, config: ModelConfig) -> str:
     """Return how weights are multiplied."""
     operations, rounding = chosen.operations, chosen.quantization
     dtype = _name(chosen.dtype)
@@ -70,9 +71,12 @@ def _product(chosen: Backend) -> str:
     if not integers and not operations.own_products:
         return f"{dtype} by oneDNN"
     instructions = operations.ops.instructions
-    if integers:
+    few_bits = str(rounding) if integers else ""
+    if not integers and config.quantization and may_stay_packed(config, operations.keeps):
+        few_bits = config.quantization.label
+    if few_bits:
         how = "times rows of 8 bits" if chosen.dtype is torch.bfloat16 else "widened in registers"
-        return f"{rounding} {how} ({instructions})"
+        return f"{few_bits} {how} ({instructions})"
     widened = chosen.dtype is torch.bfloat16 and "bfloat16" not in instructions
     held = " held in 12 bits" if operations.ops.compacts else ""
     return f"{dtype}{held}{' widened in registers' if widened else ''} ({instructions})"

@@ -4,7 +4,7 @@
 
     org/name            org/name@revision           Hugging Face, unless such a local path exists
     hf:org/name@revision                            Hugging Face, whatever exists here
-    ./folder   /folder   ~/folder   local:folder    a folder of this machine
+    ./folder   /folder   ~/folder   local:folder    a folder of this machine, or a file of GGUF
     s3://bucket/prefix   gs://bucket/prefix   azure://account/container/path
     https://host/adapter.tar.gz   oci://registry/adapter:tag
 
@@ -27,6 +27,8 @@ _SCHEMES: Final = {
     "https://": SourceKind.REMOTE_URL,
     "oci://": SourceKind.OCI,
 }
+GGUF_SUFFIX: Final = ".gguf"
+"""Of a file that is a base by itself."""
 _HUB: Final = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@#\s]+))?")
 _LOCAL: Final = ("/", "./", "../", "~")
 GRAMMAR: Final = "org/name[@revision], a path, s3://, gs://, azure://, https:// or oci://, each with [#folder]"
@@ -64,7 +66,7 @@ def _local_path(text: str, folder: Path) -> Path | None:
     if not text or "://" in text or text.startswith("hf:") or "\0" in text:
         return None
     path = folder / text
-    return path.resolve() if path.is_dir() else None
+    return path.resolve() if path.is_dir() or (path.suffix == GGUF_SUFFIX and path.is_file()) else None
 
 
 def _no_repository(text: str) -> DeploymentInvalid:

@@ -16,15 +16,17 @@ from loramux_shared.bases.memory import (
     MemoryPlan,
     adapter_bytes,
     cache_of,
-    keeps_integers,
     needs_of,
     plan_on,
+    stays_packed,
     widening,
 )
 from loramux_shared.bases.read import read_fields
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted, SettingsInvalid
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings
+from loramux_shared.spelling import GGUF_SUFFIX
 
 RANKS: Final = (8, 16, 32, 64)
 CARDS: Final = (2, 4, 8, 16)
@@ -88,6 +90,9 @@ def read_base(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointInvalid: there is none, or it is no JSON object.
     """
+    if path.suffix == GGUF_SUFFIX:
+        described: dict[str, Any] = need_extension("gguf", f"--base {path}").config_of(path)
+        return described
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -101,6 +106,8 @@ def read_base(path: Path) -> dict[str, Any]:
 
 def weight_files_bytes(path: Path) -> int | None:
     """Return the bytes of the weights beside a config; None where there are none."""
+    if path.suffix == GGUF_SUFFIX:
+        return path.stat().st_size
     files = [file.stat().st_size for file in (path if path.is_dir() else path.parent).glob("*.safetensors")]
     return sum(files) if files else None
 
@@ -140,7 +147,7 @@ def sizes_of(
         dtype=dtype,
         free_bytes=free_bytes,
         weights_bytes=needs.weights,
-        widened=widening(config, file_bytes, dtype, packed=keeps_integers(config, settings, device))
+        widened=widening(config, file_bytes, dtype, packed=stays_packed(config, settings, device))
         if settings.rounding is Rounding.NONE
         else "",
         steps_bytes=steps,

@@ -28,6 +28,7 @@ from inference_service.engine.graphs import Graph
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.kernels.launch import ARCHITECTURES, Launch, Target, compiling_for, intercepted
 from inference_service.models.decoder import Decoder
+from inference_service.models.packed import Kept
 from inference_service.startup.choose import CACHE_DTYPES, compute_dtype
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
@@ -60,7 +61,7 @@ class _Shapes:
         """Return a tensor without memory, or a number, which is read."""
         return torch.empty(shape, dtype=self.dtype, device="cpu" if shape == (1,) else META)
 
-    def integers(self, _names: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    def kept(self, _names: Sequence[tuple[str, tuple[int, ...]]], _kind: type[Kept]) -> None:
         """No weight has few bits."""
 
 

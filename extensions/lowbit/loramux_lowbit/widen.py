@@ -26,7 +26,9 @@ from torch import Tensor
 from inference_service.models.packed import Pieces, widened
 from loramux_lowbit.find import Found
 from loramux_shared.bases.read import read_config
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid, Fault
+from loramux_shared.sources.checkpoint import GGUF
 
 
 def main() -> int:
@@ -50,11 +52,21 @@ def widen(base: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     Raises:
         CheckpointInvalid: there is none of this name and shape, or its tensors do not go together.
     """
-    quantization, where = read_config(base).quantization, _tensors(base)
-    found = None if quantization is None else Found(quantization.format, where)
+    quantization, file = read_config(base).quantization, base / GGUF
+    where: Mapping[str, Path]
+    if file.exists():
+        gguf = need_extension("gguf.weights", f"a base in {GGUF}")
+        where = dict.fromkeys(gguf.names_of(file), file)
+        found, read = gguf.FoundBlocks(where), gguf.read_tensor
+    else:
+        where, read = _tensors(base), _read
+        found = None if quantization is None else Found(quantization.format, where)
+    if file.exists() and name in where:
+        whole: Tensor = read(file, name)
+        return whole.float()
     if quantization is None or found is None or name not in found:
         raise CheckpointInvalid(f"{name}: expected a weight of few bits, found none.")
-    tensors = {role: _read(where[each], each) for role, each in found.parts(name).items()}
+    tensors = {role: read(where[each], each) for role, each in found.parts(name).items()}
     packed = found.open(Pieces(name, shape, quantization, tensors))
     return widened(packed, torch.float32).contiguous()
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from inference_service.kernels.blocks import WeightBlocks
 from inference_service.kernels.cpu.program import Buffers, Recorder
 from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.integers import Quantized
@@ -33,6 +34,8 @@ LANES = 16
 """Columns of a tile of weights."""
 COMPACT = 12
 """Bits of whole bfloat16 weights that are compact (compact.h)."""
+BLOCKS, OFFSET, IN_PARTS = 16, 16, 32
+"""Bits that stand for blocks (blocks.h), and what the kind of a tile of them has beside its bits."""
 OF_GRANULE = 8
 """Values of K of a tile that are compact together."""
 SPARSE = 512
@@ -105,14 +108,18 @@ class Tiled:
         scales: Tensor | None = None,
         bits: int = 0,
         group: int = 0,
+        beside: Sequence[Tensor] = (),
     ) -> None:
-        """Take tiles, and of integers of so many bits the scales, each of which group values of K share."""
-        self.columns, self.is_compact = columns, bits == COMPACT
-        self._kept = tiles, bias, scales
-        weight, added, scaled = (None if part is None else part.data_ptr() for part in self._kept)
+        """Take tiles, and of integers of so many bits the scales, each of which group values of K share.
+
+        Tiles of blocks are a table, of addresses in what is beside it.
+        """
+        self.columns, self.saves = columns, bits in (COMPACT, BLOCKS)
+        self._kept = tiles, bias, scales, beside
+        weight, added, scaled = (None if part is None else part.data_ptr() for part in (tiles, bias, scales))
         self.arguments = weight, added, bits, scaled, group
         """Arguments in the order of the compiled operation."""
-        self.num_bytes = tiles.nbytes + (0 if scales is None else scales.nbytes)
+        self.num_bytes = sum(each.nbytes for each in (tiles, scales, *beside) if each is not None)
         """Bytes that a product reads of it, without the bias."""
 
 
@@ -248,6 +255,23 @@ class CpuOps:
         tiles = _nibbles(units) if weight.bits == 4 else units.contiguous()
         by_tile = scales.view(-1, LANES, scales.shape[1]).transpose(1, 2).contiguous()
         return Tiled(tiles, bias, rows, by_tile, weight.bits, weight.group)
+
+    def tiled_blocks(self, parts: Sequence[WeightBlocks], bias: Tensor | None = None) -> Tiled | None:
+        """The same of blocks, parts of a weight one behind the other; None where one ends within a tile."""
+        if any(len(part.numbers) % LANES for part in parts[:-1]):
+            return None
+        kept, table, columns = [], [], sum(len(part.numbers) for part in parts)
+        for part in parts:
+            numbers, scales = part.packed(LANES)
+            kind = (
+                part.bits
+                + (OFFSET if part.offsets is not None else 0)
+                + (IN_PARTS if part.parts is not None else 0)
+            )
+            places = zip(numbers, scales, strict=True)
+            table += [(kind, own.data_ptr(), shared.data_ptr()) for own, shared in places]
+            kept += [numbers, scales]
+        return Tiled(torch.tensor(table), bias, columns, None, BLOCKS, beside=kept)
 
     @property
     def threads(self) -> int:

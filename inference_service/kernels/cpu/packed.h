@@ -9,6 +9,7 @@
 // multiply those. bfloat16 has its values rounded to 8 bits for integers, and multiplies four at once (P = 4, integers with
 // 2^(bits - 1) added): products and their sums are exact.
 #pragma once
+#include <numeric>
 #include <vector>
 
 #include "vectors.h"
@@ -124,21 +125,24 @@ class WidenedRows {
 class RoundedRows {
   std::vector<int8_t> values;
   std::vector<float> steps;
-  std::vector<int32_t> starts;
+  std::vector<int32_t> starts, halves;
   int64_t width = 0, parts = 0;
 
  public:
+  // Weights of 0 bits have other zeros, and need the sums of x.
   void round(const bf16* x, int64_t ldx, int64_t rows, int64_t K, int64_t bits, int64_t threads) {
     width = K, parts = (K + ROUNDED - 1) / ROUNDED;
     if (int64_t(values.size()) < rows * K) values.resize(rows * K);
-    if (int64_t(steps.size()) < rows * parts) steps.resize(rows * parts), starts.resize(rows * parts);
+    if (int64_t(steps.size()) < rows * parts)
+      steps.resize(rows * parts), starts.resize(rows * parts), halves.resize(rows * parts);
     each(rows, rows < ROWS_OF_ONE_THREAD ? 1 : int(threads), [&](int64_t row) {
       for (int64_t i = row * parts, at = 0; at < K; ++i, at += ROUNDED) {
         const bf16* from = x + row * ldx + at;
         int8_t* to = values.data() + row * K + at;
         int sum = 0;
         steps[i] = K - at < ROUNDED ? round_part(from, to, int(K - at), sum) : round_part(from, to, int(ROUNDED), sum);
-        starts[i] = -sum * (1 << (bits - 1));
+        starts[i] = bits ? -sum * (1 << (bits - 1)) : sum;
+        if (!bits) halves[i] = std::accumulate(to, to + ROUNDED / 2, 0);
       }
     });
   }
@@ -146,6 +150,10 @@ class RoundedRows {
   const int8_t* row(int64_t row) const { return values.data() + row * width; }
   const float* steps_of(int64_t row) const { return steps.data() + row * parts; }
   const int32_t* starts_of(int64_t row) const { return starts.data() + row * parts; }  // of sums, for what weights have too much
+  int32_t half_of(int64_t row, int64_t part, int half) const {  // sum of the first or last values of a part
+    const int32_t first = halves[row * parts + part];
+    return half ? starts[row * parts + part] - first : first;
+  }
 
  private:
   // Inlined for a constant count, in loops that become vectors.

@@ -1,6 +1,6 @@
-// Products with weights in tiles: [columns / 16, rounded up][K / P][16 columns][P], integers (packed.h), or compact ones.
+// Products with weights in tiles: [columns / 16, rounded up][K / P][16 columns][P], integers (packed.h), compact ones, or blocks.
 #pragma once
-#include "compact.h"
+#include "blocks.h"
 
 namespace {
 
@@ -14,7 +14,7 @@ constexpr int TALL_PRODUCT = 6, WIDE_PRODUCT = 1, TALL_ROUNDED = 2;
 #endif
 
 // y[T][N] = x[T][K] w^T + bias. Integers of 8 or 4 bits have scales [tiles][K / group][16 columns]; 0 bits are whole values, and
-// 12 are whole ones too (compact.h), whose scales are what lies beside the tiles.
+// 12 are whole ones too (compact.h), whose scales are what lies beside the tiles. BLOCKS have BlockTile [tiles] for w (blocks.h).
 template <class T> struct Product {
   const T* x; int64_t ldx, rows, K;
   const uint8_t* w; const T* bias;
@@ -226,6 +226,99 @@ template <int BITS, int WIDE> struct RoundedPanel {
   }
 };
 
+// The same of blocks that are of one kind.
+template <int BITS, int TALL, int WIDE>
+__attribute__((noinline)) void sum_blocks(const Product<bf16>& p, const BlockTile* tiles, int64_t t, int64_t k, int64_t end, float* sums) {
+  constexpr int PARTS = WIDE * SPLIT, OF_PART = LANES / SPLIT, SCALES = BlockOf<BITS>::SCALES, HALF = 4;  // units
+  const int64_t K = p.K, parts = p.rounded->parts_of_row();
+  const int8_t* x = p.rounded->row(t) + k;
+  const float* steps = p.rounded->steps_of(t);
+  const int32_t* totals = p.rounded->starts_of(t);
+  const bool offset = tiles->kind & OFFSET, fetch = !t;
+  const int32_t zero = BlockOf<BITS>::zero(*tiles);
+  rf acc[TALL][PARTS];
+#pragma GCC unroll 8
+  for (int i = 0; i < TALL; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < PARTS; ++c) acc[i][c] = k ? load<rf>(sums + (i * PARTS + c) * OF_PART) : rf{};
+  for (int64_t block = k / OF_BLOCK; block < end / OF_BLOCK; ++block) {
+    const uint8_t* numbers[WIDE];
+    for (int c = 0; c < WIDE; ++c) {
+      numbers[c] = tiles[c].numbers + block * BlockOf<BITS>::BYTES;
+      if (fetch)
+        for (int line = 0; line < BITS; ++line) __builtin_prefetch(numbers[c] + AHEAD + line * 64, 0, 2);
+    }
+    Exact<BITS == 4 ? 4 : 8> sum[TALL][PARTS];
+#pragma GCC unroll 2
+    for (int half = 0; half < SCALES; ++half) {
+#pragma GCC unroll 8
+      for (int i = 0; i < TALL; ++i) {
+        const int32_t total = SCALES == 1 ? totals[i * parts + block] : p.rounded->half_of(t + i, block, half);
+#pragma GCC unroll 8
+        for (int c = 0; c < PARTS; ++c) sum[i][c].begin(-zero * total);
+      }
+#pragma GCC unroll 8
+      for (int u = half * HALF; u < (SCALES == 1 ? 2 : half + 1) * HALF; ++u, x += 4) {
+        ru each[PARTS];
+        for (int c = 0; c < PARTS; ++c) each[c] = held(BlockOf<BITS>::unit(numbers[c / SPLIT], u, c % SPLIT));
+#pragma GCC unroll 8
+        for (int i = 0; i < TALL; ++i) {
+          const ru value = repeated(x + i * K);
+#pragma GCC unroll 8
+          for (int c = 0; c < PARTS; ++c) sum[i][c].add(value, each[c]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int c = 0; c < PARTS; ++c) {
+        const BlockScales<BITS> shared(tiles[c / SPLIT], block, c % SPLIT);
+#pragma GCC unroll 8
+        for (int i = 0; i < TALL; ++i) {
+          const rf step = rf{} + steps[i * parts + block];
+          acc[i][c] = multiply_add(acc[i][c], __builtin_convertvector(sum[i][c].total(), rf), step * shared.scale[half]);
+          if (offset) acc[i][c] = multiply_add(acc[i][c], step * float(totals[i * parts + block]), shared.offset);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < TALL; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < PARTS; ++c) store(sums + (i * PARTS + c) * OF_PART, acc[i][c]);
+}
+
+template <int BITS, int TALL, int WIDE>
+inline void sum_block_rows(int rows, const Product<bf16>& p, const BlockTile* tiles, int64_t t, int64_t k, int64_t end, float* sums) {
+  if (rows == TALL) return sum_blocks<BITS, TALL, WIDE>(p, tiles, t, k, end, sums);
+  if constexpr (TALL > 1) sum_block_rows<BITS, TALL - 1, WIDE>(rows, p, tiles, t, k, end, sums);
+}
+
+template <class T, int BITS, int WIDE> struct BlocksPanel {
+  static constexpr int64_t BLOCK = UNITS_OF_BLOCK * 4, TALL = TALL_ROUNDED;
+  const Product<bf16>& p; const BlockTile* tiles;
+  void add(int64_t t, int rows, int64_t k, int some, float* sums) const {
+    sum_block_rows<BITS, TALL, WIDE>(rows, p, tiles, t, k, k + some, sums);
+  }
+};
+
+// In float32, the first rows decode them for those that come after.
+template <int BITS, int WIDE> struct BlocksPanel<float, BITS, WIDE> {
+  static constexpr int64_t BLOCK = UNITS_OF_BLOCK, TALL = TALL_PRODUCT;
+  const Product<float>& p; const BlockTile* tiles;
+  void add(int64_t t, int rows, int64_t k, int some, float* sums) const {
+    static thread_local std::vector<vf> room;
+    room.resize(WIDE * std::min(BLOCK, p.K));
+    float* decoded = reinterpret_cast<float*>(room.data());
+    const float* x = p.x + t * p.ldx + k;
+    if (t == 0 || (t % ROWS_KEPT == 0 && p.K > BLOCK)) {
+      Blocks<BITS, WIDE> from(tiles, k, decoded, some, t + rows < p.rows);
+      return sum_rows<Floats, Whole, TALL, WIDE>(rows, x, p.ldx, from, some, sums, k == 0);
+    }
+    const int64_t apart = some * sizeof(vf);
+    Stored<WIDE> all{reinterpret_cast<const uint8_t*>(decoded), apart, apart};
+    sum_rows<Floats, Whole, TALL, WIDE>(rows, x, p.ldx, all, some, sums, k == 0);
+  }
+};
+
 template <class T>
 inline void write_sums(int rows, int wide, const float* sums, const T* bias, T* out, int64_t ldo, int valid) {
   for (int t = 0; t < rows; ++t)
@@ -262,13 +355,30 @@ template <int WIDE, class T, class Panel> void product_panel(const Product<T>& p
     }
 }
 
+// Tiles of several kinds are multiplied one by one.
+template <int WIDE, class T> void blocks_panel(const Product<T>& p, int64_t column) {
+  const BlockTile* tiles = reinterpret_cast<const BlockTile*>(p.w) + column / LANES;
+  for (int c = 1; c < WIDE; ++c)
+    if (tiles[c].kind != tiles->kind) {
+      for (int each = 0; each < WIDE; ++each) blocks_panel<1>(p, column + each * LANES);
+      return;
+    }
+  const int bits = tiles->kind & 15;
+  if (bits == 4) product_panel<WIDE>(p, column, BlocksPanel<T, 4, WIDE>{p, tiles});
+  else if (bits == 5) product_panel<WIDE>(p, column, BlocksPanel<T, 5, WIDE>{p, tiles});
+  else if (bits == 6) product_panel<WIDE>(p, column, BlocksPanel<T, 6, WIDE>{p, tiles});
+  else product_panel<WIDE>(p, column, BlocksPanel<T, 8, WIDE>{p, tiles});
+}
+
 template <int WIDE> void product_panel(const Product<float>& p, int64_t column) {
-  if (p.bits == 8) product_panel<WIDE>(p, column, Panel<float, Floats, Integers<8>, WIDE>{p, column});
+  if (p.bits == BLOCKS) blocks_panel<WIDE>(p, column);
+  else if (p.bits == 8) product_panel<WIDE>(p, column, Panel<float, Floats, Integers<8>, WIDE>{p, column});
   else if (p.bits) product_panel<WIDE>(p, column, Panel<float, Floats, Integers<4>, WIDE>{p, column});
   else product_panel<WIDE>(p, column, Panel<float, Floats, Whole, WIDE>{p, column});
 }
 template <int WIDE> void product_panel(const Product<bf16>& p, int64_t column) {
-  if (p.bits == 8) product_panel<WIDE>(p, column, RoundedPanel<8, WIDE>{p, column});
+  if (p.bits == BLOCKS) blocks_panel<WIDE>(p, column);
+  else if (p.bits == 8) product_panel<WIDE>(p, column, RoundedPanel<8, WIDE>{p, column});
   else if (p.bits == 4) product_panel<WIDE>(p, column, RoundedPanel<4, WIDE>{p, column});
 #ifdef __AVX512BF16__
   else if (p.bits) product_panel<WIDE>(p, column, CompactPanel<WIDE>{p, column});

@@ -13,8 +13,8 @@ from typing import Any, Final, Literal
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.faults import CheckpointInvalid
 
-Numbers = Literal["fp8", "int8", "int4", "nf4", "fp4", "mxfp4"]
-FormatName = Literal["fp8", "compressed-tensors", "gptq", "awq", "bitsandbytes", "mxfp4"]
+Numbers = Literal["fp8", "int8", "int4", "nf4", "fp4", "mxfp4", "blocks"]
+FormatName = Literal["fp8", "compressed-tensors", "gptq", "awq", "bitsandbytes", "mxfp4", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,15 @@ class Quantization:
     """True if each weight must have the group of each of its columns."""
     zeros_less_one: bool = False
     """True if zero points are stored less one, as in GPTQ's first version."""
+    types: tuple[str, ...] = ()
+    """Types of blocks of a file of GGUF, whose linears and tables take so many bytes."""
+    linear_bytes: int = 0
+    table_bytes: int = 0
 
     @property
     def label(self) -> str:
         """For people, for example ``gptq (int4)``."""
-        numbers = dict.fromkeys(scheme.numbers for scheme in self.schemes)
+        numbers = dict.fromkeys(self.types or [scheme.numbers for scheme in self.schemes])
         plain = [name for name in numbers if name != self.format]
         return f"{self.format} ({', '.join(plain)})" if plain else self.format
 
@@ -244,6 +248,14 @@ def read_mxfp4(config: HfConfig) -> Quantization:
     return Quantization("mxfp4", (WeightScheme("mxfp4", 1, MXFP4_COLUMNS),))
 
 
+def read_gguf(config: HfConfig) -> Quantization:
+    """Read what the extension gguf writes of a file."""
+    sizes, types = config.block("bytes"), config.array("types") or []
+    linears, tables = (sizes.integer(key, 0) for key in ("linears", "tables"))
+    schemes = (WeightScheme("blocks"),)
+    return Quantization("gguf", schemes, types=(*map(str, types),), linear_bytes=linears, table_bytes=tables)
+
+
 QUANTIZE: Final = "quantize_config.json"
 """The file in which AutoGPTQ said how weights are kept, before ``config.json`` did."""
 KEYS: Final = ("quantization_config", "compression_config", QUANTIZE)
@@ -269,6 +281,7 @@ FORMATS: Final = (
         "bitsandbytes", ("bitsandbytes",), "nf4, fp4, with double quantisation or not; int8", read_bitsandbytes
     ),
     Format("mxfp4", ("mxfp4",), "experts in 3-D, as gpt-oss has them", read_mxfp4),
+    Format("gguf", ("gguf",), "blocks of llama.cpp, of a file of GGUF", read_gguf),
 )
 
 

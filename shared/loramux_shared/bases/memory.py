@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Final
+from typing import Final, Literal
 
 from loramux_shared.bases.cache import Cache, cache_entries
 from loramux_shared.bases.config import ModelConfig
@@ -40,6 +40,8 @@ BLEND_ROWS: Final = (8, 32, 128)
 FINE_MIXED: Final = 256
 """Rows from which on a step computes few that it was not asked for."""
 GB: Final = 1e9
+Keeps = Literal["nothing", "int4", "blocks"]
+"""Weights of few bits that operations multiply as a checkpoint keeps them: GPUs int4, and processors blocks."""
 PACKED_GROUP: Final = 32
 """Numbers of 4 bits that share a scale are a multiple of it, where they are not widened at load."""
 PACKED_GROUP_BYTES: Final = 5
@@ -142,17 +144,23 @@ def _count_inputs(config: ModelConfig) -> int:
     return config.dims.num_layers * config.inputs.width * (config.inputs.vocab + config.dims.hidden)
 
 
-def keeps_integers(config: ModelConfig, settings: InferenceSettings, device: str) -> bool:
-    """Return whether weights of 4 bits are served as the checkpoint keeps them."""
-    kernels = settings.backend == "triton" or (device == "cuda" and settings.backend == "auto")
-    return kernels and settings.rounding is Rounding.NONE and may_stay_packed(config)
+def stays_packed(config: ModelConfig, settings: InferenceSettings, device: str) -> bool:
+    """Return whether weights of few bits are served as the checkpoint keeps them."""
+    keeps: Keeps = "nothing"
+    if settings.backend == "triton" or (device == "cuda" and settings.backend == "auto"):
+        keeps = "int4"
+    elif device == "cpu" and settings.backend != "torch":
+        keeps = "blocks"
+    return settings.rounding is Rounding.NONE and may_stay_packed(config, keeps)
 
 
-def may_stay_packed(config: ModelConfig) -> bool:
-    """Return whether a checkpoint's linears have 4 bits, in groups that Triton's kernels multiply."""
+def may_stay_packed(config: ModelConfig, keeps: Keeps) -> bool:
+    """Return whether a checkpoint's linears are such as a device multiplies: blocks, or 4 bits in groups."""
     found = config.quantization
     if found is None or found.columns_are_ordered:
         return False
+    if found.format == "gguf" or keeps != "int4":
+        return found.format == "gguf" and keeps == "blocks"
     return all(
         each.numbers == "int4" and each.rows == 1 and not (each.columns or 0) % PACKED_GROUP
         for each in found.schemes
@@ -166,6 +174,8 @@ def widening(config: ModelConfig, file_bytes: int | None, dtype: str, *, packed:
     """
     if config.quantization is None:
         return ""
+    if packed and config.quantization.format == "gguf":
+        return f"weights stay {config.quantization.label}"
     if packed:
         return f"linears stay {config.quantization.label}, and are widened in registers"
     in_files = "" if file_bytes is None else f"{_size(file_bytes)} in the files, "
@@ -208,7 +218,7 @@ def needs_of(
     recorded += shaping_bytes(sizes.seqs, dims.vocab)
     return Needs(
         weights=weights_bytes(
-            config, item_bytes, device, settings.rounding, packed=keeps_integers(config, settings, device)
+            config, item_bytes, device, settings.rounding, packed=stays_packed(config, settings, device)
         ),
         adapters=adapters,
         activations=sizes.tokens * row + logits * (item_bytes + 8),
@@ -222,7 +232,8 @@ def weights_bytes(
     """Return what the matrices of a base take, without biases and norms.
 
     Embeddings that are the head too are there once on a GPU, unless the head is rounded; a CPU has a copy. The
-    experts of a GPU are not rounded. Packed linears have 4 bits as in the files, experts aside.
+    experts of a GPU are not rounded. Packed linears have 4 bits as in the files, experts aside; blocks are as
+    in the files, and embeddings take a byte each.
     """
     linears, experts = 0, 0
     for group in _every_group(config):
@@ -235,6 +246,8 @@ def weights_bytes(
     shared = config.tied_embeddings and device == "cuda" and of_head is Rounding.NONE
     head = 0 if shared else of_head.weight_bytes(table, item_bytes)
     whole = experts + table + _count_inputs(config)
+    if packed and config.quantization is not None and config.quantization.format == "gguf":
+        return config.quantization.linear_bytes + config.quantization.table_bytes + table
     if packed and config.quantization is not None:
         sharing = min(each.columns or PACKED_GROUP for each in config.quantization.schemes)
         return linears // 2 + linears // sharing * PACKED_GROUP_BYTES + item_bytes * whole + head

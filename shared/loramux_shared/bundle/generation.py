@@ -95,7 +95,7 @@ class BaseRecord(Model):
     @property
     def weights_bytes(self) -> int:
         """Bytes of the files of weights."""
-        return sum(file.size for name, file in self.files.items() if name.endswith(".safetensors"))
+        return sum(file.size for name, file in self.files.items() if name.endswith((".safetensors", ".gguf")))
 
 
 class Recipe(Model):

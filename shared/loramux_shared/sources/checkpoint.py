@@ -34,6 +34,8 @@ CONFIG: Final = "config.json"
 GENERATION: Final = "generation_config.json"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+GGUF: Final = "model.gguf"
+"""The weights where a file of GGUF is the checkpoint (`sources/local.py`)."""
 SMALL_FILES: Final = (
     CONFIG,
     POOLING,
@@ -208,6 +210,8 @@ def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[
         raise CheckpointInvalid(f"{_name(resolved.repository)}: {INDEX} names missing files: {missing[:3]}")
     if WEIGHTS in resolved.files:
         return [WEIGHTS]
+    if GGUF in resolved.files:
+        return [GGUF]
     others = [name for name in resolved.files if _SHARD.fullmatch(name)]
     cure = "Convert the base to safetensors; pickled weights are refused."
     raise CheckpointInvalid(

@@ -1,8 +1,9 @@
-"""LOCAL: folders of this machine, below the roots that the operator allows."""
+"""LOCAL: folders of this machine, below the roots that the operator allows; a file of GGUF stands for one."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from typing import IO, Final
 from loramux_shared.adapter_files import pieces_of
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
 from loramux_shared.sources.files import exactly, hash_pieces, inside, is_text, pin_content, whole
+from loramux_shared.spelling import GGUF_SUFFIX
 from loramux_shared.wording import listed
 
 MAX_DEPTH = 2
@@ -26,7 +29,9 @@ SETTLED_NS: Final = 100_000_000
 class LocalSource:
     """Reads folders; links are followed as far as the roots reach."""
 
-    def __init__(self, roots: Sequence[Path]) -> None:
+    def __init__(self, roots: Sequence[Path], work_dir: Path | None = None) -> None:
+        """Read below roots; folders that stand for files of GGUF are made in the work folder."""
+        self._made = Path(os.path.realpath(work_dir or tempfile.gettempdir())) / "gguf"
         self._roots = tuple(Path(os.path.realpath(root.expanduser())) for root in roots)
 
     def resolve(
@@ -110,6 +115,9 @@ class LocalSource:
             raise SourceRefused(f"LOCAL {repository.repo!r}: expected an absolute folder of the server")
         folder = self._allowed(path / repository.subfolder)
         with _translated():
+            if folder.suffix == GGUF_SUFFIX and folder.is_file():
+                made: Path = need_extension("gguf", f"LOCAL {folder}").as_checkpoint(folder, self._made)
+                return made
             if not folder.is_dir():
                 raise RepoNotFound(
                     f"LOCAL {folder}: no such folder on the server. Correct the path, or put it there."
@@ -123,7 +131,7 @@ class LocalSource:
             raise SourceRefused(
                 f"LOCAL {str(path)[:200]!r}: not a path of this server: it has a NUL or a circular link"
             ) from None
-        if not any(real.is_relative_to(root) for root in self._roots):
+        if not any(real.is_relative_to(root) for root in (*self._roots, self._made)):
             linked = any(path.is_relative_to(root) for root in self._roots)
             how = ", once its links are followed" if linked else ""
             allowed = listed([str(root) for root in self._roots], none="there is none")

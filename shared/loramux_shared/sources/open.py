@@ -87,7 +87,7 @@ def open_sources(
     return Sources(
         {
             SourceKind.HF: HubSource(secrets, endpoint=hub_endpoint, work_dir=work_dir),
-            SourceKind.LOCAL: LocalSource(local_roots),
+            SourceKind.LOCAL: LocalSource(local_roots, work_dir),
         },
         work_dir,
         {kind: partial(open_address, kind, allowed_hosts, secrets, work_dir) for kind in ADDRESSES},

