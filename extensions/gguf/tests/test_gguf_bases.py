@@ -68,7 +68,7 @@ def answers(world: World, models: list[str], **settings: Any) -> list[list[int]]
 def test_base_and_adapters_answer_as_transformers_with_the_dequantised_weights(
     family: Any, tmp_path: Path
 ) -> None:
-    """In float32 all in one batch, token for token, in a linear of several types and one that is widened."""
+    """All in one batch, token for token in float32, in a linear of several types and one that is widened."""
     tied = family is Qwen3Config
     world = make(tmp_path, family(**SMALL | {"tie_word_embeddings": tied, "head_dim": 32}))
     models = ["base", *ADAPTERS]

@@ -48,7 +48,7 @@ def test_products_in_float32_are_those_of_the_dequantised_weights_bit_for_bit(ki
 
 
 def test_parts_of_several_types_are_one_linear_of_rows_of_8_bits(library: Any) -> None:
-    """In bfloat16, a row's answer depends on that row alone, and is near that of whole rows."""
+    """A row's answer in bfloat16 depends on that row alone, and is near that of whole rows."""
     ops = CpuOps(library, torch.bfloat16)
     parts = [both(kind, 16 if kind != "Q6_K" else 40) for kind in BLOCK_TYPES]
     blocks = [BLOCK_TYPES[kind].unpack(raw) for kind, (raw, _) in zip(BLOCK_TYPES, parts, strict=True)]

@@ -1,4 +1,4 @@
-"""What a file of GGUF says is read as a checkpoint, and files that are not served are refused by name."""
+"""The metadata of GGUF are read as a checkpoint's files, and files that are not served are refused by name."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_file_that_is_not_served_is_refused_by_name(case: str, tmp_path: Path)
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    """Wherever a file is cut off or a byte of its header is another one, nothing but a refusal comes of it."""
+    """A file that is cut off, or has another byte in its header, gives a refusal and no other error."""
     whole = write(tmp_path / "whole.gguf").read_bytes()
     path = tmp_path / "a.gguf"
     for size in (0, 3, 20, 200, 2000, len(whole) - 1):
