@@ -5,13 +5,14 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
+from google.protobuf.json_format import Parse
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from builder_service.builds.builds import Builds
 from builder_service.builds.journal import BuildLimits
@@ -19,12 +20,7 @@ from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER, BuilderServicer
 from inference_service.adapters.fixed import fixed_manager
-from inference_service.http.admin.operators import LoadBody, RollbackBody, UnloadBody
-from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.app import ENDPOINTS
-from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.openai.schema import CompletionBody
-from inference_service.http.responses.schema import ResponsesBody
 from inference_service.http.server import HttpServer
 from inference_service.http.vectors.embeddings import PoolingBody
 from inference_service.http.wire.body import Body
@@ -45,168 +41,46 @@ from tests.support.openai_api import TEMPLATE
 from tests.support.tiny import make_world
 from tests.support.waiting import BOUND_S
 
-TOOL = {
-    "type": "function",
-    "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}},
-}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": [{"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}]},
-    {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "tool", "content": "4", "tool_call_id": "c1"},
-]
-ITEMS = [
-    {"role": "user", "content": [{"type": "input_text", "text": "What is it?"}]},
-    {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
-    {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
-    {"type": "function_call_output", "call_id": "c1", "output": "4"},
-]
-BLOCKS: dict[str, Any] = cases(__file__, "BLOCKS")
 SAMPLED: dict[str, Any] = cases(__file__, "SAMPLED")
-OF_EXTENSIONS: dict[str, Any] = {
-    "/v1/responses/compact": {"model": "rs", "input": "Hi", "max_output_tokens": 2, "seed": 3},
-    "/tokenize": {"model": "rs", "messages": TURNS, "tools": [TOOL]},
-    "/detokenize": {"model": "rs", "tokens": [5, 6, 7]},
-}
 ENDLESS = f"/{ADAPTERS}/WatchReplica"
+SHARED = {
+    "chat/completions": "SAMPLED",
+    "completions": "SAMPLED",
+    "messages": "BLOCKS",
+    "messages/count_tokens": "BLOCKS",
+}
+"""Tables with fields of several routes."""
+KINDS = {each.path: each.body for each in ENDPOINTS if each.body is not None}
 BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
-    "/v1/chat/completions": (
-        ChatBody,
-        {"model": "wide", "messages": TURNS, "tools": [TOOL], "tool_choice": "auto"}
-        | {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
-        | SAMPLED
-        | {"logprobs": True, "top_logprobs": 2, "stream": False},
-    ),
-    "/v1/completions": (
-        CompletionBody,
-        {"model": "all", "prompt": ["Hello", [5, 6]], "echo": True, "logprobs": 2}
-        | {"structured_outputs": {"regex": "[a-z]+"}, "cache_salt": "s", "request_id": "r"}
-        | {"truncate_prompt_tokens": 50, "add_special_tokens": False}
-        | SAMPLED,
-    ),
-    "/v1/responses/input_tokens": (ResponsesBody, {"model": "rs", "input": "Hi"}),
-    "/v1/responses": (
-        ResponsesBody,
-        {
-            "model": "rs",
-            "instructions": "Be brief.",
-            "input": ITEMS,
-            "tools": [{"type": "function", "name": "f"}],
-        }
-        | {"tool_choice": "auto", "max_output_tokens": 2, "top_logprobs": 2, "metadata": {"a": "b"}, "seed": 3}
-        | {"include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low"}},
-    ),
-    "/v1/messages": (
-        MessagesBody,
-        BLOCKS
-        | {"max_tokens": 2, "stop_sequences": ["END"], "temperature": 1.0, "top_p": 0.9, "top_k": 5}
-        | {"metadata": {"user_id": "u"}, "output_config": {"effort": "low"}},
-    ),
-    "/v1/messages/count_tokens": (CountBody, BLOCKS),
-    "/v1/load_lora_adapter": (LoadBody, {"lora_name": "new", "lora_path": "org/new", "load_inplace": True}),
-    "/v1/unload_lora_adapter": (UnloadBody, {"lora_name": "rs", "lora_int_id": 1}),
-    "/v1/rollback": (RollbackBody, {"to": 1}),
     **{
-        each.path: (
-            each.body,
-            {"model": "base", "truncate_prompt_tokens": 8, **list(each.body.examples.values())[-1]},
-        )
-        for each in ENDPOINTS
-        if each.body is not None and issubclass(each.body, PoolingBody)
+        path: (KINDS[path], (cases(__file__, SHARED[path[4:]]) if path[4:] in SHARED else {}) | body)
+        for path, body in cases(__file__, "BODIES").items()
+        if path in KINDS
     },
-    **{each.path: (each.body, OF_EXTENSIONS[each.path]) for each in ENDPOINTS if each.path in OF_EXTENSIONS},
+    **{
+        path: (kind, {"model": "base", "truncate_prompt_tokens": 8, **list(kind.examples.values())[-1]})
+        for path, kind in KINDS.items()
+        if issubclass(kind, PoolingBody)
+    },
 }
 """The kind of body and a valid one, of each route that takes a body."""
+METHODS = {
+    f"/{service.full_name}/{method.name}": method.input_type
+    for module in (inference_pb2, adapters_pb2, builder_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
 
 
 def messages(folder: Path) -> dict[str, list[Message]]:
     """Return valid requests of every rpc; those of the builder name a folder's content."""
-    sampling = inference_pb2.SamplingParams(
-        **SAMPLED | {"logit_bias": {5: 1.5}, "logprobs": 2, "prompt_logprobs": 1}
-    )
-    call = inference_pb2.ToolCall(id="c1", name="look", arguments='{"at": 1}')
-    turns = inference_pb2.Messages(
-        messages=[
-            inference_pb2.Message(role="user", content="What?"),
-            inference_pb2.Message(role="assistant", tool_calls=[call]),
-            inference_pb2.Message(role="tool", content="4", tool_call_id="c1"),
-        ],
-        tools=[inference_pb2.Tool(name="look", description="Look.", parameters='{"type": "object"}')],
-    )
-    schema = inference_pb2.Constraint(
-        json_schema='{"type": "object", "properties": {"a": {"type": "integer"}}}'
-    )
-    ask = partial(
-        inference_pb2.GenerateRequest,
-        sampling=sampling,
-        priority=1,
-        cache_salt="s",
-        truncate_prompt_tokens=50,
-        add_special_tokens=True,
-    )
-    inputs = [
-        inference_pb2.TextInput(text="Hello"),
-        inference_pb2.TextInput(token_ids=inference_pb2.TokenIds(ids=[5, 6])),
-    ]
-    base, adapter = (
-        builder_pb2.Repository(source="SOURCE_KIND_LOCAL", repo=str(folder / name)) for name in ("base", "one")
-    )
-    spec = builder_pb2.DeploymentSpec(
-        model_name="tiny",
-        base=base,
-        adapters=[builder_pb2.Adapter(name="one", repository=adapter)],
-        max_seq_len=64,
-        max_lora_rank=8,
-        truncate_to_rank=4,
-        request_default_max_tokens=8,
-        lora_dtype="DTYPE_FLOAT32",
-    )
-    return {
-        f"/{INFERENCE}/Generate": [
-            ask(model="base", text="Hello"),
-            ask(model="wide", messages=turns),
-            ask(model="all", token_ids=inference_pb2.TokenIds(ids=[5, 6]), constraint=schema),
-        ],
-        f"/{INFERENCE}/Embed": [
-            inference_pb2.EmbedRequest(model="wide", inputs=inputs, dimensions=4, truncate_prompt_tokens=8)
-        ],
-        f"/{INFERENCE}/Classify": [inference_pb2.ClassifyRequest(model="wide", inputs=inputs)],
-        f"/{INFERENCE}/ListModels": [inference_pb2.ListModelsRequest()],
-        f"/{ADAPTERS}/ListAdapters": [adapters_pb2.ListAdaptersRequest(page_size=2)],
-        f"/{ADAPTERS}/GetAdapter": [adapters_pb2.GetAdapterRequest(name="wide")],
-        f"/{ADAPTERS}/PinAdapter": [adapters_pb2.PinAdapterRequest(name="wide")],
-        f"/{ADAPTERS}/UnpinAdapter": [adapters_pb2.UnpinAdapterRequest(name="wide")],
-        f"/{ADAPTERS}/LoadAdapter": [adapters_pb2.LoadAdapterRequest(name="new", path="org/new", replace=True)],
-        f"/{ADAPTERS}/UnloadAdapter": [adapters_pb2.UnloadAdapterRequest(name="rs")],
-        f"/{ADAPTERS}/RollbackReplica": [adapters_pb2.RollbackReplicaRequest(to=1)],
-        f"/{ADAPTERS}/GetReplica": [adapters_pb2.GetReplicaRequest()],
-        ENDLESS: [adapters_pb2.WatchReplicaRequest()],
-        f"/{BUILDER}/BuildDeployment": [builder_pb2.BuildDeploymentRequest(deployment=spec)],
-        f"/{BUILDER}/GetDeployment": [builder_pb2.GetDeploymentRequest(name="tiny")],
-        f"/{BUILDER}/ListDeployments": [builder_pb2.ListDeploymentsRequest(page_size=2)],
-        f"/{BUILDER}/WatchDeployment": [builder_pb2.WatchDeploymentRequest(name="tiny")],
-        f"/{BUILDER}/UpdateDeployment": [
-            builder_pb2.UpdateDeploymentRequest(
-                name="tiny", add=[builder_pb2.Adapter(name="two", repository=adapter)], request_id="r"
-            )
-        ],
-        f"/{BUILDER}/RollbackDeployment": [builder_pb2.RollbackDeploymentRequest(name="tiny", to=1)],
-        f"/{BUILDER}/ListGenerations": [builder_pb2.ListGenerationsRequest(name="tiny", page_size=2)],
-        f"/{BUILDER}/PutAdapter": [
-            builder_pb2.PutAdapterRequest(
-                upload=builder_pb2.AdapterUpload(
-                    deployment="tiny", name="three", config=(folder / "one/adapter_config.json").read_bytes()
-                )
-            )
-        ],
-        f"/{BUILDER}/CancelBuild": [builder_pb2.CancelBuildRequest(name="tiny")],
-        f"/{BUILDER}/CheckAdapter": [
-            builder_pb2.CheckAdapterRequest(
-                adapter=adapter, base=base, max_lora_rank=8, truncate_to_rank=4, lora_dtype="DTYPE_FLOAT32"
-            )
-        ],
-    }
+    made = {}
+    for path, requests in cases(__file__, "MESSAGES").items():
+        common = cases(__file__, "ASKED") if path == f"/{INFERENCE}/Generate" else {}
+        texts = [json.dumps(common | each).replace("FOLDER", str(folder)) for each in requests]
+        made[path] = [Parse(text, GetMessageClass(METHODS[path])()) for text in texts]
+    return made
 
 
 @dataclass(frozen=True)

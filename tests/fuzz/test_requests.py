@@ -15,23 +15,15 @@ from inference_service.http.admin.operators import LoadBody
 from inference_service.http.app import ENDPOINTS
 from inference_service.rpc.servicer import SERVICE_NAME
 from inference_service.serving.bounds import MAX_NAMES
-from loramux.builder.v1 import builder_pb2
-from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.rpc.wire import MAX_FIELDS
-from tests.fuzz.apis import BODIES, FuzzedApis, open_apis
+from tests.fuzz.apis import BODIES, METHODS, FuzzedApis, open_apis
 from tests.fuzz.mutate import bounded, json_text, mutated_json, mutated_message
 from tests.fuzz.numbers import HOLE, LITERALS, NUMBERS, in_turn, json_fields, on_the_wire, wire_fields
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SWEEP = (pytest.mark.sweep, pytest.mark.timeout(1800))
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
-METHODS = {
-    f"/{service.full_name}/{method.name}": method.input_type
-    for module in (inference_pb2, adapters_pb2, builder_pb2)
-    for service in module.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -23,7 +23,6 @@ def new_entry(key_id: str, *scopes: str, models: tuple[str, ...] | None = None) 
 
 
 def lines(*entries: KeyEntry) -> str:
-    """The text of a keys file."""
     return "".join(f"{entry.line()}\n" for entry in entries)
 
 
@@ -57,7 +56,6 @@ class Certificates:
 
     @property
     def server(self) -> TlsFiles:
-        """The server's files."""
         return TlsFiles(self.folder / "server.pem", self.folder / "server.key")
 
     @property
@@ -71,5 +69,4 @@ class Certificates:
         return {"client_cert": files.cert, "client_key": files.key}
 
     def credentials(self, **fields: Any) -> Credentials:
-        """A client that trusts our authority."""
         return Credentials(**(NOBODY | {"tls_ca": self.folder / "ours.pem"} | fields))

@@ -27,7 +27,6 @@ class Loopback(asyncio.Transport):
         self.other: Channel
 
     def write(self, data: Any) -> None:
-        """Send."""
         asyncio.get_running_loop().call_soon(self._pass, bytes(data))
 
     def _pass(self, data: bytes) -> None:
@@ -35,7 +34,6 @@ class Loopback(asyncio.Transport):
             self.other.data_received(data)
 
     def get_write_buffer_size(self) -> int:
-        """Nothing waits."""
         return 0
 
     def abort(self) -> None:
@@ -46,7 +44,6 @@ class Loopback(asyncio.Transport):
 
 
 def connect(one: Channel, other: Channel) -> None:
-    """Connect two ends."""
     there, back = Loopback(one), Loopback(other)
     there.other, back.other = other, one
     one.connection_made(there)

@@ -12,7 +12,6 @@ def pack(files: dict[str, bytes]) -> bytes:
 
 
 def member(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
-    """Return a header."""
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = size, kind, target
     return info

@@ -20,17 +20,10 @@ from tests.support.waiting import BOUND_S, ended
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
-    "--headless",
-    "--remote-debugging-pipe",
+    *("--headless", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
+    *("--no-default-browser-check", "--disable-background-networking", "--disable-component-update"),
+    *("--disable-extensions", "--hide-scrollbars"),
     "--no-sandbox",  # root in a container has no other way
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--no-default-browser-check",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-extensions",
-    "--hide-scrollbars",
 )
 LARGEST = 2**26
 """Bytes of a message; screenshots are the largest."""
@@ -50,7 +43,6 @@ class Page:
         """Errors in the console of the browser."""
 
     async def listen(self) -> None:
-        """Read the browser's events until it disconnects."""
         while True:
             try:
                 message = json.loads((await self._reader.readuntil(b"\0"))[:-1])
@@ -69,7 +61,6 @@ class Page:
                     self.complaints.append(f"{reported['entry']['text']} ({reported['entry'].get('url')})")
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Call a method of the protocol."""
         number = next(_NUMBERS)
         self._answers[number] = asyncio.get_running_loop().create_future()
         message = {"id": number, "method": method, "params": params} | self._session
@@ -79,7 +70,6 @@ class Page:
         return dict(answer["result"])
 
     async def attach(self) -> None:
-        """Open the tab."""
         target = (await self.call("Target.createTarget", url="about:blank"))["targetId"]
         attached = await self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = {"sessionId": attached["sessionId"]}
@@ -87,7 +77,6 @@ class Page:
             await self.call(f"{domain}.enable")
 
     async def open(self, url: str) -> None:
-        """Go somewhere."""
         await self.call("Page.navigate", url=url)
         await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
@@ -99,7 +88,6 @@ class Page:
         return answer["result"].get("value")
 
     async def until(self, script: str) -> None:
-        """Wait until an expression is true."""
         ends = time.monotonic() + BOUND_S
         while not await self.eval(f"Boolean({script})"):
             if time.monotonic() > ends:
@@ -117,17 +105,14 @@ class Page:
         return list(await self.eval(f"{found}.map((each) => each.textContent)"))
 
     async def click(self, selector: str) -> None:
-        """Click the first element that a selector finds."""
         await self.eval(f"document.querySelector({json.dumps(selector)}).click()")
 
     async def type(self, selector: str, text: str) -> None:
-        """Replace the text of a field."""
         field = f"document.querySelector({json.dumps(selector)})"
         assert await self.eval(f"{field}.focus(), {field}.select(), document.activeElement === {field}")
         await self.call("Input.insertText", text=text)
 
     async def press(self, key: str, modifiers: int = 0) -> None:
-        """Press a key."""
         code = {"key": key, "windowsVirtualKeyCode": KEYS[key], "modifiers": modifiers}
         text = {" ": " ", "Enter": "\r"}.get(key) if not modifiers else None
         down = {"type": "keyDown", "text": text} if text else {"type": "rawKeyDown"}

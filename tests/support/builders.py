@@ -41,7 +41,6 @@ class Gated(MemoryStore):
         """At the journal."""
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Store when the gate is open."""
         if self.down:
             raise StoreUnavailable("the store is down")
         if key.startswith("bundles/") and not self.gate.is_set():
@@ -50,7 +49,6 @@ class Gated(MemoryStore):
         super().put(key, data)
 
     def list(self, prefix: str) -> Iterator[str]:
-        """List, and count looks at the journal."""
         self.looks += prefix == BUILDS_PREFIX
         return super().list(prefix)
 
@@ -67,7 +65,6 @@ class Builders:
         self.started: list[Builds] = []
 
     def deployment(self, *names: str, name: str = "tiny", **build: object) -> Deployment:
-        """A deployment of adapters below the folder."""
         return deployment_of(self.folder, *names, name=name, **build)
 
     def repository(self, name: str) -> Repository:
@@ -75,11 +72,9 @@ class Builders:
         return local_repository(self.folder / name)
 
     def context(self, owner: str = OWNER) -> BuildContext:
-        """Return the context of a builder."""
         return workshop(self.folder, self.store, owner=owner)
 
     def builder(self, owner: str = OWNER, **limits: float) -> Builds:
-        """A builder that has not recovered yet."""
         self.started.append(Builds(self.context(owner), replace(BuildLimits(), **limits)))
         return self.started[-1]
 

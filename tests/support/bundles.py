@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from inference_service.adapters.loader import AdapterLoader
 from inference_service.core.adapter import Adapter
-from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import Bundle
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import Fault, StoreUnavailable
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.folders import built, deployment_of, workshop
 from tests.support.waiting import BOUND_S, wait_until
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -29,24 +24,13 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 def build_bundles(store: Store, folder: Path, count: int = 1, name: str = "tiny") -> list[str]:
     """Build adapters a0, a1, ..., of which the first brings a chat template, and return their digests."""
-    base = write_base(folder / "base")
-    adapters = {}
-    for number in range(count):
-        path = write_adapter(folder / f"a{number}", tensors(seed=number))
-        if number == 0:
-            (path / "chat_template.jinja").write_text(TEMPLATE)
-        adapters[f"a{number}"] = {"source": "LOCAL", "repo": str(path)}
-    data = {
-        "model_name": name,
-        "build": {"checkpoint_repository": {"source": "LOCAL", "repo": str(base)}, "lora_adapters": adapters},
-    }
-    build(
-        parse_deployment(data).deployment,
-        BuildContext(store, open_sources(local_roots=[folder]), folder / "work"),
-        Progress(adapters),
-    )
-    generation = current_generation(store, name)
-    return [generation.adapters[f"a{number}"].digest for number in range(count)]
+    write_base(folder / "base")
+    names = [f"a{number}" for number in range(count)]
+    for seed, each in enumerate(names):
+        write_adapter(folder / each, tensors(seed=seed))
+    (folder / "a0" / "chat_template.jinja").write_text(TEMPLATE)
+    adapters = built(deployment_of(folder, *names, name=name), workshop(folder, store)).generation.adapters
+    return [adapters[each].digest for each in names]
 
 
 @dataclass(frozen=True)
@@ -77,15 +61,7 @@ def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = BOUND_S) ->
     return waiting(loader, digest)(timeout_s)
 
 
-class Outcome(Protocol):
-    """Waits for what comes of a load."""
-
-    def __call__(self, timeout_s: float = BOUND_S) -> Loaded | Fault:
-        """Return the outcome."""
-        ...
-
-
-def waiting(loader: AdapterLoader[Any], digest: str, invocation: tuple[int, ...] = ()) -> Outcome:
+def waiting(loader: AdapterLoader[Any], digest: str, invocation=()) -> Callable[..., Loaded | Fault]:
     """Begin to load an adapter; the returned function waits for the outcome."""
     outcomes: SimpleQueue[Loaded | Fault] = SimpleQueue()
 
@@ -110,13 +86,10 @@ class Unsteady(MemoryStore):
         self.digests: list[str] = []
         """Digests of the bundles that a test built."""
         self.away = False
-        self.latency_s = 0.0
         self.gate = threading.Event()
         """Cleared: answers of the store wait until it is set."""
         self.gate.set()
         self.asked: list[str] = []
-        self.at_once = 0
-        """The most requests that were under way together."""
         self.under_way = 0
         self._lock = threading.Lock()
 
@@ -128,13 +101,10 @@ class Unsteady(MemoryStore):
         return other
 
     def get(self, key: str, bound: int | None = None) -> bytes:
-        """Return an object's bytes, later, or not."""
         with self._lock:
             self.asked.append(key)
             self.under_way += 1
-            self.at_once = max(self.at_once, self.under_way)
         try:
-            time.sleep(self.latency_s)
             found = self.objects.get(key)
             assert self.gate.wait(BOUND_S), "the store was never opened again"
             if self.away:

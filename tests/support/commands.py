@@ -38,12 +38,10 @@ class Command:
 
     @property
     def out(self) -> str:
-        """Return the stdout of the command."""
         return (self.folder / "out").read_text()
 
     @property
     def errors(self) -> str:
-        """Return the stderr of the command."""
         return (self.folder / "errors").read_text()
 
     def read_until(self, required: str) -> str:

@@ -11,7 +11,7 @@ from inference_service.http.wire import protocol
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.request import AnswerDelta, AnswerStarted, Event, Request
 from inference_service.text.text import Text
-from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.access.guard import NOBODY_GUARDS
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer
 from tests.golden.openai.script import Case, Scripted
@@ -38,7 +38,6 @@ class Endless(Scripted):
         """Number of pieces taken from all answers."""
 
     async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
-        """Go on and on."""
         self.open += 1
         try:
             yield AnswerStarted(request.id, self.catalog.get(request.model.name), 7, 2, self.text)
@@ -50,17 +49,12 @@ class Endless(Scripted):
             self.open -= 1
 
     async def until(self, count: int) -> None:
-        """Wait until so many answers are held."""
         await until(lambda: self.open == count, f"{count} answers to be held", lambda: self.open)
 
 
 def apis_of(
-    service: Endless,
-    guard: Guard = NOBODY_GUARDS,
-    http: protocol.ClientTimeouts = protocol.USUAL,
-    rpc: calls.Patience = calls.USUAL,
-    bound: int | None = None,
-) -> tuple[HttpServer, RpcServer]:
+    service: Endless, guard=NOBODY_GUARDS, http=protocol.USUAL, rpc=calls.USUAL, bound: int | None = None
+):
     """Return both APIs on free ports."""
     services = {SERVICE_NAME: InferenceServicer(service).register}
     return (
@@ -72,18 +66,11 @@ def apis_of(
 class EndlessApis:
     """An endless service, and both of its APIs, with few connections each."""
 
-    def __init__(
-        self,
-        folder: Path,
-        guard: Guard = NOBODY_GUARDS,
-        http: protocol.ClientTimeouts = protocol.USUAL,
-        rpc: calls.Patience = calls.USUAL,
-    ) -> None:
+    def __init__(self, folder: Path, guard=NOBODY_GUARDS, http=protocol.USUAL, rpc=calls.USUAL) -> None:
         self.service = Endless(folder)
         self.http, self.rpc = apis_of(self.service, guard, http, rpc, BOUND)
 
     async def __aenter__(self) -> Self:
-        """Listen."""
         await self.http.start()
         await self.rpc.start()
         return self

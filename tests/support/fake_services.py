@@ -7,6 +7,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Any
 
 from loramux.builder.v1 import builder_pb2 as builder_pb, builder_pb2_grpc as builder_grpc
@@ -16,7 +17,7 @@ from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import DeploymentNotFound, ModelNotFound, RequestIdReused, RequestInvalid
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop
-from tests.support.waiting import BOUND_S
+from tests.support.waiting import loop_in_thread
 
 WORDS = ("the ", "grey ", "sea ", "sings")
 STAGES = ("WAITING", "FETCHING", "VALIDATING", "CONVERTING", "PUBLISHING", "DONE")
@@ -41,7 +42,6 @@ class FakeBuilder(builder_grpc.BuilderServiceServicer):
         self.closed_watches = 0
 
     async def BuildDeployment(self, request: Any, context: Any) -> Any:
-        """Take any valid deployment."""
         deployment_from_message(request.deployment)
         if request.request_id == "used":
             raise RequestIdReused("used before")
@@ -49,7 +49,6 @@ class FakeBuilder(builder_grpc.BuilderServiceServicer):
         return builder_pb.BuildDeploymentResponse(deployment=self._at(request.deployment, 0))
 
     async def GetDeployment(self, request: Any, context: Any) -> Any:
-        """Answer with a deployment that is done."""
         return builder_pb.GetDeploymentResponse(deployment=self._at(self._spec(request.name), 5))
 
     async def CancelBuild(self, request: Any, context: Any) -> Any:
@@ -57,7 +56,6 @@ class FakeBuilder(builder_grpc.BuilderServiceServicer):
         return builder_pb.CancelBuildResponse(deployment=self._at(self._spec(request.name), 5))
 
     async def ListDeployments(self, request: Any, context: Any) -> Any:
-        """Answer with one deployment a page."""
         self.pages.append(request.page_token)
         names = sorted(self.specs)
         index = int(request.page_token or 0)
@@ -124,7 +122,6 @@ class FakeInference(inference_grpc.InferenceServiceServicer):
         self.cancelled = threading.Event()
 
     async def ListModels(self, request: Any, context: Any) -> Any:
-        """Answer with the base and two adapters."""
         models = [pb.Model(name="base", generation=3, max_seq_len=2048)]
         for name, rank in (("lora1", 8), ("lora2", 16)):
             adapter = pb.Model(name=name, parent="base", digest=DIGEST, ranks=[rank], modules=["attn_q"])
@@ -156,16 +153,17 @@ class FakeInference(inference_grpc.InferenceServiceServicer):
 
 def builder_server(address: str, servicer: FakeBuilder, guard: Guard = NOBODY_GUARDS) -> RpcServer:
     """Return a server of a fake builder."""
-    add: Any = builder_grpc.add_BuilderServiceServicer_to_server
-    services = {"loramux.builder.v1.BuilderService": lambda server: add(servicer, server)}
-    return RpcServer(address, services, guard)
+    return _server(address, "loramux.builder.v1.BuilderService", builder_grpc, servicer, guard)
 
 
 def inference_server(address: str, servicer: FakeInference, guard: Guard = NOBODY_GUARDS) -> RpcServer:
     """Return a server of a fake inference service."""
-    add: Any = inference_grpc.add_InferenceServiceServicer_to_server
-    services = {"loramux.inference.v1.InferenceService": lambda server: add(servicer, server)}
-    return RpcServer(address, services, guard)
+    return _server(address, "loramux.inference.v1.InferenceService", inference_grpc, servicer, guard)
+
+
+def _server(address: str, name: str, stubs: Any, servicer: Any, guard: Guard) -> RpcServer:
+    add = getattr(stubs, f"add_{name.rpartition('.')[2]}Servicer_to_server")
+    return RpcServer(address, {name: lambda server: add(servicer, server)}, guard)
 
 
 class Fakes:
@@ -173,35 +171,24 @@ class Fakes:
 
     def __init__(self, guard: Guard = NOBODY_GUARDS) -> None:
         self.builder, self.inference = FakeBuilder(), FakeInference()
-        self._guard = guard
-        self.builder_address = self.inference_address = ""
-        self._loop = asyncio.new_event_loop()
-        self._up = threading.Event()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(
-            target=lambda: self._loop.run_until_complete(self._serve()), daemon=True
-        )
-        self._thread.start()
-        assert self._up.wait(BOUND_S), "the fake services do not start"
+        self._running = ExitStack()
+        do = self._running.enter_context(loop_in_thread())
+        for server in do(self._serve(guard)):
+            self._running.callback(lambda server=server: do(server.drain(0.1)))
 
-    async def _serve(self) -> None:
-        servers = (
-            builder_server("127.0.0.1:0", self.builder, self._guard),
-            inference_server("127.0.0.1:0", self.inference, self._guard),
-        )
+    async def _serve(self, guard: Guard) -> list[RpcServer]:
+        servers = [
+            builder_server("127.0.0.1:0", self.builder, guard),
+            inference_server("127.0.0.1:0", self.inference, guard),
+        ]
         self.builder_address, self.inference_address = [await server.start() for server in servers]
         for server in servers:
             await server.set_serving(True)
-        self._up.set()
-        await self._stop.wait()
-        for server in servers:
-            await server.drain(0.1)
+        return servers
 
     def close(self) -> None:
         """Stop both."""
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(BOUND_S)
-        assert not self._thread.is_alive(), "the fake services do not end"
+        self._running.close()
 
 
 async def _main(kind: str) -> None:

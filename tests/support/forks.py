@@ -40,7 +40,6 @@ class Forked:
 
     @property
     def pid(self) -> int:
-        """The number of the process."""
         assert self._process.pid
         return self._process.pid
 
@@ -57,16 +56,13 @@ class Forked:
         return status
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the running process."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """Ask the process to end."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill the process."""
         self.send_signal(signal.SIGKILL)
 
 

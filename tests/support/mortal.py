@@ -2,10 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from loramux_shared.storage.base import Entry
 from loramux_shared.storage.memory import MemoryStore
 
 T = TypeVar("T")
@@ -22,11 +20,29 @@ def copied(store: MemoryStore) -> MemoryStore:
     return made
 
 
-class Mortal:
+class Through:
+    """A store whose operations all go through `act`, which does them or does not."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store, self.uri = store, store.uri
+
+    def act(self, operation: Callable[[], T]) -> T:
+        """Do an operation."""
+        return operation()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *arguments: self.act(lambda: _whole(getattr(self.store, name)(*arguments)))
+
+
+def _whole(found: Any) -> Any:
+    return iter([*found]) if isinstance(found, Iterator) else found
+
+
+class Mortal(Through):
     """A store whose user dies at its n-th operation: before it took effect, or after, without an answer."""
 
     def __init__(self, store: MemoryStore, dies_at: int = 0, *, after: bool = False) -> None:
-        self.store, self.uri = store, store.uri
+        super().__init__(store)
         self.dies_at, self.after = dies_at, after
         self.count = 0
         self._lock = threading.Lock()
@@ -36,7 +52,7 @@ class Mortal:
         """Return True if no operation of the dead process has an effect any longer."""
         return 0 < self.dies_at <= self.count
 
-    def _lives(self, operation: Callable[[], T]) -> T:
+    def act(self, operation: Callable[[], T]) -> T:
         with self._lock:
             if self.dead:
                 raise Killed
@@ -47,31 +63,3 @@ class Mortal:
             if self.dead:
                 raise Killed
             return result
-
-    def get(self, key: str, bound: int | None = None) -> bytes:
-        """Read, if alive."""
-        return self._lives(lambda: self.store.get(key, bound))
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        """Write, if alive."""
-        self._lives(lambda: self.store.put(key, data))
-
-    def take(self, key: str, file: Path) -> None:
-        """Move, if alive."""
-        self._lives(lambda: self.store.take(key, file))
-
-    def sha256(self, key: str) -> str | None:
-        """Look, if alive."""
-        return self._lives(lambda: self.store.sha256(key))
-
-    def list(self, prefix: str) -> Iterator[str]:
-        """List, if alive."""
-        return iter(self._lives(lambda: [*self.store.list(prefix)]))
-
-    def entries(self, prefix: str) -> Iterator[Entry]:
-        """List, if alive."""
-        return iter(self._lives(lambda: [*self.store.entries(prefix)]))
-
-    def delete(self, key: str) -> None:
-        """Remove, if alive."""
-        self._lives(lambda: self.store.delete(key))

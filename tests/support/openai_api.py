@@ -34,13 +34,11 @@ class ServedApi:
         self.openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=BOUND_S)
 
     async def close(self) -> None:
-        """Close the clients and drain the server."""
         await self.http.aclose()
         await self.openai.close()
         await self.server.drain(BOUND_S)
 
     async def post(self, path: str, **body: Any) -> httpx.Response:
-        """Send a body."""
         return await self.http.post(path, json=body)
 
 

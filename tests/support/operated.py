@@ -73,7 +73,6 @@ class FakeResidency:
         return self.known.get(adapter, Standing(adapter))
 
     def standings(self) -> list[Standing]:
-        """The same of all."""
         self.looks += 1
         return list(self.known.values())
 
@@ -84,21 +83,17 @@ class FakeResidency:
         self.known[adapter] = Standing(adapter, AdapterState.RESIDENT, 100, in_flight, last_used_s=used_s)
 
     def pin(self, adapter: Adapter) -> None:
-        """Load the adapter."""
         self._note("pin", adapter)
         self._bring(adapter)
 
     def unpin(self, adapter: Adapter) -> None:
-        """Note the call."""
         self._note("unpin", adapter)
 
     def prefetch(self, adapter: Adapter) -> None:
-        """Load the adapter."""
         self._note("prefetch", adapter)
         self._bring(adapter)
 
     def drop(self, adapter: Adapter) -> None:
-        """Evict the adapter."""
         self._note("drop", adapter)
         adapter.slot = None
         self.known.pop(adapter, None)
@@ -132,7 +127,6 @@ class FakeDeployment:
         return self.history[-1]
 
     def publish(self, adapters: Mapping[str, AdapterRecord]) -> int:
-        """Publish a generation."""
         number = self.newest.number + 1
         published = self.newest.model_copy(update={"number": number, "adapters": dict(adapters)})
         published.check_names()
@@ -182,7 +176,6 @@ class FakeBundles:
         self.digests = set(digests)
 
     async def record(self, digest: str) -> AdapterRecord:
-        """Return the record of the adapter."""
         if digest not in self.digests:
             raise BundleNotFound(f"the store has no bundle {digest[:12]}")
         source = Repository(source=SourceKind.HF, repo="org/pushed")
@@ -201,7 +194,6 @@ class Operated:
     pauses: list[bool] = field(default_factory=lambda: [False])
 
     def adapter(self, name: str) -> Adapter:
-        """The handle of a name."""
         found = self.names.get(name).adapter
         assert found is not None
         return found

@@ -19,11 +19,9 @@ class RawClient:
 
     @classmethod
     async def open(cls, address: str) -> RawClient:
-        """Connect."""
         return cls(*await asyncio.open_connection(*address.rsplit(":", 1)))
 
     async def send(self, data: bytes) -> None:
-        """Send all bytes."""
         self.writer.write(data)
         await self.writer.drain()
 
@@ -43,5 +41,4 @@ class RawClient:
             return b""
 
     def close(self) -> None:
-        """Close."""
         self.writer.close()

@@ -3,8 +3,7 @@
 # ruff: noqa: N802 - the names of servicers are fixed
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,7 +12,7 @@ from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.server import RpcServer
 from tests.support.fake_services import FakeInference, inference_server
-from tests.support.waiting import BOUND_S
+from tests.support.waiting import BOUND_S, loop_in_thread
 
 MODELS = ("base", "lora1", "lora2")
 
@@ -65,7 +64,7 @@ class Wire:
         self._server = await asyncio.start_server(self._join, "127.0.0.1", port)
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
-    def cut(self) -> None:
+    async def cut(self) -> None:
         """Close everything at once."""
         self._server.close()
         for writer in self._writers:
@@ -88,19 +87,15 @@ class Wire:
 class Replicas:
     """Replicas in a thread of their own."""
 
-    def __init__(self, count: int, guard: Guard = NOBODY_GUARDS) -> None:
+    def __init__(self, count: int, guard: Guard, do: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
         self.services = [Scripted() for _ in range(count)]
-        self._guard = guard
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
+        self._guard, self._do = guard, do
         self._servers: list[RpcServer] = []
         self.wires: list[Wire] = []
         self._do(self._start())
 
     @property
     def addresses(self) -> list[str]:
-        """Return the replicas' addresses."""
         return [wire.address for wire in self.wires]
 
     def __getitem__(self, address: str) -> Scripted:
@@ -112,37 +107,30 @@ class Replicas:
         return [len(service.requests) for service in self.services]
 
     def serving(self, address: str, ready: bool) -> None:
-        """Set a replica's health."""
         self._do(self._servers[self.addresses.index(address)].set_serving(ready))
 
     def drain(self, address: str) -> None:
         """End a replica as SIGTERM does."""
         self._do(self._servers[self.addresses.index(address)].drain(BOUND_S))
 
+    async def _release(self) -> None:
+        for service in self.services:
+            service.held.set()
+
     def release(self) -> None:
         """Let all continue that are held."""
-        for service in self.services:
-            self._loop.call_soon_threadsafe(service.held.set)
+        self._do(self._release())
 
     def cut(self, address: str) -> None:
-        """Take a replica away."""
-        self._loop.call_soon_threadsafe(self.wires[self.addresses.index(address)].cut)
+        self._do(self.wires[self.addresses.index(address)].cut())
 
     def repair(self, address: str) -> None:
-        """Restore the connection of a replica."""
         self._do(self.wires[self.addresses.index(address)].open())
 
     def close(self) -> None:
-        """Stop all."""
         for wire in self.wires:
-            self._loop.call_soon_threadsafe(wire.cut)
+            self._do(wire.cut())
         self._do(self._stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(BOUND_S)
-        assert not self._thread.is_alive()
-
-    def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(BOUND_S)
 
     async def _start(self) -> None:
         for service in self.services:
@@ -160,8 +148,9 @@ class Replicas:
 @contextmanager
 def replicas(count: int, guard: Guard = NOBODY_GUARDS) -> Iterator[Replicas]:
     """Yield so many replicas."""
-    made = Replicas(count, guard)
-    try:
-        yield made
-    finally:
-        made.close()
+    with loop_in_thread() as do:
+        made = Replicas(count, guard, do)
+        try:
+            yield made
+        finally:
+            made.close()

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -14,7 +15,7 @@ from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import EndReason, Token
-from inference_service.engine.engine import EngineStats, SequenceCounts
+from inference_service.engine.engine import SequenceCounts
 from inference_service.http import server as api
 from inference_service.http.server import HttpServer
 from inference_service.serving.engine_thread import EngineThread
@@ -24,16 +25,14 @@ from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
+from tests.support.silent import IDLE
 from tests.support.tiny import VOCAB, write_tokenizer
 
-STATS = EngineStats(
+STATS = replace(
+    IDLE,
     waiting=2,
     running=3,
     blocks_free=6,
-    blocks_total=8,
-    block_size=16,
-    max_adapters=4,
-    preemptions=0,
     prefix_tokens_queried=40,
     prefix_tokens_hit=10,
     tokens_generated=7,

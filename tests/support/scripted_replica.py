@@ -74,7 +74,6 @@ class ScriptedReplica:
         return self.grpc.address, self.http.address
 
     async def start(self) -> None:
-        """Listen, and be healthy."""
         await self.http.start()
         await self.grpc.start()
         await self.grpc.set_serving(True)

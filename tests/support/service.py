@@ -42,11 +42,9 @@ class Service:
         return [found[index] for index in range(len(found))]
 
     async def until_free(self) -> None:
-        """Wait until the engine holds nothing."""
         await until_free(self.ready)
 
     async def close(self) -> None:
-        """Stop, once everything is free."""
         await self.until_free()
         await self.ready.engine.stop()
 

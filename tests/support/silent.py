@@ -19,6 +19,13 @@ from tests.support.tiny import VOCAB, write_tokenizer
 MODELS = ("base", "all", "rs", "wide")
 
 
+IDLE = EngineStats(
+    waiting=0, running=0, blocks_free=8, blocks_total=8, block_size=16, max_adapters=4, preemptions=0,
+    prefix_tokens_queried=0, prefix_tokens_hit=0, tokens_generated=0,
+)  # fmt: skip
+"""The statistics of an engine that did nothing yet."""
+
+
 class SilentEngine(SimpleNamespace):
     """Holds nothing, and notes how it is told to pause."""
 
@@ -40,19 +47,7 @@ def silent_service(folder: Path) -> GenerationService:
     """A service that lists a base and three adapters, and cannot generate; its tokenizer lies in a folder."""
     write_tokenizer(folder)
     catalog = Catalog(1, MODELS[0], map(ServedModel, MODELS))
-    stats = EngineStats(
-        waiting=0,
-        running=0,
-        blocks_free=8,
-        blocks_total=8,
-        block_size=16,
-        max_adapters=4,
-        preemptions=0,
-        prefix_tokens_queried=0,
-        prefix_tokens_hit=0,
-        tokens_generated=0,
-    )
-    engine = cast(EngineThread, SilentEngine(max_queue=8, stats=stats, sequence_counts=SequenceCounts({}, {})))
+    engine = cast(EngineThread, SilentEngine(max_queue=8, stats=IDLE, sequence_counts=SequenceCounts({}, {})))
     return GenerationService(catalog, Text.load(folder, VOCAB), engine, ServingLimits(64, frozenset({2})))
 
 

@@ -27,9 +27,8 @@ async def running_smg(folder: Path, workers: Sequence[str], *flags: str) -> Asyn
             "1",
             "--health-failure-threshold",
             "1",
-            "--health-check-timeout-secs",  # a worker that is slow on a busy machine is not dead
-            "60",
         ),
+        *("--health-check-timeout-secs", "60"),  # a worker that is slow on a busy machine is not dead
         *flags,
     ]
     with (folder / "smg.log").open("w") as log:

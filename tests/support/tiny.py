@@ -71,9 +71,8 @@ def make_checkpoint(
     model = _class_of(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or name.endswith(
-                "_bias"
-            ):  # norms and biases begin as ones and zeros, which say nothing
+            # Norms and biases begin as ones and zeros, which say nothing.
+            if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):  # and so does this

@@ -2,73 +2,35 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Generic, TypeVar
 
-from loramux_shared.storage.base import Entry, Store
+from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.mortal import Killed, Through
 from tests.support.waiting import BOUND_S
 
 T = TypeVar("T")
 
 
-class Killed(BaseException):
-    """The effect of kill -9, as far as a thread can show it."""
-
-
-class Turns:
+class Turns(Through):
     """A store for one builder, whose every operation waits for its turn."""
 
     def __init__(self, store: MemoryStore, dies_at: int | None = None) -> None:
-        self.store, self.uri = store, store.uri
+        super().__init__(store)
         self.dies_at = dies_at
         self.count = 0
         self.go = threading.Semaphore(0)
         self.parked = threading.Semaphore(0)
 
-    def _turn(self) -> None:
+    def act(self, operation: Callable[[], T]) -> T:
         self.parked.release()
         assert self.go.acquire(timeout=BOUND_S)
         self.count += 1
         if self.dies_at is not None and self.count > self.dies_at:
             raise Killed
-
-    def get(self, key: str, bound: int | None = None) -> bytes:
-        """Read at one's turn."""
-        self._turn()
-        return self.store.get(key, bound)
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        """Write at one's turn."""
-        self._turn()
-        self.store.put(key, data)
-
-    def take(self, key: str, file: Path) -> None:
-        """Move at one's turn."""
-        self._turn()
-        self.store.take(key, file)
-
-    def sha256(self, key: str) -> str | None:
-        """Look at one's turn."""
-        self._turn()
-        return self.store.sha256(key)
-
-    def list(self, prefix: str) -> Iterator[str]:
-        """List at one's turn."""
-        self._turn()
-        return iter(list(self.store.list(prefix)))
-
-    def entries(self, prefix: str) -> Iterator[Entry]:
-        """List at one's turn."""
-        self._turn()
-        return iter(list(self.store.entries(prefix)))
-
-    def delete(self, key: str) -> None:
-        """Remove at one's turn."""
-        self._turn()
-        self.store.delete(key)
+        return operation()
 
 
 class Race(Generic[T]):

@@ -60,18 +60,14 @@ def context(tmp_path: Path) -> BuildContext:
 
 
 def deployment(folder: Path, **lora: Any) -> Deployment:
-    """A deployment of that adapter, in float32."""
     return deployment_of(folder, "wide", lora_configuration={"dtype": "float32"} | lora)
 
 
 def built(required: Deployment, context: BuildContext) -> Bundle:
-    """Build, and read the bundle as a replica does."""
     return folders.built(required, context).bundle("wide")
 
 
-def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(
-    tmp_path: Path, context: BuildContext
-) -> None:
+def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(tmp_path: Path, context: BuildContext):
     """max_lora_rank alone never changes an adapter; truncate_to_rank does, and records the loss."""
     with pytest.raises(AdapterInvalid, match="E_RANK_MAX"):
         built(deployment(tmp_path, max_lora_rank=4), context)
@@ -94,7 +90,6 @@ def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(
 
 
 def test_it_cannot_be_above_the_ceiling(tmp_path: Path, context: BuildContext) -> None:
-    """truncate_to_rank above max_lora_rank is a mistake of the file, found before anything is fetched."""
     with pytest.raises(DeploymentInvalid) as error:
         check_deployment(deployment(tmp_path, max_lora_rank=8, truncate_to_rank=9))
     assert error.value.findings[0].where == "build.lora_configuration.truncate_to_rank"

@@ -59,7 +59,7 @@ def test_a_key_opens_what_its_scopes_say() -> None:
     assert all(ring.authorize(admin, scope).key_id == "boss" for scope in Scope)
     for scope in (Scope.BUILD, Scope.ADMIN):
         with pytest.raises(
-            PermissionDenied, match=f"'ci' has the scopes infer, and this call needs the scope {scope}"
+            PermissionDenied, match=f"'ci' has the scopes infer, and .* needs the scope {scope}"
         ):
             ring.authorize(key, scope)
 
@@ -83,7 +83,6 @@ def test_the_digest_of_a_key_is_no_key() -> None:
 
 
 def test_keys_come_and_go_with_the_file(tmp_path: Path) -> None:
-    """A key works at the first use after it is in the file, and not after it is out of it."""
     (old, first), (new, second) = new_entry("old", "infer"), new_entry("new", "infer")
     path = tmp_path / "keys.jsonl"
     path.write_text(lines(first))
@@ -148,7 +147,6 @@ def test_file_and_variable_add_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("headers", "key"), cases(__file__, "test_bearer"))
 def test_bearer(headers: list[str], key: str | None) -> None:
-    """A key is the text after Bearer in the only header, or the password of Basic."""
     assert bearer(headers) == key
 
 
@@ -193,7 +191,6 @@ def test_keys_are_asked_for_on_loopback_too() -> None:
 
 
 def test_half_of_tls_is_refused(tmp_path: Path) -> None:
-    """A certificate without its key, and a client CA without a certificate, are refused."""
     for fields in ({"tls_cert": tmp_path}, {"tls_key": tmp_path}, {"tls_client_ca": tmp_path}):
         with pytest.raises(SettingsInvalid, match="both LORAMUX_TLS_CERT and LORAMUX_TLS_KEY"):
             open_guard(BuilderSettings(**fields), "127.0.0.1:1")  # type: ignore[arg-type]

@@ -14,22 +14,19 @@ from transformers import Gemma2Config, LlamaConfig
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
-from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.shard import ShardInvalid, read_shard
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.checkpoint import PlacedBase
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
 from tests.support.adapters import write_adapter, write_base
 from tests.support.examples import examples
+from tests.support.folders import deployment_of, workshop
 from tests.support.forks import Forked
 from tests.support.hub_configs import HUB_CONFIGS
 from tests.support.overwritten import TOKENS, WAYS, answers_while_its_file_changes
@@ -45,26 +42,22 @@ TIED = {
 
 
 def rewrite(folder: Path, change: Any) -> None:
-    """Write the weights of a checkpoint again, changed."""
     tensors = load_file(folder / WEIGHTS)
     save_file(change(tensors), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def other_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A head that is not the embeddings."""
     drawn = torch.randn(tensors[EMBEDDING].shape, generator=torch.Generator().manual_seed(1))
     return tensors | {HEAD: drawn * 0.3}
 
 
 def one_row(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A head with one other value."""
     head = tensors[EMBEDDING].clone()
     head[3, 0] += 5
     return tensors | {HEAD: head}
 
 
 def same_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy of the embeddings."""
     return tensors | {HEAD: tensors[EMBEDDING].clone()}
 
 
@@ -74,7 +67,6 @@ def head_alone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A decoder that was saved without its head."""
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
@@ -119,13 +111,11 @@ def test_a_running_model_does_not_feel_its_file(tmp_path: Path) -> None:
 
 
 def zeroed(path: Path) -> None:
-    """The same size, other values."""
     data = path.read_bytes()
     path.write_bytes(data[:-400] + bytes(400))
 
 
 def cut_off(path: Path) -> None:
-    """The first half."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -216,19 +206,6 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def deployment_of(folder: Path, max_seq_len: int) -> Deployment:
-    """A deployment of the adapter ``one``."""
-    data = {
-        "model_name": "tiny",
-        "build": {
-            "max_seq_len": max_seq_len,
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
-            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(folder / "one")}},
-        },
-    }
-    return parse_deployment(data).deployment
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_builder_and_replica_refuse_a_base_with_the_same_words(tmp_path: Path, name: str) -> None:
     """A check, a build and the start of a replica ask one reader; the weights are not even looked at."""
@@ -237,15 +214,14 @@ def test_builder_and_replica_refuse_a_base_with_the_same_words(tmp_path: Path, n
     write_adapter(tmp_path / "one")
     with pytest.raises(CheckpointInvalid) as refused:
         read_config(tmp_path / "base", 48)
-    store = MemoryStore()
-    context = BuildContext(store, open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    wish, context = deployment_of(tmp_path, "one", max_seq_len=48), workshop(tmp_path)
     with pytest.raises(CheckpointInvalid) as checked:
-        check_one(deployment_of(tmp_path, 48), context, Progress(["one"]))
+        check_one(wish, context, Progress(["one"]))
     with pytest.raises(CheckpointInvalid) as built:
-        build(deployment_of(tmp_path, 48), context, Progress(["one"]))
+        build(wish, context, Progress(["one"]))
     assert checked.value.message == refused.value.message
     assert built.value.message == f"base checkpoint: {refused.value.message}"
-    assert store.objects == {}
+    assert list(context.store.list("")) == []
 
 
 VALUES: st.SearchStrategy[Any] = st.recursive(
@@ -275,9 +251,7 @@ MORE = ("rope_parameters", "layer_types", "quantization_config", "dtype", "per_l
     generation=st.dictionaries(st.just("eos_token_id"), VALUES),
     longest=st.sampled_from([None, 1, 10**9]),
 )
-def test_no_config_is_worse_than_refused(
-    base: str, change: dict[str, Any], inside: dict[str, Any], generation: dict[str, Any], longest: int | None
-) -> None:
+def test_no_config_is_worse_than_refused(base: str, change, inside, generation, longest: int | None) -> None:
     """Any value under any key is read or refused by name; nothing else is raised, and nothing takes long."""
     config = HUB_CONFIGS[base] | change
     if isinstance(config.get("text_config"), dict):

@@ -34,7 +34,6 @@ CACHE = Cache((KeptTokens(None, 131072),), block_size=16, longest=8192, seqs=64,
 
 
 def test_a_token_reads_all_matrices_but_the_embeddings_and_experts_that_are_not_chosen() -> None:
-    """A token reads all weights in the bits that they are held in, the head's own among them."""
     dense, mixture = (read_fields(HUB_CONFIGS[name]) for name in ("Llama-3.1", "Qwen3-30B-A3B"))
     table = dense.dims.vocab * dense.dims.hidden
     for rounding in (Rounding.NONE, Rounding.INT8, Rounding.INT4):
@@ -44,7 +43,6 @@ def test_a_token_reads_all_matrices_but_the_embeddings_and_experts_that_are_not_
 
 
 def test_the_cache_is_not_larger_than_its_use_or_its_ceiling() -> None:
-    """The cache never exceeds the need of all sequences at their longest, nor a ceiling."""
     assert plan_memory(10**12, NEEDS, CACHE, share=0.9).blocks == (64 * 8192 // 16,)
     plan = plan_memory(10**12, NEEDS, CACHE, share=0.9, ceiling=4 * 10**9)
     assert 4 * 10**9 - 16 * 131072 < plan.kv_bytes <= 4 * 10**9
@@ -58,15 +56,11 @@ def test_steps_that_do_not_fit_are_refused_with_the_numbers(kv_bytes: int | None
     message = str(caught.value)
     assert "16.00 GB of weights and 1.00 GB of adapters, 2.00 GB are free; steps need 3.00 GB" in message
     assert f"cache {1 if kv_bytes else 0}.00 GB" in message
-    assert set(re.findall(r"LORAMUX_\w+", message)) == {
-        "LORAMUX_KV_MEMORY_GB",
-        "LORAMUX_MAX_BATCH_TOKENS",
-        "LORAMUX_MAX_BATCH_SEQS",
-    }
+    settings = {f"LORAMUX_{name}" for name in ("KV_MEMORY_GB", "MAX_BATCH_TOKENS", "MAX_BATCH_SEQS")}
+    assert set(re.findall(r"LORAMUX_\w+", message)) == settings
 
 
 def test_a_cache_that_is_larger_than_what_is_left_is_refused() -> None:
-    """The size that the settings ask for is not cut silently."""
     with pytest.raises(ResourcesExhausted, match=r"steps need 3.00 GB and the key-value cache 20.00 GB"):
         plan_memory(22 * 10**9, NEEDS, replace(CACHE, kv_bytes=20 * 10**9), share=0.9)
 
@@ -100,9 +94,7 @@ def test_needs_follow_the_model_and_the_settings(tmp_path: Path) -> None:
     ("quantization", "device", "linears", "head"),
     [("int8", "cpu", 1, 1), ("int4", "cpu", 0.5625, 1), ("fp8", "cuda", 1, 2), ("none", "cuda", 2, 0)],
 )
-def test_weights_of_fewer_bits_take_less(
-    tmp_path: Path, quantization: str, device: str, linears: float, head: int
-) -> None:
+def test_weights_of_fewer_bits_take_less(tmp_path: Path, quantization, device, linears, head) -> None:
     """Bytes of a weight of a layer, and of a tied head, which a rounded base has beside its embeddings."""
     config = read_config(make_world(tmp_path, tie_word_embeddings=True).base, None)
     settings = InferenceSettings(deployment="tiny", quantization=quantization)
@@ -114,35 +106,29 @@ def test_weights_of_fewer_bits_take_less(
 
 
 def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:
-    """The message lists bank, weights, adapters, activations, graphs, cache and free memory in GB."""
     world, store = make_world(tmp_path), MemoryStore()
     world.build(store)
     with capture_logs() as logs:
         ready = world.load(store, kv_memory_gb=0.01)
     sizes = {entry["item"]: entry["gb"] for entry in logs if entry["event"] == "memory"}
-    assert list(sizes) == [
-        "bank of adapters",
-        "weights",
-        "adapters",
-        "activations",
-        "graphs",
-        "libraries",
-        "key-value cache",
-        "left",
-    ]
+    items = "bank of adapters, weights, adapters, activations, graphs, libraries, key-value cache, left"
+    assert list(sizes) == items.split(", ")
     stats = ready.engine.stats
     assert sizes["key-value cache"] == round(stats.blocks_total * 16 * 2 * 2 * 2 * 8 * 4 / GB, 3)
     assert sizes["left"] > 0
 
 
+def _blocks_of(cache: Cache, length: int) -> list[int]:
+    """Return the blocks that a sequence of a length holds in each group."""
+    whole = -(-length // cache.block_size)
+    windows = [group.window for group in cache.groups]
+    return [whole if each is None else min(whole, window_blocks(each, 1, cache.block_size)) for each in windows]
+
+
 def _at_once(cache: Cache, blocks: tuple[int, ...], length: int) -> int:
     """Return how many sequences of a length fit into blocks of groups."""
-    whole = -(-length // cache.block_size)
-    fitting = [
-        number // (whole if group.window is None else min(whole, window_blocks(group.window, 1, 16)))
-        for group, number in zip(cache.groups, blocks, strict=True)
-    ]
-    return min(cache.seqs, *fitting)
+    held = _blocks_of(cache, length)
+    return min(cache.seqs, *(number // each for number, each in zip(blocks, held, strict=True)))
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -155,7 +141,7 @@ def _at_once(cache: Cache, blocks: tuple[int, ...], length: int) -> int:
     st.floats(0.0, 1.0),
 )
 def test_a_division_serves_half_of_what_the_best_one_for_any_length_would(
-    sliding: tuple[int, int], everything: int, longest: int, seqs: int, memory: float, length: float
+    sliding, everything, longest, seqs, memory, length
 ) -> None:
     """A division between layers with a window and others serves half of the sequences that the best one would,
     short or long, in any memory. With two windows, which no served family has, it can be a fifth.
@@ -176,14 +162,8 @@ def test_a_division_serves_half_of_what_the_best_one_for_any_length_would(
 
 def _bytes_of(cache: Cache, length: int, number: int) -> int:
     """Return the bytes that so many sequences of a length hold."""
-    whole = -(-length // 16)
-    each = [
-        group.token_bytes
-        * 16
-        * (whole if group.window is None else min(whole, window_blocks(group.window, 1, 16)))
-        for group in cache.groups
-    ]
-    return number * sum(each)
+    held = _blocks_of(cache, length)
+    return number * sum(each * 16 * group.token_bytes for each, group in zip(held, cache.groups, strict=True))
 
 
 def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> None:
@@ -208,7 +188,6 @@ def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> Non
 
 
 def test_states_that_do_not_fit_are_refused_with_the_numbers() -> None:
-    """States of all sequences that may run are counted before there is a token."""
     cache = replace(CACHE, kv_bytes=10**9, state_bytes=50 * 10**6)
     with pytest.raises(ResourcesExhausted, match="64 sequences' states of 50000000 bytes"):
         plan_memory(63 * 10**9, NEEDS, cache, share=0.9)

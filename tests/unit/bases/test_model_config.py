@@ -28,7 +28,6 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
 
 @pytest.mark.parametrize(("change", "expected"), cases(__file__, "test_what_is_not_served_is_refused_by_name"))
 def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
-    """The refusal has the value that was found, and the supported ones."""
     unnamed = {"model_type": None} if "architectures" in change else {}
     _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | unnamed | change)
     with pytest.raises(CheckpointInvalid, match=expected):
@@ -74,10 +73,7 @@ def test_the_text_decoder_of_a_model_with_images():
         "hidden_size": 99,
     }
     dims = read_fields(config).dims
-    assert (dims.hidden, dims.vocab, dims.head_dim) == (
-        BASE_CONFIG["hidden_size"],
-        BASE_CONFIG["vocab_size"],
-        256,
-    )
+    assert (dims.hidden, dims.vocab) == (BASE_CONFIG["hidden_size"], BASE_CONFIG["vocab_size"])
+    assert dims.head_dim == 256
     with pytest.raises(CheckpointInvalid, match=r"text_config: expected an object, found list"):
         read_fields(config | {"text_config": [1]})

@@ -88,29 +88,24 @@ def read(config: Any) -> ModelConfig:
 
 @pytest.mark.parametrize("name", READ)
 def test_what_a_config_says_is_read(name: str) -> None:
-    """Every format is read as checkpoints have it."""
     config, expected = READ[name]
     assert read(config).quantization == expected
 
 
 def test_the_old_name_of_compressed_tensors_is_read_too() -> None:
-    """The first checkpoints of compressed-tensors have the config under another key."""
     found = read_fields(BASE_CONFIG | {"compression_config": COMPRESSED})
     assert found.quantization == READ["W4A16"][1]
 
 
 def _group(**change: Any) -> dict[str, Any]:
     group = COMPRESSED["config_groups"]["group_0"]
-    weights = group["weights"] | {
-        key: value for key, value in change.items() if key in INT4 or key == "dynamic"
-    }
+    weights = group["weights"] | {key: change[key] for key in change.keys() & (INT4.keys() | {"dynamic"})}
     rest = {key: value for key, value in change.items() if key not in weights}
     return COMPRESSED | {"config_groups": {"group_0": group | rest | {"weights": weights}}}
 
 
 @pytest.mark.parametrize(("config", "expected"), cases(__file__, "test_what_is_not_read_is_refused_by_name"))
 def test_what_is_not_read_is_refused_by_name(config: Any, expected: str) -> None:
-    """The refusal has the value that was found, and the supported ones."""
     with pytest.raises(CheckpointInvalid, match=expected):
         read(config)
 
@@ -118,8 +113,7 @@ def test_what_is_not_read_is_refused_by_name(config: Any, expected: str) -> None
 def test_what_widening_takes_is_told() -> None:
     """Reports the bytes of the files where they are known; a base that is served as stored has no report."""
     model = read(GPTQ)
-    assert widening(model, 1_234_567_890, "bfloat16").startswith(
-        "widened from gptq (int4) at load: 1.2 GB in the files, "
-    )
+    reported = widening(model, 1_234_567_890, "bfloat16")
+    assert reported.startswith("widened from gptq (int4) at load: 1.2 GB in the files, ")
     assert "in the files" not in widening(model, None, "float32")
     assert widening(read_fields(BASE_CONFIG), 10**9, "bfloat16") == ""

@@ -14,15 +14,8 @@ from tests.support.folders import built, deployment_of, workshop
 from tests.support.root import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "bundle-format.md"
-NAMES = {
-    1: "attn_q",
-    2: "attn_k",
-    3: "attn_v",
-    4: "attn_dense",
-    5: "mlp_h_to_4h",
-    6: "mlp_4h_to_h",
-    7: "mlp_gate",
-}
+MODULES = ("attn_q", "attn_k", "attn_v", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h", "mlp_gate")
+NAMES = dict(enumerate(MODULES, 1))
 
 
 def read_deployment(store: Path, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -38,7 +31,6 @@ def read_deployment(store: Path, name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def checked(path: Path, sha256: str) -> bytes:
-    """Return the bytes of a file after a check of its digest."""
     data = path.read_bytes()
     assert hashlib.sha256(data).hexdigest() == sha256
     return data
@@ -99,21 +91,13 @@ def test_a_bundle_can_be_read_by_the_page_alone(tmp_path, dtype):
     }
     write_adapter(tmp_path / "one", values, target_modules="all-linear")
     rows = read_deployment(published(tmp_path, dtype), "page")["one"]
-    assert [(row["layer"], row["module_id"]) for row in rows] == [
-        (0, 1),
-        (0, 6),
-        (0, 7),
-        (1, 1),
-        (1, 6),
-        (1, 7),
-    ]
+    places = [(layer, module) for layer in (0, 1) for module in (1, 6, 7)]
+    assert [(row["layer"], row["module_id"]) for row in rows] == places
     leaves = {1: "q_proj", 6: "down_proj", 7: "up_proj"}
     for row in rows:
-        sides = {
-            side: values[key(row["layer"], leaves[row["module_id"]], side)].astype(np.float32) for side in "AB"
-        }
-        np.testing.assert_array_equal(row["a"], sides["A"])
-        np.testing.assert_array_equal(row["b"], 2 * sides["B"])
+        a, b = (values[key(row["layer"], leaves[row["module_id"]], side)].astype(np.float32) for side in "AB")
+        np.testing.assert_array_equal(row["a"], a)
+        np.testing.assert_array_equal(row["b"], 2 * b)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -26,7 +26,6 @@ PAGE = (ROOT / "docs" / "reference" / "bundle-format.md").read_text(encoding="ut
 
 
 def section(begin: str, end: str) -> str:
-    """Return the text between two pieces of text of the page."""
     return PAGE[PAGE.index(begin) : PAGE.index(end, PAGE.index(begin))]
 
 
@@ -86,5 +85,4 @@ def test_the_records_inside_others_have_the_keys_that_the_page_names() -> None:
 
 @pytest.mark.parametrize("record", [*INSIDE, Manifest, ModuleRow, Generation, Current])
 def test_records_refuse_unknown_keys(record: type[Model]) -> None:
-    """Records refuse unknown keys, as the page demands of a reader."""
     assert record.model_config["extra"] == "forbid"

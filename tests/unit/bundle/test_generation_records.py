@@ -40,9 +40,10 @@ def test_content_is_the_same_whatever_a_source_says_of_the_same_files() -> None:
     """A folder that was touched makes no new generation; another digest does."""
     one = Generation.from_bytes(OLD)
     record = one.adapters["one"]
+    update = {"listing": "b" * 64}
     touched = one.model_copy(
         update={
-            "adapters": {"one": record.model_copy(update={"listing": "b" * 64})},
+            "adapters": {"one": record.model_copy(update=update)},
             "number": 2,
             "create_time": datetime.now(UTC),
         }
@@ -72,7 +73,6 @@ def row(layer: int, rank: int, vectors: int = 0) -> ModuleRow:
     ids=["pairs", "with vectors", "vectors alone"],
 )
 def test_tensors_and_bytes_of_rows(rows: tuple[ModuleRow, ...], tensors: int, bytes_: int) -> None:
-    """A and B in the storage type, and c and d in float32, whatever a third vector repairs of c."""
     manifest = Manifest(dtype=Dtype.BFLOAT16, rows=rows, row_width=64, files={}, inputs={})
     assert (manifest.tensors_used, manifest.weights_bytes) == (tensors, bytes_)
 
@@ -97,7 +97,6 @@ def test_each_model_has_a_name_of_its_own(name: str) -> None:
 
 
 def test_an_alias_has_a_model_that_answers() -> None:
-    """An alias needs a served model with a weight; in a file, all its models must be of the deployment."""
     assert judged("one") == []
     assert judged("two") == [("runtime.aliases.al", "one: 1, two: 0")]
     assert judged("one", in_file=True) == [("runtime.aliases.al", "two")]
@@ -107,7 +106,6 @@ def test_an_alias_has_a_model_that_answers() -> None:
 
 
 def test_something_is_served() -> None:
-    """A deployment serves something, and a merged adapter is alone."""
     assert judged(serve_base=False, aliases={}) == [("adapters", "none")]
     found = "adapters: one, two; runtime.serve_base: false"
     assert judged("one", "two", serve_base=False, merge_always=True) == [("adapters", found)]
@@ -127,13 +125,11 @@ def store(tmp_path):
 
 
 def digest_of(store):
-    """The digest of the one bundle."""
     return current_generation(store, "tiny").adapters["one"].digest
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_found(store, name):
-    """Any changed byte of any file is BUNDLE_CORRUPT, with the digests that were expected and found."""
     key = bundle_key(digest_of(store), name)
     data = bytearray(store.objects[key])
     data[-2] ^= 1
@@ -144,7 +140,6 @@ def test_a_flipped_bit_is_found(store, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_or_short_file_is_found(store, name):
-    """A missing file and a short one are BUNDLE_CORRUPT."""
     key = bundle_key(digest_of(store), name)
     data = store.objects.pop(key)
     with pytest.raises(BundleCorrupt, match="found none"):
@@ -169,10 +164,8 @@ def resigned(store, name, change):
     digest = digest_of(store)
     manifest = Manifest.from_bytes(store.objects[bundle_key(digest, "manifest.json")])
     data = change(bytearray(store.objects[bundle_key(digest, name)]))
-    files = {
-        **manifest.files,
-        name: manifest.files[name].model_copy(update={"size": len(data), "sha256": sha256_hex(data)}),
-    }
+    size = {"size": len(data), "sha256": sha256_hex(data)}
+    files = {**manifest.files, name: manifest.files[name].model_copy(update=size)}
     signed = manifest.model_copy(update={"files": files}).to_bytes()
     for file in FILES[:2]:
         store.objects[bundle_key(sha256_hex(signed), file)] = store.objects[bundle_key(digest, file)]
@@ -199,7 +192,6 @@ def test_rows_are_checked_against_the_manifest(store):
 
 
 def test_generations_are_numbered_and_pointed_to(store):
-    """A new content gets the next number, the same content nothing new."""
     first = current_generation(store, "tiny")
     assert list_deployments(store) == ["tiny"]
     later = first.model_copy(update={"create_time": datetime.now(UTC)})
@@ -232,5 +224,4 @@ def test_a_damaged_generation_is_named_and_replaced(store):
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "x" * 129, "a\n"])
 def test_names_that_are_no_names_have_no_generation(store, name):
-    """A name that cannot be a deployment's never becomes a key."""
     assert current_generation(store, name) is None

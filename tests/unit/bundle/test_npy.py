@@ -17,14 +17,12 @@ CONFIG = np.array([[1, 0, 2, 0], [3, 0, 1, 0]], np.int32)
 
 
 def saved(array: np.ndarray) -> bytes:
-    """Return the bytes of np.save."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
 
 
 def write(path: Path, dtype: Dtype, q_scale: float) -> bytes:
-    """The worked example as a file."""
     rows = [(cast(Q_A, dtype), cast(Q_B, dtype, q_scale)), (cast(V_A, dtype), cast(V_B, dtype, 4.0))]
     write_checked(path, weights_pieces(dtype, count=2, width=16, rows=rows))
     return path.read_bytes()

@@ -137,7 +137,6 @@ def head_of(family: Family) -> str:
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
-    """The template tells the dialect; calls, text and reasoning of a turn are parsed unchanged."""
     family = FAMILIES[name]
     assert parsers_of(family.template) == Parsers(family.tool, family.reasoning)
     dialect = Dialect(family.tool, family.reasoning)
@@ -145,7 +144,7 @@ async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
     thinks = name in ("Qwen 3", "Qwen 3.5", "Ministral 3", "Gemma 4", "gpt-oss")
     leading = family.tool in (T.LLAMA3_JSON, T.PYTHONIC)
     turn: dict[str, Any] = {"role": "assistant", "content": "" if leading or single else "Let me see."}
-    turn["tool_calls"] = CALLS[:1] if single else CALLS
+    turn |= {"tool_calls": CALLS[:1] if single else CALLS}
     if thinks:
         turn |= {"reasoning_content": "They ask\nfor it.", "reasoning": "They ask\nfor it."}
     prompt, answer = await answer_of(family, turn)
@@ -153,34 +152,23 @@ async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
     received = read(reading, answer, range(1, len(answer)))
     calls = [(each[1], json.loads(each[2])) for each in received if each[0] == "call"]
     assert calls == [(each["function"]["name"], each["function"]["arguments"]) for each in turn["tool_calls"]]
-    assert [each[1].strip() for each in received if each[0] == "said"] == [turn["content"]] * bool(
-        turn["content"]
-    )
+    texts = [each[1].strip() for each in received if each[0] == "said"]
+    assert texts == [turn["content"]] * bool(turn["content"])
     assert [each[1] for each in received if each[0] == "thought"] == ["They ask\nfor it."] * thinks
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_demanded_call_is_one_in_the_form_of_the_family(name: str) -> None:
-    """The text of the template is allowed, behind reasoning or not; other tools and types are not."""
     family = FAMILIES[name]
     expected, vocabulary = demand(family)
-    turn: dict[str, Any] = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": CALLS[:1],
-        "reasoning_content": "Hm.",
-    }
+    turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1], "reasoning_content": "Hm."}
     turn |= {"reasoning": "Hm."} if family.tool is not T.HARMONY else {}
     prompt, answer = await answer_of(family, turn)
     answer = as_models_write(family, answer)
     constraint = expected.calls(TOOLS_OFFERED, expected.form(TOOLS_OFFERED, several=True), prompt)
     assert accepts(constraint, answer.strip("\n") if name == "Qwen 2.5" else answer, vocabulary)
-    for right, wrong in (
-        ("find", "fine"),
-        ("city", "town"),
-        ('"days": 3', '"days": 10'),
-        ("days:3", "days:10"),
-    ):
+    wrongs = {"find": "fine", "city": "town", '"days": 3': '"days": 10', "days:3": "days:10"}
+    for right, wrong in wrongs.items():
         assert right not in answer or not accepts(constraint, answer.replace(right, wrong), vocabulary)
     assert not accepts(constraint, "Hello", vocabulary)
 
@@ -204,7 +192,6 @@ def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
-    """Any text is allowed, and a text that begins as a call must be one of an offered tool."""
     family = FAMILIES[name]
     expected, vocabulary = demand(family)
     turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
@@ -220,7 +207,6 @@ async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
-    """The grammar allows a whole call of an offered tool, or the format, behind reasoning or not."""
     family = FAMILIES[name]
     expected, vocabulary = demand(family)
     turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
@@ -261,9 +247,7 @@ def test_whatever_a_grammar_lets_pass_is_read_as_whole_calls(tool: ToolParser, m
     tokenizer, draw, whole = LLTokenizer(TokenizerWrapper(vocabulary)), random.Random(tool), 0
     for strict in ([], ["find", "news"]):
         tools = (
-            TOOLS_OFFERED
-            if strict
-            else [OfferedTool(request.name, {"type": "object"}) for request in TOOLS_OFFERED]
+            TOOLS_OFFERED if strict else [OfferedTool(each.name, {"type": "object"}) for each in TOOLS_OFFERED]
         )
         constraint = Demand(dialect, vocabulary.text()).free(tools, strict)("")
         for _ in range(examples(6) if constraint else 0):
@@ -272,9 +256,8 @@ def test_whatever_a_grammar_lets_pass_is_read_as_whole_calls(tool: ToolParser, m
             text = walk(matcher, vocabulary, draw, begin)
             if text is None:
                 continue
-            calls = [
-                each for each in read(dialect.reading(AnswerCalls(OFFERED), None), text) if each[0] == "call"
-            ]
+            received = read(dialect.reading(AnswerCalls(OFFERED), None), text)
+            calls = [each for each in received if each[0] == "call"]
             assert calls, text
             for _, called, arguments in calls:
                 assert isinstance(json.loads(arguments), dict), text
@@ -301,7 +284,6 @@ def walk(matcher: LLMatcher, vocabulary: Bytes, draw: random.Random, begin: str)
 
 
 def test_reasoning_may_come_before_what_is_asked_for() -> None:
-    """A format binds the answer, not the reasoning, where the model reasons and the prompt allows it."""
     expected, vocabulary = demand(FAMILIES["Qwen 3"])
     free = expected.behind_reasoning(SCHEMA, "<|im_start|>assistant\n")
     assert accepts(free, '{"a": 1}', vocabulary)

@@ -1,6 +1,7 @@
 """Formats of calls and reasoning: read alike in every division of an answer, chosen by their templates."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -43,7 +44,6 @@ def test_each_form_is_read(
 @settings(deadline=None)
 @given(st.sampled_from(CASES).flatmap(lambda case: st.tuples(st.just(case), cuts_of(case[2]))))
 def test_cuts_do_not_change_what_is_read(drawn: tuple[Any, list[int]]) -> None:
-    """An answer that is cut at any place has the same text, reasoning and calls."""
     (tool, reasoning, text, reported), cuts = drawn
     assert read(_reading(tool, reasoning), text, cuts) == reported
 
@@ -59,10 +59,7 @@ MARKED = cases(__file__, "MARKED")
     .map("".join)
     .flatmap(lambda text: st.tuples(st.just(text), cuts_of(text))),
 )
-def test_whatever_a_model_writes_is_read_alike(
-    tool: ToolParser, reasoning: ReasoningParser, drawn: tuple[str, list[int]]
-) -> None:
-    """Marks in any order are read to the end, and the same in any parts."""
+def test_whatever_a_model_writes_is_read_alike(tool, reasoning, drawn: tuple[str, list[int]]) -> None:
     text, cuts = drawn
     assert read(_reading(tool, reasoning), text, cuts) == read(_reading(tool, reasoning), text)
 
@@ -82,10 +79,8 @@ def test_a_prompt_may_have_begun_to_think() -> None:
     """An answer continues in the part that the prompt, or the message that it continues, has opened."""
     dialect = Dialect(T.AUTO, R.THINK)
     opened = dialect.opened("<|im_start|>assistant\n<think>\n")
-    assert read(dialect.reading(AnswerCalls({}), opened), "hm\n</think>\n\nHi") == [
-        ["thought", "hm"],
-        ["said", "Hi"],
-    ]
+    read_on = read(dialect.reading(AnswerCalls({}), opened), "hm\n</think>\n\nHi")
+    assert read_on == [["thought", "hm"], ["said", "Hi"]]
     assert dialect.opened("<|im_start|>assistant\n<think>\n\n</think>\n\n") is None
     assert dialect.opened("what is <think>?<|im_end|>\n<|im_start|>assistant\n") is None
     assert dialect.within("<think>so ") == opened
@@ -123,11 +118,9 @@ def test_templates_show_the_dialect(template: str) -> None:
 
 def test_ids_of_calls_are_what_templates_take() -> None:
     """Mistral's templates refuse ids that have not nine letters and digits, when a call comes back."""
-    ids = []
-    for tool in (T.MISTRAL, T.HERMES):
-        dialect = Dialect(tool, R.NONE)
-        calls = AnswerCalls(OFFERED, dialect.form.new_id)
-        ids.append(calls.begin("find").id)
-    assert len(ids[0]) == 9
-    assert ids[0].isalnum()
-    assert ids[1].startswith("call_")
+    named = {
+        tool: AnswerCalls(OFFERED, Dialect(tool, R.NONE).form.new_id).begin("find").id
+        for tool in (T.MISTRAL, T.HERMES)
+    }
+    assert re.fullmatch("[0-9A-Za-z]{9}", named[T.MISTRAL])
+    assert named[T.HERMES].startswith("call_")

@@ -40,26 +40,22 @@ NAMED = builder_pb2.Repository(source="SOURCE_KIND_HF", repo="org/one")
 
 @pytest.fixture
 def client(fakes: Fakes) -> Iterator[Client]:
-    """A client for threads."""
     with Client(fakes.inference_address, fakes.builder_address, timeout_s=BOUND_S) as made:
         yield made
 
 
 @pytest.fixture
 async def aio(fakes: Fakes) -> AsyncIterator[AsyncClient]:
-    """A client for asyncio."""
     async with AsyncClient(fakes.inference_address, fakes.builder_address, timeout_s=BOUND_S) as made:
         yield made
 
 
 @pytest.fixture
 def deploy(deployment: Callable[..., str]) -> Callable[..., Deployment]:
-    """Makes deployments of a name and adapters."""
     return lambda *names: load_deployment(Path(deployment(*names))).deployment
 
 
 def test_models_are_records(client: Client) -> None:
-    """ListModels comes back as frozen records, the base first."""
     base, lora1, _ = client.models()
     assert base.is_base
     assert base.max_seq_len == 2048
@@ -68,7 +64,6 @@ def test_models_are_records(client: Client) -> None:
 
 
 async def test_an_asyncio_client_does_the_same(aio: AsyncClient) -> None:
-    """An asyncio client lists the same models, streams the same events and answers requests concurrently."""
     names = [model.name for model in await aio.models()]
     assert names == ["base", "lora1", "lora2"]
     events = [event async for event in aio.generate("base", [1, 2, 3])]
@@ -84,9 +79,8 @@ async def test_an_asyncio_client_does_the_same(aio: AsyncClient) -> None:
 
 def test_options_reach_the_request(client: Client, fakes: Fakes) -> None:
     """Options that are given are set, those that are not stay unset, and a lone stop text is one stop text."""
-    client.complete(
-        "base", "hi", max_tokens=9, temperature=0.0, stop="END", stop_token_ids=[2], logprobs=0, priority=-1
-    )
+    options = {"max_tokens": 9, "temperature": 0.0, "stop": "END", "stop_token_ids": [2], "logprobs": 0}
+    client.complete("base", "hi", **options, priority=-1)
     request = fakes.inference.requests[-1]
     assert request.sampling.HasField("temperature")
     assert not request.sampling.HasField("top_p")
@@ -141,19 +135,14 @@ def test_an_option_that_does_not_fit_is_told_what_would(name: str) -> None:
     """A wrong option is refused with the expected value, in the same words for answers, vectors and scores."""
     value, expected, found = WRONG[name]
     requests: list[tuple[Any, Any]] = [(generate_request, "hi")]
-    requests += [
-        (kind, ["hi"]) for kind in (embed_request, classify_request) if name in ScoreOptions.__annotations__
-    ]
+    if name in ScoreOptions.__annotations__:
+        requests += [(embed_request, ["hi"]), (classify_request, ["hi"])]
     for request, prompt in requests:
         with pytest.raises(faults.RequestInvalid) as caught:
             request("m", prompt, {name: value})
         [reported] = caught.value.findings
-        assert (
-            reported.where.replace("constraint", "regex"),
-            reported.expected,
-            reported.found,
-            reported.fix,
-        ) == (name, expected, found, "")
+        assert (reported.expected, reported.found, reported.fix) == (expected, found, "")
+        assert reported.where.replace("constraint", "regex") == name
 
 
 def test_adapters_are_sent_with_their_scales() -> None:
@@ -164,7 +153,6 @@ def test_adapters_are_sent_with_their_scales() -> None:
 
 
 def test_unknown_options_are_a_type_error(client: Client) -> None:
-    """A misspelt option fails as a misspelt argument does."""
     with pytest.raises(TypeError, match="max_token"):
         client.generate("base", "hi", max_token=3)  # type: ignore[call-arg]
 
@@ -235,7 +223,6 @@ async def test_listing_turns_the_pages(client: Client, aio: AsyncClient, fakes: 
     ],
 )
 def test_enums_follow_the_proto(records: Any, numbers: Any, prefix: str) -> None:
-    """The members of our enums stand in the order of the proto's numbers."""
     assert [prefix + member.name for member in records] == numbers.keys()
     assert list(numbers.values()) == list(range(len(records)))
 
@@ -247,7 +234,6 @@ def test_newer_servers_are_understood() -> None:
 
 
 def test_a_stream_without_an_end_is_a_fault() -> None:
-    """An answer that lacks its Finished is not passed off as complete."""
     with pytest.raises(faults.InternalFault):
         completion_of([Delta("half", (1,))])
 

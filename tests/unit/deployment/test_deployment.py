@@ -34,19 +34,20 @@ trt_llm:
     kv_cache_free_gpu_mem_fraction: 0.9
 """
 
+HUB = SourceKind.HF
 EXPECTED = Deployment(
     model_name="Qwen2.5-Coder-LoRA",
     build=Build(
         checkpoint_repository=Repository(
-            source=SourceKind.HF, repo="Qwen/Qwen2.5-Coder-1.5B-Instruct", revision="abc123"
+            source=HUB, repo="Qwen/Qwen2.5-Coder-1.5B-Instruct", revision="abc123"
         ),
         max_seq_len=8192,
         lora_adapters={
             "lora1": Repository(
-                source=SourceKind.HF,
+                source=HUB,
                 repo="org/adapter",
                 revision="def456",
-                runtime_secret_name="hf_access_token",  # noqa: S106 - a name
+                runtime_secret_name="hf_access_token",  # noqa: S106
             )
         },
     ),
@@ -73,7 +74,6 @@ def _findings(tmp_path: Path, text: str) -> dict[str, Finding]:
 
 
 def test_a_hosted_builders_file_is_accepted(tmp_path: Path) -> None:
-    """The file of a hosted engine builder gives the deployment that it describes."""
     assert _load(tmp_path, HOSTED).deployment == EXPECTED
 
 
@@ -116,7 +116,6 @@ def test_every_unserved_key_is_known() -> None:
 
 
 def test_the_wrapper_is_optional(tmp_path: Path) -> None:
-    """The same content without trt_llm is the same deployment."""
     top, _, inner = HOSTED.partition("trt_llm:\n")
     unwrapped = top.replace("runtime: {predict_concurrency: 256}\n", "") + textwrap.dedent(inner)
     assert _load(tmp_path, unwrapped).deployment == EXPECTED
@@ -159,7 +158,6 @@ def test_two_ranks_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "where", "near"), cases(__file__, "test_a_misspelt_key"))
 def test_a_misspelt_key(tmp_path: Path, text: str, where: str, near: str) -> None:
-    """A misspelt key is named with its place and the nearest known key."""
     finding = _findings(tmp_path, text)[where]
     assert finding.code == "E_UNKNOWN_FIELD"
     assert finding.fix == f"Did you mean {near}?"
@@ -224,7 +222,6 @@ def test_a_good_adapter_name(tmp_path: Path, name: str) -> None:
 
 
 def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
-    """Two names that differ in case only are refused, as clients would confuse them."""
     text = MINIMAL + "  lora_adapters: {Law: {source: HF, repo: a/b}, law: {source: HF, repo: a/c}}\n"
     finding = _findings(tmp_path, text)["build.lora_adapters.law"]
     assert (finding.expected, finding.found) == (OWN_NAME, "adapter Law")
@@ -233,7 +230,6 @@ def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_hidden_gives_a_name(tmp_path: Path) -> None:
-    """The default name is the file's, as far as it can be one."""
     path = tmp_path / ".-smol v2.yaml"
     path.write_text(MINIMAL)
     assert load_deployment(path).deployment.model_name == "smol-v2"
@@ -242,7 +238,6 @@ def test_a_file_that_is_hidden_gives_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("broken", ["", "  max_seq_len: 0\n"])
 @pytest.mark.parametrize("head", ["model_name: same\n", "model_name: x\nruntime: {served_model_name: same}\n"])
 def test_an_adapter_with_the_bases_name(tmp_path: Path, head: str, broken: str) -> None:
-    """An adapter named as the base is refused, also when other things are wrong."""
     text = head + MINIMAL + "  lora_adapters: {same: {source: HF, repo: a/b}}\n" + broken
     findings = _findings(tmp_path, text)
     assert findings["build.lora_adapters.same"].found == "the base same"
@@ -263,7 +258,6 @@ def test_duplicate_keys(tmp_path: Path) -> None:
 
 
 def test_all_violations_at_once(tmp_path: Path) -> None:
-    """A refusal lists every violation with its code and place."""
     refusal = _refusal(
         tmp_path,
         """
@@ -317,7 +311,6 @@ def test_a_revision_that_yaml_reads_as_a_number_or_date(tmp_path: Path, revision
     ],
 )
 def test_what_is_no_deployment_file(tmp_path: Path, text: str, expected: str) -> None:
-    """Text that is no mapping or no YAML is refused with the finding and its place."""
     assert expected in str(_refusal(tmp_path, text))
 
 
@@ -333,11 +326,7 @@ def test_a_small_file_that_unfolds_to_a_large_one(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     """A missing file, a folder, binary data and a file without end are refused with the path and the reason."""
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name, reason in [
-        ("missing", "No such file or directory"),
-        (".", "Is a directory"),
-        ("binary", "not UTF-8 text"),
-        ("/dev/zero", "it has more than 16 MiB"),
-    ]:
+    reasons = {"missing": "No such file or directory", ".": "Is a directory", "binary": "not UTF-8 text"}
+    for name, reason in (reasons | {"/dev/zero": "it has more than 16 MiB"}).items():
         with pytest.raises(DeploymentInvalid, match=f"cannot read the deployment file .*: {reason}"):
             load_deployment(tmp_path / name)

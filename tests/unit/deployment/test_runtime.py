@@ -1,7 +1,6 @@
 """Aliases, limits and drafts in files, messages, generations and keys; and repositories in one word."""
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,15 @@ import yaml
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.access.keys import parse_keys
-from loramux_shared.bundle.generation import BaseRecord, Generation
-from loramux_shared.deployment import Deployment, Dtype, ModelLimits, Repository, Runtime, SourceKind
+from loramux_shared.bundle.generation import Generation
+from loramux_shared.deployment import Deployment, ModelLimits, Repository, Runtime, SourceKind
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
 from loramux_shared.runtime import Limits
 from loramux_shared.spelling import parse_repository
 from scripts.deployment_doc import MORE
 from tests.support.cases import cases
+from tests.support.generations import generation
 
 ADAPTERS = ("support-v1", "support-v2")
 
@@ -40,13 +40,11 @@ def test_the_example_of_the_page_means_what_it_says() -> None:
 
 
 def test_blocks_may_be_empty() -> None:
-    """Blocks may be empty as other optional blocks may."""
     assert parsed({"aliases": None, "limits": None}).runtime == Runtime()
 
 
 @pytest.mark.parametrize(("runtime", "where", "expected"), cases(__file__, "test_what_is_refused"))
 def test_what_is_refused(runtime: Any, where: str, expected: str) -> None:
-    """Each violation is refused at its place, with the expected value."""
     with pytest.raises(DeploymentInvalid) as refused:
         parsed(runtime)
     [finding] = refused.value.findings
@@ -77,22 +75,6 @@ def test_an_alias_comes_once_in_a_message() -> None:
         deployment_from_message(message)
 
 
-def generation(**fields: Any) -> Generation:
-    """A generation without adapters."""
-    source = Repository(source=SourceKind.HF, repo="org/one")
-    return Generation(
-        deployment="d",
-        number=1,
-        create_time=datetime(2026, 1, 1, tzinfo=UTC),
-        served_model_name="d",
-        base=BaseRecord(source=source, files={}),
-        adapters={},
-        max_lora_rank=64,
-        lora_dtype=Dtype.BFLOAT16,
-        **fields,
-    )
-
-
 def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     """A record without the new fields keeps its bytes, so digests of older releases hold."""
     plain = generation()
@@ -107,9 +89,8 @@ def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     }
     assert unsaid.isdisjoint(json.loads(plain.to_bytes()))
     assert generation(aliases={}, limits=ModelLimits(), quantization="none").to_bytes() == plain.to_bytes()
-    assert json.loads(generation(quantization="int8").to_bytes())["quantization"] == "int8"
-    assert json.loads(generation(tool_parser="none").to_bytes())["tool_parser"] == "none"
-    assert json.loads(generation(speculative_tokens=0).to_bytes())["speculative_tokens"] == 0
+    for field, value in {"quantization": "int8", "tool_parser": "none", "speculative_tokens": 0}.items():
+        assert json.loads(generation(**{field: value}).to_bytes())[field] == value
     stated = generation(aliases={"a": {"d": 1}}, limits=ModelLimits(models={"d": Limits(weight=2)}))
     data = json.loads(stated.to_bytes())
     assert (data["aliases"], data["limits"]) == ({"a": {"d": 1}}, {"models": {"d": {"weight": 2.0}}})
@@ -127,7 +108,6 @@ def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     ],
 )
 def test_limits_that_no_key_can_have(scopes: list[str], limits: dict[str, Any], expected: str) -> None:
-    """The line is refused, by its number and field."""
     line = json.dumps({"id": "a", "sha256": "0" * 64, "scopes": scopes, "limits": limits})
     with pytest.raises(SettingsInvalid, match=expected):
         parse_keys(line, "f")
@@ -147,9 +127,7 @@ def test_limits_that_no_key_can_have(scopes: list[str], limits: dict[str, Any], 
         ("https://host/a.tar.gz?sig=1", SourceKind.REMOTE_URL, "https://host/a.tar.gz?sig=1", "", ""),
     ],
 )
-def test_words_of_sources_far_away(
-    word: str, kind: SourceKind, repo: str, revision: str, subfolder: str, tmp_path: Path
-) -> None:
+def test_words_of_sources_far_away(word, kind: SourceKind, repo, revision, subfolder, tmp_path: Path) -> None:
     """Every source has a spelling, and a revision and a folder have their places in it."""
     (tmp_path / "here").mkdir()
     expected = Repository(source=kind, repo=repo, revision=revision, subfolder=subfolder)
@@ -158,7 +136,6 @@ def test_words_of_sources_far_away(
 
 @pytest.mark.parametrize("word", ["here", "./here", "local:here", "here/../here", "."])
 def test_a_folder_that_exists_comes_before_the_hub(word: str, tmp_path: Path) -> None:
-    """A word that names a folder is that folder, as an absolute path."""
     (tmp_path / "here").mkdir()
     found = parse_repository(word, tmp_path)
     assert found.source is SourceKind.LOCAL
@@ -171,14 +148,12 @@ def test_a_folder_that_exists_comes_before_the_hub(word: str, tmp_path: Path) ->
     ["", "a/b/c", "ftp://host/x", "http://host/x.tar.gz", "s3://", "org/name#../up", "a b", "org/x@", "a\0b"],
 )
 def test_other_words_are_refused_with_the_grammar(word: str, tmp_path: Path) -> None:
-    """A word that names no repository is refused, and the finding has the grammar."""
     with pytest.raises(DeploymentInvalid) as error:
         parse_repository(word, tmp_path)
     assert "org/name[@revision]" in error.value.findings[0].expected
 
 
 def test_a_signature_is_not_repeated(tmp_path: Path) -> None:
-    """The query of an address that is refused does not stand in the message."""
     with pytest.raises(DeploymentInvalid) as error:
         parse_repository("http://host/x?sig=SECRET", tmp_path)
     assert "SECRET" not in str(error.value)

@@ -15,16 +15,12 @@ from tests.support.cases import cases
 ROOT = "base_model.model.model."
 
 
-def book(
-    dtype: Dtype = Dtype.BFLOAT16, max_rank: int = 64, modules: tuple[str, ...] = (), **config: Any
-) -> Rulebook:
-    """Rules of a deployment of the small base."""
+def book(dtype: Dtype = Dtype.BFLOAT16, max_rank: int = 64, modules=(), **config: Any) -> Rulebook:
     limits = AdapterLimits(read_fields(BASE_CONFIG | config), max_rank, frozenset(modules))
     return Rulebook(limits, ("LlamaForCausalLM",), dtype)
 
 
 def codes(checked: CheckedAdapter) -> list[str]:
-    """The codes that were found, in order."""
     return [finding.code for finding in checked.findings]
 
 
@@ -54,7 +50,6 @@ def with_value(value: float, dtype: Any = np.float32) -> dict[str, Any]:
 
 
 def test_all_violations_at_once(tmp_path):
-    """Config, key, shape and value rules are all reported together."""
     values = with_value(np.nan) | {"x": np.ones(1, "f4"), key(1, "o_proj", "A"): np.ones((4, 16), "f4")}
     checked = check_adapter(write_adapter(tmp_path, values, use_dora=True, r=8), book())
     errors = {finding.code for finding in checked.errors}
@@ -78,14 +73,10 @@ def test_subfolder_is_suggested():
     assert (finding.code, finding.where) == ("E_NO_WEIGHTS", "adapter_model.safetensors")
 
 
-Q = f"{ROOT}layers.0.self_attn.q_proj"
-
-
 @pytest.mark.parametrize(
     ("config", "extra", "words"), cases(__file__, "test_messages_name_field_value_expected_and_cure")
 )
 def test_messages_name_field_value_expected_and_cure(tmp_path, config, extra, words):
-    """A finding names the place, the found value, the expected one, and the cure."""
     values = tensors() | {name: np.ones(shape, np.float16) for name, shape in extra.items()}
     (finding,) = check_adapter(write_adapter(tmp_path, values, **config), book()).errors
     stated = (finding.code, finding.where, finding.expected, finding.found, finding.fix)

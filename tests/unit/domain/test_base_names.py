@@ -12,7 +12,6 @@ from tests.support.cases import cases
 
 
 def descent(model: str, relation: str, parent: str) -> Descent:
-    """Return the hub's statement."""
     return Descent.model_validate({"model": model, "relation": relation, "parent": parent})
 
 
@@ -92,5 +91,4 @@ def test_a_file_is_named_where_no_front_matter_says_more(tmp_path):
     ("adapter", "base", "warned"), cases(__file__, "test_licences_that_differ_or_are_not_known_are_a_warning")
 )
 def test_licences_that_differ_or_are_not_known_are_a_warning(adapter, base, warned):
-    """Equal licences and unknown licences give no warning."""
     assert (licence_warning(adapter, base) is not None) == warned

@@ -32,13 +32,19 @@ def tokenizer(kind: str = "BPE") -> PreTrainedTokenizerFast:
 
 
 def files(folder: Path) -> dict[str, FileDigest]:
-    """Return the digests of the files in a folder."""
     return {path.name: hash_if_there(path) for path in folder.iterdir()}
 
 
 def compared(base: Path, adapter: Path) -> ComparedTokens:
-    """Compare the tokenizers of two folders."""
     return BaseTokens(files(base), lambda name: base / name, VOCAB).compared(adapter, files(adapter))
+
+
+def folders(path: Path) -> tuple[Path, Path]:
+    """Make a folder with the base's tokenizer, and an empty one for an adapter's."""
+    base, adapter = path / "base", path / "adapter"
+    tokenizer().save_pretrained(base)
+    adapter.mkdir()
+    return base, adapter
 
 
 @pytest.fixture
@@ -68,7 +74,6 @@ def compare(tmp_path) -> Callable[[Callable[[PreTrainedTokenizerFast], object], 
     ],
 )
 def test_copies_of_the_base_s_tokenizer_pass(compare, kind, change):
-    """A copy of the base's tokenizer is accepted without a warning, however it was saved again."""
     assert compare(change, kind) == ComparedTokens()
 
 
@@ -102,9 +107,7 @@ def test_new_tokens_behind_the_base_s_are_taken(compare, kind, change, added):
 )
 def test_tokens_that_cannot_be_added_so_are_refused(tmp_path, added, named):
     """Ids with holes or repeats, texts without bounds, invalid flags and too many tokens are refused."""
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    tokenizer().save_pretrained(base)
-    adapter.mkdir()
+    base, adapter = folders(tmp_path)
     flags = dict.fromkeys(FLAGS, False)
     (adapter / "tokenizer.json").write_text(json.dumps({"added_tokens": [flags | each for each in added]}))
     found = compared(base, adapter)
@@ -113,10 +116,7 @@ def test_tokens_that_cannot_be_added_so_are_refused(tmp_path, added, named):
 
 
 def test_another_meaning_of_an_id_is_refused(tmp_path):
-    """A token in the place of one of the base's is refused, with both names."""
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    tokenizer().save_pretrained(base)
-    adapter.mkdir()
+    base, adapter = folders(tmp_path)
     output = (base / "tokenizer.json").read_text().replace("</s>", "<|im_end|>")
     (adapter / "tokenizer.json").write_text(output)
     (finding,) = compared(base, adapter).findings
@@ -129,9 +129,7 @@ def test_another_meaning_of_an_id_is_refused(tmp_path):
 )
 def test_every_place_of_added_tokens_is_looked_at(tmp_path, name, content, codes):
     """Older releases write tokens into separate files; an unreadable file is refused too."""
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    tokenizer().save_pretrained(base)
-    adapter.mkdir()
+    base, adapter = folders(tmp_path)
     (adapter / name).write_text(json.dumps(content))
     assert [finding.code for finding in compared(base, adapter).findings] == codes
 

@@ -35,7 +35,6 @@ def found(name: str, content: Any) -> list[tuple[str, str]]:
     ],
 )
 def test_what_trainers_write_is_accepted(name: str, content: Any) -> None:
-    """The files that trainers write are accepted without a warning."""
     assert found(name, content) == []
 
 
@@ -65,7 +64,6 @@ def test_what_cannot_be_used_refuses_the_adapter(name: str, content: Any, field:
 
 
 def test_size_is_looked_at_before_anything_is_fetched() -> None:
-    """A file above its cap is refused from the listing alone."""
     sizes = dict.fromkeys((TEMPLATE, GENERATION, TOKENIZER, "other.bin"), 1 << 30) | {GENERATION: 10}
     assert [finding.where for finding in too_large(sizes)] == [TEMPLATE, TOKENIZER]
     assert too_large(dict(MAX_BYTES)) == []

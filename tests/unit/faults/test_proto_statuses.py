@@ -110,7 +110,6 @@ def test_what_lies_before_every_rpc_is_told_for_all() -> None:
 
 
 def test_a_check_says_what_sources_raise() -> None:
-    """A check names the faults of every source."""
     assert reasons_in(Source.__doc__ or "") <= told_of("CheckAdapter")
 
 
@@ -160,7 +159,6 @@ def test_every_code_that_is_used_has_a_page_entry_and_the_reverse():
 
 
 def test_every_reason_has_a_cure_and_the_reverse():
-    """Every fault has a cure."""
     assert set(CURES) == set(FAULTS)
 
 

@@ -44,7 +44,6 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    """A machine with threads that did nothing yet."""
     return Machine(tmp_path)
 
 
@@ -65,13 +64,11 @@ def test_between_the_two_thresholds_everything_stays(machine: Machine) -> None:
 
 
 def test_an_idle_engine_learns_nothing(machine: Machine) -> None:
-    """An idle engine ignores threads of others that wait for cores."""
     machine.passes(ran=1.0, waited=0.0)
     assert not machine.passes(ran=0.01, waited=1.0)
 
 
 def test_threads_sleep_where_the_kernel_does_not_count(machine: Machine) -> None:
-    """Threads sleep where the load is unknown."""
     for file in machine.tasks.glob("*/schedstat"):
         file.unlink()
     machine._write = lambda: None  # type: ignore[method-assign]
@@ -80,7 +77,6 @@ def test_threads_sleep_where_the_kernel_does_not_count(machine: Machine) -> None
 
 @pytest.mark.parametrize(("spin", "asleep"), [("always", False), ("never", True)])
 def test_a_setting_decides_once(tmp_path: Path, spin: Spin, asleep: bool) -> None:
-    """An explicit always or never holds, whatever happens on the cores."""
     machine = Machine(tmp_path, spin)
     assert [machine.passes(ran=0.5, waited=waited) for waited in (0.9, 0.9, 0.0)] == [asleep] * 3
 

@@ -63,7 +63,6 @@ async def test_a_sampling_arrives_as_it_was(sampling: SamplingParams) -> None:
     ],
 )
 async def test_rights_arrive_as_they_were(access: Access) -> None:
-    """The rights of a key arrive with models and limits."""
     assert messages.access_from(await passed(messages.access_to(access))) == access
 
 
@@ -153,7 +152,6 @@ async def test_what_is_asked_is_answered_refused_or_cancelled() -> None:
 
 
 async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A channel whose buffer exceeds the limit is closed."""
     lost: list[bool] = []
     one, other = Channel({}, {}, lambda: lost.append(True)), Channel({}, {}, lambda: None)
     connect(one, other)
@@ -163,9 +161,7 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
     assert not one.is_open
 
 
-async def test_outputs_wait_together_for_a_process_that_is_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path, monkeypatch) -> None:
     """Outputs of an answer join while the process has much to read, and a process that never reads is lost."""
     found: list[Any] = []
     lost: list[bool] = []

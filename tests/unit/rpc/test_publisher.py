@@ -1,6 +1,6 @@
 """A replica's requests to its builder, and gRPC services of extensions."""
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +23,6 @@ REPOSITORY = Repository(source=SourceKind.HF, repo="org/lora")
 
 
 def info(state: DeploymentState, generation: int | None, failure: Fault | None = None) -> DeploymentInfo:
-    """A deployment."""
     return DeploymentInfo("demo", state, generation, None, None, (), failure, unchanged=False)
 
 
@@ -35,29 +34,18 @@ class Builder:
         self.asked: list[Any] = []
         self.request_ids: list[str | None] = []
 
-    async def update(
-        self,
-        name: str,
-        add: Mapping[str, Repository | str] | None = None,
-        remove: Iterable[str] = (),
-        *,
-        must_be_new: bool = False,
-        request_id: str | None = None,
-    ) -> DeploymentInfo:
-        """Begin."""
+    async def update(self, name, add=None, remove=(), *, must_be_new=False, request_id=None) -> DeploymentInfo:
         self.asked.append((name, dict(add or {}), tuple(remove), must_be_new))
         self.request_ids.append(request_id)
         return info(DeploymentState.BUILDING, None)
 
     async def watch(self, name: str, *, request_id: str | None = None) -> AsyncIterator[DeploymentInfo]:
-        """Tell the begin and the end."""
         assert name == "demo"
         assert request_id == self.request_ids[-1]
         yield info(DeploymentState.BUILDING, None)
         yield self.end
 
     async def rollback(self, name: str, to: int | None = None) -> Any:
-        """Publish at once."""
         self.asked.append((name, to))
         return SimpleNamespace(generation=8)
 
@@ -86,7 +74,6 @@ class Echo:
     )
 
     def of_all_models(self, _healthy: object) -> Services:
-        """Return the service."""
         handler = grpc.unary_unary_rpc_method_handler(_echo, Empty.FromString, Empty.SerializeToString)
         handlers = dict.fromkeys(("Health", "Loads", "Ask"), handler)
 
@@ -96,7 +83,6 @@ class Echo:
         return {"others.Echo": register}
 
     def of_model(self, model: str, _healthy: object) -> Services:
-        """Return none but for one model."""
         return self.of_all_models(_healthy) if model == "wide" else {}
 
 
@@ -104,7 +90,6 @@ EXTENSIONS = Extensions((cast(ServiceExtension, Echo()),))
 
 
 def test_services_of_extensions_are_put_together() -> None:
-    """The services of extensions are combined at the replica's own address and at those of models."""
     assert list(EXTENSIONS.of_all_models(lambda: True)) == ["others.Echo"]
     assert list(EXTENSIONS.of_model("wide", lambda: True)) == ["others.Echo"]
     assert not EXTENSIONS.of_model("base", lambda: True)
@@ -116,7 +101,6 @@ def test_services_of_extensions_are_put_together() -> None:
     ("method", "opened_by"), [("Health", {"", "infer", "metrics"}), ("Loads", {"metrics"}), ("Ask", {"infer"})]
 )
 async def test_an_extension_says_which_keys_open_its_methods(method: str, opened_by: set[str]) -> None:
-    """The rules of an extension hold beside those of the core."""
     keys, ring = keyring("infer", "metrics")
     services = EXTENSIONS.of_all_models(lambda: True)
     server = RpcServer("127.0.0.1:0", services, Guard(ring), rules=EXTENSIONS.rules)

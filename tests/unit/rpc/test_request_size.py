@@ -41,7 +41,6 @@ def test_json_of_too_many_names_and_lists_is_told(element: str) -> None:
 
 
 def byte_pairs() -> Tokenizer:
-    """A byte-level tokenizer whose longest token has 32 bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -97,7 +96,6 @@ def test_half_a_character_is_no_prompt() -> None:
     "data", [b"\x0a", b"\xff" * 50, b"\x22\xff\xff\x03\x0a", b"\x0b" * 9, b"\x22\x04\x0a\x02\x0a\xff"]
 )
 def test_broken_messages_are_counted_too(data: bytes) -> None:
-    """Bytes that are no message are counted as far as they can be read."""
     assert not more_fields(data, pb.GenerateRequest.DESCRIPTOR, MAX_FIELDS)
 
 

@@ -36,7 +36,6 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Variables set values of the type that the setting has."""
     monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")
     monkeypatch.setenv("LORAMUX_MAX_BATCH_SEQS", "8")
     monkeypatch.setenv("LORAMUX_PREFIX_CACHE", "false")
@@ -73,7 +72,6 @@ def test_local_roots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_allowed_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allowed hosts are separated by commas, and have a form."""
     monkeypatch.setenv("LORAMUX_ALLOWED_HOSTS", "Models.example.com, 10.0.0.5:8443,[::1]:443")
     assert load_settings(BuilderSettings).allowed_hosts == ("models.example.com", "10.0.0.5:8443", "[::1]:443")
     monkeypatch.setenv("LORAMUX_ALLOWED_HOSTS", "https://models.example.com/x")
@@ -93,7 +91,6 @@ def test_model_ports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "value", "allowed"), cases(__file__, "test_a_bad_value"))
 def test_a_bad_value(name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bad value is refused with the variable, the value and the allowed values."""
     monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")
     monkeypatch.setenv(f"LORAMUX_{name}", value)
     assert _refusal(InferenceSettings).startswith(f"LORAMUX_{name}={value}: expected {allowed}")
@@ -108,9 +105,10 @@ def test_addresses(address: str) -> None:
 def test_others_may_share_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables of the other service, of clients and of secrets are no mistakes, and open nothing."""
     shared = {"DEPLOYMENT": "demo", "MAX_CONCURRENT_BUILDS": "3", "SECRET_hf_access_token": "x"}
-    for name, value in (
-        shared | dict.fromkeys(("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY"), "x")
-    ).items():
+    for name, value in {
+        **shared,
+        **dict.fromkeys(("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY"), "x"),
+    }.items():
         monkeypatch.setenv(f"LORAMUX_{name}", value)
     settings = load_settings(BuilderSettings)
     assert (settings.max_concurrent_builds, settings.keys_file, settings.tls_client_ca) == (3, None, None)
@@ -169,7 +167,6 @@ def test_kubernetes_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatc
 
 
 def test_all_mistakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refusal lists every mistake."""
     monkeypatch.setenv("LORAMUX_STOER", "x")
     monkeypatch.setenv("LORAMUX_DEVICE", "gpu")
     message = _refusal(InferenceSettings, threads=0)
@@ -178,6 +175,5 @@ def test_all_mistakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    """Every setting of both services has a docstring."""
     for cls in (BuilderSettings, InferenceSettings):
         assert [name for name, field in cls.model_fields.items() if not field.description] == []

@@ -7,16 +7,10 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from typer.testing import CliRunner
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from loramux.cli.local.services import builder_command
-from loramux.cli.main import app
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import (
     Fault,
     RepoNotFound,
@@ -28,9 +22,10 @@ from loramux_shared.faults import (
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, open_sources
 from loramux_shared.storage.local import LocalStore
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import write_adapter, write_base
+from tests.support.commands import run
 from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
+from tests.support.folders import built, deployment_of, workshop
 
 NO_TEXT = os.fsdecode(b"caf\xe9")
 
@@ -75,7 +70,6 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_a_folder_that_is_none_is_named(folder: Path, below: str, subfolder: str, kind: type[Fault]) -> None:
-    """LOCAL names every path that leads to no folder."""
     with pytest.raises(kind, match="LOCAL"):
         read_all(folder, repo=f"{folder}/{below}", subfolder=subfolder)
 
@@ -103,31 +97,20 @@ def test_a_file_that_becomes_something_else_is_named(folder: Path, now: str) -> 
 
 
 def test_a_recorded_file_name_is_a_path(folder: Path) -> None:
-    """A NUL or a loop in the name of a recorded file is refused."""
     for name in ("a\0b", "loop/x"):
+        files = {name: FileDigest(size=1, sha256="0" * 64)}
         with pytest.raises(SourceRefused, match="not a path of this server"):
-            LocalSource([folder]).place(
-                local(folder, repo=str(folder)), {name: FileDigest(size=1, sha256="0" * 64)}, folder
-            )
+            LocalSource([folder]).place(local(folder, repo=str(folder)), files, folder)
 
 
 def test_a_build_ignores_names_that_are_no_text(tmp_path: Path) -> None:
-    """An adapter beside which a file has a name in Latin-1 is built."""
-    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
-    (adapter / NO_TEXT).write_text("")
-    (base / NO_TEXT).write_text("")
-    made = {
-        "checkpoint_repository": {"source": "LOCAL", "repo": str(base)},
-        "lora_adapters": {"one": {"source": "LOCAL", "repo": str(adapter)}},
-    }
-    wish = parse_deployment({"model_name": "tiny", "build": made}).deployment
-    context = BuildContext(MemoryStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
-    assert build(wish, context, Progress(["one"])).generation.number == 1
+    (write_adapter(tmp_path / "one") / NO_TEXT).write_text("")
+    (write_base(tmp_path / "base") / NO_TEXT).write_text("")
+    assert built(deployment_of(tmp_path, "one"), workshop(tmp_path)).generation.number == 1
 
 
 @pytest.mark.parametrize("field", ["repo", "revision", "subfolder", "runtime_secret_name"])
 def test_no_field_of_a_repository_has_a_nul(field: str) -> None:
-    """The fault names the field."""
     with pytest.raises(ValidationError, match="without NUL bytes"):
         Repository(**{"source": "HF", "repo": "org/name", field: "a\0b"})
 
@@ -164,10 +147,10 @@ def test_the_command_line_names_them(folder: Path, name: str, command: str) -> N
         "check": ["check", path, "--base", str(folder / "one"), *nobody],
         "keys": ["keys", "list", "--file", f"{path}/x"],
     }[command]
-    stated = CliRunner().invoke(app, arguments)
-    assert stated.exit_code in {1, 2, 3}
-    assert "INTERNAL" not in stated.output
-    assert stated.exception is None or isinstance(stated.exception, SystemExit)
+    status, text, errors = run(*arguments)
+    assert status in {1, 2, 3}
+    assert "INTERNAL" not in text + errors
+    assert "Traceback" not in text + errors
     assert builder_command(None, "127.0.0.1:0", [folder / name])[-1] == path
 
 

@@ -52,7 +52,7 @@ def test_native_can_be_asked_for(config: ModelConfig, native_folder: Path) -> No
     ],
 )
 def test_how_weights_are_multiplied_is_told_with_its_reason(
-    config: ModelConfig, tmp_path: Path, settings: dict[str, object], product: str
+    config: ModelConfig, tmp_path, settings, product
 ) -> None:
     """The torch backend's products are torch's; the native product depends on the processor."""
     chosen = choose_backend(_settings(tmp_path, backend="torch", device="cpu", **settings), config)
@@ -61,11 +61,7 @@ def test_how_weights_are_multiplied_is_told_with_its_reason(
 
 @pytest.mark.parametrize(("settings", "dtype"), [({}, "bfloat16"), ({"native": False}, "float32")])
 def test_a_processor_that_cannot_multiply_bfloat16_reads_it_nevertheless(
-    config: ModelConfig,
-    native_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, object],
-    dtype: str,
+    config: ModelConfig, native_folder: Path, monkeypatch: pytest.MonkeyPatch, settings, dtype: str
 ) -> None:
     """The compiled product widens it in registers; torch's would take several times as long as float32."""
     if build.load(native_folder).library is None:
@@ -86,9 +82,7 @@ def test_a_processor_that_cannot_multiply_bfloat16_reads_it_nevertheless(
         ({"block_size": 8}, "multiples of 16.*LORAMUX_BLOCK_SIZE=8"),
     ],
 )
-def test_native_that_cannot_be_is_refused(
-    config: ModelConfig, native_folder: Path, settings: dict[str, object], why: str
-) -> None:
+def test_native_that_cannot_be_is_refused(config: ModelConfig, native_folder: Path, settings, why: str) -> None:
     """An explicit choice is not replaced in silence; auto is, and the start line says so."""
     with pytest.raises(SettingsInvalid, match=f"LORAMUX_BACKEND=native.*{why}"):
         choose_backend(_settings(native_folder.parent, backend="native", **settings), config)
@@ -110,21 +104,18 @@ def test_torch_in_the_place_of_compiled_operations_has_a_warning(
 
 
 def test_a_cache_of_8_bits_is_refused_where_it_cannot_be(
-    config: ModelConfig, native_folder: Path, tmp_path: Path
+    config: ModelConfig, native_folder: Path, tmp_path
 ) -> None:
     """The CPU's compiled operations and older GPUs refuse their unsupported types, each with the setting."""
-    reference = choose_backend(
-        _settings(tmp_path, backend="torch", device="cpu", kv_cache_dtype="int8"), config
-    )
+    expected = _settings(tmp_path, backend="torch", device="cpu", kv_cache_dtype="int8")
+    reference = choose_backend(expected, config)
     assert reference.cache_dtype is torch.int8
     check_cache_dtype(_settings(tmp_path, kv_cache_dtype="int8"), (8, 0))
     check_cache_dtype(_settings(tmp_path, kv_cache_dtype="fp8"), (8, 9))
     with pytest.raises(SettingsInvalid, match=r"=fp8 needs a GPU of capability 8\.9, found 8\.6\. Set int8"):
         check_cache_dtype(_settings(tmp_path, kv_cache_dtype="fp8"), (8, 6))
     if build.load(native_folder).library is not None:
-        with pytest.raises(
-            SettingsInvalid, match=r"LORAMUX_KV_CACHE_DTYPE=int8 needs a GPU.*LORAMUX_BACKEND=torch"
-        ):
+        with pytest.raises(SettingsInvalid, match=r"CACHE_DTYPE=int8 needs a GPU.*LORAMUX_BACKEND=torch"):
             choose_backend(_settings(native_folder.parent, device="cpu", kv_cache_dtype="int8"), config)
 
 

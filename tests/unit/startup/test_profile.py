@@ -50,21 +50,17 @@ class Meter(CudaMemory):
         self.asked: list[str] = []
 
     def settled(self) -> int:
-        """The next of the script."""
         self.asked.append("settled")
         return self._free.pop(0)
 
     def reserved(self) -> int:
-        """Return the scripted value."""
         self.asked.append("reserved")
         return self._reserved
 
     def watch_peak(self) -> None:
-        """Note."""
         self.asked.append("watch_peak")
 
     def peak(self) -> int:
-        """Return the scripted value."""
         self.asked.append("peak")
         return self._peak
 
@@ -101,7 +97,6 @@ class Noted(Runner):
     ran: list[list[tuple[Sequence, Token]]]
 
     def submit(self, batch: Batch) -> Pending:
-        """Run and note."""
         pending = super().submit(batch)
         self.ran.append(pending.tokens())
         return pending
@@ -163,7 +158,6 @@ def test_a_step_that_does_not_fit_is_refused_by_name(ready: Ready) -> None:
 
 
 def test_the_cache_gets_what_the_measured_step_leaves(ready: Ready) -> None:
-    """The cache gets the memory that the measured step leaves; the log has the plan and the measurement."""
     runner = ready.engine._engine._runner
     assert isinstance(runner, Runner)
     requests: list[int] = []
@@ -191,9 +185,7 @@ def _numbers(text: str) -> Iterator[int]:
 def test_sizes_follow_the_device_unless_they_are_set() -> None:
     """Explicit sizes hold on both devices; the others are those of the settings' page."""
     assert InferenceSettings(deployment="tiny").sizes("cuda") == STEP_SIZES["cuda"]
-    provided = InferenceSettings(
-        deployment="tiny", max_batch_tokens="auto", max_batch_seqs=3, stream_interval_ms=0
-    )
+    provided = InferenceSettings(deployment="tiny", max_batch_seqs=3, stream_interval_ms=0)
     for device, usual in STEP_SIZES.items():
         assert provided.sizes(device) == replace(usual, seqs=3, interval_ms=0)
     assert provided.sizes("cuda", speculative=4).speculative == 4

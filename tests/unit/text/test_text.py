@@ -15,9 +15,7 @@ from loramux_shared.faults import RequestInvalid
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     st.booleans(),
 )
-def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(
-    pieces: list[str], stops: list[str], keep: bool
-) -> None:
+def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(pieces, stops, keep) -> None:
     """The text ends before the earliest complete stop text, however it is split, or with a kept one."""
     finder = StopTexts(stops, keep=keep)
     printed = ""
@@ -35,9 +33,7 @@ def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(
 
 
 def test_bad_words_have_two_spellings() -> None:
-    """Bad words are spelt with a space in front and without, by the tokens before the last; a word of spaces is
-    itself.
-    """
+    """Bad words are spelt with and without a space in front, by tokens before the last; spaces are words."""
     text = _byte_text()
     a, b, c, space = (text.encode(char)[0] for char in "abc ")
     assert completing(text.bad_words(["ab", " ab", "c", " "])) == {
@@ -56,13 +52,25 @@ def test_nothing_is_shown_behind_a_stop_text() -> None:
     assert finder.push("three") == ""
 
 
+def _text_with_marks() -> Text:
+    """The same with two special tokens behind the bytes."""
+    tokenizer = bytes_alone()
+    tokenizer.add_special_tokens(["[CALL]", "[END]"])
+    return Text(tokenizer, None, 258)
+
+
 def _byte_text() -> Text:
     """A tokenizer of single bytes: characters of several bytes come in pieces."""
+    return Text(bytes_alone(), None, 256)
+
+
+def bytes_alone() -> Tokenizer:
+    """A tokenizer as GPT-2's, without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return Text(tokenizer, None, 256)
+    return tokenizer
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
@@ -78,9 +86,7 @@ def test_pieces_of_characters_are_held_back_and_nothing_is_lost(prompt: str, ans
 
 def test_special_tokens_that_are_shown_are_in_the_text() -> None:
     """Shown special tokens are in the text; hidden ones are not, and leave the text around unchanged."""
-    text = _byte_text()
-    text._tokenizer.add_special_tokens(["[CALL]", "[END]"])
-    text = Text(text._tokenizer, None, 258)
+    text = _text_with_marks()
     answer = [*text.encode("\u00e9"), 256, *text.encode("x"), 257]
     printed = {
         stated: detokenizer.push(answer)
@@ -97,13 +103,9 @@ def test_special_tokens_that_are_shown_are_in_the_text() -> None:
     skips=st.booleans(),
     together=st.integers(1, 7),
 )
-def test_special_tokens_and_how_many_tokens_come_together_change_nothing(
-    answer: list[int], *, skips: bool, together: int
-) -> None:
+def test_special_tokens_and_how_many_tokens_come_together_change_nothing(answer, *, skips, together) -> None:
     """The text is the tokenizer's own, up to a character whose last bytes never came."""
-    text = _byte_text()
-    text._tokenizer.add_special_tokens(["[CALL]", "[END]"])
-    text = Text(text._tokenizer, None, 258)
+    text = _text_with_marks()
     detokenizer = text.detokenizer([256, 65], skip_special_tokens=skips)
     slices = [answer[at : at + together] for at in range(0, len(answer), together)]
     emitted = "".join(map(detokenizer.push, slices))
@@ -112,17 +114,13 @@ def test_special_tokens_and_how_many_tokens_come_together_change_nothing(
 
 
 async def test_messages_without_a_template_are_refused() -> None:
-    """A base model without a chat template says so."""
     with pytest.raises(RequestInvalid):
         await _byte_text().encode_messages([{"role": "user", "content": "hi"}], 256)
 
 
 def byte_level() -> Tokenizer:
     """A tokenizer as GPT-2's: 256 bytes, one special token, one added token that is text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = bytes_alone()
     tokenizer.add_special_tokens(["<|end|>"])
     tokenizer.add_tokens(["<tool é>"])
     return tokenizer
@@ -141,7 +139,6 @@ def byte_fallback() -> Tokenizer:
 @settings(deadline=None, max_examples=50)
 @given(st.text(max_size=20))
 def test_the_bytes_of_the_tokens_are_the_text(text: str) -> None:
-    """The bytes of a byte-level vocabulary's tokens are, side by side, the text's."""
     tokenizer = byte_level()
     vocabulary = TokenBytes(tokenizer, 300)
     assert b"".join(map(vocabulary.token_bytes, tokenizer.encode(text).ids)) == text.encode()
