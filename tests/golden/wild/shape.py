@@ -1,27 +1,27 @@
 """Shapes of adapters, and the tools to write them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.support.adapters import Tensors, tensors
+from tests.support.adapters import LAYERS, Tensors, key, tensors
 from tests.support.cases import cases
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 NAME: Final = "base"
 """The folder of the base, and the name of it that configs give."""
-ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL: Final = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-
 # Which fields a release of PEFT began to write, with their defaults; of 0.2 two that were dropped again.
 RELEASES: Final[dict[str, dict[str, Any]]] = cases(__file__, "RELEASES")
 NEWEST: Final = list(RELEASES)[-1]
+# Fields of other kinds than LoRA, and of programs that write as few as PEFT needs.
+CONFIGS: Final[dict[str, dict[str, Any]]] = cases(__file__, "CONFIGS")
 
 
 def of_peft(release: str = NEWEST, **changes: Any) -> dict[str, Any]:
@@ -34,6 +34,12 @@ def of_peft(release: str = NEWEST, **changes: Any) -> dict[str, Any]:
     if release != "0.2":
         del config["enable_lora"], config["merge_weights"]
     return config | changes
+
+
+def config_of(of: str | None = None, without: Sequence[str] = (), **changes: Any) -> dict[str, Any]:
+    """Return the fields of a release of PEFT, or of a name in the table, with changes."""
+    known = config_of(**CONFIGS[of]) if of in CONFIGS else of_peft(of) if of else {}
+    return {name: value for name, value in (known | changes).items() if name not in without}
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,10 @@ class Shape:
         folder.mkdir(parents=True)
         (folder / CONFIG).write_text(json.dumps(self.config))
         renamed: Tensors = {}
-        for key, value in (self.tensors or dict)().items():
+        for name, value in (self.tensors or dict)().items():
             for old, new in (self.under or {}).items():
-                key = key.replace(old, new)
-            renamed[key] = value
+                name = name.replace(old, new)
+            renamed[name] = value
         save_file(renamed, folder / WEIGHTS)
         return folder
 
@@ -99,35 +105,36 @@ def _save(folder: Path, values: Tensors, shards: int) -> None:
         save_file(values, folder / WEIGHTS)
         return
     files = [f"adapter_model-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)]
-    places = {key: files[at * shards // len(values)] for at, key in enumerate(values)}
+    places = {name: files[at * shards // len(values)] for at, name in enumerate(values)}
     for file in files:
-        save_file({key: value for key, value in values.items() if places[key] == file}, folder / file)
+        save_file({name: value for name, value in values.items() if places[name] == file}, folder / file)
     index = {"metadata": {"total_size": sum(value.nbytes for value in values.values())}, "weight_map": places}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2))
 
 
-def renamed(*pairs: tuple[str, str], of: Callable[[], Tensors] = tensors) -> Callable[[], Tensors]:
-    """Return tensors with something put for something else in their keys."""
+def made(
+    modules: tuple[str, ...] = ("q_proj", "v_proj"),
+    rank: int = 4,
+    layers: int = LAYERS,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+    parts: Mapping[str, Mapping[str, tuple[int, ...]]] = MappingProxyType({}),
+    beside: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    value: float | None = None,
+) -> Tensors:
+    """Return A and B of modules, then tensors of these shapes: parts of a module in each layer, and others."""
+    values = tensors(tuple(modules), rank, layers)
+    shapes = {
+        f"{key(layer, module, '').partition('.lora_')[0]}.{part}": shape
+        for layer in range(layers) for module in parts for part, shape in parts[module].items()
+    }  # fmt: skip
+    values |= {name: _drawn(shape, at, value) for at, (name, shape) in enumerate(shapes.items())}
+    for old, new in renamed.items():
+        values = {name.replace(old, new): each for name, each in values.items()}
+    return values | {name: _drawn(shape, at, value) for at, (name, shape) in enumerate(beside.items())}
 
-    def make() -> Tensors:
-        made = of()
-        for old, new in pairs:
-            made = {key.replace(old, new): value for key, value in made.items()}
-        return made
 
-    return make
-
-
-def beside(*extra: tuple[str, tuple[int, ...]], of: Callable[[], Tensors] = tensors) -> Callable[[], Tensors]:
-    """Return tensors with some more, of these keys and shapes."""
-    return lambda: of() | {key: drawn(shape, at) for at, (key, shape) in enumerate(extra)}
-
-
-def only(*keys: tuple[str, tuple[int, ...]]) -> Callable[[], Tensors]:
-    """Return tensors of these keys and shapes alone."""
-    return beside(*keys, of=dict)
-
-
-def drawn(shape: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
-    """Return random values."""
+def _drawn(shape: tuple[int, ...], seed: int, value: float | None) -> np.ndarray[Any, Any]:
+    """Return random values, or one value everywhere."""
+    if value is not None:
+        return np.full(shape, value, np.float32)
     return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
