@@ -8,30 +8,14 @@ import peft
 import torch
 from hypothesis import strategies as st
 
+from tests.support.cases import cases
+
 LAYERS = 3
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PATTERNS = (
-    *LEAVES,
-    "embed_tokens",
-    r"lm_.*",
-    "proj",  # matches nothing: it is no whole part of a name
-    "self_attn.q_proj",
-    "mlp.down_proj",
-    "model.layers.1.self_attn.v_proj",
-    "layers.2.mlp.up_proj",
-    r"^model\.layers\.0\..*",
-    r".*\.self_attn\.(q|k)_proj",
-    r"layers\.[12]\.mlp\.\w+",
-    r"(?:gate|up)_proj",
-    r"layers\.\d+\.self_attn\.[^.]+",
-)
-TARGETS = (
-    "all-linear",
-    r".*\.self_attn\.[qv]_proj",
-    r".*layers\.[02]\..*(down|up)_proj",
-    r"model\.layers\.(0|1)\.(self_attn\.o_proj|mlp\.gate_proj)",
-)
+PATTERNS = cases(__file__, "PATTERNS")
+"""Names and patterns of modules; one of them matches nothing, as it is no whole part of a name."""
+TARGETS = cases(__file__, "TARGETS")
 
 
 @dataclass(frozen=True)
@@ -60,9 +44,8 @@ class Saved:
 
 def _patterns(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     # PEFT sorts patterns when it saves them, so that only sorted ones mean the same before and after.
-    return st.dictionaries(st.sampled_from(PATTERNS), values, max_size=4).map(
-        lambda made: dict(sorted(made.items()))
-    )
+    made = st.dictionaries(st.sampled_from(PATTERNS), values, max_size=4)
+    return made.map(lambda patterns: dict(sorted(patterns.items())))
 
 
 RANKS = st.integers(1, 12)
@@ -97,12 +80,8 @@ def draws(draw: st.DrawFn) -> Draw:
         config["exclude_modules"] = draw(st.sampled_from((None, r".*\.layers\.1\.mlp\.down_proj", ["lm_head"])))
         if not _is_left(config):
             config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    return Draw(
-        config,
-        draw(st.sampled_from(tuple(DTYPES))),
-        draw(st.sampled_from(tuple(DTYPES))),
-        draw(st.integers(0, 2**31)),
-    )
+    kinds = st.sampled_from(tuple(DTYPES))
+    return Draw(config, draw(kinds), draw(kinds), draw(st.integers(0, 2**31)))
 
 
 def _is_left(config: dict[str, Any]) -> bool:

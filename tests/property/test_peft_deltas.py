@@ -18,14 +18,10 @@ from tests.support.folders import deployment_of, workshop
 
 CONFIG = BASE_CONFIG | {"num_hidden_layers": LAYERS}
 GROUPS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_dense": "self_attn.o_proj",
-    "mlp_h_to_4h": "mlp.gate_proj",
-    "mlp_4h_to_h": "mlp.down_proj",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_dense": "self_attn.o_proj", "mlp_h_to_4h": "mlp.gate_proj", "mlp_4h_to_h": "mlp.down_proj",
     "mlp_gate": "mlp.up_proj",
-}
+}  # fmt: skip
 OF_NO_LAYER = {"embedding": "model.embed_tokens", "head": "lm_head"}
 # Half the distance of two neighbours: relative for normal numbers, absolute below the smallest of them.
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

@@ -10,16 +10,10 @@ from safetensors.numpy import save_file
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, LAYERS, VOCAB = 16, 4, 2, 24, 2, 32
 BASE_CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "num_hidden_layers": LAYERS,
-    "vocab_size": VOCAB,
-    "torch_dtype": "bfloat16",
-}
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+    "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "torch_dtype": "bfloat16",
+}  # fmt: skip
 FEATURES = {
     "q_proj": (HIDDEN, HIDDEN),
     "k_proj": (HIDDEN, HIDDEN // 2),
@@ -30,15 +24,9 @@ FEATURES = {
     "down_proj": (INTERMEDIATE, HIDDEN),
 }
 ADAPTER_CONFIG: dict[str, Any] = {
-    "base_model_name_or_path": "org/tiny",
-    "bias": "none",
-    "init_lora_weights": True,
-    "lora_alpha": 8,
-    "peft_type": "LORA",
-    "r": 4,
-    "target_modules": ["q_proj", "v_proj"],
-    "task_type": "CAUSAL_LM",
-}
+    "base_model_name_or_path": "org/tiny", "bias": "none", "init_lora_weights": True, "lora_alpha": 8,
+    "peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
+}  # fmt: skip
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 

@@ -148,14 +148,9 @@ def nf4(weight: Tensor) -> Packed:
     whole = (table[numbers] * magnitudes[:, None]).flatten()[: weight.numel()].view(weight.shape)
     codes = numbers.flatten()[: weight.numel()].to(torch.uint8)
     state = {
-        "quant_type": "nf4",
-        "blocksize": 64,
-        "dtype": "float32",
-        "shape": list(weight.shape),
-        "nested_blocksize": 256,
-        "nested_dtype": "float32",
-        "nested_offset": offset,
-    }
+        "quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(weight.shape),
+        "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset,
+    }  # fmt: skip
     tensors = {
         "weight": (codes[0::2] << 4 | codes[1::2]).view(-1, 1),
         "weight.absmax": index.to(torch.uint8),
@@ -194,13 +189,9 @@ def mxfp4(weight: Tensor) -> Packed:
 def _compressed(format_: str, activations: Any = None, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
     return {
-        "quant_method": "compressed-tensors",
-        "format": format_,
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
-        "quantization_status": "compressed",
-    }
+        "quant_method": "compressed-tensors", "format": format_, "config_groups": {"group_0": group},
+        "ignore": ["lm_head"], "kv_cache_scheme": None, "quantization_status": "compressed",
+    }  # fmt: skip
 
 
 WHOLE_BLOCKS = Kind({"quant_method": "fp8", "weight_block_size": [16, 16]}, partial(fp8, block=16))

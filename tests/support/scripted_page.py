@@ -26,7 +26,7 @@ from inference_service.text.text import Text
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from tests.support.silent import IDLE
-from tests.support.tiny import VOCAB, write_tokenizer
+from tests.support.tokens import VOCAB, write_tokenizer
 
 STATS = replace(
     IDLE,

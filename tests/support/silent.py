@@ -14,7 +14,7 @@ from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc.server import RpcServer
-from tests.support.tiny import VOCAB, write_tokenizer
+from tests.support.tokens import VOCAB, write_tokenizer
 
 MODELS = ("base", "all", "rs", "wide")
 

@@ -21,16 +21,12 @@ async def running_smg(folder: Path, workers: Sequence[str], *flags: str) -> Asyn
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
         *("--worker-urls", *workers),
         *(
-            "--load-monitor-interval",
-            "1",
-            "--health-check-interval-secs",
-            "1",
-            "--health-failure-threshold",
-            "1",
+            "--load-monitor-interval", "1", "--health-check-interval-secs", "1",
+            "--health-failure-threshold", "1",
         ),
         *("--health-check-timeout-secs", "60"),  # a worker that is slow on a busy machine is not dead
         *flags,
-    ]
+    ]  # fmt: skip
     with (folder / "smg.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=_quiet())
     try:

@@ -2,11 +2,11 @@
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.golden.hostile.exhibit import WEIGHTS, adapter, exhibit, of_files
+from tests.golden.hostile.exhibit import WEIGHTS, Exhibit, adapter, exhibit, of_files
 from tests.support.adapters import tensors
 from tests.support.cases import cases
 
@@ -38,22 +38,8 @@ def _canary(*names: str) -> Any:
     return make
 
 
-def _text(name: str, text: str) -> Any:
-    def make(folder: Path) -> None:
-        adapter(folder)
-        (folder / name).write_text(text)
-
-    return make
-
-
-def _beside(*names: str) -> Any:
-    def make(folder: Path) -> None:
-        adapter(folder)
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(b"x")
-
-    return make
+def _text(name: str, codes: str, file: str, text: str, **settings: Any) -> Exhibit:
+    return exhibit(name, codes, lambda folder: (adapter(folder) / file).write_text(text), **settings)
 
 
 def _sharded(index: Callable[[dict[str, str]], Any]) -> Any:
@@ -67,8 +53,13 @@ def _sharded(index: Callable[[dict[str, str]], Any]) -> Any:
     return make
 
 
+def _of_data(name: str) -> Iterator[Exhibit]:
+    for make in (of_files, _text):
+        yield from (make(*row, **more) for *row, more in cases(__file__, name)[make.__name__])
+
+
 REFUSED = (
-    *(of_files(*row, **more) for *row, more in cases(__file__, "REFUSED")["of_files"]),
+    *_of_data("REFUSED"),
     exhibit("a pickle with a canary", "E_BIN_ONLY", _canary("adapter_model.bin")),
     exhibit("pickles of all names", "E_BIN_ONLY", _canary("adapter_model.pt", "adapter_model.pth", "opt.pt")),
     exhibit("an index that is a list", "E_BAD_WEIGHTS", _sharded(lambda places: list(places))),
@@ -80,31 +71,15 @@ REFUSED = (
         lambda places: {"weight_map": places | {f"x{i}": "y" for i in range(30_000)}})),
     exhibit("template that is no text", "E_BAD_TEXT", lambda folder: (
         adapter(folder) / "chat_template.jinja").write_bytes(b"\xff\xfe")),
-    exhibit("added tokens", "E_EMBED", _text("added_tokens.json", '{"<tool>": 32}')),
-    exhibit("added tokens as a list", "E_BAD_TEXT", _text("added_tokens.json", '["<tool>"]')),
-    exhibit("added tokens cut off", "E_BAD_TEXT", _text("added_tokens.json", "{")),
-    exhibit("a tokenizer's added tokens", "E_EMBED", _text(
-        "tokenizer.json", '{"added_tokens": [{"id": 32, "content": "<tool>"}]}')),
-    exhibit("a tokenizer config's added tokens", "E_EMBED", _text(
-        "tokenizer_config.json", '{"added_tokens_decoder": {"32": {"content": "<tool>"}}}')),
-    exhibit("a larger vocabulary", "E_EMBED", _text(
-        "tokenizer.json", json.dumps({"model": {"vocab": {f"t{i}": i for i in range(33)}}}))),
-    exhibit("a tokenizer that is no text", "E_BAD_TEXT", _text("tokenizer.json", "x")),
-    exhibit("a tokenizer of brackets", "E_BAD_TEXT", _text("tokenizer.json", "[" * 100_000)),
-    exhibit("a token with half a character", "E_EMBED", _text("added_tokens.json", '{"\\ud800": 32}')),
+    _text("a larger vocabulary", "E_EMBED", "tokenizer.json",
+          json.dumps({"model": {"vocab": {f"t{i}": i for i in range(33)}}})),
+    _text("a tokenizer of brackets", "E_BAD_TEXT", "tokenizer.json", "[" * 100_000),
     exhibit("a signature that is not there", "E_SIGNATURE", adapter, signed_by=SIGNERS),
-    exhibit("an endless signature", "E_SIGNATURE", _text("model.sig", " " * 5_000_000), signed_by=SIGNERS),
-    exhibit("temperature as text", "E_BAD_TEXT", _text("generation_config.json", '{"temperature": "warm"}')),
+    _text("an endless signature", "E_SIGNATURE", "model.sig", " " * 5_000_000, signed_by=SIGNERS),
 )  # fmt: skip
 
 ACCEPTED = (
-    exhibit("a trainer's leftovers", "W_EXTRA_FILES",
-            _beside("optimizer.pt", "trainer_state.json", "rng_state_0.pth", "checkpoint-1/adapter_model.bin")),
-    exhibit("weights of another kind beside", "W_EXTRA_FILES", _beside("adapter_model.bin")),
+    *_of_data("ACCEPTED"),
     exhibit("a shard alone", "", _sharded(lambda places: {"metadata": {}, "weight_map": places})),
-    exhibit("a tokenizer beside", "", _beside("README.md", "vocab.json", "tokenizer.model")),
-    exhibit("added tokens of the base", "", _text("added_tokens.json", json.dumps({"<a>": 3, "<b>": 31}))),
-    exhibit("a licence that the base has not", "W_LICENSE", _text("README.md", "---\nlicense: mit\n---\n")),
-    exhibit("front matter of brackets", "", _text("README.md", "---\nlicense: " + "[" * 30_000 + "\n---\n")),
-    exhibit("beams", "W_GENERATION", _text("generation_config.json", '{"num_beams": 4}')),
-)  # fmt: skip
+    _text("front matter of brackets", "", "README.md", "---\nlicense: " + "[" * 30_000 + "\n---\n"),
+)

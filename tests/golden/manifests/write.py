@@ -15,19 +15,6 @@ FOLDER = Path(__file__).parent
 Shapes = dict[str, tuple[int, int]]
 
 
-def _plain() -> Shapes:
-    return _pairs({"q_proj": 4, "v_proj": 4})
-
-
-def _ragged() -> Shapes:
-    return _pairs({"q_proj": 3, "o_proj": 1, "down_proj": 7})
-
-
-def _fused() -> Shapes:
-    name = f"{ROOT}layers.1.mlp.gate_up_proj.lora_"
-    return {f"{name}A.weight": (2, HIDDEN), f"{name}B.weight": (2 * INTERMEDIATE, 2)}
-
-
 def _pairs(ranks: dict[str, int]) -> Shapes:
     made: Shapes = {}
     for layer in range(LAYERS):
@@ -38,28 +25,19 @@ def _pairs(ranks: dict[str, int]) -> Shapes:
     return made
 
 
+_FUSED = f"{ROOT}layers.1.mlp.gate_up_proj.lora_"
 ADAPTERS: dict[str, tuple[Shapes, dict[str, Any], dict[str, Any], str]] = {
-    "plain": (_plain(), {}, {}, "bfloat16"),
-    "activated": (_plain(), {"alora_invocation_tokens": [5, 3]}, {}, "bfloat16"),
+    "plain": (_pairs({"q_proj": 4, "v_proj": 4}), {}, {}, "bfloat16"),
+    "activated": (_pairs({"q_proj": 4, "v_proj": 4}), {"alora_invocation_tokens": [5, 3]}, {}, "bfloat16"),
     "ragged": (
-        _ragged(),
-        {
-            "use_rslora": True,
-            "rank_pattern": {"o_proj": 1, "down_proj": 7},
-            "alpha_pattern": {r"layers\.1\..*": 2.5},
-            "target_modules": "all-linear",
-            "r": 3,
-        },
-        {},
-        "float32",
-    ),
+        _pairs({"q_proj": 3, "o_proj": 1, "down_proj": 7}),
+        {"use_rslora": True, "rank_pattern": {"o_proj": 1, "down_proj": 7}, "target_modules": "all-linear",
+         "alpha_pattern": {r"layers\.1\..*": 2.5}, "r": 3}, {}, "float32"),
     "fused": (
-        _fused(),
+        {f"{_FUSED}A.weight": (2, HIDDEN), f"{_FUSED}B.weight": (2 * INTERMEDIATE, 2)},
         {"target_modules": ["gate_up_proj"], "r": 2},
-        {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]},
-        "float16",
-    ),
-}
+        {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "float16"),
+}  # fmt: skip
 """Adapters by name: shapes, changes to the adapter's config and to the base's, storage type."""
 
 

@@ -1,5 +1,6 @@
 """A replica with every metric."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from inference_service.core.adapter import Adapter
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence, Token
-from inference_service.engine.engine import EngineStats, SequenceCounts
+from inference_service.engine.engine import SequenceCounts
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
 from inference_service.serving.telemetry.metrics import Metrics
@@ -27,6 +28,7 @@ from loramux_shared.extensions import need_extension
 from loramux_shared.runtime import Limits
 from tests.support.generations import change_deployed
 from tests.support.metrics import Scrape
+from tests.support.silent import IDLE
 
 NAMES = Path(__file__).with_name("names.txt")
 MODELS = (ServedModel("base"), ServedModel("pirate", Adapter("ab" * 32, 0), digest="ab" * 32))
@@ -34,18 +36,8 @@ MODELS = (ServedModel("base"), ServedModel("pirate", Adapter("ab" * 32, 0), dige
 
 def replica(sequences: SequenceCounts, models: tuple[ServedModel, ...] = MODELS) -> Metrics:
     """The metrics of a replica whose engine holds sequences."""
-    stats = EngineStats(
-        waiting=sum(sequences.waiting.values()),
-        running=sum(sequences.running.values()),
-        blocks_free=6,
-        blocks_total=8,
-        block_size=16,
-        max_adapters=4,
-        preemptions=1,
-        prefix_tokens_queried=10,
-        prefix_tokens_hit=5,
-        tokens_generated=0,
-    )
+    seen = {"waiting": sum(sequences.waiting.values()), "running": sum(sequences.running.values())}
+    stats = replace(IDLE, **seen, blocks_free=6, preemptions=1, prefix_tokens_queried=10, prefix_tokens_hit=5)
     engine = cast(EngineThread, SimpleNamespace(stats=stats, sequence_counts=sequences))
     catalog = Catalog(1, "base", models)
     change_deployed(catalog, limits=ModelLimits(default=Limits(weight=2.0)))

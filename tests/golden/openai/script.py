@@ -59,14 +59,10 @@ class Case:
 
 
 CHAT_BODY = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
-FAULTS = {"InternalFault": InternalFault, "ReplicaFailed": ReplicaFailed}
+FAULTS = {kind.__name__: kind("the engine failed.") for kind in (InternalFault, ReplicaFailed)}
 CASES = {
     name: Case(
-        case["endpoint"],
-        case["body"],
-        case["answers"],
-        EndReason(case.get("reason", "stop")),
-        FAULTS[case["failure"]]("the engine failed.") if "failure" in case else None,
+        reason=EndReason(case.pop("reason", "stop")), failure=FAULTS.get(case.pop("failure", "")), **case
     )
     for name, case in json.loads((FOLDER / "requests.json").read_text()).items()
 }

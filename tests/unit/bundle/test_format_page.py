@@ -53,28 +53,10 @@ def test_a_record_has_the_keys_that_the_page_names(record: type[Model], expected
 
 
 INSIDE = (
-    AddedToken,
-    AdapterRecord,
-    AdapterSummary,
-    BaseRecord,
-    Coverage,
-    Descent,
-    Effect,
-    FileDigest,
-    Finding,
-    Limits,
-    ModelLimits,
-    OwnTokens,
-    Probe,
-    Proof,
-    Recipe,
-    Replaced,
-    Repository,
-    ScoreHead,
-    ProbeLogprob,
-    Truncation,
-    Resolve,
-)
+    AddedToken, AdapterRecord, AdapterSummary, BaseRecord, Coverage, Descent, Effect, FileDigest, Finding,
+    Limits, ModelLimits, OwnTokens, Probe, Proof, Recipe, Replaced, Repository, ScoreHead, ProbeLogprob,
+    Truncation, Resolve,
+)  # fmt: skip
 
 
 def test_the_records_inside_others_have_the_keys_that_the_page_names() -> None:

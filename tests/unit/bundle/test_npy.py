@@ -79,18 +79,11 @@ def test_rows_that_do_not_fit_are_an_error(tmp_path):
 
 
 HOSTILE = [
-    b"",
-    b"PK\x03\x04",
-    saved(CONFIG[None])[:100],
-    saved(CONFIG[None]) + b"\0",
-    saved(CONFIG[None])[:-1],
-    saved(CONFIG),
-    saved(CONFIG[None].astype(">i4")),
-    saved(np.asfortranarray(CONFIG[None])),
-    saved(CONFIG[None].astype("<i8")),
-    saved(np.zeros((1, 0, 4), np.int32)),
+    b"", b"PK\x03\x04", saved(CONFIG[None])[:100], saved(CONFIG[None]) + b"\0", saved(CONFIG[None])[:-1],
+    saved(CONFIG), saved(CONFIG[None].astype(">i4")), saved(np.asfortranarray(CONFIG[None])),
+    saved(CONFIG[None].astype("<i8")), saved(np.zeros((1, 0, 4), np.int32)),
     b"\x93NUMPY\x03\x00" + saved(CONFIG[None])[8:],
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))

@@ -51,19 +51,11 @@ CALLS: list[dict[str, Any]] = [
 SCHEMA = Constraint("json_schema", '{"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}')
 
 BEGINS = {
-    T.HERMES: "Hm. <tool_call>",
-    T.QWEN3_CODER: "Hm. <tool_call>",
-    T.LLAMA3_JSON: "{",
-    T.PYTHONIC: "[",
-    T.OLMO3: "Hm. <function_calls>",
-    T.TOOL_CODE: "Hm. ```tool_code\n",
-    T.MISTRAL: "Hm. [TOOL_CALLS]",
-    T.GRANITE: "Hm. <|tool_call|>",
-    T.PHI4: "Hm. <|tool_call|>",
-    T.GEMMA4: "Hm. <|tool_call>",
-    T.FUNCTIONGEMMA: "Hm. <start_function_call>",
-    T.HARMONY: "<|channel|>commentary to=functions.",
-}
+    T.HERMES: "Hm. <tool_call>", T.QWEN3_CODER: "Hm. <tool_call>", T.LLAMA3_JSON: "{", T.PYTHONIC: "[",
+    T.OLMO3: "Hm. <function_calls>", T.TOOL_CODE: "Hm. ```tool_code\n", T.MISTRAL: "Hm. [TOOL_CALLS]",
+    T.GRANITE: "Hm. <|tool_call|>", T.PHI4: "Hm. <|tool_call|>", T.GEMMA4: "Hm. <|tool_call>",
+    T.FUNCTIONGEMMA: "Hm. <start_function_call>", T.HARMONY: "<|channel|>commentary to=functions.",
+}  # fmt: skip
 """Answers that have begun a call."""
 CLOSING = set(b'"}])>/\n')
 """Bytes without which random text would not end."""

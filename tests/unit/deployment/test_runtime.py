@@ -79,14 +79,9 @@ def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     """A record without the new fields keeps its bytes, so digests of older releases hold."""
     plain = generation()
     unsaid = {
-        "aliases",
-        "limits",
-        "speculative_tokens",
-        "quantization",
-        "tool_parser",
-        "reasoning_parser",
+        "aliases", "limits", "speculative_tokens", "quantization", "tool_parser", "reasoning_parser",
         "pooling",
-    }
+    }  # fmt: skip
     assert unsaid.isdisjoint(json.loads(plain.to_bytes()))
     assert generation(aliases={}, limits=ModelLimits(), quantization="none").to_bytes() == plain.to_bytes()
     for field, value in {"quantization": "int8", "tool_parser": "none", "speculative_tokens": 0}.items():

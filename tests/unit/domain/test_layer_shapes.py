@@ -17,18 +17,11 @@ from tests.support.adapters import BASE_CONFIG, HIDDEN, write_adapter
 from tests.support.cases import cases
 
 BASE: dict[str, Any] = BASE_CONFIG | {
-    "architectures": ["Gemma4ForCausalLM"],
-    "model_type": "gemma4_text",
-    "attention_k_eq_v": True,
-    "global_head_dim": 8,
-    "head_dim": 4,
-    "hidden_size_per_layer_input": 6,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_global_key_value_heads": 1,
-    "num_hidden_layers": 4,
-    "num_kv_shared_layers": 2,
-    "use_double_wide_mlp": True,
-}
+    "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "attention_k_eq_v": True,
+    "global_head_dim": 8, "head_dim": 4, "hidden_size_per_layer_input": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "num_global_key_value_heads": 1,
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+}  # fmt: skip
 """Four heads: of 4 dimensions in layers 0 and 2, of 8 in layers 1 and 3; the last two read the others' keys."""
 GOOD = cases(__file__, "GOOD")
 OF_LAYER_1 = "q_proj, k_proj, o_proj, gate_proj, up_proj, down_proj, per_layer_input_gate, per_layer_projection"

@@ -180,20 +180,10 @@ def test_every_parameter_is_documented(kind: Any) -> None:
 
 
 PIECES: list[Piece] = [
-    Thought("I "),
-    Thought("look."),
-    TextPiece("\n\n"),
-    TextPiece("The "),
-    TextPiece("sky."),
-    TextPiece(" "),
-    CallBegun(0, "c0", "look"),
-    CallArguments(0, '{"at": '),
-    CallArguments(0, '"sky"}'),
-    TextPiece("\n"),
-    CallBegun(1, "c1", "wait"),
-    CallArguments(1, "{}"),
-    TextPiece(" "),
-]
+    Thought("I "), Thought("look."), TextPiece("\n\n"), TextPiece("The "), TextPiece("sky."), TextPiece(" "),
+    CallBegun(0, "c0", "look"), CallArguments(0, '{"at": '), CallArguments(0, '"sky"}'), TextPiece("\n"),
+    CallBegun(1, "c1", "wait"), CallArguments(1, "{}"), TextPiece(" "),
+]  # fmt: skip
 
 
 def blocks_of(pieces: Sequence[Piece], *, shows_thinking: bool = True) -> tuple[list[Any], list[Any]]:

@@ -68,12 +68,8 @@ def test_null_is_not_set() -> None:
 
 def test_what_changes_nothing_is_accepted() -> None:
     fields = {
-        "user": "u",
-        "metadata": {"a": "b"},
-        "store": True,
-        "service_tier": "flex",
-        "modalities": ["text"],
-    }
+        "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "modalities": ["text"],
+    }  # fmt: skip
     assert ChatBody.model_validate_json(json.dumps(CHAT | fields)).user == "u"
 
 
@@ -93,16 +89,8 @@ def test_prompts_come_in_many_shapes(provided: Any, prompts: tuple[Any, ...]) ->
 
 
 WRONG_PROMPTS: tuple[Any, ...] = (
-    [],
-    [[]],
-    3,
-    None,
-    {"a": 1},
-    [True],
-    [1.5],
-    [[1], 2],
-    ["a"] * (MAX_PROMPTS + 1),
-)
+    [], [[]], 3, None, {"a": 1}, [True], [1.5], [[1], 2], ["a"] * (MAX_PROMPTS + 1),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

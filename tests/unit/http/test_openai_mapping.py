@@ -147,17 +147,9 @@ def test_tokens_of_reasoning_are_counted() -> None:
 
 
 OVERRIDDEN = {
-    "connection_lost",
-    "connection_made",
-    "on_body",
-    "on_header",
-    "on_headers_complete",
-    "on_message_begin",
-    "on_message_complete",
-    "on_response_complete",
-    "pause_writing",
-    "_start_asgi_task",
-}
+    "connection_lost", "connection_made", "on_body", "on_header", "on_headers_complete", "on_message_begin",
+    "on_message_complete", "on_response_complete", "pause_writing", "_start_asgi_task",
+}  # fmt: skip
 CALLED = {"_unset_keepalive_if_required"}
 SET_BY_THE_PROTOCOL = {"cycle", "flow", "headers", "loop", "parser", "pipeline", "scope", "transport"}
 SET_BY_A_CYCLE = {"disconnected", "keep_alive", "message_event", "response_complete", "response_started"}

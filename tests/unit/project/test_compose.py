@@ -51,19 +51,23 @@ def _one_shot(service: str) -> bool:
     return bool(RAW[service]["restart"] == "no")
 
 
+def settings_in(environment: dict[str, str], service: str) -> Any:
+    """A service's settings: every LORAMUX_* variable is one, or a client's, as replicas are builders'."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(PREFIX)]:
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        settings = load_settings(SERVICES[service])
+        own = {name.removeprefix(PREFIX).lower() for name in environment if name.startswith(PREFIX)}
+        assert own - {name.lower() for name in CLIENT_VARIABLES} <= settings.model_fields_set
+        assert open_store(settings.store).uri == settings.store
+    return settings
+
+
 @pytest.mark.parametrize("service", SERVICES)
-def test_the_services_start_with_these_settings(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every LORAMUX_* variable of compose is a setting of its service, with a value that is allowed, or a
-    client's, which a replica is of its builder."""
-    for name in [name for name in os.environ if name.startswith(PREFIX)]:
-        monkeypatch.delenv(name)
-    environment = _environment(service)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    own = {name.removeprefix(PREFIX).lower() for name in environment if name.startswith(PREFIX)}
-    settings = load_settings(SERVICES[service])
-    assert own - {name.lower() for name in CLIENT_VARIABLES} <= settings.model_fields_set
-    assert open_store(settings.store).uri == settings.store
+def test_the_services_start_with_these_settings(service):
+    settings_in(_environment(service), service)
 
 
 def test_both_services_use_one_store() -> None:

@@ -44,37 +44,16 @@ from inference_service.serving.request import PARTS, Request
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import GenerateOptions
 from loramux_shared.runtime import MAX_TEMPERATURE
+from tests.support.cases import cases
 from tests.support.root import ROOT
 
 REQUIRED = PARTS.keys() - {"name", "content"} | {"model", "prompt", "id"}
 BOUNDED = NUMBERS.keys() | TEXTS.keys() | IDS.keys()
-UNBOUNDED = {
-    # yes or no
-    "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
-    "add_generation_prompt", "continue_final_message", "add_special_tokens", "shown_special_tokens",
-    # with rules of their own in `bounds` and `turns`
-    "prompt", "pooling", "tools", "constraint", "constraint_by_ending", "logprobs_mode", "chat_template_kwargs",
-    "bad_words_token_ids",
-    # looked up, compared, hashed, or the server's own
-    "model", "adapters", "lora_path", "min_generation", "sticky_key", "priority", "deadline_s", "id", "served",
-    "usual_temperature",
-}  # fmt: skip
-HTTP_ONLY = {
-    # become the prompt or the constraint
-    "messages", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs",
-    # the same under another name, or about how an answer is reported
-    "max_completion_tokens", "top_logprobs", "best_of", "echo", "stream", "stream_options", "modalities",
-    "return_token_ids", "return_tokens_as_token_ids", "include_reasoning", "reasoning_effort",
-    "request_id",
-    # the key of an alias
-    "user",
-    # of responses: become the chat that answers them
-    "input", "instructions", "max_output_tokens", "text", "reasoning", "include", "truncation",
-    # change nothing
-    "max_tool_calls", "client_metadata",
-    "metadata", "store", "service_tier", "safety_identifier",
-    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-}  # fmt: skip
+UNBOUNDED, HTTP_ONLY, TRANSLATED = (
+    {name for names in cases(__file__, table).values() for name in names}
+    for table in ("UNBOUNDED", "HTTP_ONLY", "TRANSLATED")
+)
+"""Fields without a bound, of HTTP alone, and of gRPC under other names, each table by its reasons."""
 
 
 def test_every_field_of_a_request_has_a_bound_or_is_known_to_need_none() -> None:
@@ -130,12 +109,6 @@ def test_null_is_not_set(kind: type[Body]) -> None:
     nulls = {field.alias or name: None for name, field in kind.model_fields.items() if not field.is_required()}
     stated, unsaid = (kind.model_validate_json(json.dumps(body)) for body in (nulls | needed, needed))
     assert stated == unsaid
-
-
-TRANSLATED = {
-    # the prompt, what renders it, and parts that are messages
-    "text", "token_ids", "messages", "tools", "chat_template_kwargs", "sampling", "constraint", "adapters",
-}  # fmt: skip
 
 
 def _grpc_request(message: pb.GenerateRequest) -> Request:

@@ -1,10 +1,8 @@
 """The manifests against the code, the images and each other: settings, ports, selectors, secrets and times."""
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -12,8 +10,6 @@ import yaml
 from inference_service.http.app import ENDPOINTS
 from loramux_shared.access.keys import Scope
 from loramux_shared.deployment_file import parse_deployment
-from loramux_shared.settings import CLIENT_VARIABLES, PREFIX, BuilderSettings, InferenceSettings, load_settings
-from loramux_shared.storage.open import open_store
 from tests.golden.metrics.script import NAMES
 from tests.support.commands import assert_takes
 from tests.support.root import ROOT
@@ -27,6 +23,7 @@ from tests.unit.project.kubernetes.manifests import (
     pods,
     rendered,
 )
+from tests.unit.project.test_compose import settings_in
 
 IMAGES = {
     service["image"]
@@ -34,7 +31,6 @@ IMAGES = {
     if service["image"].startswith("loramux-")
 }
 OURS = re.compile(r"loramux-(builder|inference):")
-SETTINGS = {"builder": BuilderSettings, "inference": InferenceSettings}
 PACKAGES = Path("/opt/loramux/lib/python3.11/site-packages/loramux")
 """Folder of the package in the images."""
 each_set = pytest.mark.parametrize("name", [*OVERLAYS, "plain"])
@@ -87,20 +83,11 @@ def selectors(resources: list[Resource]) -> Iterator[tuple[str, dict[str, str]]]
 
 
 @each_set
-def test_the_services_start_with_these_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every LORAMUX_* variable is a setting of its service with a value that is allowed, or a client's."""
+def test_the_services_start_with_these_settings(name):
     for service, _, container in services(made(name)):
-        provided = environment(container, made(name))
-        with monkeypatch.context() as patch:
-            for variable in [each for each in os.environ if each.startswith(PREFIX)]:
-                patch.delenv(variable)
-            for variable, value in provided.items():
-                patch.setenv(variable, value)
-            settings = load_settings(SETTINGS[service])
-            own = {each.removeprefix(PREFIX).lower() for each in provided if each.startswith(PREFIX)}
-            assert own - {each.lower() for each in CLIENT_VARIABLES} <= settings.model_fields_set
-            assert open_store(settings.store).uri == settings.store == "s3://loramux"
-            assert settings.keys_file or settings.insecure
+        settings = settings_in(environment(container, made(name)), service)
+        assert settings.store == "s3://loramux"
+        assert settings.keys_file or settings.insecure
 
 
 @each_set
@@ -291,10 +278,8 @@ def test_the_example_is_what_is_served() -> None:
         assert (ROOT / Path(each["repo"]).relative_to(PACKAGES) / "adapter_config.json").is_file()
     [builder] = [each for service, _, each in services(rendered("base")) if service == "builder"]
     assert environment(builder, rendered("base"))["LORAMUX_LOCAL_ROOTS"] == str(PACKAGES / "examples")
-    assert (
-        f"python:{PACKAGES.parts[4].removeprefix('python')}-slim"
-        in (ROOT / "deploy/builder.Dockerfile").read_text()
-    )
+    image = f"python:{PACKAGES.parts[4].removeprefix('python')}-slim"
+    assert image in (ROOT / "deploy/builder.Dockerfile").read_text()
 
 
 def test_autoscalers_ask_for_what_is_told() -> None:
@@ -315,23 +300,13 @@ def test_the_route_leads_to_nothing_that_operators_do() -> None:
     [route] = of_kind(rendered("overlays/inference-gateway"), "HTTPRoute").values()
     paths = [match["path"] for rule in route["spec"]["rules"] for match in rule["matches"]]
     for path in paths:
-        found = [
-            each
-            for each in ENDPOINTS
-            if each.path == path["value"]
-            or (path["type"] == "PathPrefix" and each.path.startswith(path["value"]))
-        ]
-        assert found, path
-        assert {each.scope for each in found} == {Scope.INFER}
+        match = str.startswith if path["type"] == "PathPrefix" else str.__eq__
+        assert {each.scope for each in ENDPOINTS if match(each.path, path["value"])} == {Scope.INFER}, path
 
 
 def test_commands_exist() -> None:
-    ran: list[Any] = [
-        each["command"]
-        for _, pod in pods(rendered("base"))
-        for each in containers(pod)
-        if each.get("command", [""])[0] == "loramux"
-    ]
-    assert len(ran) == 2
-    for _, name, *arguments in ran:
+    ran = [each.get("command", [""]) for _, pod in pods(rendered("base")) for each in containers(pod)]
+    ours = [words for words in ran if words[0] == "loramux"]
+    assert len(ours) == 2
+    for _, name, *arguments in ours:
         assert_takes(name, arguments)

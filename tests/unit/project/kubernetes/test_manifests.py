@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
+from tests.support.cases import cases
 from tests.support.root import ROOT
 from tests.unit.project.kubernetes.manifests import (
     KUBERNETES,
@@ -19,15 +20,6 @@ from tests.unit.project.kubernetes.manifests import (
     plain,
     render,
     rendered,
-)
-
-BROKEN: tuple[tuple[str, str, tuple[Any, ...], Any], ...] = (
-    ("overlays/gpu", "ScaledObject", ("spec", "triggers", 0, "metadata", "threshhold"), "8"),
-    ("overlays/gpu", "ScaledObject", ("spec", "minReplicas"), 1),
-    ("overlays/cpu", "PodMonitor", ("spec", "podMetricsEndpoints", 0, "interval"), 15),
-    ("overlays/inference-gateway", "InferencePool", ("spec", "extensionRef"), {"name": "picker"}),
-    ("overlays/inference-gateway", "HTTPRoute", ("spec", "rules", 0, "timeouts", "request"), "never"),
-    ("overlays/cpu", "Deployment", ("spec", "template", "spec", "containers", 0, "livenesProbe"), {}),
 )
 
 
@@ -51,7 +43,7 @@ def test_what_is_applied_as_it_is_is_taken() -> None:
         check(each)
 
 
-@pytest.mark.parametrize(("overlay", "kind", "place", "value"), BROKEN)
+@pytest.mark.parametrize(("overlay", "kind", "place", "value"), cases(__file__, "test_a_wrong_field_is_found"))
 def test_a_wrong_field_is_found(overlay: str, kind: str, place: tuple[Any, ...], value: Any) -> None:
     """The checks above can fail: a field that is misspelt, of another version or of another type."""
     broken = copy.deepcopy(next(iter(of_kind(rendered(overlay), kind).values())))
