@@ -90,8 +90,6 @@ _SERVED: Final[tuple[Endpoint, ...]] = (
     *(Endpoint(route, state.health) for route in (routes.HEALTH, routes.PING, routes.POST_PING)),
     Endpoint(routes.STATE, state.show_state),
     Endpoint(routes.LOAD, state.show_load),
-    Endpoint(routes.LOADS, state.show_loads),
-    Endpoint(routes.LOADS_V1, state.show_loads),
     Endpoint(routes.METRICS, state.show_metrics, text=TEXT),
     *page_endpoints(),
 )

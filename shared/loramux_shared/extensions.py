@@ -56,5 +56,6 @@ def need_extension(name: str, what: str) -> Any:
 def absent(what: str, name: str) -> SettingsInvalid:
     """Return the fault that an extension is not installed; what needs it."""
     return SettingsInvalid(
-        f"{what}: expected the extension {name!r}, found none installed: pip install 'loramux[{name}]'"
+        f"{what}: expected the extension {name!r}, found none installed: "
+        f"pip install 'loramux[{name.replace('_', '-')}]'"
     )

@@ -67,8 +67,8 @@ PING: Final = Route("GET", "/ping", None)
 POST_PING: Final = Route("POST", "/ping", None)
 STATE: Final = Route("GET", "/state")
 LOAD: Final = Route("GET", "/load", Scope.METRICS)
-LOADS: Final = Route("GET", "/loads", Scope.METRICS)
-LOADS_V1: Final = Route("GET", "/v1/loads", Scope.METRICS)
+LOADS: Final = Route("GET", "/loads", Scope.METRICS, extension="vllm_grpc")
+LOADS_V1: Final = Route("GET", "/v1/loads", Scope.METRICS, extension="vllm_grpc")
 METRICS: Final = Route("GET", "/metrics", Scope.METRICS)
 
 MODEL_HEADER: Final = "x-loramux-model"

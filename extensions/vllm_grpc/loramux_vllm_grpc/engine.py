@@ -18,11 +18,11 @@ import grpc
 from inference_service.adapters.served_model import AdapterDefaults
 from inference_service.serving.pooling import pooled, pooling_of, shaped
 from inference_service.serving.service import GenerationService
-from inference_service.serving.telemetry.replica import loads
 from loramux_shared.faults import Fault
 from loramux_vllm_grpc.calling import MODEL, metadata_of, refuse_rank
 from loramux_vllm_grpc.engine_answers import Telling
 from loramux_vllm_grpc.engine_requests import embedding_of, request_of
+from loramux_vllm_grpc.loads import loads
 from loramux_vllm_grpc.refusals import refused, refused_stream, spelled_out
 from loramux_vllm_grpc.running import Running
 from loramux_vllm_grpc.tokenizer import Archives

@@ -3,16 +3,19 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 import pytest_asyncio
 from google.protobuf import struct_pb2
 from tokenizers import Tokenizer
 
+from inference_service.http.app import create_app
 from inference_service.serving.engine_thread import PauseMode
-from inference_service.serving.request import AnswerDelta
+from inference_service.serving.request import AnswerDelta, Request
 from loramux_shared.storage.memory import MemoryStore
 from loramux_vllm_grpc import engine as engine_api, inference as inference_api
 from loramux_vllm_grpc.wire import engine_pb2 as engine, inference_pb2 as inference
@@ -213,6 +216,27 @@ async def test_a_call_that_ends_early_frees_its_sequence(apis: VllmApis) -> None
     await until(lambda: not apis.ready.service.in_work, "its end")
     apis.ready.engine.resume()
     await apis.until_free()
+
+
+async def test_the_load_is_told_at_both_paths(apis: VllmApis) -> None:
+    """Running, waiting, seats and tokens of the cache are at the two paths that SMG tries."""
+    service = apis.ready.service
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
+        request = Request.of("base", [5] * 40, n=4, max_tokens=200, ignore_eos=True)
+        async with aclosing(service.generate(request)) as events:
+            await anext(events)
+            await until(lambda: service.engine.stats.running, "a running request")
+            await pause(apis)
+            stats = service.engine.stats
+            for path in ("/loads?model=base", "/v1/loads?include=core,disagg,queues,memory"):
+                [load] = (await web.get(path)).json()["loads"]
+                counts = load["num_running_reqs"], load["num_waiting_reqs"], load["num_total_reqs"]
+                assert counts == (stats.running, stats.waiting, stats.running + stats.waiting)
+                assert load["utilization"] == stats.running / load["max_running_requests"]
+                assert 40 <= load["num_used_tokens"] <= load["max_total_num_tokens"]
+                assert load["token_usage"] == load["num_used_tokens"] / load["max_total_num_tokens"]
+            apis.ready.engine.resume()
 
 
 async def test_model_server_and_loads(apis: VllmApis) -> None:

@@ -13,7 +13,6 @@ from typing_extensions import TypedDict
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.metrics import CONTENT_TYPE
-from inference_service.serving.telemetry.replica import Loads, loads
 
 
 class Version(TypedDict):
@@ -110,11 +109,6 @@ async def show_state(service: GenerationService, http: HttpRequest) -> Reply[Sta
 async def show_load(service: GenerationService, http: HttpRequest) -> Reply[Load]:  # noqa: ARG001
     """Return the number of running requests, in vLLM's words."""
     return Reply({"server_load": service.in_work})
-
-
-async def show_loads(service: GenerationService, http: HttpRequest) -> Reply[Loads]:  # noqa: ARG001
-    """Return how full the replica is, in SGLang's words; it is one rank of one."""
-    return Reply(loads(service.engine))
 
 
 def _at_work(service: GenerationService) -> dict[str, AtWork]:

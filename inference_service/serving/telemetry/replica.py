@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from typing_extensions import TypedDict
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.views import Facts
@@ -99,48 +97,3 @@ def _for_gateways(stats: EngineStats, base: str) -> Iterator[Metric]:
     config = GaugeMetricFamily("vllm:cache_config_info", "1.", labels=["block_size", "num_gpu_blocks"])
     config.add_metric([str(stats.block_size), str(stats.blocks_total)], 1)
     yield config
-
-
-class RankLoad(TypedDict):
-    """The load of the replica."""
-
-    dp_rank: int
-    num_running_reqs: int
-    num_waiting_reqs: int
-    num_total_reqs: int
-    num_used_tokens: int
-    max_total_num_tokens: int
-    token_usage: float
-    cache_hit_rate: float
-    utilization: float
-    max_running_requests: int
-
-
-class Loads(TypedDict):
-    """The load of each rank, of which there is one."""
-
-    timestamp: str
-    version: str
-    dp_rank_count: int
-    loads: list[RankLoad]
-
-
-def loads(engine: EngineThread) -> Loads:
-    """Return the load of a replica, which is one rank of one, in SGLang's words."""
-    stats = engine.stats
-    total = stats.blocks_total * stats.block_size
-    used = total - stats.blocks_free * stats.block_size
-    load: RankLoad = {
-        "dp_rank": 0,
-        "num_running_reqs": stats.running,
-        "num_waiting_reqs": stats.waiting,
-        "num_total_reqs": stats.running + stats.waiting,
-        "num_used_tokens": used,
-        "max_total_num_tokens": total,
-        "token_usage": used / total,
-        "cache_hit_rate": stats.prefix_hit_rate,
-        "utilization": stats.running / max(1, stats.seats),
-        "max_running_requests": stats.seats,
-    }
-    now = datetime.now(UTC).isoformat()
-    return {"timestamp": now, "version": version("loramux"), "dp_rank_count": 1, "loads": [load]}

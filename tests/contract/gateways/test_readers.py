@@ -102,21 +102,6 @@ async def test_the_base_goes_where_nobody_waits(fleet: Fleet) -> None:
         assert pick("base", endpoints) == "all"
 
 
-async def test_the_load_is_told_in_both_places(api: OpenAIApi) -> None:
-    """Running, waiting, seats and tokens of the cache, at the two paths that SMG tries; probes are answered."""
-    async with busy(api, "rs"):
-        waiting = api.ready.engine.stats.waiting
-        for path in ("/loads?model=base", "/v1/loads?include=core,disagg,queues,memory"):
-            [load] = (await api.http.get(path)).json()["loads"]
-            counts = load["num_running_reqs"], load["num_waiting_reqs"], load["num_total_reqs"]
-            assert counts == (1, waiting, 1 + waiting)
-            assert (load["max_running_requests"], load["utilization"]) == (1, 1)
-            assert 40 <= load["num_used_tokens"] <= load["max_total_num_tokens"]
-            assert load["token_usage"] == load["num_used_tokens"] / load["max_total_num_tokens"]
-        assert waiting
-        assert (await api.http.get("/health")).status_code == 200
-
-
 async def test_production_stacks_router_learns_what_is_served(api: OpenAIApi) -> None:
     """Models have roots and times, the base first with its adapters; all figures count, all models answer."""
     async with httpx.AsyncClient(timeout=BOUND_S) as web:
