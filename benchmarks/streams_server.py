@@ -25,8 +25,6 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
 from inference_service.http.server import HttpServer
-from inference_service.processes.children import ApiProcesses
-from inference_service.processes.host import ApiHost
 from inference_service.replica import SWITCH_S, keep_what_is_loaded
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.engine_thread import EngineThread
@@ -34,6 +32,7 @@ from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
+from loramux_shared.extensions import need_extension
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.server import CORE, RpcServer
 from loramux_shared.settings import InferenceSettings
@@ -107,8 +106,8 @@ async def serve(device: Instant, api_processes: int = 0) -> None:
         addresses = {"grpc": await rpc.start(), "http": await http.start()}
         if api_processes:
             settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0")
-            host = ApiHost(made, keyless=True)
-            apis = ApiProcesses(settings, host, api_processes, (SERVICE_NAME,), CORE, inside)
+            made_apart = need_extension("apis", "API processes").ApiProcesses
+            apis = made_apart(settings, made, api_processes, (SERVICE_NAME,), CORE, inside, keyless=True)
             addresses = await apis.start()
             await apis.set_serving()
         keep_what_is_loaded()

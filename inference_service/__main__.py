@@ -14,7 +14,7 @@ import structlog
 from inference_service.store import open_replica_store
 from loramux_shared.access.guard import open_guard
 from loramux_shared.bundle.deployments import require_deployment
-from loramux_shared.extensions import SERVICES, find_extensions
+from loramux_shared.extensions import PARTS, SERVICES, absent, find_extensions
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.process import log_to_stderr, raise_limit, report
 from loramux_shared.rpc.options import require_free
@@ -94,6 +94,8 @@ async def serve(settings: InferenceSettings) -> int:
     for address in addresses:
         require_free(address)
     require_services_of_models(settings)
+    if settings.api_processes and "apis" not in find_extensions(PARTS):
+        raise absent(f"{variable('api_processes')}={settings.api_processes}", "apis")
     if (settings.api_processes or 0) > 1 and settings.grpc.startswith("unix:"):
         raise SettingsInvalid(
             f"{variable('api_processes')}={settings.api_processes}, and {variable('grpc')}={settings.grpc}: "

@@ -13,14 +13,13 @@ import structlog
 
 from inference_service.http.server import HttpServer
 from inference_service.http.wire import protocol
-from inference_service.processes.children import ApiProcesses
-from inference_service.processes.host import ApiHost
 from inference_service.replica import TELL_S, Replica, end_broken
 from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.extensions import Extensions, Services
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux_shared.access.guard import Guard
+from loramux_shared.extensions import PARTS, find_extensions
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop, leave
@@ -28,7 +27,7 @@ from loramux_shared.settings import InferenceSettings
 
 log = structlog.get_logger()
 
-ApiServer = RpcServer | HttpServer | ApiProcesses
+ApiServer = RpcServer | HttpServer
 
 
 async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
@@ -37,7 +36,8 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     ready, operators, tracing = replica.ready, replica.operators, replica.tracing
     stall_s = settings.stall_timeout_s
     extensions = Extensions.load(ready.service, operators.manager)
-    count = settings.sizes(ready.device).api_processes
+    part = find_extensions(PARTS).get("apis")
+    count = 0 if part is None else settings.sizes(ready.device).api_processes
     services: Services = {
         SERVICE_NAME: InferenceServicer(ready.service).register,
         adapters_rpc.SERVICE_NAME: AdapterServicer(operators.manager).register,
@@ -61,9 +61,11 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     }
     bound = {name: await each.start() for name, each in servers.items()}
     apis = None
-    if count:
-        host = ApiHost(ready.service, keyless=guard.keyring is None)
-        apis = ApiProcesses(settings, host, count, services, extensions.rules, relay)
+    if part is not None and count:
+        keyless = guard.keyring is None
+        apis = part.load().ApiProcesses(
+            settings, ready.service, count, services, extensions.rules, relay, keyless=keyless
+        )
         bound = await apis.start()
     if of_models:
         bound["model_ports"] = ", ".join([f"{name}={await each.start()}" for name, each in of_models.items()])

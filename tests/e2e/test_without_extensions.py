@@ -99,6 +99,18 @@ require_ranks(InferenceSettings(deployment="d", tensor_parallel=2))
 """
     assert "LORAMUX_TENSOR_PARALLEL=2" in (refused := run(tree, divided, status=1))
     assert "pip install 'loramux[ranks]'" in refused
+    apart = """
+import asyncio
+from inference_service.__main__ import serve
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.settings import InferenceSettings
+settings = InferenceSettings(deployment="d", store="file:///tmp", grpc="127.0.0.1:0", api_processes=2)
+try:
+    asyncio.run(serve(settings))
+except SettingsInvalid as fault:
+    print(fault)
+"""
+    assert "LORAMUX_API_PROCESSES=2: expected the extension 'apis'" in run(tree, apart)
     route = """
 import asyncio, httpx
 from inference_service.http.app import Application

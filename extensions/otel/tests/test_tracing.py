@@ -12,9 +12,9 @@ import pytest
 import structlog
 
 from loramux_shared.tracing import Tracing, open_tracing
-from tests.contract.processes.test_api_processes import replica
 from tests.support.forks import Forked
 from tests.support.waiting import BOUND_S, bounded
+from tests.test_api_processes import replica
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""How full a replica is, in SGLang's words: for gateways, over HTTP and gRPC."""
+"""The load of a replica, in SGLang's words: for gateways, over HTTP and gRPC."""
 
 from __future__ import annotations
 

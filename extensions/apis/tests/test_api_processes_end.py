@@ -30,9 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def _children(pid: int) -> list[psutil.Process]:
-    return [
-        each for each in psutil.Process(pid).children() if "inference_service.processes.api" in each.cmdline()
-    ]
+    return [each for each in psutil.Process(pid).children() if "loramux_apis.api" in each.cmdline()]
 
 
 def _text(url: str) -> str:

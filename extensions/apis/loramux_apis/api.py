@@ -1,4 +1,4 @@
-"""``python -m inference_service.processes.api FD``: one API process; the service starts it, and nobody else."""
+"""``python -m loramux_apis.api FD``: one API process; the service starts it, and nobody else."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import structlog
 
 from inference_service.http.server import HttpServer
 from inference_service.http.wire.protocol import ClientTimeouts
-from inference_service.processes.channel import Channel
-from inference_service.processes.relay import HttpRelay, RpcRelay
-from inference_service.processes.remote import RemoteService
 from inference_service.rpc.servicer import InferenceServicer
 from inference_service.serving.telemetry.request_log import open_watchers
+from loramux_apis.channel import Channel
+from loramux_apis.relay import HttpRelay, RpcRelay
+from loramux_apis.remote import RemoteService
 from loramux_shared.access.guard import open_guard
 from loramux_shared.access.keys import Scope
 from loramux_shared.faults import Fault

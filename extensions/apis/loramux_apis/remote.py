@@ -18,8 +18,6 @@ from inference_service.adapters.texts import AdapterTexts
 from inference_service.core.adapter import Adapter
 from inference_service.core.constraint import Grammar
 from inference_service.core.sequence import FAIR, Sequence
-from inference_service.processes import messages
-from inference_service.processes.channel import GONE, Channel
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.limits import Ticket
@@ -32,6 +30,8 @@ from inference_service.serving.telemetry.record import Watcher
 from inference_service.serving.terms import ServingLimits, Terms
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
+from loramux_apis import messages
+from loramux_apis.channel import GONE, Channel
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.manifest import ScoreHead

@@ -19,11 +19,10 @@ import pytest_asyncio
 from benchmarks.streams_clients import MODEL
 from benchmarks.streams_server import Instant, service
 from inference_service.adapters.served_model import ServedModel
-from inference_service.processes.children import ApiProcesses
-from inference_service.processes.host import ApiHost
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService
+from loramux_apis.children import ApiProcesses
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.server import CORE, RpcServer
 from loramux_shared.runtime import Limits
@@ -101,8 +100,7 @@ async def replica(
     rpc = RpcServer(inside, {SERVICE_NAME: InferenceServicer(made).register})
     await rpc.start()
     settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0", **guarded)
-    host = ApiHost(made, keyless=not guarded)
-    apis = ApiProcesses(settings, host, count, (SERVICE_NAME,), CORE, inside, **times)
+    apis = ApiProcesses(settings, made, count, (SERVICE_NAME,), CORE, inside, keyless=not guarded, **times)
     addresses = await apis.start()
     thread.start(apis.refuse)
     await apis.set_serving()
@@ -279,8 +277,8 @@ async def test_an_address_in_use_is_named(tmp_path: Path, served: Replica) -> No
         settings = InferenceSettings(
             **{"deployment": MODEL, "grpc": "127.0.0.1:0", name: served.addresses[name]}
         )
-        host = ApiHost(served.service, keyless=True)
-        apis = ApiProcesses(settings, host, 1, (SERVICE_NAME,), CORE, f"unix:{tmp_path}/engine")
+        inside = f"unix:{tmp_path}/engine"
+        apis = ApiProcesses(settings, served.service, 1, (SERVICE_NAME,), CORE, inside, keyless=True)
         with pytest.raises(SettingsInvalid, match="cannot listen"):
             await apis.start()
 

@@ -18,13 +18,13 @@ from inference_service.core.constraint import Grammar
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.http.app import Application
 from inference_service.http.wire.refusals import REQUEST_ID
-from inference_service.processes import messages
-from inference_service.processes.channel import Channel
 from inference_service.serving.delivery import Outputs
 from inference_service.serving.limits import Ticket
 from inference_service.serving.request import Request, RequestPrompt, SchedulingOptions
 from inference_service.serving.service import GenerationService
 from inference_service.serving.terms import begin_of, of_answer
+from loramux_apis import messages
+from loramux_apis.channel import Channel
 from loramux_shared import routes
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import Fault, fault_to

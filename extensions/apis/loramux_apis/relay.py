@@ -13,10 +13,10 @@ from starlette.responses import Response
 
 from inference_service.http.wire.body import read_bytes
 from inference_service.http.wire.refusals import REQUEST_ID
-from inference_service.processes import messages
-from inference_service.processes.channel import Channel
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.service import GenerationService
+from loramux_apis import messages
+from loramux_apis.channel import Channel
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.rpc.options import CLIENT_OPTIONS
 

@@ -11,13 +11,13 @@ from inference_service.adapters.served_model import NO_DEFAULTS, ServedModel
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
-from inference_service.processes import host, messages
-from inference_service.processes.channel import MOST_UNREAD, Channel
-from inference_service.processes.host import ApiHost, ApiPeer
+from loramux_apis import host, messages
+from loramux_apis.channel import MOST_UNREAD, Channel
+from loramux_apis.host import ApiHost, ApiPeer
 from loramux_shared.access.keys import EVERYTHING, Access, Scope
 from loramux_shared.faults import Fault, Finding, ReplicaFailed, RequestInvalid
 from loramux_shared.runtime import Limits
-from tests.support.apart import Loopback, connect
+from tests.apart import Loopback, connect
 from tests.support.silent import silent_service
 from tests.support.waiting import until
 

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 import structlog
 
-from inference_service.processes.host import ApiHost, ApiPeer
-from inference_service.processes.remote import deployed_to, served_to
+from inference_service.serving.service import GenerationService
+from loramux_apis.host import ApiHost, ApiPeer
+from loramux_apis.remote import deployed_to, served_to
 from loramux_shared.faults import Fault, ReplicaFailed
 from loramux_shared.process import SOCKET
 from loramux_shared.rpc.options import listen, reserve
@@ -34,7 +35,7 @@ PAUSES_S: Final = (0.0, 0.5, 1.0, 2.0)
 """Before each attempt to start a process again; the last one counts for all that follow."""
 ENDED_S: Final = 5.0
 """Above the time that a drain takes, for a process to end by itself."""
-MODULE: Final = "inference_service.processes.api"
+MODULE: Final = "loramux_apis.api"
 PASSED: Final = (
     *("deployment", "keys_file", "tls_cert", "tls_key", "tls_client_ca", "insecure"),
     *("stall_timeout_s", "log_format", "log_prompts", "tool_parser", "reasoning_parser"),
@@ -48,11 +49,13 @@ class ApiProcesses:
     def __init__(
         self,
         settings: InferenceSettings,
-        host: ApiHost,
+        service: GenerationService,
         count: int,
         services: Collection[str],
         rules: Rules,
         relay: str,
+        *,
+        keyless: bool,
         hung_s: float = HUNG_S,
         look_s: float = LOOK_S,
     ) -> None:
@@ -63,7 +66,7 @@ class ApiProcesses:
             "rules": [scopes, list(rules.keyless), list(rules.untraced)],
             "relay": relay,
         }
-        self.host = host
+        self.host = ApiHost(service, keyless=keyless)
         self.hung_s, self.look_s = hung_s, look_s
         self.ending = self.serving = False
         self._settings = settings

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from inference_service.http.server import HttpServer
-from inference_service.processes.channel import Channel
-from inference_service.processes.host import ApiHost, ApiPeer
-from inference_service.processes.relay import HttpRelay
-from inference_service.processes.remote import RemoteService, deployed_to, served_to
 from inference_service.rpc.servicer import InferenceServicer
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService
+from loramux_apis.channel import Channel
+from loramux_apis.host import ApiHost, ApiPeer
+from loramux_apis.relay import HttpRelay
+from loramux_apis.remote import RemoteService, deployed_to, served_to
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 
 

@@ -1,1 +1,0 @@
-"""Tests of API processes beside the engine's process."""

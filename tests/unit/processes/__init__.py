@@ -1,1 +1,0 @@
-"""Tests of the channel to API processes."""
