@@ -6,11 +6,10 @@ and AVX2 better than we do; but they want the context in one piece, which pays f
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import takewhile
 from typing import Final
 
 import torch
@@ -69,17 +68,13 @@ def rows_from_which_torch_is_faster(ops: CpuOps, heads: Sequence[HeadCounts]) ->
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        faster = list(itertools.takewhile(partial(_is_faster, ops, heads), SIZES))
+        faster = [*takewhile(lambda rows: all(_is_faster(ops, each, rows) for each in heads), SIZES)]
     finally:
         torch.set_num_threads(threads)
     return faster[-1] if faster else None
 
 
-def _is_faster(ops: CpuOps, heads: Sequence[HeadCounts], rows: int) -> bool:
-    return all(_is_faster_with(ops, each, rows) for each in heads)
-
-
-def _is_faster_with(ops: CpuOps, heads: HeadCounts, rows: int) -> bool:
+def _is_faster(ops: CpuOps, heads: HeadCounts, rows: int) -> bool:
     q = torch.randn(rows, heads.queries, heads.dim).to(ops.dtype)
     keys, values = (cache.normal_() for cache in ops.new_cache(heads.kv, CONTEXT, heads.dim))
     planned = (0, rows, CONTEXT, range(CONTEXT // BLOCK))

@@ -27,7 +27,6 @@ from inference_service.kernels.experts import ByExpert
 from inference_service.lora.packed import Layout, PackedAdapter, with_vocabulary, write_vectors
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert, sharing
 from inference_service.lora.slots import Slots, experts_of
-from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 
@@ -38,21 +37,20 @@ VECTORS: Final = [*range(7, ADAPTER_FIELDS, SLICE_FIELDS)]
 """Fields that are addresses where there are vectors, and 0 elsewhere."""
 
 
-class NativeLora:
+class NativeLora(Slots):
     """Adds the adapters' part to the output of a fused linear: one call, exact ranks, no packing per step."""
 
     name = "native"
     home = torch.device("cpu")
 
     def __init__(self, ops: CpuOps, groups: tuple[GroupShape, ...], num_layers: int) -> None:
+        super().__init__()
         self._ops = ops
         self._layout = native_layout(groups, ops.units)
         self._names = [(layer, group.name) for layer in range(num_layers) for group in groups]
         self._of_experts = experts_of(groups, num_layers)
         self._linears: dict[tuple[int, str], tuple[int, int]] = {}
         """The bit of each in ``_touched``, and where the first slot's fields are."""
-        self._slots = Slots()
-        self.vocabularies = Vocabularies()
         self._arena = Arena(0)
         self._table = np.zeros((0, len(self._names), ADAPTER_FIELDS), dtype=np.int64)
         self._most_rows = self._columns = 0
@@ -75,18 +73,13 @@ class NativeLora:
         return self._arena.num_bytes + self._table.nbytes
 
     @property
-    def num_slots(self) -> int:
-        """Slots that were opened."""
-        return self._slots.num_slots
-
-    @property
     def slot_bytes(self) -> int:
         """The fields of all linears."""
         return len(self._names) * ADAPTER_FIELDS * self._table.itemsize
 
     def open(self, num_bytes: int, max_rank: int, num_slots: int, host_bytes: int = 0) -> None:  # noqa: ARG002 - nothing is locked
         """Reserve addresses; memory is taken when it is touched."""
-        self._slots.open(num_bytes, max_rank, num_slots)
+        super().open(num_bytes, max_rank, num_slots)
         self._arena = Arena(num_bytes)
         table = Table(np.zeros((num_slots, len(self._names), ADAPTER_FIELDS), dtype=np.int64))
         self._table = table.values
@@ -100,12 +93,12 @@ class NativeLora:
 
     def copy(self, packed: PackedAdapter, offset: int) -> None:
         """Copy with one thread: the others compute."""
-        self._slots.require_within(packed, offset)
+        self.require_within(packed, offset)
         self._arena.write(offset, packed.matrices)
 
     def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
         """Enter the addresses of an adapter's matrices in all linears."""
-        self._slots.enter(slot, offset, packed)
+        super().enter(slot, offset, packed)
         flat = self._arena.read(offset, packed.num_bytes, packed.matrices.dtype)
         self.vocabularies.enter(slot, packed.vocabulary_in(flat))
         row = self._table[slot]
@@ -116,15 +109,14 @@ class NativeLora:
 
     def leave(self, slot: int) -> None:
         """Rank 0 in all linears."""
-        self._slots.leave(slot)
-        self.vocabularies.leave(slot)
+        super().leave(slot)
         self._table[slot] = 0
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
         segments = arrangement.segments
         self._arrangement = arrangement
-        self._touched = self._slots.touched([segment.slot for segment in segments])
+        self._touched = self.touched([segment.slot for segment in segments])
         rows_of = [(segment.slot, segment.start, segment.length) for segment in segments]
         self._segments = Table(np.array(rows_of, dtype=np.int64))
         self._parts, columns = None, self._most_rows

@@ -11,7 +11,6 @@ from inference_service.kernels.experts import ByExpert
 from inference_service.lora.packed import FLOAT, Layout, PackedAdapter, pack_flat, padded
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert
 from inference_service.lora.slots import Slots
-from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 
@@ -82,7 +81,7 @@ class _Part:
         return None if b is None else (self.a[first : first + len(b)], b)
 
 
-class TorchLora:
+class TorchLora(Slots):
     """Adds the adapters' part to the output of a fused linear.
 
     One product with the packed A of the active adapters, a mask, and one product per slice. Rows of adapters
@@ -94,12 +93,11 @@ class TorchLora:
     home = torch.device("cpu")
 
     def __init__(self, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
         self._dtype = dtype
         self._device = device
         self._layout = Layout(groups)
         self._groups = {group.name: index for index, group in enumerate(groups)}
-        self._bank = Slots()
-        self.vocabularies = Vocabularies()
         self._copied: dict[int, Tensor] = {}
         """Adapters that have no slot yet, by their offset."""
         self._adapters: dict[int, _Adapter] = {}
@@ -112,32 +110,13 @@ class TorchLora:
         self._finished: tuple[Segment, ...] = ()
         """Those whose adapters have vectors."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Return the bytes that adapters may take, though here each has memory of its own."""
-        return self._bank.num_bytes
-
-    @property
-    def num_slots(self) -> int:
-        """Slots that were opened."""
-        return self._bank.num_slots
-
-    @property
-    def slot_bytes(self) -> int:
-        """Nothing: there are no tables."""
-        return 0
-
-    def open(self, num_bytes: int, max_rank: int, num_slots: int, host_bytes: int = 0) -> None:  # noqa: ARG002 - nothing is locked
-        """Note the sizes."""
-        self._bank.open(num_bytes, max_rank, num_slots)
-
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
         """Pack row by row."""
         return pack_flat(weights, self._layout, self._dtype)
 
     def copy(self, packed: PackedAdapter, offset: int) -> None:
         """Bring an adapter to the device; on a CPU it stays where it is."""
-        self._bank.require_within(packed, offset)
+        self.require_within(packed, offset)
         for other, before in list(self._copied.items()):  # a copy that no slot uses
             if other < offset + packed.num_bytes and offset < other + before.nbytes:
                 self._copied.pop(other, None)
@@ -145,7 +124,7 @@ class TorchLora:
 
     def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
         """Keep what was copied."""
-        self._bank.enter(slot, offset, packed)
+        super().enter(slot, offset, packed)
         flat = self._copied.pop(offset)
         self._adapters[slot] = _Adapter(flat, packed.table, self._layout)
         self.vocabularies.enter(slot, packed.vocabulary_in(flat))
@@ -153,9 +132,8 @@ class TorchLora:
 
     def leave(self, slot: int) -> None:
         """Drop it."""
-        self._bank.leave(slot)
+        super().leave(slot)
         del self._adapters[slot]
-        self.vocabularies.leave(slot)
         self._forget(slot)
 
     def _forget(self, slot: int) -> None:
@@ -166,7 +144,7 @@ class TorchLora:
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
-        self._bank.touched([segment.slot for segment in arrangement.segments])
+        self.touched([segment.slot for segment in arrangement.segments])
         self._short, self._apart = arrangement.short, arrangement.long + arrangement.mixed
         self._others.clear()
         self._finished = tuple(

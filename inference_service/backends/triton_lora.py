@@ -81,7 +81,7 @@ class TritonLora(Bank):
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step: one copy to the device."""
         segments = arrangement.segments
-        touched = self.slots.touched([segment.slot for segment in segments])
+        touched = self.touched([segment.slot for segment in segments])
         entries = entries_of(segments)
         long = any(segment.length >= LONG_SEGMENT for segment in segments)
         tile = PREFILL_TILE if long else DECODE_TILE
@@ -180,7 +180,7 @@ class TritonLora(Bank):
 
     def touch_experts(self, slots: Iterable[int]) -> bool:
         """Return whether an adapter in one of these slots adds to an expert."""
-        return self.slots.touched(slots) & sum(self._of_experts) != 0
+        return self.touched(slots) & sum(self._of_experts) != 0
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """The same of each place's expert, with segments that are made on the device once per layer."""

@@ -100,40 +100,6 @@ class Sampling:
     prompt_logprobs: int | None = _knob(Number(0, MAX_LOGPROBS))
     """The same for the tokens of the prompt, always raw; 0 is their own alone."""
 
-    def decided(
-        self,
-        *,
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        seed: int,
-        stop_token_ids: frozenset[int],
-        allowed_token_ids: bytes | None,
-        bad_words: Mapping[int, Mapping[tuple[int, ...], tuple[int, ...]]],
-        logprobs_mode: LogprobsMode,
-    ) -> SamplingParams:
-        """Return what the engine takes, with what depends on the model decided."""
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=self.min_p,
-            seed=seed,
-            stop_token_ids=stop_token_ids,
-            min_tokens=self.min_tokens,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=self.logit_bias,
-            allowed_token_ids=allowed_token_ids,
-            bad_words=bad_words,
-            logprobs=self.logprobs,
-            logprobs_mode=logprobs_mode,
-            prompt_logprobs=self.prompt_logprobs,
-        )
-
 
 KNOBS: Final[Mapping[str, Bound | None]] = {each.name: each.metadata.get("bound") for each in fields(Sampling)}
 """The bounds of each field of `Sampling`; None where it has none, or rules of its own."""

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence as Seq
 from hashlib import blake2b
 from itertools import cycle
-from typing import Final, Protocol
+from typing import Final
 
 from inference_service.core.sequence import GONE, NEVER, NOWHERE, Sequence
 
@@ -155,14 +155,6 @@ class BlockGroup:
         del table[:]
 
 
-class CacheKind(Protocol):
-    """A kind of cache content."""
-
-    def longest(self, seq: Sequence, most: int) -> int:
-        """Leading blocks of a sequence, most at most, behind which this kind can serve its rows."""
-        ...
-
-
 def prefix_key(seq: Sequence, index: int, block_size: int) -> int:
     """The key of the first ``index + 1`` blocks of a sequence; it keeps it, for its tokens only become more."""
     known = seq.progress.hashes
@@ -176,7 +168,7 @@ def prefix_key(seq: Sequence, index: int, block_size: int) -> int:
     return known[index]
 
 
-def agreed(kinds: Seq[CacheKind], seq: Sequence, most: int) -> int:
+def agreed(kinds: Seq[BlockGroup | StateSlots], seq: Sequence, most: int) -> int:
     """Return the most leading blocks behind which every kind can serve."""
     content = 0
     for kind in cycle(kinds):

@@ -97,12 +97,13 @@ class _Tracing(Watching):  # type: ignore[no-untyped-call]  # torch leaves its b
         """Take a kernel launch; what the interpreter does within it is not recorded."""
         compiled = self.unseen(lambda: self._enqueue(launch))
         if compiled is None:
+            names, kernel, grid = tuple(launch.arguments), launch.kernel, launch.grid
             bind, known = self._bind(list(launch.arguments.values()))
-            step = _unbound(launch, tuple(launch.arguments), bind)
+            self._add(lambda made: Launch(kernel, grid, dict(zip(names, bind(made), strict=True)))(), known)
         else:
+            run = compiled[(*launch.grid, 1, 1)[:3]]
             bind, known = self._bind(launch.positional())
-            step = _bound(compiled[(*launch.grid, 1, 1)[:3]], bind)
-        self._add(step, known)
+            self._add(lambda made: run(*bind(made)), known)
 
     def _add(self, step: Callable[[Made], None], used: list[int]) -> None:
         self.steps.append(step)
@@ -177,15 +178,3 @@ def _operation(
                 made[number] = every[place]
 
     return step
-
-
-def _bound(run: Callable[..., None], bind: Callable[[Made], list[Any]]) -> Callable[[Made], None]:
-    """Return what launches a compiled kernel."""
-    return lambda made: run(*bind(made))
-
-
-def _unbound(
-    launch: Launch, names: tuple[str, ...], bind: Callable[[Made], list[Any]]
-) -> Callable[[Made], None]:
-    """Return what launches a kernel of the interpreter."""
-    return lambda made: Launch(launch.kernel, launch.grid, dict(zip(names, bind(made), strict=True)))()

@@ -13,12 +13,11 @@ from inference_service.kernels.sgmv.layout import FIELDS, ROW
 from inference_service.lora.packed import Empty, Layout, PackedAdapter, pack_flat, plain_memory
 from inference_service.lora.slab import Slab
 from inference_service.lora.slots import Slots
-from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, name_of_all
 
 
-class Bank:
+class Bank(Slots):
     """One arena for the matrices of all linears, and one table that says of every slot where its own lie.
 
     Neither moves: what was recorded when the bank was opened serves every adapter that comes later. `copy` may
@@ -29,8 +28,7 @@ class Bank:
     def __init__(
         self, shapes: tuple[GroupShape, ...], num_layers: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.slots: Final = Slots()
-        self.vocabularies = Vocabularies()
+        super().__init__()
         self.groups: dict[tuple[int, str], Group] = {}
         """Groups by layer and name, once it is open."""
         self.experts: dict[tuple[int, str], Group] = {}
@@ -49,11 +47,6 @@ class Bank:
         """Behind the last step that may read what has left since."""
 
     @property
-    def num_slots(self) -> int:
-        """Slots that were opened."""
-        return self.slots.num_slots
-
-    @property
     def num_bytes(self) -> int:
         """Memory of the device: the arena and the table."""
         return self._arena.nbytes + self._table.nbytes
@@ -62,7 +55,7 @@ class Bank:
         """Take the memory, and that of the host, where there is a GPU."""
         if host_bytes and self._stream is not None:
             self._empty = Slab(host_bytes).empty
-        self.slots.open(num_bytes, max_rank, num_slots)
+        super().open(num_bytes, max_rank, num_slots)
         shapes, modules = self._layout.shapes, len(self._layout.strides)
         numel = max(ROW, num_bytes // self._dtype.itemsize // ROW * ROW)
         self._arena = torch.empty(numel, dtype=self._dtype, device=self._device)
@@ -111,7 +104,7 @@ class Bank:
 
     def copy(self, packed: PackedAdapter, offset: int) -> None:
         """Copy to a place that no slot has, behind steps that may still read it, and wait for the end."""
-        self.slots.require_within(packed, offset)
+        self.require_within(packed, offset)
         first = offset // self._dtype.itemsize
         target = self._arena[first : first + len(packed.matrices)]
         if self._stream is None:
@@ -126,7 +119,7 @@ class Bank:
 
     def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
         """Fill a slot, with one asynchronous copy."""
-        self.slots.enter(slot, offset, packed)
+        super().enter(slot, offset, packed)
         first = offset // self._dtype.itemsize
         flat = self._arena[first : first + len(packed.matrices)]
         self.vocabularies.enter(slot, packed.vocabulary_in(flat))
@@ -137,8 +130,7 @@ class Bank:
 
     def leave(self, slot: int) -> None:
         """Empty a slot: rank 0 in all linears."""
-        self.slots.leave(slot)
-        self.vocabularies.leave(slot)
+        super().leave(slot)
         self._table[slot].zero_()
         if self._stream is not None:
             self._left = torch.cuda.current_stream(self._device).record_event()

@@ -1,4 +1,4 @@
-"""The slots of a bank that hold an adapter; the checks that all backends share."""
+"""The slots of a bank that hold an adapter: what all backends check and keep of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
+from inference_service.lora.vocabulary import Vocabularies
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.faults import InternalFault
 
@@ -17,28 +18,39 @@ class Slots:
 
     def __init__(self) -> None:
         self.num_slots = 0
-        self.num_bytes = 0
-        """Bytes of the arena."""
-        self.max_rank = 0
+        """Slots that were opened."""
+        self.vocabularies = Vocabularies()
+        """Embeddings and heads that adapters in slots have of their own."""
+        self._arena_bytes = self._max_rank = 0
         self._opened = False
-        self._touched: dict[int, int] = {}
+        self._held: dict[int, int] = {}
         """Linears that each adapter adds to, by its slot: a bit for each linear."""
 
-    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that adapters may take."""
+        return self._arena_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Return the bytes of tables that each slot takes, in use or not."""
+        return 0
+
+    def open(self, num_bytes: int, max_rank: int, num_slots: int, host_bytes: int = 0) -> None:  # noqa: ARG002 - nothing is locked
         """Note the sizes, once."""
         if self._opened:
             raise InternalFault(
                 "the bank is open already: its memory may be recorded in graphs and cannot change"
             )
         self._opened = True
-        self.num_bytes, self.max_rank, self.num_slots = num_bytes, max_rank, num_slots
+        self._arena_bytes, self._max_rank, self.num_slots = num_bytes, max_rank, num_slots
 
     def require_within(self, packed: PackedAdapter, offset: int) -> None:
         """Raise `InternalFault` unless a place is one that the arena has."""
-        if offset < 0 or offset % ALIGNMENT or offset + packed.num_bytes > self.num_bytes:
+        if offset < 0 or offset % ALIGNMENT or offset + packed.num_bytes > self._arena_bytes:
             raise InternalFault(
-                f"an adapter of {packed.num_bytes} bytes cannot lie at {offset} of the bank's {self.num_bytes} "
-                f"bytes: it must lie within them, at a multiple of {ALIGNMENT}"
+                f"an adapter of {packed.num_bytes} bytes cannot lie at {offset} of the bank's "
+                f"{self._arena_bytes} bytes: it must lie within them, at a multiple of {ALIGNMENT}"
             )
 
     def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
@@ -48,14 +60,14 @@ class Slots:
             InternalFault: it cannot be.
         """
         self.require_within(packed, offset)
-        if not 0 <= slot < self.num_slots or slot in self._touched:
+        if not 0 <= slot < self.num_slots or slot in self._held:
             raise InternalFault(f"slot {slot} cannot be taken: it is, or it is not one of {self.num_slots}")
-        if packed.max_rank > self.max_rank:
+        if packed.max_rank > self._max_rank:
             raise InternalFault(
-                f"an adapter of rank {packed.max_rank} cannot enter a bank that was opened for {self.max_rank}"
+                f"an adapter of rank {packed.max_rank} cannot enter a bank that was opened for {self._max_rank}"
             )
         linears = np.packbits(packed.linears, bitorder="little").tobytes()
-        self._touched[slot] = int.from_bytes(linears, "little")
+        self._held[slot] = int.from_bytes(linears, "little")
 
     def leave(self, slot: int) -> None:
         """Note that a slot is free.
@@ -63,8 +75,9 @@ class Slots:
         Raises:
             InternalFault: it is.
         """
-        if self._touched.pop(slot, None) is None:
+        if self._held.pop(slot, None) is None:
             raise InternalFault(f"slot {slot} holds no adapter that could leave")
+        self.vocabularies.leave(slot)
 
     def touched(self, slots: Iterable[int]) -> int:
         """Return a bit for each linear that one of the adapters of these slots adds to.
@@ -74,9 +87,9 @@ class Slots:
         """
         bits = 0
         for slot in slots:
-            if slot not in self._touched:
+            if slot not in self._held:
                 raise InternalFault(f"a step has rows of slot {slot}, which holds no adapter")
-            bits |= self._touched[slot]
+            bits |= self._held[slot]
         return bits
 
 

@@ -1,6 +1,7 @@
 """The blocks of layers, with their weights: each returns what is added to the hidden rows.
 
-`Step` holds the values that all of them share in a forward pass.
+`Step` holds the values that all of them share in a forward pass. Each reads its weights, and raises
+`CheckpointInvalid` where a tensor is missing, or has another shape than the config implies.
 """
 
 from __future__ import annotations
@@ -81,11 +82,7 @@ class AttentionBlock:
     stateful = False
 
     def __init__(self, reader: LayerReader, spec: AttentionLayer) -> None:
-        """Read the weights.
-
-        Raises:
-            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
-        """
+        """Read the weights."""
         config, names = reader.config, reader.config.names
         self._index = reader.index
         self._cache = self._index if spec.attention.keys_of is None else spec.attention.keys_of
@@ -169,11 +166,7 @@ class DeltaBlock:
     stateful = True
 
     def __init__(self, reader: LayerReader, spec: DeltaLayer) -> None:
-        """Read the weights.
-
-        Raises:
-            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
-        """
+        """Read the weights."""
         names, rounded = reader.config.names.delta, reader.reader.rounded
         self._index = reader.index
         self._spec = spec
@@ -214,11 +207,7 @@ class MlpBlock:
     """activation(gate x) * up x, and down again."""
 
     def __init__(self, reader: LayerReader, gate_up: Place, down: Place, *, bias: bool) -> None:
-        """Read the weights of two linears.
-
-        Raises:
-            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
-        """
+        """Read the weights of two linears."""
         self._index = reader.index
         self._activation = reader.config.activation
         self._up_group, self._down_group = (reader.group(module).name for module, _ in (gate_up, down))
@@ -243,11 +232,7 @@ class Inputs:
     """The inputs of all layers, made once for a step: rows of a table, and a projection of the embedding."""
 
     def __init__(self, reader: Reader, spec: InputLayer) -> None:
-        """Read the weights.
-
-        Raises:
-            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
-        """
+        """Read the weights."""
         dims, names = reader.config.dims, reader.config.names.inputs
         self._layers, self._width = dims.num_layers, spec.width
         widths = dims.num_layers * spec.width
@@ -273,11 +258,7 @@ class InputBlock:
     """Lets a layer's inputs in: a gate of the hidden rows, and a projection back to them."""
 
     def __init__(self, reader: LayerReader) -> None:
-        """Read the weights.
-
-        Raises:
-            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
-        """
+        """Read the weights."""
         names = reader.config.names.inputs
         self._index = reader.index
         self._activation = reader.config.activation

@@ -1,4 +1,4 @@
-"""Gated MLPs of which a router chooses a few for every row."""
+"""Gated MLPs of which a router chooses a few for every row; they read weights as all blocks do."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ class Experts:
     """All experts of a layer, and what they make of rows that were routed to them."""
 
     def __init__(self, reader: LayerReader, spec: ExpertsLayer) -> None:
-        """Read the weights.
-
-        Raises:
-            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
-        """
+        """Read the weights."""
         self._index, self._spec = reader.index, spec
         self._activation = reader.config.activation
         shapes = [group for group in reader.groups if group.expert is not None]
@@ -61,11 +57,7 @@ class ExpertsBlock:
     """A router and its experts, and perhaps an expert that all rows have."""
 
     def __init__(self, reader: LayerReader, spec: ExpertsLayer) -> None:
-        """Read the weights.
-
-        Raises:
-            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
-        """
+        """Read the weights."""
         config, self._spec = reader.config, spec
         router, rounded = config.names.router, reader.reader.rounded
         weight = rounded(reader.get(f"{router}.weight", (spec.num, config.dims.hidden)))
@@ -148,11 +140,7 @@ class BesideBlock:
     """The sum of both, each normed before and behind; it takes the hidden rows as they are."""
 
     def __init__(self, reader: LayerReader, spec: ExpertsLayer) -> None:
-        """Read the weights.
-
-        Raises:
-            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
-        """
+        """Read the weights."""
         config, self._spec = reader.config, spec
         names, hidden, rounded = config.names.beside, config.dims.hidden, reader.reader.rounded
         self._norm, self._mlp = reader.optional_norm(config.names.mlp_norm), MlpBlock.of_layer(reader)

@@ -117,7 +117,7 @@ class Terms:
         if requested.bad_words or requested.bad_words_token_ids:
             words = await asyncio.to_thread(self.text.bad_words, requested.bad_words)
             bad_words = completing((*words, *requested.bad_words_token_ids))
-        return requested.decided(
+        return SamplingParams(
             max_tokens=most if requested.max_tokens is None else requested.max_tokens,
             temperature=drawable(
                 first(requested.temperature, defaults.temperature, requested.usual_temperature)
@@ -129,6 +129,14 @@ class Terms:
             allowed_token_ids=self._allowed(),
             bad_words=bad_words,
             logprobs_mode=requested.logprobs_mode or self.logprobs_mode,
+            min_p=requested.min_p,
+            min_tokens=requested.min_tokens,
+            repetition_penalty=requested.repetition_penalty,
+            presence_penalty=requested.presence_penalty,
+            frequency_penalty=requested.frequency_penalty,
+            logit_bias=requested.logit_bias,
+            logprobs=requested.logprobs,
+            prompt_logprobs=requested.prompt_logprobs,
         )
 
     def _allowed(self) -> bytes | None:

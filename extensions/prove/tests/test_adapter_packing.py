@@ -91,9 +91,9 @@ def test_proofs_are_of_the_rank_that_the_bank_was_opened_for(world, loader_of, m
     """Tiles follow that rank: a kernel of another one would be compiled while others are served."""
     opened = []
 
-    def note(slots, num_bytes, max_rank, num_slots):
+    def note(slots, num_bytes, max_rank, num_slots, host_bytes=0):
         opened.append(max_rank)
-        return opens(slots, num_bytes, max_rank, num_slots)
+        return opens(slots, num_bytes, max_rank, num_slots, host_bytes)
 
     opens = Slots.open
     monkeypatch.setattr(Slots, "open", note)

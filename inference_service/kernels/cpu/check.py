@@ -8,16 +8,18 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, adapters_of
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights, StateChunk, reference
 from inference_service.kernels.integers import quantize
+from inference_service.kernels.rows import Activation, reference as of_rows
 from inference_service.kernels.sampling import RowParams, draw_rows
 from loramux_shared.runtime import Rounding
 
@@ -31,9 +33,10 @@ Pair = tuple[Tensor, Tensor]
 def first_wrong(library: ctypes.CDLL) -> str | None:
     """Return the name of an operation that is missing or computes something else; None if all are right."""
     checks: dict[str, Callable[[CpuOps, torch.Generator], Pair]] = {
-        "rms_norm": _norm, "norm of heads": _head_norm, "silu": _silu, "gelu_tanh": _gelu, "linear": _linear,
-        "compact product": _compact, "product of 8 bits": _int8, "product of 4 bits": _int4, "lora": _lora,
-        "attention": _attention, "delta_rule": _delta_rule, "draw": _draw,
+        "rms_norm": _norm, "norm of heads": _head_norm, "silu": partial(_activated, "silu"),
+        "gelu_tanh": partial(_activated, "gelu_tanh"), "linear": _linear, "compact product": _compact,
+        "product of 8 bits": partial(_integers, Rounding.INT8), "lora": _lora, "attention": _attention,
+        "product of 4 bits": partial(_integers, Rounding.INT4), "delta_rule": _delta_rule, "draw": _draw,
     }  # fmt: skip
     for dtype, tolerance in TOLERANCE.items():
         try:
@@ -66,16 +69,9 @@ def _head_norm(ops: CpuOps, generator: torch.Generator) -> Pair:
     return heads, expected
 
 
-def _silu(ops: CpuOps, generator: torch.Generator) -> Pair:
+def _activated(activation: Activation, ops: CpuOps, generator: torch.Generator) -> Pair:
     both = _random(ops, generator, 3, 2 * 40)
-    gate, up = both.double().chunk(2, dim=1)
-    return ops.gated(both, "silu"), silu(gate) * up
-
-
-def _gelu(ops: CpuOps, generator: torch.Generator) -> Pair:
-    both = _random(ops, generator, 3, 2 * 40)
-    gate, up = both.double().chunk(2, dim=1)
-    return ops.gated(both, "gelu_tanh"), gelu(gate, approximate="tanh") * up
+    return ops.gated(both, activation), of_rows.gated(both, activation, torch.float64)
 
 
 def _draw(ops: CpuOps, generator: torch.Generator) -> Pair:
@@ -122,15 +118,7 @@ def _compact(ops: CpuOps, generator: torch.Generator) -> Pair:
     return expected if compact is None else ops.linear(x, compact), expected
 
 
-def _int8(ops: CpuOps, generator: torch.Generator) -> Pair:
-    return _integers(ops, generator, Rounding.INT8)
-
-
-def _int4(ops: CpuOps, generator: torch.Generator) -> Pair:
-    return _integers(ops, generator, Rounding.INT4)
-
-
-def _integers(ops: CpuOps, generator: torch.Generator, rounding: Rounding) -> Pair:
+def _integers(rounding: Rounding, ops: CpuOps, generator: torch.Generator) -> Pair:
     x, weight = (_random(ops, generator, *shape) for shape in ((ROWS, 96), (200, 96)))
     rounded = quantize(weight, rounding)
     tiled = None if rounded is None else ops.tiled_integers(rounded)
