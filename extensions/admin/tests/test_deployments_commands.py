@@ -15,8 +15,8 @@ from tests.support.commands import run
 from tests.support.fake_services import Fakes
 from tests.support.operated import operated
 from tests.support.waiting import until
-from tests.unit.cli.test_cli_adapters import api
-from tests.unit.cli.test_cli_json import documents
+from tests.unit.cli.test_cli import documents
+from tests.unit.cli.test_cli_keys import api
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from loramux.connection import API_KEY
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import Scope, parse_keys
 from tests.support.commands import run
-from tests.unit.cli.test_cli_json import documents
+from tests.unit.cli.test_cli import documents
 
 
 @pytest.fixture(autouse=True)

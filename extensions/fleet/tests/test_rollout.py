@@ -16,7 +16,7 @@ from tests.support.access import Certificates
 from tests.support.commands import run
 from tests.support.operated import operated
 from tests.support.waiting import BOUND_S, Clock
-from tests.unit.cli.test_cli_adapters import KEYS, RING, _no_key as _no_key, api
+from tests.unit.cli.test_cli_keys import KEYS, RING, _no_key as _no_key, api
 
 
 @pytest.fixture

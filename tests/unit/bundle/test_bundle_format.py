@@ -1,4 +1,7 @@
+"""Files of bundles byte for byte, and the page of the format, which names the fields of the code."""
+
 import hashlib
+import io
 import json
 import re
 from pathlib import Path
@@ -8,12 +11,30 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
+from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Current, Descent, Generation, Recipe
+from loramux_shared.bundle.manifest import (
+    AdapterSummary,
+    Coverage,
+    FileDigest,
+    Manifest,
+    ModuleRow,
+    Replaced,
+    ScoreHead,
+    Truncation,
+)
+from loramux_shared.bundle.npy import cast, read_config, weights_pieces, write_checked
+from loramux_shared.bundle.proof import Effect, Probe, ProbeLogprob, Proof
+from loramux_shared.deployment import Dtype, Model, ModelLimits, Repository, Resolve
+from loramux_shared.faults import BundleCorrupt, Finding
+from loramux_shared.runtime import Limits
+from loramux_shared.sources.files import hash_if_there
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter, write_base
 from tests.support.folders import built, deployment_of, workshop
 from tests.support.root import ROOT
 
-PAGE = ROOT / "docs" / "reference" / "bundle-format.md"
+PAGE = (ROOT / "docs" / "reference" / "bundle-format.md").read_text(encoding="utf-8")
 MODULES = ("attn_q", "attn_k", "attn_v", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h", "mlp_gate")
 NAMES = dict(enumerate(MODULES, 1))
 
@@ -150,8 +171,144 @@ def test_the_test_vector_of_the_page(tmp_path):
     rows = read_deployment(store, "page")["one"]
     folder = next((store / "bundles" / "sha256").iterdir())
     written = [np.load(folder / f"model.lora_{kind}.npy")[0].tolist() for kind in ("weights", "config")]
-    block = PAGE.read_text().split("## Test vector")[1]
+    block = PAGE.split("## Test vector")[1]
     body = [json.loads(text) for text in re.findall(r"^[^=\[\n]*(\[.*\])$", block, re.MULTILINE)]
     assert [body[:2], body[2]] == written
     norms = re.findall(r"_proj +([\d.]+), ([\d.]+), ([\d.]+)$", block, re.MULTILINE)
     assert [[row["norm_a"], row["norm_b"], row["norm_ba"]] for row in rows] == [[*map(float, n)] for n in norms]
+
+
+Q_A = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32)
+Q_B = np.array([[1, 0], [0, 1], [1, 1], [2, -1]], np.float32)
+V_A = np.array([[1, -1, 0.5, 0]], np.float32)
+V_B = np.array([[0.25], [-0.5]], np.float32)
+CONFIG = np.array([[1, 0, 2, 0], [3, 0, 1, 0]], np.int32)
+
+
+def saved(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def write(path: Path, dtype: Dtype, q_scale: float) -> bytes:
+    rows = [(cast(Q_A, dtype), cast(Q_B, dtype, q_scale)), (cast(V_A, dtype), cast(V_B, dtype, 4.0))]
+    write_checked(path, weights_pieces(dtype, count=2, width=16, rows=rows))
+    return path.read_bytes()
+
+
+def test_a_file_that_is_read_back_is_the_same(tmp_path):
+    """Written in pieces with gaps for zeros, and read back, it is the file that is written at once."""
+    dtype, half = Dtype.FLOAT16, 5
+    whole = [cast(Q_A, dtype).ravel(), cast(Q_B, dtype, 2.0).ravel()]
+    pieces = [part for values in whole for part in (values[:half], values[half:])]
+    rows = [pieces, [cast(V_A, dtype), cast(V_B, dtype, 4.0)]]
+    at_once = write(tmp_path / "w.npy", dtype, 2.0)
+    digest = write_checked(tmp_path / "p.npy", weights_pieces(dtype, count=2, width=16, rows=rows))
+    assert (tmp_path / "p.npy").read_bytes() == at_once
+    assert digest == hash_if_there(tmp_path / "w.npy")
+
+
+def test_a_file_that_someone_else_writes_to_is_found(tmp_path):
+    """A file with another size than the written one is refused: None."""
+
+    def pieces():
+        yield b"content"
+        yield 5
+        with (tmp_path / "f").open("ab") as file:
+            file.write(b"more")
+
+    assert write_checked(tmp_path / "f", pieces()) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "bits"),
+    [
+        (0x3F800000, 0x3F80),
+        (0x3F808000, 0x3F80),  # half way, to the even one below
+        (0x3F818000, 0x3F82),  # half way, to the even one above
+        (0x3F808001, 0x3F81),
+        (0x7F7FFFFF, 0x7F80),  # beyond the largest: infinite
+        (0x00000001, 0x0000),
+    ],
+)
+def test_bfloat16_rounds_to_nearest_even(value, bits):
+    """float32 becomes the nearest bfloat16; of two equally near ones the even one."""
+    source = np.array([value], np.uint32).view(np.float32)
+    assert cast(source, Dtype.BFLOAT16).view(np.uint16).tolist() == [bits]
+
+
+def test_rows_that_do_not_fit_are_an_error(tmp_path):
+    """A row of another type or width, or a missing one, is an error of the writer."""
+    row = (cast(Q_A, Dtype.FLOAT16), cast(Q_B, Dtype.FLOAT16))
+    with pytest.raises(ValueError, match="16 elements"):
+        write_checked(tmp_path / "w", weights_pieces(Dtype.FLOAT16, count=1, width=15, rows=[row]))
+    with pytest.raises(ValueError, match="1 rows"):
+        write_checked(tmp_path / "w", weights_pieces(Dtype.FLOAT16, count=2, width=16, rows=[row]))
+
+
+HOSTILE = [
+    b"", b"PK\x03\x04", saved(CONFIG[None])[:100], saved(CONFIG[None]) + b"\0", saved(CONFIG[None])[:-1],
+    saved(CONFIG), saved(CONFIG[None].astype(">i4")), saved(np.asfortranarray(CONFIG[None])),
+    saved(CONFIG[None].astype("<i8")), saved(np.zeros((1, 0, 4), np.int32)),
+    b"\x93NUMPY\x03\x00" + saved(CONFIG[None])[8:],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))
+def test_other_files_are_refused(data):
+    """A file that is not exactly such an npy file is named corrupt, and nothing of it is used."""
+    with pytest.raises(BundleCorrupt, match="expected"):
+        read_config(data, "config")
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    """An npy file of Python objects is refused by its type, before anything could be unpickled."""
+    np.save(tmp_path / "o.npy", np.array([[["x"]]], dtype=object), allow_pickle=True)
+    with pytest.raises(BundleCorrupt, match="expected a header"):
+        read_config((tmp_path / "o.npy").read_bytes(), "config")
+
+
+def section(begin: str, end: str) -> str:
+    return PAGE[PAGE.index(begin) : PAGE.index(end, PAGE.index(begin))]
+
+
+def first_column(table: str) -> set[str]:
+    """The names in the first column of a table, of which a cell may hold several."""
+    rows = re.findall(r"^\| ([a-z_, ]+) \|", table, re.MULTILINE)
+    return {name for row in rows for name in row.split(", ")} - {"key"}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (Manifest, first_column(section("### `manifest.json`", "A manifest MUST hold"))),
+        (ModuleRow, first_column(section("A row:", "**Coverage.**"))),
+        (Generation, set(re.findall(r"`(\w+)`", section("`generations/<n>.json`:", "A `source` is")))),
+        (Current, set(re.findall(r"`(\w+)`", section("`current.json`:", "## The npy files")))),
+        (BaseRecord, set(re.findall(r"`base` \(`{([^}]*)}`\)", PAGE)[0].split(", "))),
+        (Repository, set(re.findall(r"A `source` is `{([^}]*)}`", PAGE)[0].split(", "))),
+    ],
+)
+def test_a_record_has_the_keys_that_the_page_names(record: type[Model], expected: set[str]) -> None:
+    """A key that is written and not told, or told and not written, is a mistake of one of the two."""
+    values = {"auto", "always", "never"}  # of merge
+    assert expected - values == set(record.model_fields)
+
+
+INSIDE = (
+    AddedToken, AdapterRecord, AdapterSummary, BaseRecord, Coverage, Descent, Effect, FileDigest, Finding,
+    Limits, ModelLimits, OwnTokens, Probe, Proof, Recipe, Replaced, Repository, ScoreHead, ProbeLogprob,
+    Truncation, Resolve,
+)  # fmt: skip
+
+
+def test_the_records_inside_others_have_the_keys_that_the_page_names() -> None:
+    """The page lists each nested record in braces, with all of its keys, and no other braces."""
+    reported = {frozenset(keys.split(", ")) for keys in re.findall(r"`{(\w+(?:, \w+)+)}`", PAGE)}
+    assert reported == {frozenset(record.model_fields) for record in INSIDE}
+
+
+@pytest.mark.parametrize("record", [*INSIDE, Manifest, ModuleRow, Generation, Current])
+def test_records_refuse_unknown_keys(record: type[Model]) -> None:
+    assert record.model_config["extra"] == "forbid"

@@ -1,23 +1,44 @@
-"""The command line against scripted services: output and exit status."""
+"""The command line against scripted services: output, documents of ``--json``, and exit status."""
 
+import json
+import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
-from loramux.cli.build_view import WORK, fraction_done
+from loramux.cli.build_view import WORK, BuildLines, fraction_done
+from loramux.cli.documents import jsonable
+from loramux.cli.exits import Exit, exit_of, state_dir, tell_uncaught
 from loramux.cli.local import services
 from loramux.cli.local.tree import important, tail
 from loramux.cli.main import usual
 from loramux.cli.shell import modules, printable
 from loramux.cli.tables import kind, task
 from loramux.records import AdapterInfo, Stage
+from loramux_shared.faults import (
+    AdapterInvalid,
+    Fault,
+    ModelNotFound,
+    QueueFull,
+    RepoGated,
+    ServerUnavailable,
+    SettingsInvalid,
+    StoreUnavailable,
+    Unauthenticated,
+)
+from loramux_shared.rpc.status import CallFailed
 from tests.support.cases import cases
 from tests.support.commands import run
 from tests.support.fake_services import Fakes, deployment_text
+from tests.support.forks import command_line
 from tests.support.https_server import served
+from tests.unit.cli.test_build_view import adapter, state
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
@@ -114,6 +135,8 @@ def test_who_generates_no_text_is_told_what_it_is_asked_for() -> None:
 
 def test_health(fakes: Fakes) -> None:
     assert run("health", fakes.builder_address) == (0, "SERVING\n", "")
+    [document] = documents("health", fakes.builder_address)
+    assert (document["status"], document["address"]) == ("SERVING", fakes.builder_address)
     service = "loramux.inference.v1.InferenceService"
     assert run("health", fakes.inference_address, "--service", service)[0] == 0
     assert run("health", "127.0.0.1:1", "--wait", "0.3")[0] == 3
@@ -179,3 +202,118 @@ def test_up_with_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch
     code, _, errors = run("up", str(tmp_path / "deployment.yaml"), "--backend", "triton")
     assert code == 2
     assert "SETTINGS_INVALID: LORAMUX_BACKEND=triton needs Triton: pip install 'loramux[gpu]'" in errors
+
+
+def documents(*args: str, code: int = 0) -> list[Any]:
+    """Run a command with ``--json`` and return the documents on stdout, one per line or one in all."""
+    status, text, errors = run(*args, "--json")
+    assert status == code, errors
+    return [json.loads(text)] if text.startswith("{\n") else [json.loads(line) for line in text.splitlines()]
+
+
+def test_models_as_json(fakes: Fakes) -> None:
+    [document] = documents("models", "--grpc", fakes.inference_address)
+    assert document["schema"] == 2
+    assert [model["name"] for model in document["models"]] == ["base", "lora1", "lora2"]
+    assert document["models"][1]["ranks"] == [8]
+
+
+def test_a_build_is_a_line_per_state(fakes: Fakes, deployment: Callable[..., str]) -> None:
+    """``build`` gives the deployment at each change, the last one as it stayed."""
+    path = deployment("lines", "lora1")
+    lines = documents("build", path, "--builder", fakes.builder_address)
+    assert len(lines) > 2
+    assert {line["schema"] for line in lines} == {2}
+    last = lines[-1]["deployment"]
+    assert (last["state"], last["generation"], last["failure"]) == ("active", 3, None)
+    assert last["adapters"][0]["warnings"][0]["code"] == "W_NARROWED"
+
+
+def test_lines_of_a_build_grow_with_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
+    """All adapters at the beginning and at the end, between them those that changed; nothing without news."""
+    count = 20
+    adapters = [adapter(number, Stage.WAITING) for number in range(count)]
+    lines = BuildLines()
+    states = [list(adapters)]
+    for number in range(count):
+        for stage in (Stage.FETCHING, Stage.DONE):
+            adapters[number] = adapter(number, stage)
+            states.append(list(adapters))
+    for found in states:
+        for _ in range(2):  # the second time, copies that are equal
+            lines.tell(state([replace(each) for each in found]))
+    lines.tell(state(adapters, ended=True))
+    output = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(line["deployment"]["adapters"]) for line in output] == [count, *[1] * (2 * count), count]
+    merged: dict[str, Any] = {}
+    for line, found in zip(output, [*states, adapters], strict=True):
+        merged |= {each["name"]: each for each in line["deployment"]["adapters"]}
+        assert list(merged.values()) == jsonable(found)
+        assert sum(line["stages"].values()) == count
+    assert output[-1]["stages"] == {"done": count}
+
+
+def test_a_refused_build_ends_with_its_failure(fakes: Fakes, deployment: Callable[..., str]) -> None:
+    """The last line holds the reason and the findings, and the exit code is that of people."""
+    path = deployment("refused", "bad")
+    *_, state, failed = documents("build", path, "--builder", fakes.builder_address, code=1)
+    assert state["deployment"]["failure"]["reason"] == "ADAPTER_INVALID"
+    assert failed["error"]["reason"] == "ADAPTER_INVALID"
+    assert [finding["code"] for finding in failed["error"]["findings"]] == ["E_RANK_MAX", "E_SHAPE"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (AdapterInvalid("no"), Exit.FAILED),
+        (ModelNotFound("no"), Exit.FAILED),
+        (SettingsInvalid("no"), Exit.USAGE),
+        (ServerUnavailable("no"), Exit.UNAVAILABLE),
+        (StoreUnavailable("no"), Exit.UNAVAILABLE),
+        (QueueFull("no"), Exit.UNAVAILABLE),
+        (CallFailed("late", grpc.StatusCode.DEADLINE_EXCEEDED), Exit.UNAVAILABLE),
+        (CallFailed("strange", grpc.StatusCode.UNKNOWN), Exit.FAILED),
+        (Unauthenticated("no"), Exit.DENIED),
+        (RepoGated("no"), Exit.DENIED),
+    ],
+)
+def test_exit_codes(fault: Fault, code: Exit) -> None:
+    """Faults that a retry can cure, faults of rights and other faults have different exit codes."""
+    assert exit_of(fault) is code
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_reader_that_goes(fakes: Fakes, tmp_path: Path, flags: list[str]) -> None:
+    """The command ends with 141 and no message when its reader closes the pipe, as ``| head`` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        words = ["models", "--grpc", fakes.inference_address, *flags]
+        process = command_line(words, [None, writing, file.fileno()], tmp_path, {})
+    os.close(writing)
+    assert (process.wait(), errors.read_text()) == (141, "")
+
+
+def test_an_error_of_ours_is_one_line_and_a_file(tmp_path: Path, monkeypatch, capsys) -> None:
+    """An unforeseen exception is one line that names the file with its traceback."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    error = ZeroDivisionError("one\nhalf")
+    tell_uncaught(type(error), error, None)
+    file = tmp_path / "loramux" / "traceback.txt"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"error: INTERNAL: ZeroDivisionError: one half. Please report it with {file}."
+    assert "ZeroDivisionError" in file.read_text()
+
+
+def test_what_the_system_refuses_is_no_mistake_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk is an error with the file, without a request to report a bug."""
+    error = OSError(28, "No space left on device", "/a/plot.png")
+    tell_uncaught(type(error), error, None)
+    assert capsys.readouterr().err == "error: SYSTEM: No space left on device: /a/plot.png\n"
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert state_dir().is_dir()

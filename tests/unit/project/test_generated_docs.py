@@ -1,4 +1,4 @@
-"""The generated pages are complete, and agree with their sources."""
+"""Pages of docs/ are those that their generators write, and their figures are those of the code."""
 
 import json
 import re
@@ -11,9 +11,10 @@ import yaml
 
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
-from loramux_shared.deployment import Deployment
+from loramux_shared.deployment import Deployment, LoraConfiguration
 from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS
 from scripts import api_doc, deployment_doc, models_doc
+from tests.support.cases import cases
 from tests.support.root import ROOT
 
 
@@ -149,3 +150,36 @@ def test_nothing_of_a_merge_is_left() -> None:
     """No file has a conflict marker (ruff checks Python alone)."""
     pages = [*PAGES, *DECISIONS]
     assert not [page.name for page in pages if re.search(r"^[<>|]{7} ", page.read_text(), re.MULTILINE)]
+
+
+MIB = 1 << 20
+RANK = LoraConfiguration.model_json_schema()["properties"]["max_lora_rank"]
+CLAIMS = cases(__file__, "CLAIMS")
+
+
+@pytest.mark.parametrize(
+    ("page", "claim"), [(page, claim) for page, claims in CLAIMS.items() for claim in claims]
+)
+def test_a_figure_is_that_of_the_code(page: str, claim: str) -> None:
+    text = " ".join((ROOT / page).read_text().split())
+    assert claim in text, f"{page} says otherwise than: {claim}"
+
+
+def test_figures_of_the_readme_are_those_of_performance() -> None:
+    """Each number that the README gives as a reason stands in the table of the command beside it."""
+    reasons = " ".join(
+        (ROOT / "README.md").read_text().partition("## Why")[2].partition("Machines and")[0].split()
+    )
+    rows = {
+        row.split("|")[1].strip(" `"): row
+        for row in (ROOT / "docs/performance.md").read_text().splitlines()
+        if "|" in row
+    }
+    for column, load in ((2, 1), (3, 8), (4, 32)):
+        ours, peft = (
+            rows[name].split("|")[column].partition(";")[0].strip()
+            for name in ("loramux, adapters", "transformers + PEFT, adapters")
+        )
+        assert re.search(rf"{ours} (tokens a second )?for {peft} at (concurrency )?{load}\b", reasons), load
+    assert f"after {int(re.findall(r'[0-9]+ ms', rows['push'])[0][:-3]) / 1000:.2f} s" in reasons
+    assert f"{re.findall(r'[0-9.]+(?= x)', rows['registered'])[0]} times the step" in reasons
