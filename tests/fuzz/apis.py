@@ -2,10 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import grpc
@@ -35,6 +36,8 @@ from loramux_shared.rpc.status import fault_of
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.fuzz.mutate import bounded, mutated_message
+from tests.fuzz.numbers import NUMBERS, in_turn, on_the_wire, wire_fields
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.cases import cases
 from tests.support.openai_api import TEMPLATE
@@ -123,6 +126,35 @@ async def outcome(channel: grpc.aio.Channel, path: str, request: bytes) -> str:
     fault = fault_of(grpc.aio.AioRpcError(await call.code(), *trailers, await call.details()))
     assert fault.reason in FAULTS.keys() - {"INTERNAL"}, fault
     return fault.reason
+
+
+Call = Callable[[str, bytes], Awaitable[str]]
+"""Sends the bytes of a request to a method; returns OK or the reason of its fault."""
+
+
+async def mutate(messages: Mapping[str, Sequence[Message]], call: Call, cases: range) -> None:
+    """Send mutated messages, each from a seed: none makes the server fail, and some still are requests."""
+    with bounded() as watch:
+        for number in cases:
+            rng = Random(number)
+            method = rng.choice(sorted(messages))
+            data = mutated_message(rng.choice(messages[method]), rng)
+            with watch.case(f"{method} {number}"):
+                watch.note(await call(method, data))
+    assert watch.outcomes["OK"] > len(cases) / 100
+
+
+async def number_each(method: str, requests: Sequence[Message], call: Call) -> None:
+    """Send requests with numbers at their limits in each field, in bytes that no client library writes."""
+    with bounded() as watch:
+        for turn, path in enumerate(wire_fields(requests[0].DESCRIPTOR)):
+            name = ".".join(field.name for field in path)
+            for request in requests:
+                for number in in_turn(NUMBERS, turn, 14):
+                    more = on_the_wire(path, number)
+                    if more is not None:
+                        with watch.case(f"{method} {name} {number!r:.40}"):
+                            watch.note(await call(method, request.SerializeToString() + more))
 
 
 VALID: Mapping[str, str] = cases(__file__, "VALID")

@@ -17,9 +17,9 @@ from inference_service.rpc.servicer import SERVICE_NAME
 from inference_service.serving.bounds import MAX_NAMES
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.rpc.wire import MAX_FIELDS
-from tests.fuzz.apis import BODIES, METHODS, FuzzedApis, open_apis
-from tests.fuzz.mutate import bounded, json_text, mutated_json, mutated_message
-from tests.fuzz.numbers import HOLE, LITERALS, NUMBERS, in_turn, json_fields, on_the_wire, wire_fields
+from tests.fuzz.apis import BODIES, METHODS, FuzzedApis, mutate, number_each, open_apis
+from tests.fuzz.mutate import bounded, json_text, mutated_json
+from tests.fuzz.numbers import HOLE, LITERALS, in_turn, json_fields
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SWEEP = (pytest.mark.sweep, pytest.mark.timeout(1800))
@@ -66,14 +66,7 @@ async def test_mutated_bodies(apis: FuzzedApis, cases: range) -> None:
 @pytest.mark.parametrize("cases", RUNS)
 async def test_mutated_messages(apis: FuzzedApis, cases: range) -> None:
     """A mutated gRPC message is never INTERNAL, and every refusal has a reason."""
-    with bounded() as watch:
-        for number in cases:
-            rng = Random(number)
-            method = rng.choice(sorted(apis.messages))
-            data = mutated_message(rng.choice(apis.messages[method]), rng)
-            with watch.case(f"{method} {number}"):
-                watch.note(await apis.call(method, data))
-    assert watch.outcomes["OK"] > len(cases) / 100
+    await mutate(apis.messages, apis.call, cases)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -98,15 +91,7 @@ async def test_numbers_in_json(apis: FuzzedApis, stream: bool) -> None:
 @pytest.mark.parametrize("method", METHODS)
 async def test_numbers_on_the_wire(apis: FuzzedApis, method: str) -> None:
     """The same over gRPC, with bytes that a client's own library would not write."""
-    with bounded() as watch:
-        for turn, path in enumerate(wire_fields(METHODS[method])):
-            name = ".".join(field.name for field in path)
-            for request in apis.messages[method]:
-                for number in in_turn(NUMBERS, turn, 14):
-                    more = on_the_wire(path, number)
-                    if more is not None:
-                        with watch.case(f"{method} {name} {number!r:.40}"):
-                            watch.note(await apis.call(method, request.SerializeToString() + more))
+    await number_each(method, apis.messages[method], apis.call)
 
 
 ROOM = MAX_REQUEST_BYTES - 300

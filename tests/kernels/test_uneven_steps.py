@@ -18,6 +18,7 @@ from inference_service.engine.residents import Residents
 from inference_service.engine.tape import TapeRecorder
 from loramux_shared.storage.memory import MemoryStore
 from tests.kernels.test_launch_keys import noted
+from tests.models.test_families import PARTS
 from tests.support.tiny import SIZES, VOCAB, make_world_of, oracle, oracle_tokens, run_engine
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels tell of themselves when interpreted")
@@ -40,13 +41,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "own": {"r": 3, "lora_alpha": 9, "target_modules": ["embed_tokens", "lm_head"]},
 }
 REQUESTS = [("all", list(range(5, 24))), ("base", [9, 8, 7]), ("own", [5, 6, 7])]
-EXPERTS = Qwen3MoeConfig(
-    **SIZES | {"num_hidden_layers": 1},
-    num_experts=5,
-    num_experts_per_tok=2,
-    moe_intermediate_size=20,
-    norm_topk_prob=True,
-)
+EXPERTS = Qwen3MoeConfig(**SIZES | PARTS["experts"] | {"num_hidden_layers": 1}, norm_topk_prob=True)
 SINKS = GptOssConfig(
     **SIZES, head_dim=16, num_local_experts=5, num_experts_per_tok=2, sliding_window=12, pad_token_id=0
 )

@@ -13,6 +13,7 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Runner
 from loramux_shared.storage.memory import MemoryStore
+from tests.models.test_families import PARTS
 from tests.support.tiny import SIZES, VOCAB, make_world_of, run_engine
 
 BLOCK = 16
@@ -20,13 +21,9 @@ LIMITS = SchedulerLimits(max_tokens=32, max_seqs=3, max_adapters=2, max_seq_len=
 BLOCKS = 80
 TURNS = 4
 QWEN = Qwen3_5TextConfig(
-    **SIZES,
-    head_dim=16,
-    layer_types=["linear_attention", "full_attention"],
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-    linear_key_head_dim=16,
-    linear_value_head_dim=8,
+    **SIZES
+    | PARTS["qwen_delta"]
+    | {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
     pad_token_id=0,
 )
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -28,25 +28,13 @@ from tests.support.fake_services import Fakes
 from tests.support.hub_configs import HUB_CONFIGS
 from tests.support.lowbit import KINDS, keep
 from tests.support.replicas import replicas
-from tests.support.tiny import make_world
+from tests.support.tiny import SIZES, make_world
 from tests.support.weights import adapter_of
 from tests.unit.bases.test_base_weights import REFUSED
 
 SETTINGS = InferenceSettings(deployment="none")
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 199,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16",
-}
+LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 8}
+LLAMA |= {"rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,21 @@ def manifest_of(store: MemoryStore, name: str) -> Manifest:
     return read_manifest(store, generation.adapters[name].digest)
 
 
+def published(store: MemoryStore, name: str, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+    """Put a bundle into a store, and serve it under a name."""
+    digest, generation = sha256_hex(manifest.to_bytes()), current_generation(store, "tiny")
+    for file, data in (files | {MANIFEST_FILE: manifest.to_bytes()}).items():
+        store.put(bundle_key(digest, file), data)
+    record = generation.adapters[name].model_copy(update={"digest": digest})
+    publish_generation(store, generation.model_copy(update={"adapters": generation.adapters | {name: record}}))
+
+
+def files_of(store: MemoryStore, name: str) -> dict[str, bytes]:
+    """The files of an adapter of the current generation, without the manifest."""
+    digest = current_generation(store, "tiny").adapters[name].digest
+    return {file: store.get(bundle_key(digest, file)) for file in manifest_of(store, name).files}
+
+
 def tampered(store: MemoryStore, name: str, change: Change, file: str = WEIGHTS_FILE) -> MemoryStore:
     """A store in which a bundle was changed and every digest made right again; its proof is the old one.
 
@@ -115,8 +130,7 @@ def tampered(store: MemoryStore, name: str, change: Change, file: str = WEIGHTS_
     other = MemoryStore()
     for key in store.list(""):
         other.put(key, store.get(key))
-    generation = current_generation(other, "tiny")
-    old = generation.adapters[name].digest
+    old = current_generation(other, "tiny").adapters[name].digest
     bundle = read_bundle(other, old)
     data = bytearray(other.get(bundle_key(old, file)))
     manifest, kind = bundle.manifest, NUMPY_TYPES[bundle.manifest.dtype]
@@ -128,15 +142,8 @@ def tampered(store: MemoryStore, name: str, change: Change, file: str = WEIGHTS_
     change(np.frombuffer(data, kind, offset=len(data) - size).reshape(count, -1), manifest)
     digest = FileDigest(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     manifest = manifest.model_copy(update={"files": manifest.files | {file: digest}})
-    new = sha256_hex(manifest.to_bytes())
-    for each in manifest.files:
-        other.put(bundle_key(new, each), other.get(bundle_key(old, each)))
-    other.put(bundle_key(new, file), bytes(data))
-    other.put(bundle_key(new, MANIFEST_FILE), manifest.to_bytes())
-    record = generation.adapters[name].model_copy(update={"digest": new})
-    adapters = generation.adapters | {name: record}
-    publish_generation(other, generation.model_copy(update={"adapters": adapters}))
-    assert read_bundle(other, new).manifest == manifest
+    published(other, name, manifest, files_of(store, name) | {file: bytes(data)})
+    assert read_bundle(other, sha256_hex(manifest.to_bytes())).manifest == manifest
     return other
 
 
@@ -304,18 +311,9 @@ def test_another_base_under_the_same_adapter_is_caught(
         build(deployment, context, Progress(deployment.build.lora_adapters))
     digests = {name: manifest_of(store, name).proof for name in EVERY}
     for name in EVERY:
-        generation = current_generation(store, "tiny")
-        assert generation is not None
         manifest = manifest_of(float32, name)
         assert manifest.proof != digests[name]
-        for file in manifest.files:
-            old = sha256_hex(manifest.to_bytes())
-            store.put(bundle_key(old, file), float32.get(bundle_key(old, file)))
-        store.put(bundle_key(old, MANIFEST_FILE), manifest.to_bytes())
-        record = generation.adapters[name].model_copy(update={"digest": old})
-        publish_generation(
-            store, generation.model_copy(update={"adapters": generation.adapters | {name: record}})
-        )
+        published(store, name, manifest, files_of(float32, name))
     ready = other.load(store, local_roots=(world.root, tmp_path))
     refused(ready, dict.fromkeys(EVERY, "log probabilities differ"))
 
@@ -337,19 +335,9 @@ def test_an_imported_adapter_is_proved_from_its_npy_files(
 def test_a_manifest_whose_proof_is_about_other_rows_is_refused(world: World, float32: MemoryStore) -> None:
     """A proof with too few effects is no proof of this bundle."""
     store = tampered(float32, "wide", scale(0, 1.0))
-    generation = current_generation(store, "tiny")
-    assert generation is not None
     manifest = manifest_of(store, "wide")
     short = manifest.proof.model_copy(update={"effects": manifest.proof.effects[:-1]})
-    old, changed = sha256_hex(manifest.to_bytes()), manifest.model_copy(update={"proof": short})
-    new = sha256_hex(changed.to_bytes())
-    for file in manifest.files:
-        store.put(bundle_key(new, file), store.get(bundle_key(old, file)))
-    store.put(bundle_key(new, MANIFEST_FILE), changed.to_bytes())
-    record = generation.adapters["wide"].model_copy(update={"digest": new})
-    publish_generation(
-        store, generation.model_copy(update={"adapters": generation.adapters | {"wide": record}})
-    )
+    published(store, "wide", manifest.model_copy(update={"proof": short}), files_of(store, "wide"))
     refused(world.load(store), {"wide": "another bundle"})
 
 

@@ -68,31 +68,19 @@ def reason(view: DeploymentView) -> str:
 async def test_what_cannot_be_published_fails_alone(world: Builders) -> None:
     """Bad adapters, names that are taken and generations that passed: the others of the turn are served."""
     builds = await started(world)
-    await ask(
-        builds,
-        world,
-        ("first", wish(world, "m0")),
-        ("good", wish(world, "m1", must_be_new=True)),
-        ("bad", wish(world, "bad", must_be_new=True)),
-        ("twice", wish(world, "m1", must_be_new=True)),
-        ("gone", Update(name="tiny", remove=("nine",))),
-        ("expects", wish(world, "m2", expected_generation=1)),
-        ("last", wish(world, "m3")),
-    )
+    changes = {
+        "first": (wish(world, "m0"), ""),
+        "good": (wish(world, "m1", must_be_new=True), ""),
+        "bad": (wish(world, "bad", must_be_new=True), "ADAPTER_INVALID"),
+        "twice": (wish(world, "m1", must_be_new=True), "ADAPTER_EXISTS"),
+        "gone": (Update(name="tiny", remove=("nine",)), "ADAPTER_NOT_FOUND"),
+        "expects": (wish(world, "m2", expected_generation=1), "GENERATION_MISMATCH"),
+        "last": (wish(world, "m3"), ""),
+    }
+    await ask(builds, world, *((name, update) for name, (update, _) in changes.items()))
     world.store.gate.set()
-    found = {
-        name: reason(await end_of(builds, name))
-        for name in ("first", "good", "bad", "twice", "gone", "expects", "last")
-    }
-    assert found == {
-        "first": "",
-        "good": "",
-        "bad": "ADAPTER_INVALID",
-        "twice": "ADAPTER_EXISTS",
-        "gone": "ADAPTER_NOT_FOUND",
-        "expects": "GENERATION_MISMATCH",
-        "last": "",
-    }
+    for name, (_, expected) in changes.items():
+        assert reason(await end_of(builds, name)) == expected, name
     assert set(world.generation.adapters) == {"one", "m0", "m1", "m3"}
 
 
@@ -100,14 +88,8 @@ async def test_a_change_follows_what_was_accepted_before_it(world: Builders) -> 
     """Changes of one adapter are in order; and behind a build, which in turn waits for nothing."""
     builds = await started(world)
     remove = Update(name="tiny", remove=("m1",))
-    await ask(
-        builds,
-        world,
-        ("0", wish(world, "m0")),
-        ("1", wish(world, "m1")),
-        ("2", remove),
-        ("3", wish(world, "m2")),
-    )
+    changes = wish(world, "m0"), wish(world, "m1"), remove, wish(world, "m2")
+    await ask(builds, world, *zip("0123", changes, strict=True))
     with pytest.raises(BuildInProgress):
         await builds.build(world.deployment("two"))
     world.store.gate.set()

@@ -83,27 +83,7 @@ def _without_ids(response: dict[str, Any]) -> Any:
 
 async def test_the_response_tells_what_was_asked(api: TalkerApi) -> None:
     """The response repeats the fields of the request, with defaults for the others."""
-    requests = {
-        "instructions": "Be brief.",
-        "max_output_tokens": 9,
-        "max_tool_calls": 2,
-        "metadata": {"a": "b"},
-        "parallel_tool_calls": False,
-        "presence_penalty": 0.5,
-        "frequency_penalty": 0.25,
-        "prompt_cache_key": "k",
-        "safety_identifier": "s",
-        "temperature": 0.25,
-        "top_p": 0.5,
-        "truncation": "disabled",
-        "user": "u",
-        "tools": [WEATHER | {"description": "d", "strict": True}],
-        "tool_choice": {
-            "type": "allowed_tools",
-            "mode": "auto",
-            "tools": [{"type": "function", "name": "weather"}],
-        },
-    }
+    requests = cases(__file__, "repeated")
     ignored = {"store": True, "background": False, "service_tier": "flex", "stream": False}
     hints = {"text": {"verbosity": "medium"}, "reasoning": {"summary": "auto"}}
     api.talker.say("Ahoy")
