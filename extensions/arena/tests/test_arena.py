@@ -7,15 +7,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
-from loramux.client import AsyncClient
 from loramux_arena.contest import Contest
 from loramux_arena.kept import AnswerFile
 from loramux_arena.plan import Plan
 from loramux_arena.questions import Question
 from loramux_arena.standings import standings
-from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.grpc_api import open_client
 from tests.support.tiny import World, oracle
 
 QUESTIONS = [
@@ -46,20 +44,16 @@ async def hold(
 ) -> dict[str, dict[str, float]]:
     """Have versions find out how likely the references are; return that, and answer a little."""
     ready = world[0].load(world[1], stream_interval_ms=0)
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: InferenceServicer(ready.service).register})
-    address = await server.start()
     ready.engine.start()
-    await server.set_serving(True)
     plan = Plan(tuple(models), models[0], max_tokens=3, likelihood=True)
     try:
-        async with AsyncClient(inference=address) as client:
+        async with open_client(ready) as client:
             with AnswerFile(path) as retained:
                 contest = Contest(client, plan, QUESTIONS, retained)
                 await contest.meet()
                 await contest.answer()
                 await contest.score_likelihoods()
     finally:
-        await server.drain(5)
         await ready.engine.stop()
     report = standings(plan, QUESTIONS, contest.found)
     assert report.failures == ()

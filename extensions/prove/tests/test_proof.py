@@ -43,6 +43,7 @@ from loramux_shared.faults import BuildInterrupted, CheckpointInvalid, ProofFail
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.proving import proved_here
+from tests.support.mortal import copied
 from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of, oracle, refusal
 
 Change = Callable[[Any, Manifest], None]
@@ -127,9 +128,7 @@ def tampered(store: MemoryStore, name: str, change: Change, file: str = WEIGHTS_
 
     Of the vocabulary, all of it is one row.
     """
-    other = MemoryStore()
-    for key in store.list(""):
-        other.put(key, store.get(key))
+    other = copied(store)
     old = current_generation(other, "tiny").adapters[name].digest
     bundle = read_bundle(other, old)
     data = bytearray(other.get(bundle_key(old, file)))

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, is_dataclass
 from itertools import count
@@ -15,15 +15,14 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from inference_service.http.server import HttpServer
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux.client import AsyncClient, Client
 from loramux.faults import ModelNotFound, ReplicaFailed, RequestInvalid
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux.records import Delta, Event
-from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.open import open_store
 from tests.ray_cluster import NAMES, RayFleet, ray_world, settings_of
+from tests.support.grpc_api import open_rpc
+from tests.support.openai_api import open_api
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -104,31 +103,18 @@ def agree(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-class Single:
-    """The same service as a process of its own has it."""
-
-    def __init__(self, grpc_address: str, http: httpx.AsyncClient) -> None:
-        self.grpc = grpc_address
-        self.http = http
-
-
 @pytest_asyncio.fixture
-async def single(world: World) -> Any:
-    """A service beside Ray's, with our own servers."""
-    ready = world.load(open_store(f"file://{world.root}/store"), backend="torch", native=False, threads=1)
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: InferenceServicer(ready.service).register})
-    http = HttpServer("127.0.0.1:0", ready.service)
-    addresses = await server.start(), await http.start()
-    ready.engine.start()
-    await server.set_serving(True)
-    async with httpx.AsyncClient(base_url=f"http://{addresses[1]}", timeout=BOUND_S) as opened:
-        yield Single(addresses[0], opened)
-    await server.drain(0)
-    await http.drain(0)
-    await ready.engine.stop()
+async def single(world: World) -> AsyncIterator[tuple[str, httpx.AsyncClient]]:
+    """A service beside Ray's, with our own servers: the gRPC address, and a client of the HTTP API."""
+    settings: dict[str, Any] = {"backend": "torch", "native": False, "threads": 1}
+    store = open_store(f"file://{world.root}/store")
+    async with open_api((world, store), **settings) as api, open_rpc(api.ready.service) as server:
+        yield server.address, api.http
 
 
-async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: Single) -> None:
+async def test_answers_equal_those_of_a_single_service(
+    fleet: RayFleet, single: tuple[str, httpx.AsyncClient]
+) -> None:
     """The base and adapters answer through both of Ray's proxies as one process does, streamed or not."""
 
     async def events(address: str, model: str) -> list[object]:
@@ -136,7 +122,7 @@ async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: 
             return together([event async for event in opened.generate(model, PROMPT, **FIELDS)])
 
     for model in ("base", "a1", "a5"):
-        assert agree(await events(fleet.rpc, model), await events(single.grpc, model))
+        assert agree(await events(fleet.rpc, model), await events(single[0], model))
     async with httpx.AsyncClient(base_url=fleet.url, timeout=BOUND_S) as ray_http:
         body = {
             "messages": [{"role": "user", "content": "Hi"}],
@@ -146,13 +132,11 @@ async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: 
         }
         for model in ("base", "a2"):
             requests = body | {"model": model}
-            answers = [
-                await http.post("/v1/chat/completions", json=requests) for http in (ray_http, single.http)
-            ]
+            answers = [await http.post("/v1/chat/completions", json=requests) for http in (ray_http, single[1])]
             assert agree(content_of(answers[0].json()), content_of(answers[1].json()))
             streamed = [
                 await http.post("/v1/chat/completions", json=requests | {"stream": True})
-                for http in (ray_http, single.http)
+                for http in (ray_http, single[1])
             ]
             assert text_of(streamed[0]) == text_of(streamed[1])
             assert streamed[0].headers["x-loramux-digest" if model != "base" else "x-loramux-model"]

@@ -13,6 +13,7 @@ from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
 from loramux_shared.faults import BundleCorrupt, ModelNotFound
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.mortal import copied
 from tests.support.service import PROMPT, Service, open_service
 from tests.support.tiny import ADAPTERS, World
 from tests.support.waiting import until
@@ -21,13 +22,6 @@ Opened = Callable[..., Awaitable[Service]]
 NAMES = sorted(ADAPTERS)
 SMALL = 29_000 / 1e9
 """GB that hold the largest of the tiny adapters alone, or the two others."""
-
-
-def _copy(store: MemoryStore) -> MemoryStore:
-    copy = MemoryStore()
-    for key in store.list(""):
-        copy.put(key, store.get(key))
-    return copy
 
 
 async def _tokens(service: Service, model: str, **fields: Any) -> tuple[str, list[int]]:
@@ -95,7 +89,7 @@ async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
     opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
 ) -> None:
     """A flipped byte of one adapter: the replica starts, others are answered, and requests for it say why."""
-    store = _copy(world[1])
+    store = copied(world[1])
     generation = current_generation(store, "tiny")
     key = bundle_key(generation.adapters["all"].digest, WEIGHTS_FILE)
     data = bytearray(store.get(key))
@@ -121,7 +115,7 @@ async def test_names_switch_under_running_requests(
     """Generations exchange which adapter a name stands for, while requests for it come all the time:
     each is answered by the digest that its AnswerStarted names, from the first token to the last, also while
     the bank is too small for all of them."""
-    store = _copy(world[1])
+    store = copied(world[1])
     service = await opened((world[0], store), adapter_memory_gb=SMALL)
     generation = current_generation(store, "tiny")
     digests = {record.digest for record in generation.adapters.values()}
@@ -156,7 +150,7 @@ async def test_a_name_that_is_gone_is_not_found_and_what_runs_on_it_ends(
     opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
 ) -> None:
     """A removed name is MODEL_NOT_FOUND for new requests; one that began before is answered to its end."""
-    store = _copy(world[1])
+    store = copied(world[1])
     service = await opened((world[0], store))
     generation = current_generation(store, "tiny")
     engine = service.ready.engine

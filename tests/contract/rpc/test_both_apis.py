@@ -9,13 +9,12 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
+from inference_service.rpc.servicer import SERVICE_NAME
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.requests import generate_request
-from loramux_shared.rpc.server import RpcServer
 from tests.fuzz.apis import CALL, FuzzedApis
+from tests.support.grpc_api import open_rpc
 from tests.support.openai_api import open_api, openai_world
-from tests.support.waiting import BOUND_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 USER = {"role": "user", "content": "x"}
@@ -26,12 +25,12 @@ LOOK = {"type": "function", "function": {"name": "look"}}
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def apis(api_processes: int, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FuzzedApis]:
     """The endpoints of an inference service."""
-    async with open_api(openai_world(tmp_path_factory.mktemp("both"))) as http:
-        services = {SERVICE_NAME: InferenceServicer(http.ready.service).register}
-        server = RpcServer("127.0.0.1:0", services)
-        async with grpc.aio.insecure_channel(await server.start()) as channel:
-            yield FuzzedApis(http.http, {SERVICE_NAME: channel}, {})
-        await server.drain(BOUND_S)
+    async with (
+        open_api(openai_world(tmp_path_factory.mktemp("both"))) as http,
+        open_rpc(http.ready.service) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        yield FuzzedApis(http.http, {SERVICE_NAME: channel}, {})
 
 
 TURNS: list[tuple[list[dict[str, Any]], dict[str, Any], bool]] = [

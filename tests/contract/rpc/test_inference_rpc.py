@@ -17,13 +17,14 @@ from grpc_status import rpc_status
 
 from inference_service.core.sequence import Batch
 from inference_service.engine.runner import Pending
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
+from inference_service.rpc.servicer import SERVICE_NAME
 from inference_service.startup.load import Ready
 from loramux import AsyncClient, Client, FinishReason, faults
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.grpc_api import open_rpc
 from tests.support.service import until_free
 from tests.support.tiny import World, make_world
 from tests.support.waiting import BOUND_S, until
@@ -79,15 +80,10 @@ class RpcApi:
 @asynccontextmanager
 async def served(ready: Ready) -> AsyncIterator[RpcApi]:
     """Put a server before a service."""
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: InferenceServicer(ready.service).register})
-    await server.start()
-    await server.set_serving(True)
-    api = RpcApi(ready, server)
-    try:
+    async with open_rpc(ready.service) as server:
+        api = RpcApi(ready, server)
         async with api.channel, api.client:
             yield api
-    finally:
-        await server.drain(BOUND_S)
 
 
 @asynccontextmanager
