@@ -14,7 +14,6 @@ from inference_service.chat.formats.reading import (
     AnswerReader,
     AnswerSource,
     ParsedAnswer,
-    Plain,
     Reader,
     ThinkingMarks,
     ToolFormat,
@@ -22,7 +21,7 @@ from inference_service.chat.formats.reading import (
     nothing,
 )
 from inference_service.chat.formats.tagged import HERMES, QWEN3_CODER
-from inference_service.chat.request import AnswerCalls
+from inference_service.chat.request import AnswerCalls, Plain
 from inference_service.serving.request import Message
 from inference_service.serving.service import GenerationService
 from inference_service.text.chat_template import ChatTemplate

@@ -312,6 +312,18 @@ class CallArguments:
 Piece = TextPiece | Thought | CallBegun | CallArguments
 
 
+class Plain:
+    """An answer without tools: all of it is said."""
+
+    def push(self, text: str) -> list[Piece]:
+        """Return the text."""
+        return [TextPiece(text)] if text else []
+
+    def finish(self) -> list[Piece]:
+        """Return nothing."""
+        return []
+
+
 def call_id() -> str:
     """Return an id for a new call."""
     return f"call_{secrets.token_hex(12)}"

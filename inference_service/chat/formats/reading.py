@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Final, TypeVar
 
 from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling
-from inference_service.chat.request import AnswerCalls, Piece, TextPiece, Thought, call_id
+from inference_service.chat.request import AnswerCalls, Piece, Plain, TextPiece, Thought, call_id
 from inference_service.serving.request import Message
 from loramux_shared.runtime import ToolParser
 
@@ -154,18 +154,6 @@ class ParsedAnswer:
                 break
             pieces.append(piece)
         return pieces
-
-
-class Plain:
-    """An answer without tools: all of it is said."""
-
-    def push(self, text: str) -> list[Piece]:
-        """Return the text."""
-        return [TextPiece(text)] if text else []
-
-    def finish(self) -> list[Piece]:
-        """Return nothing."""
-        return []
 
 
 AnswerReader = Plain | ParsedAnswer
