@@ -1,1 +1,1 @@
-"""Offline inference: a base and its adapters in the process of a program, and batches from files."""
+"""Offline inference: a base and its adapters in the process of a program."""

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loramux.cli.main import app
-from loramux_offline.batch import ATTEMPTS, Batch, Counts
+from loramux_batches.batch import ATTEMPTS, Batch, Counts
 from loramux_shared.faults import RequestInvalid
 from tests.support.openai_api import openai_world
 

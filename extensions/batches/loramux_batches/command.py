@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -19,8 +19,7 @@ from loramux.connection import Credentials
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
 
 if TYPE_CHECKING:
-    from loramux_offline.batch import Batch, Counts
-    from loramux_offline.llm import LLM
+    from loramux_batches.batch import Batch, Counts
 
 URL = "http://127.0.0.1:8000"
 CONCURRENCY = 64
@@ -55,7 +54,7 @@ def run_batch(
     if missing:
         needs = f"run-batch needs {' and '.join(missing)}, not installed here"
         raise SettingsInvalid(f"{needs}: pip install 'loramux[offline]'")
-    from loramux_offline.batch import Batch, unanswered
+    from loramux_batches.batch import Batch, unanswered
 
     try:
         batch = Batch(source, output)
@@ -71,14 +70,14 @@ def run_batch(
         raise unanswered(counts, output)
 
 
-def _loaded(deployment: Path) -> LLM:
-    from loramux_offline.llm import LLM
+def _loaded(deployment: Path) -> Any:
+    import loramux
 
     with shell.step(f"loading {deployment}"):
-        return LLM(deployment)
+        return loramux.LLM(deployment)
 
 
-def _run(batch: Batch, url: str, llm: LLM | None, concurrency: int) -> Counts:
+def _run(batch: Batch, url: str, llm: Any, concurrency: int) -> Counts:
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=shell.err, transient=True) as progress:
         bar = progress.add_task("requests", total=batch.counts.total, completed=batch.counts.done)
@@ -87,7 +86,7 @@ def _run(batch: Batch, url: str, llm: LLM | None, concurrency: int) -> Counts:
 
 
 async def _ask(
-    batch: Batch, url: str, llm: LLM | None, concurrency: int, on_answer: Callable[[], None]
+    batch: Batch, url: str, llm: Any, concurrency: int, on_answer: Callable[[], None]
 ) -> Counts:
     import httpx
 

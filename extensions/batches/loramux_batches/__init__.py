@@ -1,0 +1,1 @@
+"""Batches in OpenAI's format: ``loramux run-batch``."""
