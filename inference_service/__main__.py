@@ -11,7 +11,7 @@ import sys
 
 import structlog
 
-from inference_service.store import open_replica_store
+from inference_service.store import open_batches, open_replica_store
 from loramux_shared.access.guard import open_guard
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.extensions import PARTS, SERVICES, absent, find_extensions
@@ -28,6 +28,7 @@ FLAGS = {
     "grpc": "HOST:PORT to listen on",
     "http": "HOST:PORT of the HTTP APIs; closed when not given",
     "api_processes": "processes that answer both APIs beside the engine's; 0: none; auto",
+    "batch_store": "URI of the store of files and batches; off when not given",
     "model_ports": "MODEL=HOST:PORT, by commas: gRPC addresses of one model each",
     "deployment": "the deployment to serve",
     "backend": "auto, native, torch or triton",
@@ -103,6 +104,7 @@ async def serve(settings: InferenceSettings) -> int:
         )
     if settings.backend == "triton":
         require_triton(settings.backend)
+    open_batches(settings)
     store = open_replica_store(settings)
     log.info("reading the deployment", deployment=settings.deployment, store=store.uri)
     await stop.starting(asyncio.to_thread(require_deployment, store, settings.deployment))

@@ -15,7 +15,7 @@ import structlog
 from inference_service.rpc.builder import BuilderNews, BuilderPublisher
 from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.startup.load import Ready, load_apart
-from inference_service.store import open_replica_store
+from inference_service.store import open_batches, open_replica_store
 from loramux.client import AsyncClient
 from loramux_shared.rpc.stopping import first_of
 from loramux_shared.settings import InferenceSettings
@@ -44,11 +44,15 @@ class Operators:
         if self._settings.builder:
             news = BuilderNews(self._settings.builder, self._settings.deployment, follower.nudge)
             self._tasks.append(asyncio.create_task(news.run(), name="news"))
+        if (batches := self._ready.service.batches) is not None:
+            work = batches.work(self._ready.service, self._settings)
+            self._tasks.append(asyncio.create_task(work, name="batches"))
 
     async def end(self) -> None:
         """Follow nothing any more."""
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._ready.follower.close()
         if self._client is not None:
             await self._client.close()
@@ -89,6 +93,7 @@ class Replica:
         client = AsyncClient(builder=settings.builder) if settings.builder else None
         publisher = BuilderPublisher(client, settings.deployment) if client is not None else None
         ready = await load_apart(settings, store, watchers, publisher)
+        ready.service.batches = open_batches(settings)
         return cls(ready, Operators(settings, ready, client), tracing)
 
     def begin(self, on_failure: Callable[[], Awaitable[None]]) -> None:

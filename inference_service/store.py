@@ -1,10 +1,11 @@
-"""The store that a replica reads."""
+"""The stores of a replica."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
-from loramux_shared.settings import InferenceSettings
+from loramux_shared.extensions import need_extension
+from loramux_shared.settings import InferenceSettings, variable
 from loramux_shared.signatures import signed_store
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
@@ -22,3 +23,15 @@ def open_replica_store(settings: InferenceSettings) -> Store:
     """
     signed = signed_store(open_store(settings.store), settings.require_signature)
     return PatientStore(signed, pauses_s=START_PAUSES_S)
+
+
+def open_batches(settings: InferenceSettings) -> Any:
+    """Return the files and batches of the store that settings name: what the extension has of them, or None.
+
+    Raises:
+        SettingsInvalid: the address is no good, or the extension is not installed.
+    """
+    if settings.batch_store is None:
+        return None
+    part = need_extension("batches", f"{variable('batch_store')} is set")
+    return part.BatchStore(PatientStore(open_store(settings.batch_store), pauses_s=START_PAUSES_S))

@@ -107,7 +107,8 @@ class Following:
                         reported, sent = stored.generation, stored
                         yield stored
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(news.wait(), POLL_S)
+                        async with asyncio.timeout(POLL_S):
+                            await news.wait()
                     await asyncio.sleep(WATCH_INTERVAL_S if build else 0)
             finally:
                 if build is not None:

@@ -114,7 +114,8 @@ class Follower:
         while self._interval_s:
             pause_s = self._interval_s * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._nudged.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await self._nudged.wait()
             self._nudged.clear()
             await self._look()
 

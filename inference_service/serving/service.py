@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
@@ -97,6 +98,8 @@ class GenerationService:
         self.pooling_of_base = pooling_of_base
         self._parsers_of = parsers_of
         self._watchers = (self.metrics, *watchers)
+        self.batches: Any = None
+        """Files and batches of OpenAI's API, of the extension that has them; None without a store for them."""
         self.in_work = 0
         """Requests of all APIs that have not ended."""
         self.constraints = Constraints(limits.eos_token_ids)

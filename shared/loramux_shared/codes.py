@@ -214,6 +214,8 @@ CURES: Final = {
     "GENERATION_NOT_FOUND": "use one of the listed numbers",
     "ADAPTER_NOT_FOUND": "use one of the listed names",
     "MODEL_NOT_FOUND": "use one of the listed names",
+    "FILE_NOT_FOUND": "use an id of `GET /v1/files`; files of other keys are not listed, and files expire",
+    "BATCH_NOT_FOUND": "use an id of `GET /v1/batches`; batches of other keys are not listed",
     "REQUEST_ID_REUSED": "draw a new one",
     "ADAPTER_EXISTS": "set replace, or unload the adapter first",
     "GENERATION_MISMATCH": "check the changes, then repeat with the number of the newest generation",
@@ -226,6 +228,7 @@ CURES: Final = {
     "QUEUE_FULL": "retry",
     "RATE_LIMITED": "retry after the delay; the limits are those of the deployment file or of the key",
     "BUNDLE_NOT_FOUND": "build the adapter, or name a digest of `loramux history --json`",
+    "BATCH_CORRUPT": "check the write access to the store, and send the file or the batch again",
     "BUNDLE_CORRUPT": "restore the file, or build the deployment again",
     "RECORD_TOO_LARGE": "check the write access to the store, remove the object, and build the deployment "
     "again",

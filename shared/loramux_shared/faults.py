@@ -200,6 +200,14 @@ class ModelNotFound(Fault, status=Status.NOT_FOUND):
     """No base or adapter of that name; the message lists those that are served."""
 
 
+class FileNotFound(Fault, status=Status.NOT_FOUND):
+    """No file of that id that belongs to the key of the request."""
+
+
+class BatchNotFound(Fault, status=Status.NOT_FOUND):
+    """No batch of that id that belongs to the key of the request."""
+
+
 class RequestIdReused(Fault, status=Status.ALREADY_EXISTS):
     """A request id that was used for another deployment."""
 
@@ -258,6 +266,10 @@ class RecordTooLarge(BundleCorrupt, status=Status.DATA_LOSS):
 
 class SignatureInvalid(BundleCorrupt, status=Status.DATA_LOSS):
     """An object that is not signed by a required signer, or was changed since."""
+
+
+class BatchCorrupt(Fault, status=Status.DATA_LOSS):
+    """An object of the store of files and batches is not what was stored there."""
 
 
 class ProofFailed(Fault, status=Status.DATA_LOSS):

@@ -265,6 +265,8 @@ class InferenceSettings(Settings):
 
     auto: 0 on a CPU, 1 on a GPU.
     """
+    batch_store: str | None = Field(default=None, min_length=1)
+    """The store of files and batches of OpenAI's API, as `store` is written; without it there are none."""
     model_ports: ModelPorts = ()
     """gRPC addresses that stand for one model each, MODEL=HOST:PORT by commas: for gateways whose workers have
     one model, as SMG's over gRPC. Any name of a model will do, a mixture's too. None under Ray."""

@@ -15,7 +15,19 @@ from tests.support.tiny import World, make_world
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1200)]
 TORCH = "INSTALL_TORCH"
 """Variable with which the extras that bring torch, some GB, are installed too."""
-NEEDS_TORCH = {"inference", "gpu", "batches", "offline", "ray", "vllm-grpc", "prove", "demo", "train", "trl", "test"}
+NEEDS_TORCH = {
+    "inference",
+    "gpu",
+    "batches",
+    "offline",
+    "ray",
+    "vllm-grpc",
+    "prove",
+    "demo",
+    "train",
+    "trl",
+    "test",
+}
 EXTRAS = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 NO_SERVER = """
 import subprocess, sys

@@ -158,7 +158,7 @@ async def number_each(method: str, requests: Sequence[Message], call: Call) -> N
 
 
 VALID: Mapping[str, str] = cases(__file__, "VALID")
-"""Reasons of valid requests that cannot succeed here: the replica knows no builder and no classifier, the
+"""Reasons of valid requests that cannot succeed here: the replica knows no builder, classifier and file, the
 question for a summary is longer than its sequences, and an upload has more than one message.
 """
 

@@ -16,6 +16,7 @@ from inference_service.http.server import HttpServer
 from inference_service.http.wire.protocol import ClientTimeouts
 from inference_service.rpc.servicer import InferenceServicer
 from inference_service.serving.telemetry.request_log import open_watchers
+from inference_service.store import open_batches
 from loramux_apis.channel import Channel
 from loramux_apis.relay import HttpRelay, RpcRelay
 from loramux_apis.remote import RemoteService
@@ -75,6 +76,7 @@ class ApiProcess:
         watchers = open_watchers(self._tracing, log_prompts=settings.log_prompts)
         service = self._service = RemoteService(facts["served"], settings.parsers, watchers)
         service.attach(self.channel)
+        service.batches = open_batches(settings)
         scopes, keyless, untraced = facts["rules"]
         self._rpc = RpcServer(
             facts["grpc"],

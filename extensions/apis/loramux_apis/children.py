@@ -37,7 +37,7 @@ ENDED_S: Final = 5.0
 """Above the time that a drain takes, for a process to end by itself."""
 MODULE: Final = "loramux_apis.api"
 PASSED: Final = (
-    *("deployment", "keys_file", "tls_cert", "tls_key", "tls_client_ca", "insecure"),
+    *("deployment", "batch_store", "keys_file", "tls_cert", "tls_key", "tls_client_ca", "insecure"),
     *("stall_timeout_s", "log_format", "log_prompts", "tool_parser", "reasoning_parser"),
 )
 """Settings that concern the APIs."""

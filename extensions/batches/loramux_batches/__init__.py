@@ -1,1 +1,1 @@
-"""Batches in OpenAI's format: ``loramux run-batch``."""
+"""Batches in OpenAI's format: files and batches of a replica, and ``loramux run-batch``."""

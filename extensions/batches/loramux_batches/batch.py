@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, Final
 from uuid import uuid4
@@ -41,6 +42,8 @@ AGAIN: Final = frozenset({408, 429, 502, 503, 504, 529})
 ATTEMPTS: Final = 8
 PAUSE_S: Final = 0.5
 LONGEST_S: Final = 30.0
+SEPARATORS: Final = {each: f"\\u{each:04x}" for each in (0x85, 0x2028, 0x2029)}
+"""Ends of lines to many readers, which JSON does not escape."""
 MAX_REPORTED: Final = 20
 """Wrong lines that are reported."""
 
@@ -73,11 +76,18 @@ class Counts:
 class Batch:
     """A file of requests, and the file of their answers."""
 
-    def __init__(self, source: Path, output: Path, pause_s: float = PAUSE_S) -> None:
+    def __init__(
+        self,
+        source: Path,
+        output: Path,
+        pause_s: float = PAUSE_S,
+        urls: Collection[str] = URLS,
+        attempts: int | None = ATTEMPTS,
+    ) -> None:
         """Check all requests, and read which of them are answered.
 
         pause_s is the pause before a second attempt; each pause is twice as long as the one before, at most
-        `LONGEST_S`.
+        `LONGEST_S`. Without a number of attempts, there is no last one.
 
         Raises:
             RequestInvalid: lines that are no requests, by their numbers; or an output that is no batch's.
@@ -86,7 +96,8 @@ class Batch:
         self._source = source
         self._output = output
         self._pause_s = pause_s
-        ids = _checked(source)
+        self._attempts = attempts
+        ids = _checked(source, urls)
         answered, refused, self._length = _answered(output)
         self._done = answered & ids
         self.counts = Counts(len(ids), len(self._done), len(refused & ids))
@@ -94,10 +105,10 @@ class Batch:
     async def run(self, http: httpx.AsyncClient, concurrency: int, on_answer: Callable[[], None]) -> Counts:
         """Send what is not answered, as many at once; each answer is written when it comes.
 
-        A request that finds no server, or a busy one, is sent again. Where `ATTEMPTS` were not enough, it stays
-        unanswered; when that is so of as many in a row as are sent at once, the batch ends.
+        A request that finds no server, or a busy one, is sent again. Where all attempts were not enough, it
+        stays unanswered; when that is so of as many in a row as are sent at once, the batch ends.
         """
-        requests = (each for each in _requests(self._source) if each.custom_id not in self._done)
+        requests = self.unanswered()
         self._output.parent.mkdir(parents=True, exist_ok=True)
         counts, unanswered = self.counts, 0
         with self._output.open("ab") as file:
@@ -110,6 +121,7 @@ class Batch:
                     unanswered = unanswered + 1 if answer is None else 0
                     if answer is not None:
                         _append(file, request, answer)
+                        self._done.add(request.custom_id)
                         counts.done += 1
                         counts.refused += not answer.is_success
                         on_answer()
@@ -121,10 +133,14 @@ class Batch:
                     group.create_task(work())
         return counts
 
+    def unanswered(self) -> Iterator[BatchRequest]:
+        """Yield the requests that have no answer."""
+        return (each for each in _requests(self._source) if each.custom_id not in self._done)
+
     async def _ask(self, http: httpx.AsyncClient, request: BatchRequest) -> httpx.Response | None:
         """Return the final answer, None where there was none."""
-        for attempt in range(ATTEMPTS):
-            pause_s = min(LONGEST_S, self._pause_s * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+        for attempt in count() if self._attempts is None else range(self._attempts):
+            pause_s = min(LONGEST_S, self._pause_s * 2 ** min(attempt, ATTEMPTS)) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
             try:
                 answer = await http.post(request.url, json=request.body)
                 if answer.status_code not in AGAIN:
@@ -133,7 +149,7 @@ class Batch:
                 pause_s = min(LONGEST_S, max(pause_s, float(retry_after) if retry_after.isdecimal() else 0.0))
             except httpx.TransportError:
                 pass
-            if attempt + 1 < ATTEMPTS:
+            if attempt + 1 != self._attempts:
                 await asyncio.sleep(pause_s)
         return None
 
@@ -144,14 +160,23 @@ def _append(file: IO[bytes], request: BatchRequest, answer: httpx.Response) -> N
         "request_id": answer.headers.get("x-request-id", ""),
         "body": _body(answer),
     }
+    file.write(_line(request.custom_id, response, None))
+    file.flush()
+
+
+def error_line(custom_id: str, code: str, message: str) -> bytes:
+    """Return the line of output of a request that was not answered."""
+    return _line(custom_id, None, {"code": code, "message": message})
+
+
+def _line(custom_id: str, response: Any, error: Any) -> bytes:
     line = {
         "id": f"batch_req_{uuid4().hex}",
-        "custom_id": request.custom_id,
+        "custom_id": custom_id,
         "response": response,
-        "error": None,
+        "error": error,
     }
-    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-    file.flush()
+    return json.dumps(line, ensure_ascii=False).translate(SEPARATORS).encode() + b"\n"
 
 
 def _body(answer: httpx.Response) -> Any:
@@ -169,7 +194,7 @@ def _requests(source: Path) -> Iterator[BatchRequest]:
                 yield BatchRequest(read["custom_id"], read["url"], read["body"])
 
 
-def _checked(source: Path) -> set[str]:
+def _checked(source: Path, urls: Collection[str]) -> set[str]:
     """Return the ids of all requests.
 
     Raises:
@@ -181,7 +206,7 @@ def _checked(source: Path) -> set[str]:
         for number, line in enumerate(lines, 1):
             if not line.strip() or len(findings) == MAX_REPORTED:
                 continue
-            wrong = _wrong(line, ids)
+            wrong = _wrong(line, ids, urls)
             if wrong is not None:
                 where, expected, found = wrong
                 findings.append(
@@ -194,7 +219,7 @@ def _checked(source: Path) -> set[str]:
     return ids
 
 
-def _wrong(line: bytes, ids: set[str]) -> tuple[str, str, str] | None:
+def _wrong(line: bytes, ids: set[str], urls: Collection[str]) -> tuple[str, str, str] | None:
     """Return which field of a line is wrong, what it should be and what it is; else add the line's id."""
     try:
         read = json.loads(line)
@@ -209,8 +234,8 @@ def _wrong(line: bytes, ids: set[str]) -> tuple[str, str, str] | None:
         return ", custom_id", "a text that no other line has", repr(custom_id)
     if method != "POST":
         return ", method", "POST", repr(method)
-    if url not in URLS:
-        return ", url", f"one of {', '.join(URLS)}", repr(url)
+    if url not in urls:
+        return ", url", f"one of {', '.join(urls)}" if len(urls) > 1 else repr(*urls), repr(url)
     if not isinstance(body, dict):
         return ", body", "a JSON object", type(body).__name__
     if body.get("stream"):

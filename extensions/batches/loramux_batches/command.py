@@ -85,9 +85,7 @@ def _run(batch: Batch, url: str, llm: Any, concurrency: int) -> Counts:
         return llm.run(work) if llm else asyncio.run(work)
 
 
-async def _ask(
-    batch: Batch, url: str, llm: Any, concurrency: int, on_answer: Callable[[], None]
-) -> Counts:
+async def _ask(batch: Batch, url: str, llm: Any, concurrency: int, on_answer: Callable[[], None]) -> Counts:
     import httpx
 
     transport = None

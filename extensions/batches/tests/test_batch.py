@@ -64,6 +64,13 @@ async def test_every_request_has_an_answer_refused_ones_too(tmp_path: Path) -> N
     assert found["r4"]["status_code"] == 200
 
 
+async def test_a_line_is_one_line_to_every_reader(tmp_path: Path) -> None:
+    """Separators of lines that JSON leaves as they are stand escaped in the output."""
+    text = "a\x85b\u2028c\u2029d\n"
+    await run(written(tmp_path / "in", request(0)), tmp_path / "out", lambda _: httpx.Response(200, json=text))
+    assert answers(tmp_path / "out")["r0"]["body"] == text
+
+
 async def test_a_run_that_was_killed_is_resumed(tmp_path: Path) -> None:
     """A second run sends no answered request again, and the one whose line was cut off once more."""
     source, sent = written(tmp_path / "in", *(request(number) for number in range(4))), []

@@ -25,7 +25,7 @@ WORDS: Final[Mapping[int, str]] = {
     400: "The request is not valid, or is not served; the error says what was expected and found.",
     401: "The server has keys, and the request shows none that it knows.",
     403: "The key may not do this, or a page of another site asked for it.",
-    404: "No model, adapter or generation of that name; the error has the nearest.",
+    404: "No model, adapter, generation, file or batch of that name; the error has the nearest.",
     408: "The request did not arrive in time.",
     409: "Another client changes the same thing at the same time.",
     413: "The body is too large.",

@@ -107,7 +107,7 @@ def test_the_table_of_the_docs_names_the_same_routes_and_scopes() -> None:
     reported = {
         (method, path, row.split("|")[3].strip(" `"))
         for row in table.splitlines()
-        for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", row)
+        for method, path in re.findall(r"`(GET|POST|DELETE) (/[^`]*)`", row)
     }
     served = {
         (
@@ -124,7 +124,7 @@ def test_an_operation_is_complete() -> None:
     """Each operation has a summary, answers with descriptions, and the parameters of its path."""
     for path, method, reported in OPERATIONS:
         assert path.startswith("/")
-        assert method in ("get", "post")
+        assert method in ("get", "post", "delete")
         assert reported["summary"].endswith(".")
         assert {"400", "500", "503"} <= set(reported["responses"])
         assert {"401", "403"} <= set(reported["responses"]) or not reported["security"]

@@ -134,7 +134,8 @@ class Resolver:
         """Look at the marks every minute, and after each adapter that was added, until cancelled."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._added.wait(), LOOK_S * random.uniform(0.7, 1.3))  # noqa: S311
+                async with asyncio.timeout(LOOK_S * random.uniform(0.7, 1.3)):  # noqa: S311
+                    await self._added.wait()
             self._added.clear()
             try:
                 await self.look()

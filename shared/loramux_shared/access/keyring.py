@@ -86,6 +86,13 @@ class Keyring:
             )
         return access
 
+    def rights_of(self, key_id: str) -> Access | None:
+        """Return the rights of a key that may infer, by its id; None where there is none."""
+        if self._watch.changed():
+            self._reload()
+        found = (entry.access for entry in self._entries.values() if entry.id == key_id)
+        return next((access for access in found if access.may(Scope.INFER)), None)
+
     def _reload(self) -> None:
         try:
             self._entries = self._read()

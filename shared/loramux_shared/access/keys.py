@@ -46,6 +46,8 @@ class Access:
     """The served names that inference is limited to; None: all."""
     limits: Limits | None = None
     """Limits of the key on each replica."""
+    background: bool = False
+    """True for requests of batches, which have what others leave."""
 
     def may(self, scope: Scope) -> bool:
         """True where this scope is among the rights."""
