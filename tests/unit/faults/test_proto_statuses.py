@@ -36,6 +36,7 @@ ELSEWHERE = {
     "SETTINGS_INVALID",  # ends a process, as the next does
     "PROOF_FAILED",
     "BUILD_INTERRUPTED",  # the build continues when the builder starts again
+    *("FILE_NOT_FOUND", "BATCH_NOT_FOUND", "BATCH_CORRUPT"),  # of routes of HTTP
     "METHOD_UNSUPPORTED",  # of services that others named
     "INTERNAL",  # nobody's intention
 }
