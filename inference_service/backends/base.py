@@ -14,6 +14,7 @@ from inference_service.kernels.sgmv import Update
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement
+from inference_service.lora.slots import Slots
 from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.rope import AttentionSpec
@@ -86,7 +87,7 @@ class LayerInputs(NamedTuple):
     """The cache of all layers, which distinguishes steps: it is compared by identity, and not used."""
 
 
-class StepLora(Protocol):
+class StepLora:
     """The adapters of a step: adds their part to the outputs of fused linears."""
 
     vocabularies: Vocabularies
@@ -98,62 +99,36 @@ class StepLora(Protocol):
         Raises:
             InternalFault: a row is of a slot that holds no adapter.
         """
-        ...
+        raise NotImplementedError
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
-        ...
+        raise NotImplementedError
 
-    def adapts_experts(self, layer: int) -> bool:
+    def adapts_experts(self, layer: int) -> bool:  # noqa: ARG002 - as cheap to find out while applying
         """Return whether an adapter of the step may add to experts of a layer."""
-        ...
+        return True
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """The same of each place's expert: out [pairs, all slices] and x [pairs, in] are by place."""
-        ...
+        raise NotImplementedError
 
 
-class LoraBackend(StepLora, Protocol):
+class LoraBackend(Slots, StepLora):
     """A bank of adapters: an arena of fixed size that never moves, and slots that say where each lies.
 
     Where an adapter goes and who leaves for it is decided elsewhere (`lora/places.py`). The engine's thread
     calls `open`, `enter`, `leave`, `begin` and `apply`; `pack` and `copy` run beside it.
     """
 
-    name: str
+    name = ""
     """For the start line."""
-    home: torch.device
+    home = torch.device("cpu")
     """Device from which it takes matrices."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the device that computes: of the arena and the tables."""
-        ...
-
-    @property
-    def num_slots(self) -> int:
-        """Slots that were opened."""
-        ...
-
-    @property
-    def slot_bytes(self) -> int:
-        """Return the table bytes of each slot, in use or not: many, where layers have experts."""
-        ...
-
-    def open(self, num_bytes: int, max_rank: int, num_slots: int, host_bytes: int = 0) -> None:
-        """Make the arena and the slots, once; no adapter has a larger rank in any module.
-
-        A GPU copies from host memory that is locked: what `pack` returns lies in host_bytes of it, where these
-        suffice.
-
-        Raises:
-            InternalFault: it is open already.
-        """
-        ...
 
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
         """Return an adapter as it will lie in the arena, in the host's memory; on any thread."""
-        ...
+        raise NotImplementedError
 
     def copy(self, packed: PackedAdapter, offset: int) -> None:
         """Copy it to bytes of the arena that no slot in use has, and return when it is there; on any thread.
@@ -161,21 +136,4 @@ class LoraBackend(StepLora, Protocol):
         Raises:
             InternalFault: it does not lie within the arena, or begins between two multiples of 64.
         """
-        ...
-
-    def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
-        """Give a slot to what was copied: steps that begin from now on find it there.
-
-        Raises:
-            InternalFault: there is no such slot, it is taken, the rank is above what was opened, or `copy`
-                would have raised.
-        """
-        ...
-
-    def leave(self, slot: int) -> None:
-        """Empty a slot; a later reference to it gets an error or nothing, never another adapter.
-
-        Raises:
-            InternalFault: it holds no adapter.
-        """
-        ...
+        raise NotImplementedError

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from inference_service.backends.base import LoraBackend
 from inference_service.kernels.cpu.ops import (
     ADAPTER_FIELDS,
     NO_ADAPTERS,
@@ -26,7 +27,7 @@ from inference_service.kernels.cpu.program import Place
 from inference_service.kernels.experts import ByExpert
 from inference_service.lora.packed import Layout, PackedAdapter, with_vocabulary, write_vectors
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert, sharing
-from inference_service.lora.slots import Slots, experts_of
+from inference_service.lora.slots import experts_of
 from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 
@@ -37,11 +38,10 @@ VECTORS: Final = [*range(7, ADAPTER_FIELDS, SLICE_FIELDS)]
 """Fields that are addresses where there are vectors, and 0 elsewhere."""
 
 
-class NativeLora(Slots):
+class NativeLora(LoraBackend):
     """Adds the adapters' part to the output of a fused linear: one call, exact ranks, no packing per step."""
 
     name = "native"
-    home = torch.device("cpu")
 
     def __init__(self, ops: CpuOps, groups: tuple[GroupShape, ...], num_layers: int) -> None:
         super().__init__()
@@ -132,10 +132,6 @@ class NativeLora(Slots):
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
         if self._linears[layer, group][0] & self._touched:
             self._ops.lora(x, out, self.adapters(layer, group))
-
-    def adapts_experts(self, layer: int) -> bool:  # noqa: ARG002 - as cheap to find out while applying
-        """Return True: `apply_experts` looks at each expert."""
-        return True
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """Add to them in one call.

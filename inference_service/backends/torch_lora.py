@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from inference_service.backends.base import LoraBackend
 from inference_service.kernels.experts import ByExpert
 from inference_service.lora.packed import FLOAT, Layout, PackedAdapter, pack_flat, padded
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert
-from inference_service.lora.slots import Slots
 from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 
@@ -81,7 +81,7 @@ class _Part:
         return None if b is None else (self.a[first : first + len(b)], b)
 
 
-class TorchLora(Slots):
+class TorchLora(LoraBackend):
     """Adds the adapters' part to the output of a fused linear.
 
     One product with the packed A of the active adapters, a mask, and one product per slice. Rows of adapters
@@ -90,7 +90,6 @@ class TorchLora(Slots):
     """
 
     name = "torch"
-    home = torch.device("cpu")
 
     def __init__(self, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -164,10 +163,6 @@ class TorchLora(Slots):
             self._apply_one(x, out, layer, index, segment)
         for segment in self._finished:
             self._adapters[segment.slot].finish(out[segment.start : segment.end], layer, index)
-
-    def adapts_experts(self, layer: int) -> bool:  # noqa: ARG002 - as cheap to find out while applying
-        """Return True: `apply_experts` looks at each expert."""
-        return True
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """One adapter of one expert after the other."""

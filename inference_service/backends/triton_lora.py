@@ -8,8 +8,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from inference_service.backends.base import LoraBackend
 from inference_service.kernels.experts import ByExpert
-from inference_service.kernels.experts.segments import Owners, allocate, capacity_of, fill, owners_of
+from inference_service.kernels.experts.segments import Owners, capacity_of, fill, owners_of
 from inference_service.kernels.launch import SideStream
 from inference_service.kernels.packing import power_of_two
 from inference_service.kernels.sgmv import (
@@ -36,7 +37,7 @@ EVERY: Final = -1
 """A bit for each linear."""
 
 
-class TritonLora(Bank):
+class TritonLora(Bank, LoraBackend):
     """Adds the adapters' part to the output of a fused linear, on the device.
 
     A step's launches depend on the capacity of its segments and on the bank's addresses alone. So what was
@@ -44,7 +45,6 @@ class TritonLora(Bank):
     """
 
     name = "triton"
-    home = torch.device("cpu")
 
     def __init__(
         self, groups: tuple[GroupShape, ...], num_layers: int, dtype: torch.dtype, device: torch.device
@@ -201,7 +201,8 @@ class TritonLora(Bank):
         capacity = capacity_of(step.capacity, places, self.num_experts, numbers)
         made = self._of_passes.setdefault(capacity, [])
         while len(made) < len(self._owners):
-            made.append(allocate(capacity, self._device))
+            packed = torch.empty(capacity.packed_size, dtype=torch.int32, device=self._device)
+            made.append(Segments.over(capacity, packed))
         if capacity not in self._workspaces:
             self._workspaces[capacity] = self._new_workspace(made[0], self.experts.values())
         segments = made[: len(self._owners)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,6 @@ from inference_service.kernels.sampling.layout import FIELDS, GENERATED, Kind, p
 from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, SegmentCapacity, Segments, pack_segments
 from inference_service.lora.segments import Arrangement, entries_of
 from loramux_shared.bases.memory import blend_buckets
-
-Tables = TypeVar("Tables", AttentionTables, DeltaTables, Segments)
 
 PAIR: Final = 2
 """Adapters of a row in most mixtures."""
@@ -164,9 +162,8 @@ class StepBuffers:
         """int32 [rows]"""
         self.last_rows = view["last_rows"]
         """int32 [seqs]: the row that each token is drawn from."""
-        device = memory.packed.device
         self.attention = {
-            cut: _in(view[name], AttentionTables.allocate(each, device))
+            cut: AttentionTables.over(each, view[name])
             for cut, name, each in zip(capacity.cuts, self._tables, self._attention_capacities, strict=True)
         }
         self.segments: list[Segments] = []
@@ -174,12 +171,12 @@ class StepBuffers:
         self.parts = 1
         """Adapters that a row of the step has at most."""
         if self._segment_capacity is not None:
-            self.segments.append(_in(view["segments"], Segments.allocate(self._segment_capacity, device)))
+            self.segments.append(Segments.over(self._segment_capacity, view["segments"]))
         for each in capacity.mixed_segments:
-            self.segments.append(_in(view["mixed"][: each.packed_size], Segments.allocate(each, device)))
+            self.segments.append(Segments.over(each, view["mixed"][: each.packed_size]))
         self.delta: DeltaTables | None = None
         if self._delta_capacity is not None:
-            self.delta = _in(view["delta"], DeltaTables.allocate(self._delta_capacity, device))
+            self.delta = DeltaTables.over(self._delta_capacity, view["delta"])
         scratch = memory.sampling
         rows = view["sampling"].view(-1, FIELDS)
         self.sampling = SamplingTables(
@@ -260,13 +257,3 @@ def _drawing(seq: Sequence) -> bytes:
     if not progress.drawing:
         progress.drawing = packed_row(row_params(seq, seq.num_generated))
     return progress.drawing
-
-
-def _in(packed: Tensor, tables: Tables) -> Tables:
-    """Return tables of the same capacity whose arrays lie in other memory."""
-    views: dict[str, Any] = {
-        name: packed[where].view(old.dtype).view(old.shape)
-        for name, where in tables.capacity.sections.items()
-        if (old := getattr(tables, name)) is not None
-    }
-    return replace(tables, packed=packed, **views)

@@ -33,11 +33,17 @@ class Slots:
 
     @property
     def slot_bytes(self) -> int:
-        """Return the bytes of tables that each slot takes, in use or not."""
+        """Return the bytes of tables that each slot takes, in use or not: many, where layers have experts."""
         return 0
 
     def open(self, num_bytes: int, max_rank: int, num_slots: int, host_bytes: int = 0) -> None:  # noqa: ARG002 - nothing is locked
-        """Note the sizes, once."""
+        """Make the arena and the slots, once; no adapter has a larger rank in any module.
+
+        A GPU copies from host memory that is locked: what is packed lies in host_bytes of it, where these do.
+
+        Raises:
+            InternalFault: it is open already.
+        """
         if self._opened:
             raise InternalFault(
                 "the bank is open already: its memory may be recorded in graphs and cannot change"
@@ -54,10 +60,11 @@ class Slots:
             )
 
     def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
-        """Note that a slot is taken.
+        """Give a slot to what was copied: steps that begin from now on find it there.
 
         Raises:
-            InternalFault: it cannot be.
+            InternalFault: there is no such slot, it is taken, the rank is above what was opened, or what was
+                copied does not lie within the arena.
         """
         self.require_within(packed, offset)
         if not 0 <= slot < self.num_slots or slot in self._held:
@@ -70,10 +77,10 @@ class Slots:
         self._held[slot] = int.from_bytes(linears, "little")
 
     def leave(self, slot: int) -> None:
-        """Note that a slot is free.
+        """Empty a slot; a later reference to it gets an error or nothing, never another adapter.
 
         Raises:
-            InternalFault: it is.
+            InternalFault: it holds no adapter.
         """
         if self._held.pop(slot, None) is None:
             raise InternalFault(f"slot {slot} holds no adapter that could leave")

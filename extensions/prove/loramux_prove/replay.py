@@ -43,7 +43,7 @@ OF_ROUNDED_HEAD: Final = 0.02
 """Tolerance of the base's logits where its head is rounded to 8 bits."""
 
 
-class ProbeRecorder:
+class ProbeRecorder(StepLora):
     """Remembers what each module's output became at the probes' last rows.
 
     Of modules with vectors, and of embeddings and head, that is how outputs differ, and what these are rounded

@@ -240,9 +240,15 @@ class AttentionTables:
     @classmethod
     def allocate(cls, capacity: AttentionCapacity, device: torch.device | str) -> AttentionTables:
         """Buffers that hold no chunk yet."""
-        packed = torch.zeros(capacity.packed_size, dtype=torch.int32, device=device)
+        tables = cls.over(capacity, torch.zeros(capacity.packed_size, dtype=torch.int32, device=device))
+        tables.load(torch.from_numpy(pack_tables(capacity, [])))
+        return tables
+
+    @classmethod
+    def over(cls, capacity: AttentionCapacity, packed: Tensor) -> AttentionTables:
+        """Tables in int32 [packed_size] of the device."""
         views = {name: packed[where] for name, where in capacity.sections.items()}
-        tables = cls(
+        return cls(
             capacity,
             packed,
             cache_rows=views["cache_rows"],
@@ -251,8 +257,6 @@ class AttentionTables:
             merges=views["merges"].view(-1, MERGE_FIELDS),
             blocks=views["blocks"],
         )
-        tables.load(torch.from_numpy(pack_tables(capacity, [])))
-        return tables
 
     def of(self, group: int) -> AttentionTables:
         """The tables of one group of layers, in the same memory."""

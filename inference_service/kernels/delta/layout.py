@@ -109,12 +109,16 @@ class DeltaTables:
     @classmethod
     def allocate(cls, capacity: DeltaCapacity, device: torch.device | str) -> DeltaTables:
         """Buffers that hold no chunk yet."""
-        packed = torch.zeros(capacity.packed_size, dtype=torch.int32, device=device)
-        views = {name: packed[where] for name, where in capacity.sections.items()}
-        chunks, tiles = views["chunks"].view(-1, CHUNK_FIELDS), views["tiles"].view(-1, TILE_FIELDS)
-        tables = cls(capacity, packed, chunks=chunks, tiles=tiles)
+        tables = cls.over(capacity, torch.zeros(capacity.packed_size, dtype=torch.int32, device=device))
         tables.load(torch.from_numpy(pack_delta(capacity, [])))
         return tables
+
+    @classmethod
+    def over(cls, capacity: DeltaCapacity, packed: Tensor) -> DeltaTables:
+        """Tables in int32 [packed_size] of the device."""
+        views = {name: packed[where] for name, where in capacity.sections.items()}
+        chunks, tiles = views["chunks"].view(-1, CHUNK_FIELDS), views["tiles"].view(-1, TILE_FIELDS)
+        return cls(capacity, packed, chunks=chunks, tiles=tiles)
 
     def load(self, packed: Tensor) -> None:
         """Take over what ``pack_delta`` made: one copy, asynchronous when ``packed`` is pinned."""

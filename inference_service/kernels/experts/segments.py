@@ -60,16 +60,6 @@ def capacity_of(step: SegmentCapacity, pairs: int, num_experts: int, slots: int)
     return SegmentCapacity(pairs, slots, step.tile, scaled=step.scaled, active=active)
 
 
-def allocate(capacity: SegmentCapacity, device: torch.device) -> Segments:
-    """Return buffers that `fill` fills."""
-    packed = torch.empty(capacity.packed_size, dtype=torch.int32, device=device)
-    views = {name: packed[where] for name, where in capacity.sections.items()}
-    last = views.pop("scales")
-    scales = last.view(torch.float32) if capacity.scaled else None
-    planes = torch.zeros(1, dtype=torch.int32, device=device)
-    return Segments(capacity, packed, scales=scales, planes=planes, **views)
-
-
 def fill(segments: Segments, pairs: ByExpert, owners: Owners, *, slot_stride: int, expert_stride: int) -> None:
     """Make the segments of a layer's pairs; an expert of a slot has the number that the strides say.
 

@@ -331,18 +331,17 @@ class Segments:
     @classmethod
     def allocate(cls, capacity: SegmentCapacity, device: torch.device | str) -> Segments:
         """Buffers that hold no entry yet."""
-        packed = torch.empty(capacity.packed_size, dtype=torch.int32, device=device)
-        views = {name: packed[where] for name, where in capacity.sections.items()}
-        scales = views.pop("scales")
-        segments = cls(
-            capacity,
-            packed,
-            scales=scales.view(torch.float32) if capacity.scaled else None,
-            planes=torch.zeros(1, dtype=torch.int32, device=device),
-            **views,
-        )
+        segments = cls.over(capacity, torch.empty(capacity.packed_size, dtype=torch.int32, device=device))
         segments.load(torch.from_numpy(pack_segments(capacity, [])))
         return segments
+
+    @classmethod
+    def over(cls, capacity: SegmentCapacity, packed: Tensor) -> Segments:
+        """Segments in int32 [packed_size] of the device."""
+        views = {name: packed[where] for name, where in capacity.sections.items()}
+        last, planes = views.pop("scales"), torch.zeros(1, dtype=torch.int32, device=packed.device)
+        scales = last.view(torch.float32) if capacity.scaled else None
+        return cls(capacity, packed, scales=scales, planes=planes, **views)
 
     def load(self, packed: Tensor) -> None:
         """Take over what ``pack_segments`` made: one copy, asynchronous when ``packed`` is pinned."""
