@@ -55,7 +55,7 @@ def exit_of(fault: Fault) -> Exit:
 
 
 def state_dir() -> Path:
-    """Return the folder: ``$XDG_STATE_HOME/loramux``, else ``~/.local/state/loramux``; made where it can be."""
+    """Return the folder: ``$XDG_STATE_HOME/loramux``, ``~/.local/state/loramux`` or a new private one."""
     state_home = os.environ.get("XDG_STATE_HOME", "")
     try:
         folder = (
@@ -63,7 +63,7 @@ def state_dir() -> Path:
         ) / "loramux"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # a home that cannot be written, or none
-        return Path(tempfile.gettempdir())
+        return Path(tempfile.mkdtemp(prefix="loramux-"))
     return folder
 
 

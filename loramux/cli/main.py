@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -102,6 +103,8 @@ def usual(words: Sequence[str]) -> list[str]:
 def main() -> None:
     """Run the command line; `loramux.cli.exits` has the exit codes."""
     sys.excepthook = tell_uncaught
+    if isinstance(sys.stdout, TextIOWrapper):  # answers have characters that not every terminal has
+        sys.stdout.reconfigure(errors="backslashreplace")
     typer.main.get_command(app)(usual(sys.argv[1:]), prog_name="loramux")
 
 

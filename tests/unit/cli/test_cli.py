@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -295,6 +297,16 @@ def test_a_reader_that_goes(fakes: Fakes, tmp_path: Path, flags: list[str]) -> N
     assert (process.wait(), errors.read_text()) == (141, "")
 
 
+def test_characters_that_the_output_does_not_have(tmp_path: Path) -> None:
+    """A character that the encoding of stdout lacks is escaped instead of ending the command."""
+    entry = {"id": "a", "sha256": "0" * 64, "scopes": ["infer"], "comment": "caf\xe9"}
+    (tmp_path / "keys").write_text(json.dumps(entry))
+    command = [sys.executable, "-m", "loramux.cli.main", "keys", "list", "--file", "keys"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    output = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True).stdout
+    assert b"caf\\xe9" in output
+
+
 def test_an_error_of_ours_is_one_line_and_a_file(tmp_path: Path, monkeypatch, capsys) -> None:
     """An unforeseen exception is one line that names the file with its traceback."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -314,6 +326,10 @@ def test_what_the_system_refuses_is_no_mistake_of_ours(capsys: pytest.CaptureFix
 
 
 def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """History and tracebacks are in a folder that no other user can enter."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    assert state_dir().is_dir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = state_dir()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o077 == 0
