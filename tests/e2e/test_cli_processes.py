@@ -1,4 +1,4 @@
-"""The command line as processes: children, terminals, and clean ends."""
+"""The command line as processes: children, terminals, clean ends, and ``loramux up`` with the real services."""
 
 import asyncio
 import json
@@ -20,7 +20,8 @@ from loramux import Client, Delta
 from loramux.cli.exits import Exit, exit_of
 from loramux.cli.local.tree import ProcessTree, ServiceDied, free_address, run_tree
 from loramux.cli.main import app
-from loramux.faults import SettingsInvalid
+from loramux.faults import ModelNotFound, SettingsInvalid
+from loramux.records import Finished, Started
 from loramux_shared.rpc.options import require_free
 from tests.support.access import lines, new_entry
 from tests.support.commands import Command, running
@@ -28,6 +29,8 @@ from tests.support.fake_services import Fakes
 from tests.support.forks import command_line
 from tests.support.once import one_at_a_time
 from tests.support.root import ROOT
+from tests.support.tiny import make_world
+from tests.support.up import up
 from tests.support.waiting import BOUND_S, wait_until
 
 BOTH = "--scope build --scope infer"
@@ -282,3 +285,45 @@ def test_the_demo_on_a_terminal(
     assert "loramux demo --keep" in text
     panels = [line.strip() for line in text.splitlines() if line.startswith(("│", "╭", "╰"))]
     assert max(map(len, panels)) <= 80
+
+
+def _changed(builder: str, *words: str | Path) -> int:
+    """Run a command that changes the deployment, in this process; return the generation that it names."""
+    ended = CliRunner().invoke(app, [*map(str, words), "--builder", builder, "--json"])
+    assert ended.exit_code == 0, ended.stderr
+    return int(re.findall(r'"generation": ?([0-9]+)', ended.stdout)[-1])
+
+
+def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
+    """A push, a removal and a rollback hold for the next request that names the generation; an older stream
+    finishes with its adapter."""
+    world = make_world(tmp_path)
+    file = tmp_path / "deployment.yaml"
+    file.write_text(json.dumps(world.deployment().model_dump(mode="json")))
+    with up(tmp_path, file, "--dtype", "float32", "--threads", "1") as served, Client(served.grpc) as client:
+        builder = served.builder
+        output = (tmp_path / "up.log").read_text()
+        doing = r"  importing torch\n  reading the base, .* GB\n  loading [0-9]+ adapters\n"
+        assert re.search(doing, output.replace("  compiling operations for this processor, once\n", "")), output
+
+        def ask(model: str, generation: int) -> Started:
+            events = list(client.generate(model, "HELLO", max_tokens=4, min_generation=generation))
+            assert isinstance(events[0], Started)
+            assert isinstance(events[-1], Finished)
+            return events[0]
+
+        wide = ask("wide", 1)
+        running = client.generate("wide", "HELLO", max_tokens=200, ignore_eos=True)
+        assert isinstance(next(running), Started)
+        pushed = _changed(builder, "push", world.adapters["rs"], "--name", "wide")
+        changed = ask("wide", pushed)
+        assert changed.generation == pushed > wide.generation
+        assert changed.adapter_digest == ask("rs", pushed).adapter_digest != wide.adapter_digest
+        assert isinstance(list(running)[-1], Finished)
+        removed = _changed(builder, "remove", "all")
+        with pytest.raises(ModelNotFound):
+            ask("all", removed)
+        with Client(builder=builder) as operator:
+            back = operator.rollback("tiny", wide.generation).generation
+        assert ask("wide", back).adapter_digest == wide.adapter_digest
+        ask("all", back)

@@ -1,8 +1,9 @@
-"""Adapters that requests add by naming a repository, on a replica without an engine."""
+"""Adapters that requests add by naming a repository: without an engine, and with a builder and a hub."""
 
 import asyncio
 from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from inference_service.serving.naming import Naming
 from inference_service.serving.request import ModelReference, Request, RequestPrompt
 from loramux_resolve.resolver import MOST_BUILDS, REMEMBERED_S, Resolver, allowed
 from loramux_shared.access.keys import ACCESS, Access, Scope
+from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import resolved_key
 from loramux_shared.deployment import Resolve
 from loramux_shared.faults import (
@@ -23,7 +25,10 @@ from loramux_shared.faults import (
 )
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
+from tests.support.hub import HubRepo, serve_hub
+from tests.support.openai_api import OpenAIApi, openai_world
 from tests.support.operated import Operated, operated
+from tests.support.served_replicas import open_builder, open_fleet
 
 LABEL = "hub_key"
 SOURCES = ("hf:lab/*", "s3://models/adapters/*", "https://files.example/*.tar.gz")
@@ -183,3 +188,44 @@ async def test_marks_without_an_adapter_go(replica: Replica) -> None:
     replica.wait(hours=2)
     await replica.resolver.look()
     assert not replica.marks
+
+
+async def ask(api: OpenAIApi, model: str, *, stream: bool = False) -> tuple[int, str]:
+    """Return status and text of a short answer."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 4,
+        "temperature": 0,
+    }
+    answer = await api.post("/v1/chat/completions", **body, stream=stream)
+    return answer.status_code, answer.text if stream or answer.is_error else answer.json()["choices"][0][
+        "message"
+    ]["content"]
+
+
+async def test_two_replicas_add_each_adapter_once(tmp_path: Path) -> None:
+    """Requests of both at the same moment wait for one download, and answer as the registered twin does."""
+    world = openai_world(tmp_path / "world", built=False)
+    twin = next(iter(world[0].adapters))
+    world[0].build_with(world[1], runtime={"resolve": {"sources": ["hf:lab/*"]}})
+    files = {path.name: path.read_bytes() for path in world[0].adapters[twin].iterdir()}
+    with serve_hub() as hub:
+        hub.repos["lab/twin"] = HubRepo({"main": "c" * 40, "v1": "d" * 40}, files)
+        hub.repos["lab/broken"] = HubRepo({"main": "e" * 40}, {"README.md": b"nothing"})
+        async with (
+            open_builder(world, tmp_path / "work", hub_endpoint=hub.endpoint) as builder,
+            open_fleet(world, 2, builder=builder) as replicas,
+        ):
+            expected = await ask(replicas[0], twin)
+            calls = [ask(api, "lab/twin") for api in replicas for _ in range(4)]
+            assert await asyncio.gather(*calls) == [expected] * 8
+            assert hub.downloaded().count("adapter_model.safetensors") == 1
+            assert (await ask(replicas[1], "lab/twin@v1")) == expected
+            status, body = await ask(replicas[0], "lab/broken")
+            assert (status, "adapter_config.json" in body) == (400, True), body
+            assert (await ask(replicas[0], "lab/absent"))[0] == 404
+            assert (await ask(replicas[0], "other/twin"))[0] == 404
+            assert (await ask(replicas[0], "lab/twin", stream=True))[0] == 200
+    names = set(require_deployment(world[1], "tiny").adapters)
+    assert names == {*world[0].adapters, "lab:twin", "lab:twin:v1"}
