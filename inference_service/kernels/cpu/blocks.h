@@ -33,44 +33,42 @@ inline rf load_half(const uint8_t* p) {
 template <int BITS> struct BlockOf {
   static constexpr int SCALES = BITS == 6 ? 2 : 1;  // of a block's column
   static constexpr int64_t BYTES = BITS * 64;       // of its numbers
-  // Four numbers of each column, values of K from 4 * unit on.
-  static inline ru unit(const uint8_t* numbers, int unit, int part) {
+  // Four numbers of each column, those of a unit of half a block.
+  static inline ru unit(const uint8_t* numbers, int half, int unit, int part) {
     const uint8_t* from = numbers + part * REGISTER;
-    if constexpr (BITS == 8) return load<ru>(from + unit * 64);
-    const ru low = load<ru>(from + unit / 2 * 64) >> 4 * (unit % 2) & 0x0f0f0f0fu;
-    if constexpr (BITS == 5 || BITS == 6) {
-      constexpr int MORE = BITS - 4, HELD = 8 / MORE;  // bits of a number, and numbers of a byte
-      const ru high = load<ru>(from + (4 + unit / HELD) * 64);
-      const int shift = MORE * (unit % HELD) - 4;
-      return low | ((shift < 0 ? high << -shift : high >> shift) & (BITS == 5 ? 0x10101010u : 0x30303030u));
+    if constexpr (BITS == 8) return load<ru>(from + (half * 4 + unit) * 64);
+    const ru low = load<ru>(from + (half * 2 + unit / 2) * 64) >> 4 * (unit % 2) & 0x0f0f0f0fu;
+    if constexpr (BITS == 5) return low | (load<ru>(from + 4 * 64) >> 4 * half << (4 - unit) & 0x10101010u);
+    if constexpr (BITS == 6) {
+      const ru high = load<ru>(from + (4 + half) * 64);
+      return low | ((unit < 2 ? high << (4 - 2 * unit) : high >> (2 * unit - 4)) & 0x30303030u);
     }
     return low;
+  }
+  // Bytes of a block's scales, without those that it shares.
+  static int64_t scale_bytes(const BlockTile& tile) {
+    const int64_t parts = tile.kind & OFFSET ? 2 : 1;
+    return tile.kind & IN_PARTS ? LANES * (SCALES + parts - 1) : 2 * LANES * parts;
   }
   static int32_t zero(const BlockTile& tile) { return tile.kind & OFFSET ? 0 : 1 << (BITS - 1); }
 };
 
-// What a block's numbers of the columns of a register share.
-template <int BITS> struct BlockScales {
-  rf scale[BlockOf<BITS>::SCALES], offset;
-  BlockScales(const BlockTile& tile, int64_t block, int part) {
-    constexpr int OF_PART = LANES / SPLIT, COUNT = BlockOf<BITS>::SCALES;
-    const int parts = tile.kind & OFFSET ? 2 : 1;
-    const uint8_t *from = tile.scales + 2 * part * OF_PART, *small = nullptr;
-    if (tile.kind & IN_PARTS) {
-      const int64_t bytes = LANES * (COUNT + parts - 1), head = 2 * LANES * parts;
-      const int64_t super = block / OF_SUPER * (head + OF_SUPER * bytes);
-      small = tile.scales + super + head + block % OF_SUPER * bytes, from += super;
-    } else {
-      from += block * 2 * LANES * parts;
-    }
-    const auto of = [&](int place, int whole) {
-      const rf all = load_half(from + whole * 2 * LANES);
-      return small ? all * as<rf>(Integers<8>::unit(small + place * LANES, 0, part)) : all;
-    };
-    for (int i = 0; i < COUNT; ++i) scale[i] = of(i, 0);
-    offset = parts == 2 ? of(COUNT, 1) : rf{};
-  }
-};
+// A scale or an offset of a block: the one at a place among the integers, and among the float16.
+template <int BITS> inline rf block_shared(const BlockTile& tile, int64_t block, int place, int whole, int part) {
+  constexpr int OF_PART = LANES / SPLIT;
+  const int64_t head = 2 * LANES * (tile.kind & OFFSET ? 2 : 1), bytes = BlockOf<BITS>::scale_bytes(tile);
+  const uint8_t* from = tile.scales + 2 * (whole * LANES + part * OF_PART);
+  if (!(tile.kind & IN_PARTS)) return load_half(from + block * bytes);
+  const int64_t super = block / OF_SUPER * (head + OF_SUPER * bytes);
+  const uint8_t* small = tile.scales + super + head + block % OF_SUPER * bytes + place * LANES;
+  return load_half(from + super) * as<rf>(Integers<8>::unit(small, 0, part));
+}
+template <int BITS> inline rf block_scale(const BlockTile& tile, int64_t block, int half, int part) {
+  return block_shared<BITS>(tile, block, BlockOf<BITS>::SCALES == 1 ? 0 : half, 0, part);
+}
+template <int BITS> inline rf block_offset(const BlockTile& tile, int64_t block, int part) {
+  return tile.kind & OFFSET ? block_shared<BITS>(tile, block, BlockOf<BITS>::SCALES, 1, part) : rf{};
+}
 
 // Blocks of WIDE tiles as weights in float32.
 template <int BITS, int WIDE> class Blocks {
@@ -92,17 +90,17 @@ template <int BITS, int WIDE> class Blocks {
     const int32_t zero = BlockOf<BITS>::zero(*tiles);
     for (int c = 0; c < WIDE * SPLIT; ++c) {
       const BlockTile& tile = tiles[c / SPLIT];
-      const BlockScales<BITS> shared(tile, block, c % SPLIT);
+      const rf scales[] = {block_scale<BITS>(tile, block, 0, c % SPLIT), block_scale<BITS>(tile, block, 1, c % SPLIT)};
+      const rf offset = block_offset<BITS>(tile, block, c % SPLIT);
       float* out = to + c / SPLIT * (apart / sizeof(float)) + c % SPLIT * OF_PART;
       const uint8_t* numbers = tile.numbers + block * BlockOf<BITS>::BYTES;
       __builtin_prefetch(numbers + AHEAD), __builtin_prefetch(numbers + AHEAD + 64), __builtin_prefetch(numbers + AHEAD + 128);
 #pragma GCC unroll 8
       for (int u = 0; u < 8; ++u) {
-        const ru four = BlockOf<BITS>::unit(numbers, u, c % SPLIT);
-        const rf scale = shared.scale[BlockOf<BITS>::SCALES == 2 ? u / 4 : 0];
+        const ru four = BlockOf<BITS>::unit(numbers, u / 4, u % 4, c % SPLIT);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i, out += LANES)
-          store(out, multiply_add(shared.offset, __builtin_convertvector(ri(four >> 8 * i & 0xffu) - zero, rf), scale));
+          store(out, multiply_add(offset, __builtin_convertvector(ri(four >> 8 * i & 0xffu) - zero, rf), scales[u / 4]));
       }
     }
     const float* decoded = to;

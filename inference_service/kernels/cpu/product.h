@@ -229,13 +229,14 @@ template <int BITS, int WIDE> struct RoundedPanel {
 // The same of blocks that are of one kind.
 template <int BITS, int TALL, int WIDE>
 __attribute__((noinline)) void sum_blocks(const Product<bf16>& p, const BlockTile* tiles, int64_t t, int64_t k, int64_t end, float* sums) {
-  constexpr int PARTS = WIDE * SPLIT, OF_PART = LANES / SPLIT, SCALES = BlockOf<BITS>::SCALES, HALF = 4;  // units
+  constexpr int PARTS = WIDE * SPLIT, OF_PART = LANES / SPLIT, SCALES = BlockOf<BITS>::SCALES;
   const int64_t K = p.K, parts = p.rounded->parts_of_row();
   const int8_t* x = p.rounded->row(t) + k;
   const float* steps = p.rounded->steps_of(t);
   const int32_t* totals = p.rounded->starts_of(t);
   const bool offset = tiles->kind & OFFSET, fetch = !t;
   const int32_t zero = BlockOf<BITS>::zero(*tiles);
+  const int64_t blocks = K / OF_BLOCK, of_block = BlockOf<BITS>::scale_bytes(*tiles);
   rf acc[TALL][PARTS];
 #pragma GCC unroll 8
   for (int i = 0; i < TALL; ++i)
@@ -245,22 +246,27 @@ __attribute__((noinline)) void sum_blocks(const Product<bf16>& p, const BlockTil
     const uint8_t* numbers[WIDE];
     for (int c = 0; c < WIDE; ++c) {
       numbers[c] = tiles[c].numbers + block * BlockOf<BITS>::BYTES;
-      if (fetch)
-        for (int line = 0; line < BITS; ++line) __builtin_prefetch(numbers[c] + AHEAD + line * 64, 0, 2);
+      if (fetch) {
+        const bool last = (blocks - block) * BlockOf<BITS>::BYTES <= AHEAD;  // then those of the next tiles
+        const uint8_t* ahead = numbers[c] + AHEAD + (last ? (WIDE - 1) * blocks * BlockOf<BITS>::BYTES : 0);
+        for (int line = 0; line < BITS; ++line) __builtin_prefetch(ahead + line * 64, 0, 2);
+        __builtin_prefetch(tiles[c].scales + block * of_block + 512 + (last ? (WIDE - 1) * blocks * of_block : 0), 0, 2);
+      }
     }
     Exact<BITS == 4 ? 4 : 8> sum[TALL][PARTS];
-#pragma GCC unroll 2
-    for (int half = 0; half < SCALES; ++half) {
+    const auto begin = [&](int half) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int i = 0; i < TALL; ++i) {
         const int32_t total = SCALES == 1 ? totals[i * parts + block] : p.rounded->half_of(t + i, block, half);
 #pragma GCC unroll 8
         for (int c = 0; c < PARTS; ++c) sum[i][c].begin(-zero * total);
       }
+    };
+    const auto multiply = [&](int half) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int u = half * HALF; u < (SCALES == 1 ? 2 : half + 1) * HALF; ++u, x += 4) {
+      for (int u = 0; u < 4; ++u, x += 4) {
         ru each[PARTS];
-        for (int c = 0; c < PARTS; ++c) each[c] = held(BlockOf<BITS>::unit(numbers[c / SPLIT], u, c % SPLIT));
+        for (int c = 0; c < PARTS; ++c) each[c] = held(BlockOf<BITS>::unit(numbers[c / SPLIT], half, u, c % SPLIT));
 #pragma GCC unroll 8
         for (int i = 0; i < TALL; ++i) {
           const ru value = repeated(x + i * K);
@@ -268,17 +274,35 @@ __attribute__((noinline)) void sum_blocks(const Product<bf16>& p, const BlockTil
           for (int c = 0; c < PARTS; ++c) sum[i][c].add(value, each[c]);
         }
       }
+    };
+    const auto add = [&](int half) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int c = 0; c < PARTS; ++c) {
-        const BlockScales<BITS> shared(tiles[c / SPLIT], block, c % SPLIT);
+        const rf scale = block_scale<BITS>(tiles[c / SPLIT], block, half, c % SPLIT);
 #pragma GCC unroll 8
         for (int i = 0; i < TALL; ++i) {
           const rf step = rf{} + steps[i * parts + block];
-          acc[i][c] = multiply_add(acc[i][c], __builtin_convertvector(sum[i][c].total(), rf), step * shared.scale[half]);
-          if (offset) acc[i][c] = multiply_add(acc[i][c], step * float(totals[i * parts + block]), shared.offset);
+          acc[i][c] = multiply_add(acc[i][c], __builtin_convertvector(sum[i][c].total(), rf), step * scale);
         }
       }
+    };
+    if (SCALES == 1) begin(0);
+#pragma GCC unroll 1
+    for (int half = 0; half < 2; ++half) {
+      asm("" : "+r"(half));  // a loop: unrolled, it keeps sums in memory
+      if (SCALES == 2) begin(half);
+      multiply(half);
+      if (SCALES == 2) add(half);
     }
+    if (SCALES == 1) add(0);
+    if (offset)
+#pragma GCC unroll 8
+      for (int c = 0; c < PARTS; ++c) {
+        const rf shared = block_offset<BITS>(tiles[c / SPLIT], block, c % SPLIT);
+#pragma GCC unroll 8
+        for (int i = 0; i < TALL; ++i)
+          acc[i][c] = multiply_add(acc[i][c], rf{} + steps[i * parts + block] * float(totals[i * parts + block]), shared);
+      }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < TALL; ++i)
