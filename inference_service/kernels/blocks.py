@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Final
 
 import torch
@@ -55,27 +54,13 @@ class WeightBlocks:
         chosen = (None if each is None else each[index] for each in beside)
         return WeightBlocks(self.numbers[index], self.bits, self.scales[index], *chosen)
 
-    def packed(self, across: int) -> tuple[Tensor, Tensor]:
-        """Return numbers and scales [tiles, ...] as ``cpu/blocks.h`` reads them, so many columns to a tile."""
-        blocks = self.numbers.shape[1] // OF_BLOCK
-        fours = _tiles(self.numbers.view(torch.int32), across, blocks, 8)  # numbers that stay together
-        units = fours[..., 0].permute(0, 2, 3, 1).contiguous()
-        if self.bits < 8:
-            low, more = units & 0x0F0F0F0F, self.bits - 4
-            parts = [low[:, :, ::2] | low[:, :, 1::2] << 4]
-            if more:
-                held = 8 // more
-                high = (units >> 4 & 0x01010101 * ((1 << more) - 1)).view(
-                    len(units), blocks, more, held, across
-                )
-                shifts = more * torch.arange(held, dtype=torch.int32)
-                parts.append((high << shifts[:, None]).sum(3, dtype=torch.int32))
-            units = torch.cat(parts, dim=2)
+    def shared(self, across: int) -> Tensor:
+        """Return the bytes of scales and offsets as ``cpu/blocks.h`` reads them, so many columns to a tile."""
         shared = _by_tile([self.scales, self.offsets], across, self.scales.shape[1])
-        if self.parts is not None:
-            inner = _by_tile([self.parts, self.offset_parts], across, blocks)
-            shared = torch.cat([shared, inner.view(*shared.shape[:2], -1)], dim=2)
-        return units.contiguous(), shared.contiguous()
+        if self.parts is None:
+            return shared
+        inner = _by_tile([self.parts, self.offset_parts], across, self.numbers.shape[1] // OF_BLOCK)
+        return torch.cat([shared, inner.view(*shared.shape[:2], -1)], dim=2)
 
 
 def _product(whole: Tensor, parts: Tensor | None) -> Tensor:
@@ -85,15 +70,12 @@ def _product(whole: Tensor, parts: Tensor | None) -> Tensor:
     return whole.float().repeat_interleave(parts.shape[1] // whole.shape[1], dim=1) * parts.float()
 
 
-def _tiles(of_rows: Tensor, across: int, *groups: int) -> Tensor:
-    """Return what rows have [out, ...] as [tiles, across, *groups, n], with zeros where rows are missing."""
-    missing = -len(of_rows) % across
-    whole = pad(of_rows, (0, 0, 0, missing)) if missing else of_rows
-    return whole.view(-1, across, *groups, of_rows.shape[1] // prod(groups))
-
-
 def _by_tile(of_rows: Sequence[Tensor | None], across: int, groups: int) -> Tensor:
     """Return the bytes of what rows have [out, groups * n] as [tiles, groups, bytes], columns side by side."""
-    every = [_tiles(each, across, groups).permute(0, 2, 3, 1) for each in of_rows if each is not None]
-    parts = [each.contiguous().view(torch.uint8) for each in every]
-    return torch.cat([part.view(len(part), groups, -1) for part in parts], dim=2)
+    parts = []
+    for each in (each for each in of_rows if each is not None):
+        missing = -len(each) % across
+        whole = pad(each, (0, 0, 0, missing)) if missing else each
+        columns = whole.view(-1, across, groups, each.shape[1] // groups).permute(0, 2, 3, 1)
+        parts.append(columns.contiguous().view(torch.uint8).view(len(columns), groups, -1))
+    return torch.cat(parts, dim=2)

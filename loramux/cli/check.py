@@ -24,7 +24,7 @@ from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import LoraConfiguration, Repository, SourceKind
 from loramux_shared.deployment_file import parse_lora_configuration
 from loramux_shared.faults import Finding, RepoNotFound, SourceUnavailable
-from loramux_shared.spelling import parse_repository
+from loramux_shared.spelling import GGUF_SUFFIX, parse_repository
 from loramux_shared.wording import counted
 
 Base = Annotated[
@@ -142,7 +142,7 @@ async def _private(
     tree: ProcessTree, local_roots: Sequence[Path], work: Callable[[AsyncClient], Awaitable[None]]
 ) -> None:
     for folder in local_roots:
-        if not folder.is_dir():
+        if not folder.is_dir() and not (folder.suffix == GGUF_SUFFIX and folder.is_file()):
             found = "a file, not a folder" if folder.exists() else "no such folder on this machine"
             raise RepoNotFound(f"LOCAL {folder}: {found}")
     address = free_address()

@@ -10,12 +10,25 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.faults import CheckpointInvalid, Fault
 from loramux_shared.sources.checkpoint import GGUF
+from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.gguf_files import write_gguf
-from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of, oracle, oracle_tokens, run_engine
+from tests.support.tiny import (
+    ADAPTERS,
+    SIZES,
+    World,
+    make_adapter,
+    make_world_of,
+    oracle,
+    oracle_tokens,
+    run_engine,
+)
 
 NEW = 10
 PROMPT = list(range(3, 40))
@@ -97,6 +110,25 @@ def test_an_adapter_alone_is_not_merged_into_blocks(llama: World) -> None:
     store = MemoryStore()
     replace(llama, adapters={"wide": llama.adapters["wide"]}).build_with(store)
     assert llama.load(store).bank is not None
+
+
+def test_dora_is_over_the_norms_of_the_dequantised_weights(llama: World, tmp_path: Path) -> None:
+    """A process beside the builder reads the weights: answers are PEFT's, of blocks and of whole queries."""
+    base, folder = llama.root / "base", tmp_path / "dora"
+    make_adapter(base, folder, 3, r=4, lora_alpha=9, use_dora=True, target_modules=["q_proj", "down_proj"])
+    sources = open_sources(local_roots=[llama.root, tmp_path], work_dir=tmp_path)
+    world, store = replace(llama, adapters={"dora": folder}), MemoryStore()
+    build(world.deployment(), BuildContext(store, sources), Progress(["dora"]))
+    expected = oracle_tokens(oracle(base, folder), PROMPT, NEW)
+    assert run_engine(world.load(store), [("dora", PROMPT)], NEW) == [expected]
+
+
+def test_the_file_in_a_folder_is_to_be_named_itself(llama: World) -> None:
+    (llama.root / "some").mkdir()
+    (llama.root / "some" / "a.gguf").write_bytes(b"GGUF")
+    world = replace(llama, base=llama.root / "some", adapters={})
+    with pytest.raises(CheckpointInvalid, match=r"named itself, of source LOCAL: FOLDER/a\.gguf"):
+        world.build(MemoryStore())
 
 
 def test_a_file_that_changed_is_no_longer_the_recorded_base(llama: World, tmp_path: Path) -> None:

@@ -70,6 +70,27 @@ template <int BITS> inline rf block_offset(const BlockTile& tile, int64_t block,
   return tile.kind & OFFSET ? block_shared<BITS>(tile, block, BlockOf<BITS>::SCALES, 1, part) : rf{};
 }
 
+// Writes numbers [rows][K], a byte each, as tiles, with 0 for rows that the last one lacks.
+inline void pack_numbers(const uint8_t* numbers, int64_t rows, int64_t K, int64_t bits, uint8_t* to, int64_t threads) {
+  const int64_t blocks = K / OF_BLOCK, bytes = bits * 64;
+  each((rows + LANES - 1) / LANES, int(threads), [=](int64_t tile) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      uint32_t fours[8][LANES] = {}, out[8][LANES] = {};
+      for (int64_t row = tile * LANES; row < std::min(rows, (tile + 1) * LANES); ++row)
+        for (int u = 0; u < 8; ++u) std::memcpy(&fours[u][row % LANES], numbers + row * K + block * OF_BLOCK + u * 4, 4);
+      for (int u = 0; u < 8; ++u)
+        for (int c = 0; c < LANES; ++c) {
+          const uint32_t four = fours[u][c];
+          if (bits == 8) { out[u][c] = four; continue; }
+          out[u / 2][c] |= (four & 0x0f0f0f0fu) << 4 * (u % 2);
+          if (bits == 5) out[4][c] |= (four >> 4 & 0x01010101u) << u;
+          if (bits == 6) out[4 + u / 4][c] |= (four >> 4 & 0x03030303u) << 2 * (u % 4);
+        }
+      std::memcpy(to + (tile * blocks + block) * bytes, out, bytes);
+    }
+  });
+}
+
 // Blocks of WIDE tiles as weights in float32.
 template <int BITS, int WIDE> class Blocks {
   const BlockTile* tiles;

@@ -67,6 +67,10 @@
 #ifndef ONLY_BFLOAT16
 EXPORT(float, float32)
 
+extern "C" void pack_blocks(const void* numbers, int64_t rows, int64_t K, int64_t bits, void* to, int64_t threads) {
+  pack_numbers((const uint8_t*)numbers, rows, K, bits, (uint8_t*)to, threads);
+}
+
 // The instruction set of this build, as text.
 extern "C" const char* instructions() {
 #if defined(__AVX512BF16__)

@@ -159,6 +159,8 @@ class CpuOps:
         """True if `linear` is the fastest product of whole weights here: with AMX, oneDNN's is."""
         self._compact = library.compact
         self._compact.argtypes, self._compact.restype = [_TYPES[letter] for letter in "pippi"], ctypes.c_int64
+        self._pack_blocks = library.pack_blocks
+        self._pack_blocks.argtypes, self._pack_blocks.restype = [_TYPES[letter] for letter in "piiipi"], None
         self._linear, self._pack = functions["linear"], functions["pack"]
         self._attention = functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
@@ -262,12 +264,11 @@ class CpuOps:
             return None
         kept, table, columns = [], [], sum(len(part.numbers) for part in parts)
         for part in parts:
-            numbers, scales = part.packed(LANES)
-            kind = (
-                part.bits
-                + (OFFSET if part.offsets is not None else 0)
-                + (IN_PARTS if part.parts is not None else 0)
-            )
+            rows, width = part.numbers.shape
+            scales, whole = part.shared(LANES), part.numbers.contiguous()
+            numbers = torch.empty(len(scales), width * LANES * part.bits // 8, dtype=torch.uint8)
+            self._pack_blocks(whole.data_ptr(), rows, width, part.bits, numbers.data_ptr(), self.threads)
+            kind = part.bits | (OFFSET * (part.offsets is not None)) | (IN_PARTS * (part.parts is not None))
             places = zip(numbers, scales, strict=True)
             table += [(kind, own.data_ptr(), shared.data_ptr()) for own, shared in places]
             kept += [numbers, scales]

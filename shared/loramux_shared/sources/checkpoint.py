@@ -26,6 +26,7 @@ from loramux_shared.sources.cache import alone, differs, discard, open_cache
 from loramux_shared.sources.files import hash_if_there, inside, scratch, whole
 from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.sources.open import Sources
+from loramux_shared.spelling import GGUF_SUFFIX
 from loramux_shared.wording import listed
 
 log = structlog.get_logger()
@@ -82,10 +83,11 @@ def describe_base(
     source = sources.of(repository)
     with about(repository), closing(source.resolve(repository, progress, room)) as resolved:
         if CONFIG not in resolved.files:
-            raise CheckpointInvalid(
-                f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
-                "The base must be a decoder checkpoint in Hugging Face format."
-            )
+            blocks = [name for name in resolved.files if name.endswith(GGUF_SUFFIX)]
+            cure = "The base must be a decoder checkpoint in Hugging Face format."
+            if blocks:
+                cure = f"A file of GGUF is named itself, of source LOCAL: FOLDER/{blocks[0]}."
+            raise CheckpointInvalid(f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. {cure}")
         fields, generation, quantize = (
             _read_json(source, resolved, name, sources.work_dir) if name in resolved.files else None
             for name in (CONFIG, GENERATION, QUANTIZE)
