@@ -24,7 +24,7 @@ from inference_service.core.computing import Computing
 from inference_service.kernels.attention import Context, KeysValues, PagedAttention
 from inference_service.kernels.blocks import WeightBlocks
 from inference_service.kernels.delta import StateChunk, reference
-from inference_service.kernels.experts import ByExpert, Routed, host, reference as of_experts
+from inference_service.kernels.experts import ByExpert, Routed, reference as of_experts
 from inference_service.kernels.rows import Activation
 from inference_service.kernels.sampling import Drawn, RowParams, draw_rows
 from inference_service.kernels.sgmv import Update
@@ -150,7 +150,7 @@ class Operations:
 
     def by_expert(self, routed: Routed, num_experts: int) -> ByExpert:
         """Sort the pairs of a token and an expert."""
-        return host.by_expert(routed.ids, num_experts)
+        return of_experts.by_expert(routed.ids, num_experts)
 
     def combine(self, y: Tensor, routed: Routed, pairs: ByExpert) -> Tensor:
         """Return the weighted sums [T, N] of each token's places of y [pairs, N]."""

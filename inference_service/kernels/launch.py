@@ -46,6 +46,19 @@ class Launch:
         return self.kernel[self.grid](**self.arguments)
 
 
+@dataclass(frozen=True)
+class RowTile:
+    """A tile of kernels that go through rows: elements, heads or pieces that a program takes at once."""
+
+    block: int
+    num_warps: int
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return those of a kernel."""
+        return {"BLOCK": self.block, "num_warps": self.num_warps}
+
+
 @cache
 def stream_of(
     purpose: Literal["copies", "proofs", "recording", "beside"],  # noqa: ARG001 - a key of the cache

@@ -65,39 +65,34 @@ class Packing:
     @property
     def numel(self) -> int:
         """Elements of the piece."""
-        return sum(_up(part.numel()) for part in self._parts())
+        return sum(_up(place.stop - place.start) for _, place in self._places())
 
     def write(self, flat: Tensor) -> None:
         """Write it to [numel]."""
-        at = 0
-        for part in self._parts():
-            flat[at : at + part.numel()].copy_(part.reshape(-1))
-            at += _up(part.numel())
+        for tensor, place in self._places():
+            values = tensor.view(self._dtype) if tensor.dtype is torch.int32 else tensor
+            flat[place].copy_(values.reshape(-1))
 
     def read(self, flat: Tensor) -> Vocabulary:
         """Return views of [numel], in any copy of it."""
-        pieces = iter(self._views(flat))
-        embedding, head = [self._own(table, pieces) for table in self._tables()]
+        views = (
+            (flat[place].view(torch.int32) if tensor.dtype is torch.int32 else flat[place]).view(tensor.shape)
+            for tensor, place in self._places()
+        )
+        embedding, head = [self._own(table, views) for table in self._tables()]
         return Vocabulary(embedding, head, self._vocabulary.size)
 
     def _tables(self) -> tuple[OwnTable, OwnTable]:
         return self._vocabulary.embedding, self._vocabulary.head
 
-    def _parts(self) -> Iterator[Tensor]:
-        """Yield what is copied; integers as so many elements of the type as have their bytes."""
-        for table in self._tables():
-            for tensor in table.tensors():
-                whole = tensor.dtype is torch.int32
-                yield tensor.view(self._dtype) if whole else tensor.to(self._dtype)
-
-    def _views(self, flat: Tensor) -> Iterator[Tensor]:
+    def _places(self) -> Iterator[tuple[Tensor, slice]]:
+        """Yield each tensor with its place; integers as so many elements of the type as have their bytes."""
         at = 0
         for table in self._tables():
             for tensor in table.tensors():
                 whole = tensor.dtype is torch.int32
-                count = tensor.nbytes // flat.itemsize if whole else tensor.numel()
-                part = flat[at : at + count]
-                yield (part.view(torch.int32) if whole else part).view(tensor.shape)
+                count = tensor.nbytes // self._dtype.itemsize if whole else tensor.numel()
+                yield tensor, slice(at, at + count)
                 at += _up(count)
 
     @staticmethod

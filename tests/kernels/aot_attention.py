@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any, Final
 
 from inference_service.kernels.attention import triton_kernels, tuning
-from inference_service.kernels.launch import ARCHITECTURES
+from inference_service.kernels.launch import ARCHITECTURES, RowTile
 from inference_service.kernels.sgmv import Phase, tuning as sgmv
 from tests.kernels import aot_sgmv
 from tests.kernels.aot import Variant, covering, typed
@@ -173,7 +173,7 @@ def _variant(
     kernel: Any,
     row: Mapping[str, Any],
     constants: Mapping[str, Any],
-    config: tuning.TileConfig | tuning.SmallConfig,
+    config: tuning.TileConfig | RowTile,
 ) -> Variant:
     constants = {**constants, "D": row["dim"], "BLOCK_D": 1 << (row["dim"] - 1).bit_length()}
     options = {k: v for k, v in vars(config).items() if k.startswith("num_")}

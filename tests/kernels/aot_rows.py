@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from inference_service.kernels.launch import ARCHITECTURES
+from inference_service.kernels.launch import ARCHITECTURES, RowTile
 from inference_service.kernels.rows import triton_kernels, tuning
 from inference_service.kernels.sgmv import Phase, tuning as sgmv
 from tests.kernels import aot_sgmv
@@ -60,7 +60,7 @@ def _entries() -> Iterator[Variant]:
 
 
 def _variant(
-    name: str, kernel: Any, dtype: str, config: tuning.RowConfig, constants: dict[str, Any] | None = None
+    name: str, kernel: Any, dtype: str, config: RowTile, constants: dict[str, Any] | None = None
 ) -> Variant:
     constants = {"BLOCK": config.block, **(constants or {})}
     return Variant(name, kernel, dtype, constants, {"num_warps": config.num_warps}, TYPES)

@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 import torch
 
 from inference_service.kernels.attention.balance import Balance
-from inference_service.kernels.launch import ARCHITECTURES, architecture_of
+from inference_service.kernels.launch import ARCHITECTURES, RowTile, architecture_of
 from loramux_shared.bases.rope import HeadCounts
 
 MAX_HEAD_DIM: Final = 512
@@ -42,15 +42,7 @@ class TileConfig:
     num_stages: int
 
 
-@dataclass(frozen=True)
-class SmallConfig:
-    """Tiles of the kernels that only move data: heads (rope) or pieces (merge)."""
-
-    block: int
-    num_warps: int
-
-
-Config = TypeVar("Config", TileConfig, SmallConfig)
+Config = TypeVar("Config", TileConfig, RowTile)
 Table = Mapping[int, Mapping[int, Config]]
 """Configurations by the bytes of an element, then by the bucket of the head's dimensions."""
 Tables = Mapping[int, Table[Config]]
@@ -94,19 +86,19 @@ _PREFILL: Table[TileConfig] = {
     },
 }
 _ROPE = {
-    64: SmallConfig(16, num_warps=4),
-    128: SmallConfig(8, num_warps=4),
-    256: SmallConfig(4, num_warps=4),
-    512: SmallConfig(2, num_warps=4),
+    64: RowTile(16, num_warps=4),
+    128: RowTile(8, num_warps=4),
+    256: RowTile(4, num_warps=4),
+    512: RowTile(2, num_warps=4),
 }
 _ROPE_UPDATE = {
-    2: {128: SmallConfig(1, num_warps=4), 256: SmallConfig(1, num_warps=8)},
-    4: {256: SmallConfig(1, num_warps=8)},
+    2: {128: RowTile(1, num_warps=4), 256: RowTile(1, num_warps=8)},
+    4: {256: RowTile(1, num_warps=8)},
 }
 _MERGE = {
-    128: SmallConfig(16, num_warps=4),
-    256: SmallConfig(8, num_warps=4),
-    512: SmallConfig(4, num_warps=4),
+    128: RowTile(16, num_warps=4),
+    256: RowTile(8, num_warps=4),
+    512: RowTile(4, num_warps=4),
 }
 # mma of sm_80 and sm_120 has the queries in registers, and would spill with more tokens at a time.
 _PREFILL_80: Table[TileConfig] = {
@@ -130,9 +122,9 @@ PREFILL_8: Tables[TileConfig] = {
     key: {size: {dim: _narrower(each) for dim, each in buckets.items()} for size, buckets in table.items()}
     for key, table in PREFILL.items()
 }
-ROPE: Tables[SmallConfig] = {key: {2: _ROPE, 4: _ROPE} for key in ARCHITECTURES}
-ROPE_UPDATE: Tables[SmallConfig] = dict.fromkeys(ARCHITECTURES, _ROPE_UPDATE)
-MERGE: Tables[SmallConfig] = {key: {2: _MERGE, 4: _MERGE} for key in ARCHITECTURES}
+ROPE: Tables[RowTile] = {key: {2: _ROPE, 4: _ROPE} for key in ARCHITECTURES}
+ROPE_UPDATE: Tables[RowTile] = dict.fromkeys(ARCHITECTURES, _ROPE_UPDATE)
+MERGE: Tables[RowTile] = {key: {2: _MERGE, 4: _MERGE} for key in ARCHITECTURES}
 
 
 def tiles(*, decodes: bool, eight_bits: bool) -> Tables[TileConfig]:

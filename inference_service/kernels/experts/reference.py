@@ -1,11 +1,11 @@
-"""The reference of the kernels, in plain torch: one expert after the other."""
+"""The reference of the kernels, in plain torch; on a host, experts are sorted and routed by it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from inference_service.kernels.experts.layout import Routed
+from inference_service.kernels.experts.layout import ByExpert, Routed
 
 
 def route(logits: Tensor, top_k: int, *, renormalised: bool) -> Routed:
@@ -15,6 +15,18 @@ def route(logits: Tensor, top_k: int, *, renormalised: bool) -> Routed:
     """
     weights, ids = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
     return Routed(ids, weights / weights.sum(-1, keepdim=True) if renormalised else weights)
+
+
+def by_expert(ids: Tensor, num_experts: int) -> ByExpert:
+    """Sort the pairs of ids [T, k]; an expert's places are one tile, and without rows it has none."""
+    flat, top_k = ids.flatten().long(), ids.shape[1]
+    experts, order = torch.sort(flat, stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=ids.device)
+    ends = torch.cumsum(torch.bincount(flat, minlength=num_experts), 0)
+    firsts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    tiles = torch.stack([torch.arange(num_experts, device=ids.device), firsts, ends], dim=1)
+    return ByExpert(order // top_k, experts, places, tiles[ends > firsts], top_k)
 
 
 def grouped(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

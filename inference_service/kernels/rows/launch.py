@@ -49,7 +49,6 @@ def rms_norm(
     kernels = kernels_of(__name__, hidden)
     _check_norm(hidden, weight, delta, delta_weight)
     dim = hidden.shape[1]
-    config = norm_config(dim)
     if out is None:
         out = hidden.new_empty(hidden.shape)
     else:
@@ -66,8 +65,7 @@ def rms_norm(
         "stride_out": out.stride(0),
         "eps": eps,
         "offset": offset,
-        "BLOCK": config.block,
-        "num_warps": config.num_warps,
+        **norm_config(dim).arguments,
     }
     Launch(kernels.rms_norm_kernel, (len(out),), arguments)()
     return out
@@ -172,7 +170,7 @@ def tiled(kernel: Any, out: Tensor, arguments: dict[str, Any]) -> None:
     """Launch a kernel with a program for each tile of each row of out."""
     config = TILE[out.dtype.itemsize]
     grid = len(out), -(-out.shape[1] // config.block)
-    Launch(kernel, grid, arguments | {"BLOCK": config.block, "num_warps": config.num_warps})()
+    Launch(kernel, grid, arguments | config.arguments)()
 
 
 def _require_indices(tensor: Tensor, name: str, device: torch.device) -> None:

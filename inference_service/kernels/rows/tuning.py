@@ -8,32 +8,24 @@ tiles of 16 bytes per thread. Nothing yet speaks for different tiles on differen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
+from inference_service.kernels.launch import RowTile
 
-@dataclass(frozen=True)
-class RowConfig:
-    """A tile of one row."""
-
-    block: int
-    num_warps: int
-
-
-NORM: Final[Mapping[int, RowConfig]] = {
-    1024: RowConfig(1024, num_warps=4),
-    2048: RowConfig(2048, num_warps=8),
-    4096: RowConfig(4096, num_warps=8),
-    8192: RowConfig(8192, num_warps=16),
-    16384: RowConfig(16384, num_warps=16),
+NORM: Final[Mapping[int, RowTile]] = {
+    1024: RowTile(1024, num_warps=4),
+    2048: RowTile(2048, num_warps=8),
+    4096: RowTile(4096, num_warps=8),
+    8192: RowTile(8192, num_warps=16),
+    16384: RowTile(16384, num_warps=16),
 }
 """Configurations by the largest row that each holds."""
-TILE: Final[Mapping[int, RowConfig]] = {2: RowConfig(1024, num_warps=4), 4: RowConfig(512, num_warps=4)}
+TILE: Final[Mapping[int, RowTile]] = {2: RowTile(1024, num_warps=4), 4: RowTile(512, num_warps=4)}
 """Configurations of everything but norms, by the bytes of an element."""
 MAX_NORM_DIM: Final = max(NORM)
 
 
-def norm_config(dim: int) -> RowConfig:
+def norm_config(dim: int) -> RowTile:
     """The tile that holds a row of ``dim`` elements.
 
     Raises:

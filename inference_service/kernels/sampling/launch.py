@@ -44,7 +44,6 @@ def sample(logits: Tensor, tables: SamplingTables, ids: Tensor) -> None:
         "stride_logits": logits.stride(0),
         "stride_tiles": tiles,
     }
-    race = {"BLOCK": RACE.block, "num_warps": RACE.num_warps}
     pick = {
         "p_out": ids,
         "tiles": tiles,
@@ -54,7 +53,7 @@ def sample(logits: Tensor, tables: SamplingTables, ids: Tensor) -> None:
         "BLOCK": config.block,
         "num_warps": config.num_warps,
     }
-    Launch(kernels.race_kernel, (len(logits), tiles), shared | race)()
+    Launch(kernels.race_kernel, (len(logits), tiles), shared | RACE.arguments)()
     Launch(kernels.pick_kernel, (len(logits),), shared | pick)()
 
 
@@ -86,8 +85,7 @@ def sample_shaped(logits: Tensor, tables: ShapingTables, state: ShapingState, id
         "p_masks": state.masks,
         "words": num_words(vocab),
         "stride_logits": logits.stride(0),
-        "BLOCK": SHAPE.block,
-        "num_warps": SHAPE.num_warps,
+        **SHAPE.arguments,
         "enable_fp_fusion": False,
     }
     edit = {

@@ -17,13 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-
-@dataclass(frozen=True)
-class RaceConfig:
-    """A tile of one row."""
-
-    block: int
-    num_warps: int
+from inference_service.kernels.launch import RowTile
 
 
 @dataclass(frozen=True)
@@ -45,8 +39,8 @@ class EditConfig:
     num_warps: int
 
 
-RACE: Final = RaceConfig(4096, num_warps=8)
-SHAPE: Final = RaceConfig(2048, num_warps=8)
+RACE: Final = RowTile(4096, num_warps=8)
+SHAPE: Final = RowTile(2048, num_warps=8)
 EDIT: Final = EditConfig(256, 8192, num_warps=8)
 PICK: Final[Mapping[int, PickConfig]] = {
     2: PickConfig(2, 4096, num_warps=16),
