@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 
 @dataclass(frozen=True)
 class _Pack:
-    """The adapters of one set of slots in one fused linear, slice by slice, then slot by slot."""
+    """An adapter, or those of a set of slots, in one fused linear: slice by slice, then slot by slot."""
 
     a: Tensor
     """[R, in]"""
@@ -25,6 +26,26 @@ class _Pack:
     """Per slice [R_s, out_s]."""
     ranks: tuple[tuple[int, ...], ...]
     """Per slice, per slot. Equal ranks share a mask."""
+
+    def slices(self) -> Iterator[tuple[slice, Tensor | None]]:
+        """Yield the rows of A of each slice, and its B."""
+        first = 0
+        for b, ranks in zip(self.b, self.ranks, strict=True):
+            yield slice(first, first + sum(ranks)), b
+            first += sum(ranks)
+
+    def add(
+        self, x: Tensor, out: Tensor, shape: GroupShape, scale: float = 1.0, others: Tensor | None = None
+    ) -> None:
+        """Add to out [T, all slices] what it makes of x [T, in], but of ranks that others [T, R] mark."""
+        y = torch.mm(x, self.a.t())
+        if scale != 1.0:
+            y.mul_(scale)
+        if others is not None:  # filled, for 0 times what overflowed would be NaN
+            y.masked_fill_(others, 0.0)
+        for (own, b), offset, size in zip(self.slices(), shape.out_offsets, shape.out_features, strict=True):
+            if b is not None:
+                out[:, offset : offset + size].addmm_(y[:, own], b)
 
 
 class _Adapter:
@@ -36,20 +57,20 @@ class _Adapter:
         self.has_vectors = bool(table[..., -1].any())
         self._layout = layout
 
-    def part(self, layer: int, index: int) -> _Part | None:
+    def part(self, layer: int, index: int) -> _Pack | None:
         """Return what it adds to a group; None where that is nothing."""
         shape, first = self._layout.shapes[index], self._layout.firsts[index]
         fields = self._table[layer][first : first + len(shape.modules)]
-        ranks = tuple(rank for rank, _, _, _ in fields)
-        if not any(ranks):
+        total = sum(rank for rank, _, _, _ in fields)
+        if not total:
             return None
         begin, stride = fields[0][1], int(self._layout.strides[first])  # A of all slices is contiguous
-        a = self._flat[begin : begin + sum(ranks) * stride].view(-1, stride)[:, : shape.in_features]
+        a = self._flat[begin : begin + total * stride].view(-1, stride)[:, : shape.in_features]
         b = tuple(
             self._flat[at : at + rank * out].view(rank, out) if rank else None
             for (rank, _, at, _), out in zip(fields, shape.out_features, strict=True)
         )
-        return _Part(a, b, ranks)
+        return _Pack(a, b, tuple((rank,) for rank, _, _, _ in fields))
 
     def finish(self, out: Tensor, layer: int, index: int) -> None:
         """Multiply its rows [T, all slices] by the vectors that it has of a group, and add them."""
@@ -62,23 +83,6 @@ class _Adapter:
                 c, d = both[:, :size]
                 own = out[:, offset : offset + size]
                 own.copy_(torch.addcmul(d, own.float(), c))
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The part of an adapter that is added to one fused linear."""
-
-    a: Tensor
-    """[sum of ranks, in]"""
-    b: tuple[Tensor | None, ...]
-    """Per slice [rank, out]."""
-    ranks: tuple[int, ...]
-
-    def slice(self, module: int) -> tuple[Tensor, Tensor] | None:
-        """Return A [rank, in] and B [rank, out] of one slice."""
-        b = self.b[module]
-        first = sum(self.ranks[:module])
-        return None if b is None else (self.a[first : first + len(b)], b)
 
 
 class TorchLora(LoraBackend):
@@ -175,8 +179,8 @@ class TorchLora(LoraBackend):
     def _apply_one(self, x: Tensor, out: Tensor, layer: int, index: int, segment: Segment) -> None:
         part = self._adapters[segment.slot].part(layer, index)
         if part is not None:
-            rows, shape = slice(segment.start, segment.end), self._layout.shapes[index]
-            _add(x[rows], out[rows], part.a, part.b, part.ranks, shape, segment.scale)
+            rows = slice(segment.start, segment.end)
+            part.add(x[rows], out[rows], self._layout.shapes[index], segment.scale)
 
     def _apply_short(self, x: Tensor, out: Tensor, layer: int, index: int) -> None:
         shape = self._layout.shapes[index]
@@ -188,20 +192,20 @@ class TorchLora(LoraBackend):
             return
         rows = slice(self._short[0].start, self._short[-1].end)
         others = self._of_others(pack.ranks) if len(self._short) > 1 else None
-        widths = tuple(sum(ranks) for ranks in pack.ranks)
-        _add(x[rows], out[rows], pack.a, pack.b, widths, shape, others=others)
+        pack.add(x[rows], out[rows], shape, others=others)
 
     def _pack(self, layer: int, index: int) -> _Pack | None:
         found = [self._adapters[slot].part(layer, index) for slot in self._slots]
         a: list[Tensor] = []
         b: list[Tensor | None] = []
         ranks = []
+        cut = [None if part is None else [(part.a[own], b) for own, b in part.slices()] for part in found]
         for module in range(len(self._layout.shapes[index].modules)):
-            parts = [None if part is None else part.slice(module) for part in found]
-            ranks.append(tuple(0 if part is None else len(part[0]) for part in parts))
-            present = [part for part in parts if part is not None]
-            a += [part[0] for part in present]
-            b.append(torch.cat([part[1] for part in present]) if present else None)
+            parts = [(None, None) if slices is None else slices[module] for slices in cut]
+            ranks.append(tuple(0 if own is None else len(own) for own, _ in parts))
+            a += [own for own, part in parts if own is not None and part is not None]
+            blocks = [part for _, part in parts if part is not None]
+            b.append(torch.cat(blocks) if blocks else None)
         return _Pack(torch.cat(a), tuple(b), tuple(ranks)) if a else None
 
     def _of_others(self, ranks: tuple[tuple[int, ...], ...]) -> Tensor:
@@ -213,25 +217,3 @@ class TorchLora(LoraBackend):
             rows = torch.tensor([index for index, seg in enumerate(self._short) for _ in range(seg.length)])
             self._others[ranks] = (rows[:, None] != owner[None, :]).to(self._device)
         return self._others[ranks]
-
-
-def _add(
-    x: Tensor,
-    out: Tensor,
-    a: Tensor,
-    b: tuple[Tensor | None, ...],
-    widths: tuple[int, ...],
-    shape: GroupShape,
-    scale: float = 1.0,
-    others: Tensor | None = None,
-) -> None:
-    y = torch.mm(x, a.t())
-    if scale != 1.0:
-        y.mul_(scale)
-    if others is not None:  # filled, for 0 times what overflowed would be NaN
-        y.masked_fill_(others, 0.0)
-    first = 0
-    for part, width, offset, size in zip(b, widths, shape.out_offsets, shape.out_features, strict=True):
-        if part is not None:
-            out[:, offset : offset + size].addmm_(y[:, first : first + width], part)
-            first += width
