@@ -1,6 +1,7 @@
 """``python -m build``, and its wheel with each extra in an empty environment. A sweep: it needs an index."""
 
 import os
+import re
 import subprocess
 import tomllib
 import venv
@@ -15,20 +16,21 @@ from tests.support.tiny import World, make_world
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1200)]
 TORCH = "INSTALL_TORCH"
 """Variable with which the extras that bring torch, some GB, are installed too."""
-NEEDS_TORCH = {
-    "inference",
-    "gpu",
-    "batches",
-    "offline",
-    "ray",
-    "vllm-grpc",
-    "prove",
-    "demo",
-    "train",
-    "trl",
-    "test",
-}
-EXTRAS = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def brought(extra: str) -> list[str]:
+    """Return the extras that an extra is made of."""
+    found = [re.match(r"loramux\[(.*?)\]", each) for each in EXTRAS[extra]]
+    return [name for each in found if each for name in each[1].split(",")]
+
+
+def brings(extra: str, name: str) -> bool:
+    """Return whether an extra is one, or is made of it."""
+    return extra == name or any(brings(each, name) for each in brought(extra))
+
+
+NEEDS_TORCH = {extra for extra in EXTRAS if brings(extra, "inference")} | {"trl"}
 NO_SERVER = """
 import subprocess, sys
 words = [sys.argv[1] + "/loramux", "--grpc=127.0.0.1:1"]
@@ -147,9 +149,14 @@ assert "static_resources" in subprocess.run(command, capture_output=True, text=T
 """What each extra is tried with: Python whose arguments are its bin/ and the folder of a tiny base."""
 
 
+def act_of(extra: str) -> str:
+    """Return what an extra is tried with; one without an act of its own, with that of what it is made of."""
+    return ACTS[extra] if extra in ACTS else act_of(brought(extra)[-1])
+
+
 WITH = {"signing": "cli,signing", "trl": "inference,trl"}
 """What an extra is installed with, where it only works beside another one."""
-WITHOUT_COMMANDS = {"", "store", "otel", "gcs", "azure", "signing", "fleet", "docs"}
+WITHOUT_COMMANDS = {"", *(extra for extra in EXTRAS if not brings(extra, "cli"))}
 
 
 def run(*command: str | Path) -> str:
@@ -196,7 +203,7 @@ def test_a_release_has_an_sdist_and_a_wheel(distributions: Path) -> None:
     assert len([name for name in names if name.startswith(f"loramux-{version}-py3-none-")]) == 1
 
 
-@pytest.mark.parametrize("extra", ["", *EXTRAS])
+@pytest.mark.parametrize("extra", ["", *sorted(EXTRAS)])
 def test_a_wheel_works_in_an_empty_environment(
     extra: str, distributions: Path, world: World, tmp_path: Path
 ) -> None:
@@ -209,4 +216,4 @@ def test_a_wheel_works_in_an_empty_environment(
     run(python, "-m", "pip", "check")
     if extra not in WITHOUT_COMMANDS:
         assert "doctor" in run(python.parent / "loramux", "--help")
-    run(python, "-I", "-c", ACTS[extra], python.parent, world.root)
+    run(python, "-I", "-c", act_of(extra), python.parent, world.root)
