@@ -12,7 +12,23 @@ from typing import Any, TypeAlias
 
 import trustme
 
-Route: TypeAlias = Callable[[BaseHTTPRequestHandler], None]
+
+class Answering(BaseHTTPRequestHandler):
+    """A handler that says its answer in one call, and writes no log."""
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+Route: TypeAlias = Callable[[Answering], None]
 
 
 @dataclass
@@ -64,48 +80,25 @@ def serve_https(folder: Path, *hosts: str) -> Iterator[Site]:
 
 def redirect(to: str, status: int = 302) -> Route:
     """A route that leads elsewhere."""
-
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(status)
-        handler.send_header("Location", to)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    return answer
+    return lambda handler: handler.answer(status, Location=to)
 
 
 def stating(length: int, body: bytes) -> Route:
     """A route whose Content-Length is not that of its body."""
-
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(length))
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return answer
+    return lambda handler: handler.answer(200, body, **{"Content-Length": str(length)})
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answering):
     site: Site
 
     def do_GET(self) -> None:
         self.site.requests.append((self.headers["Host"], self.path))
         route = self.site.routes.get(self.path.partition("?")[0])
         if self.site.failures:
-            self._answer(self.site.failures.pop(0), b"")
+            self.answer(self.site.failures.pop(0))
         elif route is None:
-            self._answer(404, b"")
+            self.answer(404)
         elif isinstance(route, bytes):
-            self._answer(200, route)
+            self.answer(200, route)
         else:
             route(self)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        pass
-
-    def _answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.support.https_server import served
+from tests.support.https_server import Answering, served
 
 _INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/?]+))?")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
@@ -73,48 +73,41 @@ def serve_hub() -> Iterator[Hub]:
         yield hub
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answering):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:
-        self._serve(send_body=True)
-
-    def do_HEAD(self) -> None:
-        self._serve(send_body=False)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        pass
-
-    def _serve(self, *, send_body: bool) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - the base class's name
         path = urlsplit(self.path).path
         self.hub.requests.append((self.command, path))
         if self.hub.failures:
-            self._answer(self.hub.failures.pop(0), b"", send_body, **{"Retry-After": "1"})
+            self.answer(self.hub.failures.pop(0), b"", **{"Retry-After": "1"})
             return
         if path.startswith("/storage/"):
-            self._answer(200, b"", send_body, **{"Content-Length": "1"})
+            self.answer(200, b"", **{"Content-Length": "1"})
             self.close_connection = True
             return
         match = _INFO.fullmatch(path) or _FILE.fullmatch(path)
         repo = self.hub.repos.get(match["repo"]) if match else None
         if repo and repo.status:
-            self._answer(repo.status, b"", send_body)
+            self.answer(repo.status, b"")
             return
         opened = repo and (not repo.token or self.headers.get("Authorization") == f"Bearer {repo.token}")
         if match is None or repo is None or not (opened or repo.gated):
-            self._error(401, "RepoNotFound", send_body)
+            self._error(401, "RepoNotFound")
         elif not opened:
-            self._error(403, "GatedRepo", send_body)
+            self._error(403, "GatedRepo")
         else:
-            self._content(repo, match, send_body)
+            self._content(repo, match)
 
-    def _content(self, repo: HubRepo, match: re.Match[str], send_body: bool) -> None:
+    do_HEAD = do_GET  # noqa: N815 - the same
+
+    def _content(self, repo: HubRepo, match: re.Match[str]) -> None:
         name = match["revision"] or "main"
         commit = name if name in repo.revisions.values() else repo.revisions.get(name)
         path = match.groupdict().get("path")
         if commit is None:
-            self._error(404, "RevisionNotFound", send_body)
+            self._error(404, "RevisionNotFound")
         elif path is None:
             body = {
                 "id": match["repo"],
@@ -123,39 +116,29 @@ class _Handler(BaseHTTPRequestHandler):
                 "cardData": repo.card,
                 "tags": repo.tags,
             }
-            self._answer(200, json.dumps(body).encode(), send_body, **{"Content-Type": "application/json"})
+            self.answer(200, json.dumps(body).encode(), **{"Content-Type": "application/json"})
         elif path not in repo.files:
-            self._error(404, "EntryNotFound", send_body)
+            self._error(404, "EntryNotFound")
         else:
             data = repo.files[path]
             if repo.signature:
                 at = f"http://localhost:{urlsplit(self.hub.endpoint).port}/storage/{path}"
                 headers = {"Location": f"{at}?X-Amz-Signature={repo.signature}", "X-Repo-Commit": commit}
                 headers |= {"X-Linked-ETag": f'"{_sha(data)}"', "X-Linked-Size": str(len(data))}
-                self._answer(302, b"", send_body, **headers)
+                self.answer(302, b"", **headers)
                 return
             headers = {"ETag": f'"{_sha(data)}"', "X-Repo-Commit": commit}
-            if send_body and repo.damaged.get(path, 0) > 0:
+            if self.command == "GET" and repo.damaged.get(path, 0) > 0:
                 repo.damaged[path] -= 1
                 data = data[:-1] + bytes([data[-1] ^ 1])
-            if send_body and repo.truncated:
+            if self.command == "GET" and repo.truncated:
                 repo.truncated -= 1
                 headers["Content-Length"] = str(len(data))
                 data, self.close_connection = data[: len(data) // 2], True
-            self._answer(200, data, send_body, **headers)
+            self.answer(200, data, **headers)
 
-    def _error(self, status: int, code: str, send_body: bool) -> None:
-        self._answer(status, b"{}", send_body, **{"X-Error-Code": code})
-
-    def _answer(self, status: int, body: bytes, send_body: bool, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        if "Content-Length" not in headers:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if send_body:
-            self.wfile.write(body)
+    def _error(self, status: int, code: str) -> None:
+        self.answer(status, b"{}", **{"X-Error-Code": code})
 
 
 def _sibling(repo: HubRepo, name: str) -> dict[str, Any]:

@@ -32,35 +32,13 @@ from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.cases import cases
 from tests.support.native import opened_once
 from tests.support.tokens import VOCAB as VOCAB, write_tokenizer as write_tokenizer
 
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "wide": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
-    "all": {
-        "r": 4,
-        "lora_alpha": 10,
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "rank_pattern": {"q_proj": 12, r"layers\.0\.mlp\.up_proj": 2},
-        "alpha_pattern": {"down_proj": 3},
-    },
-    "rs": {"r": 5, "lora_alpha": 7, "use_rslora": True, "target_modules": ["o_proj", "down_proj"]},
-}
-
-
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,  # large enough for the model to have opinions
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}
+ADAPTERS: dict[str, dict[str, Any]] = cases(__file__, "ADAPTERS")
+SIZES: dict[str, Any] = cases(__file__, "SIZES")
+"""Fields of the Llama's config; the range of its weights is large enough for it to have opinions."""
 
 
 def make_checkpoint(

@@ -57,22 +57,12 @@ def of_tensors(name: str, codes: str, values: Callable[[], Tensors], **settings:
 
 def of_config_text(name: str, codes: str, text: Callable[[], str]) -> Exhibit:
     """An exhibit of good tensors whose config is this text."""
-
-    def make(folder: Path) -> None:
-        adapter(folder)
-        (folder / CONFIG).write_text(text())
-
-    return exhibit(name, codes, make)
+    return exhibit(name, codes, lambda folder: (adapter(folder) / CONFIG).write_text(text()))
 
 
 def of_bytes(name: str, codes: str, data: Callable[[], bytes]) -> Exhibit:
     """An exhibit of a good config whose weights are these bytes."""
-
-    def make(folder: Path) -> None:
-        adapter(folder)
-        (folder / WEIGHTS).write_bytes(data())
-
-    return exhibit(name, codes, make)
+    return exhibit(name, codes, lambda folder: (adapter(folder) / WEIGHTS).write_bytes(data()))
 
 
 def of_files(name: str, codes: str, *files: str) -> Exhibit:

@@ -12,7 +12,6 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import AdapterPlace
 from inference_service.engine.residents import AdapterState
 from loramux_shared.access.keys import ACCESS, Access, Scope
-from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import (
     AdapterExists,
     BundleCorrupt,
@@ -23,6 +22,7 @@ from loramux_shared.faults import (
     ReplicaBehind,
     RequestInvalid,
 )
+from tests.support.cases import cases
 from tests.support.operated import digest_of, generation, operated
 
 
@@ -240,21 +240,8 @@ async def test_a_replica_that_cannot_catch_up_says_so() -> None:
         await replica.manager.unload("one")
 
 
-@pytest.mark.parametrize(
-    ("path", "kind", "repo"),
-    [
-        ("org/name", SourceKind.HF, "org/name"),
-        ("hf://org/name", SourceKind.HF, "org/name"),
-        ("huggingface://org/name", SourceKind.HF, "org/name"),
-        ("hf:org/name", SourceKind.HF, "org/name"),
-        ("s3://bucket/prefix", SourceKind.S3, "s3://bucket/prefix"),
-        ("gs://bucket/prefix", SourceKind.GCS, "gs://bucket/prefix"),
-        ("azure://account/container/path", SourceKind.AZURE, "azure://account/container/path"),
-        ("https://host/adapter.tar.gz", SourceKind.REMOTE_URL, "https://host/adapter.tar.gz"),
-        ("/models/lora", SourceKind.LOCAL, "/models/lora"),
-    ],
-)
-def test_paths_are_repositories(path: str, kind: SourceKind, repo: str) -> None:
+@pytest.mark.parametrize(("path", "kind", "repo"), cases(__file__, "test_paths_are_repositories"))
+def test_paths_are_repositories(path: str, kind: str, repo: str) -> None:
     found = repository_of(path)
     assert (found.source, found.repo) == (kind, repo)
 

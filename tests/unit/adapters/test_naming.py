@@ -15,6 +15,7 @@ from inference_service.adapters.texts import AdapterTexts
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Request
 from loramux_shared.faults import DeadlineExceeded, ModelNotFound, ReplicaBehind, RequestInvalid
+from tests.support.cases import cases
 from tests.unit.adapters.test_catalog import BASE, digest, generation
 
 
@@ -73,17 +74,7 @@ async def test_a_deadline_ends_the_wait() -> None:
         await names.choose(Request.of("a", "x", min_generation=2))
 
 
-@pytest.mark.parametrize(
-    ("model", "path"),
-    [
-        ("a", "a"),
-        ("alias", "a"),
-        ("a", "base:a"),
-        ("base:a", "a"),
-        ("alias", "alias"),
-        (f"a@{digest('one')}", "a"),
-    ],
-)
+@pytest.mark.parametrize(("model", "path"), cases(__file__, "test_lora_path_may_say_the_same_again"))
 async def test_lora_path_may_say_the_same_again(model: str, path: str) -> None:
     names, _ = naming()
     assert (await names.choose(Request.of(model, "x", lora_path=path))).model.name == "a"

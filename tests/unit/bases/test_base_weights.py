@@ -25,6 +25,7 @@ from loramux_shared.sources.checkpoint import PlacedBase
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
 from tests.support.adapters import write_adapter, write_base
+from tests.support.cases import cases
 from tests.support.examples import examples
 from tests.support.folders import deployment_of, workshop
 from tests.support.forks import Forked
@@ -171,18 +172,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert read_shard(tmp_path / "a").digest.size == len(tail)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
-        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]},
-        {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [0]},
-        {"dtype": "I64", "shape": [9], "data_offsets": [0, 72]},
-    ],
-)
+@pytest.mark.parametrize("entry", cases(__file__, "test_headers_that_lie"))
 def test_headers_that_lie(tmp_path: Path, entry: dict[str, Any]) -> None:
     """A header that does not describe its file is refused, and nothing of its size is reserved before."""
     header = json.dumps({"a": entry}).encode()
@@ -192,18 +182,7 @@ def test_headers_that_lie(tmp_path: Path, entry: dict[str, Any]) -> None:
 
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0]}
-REFUSED: dict[str, dict[str, Any]] = {
-    "Cohere": {"architectures": ["CohereForCausalLM"], "model_type": "cohere", "logit_scale": 0.0625},
-    "GLM": {"architectures": ["GlmForCausalLM"], "model_type": "glm"},
-    "OLMo": {"architectures": ["OlmoForCausalLM"], "model_type": "olmo"},
-    "DBRX": {"architectures": ["DbrxForCausalLM"], "model_type": "dbrx", "num_local_experts": 8},
-    "three bits": {"quantization_config": {"quant_method": "gptq", "bits": 3}},
-    "contradiction": {"model_type": "mistral"},
-    "activation": {"hidden_act": "relu"},
-    "rope": {"rope_scaling": {"rope_type": "axial"}},
-    "long factors": {"rope_scaling": LONGROPE, "max_position_embeddings": 64},
-    "no sizes": {"hidden_size": None},
-}
+REFUSED: dict[str, dict[str, Any]] = cases(__file__, "REFUSED")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -82,32 +82,7 @@ def test_the_text_decoder_of_a_model_with_images():
         read_fields(config | {"text_config": [1]})
 
 
-INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
-FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
-COMPRESSED: dict[str, Any] = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "config_groups": {
-        "group_0": {"targets": ["Linear"], "weights": INT4 | {"dynamic": False}, "input_activations": None}
-    },
-    "ignore": ["lm_head"],
-    "kv_cache_scheme": None,
-    "sparsity_config": {},
-}
-MIXED = COMPRESSED | {
-    "format": "mixed-precision",
-    "config_groups": {
-        "group_0": {"targets": ["re:.*mlp.*"], "weights": INT4, "format": "pack-quantized"},
-        "group_1": {
-            "targets": ["re:.*self_attn.*"],
-            "weights": FP8,
-            "input_activations": {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"},
-            "format": "float-quantized",
-        },
-    },
-}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
-NF4 = cases(__file__, "NF4")
+COMPRESSED, MIXED, GPTQ, NF4 = (cases(__file__, name) for name in ("COMPRESSED", "MIXED", "GPTQ", "NF4"))
 GROUPS_OF_128 = WeightScheme("int4", 1, 128)
 WITH_ZEROS = WeightScheme("int4", 1, 128, zero_points=True)
 PER_TENSOR, PER_ROW = WeightScheme("fp8"), WeightScheme("fp8", rows=1)
@@ -169,7 +144,7 @@ def test_the_old_name_of_compressed_tensors_is_read_too() -> None:
 
 def _group(**change: Any) -> dict[str, Any]:
     group = COMPRESSED["config_groups"]["group_0"]
-    weights = group["weights"] | {key: change[key] for key in change.keys() & (INT4.keys() | {"dynamic"})}
+    weights = group["weights"] | {key: change[key] for key in change.keys() & group["weights"].keys()}
     rest = {key: value for key, value in change.items() if key not in weights}
     return COMPRESSED | {"config_groups": {"group_0": group | rest | {"weights": weights}}}
 

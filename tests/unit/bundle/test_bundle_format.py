@@ -31,6 +31,7 @@ from loramux_shared.runtime import Limits
 from loramux_shared.sources.files import hash_if_there
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter, write_base
+from tests.support.cases import cases
 from tests.support.folders import built, deployment_of, workshop
 from tests.support.root import ROOT
 
@@ -221,17 +222,7 @@ def test_a_file_that_someone_else_writes_to_is_found(tmp_path):
     assert write_checked(tmp_path / "f", pieces()) is None
 
 
-@pytest.mark.parametrize(
-    ("value", "bits"),
-    [
-        (0x3F800000, 0x3F80),
-        (0x3F808000, 0x3F80),  # half way, to the even one below
-        (0x3F818000, 0x3F82),  # half way, to the even one above
-        (0x3F808001, 0x3F81),
-        (0x7F7FFFFF, 0x7F80),  # beyond the largest: infinite
-        (0x00000001, 0x0000),
-    ],
-)
+@pytest.mark.parametrize(("value", "bits"), cases(__file__, "test_bfloat16_rounds_to_nearest_even"))
 def test_bfloat16_rounds_to_nearest_even(value, bits):
     """float32 becomes the nearest bfloat16; of two equally near ones the even one."""
     source = np.array([value], np.uint32).view(np.float32)

@@ -22,24 +22,13 @@ from inference_service.text.sandbox.grammars import LIMITS, put_into
 from inference_service.text.text import Text
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
+from tests.support.cases import cases
 from tests.support.examples import examples
 from tests.support.family_templates import FAMILIES, Family
 from tests.support.readings import read
 
 T, R = ToolParser, ReasoningParser
-FIND = {
-    "type": "object",
-    "properties": {
-        "city": {"type": "string"},
-        "days": {"type": "integer", "maximum": 9},
-        "more": {
-            "type": "object",
-            "properties": {"tags": {"type": "array", "items": {"type": "string"}}},
-            "required": ["tags"],
-        },
-    },
-    "required": ["city"],
-}
+FIND = cases(__file__, "FIND")
 OFFERED: dict[str, Any] = {"find": FIND, "news": {"type": "object", "properties": {}}}
 TOOLS_OFFERED = [OfferedTool(name, schema) for name, schema in OFFERED.items()]
 ARGUMENTS = {"city": 'Os"lo', "days": 3, "more": {"tags": ["a", "b"]}}
@@ -50,12 +39,7 @@ CALLS: list[dict[str, Any]] = [
 
 SCHEMA = Constraint("json_schema", '{"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}')
 
-BEGINS = {
-    T.HERMES: "Hm. <tool_call>", T.QWEN3_CODER: "Hm. <tool_call>", T.LLAMA3_JSON: "{", T.PYTHONIC: "[",
-    T.OLMO3: "Hm. <function_calls>", T.TOOL_CODE: "Hm. ```tool_code\n", T.MISTRAL: "Hm. [TOOL_CALLS]",
-    T.GRANITE: "Hm. <|tool_call|>", T.PHI4: "Hm. <|tool_call|>", T.GEMMA4: "Hm. <|tool_call>",
-    T.FUNCTIONGEMMA: "Hm. <start_function_call>", T.HARMONY: "<|channel|>commentary to=functions.",
-}  # fmt: skip
+BEGINS = {T(tool): begin for tool, begin in cases(__file__, "BEGINS").items()}
 """Answers that have begun a call."""
 CLOSING = set(b'"}])>/\n')
 """Bytes without which random text would not end."""

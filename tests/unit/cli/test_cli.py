@@ -67,11 +67,18 @@ def test_an_http_api_where_grpc_was_meant() -> None:
         assert "expected HOST:PORT of a gRPC server" in errors
 
 
-def test_an_address_without_a_port() -> None:
+@pytest.mark.parametrize(
+    ("address", "code", "expected"),
+    [
+        ("127.0.0.1", 2, r"error: SETTINGS_INVALID: 127\.0\.0\.1: expected HOST:PORT"),
+        ("127.0.0.1:1", 3, r"error: SERVER_UNAVAILABLE: no answer from 127\.0\.0\.1:1: .*\n\Z"),
+    ],
+)
+def test_an_address_without_a_port_and_one_without_a_server_are_named(address, code, expected):
     """A host alone is a mistake of the command line; gRPC would take it for port 443."""
-    code, _, errors = run("models", "--grpc", "127.0.0.1")
-    assert code == 2
-    assert "error: SETTINGS_INVALID: 127.0.0.1: expected HOST:PORT" in errors
+    status, _, errors = run("models", "--grpc", address)
+    assert status == code
+    assert re.match(expected, errors)
 
 
 def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
@@ -83,12 +90,6 @@ def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
     assert errors.startswith("error: DEPLOYMENT_INVALID: ")
     assert "Did you mean checkpoint_repository?" in errors
     assert "Traceback" not in errors
-
-
-def test_no_server_is_one_line() -> None:
-    code, _, errors = run("models", "--grpc", "127.0.0.1:1")
-    assert code == 3
-    assert re.fullmatch(r"error: SERVER_UNAVAILABLE: no answer from 127\.0\.0\.1:1: .*\n", errors)
 
 
 def test_build_tells_results_and_shows_a_table(fakes: Fakes, deployment: Callable[..., str]) -> None:

@@ -16,16 +16,10 @@ from loramux.cli.main import app
 from loramux.cli.tables import fitted, fitting_columns
 from loramux_shared.deployment import Build, Deployment, Repository, SourceKind
 from loramux_shared.extensions import COMMANDS, find_extensions
+from tests.support.cases import cases
 from tests.support.root import ROOT
 
-WITHOUT_JSON = {
-    "chat": "a conversation: what it prints is the answer itself",
-    "demo": "a show for people; up and bench are for machines",
-    "serve": "becomes the service, whose log is JSON on stderr",
-    "builder": "becomes the service, whose log is JSON on stderr",
-    "envoy": "prints YAML, for Envoy",
-    "webhooks": "a service, whose log is the answer",
-}
+WITHOUT_JSON = cases(__file__, "WITHOUT_JSON")
 
 
 ABSENT = find_extensions(COMMANDS, absent=True)

@@ -296,20 +296,7 @@ def test_a_revision_that_yaml_reads_as_a_number_or_date(tmp_path: Path, revision
     assert finding.fix == "Quote it."
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "found nothing"),
-        ("- a\n", "found list"),
-        ("trt_llm: 5\n", "trt_llm must be a mapping; found int"),
-        ("build: {a: b\n", "is not valid YAML at line 2"),
-        ("a: 2024-99-99\n", "is not valid YAML"),
-        ("a: !!python/object/apply:os.system [x]\n", "is not valid YAML at line 1"),
-        ("a: \x01\n", "is not valid YAML"),
-        ("[" * 5_000, "is not valid YAML"),
-        ("build: {}\ntrt_llm: {build: {}}\n", "build: set both inside and outside trt_llm"),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), cases(__file__, "test_what_is_no_deployment_file"))
 def test_what_is_no_deployment_file(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in str(_refusal(tmp_path, text))
 

@@ -93,15 +93,7 @@ def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     assert not stated.same_content(plain)
 
 
-@pytest.mark.parametrize(
-    ("scopes", "limits", "expected"),
-    [
-        (["admin"], {"weight": 1}, "without admin"),
-        (["build"], {"weight": 1}, "models and limits only"),
-        (["infer"], {"weight": -1}, "line 1: limits.weight: "),
-        (["infer"], {"max_wait": 1}, "line 1: limits.max_wait: "),
-    ],
-)
+@pytest.mark.parametrize(("scopes", "limits", "expected"), cases(__file__, "test_limits_that_no_key_can_have"))
 def test_limits_that_no_key_can_have(scopes: list[str], limits: dict[str, Any], expected: str) -> None:
     line = json.dumps({"id": "a", "sha256": "0" * 64, "scopes": scopes, "limits": limits})
     with pytest.raises(SettingsInvalid, match=expected):

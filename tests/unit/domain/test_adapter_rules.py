@@ -37,13 +37,7 @@ def codes(checked: CheckedAdapter) -> list[str]:
 
 @pytest.mark.parametrize(
     "field",
-    [
-        {"use_dora": True},
-        {"bias": "lora_only"},
-        {"init_lora_weights": "pissa_niter_4"},
-        {"target_parameters": ["mlp.experts.gate_up_proj"]},
-        {"trainable_token_indices": [5]},
-    ],
+    cases(__file__, "test_what_acts_before_the_invocation_is_refused_beside_it"),
     ids=lambda field: next(iter(field)),
 )
 def test_what_acts_before_the_invocation_is_refused_beside_it(tmp_path, field):
@@ -105,46 +99,17 @@ def test_thousands_of_causes_are_few_findings(tmp_path):
 
 def found(name: str, content: Any) -> list[tuple[str, str]]:
     """Return codes and places of the findings in a file."""
-    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    data = content.encode("latin-1") if isinstance(content, str) else json.dumps(content).encode()
     return [(finding.code, finding.where) for finding in check_texts({name: data}, vocab=100)]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        (TEMPLATE, b"{{ anything }} {% is the serving side's business"),
-        (
-            GENERATION,
-            {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "eos_token_id": [2, 99]},
-        ),
-        (GENERATION, {"eos_token_id": 2, "top_k": None, "max_new_tokens": 9, "transformers_version": "5"}),
-        (TOKENIZER, {"chat_template": "x", "bos_token": {"content": "<s>"}, "eos_token": "</s>", "n": [1]}),
-        (TOKENIZER, {"chat_template": [{"name": "default", "template": "x"}], "add_bos_token": True}),
-    ],
-)
+@pytest.mark.parametrize(("name", "content"), cases(__file__, "test_what_trainers_write_is_accepted"))
 def test_what_trainers_write_is_accepted(name: str, content: Any) -> None:
     assert found(name, content) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "field"),
-    [
-        (TEMPLATE, b"\xff\xfe", ""),
-        (GENERATION, b"{", ""),
-        (GENERATION, [1], ""),
-        (GENERATION, b'{"top_k": 1, "top_k": 2}', ""),
-        (GENERATION, {"do_sample": 1}, "do_sample"),
-        (GENERATION, {"temperature": -1}, "temperature"),
-        (GENERATION, {"temperature": True}, "temperature"),
-        (GENERATION, {"top_p": 0}, "top_p"),
-        (GENERATION, {"top_k": 1.5}, "top_k"),
-        (GENERATION, {"eos_token_id": 100}, "eos_token_id"),
-        (GENERATION, {"eos_token_id": ["2"]}, "eos_token_id"),
-        (TOKENIZER, b"null", ""),
-        (TOKENIZER, {"chat_template": {"default": "x"}}, "chat_template"),
-        (TOKENIZER, {"chat_template": [{"name": "default"}]}, "chat_template"),
-        (TOKENIZER, {"eos_token": {"id": 2}}, "eos_token"),
-    ],
+    ("name", "content", "field"), cases(__file__, "test_what_cannot_be_used_refuses_the_adapter")
 )
 def test_what_cannot_be_used_refuses_the_adapter(name: str, content: Any, field: str) -> None:
     """A broken file is refused with its name and field: serving with the base's instead would be a guess."""

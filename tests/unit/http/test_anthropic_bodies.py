@@ -247,15 +247,6 @@ def test_thinking_may_be_left_out() -> None:
     assert added_up(events)[0] == thinking
 
 
-@pytest.mark.parametrize(
-    ("arguments", "found"),
-    [
-        ("", {}),
-        ('{"a": [1, {"b": "c"}]}', {"a": [1, {"b": "c"}]}),
-        ('{"a": 1, "b": "unfin', {"a": 1}),
-        ("[1]", {"INVALID_JSON": "[1]"}),
-        ("look there", {"INVALID_JSON": "look there"}),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "found"), cases(__file__, "test_inputs_are_objects"))
 def test_inputs_are_objects(arguments: str, found: dict[str, Any]) -> None:
     assert input_of(arguments) == found

@@ -40,17 +40,7 @@ def test_what_is_not_taken_is_named(fields: dict[str, Any], param: str, code: st
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "found"),
-    [
-        *((body, None, "not JSON") for body in ("", "{", "[" * 1000, '{"model": "\\ud800"}', '{"n": 1e}')),
-        *((body, None, "") for body in ("[]", "3", "null", '"x"')),
-        (json.dumps(CHAT | {"temperature": float("nan")}), "temperature", ""),
-        (json.dumps(CHAT | {"max_token": 1}), "max_token", "Did you mean max_tokens?"),
-        *(
-            (json.dumps({"messages": [USER], "n": "x", "top_p": "y"}), "model", name)
-            for name in ("n:", "top_p")
-        ),
-    ],
+    ("body", "param", "found"), cases(__file__, "test_a_body_is_refused_with_its_parameter")
 )
 def test_a_body_is_refused_with_its_parameter(body: str, param: str | None, found: str) -> None:
     """No JSON and no object have no parameter; the message has every finding, the parameter is the first's."""

@@ -60,12 +60,7 @@ def _tool(number: int) -> dict[str, Any]:
     return {"role": "tool", "content": "4", "tool_call_id": f"c{number}"}
 
 
-THINK = {
-    "type": "reasoning",
-    "id": "rs_1",
-    "summary": [],
-    "content": [{"type": "reasoning_text", "text": "Hm"}],
-}
+THINK = cases(__file__, "THINK")
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "T"}
 EMPTY = {"role": "assistant", "content": ""}

@@ -39,6 +39,7 @@ from loramux_shared.storage import patient
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.patient import PatientStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.cases import cases
 from tests.support.folders import built, deployment_of, local, workshop
 from tests.support.own_time import OwnTime
 from tests.support.waiting import BOUND_S
@@ -95,15 +96,7 @@ def test_the_same_adapter_has_the_same_digest_from_anywhere(tmp_path, context):
     assert records["one"].source != records["two"].source
 
 
-@pytest.mark.parametrize(
-    ("provided", "config", "expected"),
-    [
-        (None, {"torch_dtype": "float16"}, "float16"),
-        (None, {"torch_dtype": None}, "bfloat16"),
-        (None, {"torch_dtype": None, "dtype": "float32"}, "float32"),
-        ("float32", {}, "float32"),
-    ],
-)
+@pytest.mark.parametrize(("provided", "config", "expected"), cases(__file__, "test_storage_type"))
 def test_storage_type(tmp_path, context, provided, config, expected):
     """Bundles have the type that was asked for, else the base's, else bfloat16."""
     write_base(tmp_path / "base", **config)

@@ -14,6 +14,7 @@ from loramux_shared.faults import AdapterInvalid, BundleCorrupt, CheckpointInval
 from loramux_shared.sources.checkpoint import describe_base
 from loramux_shared.sources.open import open_sources
 from tests.support.adapters import HIDDEN, VOCAB, tensors, write_adapter, write_base
+from tests.support.cases import cases
 from tests.support.folders import built, deployment_of, local_repository, workshop
 
 EMBED = "base_model.model.model.embed_tokens.weight"
@@ -91,15 +92,7 @@ def test_a_base_shard_that_is_no_safetensors_file(tmp_path):
         BaseWeights(base, sources, tmp_path / "cache", lambda _: None).find("lm_head.weight")
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "model.layers.3.self_attn.q_proj.lora_A.weight",
-        "layers.3.mlp.up_proj.lora_B.weight",
-        "base_model.model.model.layers.3.self_attn.q_proj.lora_A",
-        "base_model.model.model.layers.3.attention.q_proj.lora_A.weight",
-    ],
-)
+@pytest.mark.parametrize("key", cases(__file__, "test_the_nearest_known_form_of_a_key"))
 def test_the_nearest_known_form_of_a_key(key):
     """A key that lacks its root or its end is refused with the key that it should be."""
     near = nearest_key(key)

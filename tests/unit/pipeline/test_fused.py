@@ -10,21 +10,14 @@ import transformers
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.faults import AdapterInvalid
 from tests.support import folders
-from tests.support.adapters import BASE_CONFIG, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, write_adapter, write_base
+from tests.support.adapters import BASE_CONFIG, HEADS, HIDDEN, KV_HEADS, write_adapter, write_base
+from tests.support.cases import cases
 from tests.support.folders import deployment_of
 
 CONFIG = BASE_CONFIG | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "torch_dtype": "float32"}
 HEAD_DIM = HIDDEN // HEADS
 # The rows of the fused output that are each module's.
-SLICES = {
-    "attn_q": ("self_attn.qkv_proj", 0, HIDDEN),
-    "attn_k": ("self_attn.qkv_proj", HIDDEN, HIDDEN + KV_HEADS * HEAD_DIM),
-    "attn_v": ("self_attn.qkv_proj", HIDDEN + KV_HEADS * HEAD_DIM, HIDDEN + 2 * KV_HEADS * HEAD_DIM),
-    "attn_dense": ("self_attn.o_proj", 0, HIDDEN),
-    "mlp_h_to_4h": ("mlp.gate_up_proj", 0, INTERMEDIATE),
-    "mlp_gate": ("mlp.gate_up_proj", INTERMEDIATE, 2 * INTERMEDIATE),
-    "mlp_4h_to_h": ("mlp.down_proj", 0, HIDDEN),
-}
+SLICES = cases(__file__, "SLICES")
 
 
 def phi3_adapter(folder: Path, **config: Any) -> dict[str, np.ndarray]:

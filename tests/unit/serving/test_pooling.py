@@ -11,30 +11,16 @@ from inference_service.serving.pooling import check_dimensions, pooling_of, shap
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.faults import CheckpointInvalid, RequestInvalid
 from loramux_shared.runtime import FILE, Pooling, pooling_in
+from tests.support.cases import cases
 
-ST = {"word_embedding_dimension": 48, "pooling_mode_cls_token": False, "include_prompt": True}
 
-
-@pytest.mark.parametrize(
-    ("fields", "pooling"),
-    [
-        (None, Pooling.LAST),
-        (ST | {"pooling_mode_lasttoken": True}, Pooling.LAST),
-        (ST | {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}, Pooling.MEAN),
-        ({"pooling_mode": "mean"}, Pooling.MEAN),
-        ({"pooling_mode": "lasttoken"}, Pooling.LAST),
-        (ST | {"pooling_mode_cls_token": True}, None),
-        (ST | {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, None),
-        (ST | {"pooling_mode_weightedmean_tokens": True}, None),
-        ({}, None),
-    ],
-)
-def test_how_a_base_was_trained_to_make_vectors(tmp_path: Path, fields: object, pooling: Pooling | None):
+@pytest.mark.parametrize(("fields", "pooling"), cases(__file__, "test_how_a_base_was_trained_to_make_vectors"))
+def test_how_a_base_was_trained_to_make_vectors(tmp_path: Path, fields: object, pooling: str | None):
     """A base's mode is read in both forms of sentence-transformers; an unserved mode gives none."""
     if fields is not None:
         (tmp_path / FILE).parent.mkdir()
         (tmp_path / FILE).write_text(json.dumps(fields))
-    assert pooling_in(tmp_path) is pooling
+    assert pooling_in(tmp_path) == pooling
 
 
 @pytest.mark.parametrize("text", ["[]", "{"])
@@ -67,16 +53,7 @@ def test_numbers_of_a_vector() -> None:
     assert shaped(0 * vector, None, normalize=True).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("labels", "kind", "expected"),
-    [
-        (2, None, [0.26894143, 0.73105857]),
-        (2, "single_label_classification", [0.26894143, 0.73105857]),
-        (2, "multi_label_classification", [0.5, 0.73105857]),
-        (1, None, [0.5]),
-        (2, "regression", [0.0, 1.0]),
-    ],
-)
+@pytest.mark.parametrize(("labels", "kind", "expected"), cases(__file__, "test_probabilities_of_labels"))
 def test_probabilities_of_labels(labels: int, kind: str | None, expected: list[float]) -> None:
     """Softmax where one label excludes the others, else a sigmoid of each; scores beyond exp stay finite."""
     head = ScoreHead(num_labels=labels, hidden_size=1, problem_type=kind)
