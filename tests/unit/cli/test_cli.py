@@ -23,16 +23,9 @@ from loramux.cli.main import usual
 from loramux.cli.shell import modules, printable
 from loramux.cli.tables import kind, task
 from loramux.records import AdapterInfo, Stage
+from loramux_shared import faults
 from loramux_shared.faults import (
-    AdapterInvalid,
     Fault,
-    ModelNotFound,
-    QueueFull,
-    RepoGated,
-    ServerUnavailable,
-    SettingsInvalid,
-    StoreUnavailable,
-    Unauthenticated,
 )
 from loramux_shared.rpc.status import CallFailed
 from tests.support.cases import cases
@@ -268,16 +261,9 @@ def test_a_refused_build_ends_with_its_failure(fakes: Fakes, deployment: Callabl
 @pytest.mark.parametrize(
     ("fault", "code"),
     [
-        (AdapterInvalid("no"), Exit.FAILED),
-        (ModelNotFound("no"), Exit.FAILED),
-        (SettingsInvalid("no"), Exit.USAGE),
-        (ServerUnavailable("no"), Exit.UNAVAILABLE),
-        (StoreUnavailable("no"), Exit.UNAVAILABLE),
-        (QueueFull("no"), Exit.UNAVAILABLE),
+        *((getattr(faults, name)("no"), Exit[code]) for name, code in cases(__file__, "test_exit_codes")),
         (CallFailed("late", grpc.StatusCode.DEADLINE_EXCEEDED), Exit.UNAVAILABLE),
         (CallFailed("strange", grpc.StatusCode.UNKNOWN), Exit.FAILED),
-        (Unauthenticated("no"), Exit.DENIED),
-        (RepoGated("no"), Exit.DENIED),
     ],
 )
 def test_exit_codes(fault: Fault, code: Exit) -> None:

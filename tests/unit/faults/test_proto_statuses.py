@@ -4,9 +4,9 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +25,7 @@ from loramux_shared.rpc import calls
 from loramux_shared.rpc.status import unreachable
 from loramux_shared.sources.base import Source
 from scripts import docs, errors_doc
+from tests.support.cases import cases
 from tests.support.root import ROOT
 
 PROTOS = sorted((ROOT / "protos").glob("loramux/*/v1/*.proto"))
@@ -42,30 +43,19 @@ ELSEWHERE = {
 }
 
 
-RPCS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "BuildDeployment": (Builds.build,),
-    "GetDeployment": (Builds.get,),
-    "ListDeployments": (Builds.list,),
-    "WatchDeployment": (Builds.watch,),
-    "CancelBuild": (Builds.cancel,),
-    "CheckAdapter": (Checks.check,),
-    "UpdateDeployment": (Builds.update,),
-    "RollbackDeployment": (Builds.rollback,),
-    "ListGenerations": (Builds.history,),
-    "PutAdapter": (Pushes.put,),
-    "Generate": (request_from_message, GenerationService.generate),
-    "Embed": (requests_from_message, GenerationService.generate),
-    "Classify": (requests_from_message, GenerationService.generate, AdapterTexts.scorer),
-    "ListModels": (),
-    "ListAdapters": (AdapterManager.list,),
-    "GetAdapter": (AdapterManager.get,),
-    "PinAdapter": (AdapterManager.pin,),
-    "UnpinAdapter": (AdapterManager.unpin,),
-    "LoadAdapter": (AdapterManager.load,),
-    "UnloadAdapter": (AdapterManager.unload,),
-    "RollbackReplica": (AdapterManager.roll_back,),
-    "GetReplica": (AdapterManager.replica,),
-    "WatchReplica": (AdapterManager.watch,),
+OWNERS = (
+    AdapterManager,
+    AdapterTexts,
+    Builds,
+    Checks,
+    GenerationService,
+    Pushes,
+    request_from_message,
+    requests_from_message,
+)
+RPCS = {
+    rpc: [attrgetter(path)(SimpleNamespace(**{each.__name__: each for each in OWNERS})) for path in paths]
+    for rpc, paths in cases(__file__, "RPCS").items()
 }
 """Functions that each rpc calls, whose docstrings name their faults."""
 CLASSES = {kind.__name__: reason for reason, kind in FAULTS.items()}

@@ -123,43 +123,20 @@ def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "variables", "flags", "message"),
-    [
-        (
-            InferenceSettings,
-            {},
-            {"deployment": "d", "threads": 0},
-            "--threads=0: expected greater than or equal to 1",
-        ),
-        (InferenceSettings, {}, {}, "LORAMUX_DEPLOYMENT is not set"),
-        (BuilderSettings, {"STOER": "x"}, {}, "LORAMUX_STOER: unknown setting, did you mean LORAMUX_STORE?"),
-        (
-            BuilderSettings,
-            {},
-            {"grpc": "http://u:s3cret@host:1"},
-            "--grpc=http://***@host:1: expected HOST:PORT",
-        ),
-    ],
+    ("kind", "variables", "flags", "message"), cases(__file__, "test_a_refusal_has_its_name")
 )
 def test_a_refusal_has_its_name(kind, variables, flags, message, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad flag is named as one, a misspelt variable with the nearest name; no credentials are repeated."""
     for name, value in variables.items():
         monkeypatch.setenv(f"LORAMUX_{name}", value)
-    refusal = _refusal(kind, **flags)
+    refusal = _refusal({"inference": InferenceSettings, "builder": BuilderSettings}[kind], **flags)
     assert refusal.startswith(message)
     assert "s3cret" not in refusal
 
 
 def test_kubernetes_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables that Kubernetes sets for services named loramux and loramux-builder do not stop the start."""
-    for name, value in {
-        "LORAMUX_PORT": "tcp://10.0.0.1:50052",
-        "LORAMUX_SERVICE_HOST": "10.0.0.1",
-        "LORAMUX_SERVICE_PORT": "50052",
-        "LORAMUX_BUILDER_SERVICE_PORT_GRPC": "50051",
-        "LORAMUX_BUILDER_PORT_50051_TCP": "tcp://10.0.0.2:50051",
-        "LORAMUX_BUILDER_PORT_50051_TCP_PROTO": "tcp",
-    }.items():
+    for name, value in cases(__file__, "test_kubernetes_service_links_are_no_settings").items():
         monkeypatch.setenv(name, value)
     assert load_settings(BuilderSettings).max_concurrent_builds == 2
     monkeypatch.setenv("LORAMUX_PORT", "50052")

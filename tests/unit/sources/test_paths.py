@@ -9,20 +9,20 @@ import pytest
 from pydantic import ValidationError
 
 from loramux.cli.local.services import builder_command
+from loramux_shared import faults
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
     Fault,
-    RepoNotFound,
     SourceChanged,
     SourceRefused,
-    SourceUnavailable,
     StoreUnavailable,
 )
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, open_sources
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import write_adapter, write_base
+from tests.support.cases import cases
 from tests.support.commands import run
 from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
 from tests.support.folders import built, deployment_of, workshop
@@ -54,23 +54,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("below", "subfolder", "kind"),
-    [
-        ("a\0b", "", SourceRefused),
-        ("one", "a\0b", SourceRefused),
-        ("loop", "", SourceRefused),
-        ("one", "../loop/x", SourceRefused),
-        ("x" * 300, "", SourceUnavailable),
-        ("pipe", "", RepoNotFound),
-        ("one/file", "", RepoNotFound),
-        ("one", "file", RepoNotFound),
-        ("zero", "", SourceRefused),
-        (NO_TEXT, "", RepoNotFound),
-    ],
-)
-def test_a_folder_that_is_none_is_named(folder: Path, below: str, subfolder: str, kind: type[Fault]) -> None:
-    with pytest.raises(kind, match="LOCAL"):
+@pytest.mark.parametrize(("below", "subfolder", "kind"), cases(__file__, "test_a_folder_that_is_none_is_named"))
+def test_a_folder_that_is_none_is_named(folder: Path, below: str, subfolder: str, kind: str) -> None:
+    with pytest.raises(getattr(faults, kind), match="LOCAL"):
         read_all(folder, repo=f"{folder}/{below}", subfolder=subfolder)
 
 
