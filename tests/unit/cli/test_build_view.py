@@ -191,8 +191,7 @@ def test_without_a_key_none_is_shown(capsys, monkeypatch) -> None:
 
 
 def test_an_address_of_all_is_reached_as_this_machine() -> None:
-    assert reachable("0.0.0.0:1") == "127.0.0.1:1"
-    assert reachable("10.0.0.1:1") == "10.0.0.1:1"
+    assert (reachable("0.0.0.0:1"), reachable("10.0.0.1:1")) == ("127.0.0.1:1", "10.0.0.1:1")
 
 
 def test_port_0_is_a_free_port_of_the_same_host() -> None:

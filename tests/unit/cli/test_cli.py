@@ -24,9 +24,7 @@ from loramux.cli.shell import modules, printable
 from loramux.cli.tables import kind, task
 from loramux.records import AdapterInfo, Stage
 from loramux_shared import faults
-from loramux_shared.faults import (
-    Fault,
-)
+from loramux_shared.faults import Fault
 from loramux_shared.rpc.status import CallFailed
 from tests.support.cases import cases
 from tests.support.commands import run
@@ -125,8 +123,7 @@ def test_who_generates_no_text_is_told_what_it_is_asked_for() -> None:
     stated = task(("classifier",), [f"l{number}" for number in range(1024)], "regression")
     assert stated.startswith("scores texts, and generates none (regression): l0, l1, ")
     assert stated.endswith(" and 1004 more")
-    assert task(("lora", "encoder")) == "makes vectors of texts, and generates none"
-    assert task(("lora",)) == ""
+    assert (task(("lora", "encoder")), task(("lora",))) == ("makes vectors of texts, and generates none", "")
 
 
 def test_health(fakes: Fakes) -> None:
@@ -169,8 +166,7 @@ def test_progress_never_falls() -> None:
 
 
 def test_module_names_are_folded() -> None:
-    assert modules(("attn_q", "attn_v", "mlp_h_to_4h")) == "attn q v, mlp h_to_4h"
-    assert modules(()) == "-"
+    assert (modules(("attn_q", "attn_v", "mlp_h_to_4h")), modules(())) == ("attn q v, mlp h_to_4h", "-")
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
@@ -318,5 +314,4 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = state_dir()
-    assert folder.parent == tmp_path
-    assert folder.stat().st_mode & 0o077 == 0
+    assert (folder.parent, folder.stat().st_mode & 0o077) == (tmp_path, 0)

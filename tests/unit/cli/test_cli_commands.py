@@ -117,8 +117,7 @@ def completions(*words: str) -> tuple[list[str], str]:
 
 
 def test_words_complete() -> None:
-    assert completions("dem") == (["demo"], "")
-    assert completions("up", "--loc") == (["--local-root"], "")
+    assert (completions("dem"), completions("up", "--loc")) == ((["demo"], ""), (["--local-root"], ""))
 
 
 def test_a_snapshot_of_the_hubs_cache_is_read_with_its_blobs(tmp_path: Path) -> None:

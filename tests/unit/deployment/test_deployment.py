@@ -159,8 +159,7 @@ def test_two_ranks_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "where", "near"), cases(__file__, "test_a_misspelt_key"))
 def test_a_misspelt_key(tmp_path: Path, text: str, where: str, near: str) -> None:
     finding = _findings(tmp_path, text)[where]
-    assert finding.code == "E_UNKNOWN_FIELD"
-    assert finding.fix == f"Did you mean {near}?"
+    assert (finding.code, finding.fix) == ("E_UNKNOWN_FIELD", f"Did you mean {near}?")
 
 
 def test_a_key_like_no_other(tmp_path: Path) -> None:

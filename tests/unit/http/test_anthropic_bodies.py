@@ -64,18 +64,7 @@ def test_what_is_not_taken_is_named(fields: dict[str, Any], where: str) -> None:
 
 def test_what_a_chat_refuses_is_named_in_this_apis_words() -> None:
     chat = _chat(system="Be brief.", tools=[TOOL] * 4, messages=[USER, *CLAUDE_CODE["messages"][1:]])
-    reported = {
-        "messages[0].content": "system",
-        "messages[1].content": "messages[0].content[0]",
-        "messages[2].tool_calls[0].function.name": "messages[1].content[0]",
-        "messages[4].content": "messages[2].content[1]",
-        "messages": "messages",
-        "continue_final_message": "messages[2].content[2]",
-        "tools[3].function.name": "tools[3].name",
-        "stop": "stop_sequences",
-        "response_format": "output_config.format",
-        "top_p": "top_p",
-    }
+    reported = cases(__file__, "test_what_a_chat_refuses_is_named_in_this_apis_words")
     assert [chat.place(where) for where in reported] == list(reported.values())
 
 

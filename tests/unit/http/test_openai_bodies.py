@@ -102,24 +102,7 @@ def test_tool_choices(provided: Any, choice: object) -> None:
 
 def test_messages_become_what_templates_know() -> None:
     """Parts are joined, developer is system, and arguments are objects where they are JSON."""
-    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    broken = {"id": "c2", "type": "function", "function": {"name": "f", "arguments": "oops"}}
-    sent = [
-        {"role": "developer", "content": "Be brief."},
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
-            "name": "Ann",
-        },
-        {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [call, broken],
-            "refusal": None,
-            "annotations": [],
-        },
-        {"role": "tool", "content": "42", "tool_call_id": "c1"},
-    ]
+    sent = cases(__file__, "test_messages_become_what_templates_know")
     body = ChatBody.model_validate_json(json.dumps(CHAT | {"messages": sent}))
     system, user, assistant, tool = (turn.message() for turn in turns_of(body.messages))
     assert system == {"role": "system", "content": "Be brief."}

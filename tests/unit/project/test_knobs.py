@@ -75,31 +75,11 @@ def test_http_fields_pass_by_name(body: type[Body]) -> None:
     assert body.model_fields.keys() - refused - HTTP_ONLY <= REQUIRED
 
 
-USER = {"role": "user", "content": "x"}
-SMALLEST: Mapping[type[Body], dict[str, Any]] = {
-    ChatBody: {"model": "m", "messages": [USER]},
-    CompletionBody: {"model": "m", "prompt": "x"},
-    ResponsesBody: {"model": "m", "input": "x"},
-    MessageItem: {"role": "user", "content": "x"},
-    CallItem: {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
-    OutputItem: {"type": "function_call_output", "call_id": "c", "output": "x"},
-    ReasoningItem: {"type": "reasoning"},
-    CompactionItem: {"type": "compaction", "encrypted_content": ""},
-    NamespaceTool: {"type": "namespace", "name": "n", "description": "d", "tools": []},
-    FunctionTool: {"type": "function", "name": "f"},
-    TextConfig: {},
-    TextFormat: {"type": "text"},
-    Reasoning: {},
-    StreamingOptions: {},
-    StreamOptions: {},
-    StructuredOutputs: {"json_object": True},
-    ChatMessage: USER,
-    ToolCall: {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}},
-    Tool: {"type": "function", "function": {"name": "f"}},
-    Function: {"name": "f"},
-    ResponseFormat: {"type": "text"},
-    JsonSchema: {"name": "n", "schema": {}},
-}
+SMALLEST: Mapping[type[Body], dict[str, Any]] = {kind: cases(__file__, "SMALLEST")[kind.__name__] for kind in (
+    ChatBody, CompletionBody, ResponsesBody, MessageItem, CallItem, OutputItem, ReasoningItem,
+    CompactionItem, NamespaceTool, FunctionTool, TextConfig, TextFormat, Reasoning, StreamingOptions,
+    StreamOptions, StructuredOutputs, ChatMessage, ToolCall, Tool, Function, ResponseFormat, JsonSchema,
+)}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", SMALLEST)

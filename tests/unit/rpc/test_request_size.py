@@ -116,5 +116,4 @@ def test_near_names_are_looked_for_a_few_times() -> None:
     with pytest.raises(DeploymentInvalid, match=r"breaks 500[0-9] rules") as caught:
         parse_deployment({"model_name": "x", "build": keys})
     assert len(caught.value.findings) == MAX_FINDINGS
-    assert nearest("max_seq_le1", ["max_seq_len"]) == "max_seq_len"
-    assert nearest("m" * 100_000, ["m" * 64]) == ""
+    assert (nearest("max_seq_le1", ["max_seq_len"]), nearest("m" * 100_000, ["m" * 64])) == ("max_seq_len", "")

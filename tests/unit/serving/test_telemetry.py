@@ -60,8 +60,7 @@ def test_watchers_hear_of_everything_in_order() -> None:
         submit(follower)
         for event in (DELTA, DELTA, DONE):
             follower.see(event)
-    assert ear.heard == ["began", "a", "a", "ended"]
-    assert ear.outcome == "OK"
+    assert (ear.heard, ear.outcome) == (["began", "a", "a", "ended"], "OK")
     assert (follower.record.prompt_tokens, follower.record.completion_tokens) == (3, 4)
 
 

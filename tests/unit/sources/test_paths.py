@@ -12,12 +12,7 @@ from loramux.cli.local.services import builder_command
 from loramux_shared import faults
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import (
-    Fault,
-    SourceChanged,
-    SourceRefused,
-    StoreUnavailable,
-)
+from loramux_shared.faults import Fault, SourceChanged, SourceRefused, StoreUnavailable
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, open_sources
 from loramux_shared.storage.local import LocalStore

@@ -46,9 +46,7 @@ def test_bad_words_have_two_spellings() -> None:
 def test_nothing_is_shown_behind_a_stop_text() -> None:
     """Text that comes after a stop text is dropped, and the stop text itself too."""
     finder = StopTexts(["END"])
-    assert finder.push("one E") == "one "
-    assert finder.push("ND two") == ""
-    assert finder.found == "END"
+    assert (finder.push("one E"), finder.push("ND two"), finder.found) == ("one ", "", "END")
     assert finder.push("three") == ""
 
 
@@ -147,17 +145,13 @@ def test_the_bytes_of_the_tokens_are_the_text(text: str) -> None:
 def test_added_tokens_stand_for_themselves() -> None:
     """An added token is literal text, not the byte alphabet; special tokens have none; the rest is empty."""
     vocabulary = TokenBytes(byte_level(), 300)
-    assert vocabulary.token_bytes(256) == b"<|end|>"
-    assert vocabulary.token_text(257) == "<tool é>"
-    assert vocabulary.special == {256}
-    assert vocabulary.token_bytes(299) == b""
+    assert (vocabulary.token_bytes(256), vocabulary.token_text(257)) == (b"<|end|>", "<tool é>")
+    assert (vocabulary.special, vocabulary.token_bytes(299)) == ({256}, b"")
     assert len(vocabulary.all_bytes) == 300
 
 
 def test_marks_are_spaces_and_fallback_tokens_are_bytes() -> None:
     """Half a character is half a character with byte fallback."""
     vocabulary = TokenBytes(byte_fallback(), 259)
-    assert vocabulary.token_bytes(0xC3) == b"\xc3"
-    assert vocabulary.token_text(0xC3) == "\N{REPLACEMENT CHARACTER}"
-    assert vocabulary.token_bytes(257) == b" the"
-    assert vocabulary.token_bytes(258) == "é".encode()
+    assert (vocabulary.token_bytes(0xC3), vocabulary.token_text(0xC3)) == (b"\xc3", "\N{REPLACEMENT CHARACTER}")
+    assert (vocabulary.token_bytes(257), vocabulary.token_bytes(258)) == (b" the", "é".encode())

@@ -69,8 +69,7 @@ def test_an_overlay_of_ones_own(tmp_path: Path) -> None:
     stated = yaml.safe_dump_all(resources)
     for mine in ("s3://my-bucket/loramux", "LORAMUX_DEPLOYMENT: my-model", "model_name: my-model"):
         assert mine in stated
-    assert stated.count("image: registry.example.com/loramux-") == 4
-    assert stated.count(": my-base") == 2
+    assert (stated.count("image: registry.example.com/loramux-"), stated.count(": my-base")) == (4, 2)
 
 
 def test_the_picker_is_configured() -> None:
