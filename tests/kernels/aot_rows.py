@@ -11,13 +11,7 @@ from tests.kernels.aot import Variant, typed, with_halves
 
 DTYPES = {2: "bf16", 4: "fp32"}
 GATE_UP = {"OFFSETS": (0, 14336), "SIZES": (14336, 14336), "ALIGNMENT": 16, "N_SLICES": 2}
-TYPES = aot_sgmv.TYPES | typed(
-    {
-        "*i32": "p_num_runs",
-        "*i64": "p_tokens",
-        "fp32": "eps offset scale cap",
-    }
-)
+TYPES = aot_sgmv.TYPES | typed({"*i32": "p_num_runs", "*i64": "p_tokens", "fp32": "eps offset scale cap"})
 # Every tile in the form that holds most; the others, which leave something out, in the middle one.
 POST, OTHER_TILE = "post", 4096
 NORMS: dict[str, dict[str, Any]] = {

@@ -11,14 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inference_service.kernels.launch import planned
-from inference_service.kernels.sampling import (
-    RowParams,
-    SamplingTables,
-    draw,
-    pack_rows,
-    reference,
-    sample,
-)
+from inference_service.kernels.sampling import RowParams, SamplingTables, draw, pack_rows, reference, sample
 from inference_service.kernels.sampling.host import philox
 from inference_service.kernels.sampling.launch import SHIFTS
 from inference_service.kernels.sampling.triton_kernels import _noise, _threshold

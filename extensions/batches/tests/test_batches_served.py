@@ -1,7 +1,5 @@
 """`/v1/files` and `/v1/batches`: OpenAI's client, several replicas, and what interrupts them."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time
@@ -138,10 +136,7 @@ async def test_openais_client_has_a_file_of_requests_answered(tmp_path: Path, st
         good, bad = [await answers(client, each) for each in (ended.output_file_id, ended.error_file_id)]
         assert {
             each: found["response"]["body"]["usage"]["completion_tokens"] for each, found in good.items()
-        } == {
-            "a": 3,
-            "b": 3,
-        }
+        } == {"a": 3, "b": 3}
         assert bad["c"]["response"]["status_code"] == 404
         assert (await client.files.content(batch.input_file_id)).text == text
         assert [each.purpose async for each in client.files.list()] == ["batch_output", "batch_output", "batch"]

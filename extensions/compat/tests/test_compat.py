@@ -1,7 +1,5 @@
 """Routes of vLLM: trainers pause a replica and read what it is, and texts become tokens and back."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace

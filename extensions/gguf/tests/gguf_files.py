@@ -1,7 +1,5 @@
 """Small files of GGUF, and the checkpoints that they mean."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A base in GGUF answers as transformers answers with the weights that its blocks mean."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Blocks mean what llama.cpp's dequantisation says, and products are those of these weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

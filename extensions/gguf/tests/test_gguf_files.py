@@ -1,7 +1,5 @@
 """The metadata of GGUF are read as a checkpoint's files, and files that are not served are refused by name."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Callable
@@ -25,12 +23,7 @@ Change = Callable[[gguf.GGUFWriter], None]
 
 
 def write(
-    path: Path,
-    *changes: Change,
-    arch: str = "llama",
-    tokens: int = VOCAB,
-    kind: str = "F32",
-    without: str = "",
+    path: Path, *changes: Change, arch: str = "llama", tokens: int = VOCAB, kind: str = "F32", without: str = ""
 ) -> Path:
     """Write a file of embeddings alone."""
     writer = gguf.GGUFWriter(path, arch)
