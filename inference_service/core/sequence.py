@@ -66,6 +66,8 @@ class Share:
     """Weight: twice the weight is served twice the tokens, while others wait."""
     max_running: int | None = None
     """Sequences that may run at once; None: as many as there are seats."""
+    background: bool = False
+    """True if they have what other sequences leave, and give up for those whatever they have."""
 
 
 FAIR: Final = Share()

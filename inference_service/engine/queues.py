@@ -25,6 +25,8 @@ from inference_service.engine.step_times import BRIEF, TIMES, TIMES_OF_BRIEF, St
 Key = tuple[str, tuple[Adapter, ...]]
 Rank = tuple[float, tuple[int, int]]
 """Counter, then priority and arrival of who waits first: the smaller comes first."""
+BACKGROUND: Final = 2.0**40
+"""Counter at which queues of the background begin: behind all others, and far enough ahead to make room."""
 MOST_REMEMBERED: Final = 4096
 """Counters of idle queues that are kept, as far as they are ahead of the others."""
 
@@ -72,8 +74,10 @@ class SequenceQueues:
         """Sequences under way, by adapter."""
         self.under_way: dict[SequenceQueue, None] = {}
         """Queues that have some."""
-        self._smallest: float | None = None
-        """Last result of `_least`, while it holds."""
+        self.in_background = 0
+        """Sequences of the background."""
+        self._smallest: dict[bool, float] = {}
+        """Last results of `_least`, while they hold."""
         self._queues: dict[Key, SequenceQueue] = {}
         self._of: dict[Sequence, SequenceQueue] = {}
         self._by_adapter: defaultdict[Adapter | None, dict[SequenceQueue, None]] = defaultdict(dict)
@@ -105,6 +109,13 @@ class SequenceQueues:
         self.lowest = min((queue.served for queue in ready), default=math.inf)
         return ready
 
+    @property
+    def in_foreground(self) -> bool:
+        """True if sequences that are not of the background are under way, or can begin."""
+        return any(not queue.share.background for queue in self.under_way) or any(
+            not queue.share.background and queue.resident for queue in self.waiting
+        )
+
     def of(self, seq: Sequence) -> SequenceQueue:
         """Return the queue that a sequence is in."""
         return self._of[seq]
@@ -114,7 +125,7 @@ class SequenceQueues:
         key = seq.flow, seq.adapters
         queue = self._queues.get(key)
         if queue is None:
-            ahead, least = self._ahead.pop(key, 0.0), self._least()
+            ahead, least = self._ahead.pop(key, 0.0), self._least(background=seq.share.background)
             queue = self._queues[key] = SequenceQueue(*key, max(ahead, least), is_new=ahead <= least)
             for adapter in queue.adapters or (None,):
                 self._by_adapter[adapter][queue] = None
@@ -123,6 +134,7 @@ class SequenceQueues:
             elif queue.is_new:
                 self.new[queue] = None
         queue.share = seq.share
+        self.in_background += seq.share.background
         self._of[seq] = queue
         self._wait(queue, seq)
         return queue
@@ -130,6 +142,7 @@ class SequenceQueues:
     def remove(self, seq: Sequence) -> SequenceQueue:
         """Remove a sequence from its queue, and the queue with its last one."""
         queue = self._of.pop(seq)
+        self.in_background -= seq.share.background
         if not self._end(queue, seq):
             _leave(queue, seq)
         if not queue.running and not queue.waiting:
@@ -158,7 +171,7 @@ class SequenceQueues:
             self.new.pop(queue, None)
             self.changed()
         elif counted and queue in self.uncounted:
-            queue.served = max(queue.served, self._least())
+            queue.served = max(queue.served, self._least(background=queue.share.background))
             self.uncounted.remove(queue)
             if queue.is_new:
                 self.new[queue] = None
@@ -173,7 +186,7 @@ class SequenceQueues:
 
     def changed(self) -> None:
         """Note that counters grew."""
-        self._smallest = None
+        self._smallest.clear()
 
     def is_full(self, queue: SequenceQueue) -> bool:
         """Return True if as many sequences of its share are under way, on any adapter, as it allows."""
@@ -196,17 +209,20 @@ class SequenceQueues:
         if queue not in self.uncounted:
             self.lowest = min(self.lowest, queue.served)
 
-    def _least(self) -> float:
+    def _least(self, *, background: bool = False) -> float:
         """The smallest counter of those that can be served; where all of them begin when there are none."""
-        if self._smallest is None:
-            counters = (queue.served for queue in self._queues.values() if queue not in self.uncounted)
-            self._smallest = min(counters, default=None)
-        return self._smallest or 0.0
+        if background not in self._smallest:
+            counted = (queue for queue in self._queues.values() if queue not in self.uncounted)
+            counters = [queue.served for queue in counted if queue.share.background == background]
+            if not counters:
+                return BACKGROUND if background else 0.0
+            self._smallest[background] = min(counters)
+        return self._smallest[background]
 
     def _forget(self, queue: SequenceQueue) -> None:
         key = queue.flow, queue.adapters
         del self._queues[key]
-        if queue.served == self._smallest:
+        if queue.served in self._smallest.values():
             self.changed()
         self.uncounted.discard(queue)
         self.new.pop(queue, None)
@@ -301,6 +317,12 @@ class Plan:
     """Sequences that decode in it."""
     brief: bool = True
     """True if it may take as long as one whose prompts are all brief."""
+    has_foreground: bool = False
+    """True if sequences of the background stand behind others."""
+    spare_s: float = 0.0
+    """Seconds by which sequences of the background may lengthen it."""
+    admits_background: bool = True
+    """True if prompts of the background may have rows."""
     ahead: dict[SequenceQueue, float] = field(default_factory=dict)
     """Rows of queues in this step, for which they are charged when it was submitted."""
 

@@ -24,7 +24,7 @@ from inference_service.engine.queues import (
     take,
 )
 from inference_service.engine.residents import Presence, Residents
-from inference_service.engine.step_times import NOTHING, StepTimes
+from inference_service.engine.step_times import LEAST, NOTHING, StepTimes
 
 QUANTUM: Final = 128.0
 """Tokens, by weight, that a queue under way is ahead of one that finds no place before it makes room for it.
@@ -138,20 +138,54 @@ class Scheduler:
             progress = seq.progress
             one = len(progress.tokens) + progress.in_flight - progress.num_computed <= 1  # num_pending, inlined
             (decodes if one else plan.prompts).append(seq)
+        behind = self._step_back(decodes, plan) if self.queues.in_background else []
         if len(decodes) > plan.budget:
             decodes.sort(key=lambda seq: self.queues.of(seq).served)
         self._decode(decodes, plan)
-        if plan.prompts or self.num_waiting:
-            plan.limit(len(plan.lengths))
-            self._take_turns(plan)
+        self._prefill(plan)
+        if behind and not plan.lengths:  # others cannot go on now
+            self._decode([seq for seq in behind if seq.progress.num_pending <= 1], plan)
+            plan.prompts += [seq for seq in behind if seq.progress.num_pending > 1]
+            self._prefill(plan)
         self._parted = not self._parted and self._may_part(plan)
         if self._parted:
             for seq in decodes:
                 plan.lengths.pop(seq, None)
         if self.limits.speculative_tokens and not plan.short:
-            self.lookup.fill(plan, self.running, self.limits, self.blocks)
+            drafting = self.running
+            if plan.has_foreground:
+                drafting = [seq for seq in drafting if not seq.share.background]
+            self.lookup.fill(plan, drafting, self.limits, self.blocks)
         self._load = plan.load()
         return plan.batch(self.blocks)
+
+    def _step_back(self, decodes: list[Sequence], plan: Plan) -> list[Sequence]:
+        """Leave out of a step sequences of the background that would lengthen it for others; return them."""
+        foreground = plan.has_foreground = self.queues.in_foreground
+        others = sum(not seq.share.background for seq in decodes)
+        plan.spare_s = self.step_times.spare_s(others, foreground=foreground)
+        waited_for = any(not seq.share.background for seq in plan.prompts) or any(
+            not queue.share.background and queue.resident for queue in self.queues.waiting
+        )
+        fits = self.step_times.cost_s(0, LEAST) <= plan.spare_s
+        plan.admits_background = not foreground or (fits and not waited_for)
+        most = 0 if foreground and not others else self.step_times.beside(others, plan.spare_s)
+        behind = [seq for seq in decodes if seq.share.background][most:]
+        if not plan.admits_background:
+            behind += [seq for seq in plan.prompts if seq.share.background]
+        left_out = set(behind)
+        decodes[:] = [seq for seq in decodes if seq not in left_out]
+        plan.prompts[:] = [seq for seq in plan.prompts if seq not in left_out]
+        return behind
+
+    def _prefill(self, plan: Plan) -> None:
+        """Share what is left of a step among prompts; those of the background may lengthen it by little."""
+        if not plan.prompts and not self.num_waiting:
+            return
+        plan.limit(len(plan.lengths))
+        if self.queues.in_background and plan.admits_background:
+            plan.seconds = min(plan.seconds, plan.spare_s)
+        self._take_turns(plan)
 
     def commit(self, batch: Batch, now_s: float) -> None:
         """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
@@ -187,7 +221,7 @@ class Scheduler:
         """
         prompts = [seq for seq in plan.prompts if seq in plan.lengths]
         return (
-            any(self.queues.of(seq).is_new for seq in prompts)
+            any(self.queues.of(seq).is_new and not seq.share.background for seq in prompts)
             and not any(map(plan.left, prompts))
             and self.step_times.may_part(plan.decodes)
         )
@@ -377,6 +411,8 @@ class Scheduler:
         """Return True if nothing that only the queue itself can change blocks a sequence that waits in it."""
         if seq.progress.in_flight or self.queues.is_full(queue):
             return False
+        if queue.share.background and not plan.admits_background:
+            return False
         return not queue.adapters or (queue.resident and queue.served < plan.bound)
 
     def _admit(self, seq: Sequence, plan: Plan) -> _Outcome:
@@ -424,7 +460,10 @@ class Scheduler:
     def _make_room(self, queue: SequenceQueue, plan: Plan) -> bool:
         """Preempt one sequence of the queue that is furthest ahead of this one, if any is far enough."""
         quantum = 0.0 if self._comes_first(queue) else QUANTUM
-        ahead = self._far_ahead(queue, plan, quantum, lambda other: not other.is_new)
+        behind = not queue.share.background
+        ahead = self._far_ahead(
+            queue, plan, quantum, lambda other: not other.is_new or (behind and other.share.background)
+        )
         if ahead:
             self._preempt(ahead[0].running[-1], plan)
         return bool(ahead)

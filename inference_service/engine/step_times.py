@@ -49,6 +49,14 @@ STALL: Final = 3.0
 """Times longer than expected, from which on a step is believed only when the next of its kind is as well."""
 DRIFT: Final = 0.2
 """Part that one step has in how much slower than usual the machine is now."""
+SPARE: Final = 0.05
+"""Part of a step by which sequences of the background may lengthen it."""
+SHORT_S: Final = 0.01
+"""Time of a step of the background alone, at most: what comes meanwhile waits for its end."""
+OF_ONE: Final = 1.25
+"""The same, as a multiple of a step of one sequence, where that is longer."""
+TRY_AGAIN: Final = 64
+"""Steps after which one more sequence of the background is tried: what was measured may hold no longer."""
 SMALL: Final = 0.4
 """Part of a step that one of few rows takes, at most, where two steps take about as long as one of both."""
 
@@ -140,7 +148,7 @@ class StepTimes:
         """Cost of a draft's row, as a part of the step without drafts; by the number of sequences and the bits
         of the number of such rows.
         """
-        self._since_look = 0
+        self._since_look = self._since_try = 0
         self._most = 0.0
         self._sums = _Regression()
         self._row_s = self._token_s = 0.0
@@ -159,6 +167,25 @@ class StepTimes:
         if decode_s is None or self._since_look >= LOOK:
             return Room(0, 0.0)
         return Room(max(FIRST, GROWTH * self._most), (times - 1) * decode_s)
+
+    def spare_s(self, decodes: int, *, foreground: bool) -> float:
+        """Return by how long the background may lengthen a step in which so many others decode."""
+        known = self._exactly_s.known
+        if foreground:
+            return SPARE * known.get(decodes, 0.0)
+        return max(SHORT_S, OF_ONE * known.get(1, 0.0))
+
+    def beside(self, decodes: int, spare_s: float) -> int:
+        """Return how many more sequences may decode beside so many, and lengthen the step by no more than this.
+
+        One more than is known to fit is tried, so that it becomes known.
+        """
+        known, more = self._exactly_s.known, 0
+        most_s = known.get(decodes, 0.0) + spare_s
+        while (took_s := known.get(decodes + more + 1)) is not None and took_s <= most_s:
+            more += 1
+        self._since_try = (self._since_try + 1) % TRY_AGAIN
+        return more + (took_s is None or not self._since_try)
 
     def may_part(self, decodes: int) -> bool:
         """Return whether prompts may have a step without those that decode, which costs little more.

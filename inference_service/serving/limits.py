@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from inference_service.adapters.served_model import ServedModel
@@ -174,7 +174,10 @@ class Limiter:
         own = of_key.weight is not None or of_key.max_running is not None
         together = "+".join(sorted(names))
         flow = f"{together}/{access.key_id}" if own else together
-        ticket = Ticket(flow, _share(of_model, of_key), bounds)
+        share = _share(of_model, of_key)
+        if access.background:
+            flow, share = f"{flow}/background", replace(share, background=True)
+        ticket = Ticket(flow, share, bounds)
         for bound in bounds:
             bound.meter.enter(ticket)
         try:

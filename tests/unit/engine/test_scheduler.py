@@ -313,3 +313,61 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(requests, max_seqs, max_ad
     assert all(order == sorted(order) for order in began.values())
     assert all(seq.num_generated == new for seq, (_, _, new) in zip(seqs, requests, strict=True))
     assert blocks.num_free == blocks.num_blocks
+
+
+class Costly(StepTimes):
+    """Says that a second sequence would lengthen a step too much, unless nobody else is there."""
+
+    def spare_s(self, decodes: int, *, foreground: bool) -> float:
+        return 0.0 if foreground or decodes else 1.0
+
+    def beside(self, decodes: int, spare_s: float) -> int:
+        return 100 if spare_s and not decodes else 0
+
+    def cost_s(self, context: int, rows: int) -> float:
+        return 0.1 * (context + rows)
+
+
+BEHIND = {"share": Share(background=True), "flow": "background"}
+
+
+@pytest.mark.parametrize("uid", [0, 2])
+def test_the_background_steps_back_at_once(uid: int) -> None:
+    """A request gets a seat, a place of an adapter and steps of its own; the background goes on behind it."""
+    engine, runner, _ = _engine(max_seqs=2, max_adapters=1)
+    engine._scheduler.step_times = Costly()
+    behind = [_seq(4, 40, 1, **BEHIND) for _ in range(3)]
+    _add(engine, *behind)
+    _run(engine, 5)
+    request = _seq(4, 8, uid)
+    _add(engine, request)
+    before = len(runner.batches)
+    assert _steps(engine, request, 8) == 8
+    assert all([chunk.seq for chunk in batch.chunks] == [request] for batch in runner.batches[before:])
+    assert set(_drain(engine)) == {seq.id for seq in behind}
+
+
+def test_the_background_has_what_a_step_leaves() -> None:
+    """The background takes part in a step that it does not lengthen, also with prompts that come later."""
+    engine, _, _ = _engine(max_seqs=4)
+    request = _seq(4, 30)
+    _add(engine, request, *(_seq(4, 5, **BEHIND) for _ in range(6)))
+    ended = [output.seq_id for _ in range(30) for output in engine.step() if output.finish]
+    assert ended[-1] == request.id
+    assert len(ended) == 7
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.booleans()), max_size=12), st.booleans())
+@settings(max_examples=examples(40))
+def test_the_background_never_stands_still(drawn: list[tuple[int, int, bool]], costly: bool) -> None:
+    """Whatever comes together, everything ends."""
+    engine, _, _ = _engine(blocks=16, max_seqs=2, max_adapters=1)
+    if costly:
+        engine._scheduler.step_times = Costly()
+    seqs = [
+        _seq(prompt, new, place % 3, **(BEHIND if is_behind else {}))
+        for place, (prompt, new, is_behind) in enumerate(drawn)
+    ]
+    _add(engine, *seqs)
+    assert set(_drain(engine)) == {seq.id for seq in seqs}
+    assert engine._scheduler.queues.in_background == 0

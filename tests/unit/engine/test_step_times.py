@@ -14,7 +14,7 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
-from inference_service.engine.step_times import LOOK, LOOK_WITHOUT_DRAFTS, TIMES
+from inference_service.engine.step_times import LOOK, LOOK_WITHOUT_DRAFTS, TIMES, TRY_AGAIN, StepTimes
 
 STREAMS = 8
 LONG = 2000
@@ -281,3 +281,17 @@ def test_what_a_step_takes_without_drafts_stays_known() -> None:
     _run(_drafting(machine, 1), 3 * LOOK_WITHOUT_DRAFTS)
     rows = [sum(chunk.drafted for chunk in batch.chunks) for batch in machine.batches[11:]]
     assert 2 <= rows.count(0) <= 4
+
+
+def test_the_background_takes_part_as_far_as_it_is_known_to_cost_little() -> None:
+    """One more than known is tried; what is known to lengthen a step too much is left out, and tried again."""
+    times = StepTimes()
+    seconds = {1: 0.1, 2: 0.1, 3: 0.105, 4: 0.2}
+    for number, took in seconds.items():
+        for _ in range(2):
+            times._learn_decode(number, took)
+    spare = times.spare_s(1, foreground=True)
+    assert [times.beside(1, spare) for _ in range(TRY_AGAIN)] == [2] * (TRY_AGAIN - 1) + [3]
+    assert times.beside(4, times.spare_s(4, foreground=True)) == 1
+    assert times.spare_s(9, foreground=True) == 0.0
+    assert times.spare_s(0, foreground=False) == pytest.approx(0.125)

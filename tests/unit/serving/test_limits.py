@@ -1,6 +1,7 @@
 """Limits of models and keys, on a clock that stands still until it is moved."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,6 +148,8 @@ def test_what_the_engine_is_told() -> None:
     ticket = world.enter(BASE, holder("bob", max_running=20))
     assert (ticket.flow, ticket.share) == ("base/bob", Share(1.0, 8))
     assert world.enter(A, holder("cid", tokens_per_minute=9)).flow == "a"
+    ticket = world.enter(A, replace(EVERYTHING, background=True))
+    assert (ticket.flow, ticket.share) == ("a/background", Share(3.0, 8, background=True))
 
 
 def test_meters_of_what_is_idle_are_forgotten() -> None:
