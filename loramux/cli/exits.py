@@ -74,12 +74,15 @@ def tell_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
     """
     if issubclass(kind, KeyboardInterrupt):
         return
-    if isinstance(error, OSError) and error.strerror:
-        place = f": {error.filename}" if error.filename else ""
-        sys.stderr.write(f"error: SYSTEM: {error.strerror}{place}\n")
+    cause = error
+    while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
+        cause = cause.exceptions[0]
+    if isinstance(cause, OSError) and cause.strerror:
+        place = f": {cause.filename}" if cause.filename else ""
+        sys.stderr.write(f"error: SYSTEM: {cause.strerror}{place}\n")
         return
     file = state_dir() / "traceback.txt"
-    line = f"error: INTERNAL: {kind.__name__}: {' '.join(str(error).split())}"
+    line = f"error: INTERNAL: {type(cause).__name__}: {' '.join(str(cause).split())}"
     try:
         file.write_text("".join(traceback.format_exception(kind, error, trace)), encoding="utf-8")
         line += f". Please report it with {file}."

@@ -17,6 +17,7 @@ from typing import IO, Any, Final
 from uuid import uuid4
 
 import httpx
+from pydantic_core import from_json, to_json
 
 from loramux_shared import routes
 from loramux_shared.faults import Finding, RequestInvalid, ServerUnavailable
@@ -44,6 +45,7 @@ PAUSE_S: Final = 0.5
 LONGEST_S: Final = 30.0
 SEPARATORS: Final = {each: f"\\u{each:04x}" for each in (0x85, 0x2028, 0x2029)}
 """Ends of lines to many readers, which JSON does not escape."""
+JSON: Final = {"content-type": "application/json"}
 MAX_REPORTED: Final = 20
 """Wrong lines that are reported."""
 
@@ -139,10 +141,11 @@ class Batch:
 
     async def _ask(self, http: httpx.AsyncClient, request: BatchRequest) -> httpx.Response | None:
         """Return the final answer, None where there was none."""
+        body = to_json(request.body, inf_nan_mode="constants")  # 1e999 is infinite, and the API refuses it
         for attempt in count() if self._attempts is None else range(self._attempts):
             pause_s = min(LONGEST_S, self._pause_s * 2 ** min(attempt, ATTEMPTS)) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
             try:
-                answer = await http.post(request.url, json=request.body)
+                answer = await http.post(request.url, content=body, headers=JSON)
                 if answer.status_code not in AGAIN:
                     return answer
                 retry_after = answer.headers.get("retry-after", "")
@@ -190,8 +193,13 @@ def _requests(source: Path) -> Iterator[BatchRequest]:
     with source.open("rb") as lines:
         for line in lines:
             if line.strip():
-                read = json.loads(line)
+                read = _parsed(line)
                 yield BatchRequest(read["custom_id"], read["url"], read["body"])
+
+
+def _parsed(line: bytes) -> Any:
+    """Return what a line says, read as strictly as the API reads a body, which the request becomes."""
+    return from_json(line, allow_inf_nan=False)
 
 
 def _checked(source: Path, urls: Collection[str]) -> set[str]:
@@ -222,9 +230,9 @@ def _checked(source: Path, urls: Collection[str]) -> set[str]:
 def _wrong(line: bytes, ids: set[str], urls: Collection[str]) -> tuple[str, str, str] | None:
     """Return which field of a line is wrong, what it should be and what it is; else add the line's id."""
     try:
-        read = json.loads(line)
+        read = _parsed(line)
     except ValueError as error:
-        return "", "a JSON object", str(error)
+        return "", "a JSON object", f"no JSON: {error}"
     if not isinstance(read, dict):
         return "", "a JSON object", type(read).__name__
     custom_id, method, url, body = (read.get(name) for name in ("custom_id", "method", "url", "body"))

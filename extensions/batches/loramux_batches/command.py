@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -56,6 +57,8 @@ def run_batch(
         raise SettingsInvalid(f"{needs}: pip install 'loramux[offline]'")
     from loramux_batches.batch import Batch, unanswered
 
+    if not re.match(r"https?://[^/:]", url):
+        raise SettingsInvalid(f"--url={url}: expected http://HOST:PORT or https://HOST:PORT")
     try:
         batch = Batch(source, output)
     except OSError as error:

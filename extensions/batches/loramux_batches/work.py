@@ -107,7 +107,7 @@ class BatchWorker:
     beat_s: float = BEAT_S
     clock: Callable[[], float] = time.monotonic
     _token: str = field(default_factory=lambda: secrets.token_hex(8))
-    _jobs: dict[str, tuple[str, asyncio.Task[None]]] = field(default_factory=dict)
+    _jobs: dict[str, tuple[str, asyncio.Task[bool]]] = field(default_factory=dict)
     """Owners and tasks, by batch."""
     _seen: dict[str, tuple[tuple[str, datetime], float]] = field(default_factory=dict)
     """The newest lease of each batch with its time in the store, and when it was first seen here."""
@@ -159,11 +159,14 @@ class BatchWorker:
                 self._jobs[batch_id] = owner, task
                 task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[bool]) -> None:
         del self._jobs[task.get_name()]
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
             log.error("batch is interrupted", batch=task.get_name(), exc_info=error)
-        self.batches.changed()
+        elif task.result():  # another try waits for the next look
+            self.batches.changed()
 
     def _take(self, owner: str, batch_id: str) -> Job | None:
         """Take a lease on a batch, unless another replica has one that it renews.
@@ -190,8 +193,8 @@ class BatchWorker:
             return None
         return job
 
-    async def _work(self, job: Job) -> None:
-        """Work on a batch to its end, or until this replica ends or loses the lease."""
+    async def _work(self, job: Job) -> bool:
+        """Work on a batch until this replica ends or loses the lease; returns True at the batch's end."""
         name = job.created.id
         with tempfile.TemporaryDirectory(prefix="loramux-batch-") as folder:
             job.folder = Path(folder)
@@ -210,6 +213,7 @@ class BatchWorker:
                     with suppress(TimeoutError, StoreUnavailable):
                         async with asyncio.timeout(STOP_S):
                             await asyncio.to_thread(self._leave, job)
+        return job.over == "completed"
 
     async def _answer(self, job: Job) -> Ending | None:
         """Answer what is not answered yet; returns how the batch ends, None where another replica goes on."""

@@ -126,6 +126,9 @@ async def test_a_server_that_is_away_ends_the_batch(tmp_path: Path) -> None:
     [
         ("{\n", ""),
         ("[]\n", ""),
+        ("[" * 10_000 + "\n", ""),
+        (request(1, body={"seed": float("nan")}), ""),
+        (request(1, custom_id="\udc00"), ""),
         (request(1, custom_id=""), ", custom_id"),
         (request(0), ", custom_id"),
         (request(1, method="GET"), ", method"),
@@ -139,6 +142,13 @@ def test_wrong_lines_are_named_before_anything_is_sent(tmp_path: Path, line: Any
     with pytest.raises(RequestInvalid) as refused:
         Batch(written(tmp_path / "in", request(0), line), tmp_path / "out")
     assert refused.value.findings[0].where == f"line 2{where}"
+
+
+async def test_a_number_that_is_too_large_is_the_answers_matter(tmp_path: Path) -> None:
+    """A number beyond a float's is sent, for the API to refuse, and does not end the batch."""
+    line = json.dumps(request(0)).replace("}}", ', "seed": 1e999}}')
+    counts, _ = await run(written(tmp_path / "in", line), tmp_path / "out", lambda _: httpx.Response(400))
+    assert (counts.done, counts.refused) == (1, 1)
 
 
 def test_another_file_is_never_appended_to(tmp_path: Path) -> None:
