@@ -91,8 +91,30 @@ inline void pack_numbers(const uint8_t* numbers, int64_t rows, int64_t K, int64_
   });
 }
 
+// Decodes a block of tiles to weights in float32, those of a tile `apart` bytes behind those of the one before.
+template <int BITS, int WIDE> void decode_block(const BlockTile* tiles, int64_t block, float* to, int64_t apart) {
+  constexpr int OF_PART = LANES / SPLIT;
+  const int32_t zero = BlockOf<BITS>::zero(*tiles);
+  for (int c = 0; c < WIDE * SPLIT; ++c) {
+    const BlockTile& tile = tiles[c / SPLIT];
+    const rf scales[] = {block_scale<BITS>(tile, block, 0, c % SPLIT), block_scale<BITS>(tile, block, 1, c % SPLIT)};
+    const rf offset = block_offset<BITS>(tile, block, c % SPLIT);
+    float* out = to + c / SPLIT * (apart / sizeof(float)) + c % SPLIT * OF_PART;
+    const uint8_t* numbers = tile.numbers + block * BlockOf<BITS>::BYTES;
+    for (int line = 0; line < BITS; ++line) __builtin_prefetch(numbers + AHEAD + line * 64);
+#pragma GCC unroll 8
+    for (int u = 0; u < 8; ++u) {
+      const ru four = BlockOf<BITS>::unit(numbers, u / 4, u % 4, c % SPLIT);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i, out += LANES)
+        store(out, multiply_add(offset, __builtin_convertvector(ri(four >> 8 * i & 0xffu) - zero, rf), scales[u / 4]));
+    }
+  }
+}
+
 // Blocks of WIDE tiles as weights in float32.
-template <int BITS, int WIDE> class Blocks {
+template <int WIDE> class Blocks {
+  void (*decode)(const BlockTile*, int64_t, float*, int64_t);
   const BlockTile* tiles;
   int64_t block;
   float* to;
@@ -103,29 +125,13 @@ template <int BITS, int WIDE> class Blocks {
   int64_t apart;
 
   // They go where the last block went, or one behind the other for others to read.
-  Blocks(const BlockTile* tiles, int64_t k, float* to, int64_t values, bool all)
-      : tiles(tiles), block(k / OF_BLOCK), to(to), step(all ? OF_BLOCK * LANES : 0),
+  Blocks(decltype(decode) decode, const BlockTile* tiles, int64_t k, float* to, int64_t values, bool all)
+      : decode(decode), tiles(tiles), block(k / OF_BLOCK), to(to), step(all ? OF_BLOCK * LANES : 0),
         apart((all ? values : OF_BLOCK) * sizeof(vf)) {}
   inline const uint8_t* next() {
-    constexpr int OF_PART = LANES / SPLIT;
-    const int32_t zero = BlockOf<BITS>::zero(*tiles);
-    for (int c = 0; c < WIDE * SPLIT; ++c) {
-      const BlockTile& tile = tiles[c / SPLIT];
-      const rf scales[] = {block_scale<BITS>(tile, block, 0, c % SPLIT), block_scale<BITS>(tile, block, 1, c % SPLIT)};
-      const rf offset = block_offset<BITS>(tile, block, c % SPLIT);
-      float* out = to + c / SPLIT * (apart / sizeof(float)) + c % SPLIT * OF_PART;
-      const uint8_t* numbers = tile.numbers + block * BlockOf<BITS>::BYTES;
-      __builtin_prefetch(numbers + AHEAD), __builtin_prefetch(numbers + AHEAD + 64), __builtin_prefetch(numbers + AHEAD + 128);
-#pragma GCC unroll 8
-      for (int u = 0; u < 8; ++u) {
-        const ru four = BlockOf<BITS>::unit(numbers, u / 4, u % 4, c % SPLIT);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i, out += LANES)
-          store(out, multiply_add(offset, __builtin_convertvector(ri(four >> 8 * i & 0xffu) - zero, rf), scales[u / 4]));
-      }
-    }
+    decode(tiles, block++, to, apart);
     const float* decoded = to;
-    to += step, ++block;
+    to += step;
     return reinterpret_cast<const uint8_t*>(decoded);
   }
 };

@@ -334,7 +334,7 @@ template <int BITS, int WIDE> struct BlocksPanel<float, BITS, WIDE> {
     float* decoded = reinterpret_cast<float*>(room.data());
     const float* x = p.x + t * p.ldx + k;
     if (t == 0 || (t % ROWS_KEPT == 0 && p.K > BLOCK)) {
-      Blocks<BITS, WIDE> from(tiles, k, decoded, some, t + rows < p.rows);
+      Blocks<WIDE> from(decode_block<BITS, WIDE>, tiles, k, decoded, some, t + rows < p.rows);
       return sum_rows<Floats, Whole, TALL, WIDE>(rows, x, p.ldx, from, some, sums, k == 0);
     }
     const int64_t apart = some * sizeof(vf);
