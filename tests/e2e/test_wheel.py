@@ -15,7 +15,7 @@ from packaging.utils import parse_wheel_filename
 from hatch_build import CompiledOperations
 from inference_service.kernels.cpu import compiling
 from inference_service.kernels.cpu.build import load
-from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
+from inference_service.kernels.cpu.compiling import kinds_of_machine, kinds_that_run
 from tests.support.native import as_in_a_wheel
 from tests.support.root import ROOT
 

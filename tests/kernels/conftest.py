@@ -11,8 +11,8 @@ from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton_lora import TritonLora
 from inference_service.kernels.cpu.build import load
+from inference_service.kernels.cpu.compiling import kinds_of_machine, kinds_that_run
 from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
 from tests.kernels.lora_case import GROUPS, LAYERS
 
 

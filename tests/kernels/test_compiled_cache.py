@@ -17,7 +17,7 @@ from inference_service.core.computing import Lack
 from inference_service.kernels.cpu import build, compiling
 from inference_service.kernels.cpu.build import DIGEST_SIZE, Built, load
 from inference_service.kernels.cpu.check import first_wrong
-from inference_service.kernels.cpu.processors import kinds_that_run
+from inference_service.kernels.cpu.compiling import kinds_that_run
 from inference_service.startup.choose import check_triton_cache
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import open_folder, private_folder, read_private

@@ -18,8 +18,8 @@ from inference_service.core.computing import Lack
 from inference_service.core.constraint import packed
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.check import first_wrong
+from inference_service.kernels.cpu.compiling import Kind, kinds_that_run
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, Tiled, adapters_of
-from inference_service.kernels.cpu.processors import Kind, kinds_that_run
 from inference_service.kernels.rows import Activation
 from inference_service.kernels.sampling import RowParams, draw_rows
 from tests.support.native import as_in_a_wheel

@@ -30,8 +30,7 @@ import structlog
 from inference_service.core.computing import Lack
 from inference_service.kernels.cpu import compiling
 from inference_service.kernels.cpu.check import first_wrong  # imports torch, whose OpenMP runtime is shared
-from inference_service.kernels.cpu.compiling import Waiting
-from inference_service.kernels.cpu.processors import Kind, kinds_that_run
+from inference_service.kernels.cpu.compiling import Kind, Waiting, kinds_that_run
 from loramux_shared.process import private_folder, read_private, report
 
 BEFOREHAND: Final = Path(__file__).with_name(compiling.BEFOREHAND)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from inference_service.kernels.cpu import compiling
-from inference_service.kernels.cpu.processors import KINDS
+from inference_service.kernels.cpu.compiling import KINDS
 from tests.support.root import ROOT
 from tests.support.waiting import BOUND_S
 
