@@ -137,6 +137,14 @@ def s3_server() -> Iterator[S3Server]:
         yield server
 
 
+@pytest.fixture
+def aws(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The real server, to which this process's AWS_* variables point."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
 @pytest.fixture(scope="session")
 def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the compiled operations of a start; the compiler may be missing."""

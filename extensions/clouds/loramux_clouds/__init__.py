@@ -1,1 +1,1 @@
-"""Sources of adapters and bases in Google Cloud Storage and Azure Blob Storage."""
+"""Object stores, archives behind https and registries as sources of adapters and bases; S3 as a store."""
