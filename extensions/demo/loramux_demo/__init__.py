@@ -1,0 +1,1 @@
+"""A show of everything on this machine, for people."""
