@@ -49,7 +49,7 @@ from loramux_shared.access.keys import Scope as AccessScope
 from loramux_shared.extensions import HTTP_ROUTES, load_extensions
 from loramux_shared.faults import Fault
 from loramux_shared.routes import ROUTES
-from loramux_shared.tracing import ServerSpans, TraceMiddleware
+from loramux_shared.tracing import Tracing
 
 TEXT: Final = "text/plain"
 CHANGES: Final = (403, 404, 409, 504)
@@ -106,7 +106,7 @@ TRACED: Final = frozenset(
 def create_app(
     service: GenerationService,
     keyring: Keyring | None = None,
-    tracing: ServerSpans | None = None,
+    tracing: Tracing | None = None,
     adapters: AdapterManager | None = None,
     relay: Handler | None = None,
 ) -> Front:
@@ -119,7 +119,7 @@ def create_app(
     app.state.keyless = keyring is None
     app.state.adapters = adapters or service.adapters
     guarded = app if keyring is None else AccessMiddleware(app, keyring, scope_of, fault_response)
-    traced = guarded if tracing is None else TraceMiddleware(guarded, tracing, TRACED)
+    traced = guarded if tracing is None else tracing.over(guarded, TRACED)
     return Front(traced, service.metrics.responded)
 
 

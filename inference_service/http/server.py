@@ -19,7 +19,7 @@ from inference_service.serving.service import GenerationService
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.process import connections_per_server
 from loramux_shared.rpc.options import listen
-from loramux_shared.tracing import ServerSpans
+from loramux_shared.tracing import Tracing
 
 CUT_S: Final = 1.0
 """For what a drain cuts off to tell its client so, and for its connection to close."""
@@ -35,7 +35,7 @@ class HttpServer:
         address: str,
         service: GenerationService,
         guard: Guard = NOBODY_GUARDS,
-        tracing: ServerSpans | None = None,
+        tracing: Tracing | None = None,
         patience: ClientTimeouts = USUAL,
         max_connections: int | None = None,
         adapters: AdapterManager | None = None,

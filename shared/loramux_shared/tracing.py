@@ -1,4 +1,4 @@
-"""Traces: the standard OTEL_* variables switch them on; spans of calls, and those of an HTTP application."""
+"""Traces: the standard OTEL_* variables switch them on, and an extension makes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from loramux_shared.access.asgi import App, Message, Receive, Send
+from loramux_shared.access.asgi import App
 from loramux_shared.extensions import PARTS, find_extensions, need_extension
 
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -20,36 +20,21 @@ OTLP: Final = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
 log = structlog.get_logger()
 
-Value = str | int
 
+class Tracing(Protocol):
+    """The extension that makes spans and sends them.
 
-class CallSpan(Protocol):
-    """The span of one call."""
+    The span of a call is below the one that its headers name (``traceparent``), and is the current one until
+    the last byte of the answer is sent.
+    """
 
-    def note(self, name: str, value: Value) -> None:
-        """Set an attribute."""
+    def of_call(self, headers: Mapping[str, str | bytes], method: str) -> AbstractContextManager[None]:
+        """Open the span of a gRPC call; an exception marks it as failed."""
         ...
 
-    def fail(self, reason: str) -> None:
-        """Say that the call failed, and by which reason."""
+    def over(self, app: App, paths: Collection[str]) -> App:
+        """Return an HTTP application, with a span for every call of some paths."""
         ...
-
-
-class ServerSpans(Protocol):
-    """A factory of the spans of a server's calls."""
-
-    def call(
-        self, name: str, headers: Mapping[str, str], attributes: Mapping[str, Value]
-    ) -> AbstractContextManager[CallSpan]:
-        """Open the span of a call, below the one that its headers name (``traceparent``).
-
-        Inside the block it is the current one, and ends with it.
-        """
-        ...
-
-
-class Tracing(ServerSpans, Protocol):
-    """The extension that makes spans and sends them."""
 
     def watcher(self) -> Any:
         """Return what makes spans of a replica's requests, a `Watcher`."""
@@ -92,33 +77,3 @@ def _requested_exporter() -> str:
     traces = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "")
     protocol = traces or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "")
     return OTLP.get(protocol or "http/protobuf", protocol)
-
-
-class TraceMiddleware:
-    """Makes a span for every call of some paths; it ends when the last byte of the answer is sent."""
-
-    def __init__(self, app: App, spans: ServerSpans, paths: Collection[str]) -> None:
-        self._app = app
-        self._spans = spans
-        self._paths = paths
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        if scope["type"] != "http" or scope["path"] not in self._paths:
-            await self._app(scope, receive, send)
-            return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        attributes: dict[str, Value] = {"http.request.method": scope["method"], "url.path": scope["path"]}
-        with self._spans.call(f"{scope['method']} {scope['path']}", headers, attributes) as span:
-            await self._app(scope, receive, _noting(span, send))
-
-
-def _noting(span: CallSpan, send: Send) -> Send:
-    async def noted(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            span.note("http.response.status_code", message["status"])
-            if message["status"] >= 500:
-                span.fail(str(message["status"]))
-        await send(message)
-
-    return noted

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import structlog
 from opentelemetry import propagate
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -16,9 +18,12 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id
 from structlog.contextvars import bound_contextvars
 
-from loramux_shared.tracing import Value
+from loramux_shared.access.asgi import App, Message, Receive, Send
+from loramux_shared.faults import Fault, InternalFault
 
 log = structlog.get_logger()
+
+Value = str | int
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,43 @@ class Tracing:
         ):
             yield OtelSpan(span)
 
+    @contextmanager
+    def of_call(self, headers: Mapping[str, str | bytes], method: str) -> Iterator[None]:
+        """Open the span of a gRPC call; an exception marks it as failed, and is raised again."""
+        texts = {name: value for name, value in headers.items() if isinstance(value, str)}
+        service, _, name = method.strip("/").rpartition("/")
+        attributes: dict[str, Value] = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
+        with self.call(method.strip("/"), texts, attributes) as span:
+            try:
+                yield
+            except Fault as fault:
+                span.note("rpc.grpc.status_code", fault.status.value)
+                span.fail(fault.reason)
+                raise
+            except (asyncio.CancelledError, GeneratorExit):
+                span.note("rpc.grpc.status_code", grpc.StatusCode.CANCELLED.value[0])
+                span.fail("CANCELLED")
+                raise
+            except Exception:
+                span.note("rpc.grpc.status_code", InternalFault.status.value)
+                span.fail(InternalFault.reason)
+                raise
+            span.note("rpc.grpc.status_code", grpc.StatusCode.OK.value[0])
+
+    def over(self, app: App, paths: Collection[str]) -> App:
+        """Return an HTTP application, with a span for every call of some paths."""
+
+        async def traced(scope: Message, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http" or scope["path"] not in paths:
+                await app(scope, receive, send)
+                return
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            attributes: dict[str, Value] = {"http.request.method": scope["method"], "url.path": scope["path"]}
+            with self.call(f"{scope['method']} {scope['path']}", headers, attributes) as span:
+                await app(scope, receive, _noting(span, send))
+
+        return traced
+
     def watcher(self) -> Any:
         """Return what makes spans of a replica's requests."""
         from loramux_otel.requests import RequestSpans
@@ -91,3 +133,14 @@ class Tracing:
     def close(self) -> None:
         """Send what is left; waits for it."""
         self._provider.shutdown()
+
+
+def _noting(span: OtelSpan, send: Send) -> Send:
+    async def noted(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            span.note("http.response.status_code", message["status"])
+            if message["status"] >= 500:
+                span.fail(str(message["status"]))
+        await send(message)
+
+    return noted

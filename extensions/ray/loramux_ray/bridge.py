@@ -19,7 +19,7 @@ from loramux_shared.faults import PermissionDenied
 from loramux_shared.rpc.calls import CallInterceptor
 from loramux_shared.rpc.server import AdmissionInterceptor
 from loramux_shared.rpc.status import abort
-from loramux_shared.tracing import ServerSpans
+from loramux_shared.tracing import Tracing
 
 Register = Callable[[Any], None]
 """Adds a servicer to what it takes for a server."""
@@ -47,7 +47,7 @@ class Bridge:
     """The services of a replica."""
 
     def __init__(
-        self, register: Sequence[Register], guard: Guard, tracing: ServerSpans | None, *, insecure: bool
+        self, register: Sequence[Register], guard: Guard, tracing: Tracing | None, *, insecure: bool
     ) -> None:
         """Answer this machine alone where no key is required, unless `insecure` is set."""
         self._handlers = Handlers(register).found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import ClientStalled, Fault, InternalFault, RequestInvalid, ShuttingDown
 from loramux_shared.rpc.status import abort
 from loramux_shared.rpc.wire import bounded
-from loramux_shared.tracing import ServerSpans, Value
+from loramux_shared.tracing import Tracing
 
 CUT: Final = "the server shut down before the call was complete. Retry with another replica."
 DRAIN_SEND_S: Final = 1.0
@@ -54,7 +54,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     def __init__(
         self,
-        tracing: ServerSpans | None = None,
+        tracing: Tracing | None = None,
         patience: Patience = USUAL,
         untraced: frozenset[str] = frozenset(),
     ) -> None:
@@ -252,13 +252,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self._looking = False
         self._look()
 
+    def _traced(self, context: grpc.aio.ServicerContext, method: str) -> AbstractContextManager[None]:
+        if self._tracing is None or method in self._untraced:
+            return nullcontext()
+        return self._tracing.of_call(dict(context.invocation_metadata()), method)
+
     @asynccontextmanager
     async def _guard(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[asyncio.Task[Any]]:
         """Count a call as open, trace it, and end it with a status where it raises."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
         try:
-            with _traced(None if method in self._untraced else self._tracing, context, method):
+            with self._traced(context, method):
                 self._refuse_when_draining()  # a drain does not wait for calls that are refused at once
                 self._open.add(task)
                 self._idle.clear()
@@ -304,30 +309,3 @@ async def _linger(context: grpc.aio.ServicerContext) -> None:
 def _internal(method: str) -> InternalFault:
     log.exception("call failed: unexpected error", method=method)
     return InternalFault("internal error; the server's log has the details. Please report it.")
-
-
-@contextmanager
-def _traced(spans: ServerSpans | None, context: grpc.aio.ServicerContext, method: str) -> Iterator[None]:
-    """Make the span of a call, if traces are on; an exception marks it as failed, and is raised again."""
-    if spans is None:
-        yield
-        return
-    headers = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
-    service, _, name = method.strip("/").rpartition("/")
-    attributes: dict[str, Value] = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
-    with spans.call(method.strip("/"), headers, attributes) as span:
-        try:
-            yield
-        except Fault as fault:
-            span.note("rpc.grpc.status_code", fault.status.value)
-            span.fail(fault.reason)
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            span.note("rpc.grpc.status_code", grpc.StatusCode.CANCELLED.value[0])
-            span.fail("CANCELLED")
-            raise
-        except Exception:
-            span.note("rpc.grpc.status_code", InternalFault.status.value)
-            span.fail(InternalFault.reason)
-            raise
-        span.note("rpc.grpc.status_code", grpc.StatusCode.OK.value[0])

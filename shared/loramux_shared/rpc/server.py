@@ -21,7 +21,7 @@ from loramux_shared.process import READY, STOPPING, connections_per_server, noti
 from loramux_shared.rpc.calls import USUAL, CallInterceptor, Patience
 from loramux_shared.rpc.options import cannot_listen, require_free, server_options
 from loramux_shared.rpc.status import abort
-from loramux_shared.tracing import ServerSpans
+from loramux_shared.tracing import Tracing
 from loramux_shared.wording import is_whole
 
 
@@ -103,7 +103,7 @@ class RpcServer:
         address: str,
         services: Mapping[str, Callable[[grpc.aio.Server], None]],
         guard: Guard = NOBODY_GUARDS,
-        tracing: ServerSpans | None = None,
+        tracing: Tracing | None = None,
         patience: Patience = USUAL,
         max_connections: int | None = None,
         rules: Rules = CORE,
