@@ -14,7 +14,7 @@ from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BASE_FILES, BuildContext
 from builder_service.pipeline.convert import bundle_bytes
 from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
-from builder_service.pipeline.lineage import Lineages
+from builder_service.pipeline.lineage import lineage
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.bases.memory import ITEM_BYTES, widening
@@ -109,8 +109,8 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
 def _origin_warnings(
     named: str, base: BaseRecord, adapter: FetchedAdapter, context: BuildContext
 ) -> list[Finding]:
-    lineage = Lineages(context.sources).of(named, base.source, [adapter.source])
-    return origin_warnings(named, adapter.licence, base, lineage)
+    known = lineage(context.sources)(named, base.source, [adapter.source])
+    return origin_warnings(named, adapter.licence, base, known)
 
 
 def _widened(base: Base) -> list[Finding]:

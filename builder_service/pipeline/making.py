@@ -22,7 +22,7 @@ from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_
 from builder_service.pipeline.fetch import FetchedAdapter, gathered, list_adapters
 from builder_service.pipeline.intake import Identity, Intake, identity
 from builder_service.pipeline.keep import Keeping, keep
-from builder_service.pipeline.lineage import Lineages
+from builder_service.pipeline.lineage import Lineage, lineage
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter, rulebook
 from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord, Descent
@@ -132,7 +132,7 @@ class Output:
     space: Space
     progress: Progress
     context: BuildContext
-    lineages: Lineages
+    lineage: Lineage
 
     def put_out(self, groups: Sequence[Duplicates], proofs: Sequence[Proof | None]) -> dict[str, AdapterRecord]:
         """Convert and publish; returns what the generation says of the adapters, by their names.
@@ -158,10 +158,10 @@ class Output:
         with self.space.writing(size, f"the bundle of adapter {group.names[0]!r}"), self.context.compute:
             bundle = convert_adapter(group.first, self.dtype, self.progress, proof)
         sources = [adapter.fetched.source for adapter in group.adapters]
-        lineage = self.lineages.of(bundle.manifest.base_model_name, self.base.source, sources)
-        self._describe(group, bundle, lineage)
+        known = self.lineage(bundle.manifest.base_model_name, self.base.source, sources)
+        self._describe(group, bundle, known)
         publish_bundle(self.store, bundle, group.names, self.served, self.progress)
-        return {adapter.fetched.name: _record(adapter.fetched, bundle, lineage) for adapter in group.adapters}
+        return {adapter.fetched.name: _record(adapter.fetched, bundle, known) for adapter in group.adapters}
 
     def _describe(self, group: Duplicates, bundle: BuiltBundle, lineage: tuple[Descent, ...]) -> None:
         named = bundle.manifest.base_model_name
@@ -329,7 +329,7 @@ class Making:
             shop.space,
             shop.progress,
             shop.context,
-            Lineages(shop.context.sources),
+            lineage(shop.context.sources),
         )
         return output.put_out(groups, proofs)
 

@@ -25,9 +25,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from loramux_shared.bundle.generation import Descent
 from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment import Repository
 from loramux_shared.faults import (
     BundleCorrupt,
     Fault,
@@ -40,14 +39,11 @@ from loramux_shared.faults import (
 from loramux_shared.sources.base import Progress, Resolved, Room, SourceFile, bounded, unwatched
 from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.files import checked_file, disk_errors, disk_fault, inside, is_text, scratch
-from loramux_shared.sources.licence import MODEL, descent_of
 from loramux_shared.sources.retry import Busy, RetryPolicy, TimeLeft
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
 TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
 TIMEOUT_S: Final = 20.0
-ASIDE_S: Final = 5.0
-"""For an answer that a build can do without."""
 COMMIT: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 SLACK: Final = 16 << 20
@@ -75,7 +71,7 @@ class HubSource:
     ) -> None:
         self._secrets = secrets
         self._work_dir = work_dir
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._patience = patience or RetryPolicy()
 
     def resolve(
@@ -83,7 +79,7 @@ class HubSource:
     ) -> Resolved:
         """List a repository's files with their sizes at the commit that its revision names."""
         del room
-        api = HfApi(endpoint=self._endpoint, token=self._token(repository))
+        api = HfApi(endpoint=self.endpoint, token=self._token(repository))
         prefix = f"{repository.subfolder}/" if repository.subfolder else ""
 
         def listing(_: Progress) -> tuple[str, dict[str, SourceFile]]:
@@ -155,18 +151,6 @@ class HubSource:
             self._download(repository, name, files[name].size, folder, progress)
         return folder / repository.subfolder
 
-    def descent(self, model: str) -> tuple[Descent, ...]:
-        """Return the hub's public lineage of a model: it is asked once, without a token.
-
-        Raises:
-            RepoNotFound, RepoGated, SourceUnavailable
-        """
-        if not MODEL.fullmatch(model):
-            return ()
-        api = HfApi(endpoint=self._endpoint, token=False)
-        with _translated(Repository(source=SourceKind.HF, repo=model), ""):
-            return descent_of(model, api.model_info(model, timeout=ASIDE_S))
-
     def _fetched(self, resolved: Resolved, name: str, into: Path, progress: Progress) -> FileDigest:
         """Download a file, once more where it is not what was listed, and return what it is."""
         target, file = inside(into, name), resolved.files[name]
@@ -195,7 +179,7 @@ class HubSource:
                 revision=repository.revision,
                 local_dir=into,
                 token=self._token(repository),
-                endpoint=self._endpoint,
+                endpoint=self.endpoint,
                 tqdm_class=_meter(_at_most(size, f"HF {repository.repo}: {name}", watch)),
             ),
             progress,
@@ -214,14 +198,14 @@ class HubSource:
 
         def attempt(deadline: TimeLeft) -> _T:
             watch = deadline.watch(f"HF {repository.repo}", progress)
-            with _translated(repository, hint):
+            with translated(repository, hint):
                 return call(watch)
 
         return self._patience.call(attempt, progress)
 
 
 @contextmanager
-def _translated(repository: Repository, hint: str) -> Iterator[None]:
+def translated(repository: Repository, hint: str) -> Iterator[None]:
     """Turn the failures of the hub's client into ours; their texts hold addresses, and are not repeated."""
     repo, revision = f"HF {repository.repo}", repository.revision or "main"
     try:

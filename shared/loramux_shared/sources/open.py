@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from loramux_shared.bundle.generation import Descent
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import RepoNotFound, SettingsInvalid, SourceRefused
@@ -34,15 +33,6 @@ class Sources:
         self._openers = dict(openers or {})
         self.work_dir = work_dir
         """Holds what is fetched only to be looked at; the system's temporary folder when not given."""
-
-    def descent(self, model: str) -> tuple[Descent, ...]:
-        """Return what the hub says that a model of that name was made from; nothing where there is no hub.
-
-        Raises:
-            RepoNotFound, RepoGated, SourceUnavailable
-        """
-        hub = self._sources.get(SourceKind.HF)
-        return hub.descent(model) if isinstance(hub, HubSource) else ()
 
     def of(self, repository: Repository) -> Source:
         """Return the source of a repository.

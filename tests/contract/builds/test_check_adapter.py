@@ -1,30 +1,25 @@
-"""CheckAdapter over gRPC: the whole report, and nothing written; and the lineage of bases, asked of a hub."""
+"""CheckAdapter over gRPC: the whole report, and nothing written."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.views import stored_view
 from builder_service.pipeline import check
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.client import AsyncClient
 from loramux.faults import CheckpointInvalid, DeploymentInvalid, RepoNotFound, ShuttingDown, SourceRefused
 from loramux.records import AdapterReport
-from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration
+from loramux_shared.deployment import Dtype, LoraConfiguration
 from loramux_shared.rpc.server import RpcServer
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import HIDDEN, tensors, write_adapter, write_base
-from tests.support.folders import Built, built, deployment_of, workshop
-from tests.support.hub import Hub, HubRepo, serve_hub
+from tests.support.folders import workshop
 from tests.support.waiting import BOUND_S, until, wait_until
 
 
@@ -167,106 +162,3 @@ async def test_a_builder_that_stops_refuses_new_calls(world: Served) -> None:
     world.checks.stop()
     with pytest.raises(ShuttingDown):
         await world.check("one")
-
-
-COMMIT = "c" * 40
-INFO = "/api/models/"
-TOKEN = "hf_not_a_real_one"  # noqa: S105 - of the small hub
-
-
-def card(relation: str, parent: str) -> HubRepo:
-    """Return a repository with nothing but a card that names the parent model."""
-    return HubRepo({"main": COMMIT}, {}, card={"base_model": parent, "base_model_relation": relation})
-
-
-def content(folder: Path) -> HubRepo:
-    """A repository with the files of a folder."""
-    return HubRepo({"main": COMMIT}, {path.name: path.read_bytes() for path in folder.iterdir()})
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A hub with the base `lab/Tiny-1B` and its relatives."""
-    with serve_hub() as hub:
-        hub.repos["lab/Tiny-1B"] = content(write_base(tmp_path / "base"))
-        hub.repos["some/copy"] = card("quantized", "lab/Tiny-1B")
-        hub.repos["some/copy-of-it"] = card("quantized", "some/copy")
-        hub.repos["some/tuned"] = card("finetune", "lab/Tiny-1B")
-        yield hub
-
-
-@pytest.fixture
-def context(hub: Hub, tmp_path: Path) -> BuildContext:
-    """A workshop that reads folders and the small hub, with a token for the hub."""
-    sources = open_sources(
-        local_roots=[tmp_path], hub_endpoint=hub.endpoint, environment={"HF_TOKEN": TOKEN}, work_dir=tmp_path
-    )
-    return BuildContext(MemoryStore(), sources, tmp_path / "work")
-
-
-def deployment(folder: Path, base: str = "", **adapters: str) -> Deployment:
-    """Adapters in folders that say that they were trained on these bases, for one on the hub or in a folder."""
-    for name, trained_on in adapters.items():
-        write_adapter(folder / name, base_model_name_or_path=trained_on)
-    required = {"source": "LOCAL" if base.startswith("/") else "HF", "repo": base or "lab/Tiny-1B"}
-    return deployment_of(folder, *adapters, checkpoint_repository=required)
-
-
-def found_by(required: Deployment, context: BuildContext) -> tuple[Built, dict[str, str]]:
-    """Build, and return the findings about base names, by adapter."""
-    done = built(required, context)
-    warnings = {name: done.warnings(name) for name in required.build.lora_adapters}
-    return done, {name: each.found for name in warnings for each in warnings[name] if each.code == "W_BASE"}
-
-
-def models_asked(hub: Hub) -> list[str]:
-    """The models that the hub was asked about, beside the base."""
-    names = [path.removeprefix(INFO) for _, path in hub.requests if path.startswith(INFO)]
-    return [name for name in names if not name.startswith("lab/")]
-
-
-def test_copies_are_the_base_and_others_are_named(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
-    """A build asks once for each model; the generation stores the answer, and no request shows a token."""
-    hub.repos["some/private"] = HubRepo({"main": COMMIT}, {}, token=TOKEN, card={"base_model": "lab/Tiny-1B"})
-    names = {"one": "some/copy", "two": "some/copy-of-it", "three": "some/tuned", "four": "some/tuned"}
-    expected = deployment(tmp_path, **names, five="some/private", six="unsloth/Tiny-1B-bnb-4bit")
-    _, found = found_by(expected, context)
-    tuned = "some/tuned; some/tuned is a finetune of lab/Tiny-1B, as the hub says"
-    assert found == {"three": tuned, "four": tuned, "five": "some/private"}
-    assert sorted(models_asked(hub)) == ["some/copy", "some/copy-of-it", "some/private", "some/tuned"]
-    printed = stored_view(context.store, "tiny")
-    words = {a.name: [w.found for w in a.warnings if w.code == "W_BASE"] for a in printed.adapters}
-    assert words == {name: [found[name]] if name in found else [] for name in expected.build.lora_adapters}
-
-    hub.requests.clear()
-    again, found_again = found_by(expected, context)
-    assert again.unchanged
-    assert found_again == found
-    assert models_asked(hub) == []
-
-
-def test_the_deployment_s_base_may_be_the_copy(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
-    """The origin of the deployment's base is looked up too."""
-    hub.repos["some/weights"] = content(tmp_path / "base")
-    hub.repos["some/weights"].card = {"base_model": "lab/Tiny-1B"}
-    hub.repos["some/weights"].tags = ("base_model:lab/Tiny-1B", "base_model:quantized:lab/Tiny-1B")
-    _, found = found_by(deployment(tmp_path, "some/weights", one="lab/Tiny-1B", two="lab/Other"), context)
-    assert found == {"two": "lab/Other; some/weights is a quantised copy of lab/Tiny-1B, as the hub says"}
-
-
-@pytest.mark.parametrize(("status", "questions"), [(500, 1), (429, 1), (404, 2), (403, 2), (200, 1)])
-def test_no_failure_of_the_question_fails_a_build(
-    hub: Hub, context: BuildContext, tmp_path: Path, status: int, questions: int
-) -> None:
-    """A failing hub leaves the warning unchanged, and is asked once."""
-    hub.repos["some/copy"].status = hub.repos["some/tuned"].status = status
-    _, found = found_by(deployment(tmp_path, one="some/copy", two="some/tuned"), context)
-    assert found == {"one": "some/copy", "two": "some/tuned"}
-    assert len(models_asked(hub)) == questions
-
-
-def test_folders_ask_nobody(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
-    """No hub is asked where base and adapter are folders."""
-    _, found = found_by(deployment(tmp_path, str(tmp_path / "base"), one="some/copy"), context)
-    assert found == {"one": "some/copy"}
-    assert hub.requests == []

@@ -1,13 +1,10 @@
 """Names of bases in adapters, and licences: copies are the base, and differences of licences are a warning."""
 
-from typing import Any
-
 import pytest
-from huggingface_hub.hf_api import ModelInfo
 
 from builder_service.domain.origin import base_warning, licence_warning
 from loramux_shared.bundle.generation import Descent
-from loramux_shared.sources.licence import MOST, descent_of, licence_in, licence_of
+from loramux_shared.sources.licence import licence_in, licence_of
 from tests.support.cases import cases
 
 
@@ -39,31 +36,6 @@ def test_quantised_copies_by_the_hub_are_the_base() -> None:
     for order in (steps, steps[::-1]):
         assert base_warning("org/mine", "Qwen/Qwen3-8B", order) is None
         assert base_warning("Qwen/Qwen3-8B-AWQ", "org/mine", order) is None
-
-
-@pytest.mark.parametrize(
-    ("card", "tags", "expected"),
-    [
-        (
-            {"base_model": "a/b", "base_model_relation": "quantized"},
-            ["base_model:a/b", "base_model:finetune:a/b"],
-            [("quantized", "a/b")],
-        ),
-        ({"base_model": ["a/b"]}, ["en", "base_model:a/b", "base_model:quantized:a/b"], [("quantized", "a/b")]),
-        ({}, ["base_model:finetune:a/b"], [("finetune", "a/b")]),
-        ({"base_model": ["a/b", "c/d"]}, ["base_model:merge:a/b"], [("merge", "a/b"), ("", "c/d")]),
-        ({"base_model": "a/b", "base_model_relation": ["x"]}, [], [("", "a/b")]),
-        ({"base_model": ["../x", 7, None, "a b/c", "a/" + "b" * 97]}, ["base_model:x:y:z", "base_model:"], []),
-        ({}, [], []),
-        ({"base_model": [f"a/{i}" for i in range(99)]}, [], [("", f"a/{i}") for i in range(MOST)]),
-    ],
-)
-def test_cards_and_tags_are_read(
-    card: dict[str, Any], tags: list[str], expected: list[tuple[str, str]]
-) -> None:
-    """The card's name wins over the hub's; text that is no model's name is not repeated."""
-    info = ModelInfo(id="org/mine", cardData=card, tags=tags)
-    assert [(each.relation, each.parent) for each in descent_of("org/mine", info)] == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The lineage of bases, as a hub tells it."""
