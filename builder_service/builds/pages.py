@@ -7,9 +7,8 @@ import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Final, Generic, TypeVar
 
-from builder_service.builds.views import DeploymentView
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import (
     is_deployment_name,
@@ -22,29 +21,22 @@ from loramux_shared.faults import BundleCorrupt, DeploymentNotFound, PageTokenIn
 from loramux_shared.storage.base import Store
 from loramux_shared.wording import is_whole
 
+T = TypeVar("T")
 PAGE: Final = 100
 MAX_PAGE: Final = 1000
 UNKNOWN_PAGE: Final = "page_token: use the next_page_token of the last answer"
 
 
 @dataclass(frozen=True)
-class Page:
-    """A part of the list of deployments."""
+class Page(Generic[T]):
+    """A part of a list."""
 
-    views: tuple[DeploymentView, ...]
+    items: Sequence[T]
     next_token: str
     """Empty on the last page."""
 
 
-@dataclass(frozen=True)
-class Names:
-    """The names of a page."""
-
-    names: Sequence[str]
-    next_token: str
-
-
-def names_of_page(names: Sequence[str], page_size: int, page_token: str) -> Names:
+def names_of_page(names: Sequence[str], page_size: int, page_token: str) -> Page[str]:
     """Return the names of a page out of all of them, in order; page_size 0 means `PAGE`.
 
     Raises:
@@ -53,7 +45,7 @@ def names_of_page(names: Sequence[str], page_size: int, page_token: str) -> Name
     after = _name_in(page_token)
     left = [name for name in names if name > after]
     size = min(page_size or PAGE, MAX_PAGE)
-    return Names(left[:size], _token(left[size - 1]) if len(left) > size else "")
+    return Page(left[:size], _token(left[size - 1]) if len(left) > size else "")
 
 
 def _token(name: str) -> str:
@@ -102,17 +94,8 @@ class GenerationView:
     damage: str = ""
 
 
-@dataclass(frozen=True)
-class HistoryPage:
-    """A part of the generations of a deployment, the newest first."""
-
-    views: tuple[GenerationView, ...]
-    next_token: str
-    """Empty on the last page."""
-
-
-def history(store: Store, name: str, page_size: int, page_token: str) -> HistoryPage:
-    """Return a page of a deployment's generations; page_size 0 means `GENERATIONS`. Blocks.
+def history(store: Store, name: str, page_size: int, page_token: str) -> Page[GenerationView]:
+    """Return a page of a deployment's generations, the newest first; page_size 0 means `GENERATIONS`. Blocks.
 
     Raises:
         DeploymentNotFound, PageTokenInvalid, StoreUnavailable
@@ -130,7 +113,7 @@ def history(store: Store, name: str, page_size: int, page_token: str) -> History
         before = _read(store, name, below) if below is not None else None
         views.append(_view(number, after, before, served))
         after = before
-    return HistoryPage(tuple(views), str(page[-1]) if len(left) > len(page) else "")
+    return Page(views, str(page[-1]) if len(left) > len(page) else "")
 
 
 def _view(

@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from builder_service.builds.journal import JournalEntry
-from builder_service.builds.pages import HistoryPage, Page, history, names_of_page
+from builder_service.builds.pages import GenerationView, Page, history, names_of_page
 from builder_service.builds.running import WATCH_INTERVAL_S, RunningBuild
 from builder_service.builds.views import BuildState, DeploymentView, stored_light, stored_view
 from loramux_shared.bundle.deployments import is_deployment_name, list_deployments
@@ -190,15 +190,15 @@ class BuildViews:
         names = await self._names()
         raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {listed(names)}")
 
-    async def list(self, page_size: int, page_token: str) -> Page:
+    async def list(self, page_size: int, page_token: str) -> Page[DeploymentView]:
         """Return deployments by name; page_size 0 means 100.
 
         Raises:
             PageTokenInvalid, StoreUnavailable
         """
         page = names_of_page(await self._names(), page_size, page_token)
-        views = [await self._view(name) for name in page.names]
-        return Page(tuple(view for view in views if view is not None), page.next_token)
+        views = [await self._view(name) for name in page.items]
+        return Page([view for view in views if view is not None], page.next_token)
 
     async def watch(
         self, name: str, *, follow: bool = False, request_id: str = ""
@@ -221,7 +221,7 @@ class BuildViews:
             async for view in running.views():
                 yield view
 
-    async def history(self, name: str, page_size: int, page_token: str) -> HistoryPage:
+    async def history(self, name: str, page_size: int, page_token: str) -> Page[GenerationView]:
         """Return a page of a deployment's generations, the newest first; page_size 0 means 20.
 
         Raises:

@@ -83,7 +83,7 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         del context
         found = await self._builds.history(request.name, request.page_size, request.page_token)
         return pb.ListGenerationsResponse(
-            generations=map(generation_message, found.views), next_page_token=found.next_token
+            generations=map(generation_message, found.items), next_page_token=found.next_token
         )
 
     async def PutAdapter(  # noqa: N802 - the rpc's name
@@ -108,7 +108,7 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         del context
         page = await self._builds.list(request.page_size, request.page_token)
         return pb.ListDeploymentsResponse(
-            deployments=map(deployment_message, page.views), next_page_token=page.next_token
+            deployments=map(deployment_message, page.items), next_page_token=page.next_token
         )
 
     async def WatchDeployment(  # noqa: N802 - the rpc's name

@@ -19,6 +19,7 @@ from azure.core.exceptions import (
 from azure.storage.blob import ContainerClient
 
 from loramux_clouds.bucket import TIMEOUT_S, BucketSource, md5_of
+from loramux_clouds.fields import fields_of
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoGated, RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from loramux_shared.sources.base import SourceFile
@@ -90,7 +91,7 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[AzureContaine
     if match is None:
         raise SourceRefused(f"AZURE {repository.label!r}: expected azure://ACCOUNT/CONTAINER/FOLDER")
     account, name = match["account"], repository.runtime_secret_name
-    secret = secrets.fields(name, ("account_key",), ("endpoint_url",))
+    secret = fields_of(secrets, name, ("account_key",), ("endpoint_url",))
     if name and not secret:
         warn_unset(repository)
     try:

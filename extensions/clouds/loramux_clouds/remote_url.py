@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from loramux_clouds.archive import Archive, inner_files
+from loramux_clouds.fields import fields_of
 from loramux_clouds.https import Https
 from loramux_clouds.listed import ListedSource
 from loramux_clouds.public import AddressGuard
@@ -125,7 +126,7 @@ class UrlSource(ListedSource):
     def _authorization(self, repository: Repository) -> tuple[str, str] | None:
         """Return a host and the header for it alone: the author of a deployment chooses the address."""
         name = repository.runtime_secret_name
-        secret = self._secrets.fields(name, ("host", "authorization"))
+        secret = fields_of(self._secrets, name, ("host", "authorization"))
         if name and not secret:
             warn_unset(repository)
         return (secret["host"].lower(), secret["authorization"]) if secret else None

@@ -14,6 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, ProfileNotFound
 
 from loramux_clouds.bucket import TIMEOUT_S, BucketSource
+from loramux_clouds.fields import fields_of
 from loramux_shared.adapter_files import PIECE
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import (
@@ -113,8 +114,8 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[S3Bucket, str
     if match is None:
         raise SourceRefused(f"S3 {repository.label!r}: expected s3://BUCKET/FOLDER")
     name = repository.runtime_secret_name
-    secret = secrets.fields(
-        name, ("access_key_id", "secret_access_key"), ("region", "session_token", "endpoint_url")
+    secret = fields_of(
+        secrets, name, ("access_key_id", "secret_access_key"), ("region", "session_token", "endpoint_url")
     )
     hint = secrets.hint(name, default_variable="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if name and not secret:

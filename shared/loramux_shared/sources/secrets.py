@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import structlog
@@ -50,29 +49,6 @@ class Secrets:
                     f"secret {name!r}: its file cannot be read: {type(error).__name__}"
                 ) from error
         return self._environment.get(ENVIRONMENT_PREFIX + name, "").strip() or None
-
-    def fields(self, name: str, required: Collection[str], optional: Collection[str] = ()) -> dict[str, str]:
-        """Return the fields of a secret that is a JSON object of strings; empty where it is not set.
-
-        Raises:
-            SourceRefused: it is something else, lacks a field, or has one that is not known.
-        """
-        text = self.get(name) if name else None
-        if text is None:
-            return {}
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError):
-            data = None  # the error's text would repeat the secret
-        known = {*required, *optional}
-        if not (
-            isinstance(data, dict)
-            and set(required) <= data.keys() <= known
-            and all(isinstance(value, str) and value for value in data.values())
-        ):
-            also = f", and may have {', '.join(optional)}" if optional else ""
-            raise SourceRefused(f"secret {name!r}: expected a JSON object with {', '.join(required)}{also}")
-        return data
 
     def hint(self, name: str, *, default_variable: str = "") -> str:
         """Say where the secret of a repository is looked for, for a message."""

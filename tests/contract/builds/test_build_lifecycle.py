@@ -93,7 +93,7 @@ async def test_a_failure_is_of_its_store(world: Builders) -> None:
         world.store = store
         builds = world.builder()
         await builds.recover()
-        assert [view.state for view in (await builds.list(0, "")).views] == printed
+        assert [view.state for view in (await builds.list(0, "")).items] == printed
 
 
 async def test_a_build_that_takes_too_long_fails(world: Builders) -> None:
