@@ -137,14 +137,6 @@ def s3_server() -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture
-def aws(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The real server, to which this process's AWS_* variables point."""
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3_server
-
-
 @pytest.fixture(scope="session")
 def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the compiled operations of a start; the compiler may be missing."""
@@ -208,23 +200,3 @@ def deployment(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
-
-
-@pytest.fixture
-def scripted(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """An environment in which ``python -m builder_service`` and its peer are the scripted ones.
-
-    Commands take the usual ports where these are free, and two that look at the same moment find them so.
-    """
-    from tests.support.once import one_at_a_time
-    from tests.support.root import ROOT
-
-    for kind in ("builder", "inference"):
-        package = tmp_path / "fakes" / f"{kind}_service"
-        package.mkdir(parents=True)
-        (package / "__init__.py").touch()
-        (package / "__main__.py").write_text(f"from tests.support.fake_services import main; main({kind!r})\n")
-    path = os.pathsep.join(map(str, (tmp_path / "fakes", ROOT, ROOT / "shared")))
-    state = {"TMPDIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
-    with one_at_a_time(tmp_path_factory, "usual-ports"):
-        yield {"PYTHONPATH": path, "COLUMNS": "80", **state}

@@ -16,6 +16,7 @@ from loramux.cli.build import build, prove
 from loramux.cli.change import add, push, remove
 from loramux.cli.check import check
 from loramux.cli.exits import tell_uncaught
+from loramux.cli.local.demo import demo
 from loramux.cli.local.services import builder, serve
 from loramux.cli.local.up import up
 from loramux.cli.serving import health, models
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: half the lines, the same words
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for function in (up, build, check, prove, add, remove, push, models, serve, builder, health):
+for function in (demo, up, build, check, prove, add, remove, push, models, serve, builder, health):
     app.command()(function)
 for name, extension in load_extensions(COMMANDS).items():
     if isinstance(extension, typer.Typer):
@@ -77,7 +78,7 @@ def loramux(
 ) -> None:
     """One base model, hundreds of LoRA adapters, one server.
 
-    Example: loramux up deployment.yaml
+    Example: loramux demo
     """
 
 

@@ -22,7 +22,7 @@ from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.folders import deployment_of
 from tests.support.forks import Forked, builder_service
-from tests.support.s3_gateway import S3Server, free_port, needs_s3
+from tests.support.s3_gateway import S3Server, free_port
 from tests.support.waiting import BOUND_S, wait_until
 
 ADAPTERS = 80
@@ -190,7 +190,7 @@ def peak_bytes(folder: Path, uri: str, names: list[str], environment: dict[str, 
     return size, peak
 
 
-@pytest.mark.parametrize("kind", ["file", pytest.param("s3", marks=[pytest.mark.sweep, needs_s3])])
+@pytest.mark.parametrize("kind", ["file", pytest.param("s3", marks=pytest.mark.sweep)])
 def test_memory_does_not_grow_with_an_adapter(tmp_path, s3_server: S3Server, kind):
     """Two adapters at once, of 170 and 57 MB, take at most 160 MB and two of their rows of 19 MB each."""
     write_base(tmp_path / "base", hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS)

@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -27,11 +27,30 @@ from tests.support.access import lines, new_entry
 from tests.support.commands import Command, running
 from tests.support.fake_services import Fakes
 from tests.support.forks import command_line
+from tests.support.once import one_at_a_time
+from tests.support.root import ROOT
 from tests.support.tiny import make_world
 from tests.support.up import up
 from tests.support.waiting import BOUND_S, wait_until
 
 BOTH = "--scope build --scope infer"
+
+
+@pytest.fixture
+def scripted(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """An environment in which ``python -m builder_service`` and its peer are the scripted ones.
+
+    Commands take the usual ports where these are free, and two that look at the same moment find them so.
+    """
+    for kind in ("builder", "inference"):
+        package = tmp_path / "fakes" / f"{kind}_service"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(f"from tests.support.fake_services import main; main({kind!r})\n")
+    path = os.pathsep.join(map(str, (tmp_path / "fakes", ROOT, ROOT / "shared")))
+    state = {"TMPDIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+    with one_at_a_time(tmp_path_factory, "usual-ports"):
+        yield {"PYTHONPATH": path, "COLUMNS": "80", **state}
 
 
 def family(command: Command) -> list[psutil.Process]:
@@ -250,6 +269,22 @@ def on_a_terminal(
         process.wait()
         os.close(terminal)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode())
+
+
+def test_the_demo_on_a_terminal(
+    tmp_path: Path, scripted: dict[str, str], deployment: Callable[..., str]
+) -> None:
+    """The demo shows bars, the table, panels side by side and the next steps, within the terminal's width."""
+    deployment("demo", "lora1", "lora2")
+    text = on_a_terminal(["demo", "--examples", str(tmp_path), "--prompt", "hello"], scripted, [])
+    assert "✓ builder service on 127.0.0.1" in text
+    assert re.search(r"lora2 +done +━+ +5\.2 MB", text)
+    assert re.search(r"╭─ base · base ─+╮╭─ lora1 · rank 8 ─+╮", text)
+    assert "│ the grey sea sings (1)" in text
+    assert "3 streams in one batch: 15 tokens" in text
+    assert "loramux demo --keep" in text
+    panels = [line.strip() for line in text.splitlines() if line.startswith(("│", "╭", "╰"))]
+    assert max(map(len, panels)) <= 80
 
 
 def _changed(builder: str, *words: str | Path) -> int:

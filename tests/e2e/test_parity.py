@@ -19,7 +19,7 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
 from tests.e2e.real import EXAMPLES, Answers, deployment, in_float32, oracle_choices, prompts
-from tests.support.s3_gateway import S3Server, needs_s3
+from tests.support.s3_gateway import S3Server
 from tests.support.tiny import run_engine
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.whole]
@@ -109,7 +109,6 @@ def test_each_alone_is_as_in_a_batch(
             assert run_engine(ready, [(model, query[place])], len(expected)) == [expected], (model, place)
 
 
-@needs_s3
 def test_bundles_from_an_s3_server_give_the_same_tokens(
     s3_server: S3Server,
     query: list[list[int]],

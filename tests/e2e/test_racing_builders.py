@@ -17,7 +17,7 @@ from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
 from tests.support.examples import examples, spread
 from tests.support.generations import generation
-from tests.support.s3_gateway import S3Server, needs_s3
+from tests.support.s3_gateway import S3Server
 from tests.support.turns import Race
 
 
@@ -92,7 +92,7 @@ def test_a_builder_killed_at_any_operation_hinders_nobody():
             assert again.max_seq_len == 101
 
 
-@pytest.mark.parametrize("kind", ["memory", "file", pytest.param("s3", marks=needs_s3)])
+@pytest.mark.parametrize("kind", ["memory", "file", "s3"])
 def test_many_real_threads_keep_all_generations(
     kind: str, tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
-import pytest
 from botocore.config import Config
 
-from loramux_shared.extensions import PARTS, find_extensions
 from tests.support.waiting import BOUND_S, wait_until
 
 if TYPE_CHECKING:
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
 REGION = "us-east-1"
 _PR_SET_PDEATHSIG = 1
-needs_s3 = pytest.mark.skipif("s3.store" not in find_extensions(PARTS), reason="an extension brings S3 stores")
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Object stores, archives behind https and registries as sources of adapters and bases; S3 as a store."""
+"""Sources of adapters and bases in Google Cloud Storage and Azure Blob Storage."""

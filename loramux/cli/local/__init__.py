@@ -1,1 +1,1 @@
-"""Services on this machine: `serve` and `builder` become one, `up` runs both as children."""
+"""Services on this machine: `serve` and `builder` become one, `up` and `demo` run both as children."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.base import Store, checked_key
 from loramux_shared.storage.local import LocalStore
@@ -13,13 +12,13 @@ from loramux_shared.storage.local import LocalStore
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
-def open_store(uri: str) -> Store:
+def open_store(uri: str, *, s3_endpoint_url: str | None = None) -> Store:
     """Return the store at ``s3://bucket/prefix``, ``file:///dir`` or ``file://~/dir``; nothing is created.
 
     S3's endpoint, region and credentials are read from the standard ``AWS_*`` variables.
 
     Raises:
-        SettingsInvalid: the address has another form, or what it needs is not installed.
+        SettingsInvalid: the address has another form, or the packages that it needs are not installed.
         StoreUnavailable: the configured AWS profile does not exist.
     """
     scheme, _, place = uri.partition("://")
@@ -29,13 +28,12 @@ def open_store(uri: str) -> Store:
         bucket, _, prefix = place.partition("/")
         if _BUCKET.fullmatch(bucket) and _is_prefix(prefix.strip("/")):
             try:
-                found = need_extension("s3.store", f"store {uri!r}")
+                from loramux_shared.storage.s3 import S3Store  # half a second, and an extra
             except ModuleNotFoundError as error:
                 raise SettingsInvalid(
-                    f"store {uri!r} needs {error.name}, not installed here: pip install 'loramux[s3]'"
+                    f"store {uri!r} needs {error.name}, not installed here: pip install 'loramux[store]'"
                 ) from error
-            store: Store = found.S3Store(bucket, prefix)
-            return store
+            return S3Store(bucket, prefix, endpoint_url=s3_endpoint_url)
     raise SettingsInvalid(
         f"store {_without_credentials(uri)!r}: expected s3://BUCKET/PREFIX, file:///DIR or file://~/DIR. "
         "S3's endpoint and credentials are set by AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID and "

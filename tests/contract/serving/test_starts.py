@@ -20,7 +20,6 @@ from loramux_shared.faults import BuildCancelled, SettingsInvalid, SourceUnavail
 from loramux_shared.settings import InferenceSettings, load_settings
 from loramux_shared.sources.retry import RetryPolicy, TimeLeft
 from tests.support.forks import Forked, builder_service, inference_service
-from tests.support.s3_gateway import needs_s3
 from tests.support.waiting import BOUND_S, wait_until
 
 SERVICES = {"inference_service": inference_service, "builder_service": builder_service}
@@ -82,7 +81,6 @@ def logged(process: Forked, log: Path, event: str) -> dict[str, str]:
     return wait_until(found, event, log.read_text)[0]
 
 
-@needs_s3
 @pytest.mark.parametrize(
     ("module", "number"),
     [
@@ -102,7 +100,6 @@ def test_a_signal_ends_a_start_that_waits(
 
 
 @pytest.mark.sweep
-@needs_s3
 @pytest.mark.parametrize("module", SERVICES)
 def test_a_store_that_never_answers_ends_a_start(silent: str, tmp_path: Path, module: str) -> None:
     """The process ends by itself without a signal: exit 1, with the store's name."""

@@ -117,10 +117,7 @@ def completions(*words: str) -> tuple[list[str], str]:
 
 
 def test_words_complete() -> None:
-    assert (completions("buil"), completions("up", "--loc")) == (
-        (["build", "builder"], ""),
-        (["--local-root"], ""),
-    )
+    assert (completions("dem"), completions("up", "--loc")) == ((["demo"], ""), (["--local-root"], ""))
 
 
 def test_a_snapshot_of_the_hubs_cache_is_read_with_its_blobs(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-import loramux
 from loramux.cli import shell
 from loramux.cli.build import build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
@@ -103,7 +102,7 @@ def _written_ns(file: Path) -> int | None:
 
 def find_examples() -> Path:
     """Return the folder of examples: inside an installed package, beside it in a checkout."""
-    package = Path(loramux.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[2]
     for folder in (package / "examples", package.parent / "examples"):
         if (folder / "deployment.yaml").is_file():
             return folder

@@ -1,1 +1,0 @@
-"""A show of everything on this machine, for people."""
