@@ -30,7 +30,7 @@ from loramux_shared.deployment import (
 )
 from loramux_shared.faults import DeploymentInvalid, Finding
 from loramux_shared.signatures import read_signer
-from loramux_shared.wording import MAX_FINDINGS, counted, nearest
+from loramux_shared.wording import MAX_FINDINGS, counted, expected_of, nearest
 
 
 def _words(text: str) -> frozenset[str]:
@@ -168,13 +168,12 @@ def _finding(item: Any, model: type[BaseModel]) -> Finding:
     if item["type"] == "missing":
         return Finding(code="E_MISSING_FIELD", where=where, expected="a value", found="nothing", fix="Set it.")
     value = item["input"]
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should ")
     # YAML reads 1234567 and 2024-01-31 as a number and a date.
     unquoted = item["type"] == "string_type" and isinstance(value, Hashable) and value is not None
     return Finding(
         code="E_BAD_FIELD",
         where=where,
-        expected=message.removeprefix("be ").removeprefix("String should "),
+        expected=expected_of(item["msg"]),
         # An address with a signature; a private key where a public one should be.
         found=re.sub(r"\?.*|-----BEGIN.*", "***", _repr.repr(value)) if loc else "",
         fix="Quote it." if unquoted else NAME_RULE if item["type"] == "string_pattern_mismatch" else "",

@@ -28,7 +28,7 @@ from loramux_shared.process import LogFormat
 from loramux_shared.runtime import Parsers, ReasoningParser, Rounding, ToolParser
 from loramux_shared.signatures import read_signer
 from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
-from loramux_shared.wording import nearest, refuse_odd
+from loramux_shared.wording import expected_of, nearest, refuse_odd
 
 PREFIX = "LORAMUX_"
 CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")
@@ -454,6 +454,5 @@ def _problem(item: Any, flags: dict[str, object]) -> str:
         return f"{spelled} is not set; set it, or give --{name.replace('_', '-')}"
     if item["type"] == "extra_forbidden":
         return f"{spelled}: unknown setting"
-    allowed = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     value = re.sub(r"//[^/]*@", "//***@", str(item["input"]).partition("-----BEGIN")[0])
-    return f"{spelled}={value}: expected {allowed}"
+    return f"{spelled}={value}: expected {expected_of(item['msg'])}"

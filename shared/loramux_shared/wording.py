@@ -23,6 +23,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s'[: count != 1]}"
 
 
+_LEAD: Final = re.compile(r"(Value error, |Input should (be )?|[A-Z][a-z]+ should (have )?)")
+
+
+def expected_of(message: str) -> str:
+    """Return a message of pydantic as the words that follow "expected"."""
+    return _LEAD.sub("", message, count=1).replace("match pattern", "text that matches", 1)
+
+
 MAX_FINDINGS: Final = 64
 """Largest number of findings of one message or file that are listed one by one."""
 _LONGEST: Final = 64

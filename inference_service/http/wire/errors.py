@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from loramux_shared.extensions import absent
 from loramux_shared.faults import Fault, Finding, RequestInvalid, Status
 from loramux_shared.routes import ROUTES
-from loramux_shared.wording import MAX_FINDINGS, nearest
+from loramux_shared.wording import MAX_FINDINGS, expected_of, nearest
 
 STATUSES: Final = {
     Status.INVALID_ARGUMENT: 400,
@@ -171,8 +171,7 @@ def _finding(item: Mapping[str, Any], known: Sequence[str]) -> Finding:
         return Finding(code="E_UNSUPPORTED", where=where, fix="This is not served here: leave it out.")
     if kind == "unsupported":
         return Finding(code="E_UNSUPPORTED", where=where, found=item["ctx"]["found"], fix=item["msg"])
-    expected = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return Finding(code="E_BAD_FIELD", where=where, expected=expected)
+    return Finding(code="E_BAD_FIELD", where=where, expected=expected_of(item["msg"]))
 
 
 def is_tag(part: str | int) -> bool:
