@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import random
 import secrets
+import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -52,10 +55,40 @@ AT_ONCE: Final = 4
 MOST_REQUESTS: Final = 128
 """Requests of a batch that are open at once, at most."""
 MOST_LINES: Final = 50_000
+FOLDER: Final = "loramux-batch-"
+YOUNG_S: Final = 60.0
+"""Age below which a folder may be one whose maker has not locked it yet."""
 STOP_S: Final = 10.0
 """Seconds in which a replica that ends stores the last answers."""
 EXPIRED: Final = "the request was not answered within the completion window."
 UNREADABLE: Final = "the file is not there, or is not what was stored: upload it again."
+
+
+@contextmanager
+def work_folder() -> Iterator[Path]:
+    """Make a folder of requests and answers, and remove those that killed replicas left; it goes at the end."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with suppress(OSError):
+            if left.lstat().st_mtime < time.time() - YOUNG_S:
+                with _locked(left):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, _locked(Path(folder)):
+        yield Path(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @dataclass
@@ -196,8 +229,7 @@ class BatchWorker:
     async def _work(self, job: Job) -> bool:
         """Work on a batch until this replica ends or loses the lease; returns True at the batch's end."""
         name = job.created.id
-        with tempfile.TemporaryDirectory(prefix="loramux-batch-") as folder:
-            job.folder = Path(folder)
+        with work_folder() as job.folder:
             try:
                 log.info("batch begins", batch=name, key=job.created.key_id, epoch=job.epoch)
                 ending = await self._answer(job)
