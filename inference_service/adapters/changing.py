@@ -82,8 +82,8 @@ _GCS: Final = "gcs://"
 """AIBrix's spelling of ``gs://``."""
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 EXPECTED: Final = (
-    "org/name[@revision], hf://, huggingface://, s3://, gs://, azure://, https:// or oci://, an absolute path "
-    "of the builder's machine, or bundle:DIGEST"
+    "org/name[@revision], hf://, huggingface://, s3://, gs://, azure://, https://, oci:// or mlflow://, an "
+    "absolute path of the builder's machine, or bundle:DIGEST"
 )
 
 

@@ -48,7 +48,7 @@ Repo = Annotated[
 Source = Annotated[
     SourceKind | None,
     typer.Option(
-        "--source", metavar="KIND", help="HF, S3, GCS, AZURE, REMOTE_URL, OCI or LOCAL; else by REPO."
+        "--source", metavar="KIND", help="HF, S3, GCS, AZURE, REMOTE_URL, OCI, MLFLOW or LOCAL; else by REPO."
     ),
 ]
 Revision = Annotated[str, typer.Option("--revision", metavar="REV", help="Branch, tag, commit or digest.")]

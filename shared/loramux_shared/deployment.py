@@ -26,6 +26,7 @@ class SourceKind(StrEnum):
     AZURE = "AZURE"
     REMOTE_URL = "REMOTE_URL"
     OCI = "OCI"
+    MLFLOW = "MLFLOW"
     LOCAL = "LOCAL"
     PUSHED = "PUSHED"
     """Sent to the builder by PutAdapter; ``repo`` is the name under which it was."""
@@ -66,7 +67,8 @@ class Repository(Model):
     repo: str = Field(min_length=1, max_length=4096)
     """``namespace/name`` for HF, an absolute directory for LOCAL, a name for PUSHED, else an address."""
     revision: str = ""
-    """Branch, tag or commit (HF); else a digest: of archive (REMOTE_URL), manifest (OCI), or the used files."""
+    """Branch, tag or commit (HF); else a digest: of archive (REMOTE_URL), manifest (OCI), or the used files,
+    behind the version or run and a hyphen (MLFLOW)."""
     subfolder: str = ""
     """A folder inside the repository that holds the files."""
     runtime_secret_name: str = ""
@@ -92,7 +94,9 @@ class Repository(Model):
         if self.source in {SourceKind.HF, SourceKind.LOCAL, SourceKind.PUSHED}:
             return self.repo
         address = re.split(r"[?#]", self.repo, maxsplit=1)[0]
-        return re.sub(r"//[^/]*@", "//", address)
+        # Before the alias of an MLflow model stands its name, which has no colon.
+        password = "[^/]*:" if self.source is SourceKind.MLFLOW else ""
+        return re.sub(rf"//{password}[^/]*@", "//", address)
 
     def __repr_args__(self) -> Any:
         for name, value in super().__repr_args__():

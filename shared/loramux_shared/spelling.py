@@ -7,6 +7,7 @@
     ./folder   /folder   ~/folder   local:folder    a folder of this machine, or a file of GGUF
     s3://bucket/prefix   gs://bucket/prefix   azure://account/container/path
     https://host/adapter.tar.gz   oci://registry/adapter:tag
+    mlflow://model/version   mlflow://model@alias   mlflow://runs/run/path
 
 ``#folder`` at the end names a folder inside the repository (of a local one, write the longer path).
 """
@@ -26,12 +27,15 @@ _SCHEMES: Final = {
     "azure://": SourceKind.AZURE,
     "https://": SourceKind.REMOTE_URL,
     "oci://": SourceKind.OCI,
+    "mlflow://": SourceKind.MLFLOW,
 }
 GGUF_SUFFIX: Final = ".gguf"
 """Of a file that is a base by itself."""
 _HUB: Final = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@#\s]+))?")
 _LOCAL: Final = ("/", "./", "../", "~")
-GRAMMAR: Final = "org/name[@revision], a path, s3://, gs://, azure://, https:// or oci://, each with [#folder]"
+GRAMMAR: Final = (
+    "org/name[@revision], a path, s3://, gs://, azure://, https://, oci:// or mlflow://, each with [#folder]"
+)
 
 
 def parse_repository(text: str, folder: Path | None = None) -> Repository:

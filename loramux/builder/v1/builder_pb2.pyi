@@ -19,6 +19,7 @@ class SourceKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SOURCE_KIND_LOCAL: _ClassVar[SourceKind]
     SOURCE_KIND_PUSHED: _ClassVar[SourceKind]
     SOURCE_KIND_OCI: _ClassVar[SourceKind]
+    SOURCE_KIND_MLFLOW: _ClassVar[SourceKind]
 
 class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -48,6 +49,7 @@ SOURCE_KIND_REMOTE_URL: SourceKind
 SOURCE_KIND_LOCAL: SourceKind
 SOURCE_KIND_PUSHED: SourceKind
 SOURCE_KIND_OCI: SourceKind
+SOURCE_KIND_MLFLOW: SourceKind
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_BFLOAT16: Dtype
 DTYPE_FLOAT16: Dtype

@@ -15,7 +15,14 @@ from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.secrets import Secrets
 
-ADDRESSES: Final = (SourceKind.S3, SourceKind.GCS, SourceKind.AZURE, SourceKind.REMOTE_URL, SourceKind.OCI)
+ADDRESSES: Final = (
+    SourceKind.S3,
+    SourceKind.GCS,
+    SourceKind.AZURE,
+    SourceKind.REMOTE_URL,
+    SourceKind.OCI,
+    SourceKind.MLFLOW,
+)
 """Kinds of sources that extensions bring."""
 
 

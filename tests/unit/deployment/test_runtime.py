@@ -112,6 +112,7 @@ def test_limits_that_no_key_can_have(scopes: list[str], limits: dict[str, Any], 
         ("gs://bucket/a", SourceKind.GCS, "gs://bucket/a", "", ""),
         ("azure://account/box/a", SourceKind.AZURE, "azure://account/box/a", "", ""),
         ("https://host/a.tar.gz?sig=1", SourceKind.REMOTE_URL, "https://host/a.tar.gz?sig=1", "", ""),
+        ("mlflow://model@prod#lora", SourceKind.MLFLOW, "mlflow://model@prod", "", "lora"),
     ],
 )
 def test_words_of_sources_far_away(word, kind: SourceKind, repo, revision, subfolder, tmp_path: Path) -> None:
