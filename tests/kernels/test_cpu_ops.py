@@ -207,7 +207,7 @@ def test_compact_weights_are_the_very_bits(
 
 def _unpacked(compact: Tiled, shape: tuple[int, int]) -> npt.NDArray[np.uint16]:
     """Return the weights of tiles in the layout of compact.h."""
-    tiles, _, beside = compact._kept
+    tiles, _, beside, _ = compact._kept
     values = beside.numpy()
     granules = tiles.numpy().reshape(-1, 3, 4, 2, 8)  # of each vector: parts, halves, bytes
     places = np.stack([granules[:, 2] & 15, granules[:, 2] >> 4], axis=1)

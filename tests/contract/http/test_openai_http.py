@@ -105,7 +105,7 @@ async def test_bounds_are_told_before_anything_is_sent(
         ("GET", "/page/../app.py", 404, "unknown_url"),
         ("POST", "/", 405, "method_not_allowed"),
         ("GET", "/v1/completions/", 404, "unknown_url"),
-        ("POST", "/v1/files", 404, "unknown_url"),
+        ("POST", "/v1/fine_tuning/jobs", 404, "unknown_url"),
         ("GET", CHAT, 405, "method_not_allowed"),
         ("DELETE", "/v1/models/rs", 405, "method_not_allowed"),
     ],
