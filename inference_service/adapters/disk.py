@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from loramux_shared.bundle.manifest import MANIFEST_FILE, FileDigest, Manifest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import parse_manifest
 from loramux_shared.faults import BundleCorrupt, ResourcesExhausted
+from loramux_shared.process import locked
 from loramux_shared.sources.cache import discard
 from loramux_shared.sources.files import PART
 from loramux_shared.storage.base import RECORD_BYTES
@@ -127,8 +127,10 @@ class DiskTier:
         """Remove what killed replicas left, and what is too much; at the start, beside other work."""
         for path in self._folder.glob(f"{PART}*"):
             with suppress(OSError, ResourcesExhausted):  # another replica may do the same
-                if path.stat().st_mtime < time.time() - YOUNG_S and _abandoned(path):
-                    discard(path, self._folder)
+                if path.stat().st_mtime < time.time() - YOUNG_S:
+                    with locked(path) as abandoned:
+                        if abandoned:
+                            discard(path, self._folder)
         self._make_room(0)
 
     def _path(self, digest: str) -> Path:
@@ -154,14 +156,11 @@ class DiskTier:
     def _writing(self) -> Iterator[Path]:
         """Yield a locked folder that is removed afterwards, unless it was renamed."""
         part = Path(tempfile.mkdtemp(prefix=PART, dir=self._folder))
-        descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.chmod(0o755)  # replicas of other users may read
-            yield part
+            with locked(part):
+                part.chmod(0o755)  # replicas of other users may read
+                yield part
         finally:
-            os.close(descriptor)
             shutil.rmtree(part, ignore_errors=True)
 
     def _say_once(self, error: OSError) -> None:
@@ -250,18 +249,6 @@ def _size_of(folder: Path) -> int:
     with suppress(OSError), os.scandir(folder) as entries:
         total = sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
     return total
-
-
-def _abandoned(part: Path) -> bool:
-    """True if the lock of a folder is free: its writer ended without renaming or removing it."""
-    descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def _no_link(path: str, flags: int) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
-import os
 import random
 import secrets
 import shutil
@@ -37,6 +35,7 @@ from loramux_batches.records import (
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import ACCESS, EVERYTHING, Access
 from loramux_shared.faults import BatchCorrupt, Fault, FileNotFound, Finding, RequestInvalid, StoreUnavailable
+from loramux_shared.process import locked
 from loramux_shared.storage.base import ObjectMissing
 
 log = structlog.get_logger()
@@ -70,25 +69,11 @@ def work_folder() -> Iterator[Path]:
     for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
         with suppress(OSError):
             if left.lstat().st_mtime < time.time() - YOUNG_S:
-                with _locked(left):
-                    shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, _locked(Path(folder)):
+                with locked(left) as abandoned:
+                    if abandoned:
+                        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, locked(Path(folder)):
         yield Path(folder)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder.
-
-    Raises:
-        OSError: another process holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @dataclass
