@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -87,31 +88,31 @@ class LayerInputs(NamedTuple):
     """The cache of all layers, which distinguishes steps: it is compared by identity, and not used."""
 
 
-class StepLora:
+class StepLora(ABC):
     """The adapters of a step: adds their part to the outputs of fused linears."""
 
     vocabularies: Vocabularies
     """Embeddings and heads that adapters in slots have of their own."""
 
+    @abstractmethod
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step, at least one of which has an adapter.
 
         Raises:
             InternalFault: a row is of a slot that holds no adapter.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
-        raise NotImplementedError
 
     def adapts_experts(self, layer: int) -> bool:  # noqa: ARG002 - as cheap to find out while applying
         """Return whether an adapter of the step may add to experts of a layer."""
         return True
 
+    @abstractmethod
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """The same of each place's expert: out [pairs, all slices] and x [pairs, in] are by place."""
-        raise NotImplementedError
 
 
 class LoraBackend(Slots, StepLora):
@@ -126,14 +127,14 @@ class LoraBackend(Slots, StepLora):
     home = torch.device("cpu")
     """Device from which it takes matrices."""
 
+    @abstractmethod
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
         """Return an adapter as it will lie in the arena, in the host's memory; on any thread."""
-        raise NotImplementedError
 
+    @abstractmethod
     def copy(self, packed: PackedAdapter, offset: int) -> None:
         """Copy it to bytes of the arena that no slot in use has, and return when it is there; on any thread.
 
         Raises:
             InternalFault: it does not lie within the arena, or begins between two multiples of 64.
         """
-        raise NotImplementedError

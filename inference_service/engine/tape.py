@@ -7,6 +7,7 @@ to the host, which are none here, it does not see.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -58,7 +59,7 @@ class _Operation:
             result.copy_(again[place])
 
 
-class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+class Watching(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Sees every operation while it is active, but for those within a kernel of the interpreter."""
 
     def __init__(self) -> None:
@@ -77,9 +78,9 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
             parts = func.decompose(*args, **kwargs)
         return self.record(func, args, kwargs, inputs) if parts is NotImplemented else parts
 
+    @abstractmethod
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> Any:
         """Do an operation that has no parts, with these tensors among its arguments, and note it."""
-        raise NotImplementedError
 
     def unseen(self, launch: Callable[[], T]) -> T:
         """Launch a kernel, and see nothing of what the interpreter does within it."""

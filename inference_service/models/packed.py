@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
@@ -190,16 +191,16 @@ class Shared:
         return part, grid.repeat_interleave(width, dim=1)[:, :columns]
 
 
-class Keepable:
+class Keepable(ABC):
     """A weight that products may take as it is."""
 
+    @abstractmethod
     def kept(self) -> Kept | None:
         """Return the weight as products take it; None where they take it widened.
 
         Raises:
             CheckpointInvalid: it has scales that are no numbers.
         """
-        raise NotImplementedError
 
 
 class Grouped(Keepable):
@@ -214,9 +215,9 @@ class Grouped(Keepable):
     pieces: Pieces
     shared: Shared
 
+    @abstractmethod
     def numbers(self, begin: int, end: int) -> Tensor:
         """Return the integers of rows in float32."""
-        raise NotImplementedError
 
     def part(self, matrix: int, begin: int, end: int) -> Tensor:
         """Return rows in float32."""

@@ -8,6 +8,7 @@ Sources of the events: https://www.openresponses.org/specification, and
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any, Final, cast
@@ -40,7 +41,7 @@ def event_of(kind: str, number: Number, **fields: Any) -> ResponseEvent:
     return cast(ResponseEvent, {"type": f"response.{kind}", "sequence_number": number(), **fields})
 
 
-class _Item:
+class _Item(ABC):
     """An item that is not done."""
 
     prefix: str
@@ -58,9 +59,9 @@ class _Item:
     def _text(self) -> str:
         return "".join(self._texts)
 
+    @abstractmethod
     def item(self, status: ItemStatus) -> AnsweredItem:
         """Return the item with the text so far."""
-        raise NotImplementedError
 
     def added(self) -> list[ResponseEvent]:
         """Return the events that begin the item."""
@@ -101,8 +102,8 @@ class _Parted(_Item):
         self._texts.append(text)
         return self._event(f"{self.kind}.delta", delta=text)
 
-    def _part(self) -> OutputTextPart | ThoughtPart:
-        raise NotImplementedError
+    @abstractmethod
+    def _part(self) -> OutputTextPart | ThoughtPart: ...
 
     def _scored(self) -> dict[str, list[TokenLogprob]]:
         return {}
