@@ -30,7 +30,7 @@ _SCHEMES: Final = {
     "mlflow://": SourceKind.MLFLOW,
 }
 GGUF_SUFFIX: Final = ".gguf"
-"""Of a file that is a base by itself."""
+"""The suffix of a file that is a base by itself."""
 _HUB: Final = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@#\s]+))?")
 _LOCAL: Final = ("/", "./", "../", "~")
 GRAMMAR: Final = (

@@ -115,7 +115,7 @@ def _until(address: str, status: str) -> None:
     wait_until(lambda: health() == status, f"the health {status}", health)
 
 
-def test_a_builder_that_leaves_goes_on_until_it_is_told_again(builder: tuple[Forked, str]) -> None:
+def test_a_builder_that_leaves_goes_on_until_the_next_signal(builder: tuple[Forked, str]) -> None:
     """A builder is NOT_SERVING and answers after SIGTERM; a second signal ends it at once."""
     process, address = builder
     process.send_signal(signal.SIGTERM)

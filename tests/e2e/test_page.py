@@ -211,7 +211,7 @@ async def test_what_a_model_writes_stays_text(page: Page, tmp_path: Path) -> Non
         assert await page.eval("document.title") == "loramux"
 
 
-async def test_failures_are_told_in_the_servers_words(page: Page, tmp_path: Path) -> None:
+async def test_failures_have_the_servers_words(page: Page, tmp_path: Path) -> None:
     """A refusal, an end in the middle and a server that is gone each have a message, and spare the others."""
     broken, refused = InternalFault("the engine failed."), RequestInvalid("the prompt is empty.")
     says = {"breaks": ["A", broken], "refuses": [refused]}
@@ -366,7 +366,7 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
             assert await nameless(page) == []
 
 
-async def test_a_key_without_the_scope_is_told_so(page: Page, tmp_path: Path) -> None:
+async def test_a_key_without_the_scope_is_refused_by_name(page: Page, tmp_path: Path) -> None:
     """The panel reports the missing scope; the rest of the page works."""
     key, entry = new_entry("ann", "infer")
     async with scripted_api(ScriptedPage(tmp_path, ["one"], {}), Keyring(text=lines(entry))) as url:

@@ -292,7 +292,7 @@ def test_what_compiles_needs_nothing_that_is_installed() -> None:
 
 
 @needs_compiler
-def test_a_library_without_the_operations_is_told(canary: tuple[bytes, Path]) -> None:
+def test_a_library_without_the_operations_is_reported(canary: tuple[bytes, Path]) -> None:
     """The check that every start makes before anything else uses the library."""
     assert first_wrong(ctypes.CDLL(str(canary[1].with_name("canary.so")))) == "library"
 

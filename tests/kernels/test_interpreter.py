@@ -91,7 +91,7 @@ def test_kernels_compute_what_they_do_in_triton_s_own() -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == _bits()
 
 
-def test_mistakes_are_still_told_and_leave_nothing_behind() -> None:
+def test_mistakes_are_still_reported_and_leave_nothing_behind() -> None:
     """Shapes that are no powers of two or do not fit; the language is its own again after them."""
     before = tl.load, tl.core.load, tl.sum, tl.core.reduce
     x = torch.zeros(64)

@@ -179,7 +179,7 @@ def test_products_are_of_sizes_that_agree() -> None:
         assert torch.equal(in_pieces(moody, x[5 : 5 + rows], sizes), whole[5 : 5 + rows])
 
 
-def test_a_machine_on_which_no_size_agrees_is_told() -> None:
+def test_a_machine_on_which_no_size_agrees_is_reported() -> None:
     """The start is refused rather than a promise broken."""
     with pytest.raises(SettingsInvalid, match="24 x 40 depend on a row"):
         agreeing_sizes(Moody("never the same"), 24, 40, torch.float32)

@@ -38,7 +38,7 @@ def expected(world: World, store: MemoryStore, requests: list[tuple[str, list[in
     ]
 
 
-def test_the_adapters_are_told_apart(world: World, store: MemoryStore) -> None:
+def test_the_adapters_are_distinguished(world: World, store: MemoryStore) -> None:
     """The test would see a swapped adapter: the same prompt gets four different answers."""
     prompt = _prompts(1, 60)[0]
     answers = run_engine(world.load(store), [(name, prompt) for name in MODELS], NEW)

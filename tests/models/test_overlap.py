@@ -188,7 +188,7 @@ def test_every_answer_is_what_the_model_says(
     assert manager.num_free == manager.num_blocks
 
 
-def test_what_was_said_before_comes_in_few_steps() -> None:
+def test_repeated_text_comes_in_few_steps() -> None:
     """Steps after the first round of a model that goes in a circle give as many tokens as a draft allows."""
     engine, device, _ = _engine(0, speculative=3, memory=1)
     engine.add(_seq([1, 2], SamplingParams(max_tokens=30)))

@@ -30,7 +30,7 @@ FAMILIES = {
     "gemma3_text": "Gemma3", "gemma4_text": "Gemma4", "phi3": "Phi3", "granite": "Granite",
     "smollm3": "SmolLM3", "olmo2": "Olmo2", "olmo3": "Olmo3", "gpt_oss": "GptOss", "ministral3": "Ministral3",
 }  # fmt: skip
-"""What the classes of a family begin with, by the type of its models."""
+"""The first part of the names of a family's classes, by the type of its models."""
 MAX_POSITIONS = 256
 BLOCKS: dict[str, dict[str, Any]] = cases(__file__, "BLOCKS")
 OF_LAYERS = ("gemma3_text", "gemma4_text", "olmo3")

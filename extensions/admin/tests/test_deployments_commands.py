@@ -104,7 +104,7 @@ async def test_history_and_rollback(world: Builders) -> None:
         assert "which deployment? " in await run("history", code=1)
 
 
-def test_a_pin_is_told() -> None:
+def test_a_pin_is_reported() -> None:
     """A pin is printed as a line and as a document; a name that is not served fails."""
     with api(operated()) as (address, _):
         assert run("pin", "one", "--grpc", address) == (0, "one: pinned, 000000000000, resident\n", "")

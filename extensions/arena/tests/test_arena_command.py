@@ -127,7 +127,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
 
 
 @pytest.mark.parametrize(("args", "code", "expected"), REFUSED)
-def test_what_cannot_be_done_is_said_before_anything(
+def test_what_cannot_be_done_is_reported_before_anything(
     args: list[str], code: int, expected: str, served: tuple[Versions, str], prompts: Path
 ) -> None:
     """Wrong flags and names that are not served end the command before a question is answered."""

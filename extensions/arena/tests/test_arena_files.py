@@ -78,7 +78,7 @@ def _keep_on_a_full_disk(path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
 
 
-def test_what_the_disk_refuses_is_told_with_the_file(tmp_path: Path) -> None:
+def test_what_the_disk_refuses_is_reported_with_the_file(tmp_path: Path) -> None:
     """The system names no file when it has no room for more; the failure does, also at its end."""
     with pytest.raises(OSError, match="File too large") as raised:
         _keep_on_a_full_disk(tmp_path / "kept")

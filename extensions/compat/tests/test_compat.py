@@ -53,7 +53,7 @@ async def test_a_page_of_another_site_pauses_nothing(web: httpx.AsyncClient) -> 
         assert (await web.post(path, headers={"sec-fetch-site": "cross-site"})).status_code == 403, path
 
 
-async def test_trainers_are_told_who_it_is(web: httpx.AsyncClient) -> None:
+async def test_trainers_learn_which_server_it_is(web: httpx.AsyncClient) -> None:
     """World size, and the configuration as far as they read it."""
     assert (await web.get("/get_world_size")).json() == {"world_size": 1}
     info = (await web.get("/server_info", params={"config_format": "json"})).json()["vllm_config"]

@@ -66,7 +66,7 @@ def test_extras_name_what_they_lack() -> None:
     assert builder.cure == "pip install 'loramux[builder]'"
 
 
-def test_an_adapter_takes_what_is_said(base: Path) -> None:
+def test_an_adapter_takes_what_its_settings_name(base: Path) -> None:
     """The bytes of an adapter are those that the engine's own packing takes."""
     config = read_config(base)
     rows = [
@@ -295,7 +295,7 @@ def test_the_doctor_asks_the_same_reader() -> None:
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_what_widening_takes_is_told_beforehand(tmp_path: Path, beside: bool) -> None:
+def test_what_widening_takes_is_reported_beforehand(tmp_path: Path, beside: bool) -> None:
     """The doctor reports the memory for widening in a start's words, also for a base with quantize_config."""
     plain = make_world(tmp_path / "plain")
     keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")

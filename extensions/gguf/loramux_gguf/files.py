@@ -235,7 +235,7 @@ def _rope_scaling(header: GgufHeader, name: str, head_dim: int) -> dict[str, Any
 
 
 LLAMA3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What all releases of Llama 3.1 and later have; their files keep the factors alone."""
+"""The scaling of all releases of Llama 3.1 and later, whose files keep the factors alone."""
 CLOSE: Final = 1e-3
 
 

@@ -19,7 +19,7 @@ PATTERNS: Final = {
     "smollm": None,
     "gpt-2": None,
 }
-"""What splits a text before pairs are merged, by names of llama.cpp; None: what GPT-2 splits by."""
+"""Expressions that split a text before pairs are merged, by names of llama.cpp; None: that of GPT-2."""
 DIGITS_APART: Final = frozenset({"smollm"})
 COMPOSED: Final = frozenset({"qwen2", "deepseek-r1-qwen"})
 """Those that compose characters first (NFC)."""

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from loramux_gguf.files import AROUND, OF_LAYER
 
 HALVES = {"Q6_K": [208], "Q4_0": [0], "Q5_0": [0], "Q8_0": [0]}
-"""Where blocks have float16: one for the scale, and others than these one more for the offset."""
+"""Places of float16 in blocks: one for the scale, and in other types one more for the offset."""
 NAMES = {own: theirs for theirs, own in (OF_LAYER | AROUND).items()}
 HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 

@@ -220,7 +220,7 @@ def test_a_base_may_be_described_by_quantize_config(plain: World, tmp_path: Path
     assert KnownBases().recall(generation.base, None, weights).model == read_config(world.base)
 
 
-def test_what_widening_takes_is_told_beforehand(plain: World, tmp_path: Path) -> None:
+def test_what_widening_takes_is_reported_beforehand(plain: World, tmp_path: Path) -> None:
     """A check and a start report the widening beforehand, with the bytes of the files and of
     memory.
     """

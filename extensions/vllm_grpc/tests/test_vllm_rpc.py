@@ -218,7 +218,7 @@ async def test_a_call_that_ends_early_frees_its_sequence(apis: VllmApis) -> None
     await apis.until_free()
 
 
-async def test_the_load_is_told_at_both_paths(apis: VllmApis) -> None:
+async def test_the_load_is_at_both_paths(apis: VllmApis) -> None:
     """Running, waiting, seats and tokens of the cache are at the two paths that SMG tries."""
     service = apis.ready.service
     transport = httpx.ASGITransport(create_app(service))

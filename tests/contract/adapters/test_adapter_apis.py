@@ -107,7 +107,7 @@ async def test_a_replica_is_watched_over_grpc(client: AsyncClient, replica: Oper
     await watch.aclose()
 
 
-async def test_vllms_words_are_said(web: httpx.AsyncClient) -> None:
+async def test_vllms_words_are_used(web: httpx.AsyncClient) -> None:
     """Exactly 200 and vLLM's sentence; a taken name is 400 with the type and words that clients look for."""
     body = {"lora_name": "three", "lora_path": "hf://org/three", "load_inplace": False}
     answer = await web.post("/v1/load_lora_adapter", json=body)
@@ -130,7 +130,7 @@ async def test_vllms_words_are_said(web: httpx.AsyncClient) -> None:
     assert (missing.status_code, missing.json()["type"]) == (404, "NotFoundError")
 
 
-async def test_without_a_builder_the_cure_is_told(tmp_path: Path) -> None:
+async def test_without_a_builder_the_cure_is_named(tmp_path: Path) -> None:
     """A load without a builder is 400 with the cure, in our own error beside vLLM's."""
     app = create_app(silent_service(tmp_path), adapters=operated(builder=False).manager)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:

@@ -277,7 +277,7 @@ class Noted:
         self.seqs += [answer.seq for answer in record.answers]
 
 
-async def test_the_engine_is_told_flow_and_share(apis: ReplicaApis) -> None:
+async def test_the_engine_gets_flow_and_share(apis: ReplicaApis) -> None:
     """A model's weight and share in the deployment file reach its sequences."""
     made, noted = apis.ready.service, Noted()
     service = GenerationService(made.catalog, made.text, apis.ready.engine, made.limits, [noted])

@@ -241,7 +241,7 @@ async def test_prompt_logprobs_come_in_vllms_shape(api: OpenAIApi) -> None:
     assert len(chat.model_extra["prompt_logprobs"]) == len("u:Hi;a:")
 
 
-async def test_what_stopped_an_answer_is_told(api: OpenAIApi) -> None:
+async def test_what_stopped_an_answer_is_reported(api: OpenAIApi) -> None:
     """A stop text, a stop token's id, or null: vLLM's `stop_reason`, beside every `finish_reason`."""
     whole = await api.openai.chat.completions.create(**GREEDY, max_tokens=4)
     text = whole.choices[0].message.content or ""

@@ -89,7 +89,7 @@ async def test_one_model_is_described_or_not_found(api: OpenAIApi, name: str) ->
         (COMPLETIONS, {"logprobs": 21}, "logprobs", "invalid_value"),
     ],
 )
-async def test_bounds_are_told_before_anything_is_sent(
+async def test_bounds_are_reported_before_anything_is_sent(
     api: OpenAIApi, path: str, fields: dict[str, Any], param: str | None, code: str
 ) -> None:
     """Fields out of bounds are 400 under the names that the client wrote, in a stream too."""

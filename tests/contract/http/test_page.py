@@ -26,7 +26,7 @@ async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.mark.parametrize("path", ROUTES)
-async def test_a_browser_is_told_to_trust_nothing_else(path: str, web: httpx.AsyncClient) -> None:
+async def test_a_browser_is_to_trust_nothing_else(path: str, web: httpx.AsyncClient) -> None:
     """Every file has its media type, and headers that forbid inline code, other origins and framing."""
     answer = await web.get(path)
     kinds = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", "": "text/html"}

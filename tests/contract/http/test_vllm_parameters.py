@@ -279,7 +279,7 @@ async def test_log_probabilities_are_those_that_are_asked_for(api: OpenAIApi, pa
 
 
 @BOTH
-async def test_token_ids_are_told(api: OpenAIApi, path: str) -> None:
+async def test_token_ids_are_reported(api: OpenAIApi, path: str) -> None:
     """The response has the prompt's token ids once, and each choice its own, hidden tokens included."""
     fields = {"return_token_ids": True, "n": 2, "temperature": 2, "seed": 1, "stop_token_ids": [2]}
     fields |= {"logit_bias": {"1": 95, "2": 94}, "ignore_eos": False}

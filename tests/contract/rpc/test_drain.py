@@ -54,7 +54,7 @@ async def passes(count: int = 3) -> None:
         await asyncio.sleep(0)
 
 
-async def test_an_http_request_that_is_cut_is_told_so(apis: EndlessApis) -> None:
+async def test_an_http_request_that_is_cut_ends_with_the_reason(apis: EndlessApis) -> None:
     """A request that is cut before its answer begins gets the usual 503, with a time to try again."""
     async with httpx.AsyncClient(base_url=f"http://{apis.http.address}") as web:
         asking = asyncio.create_task(web.post("/v1/completions", json=WAIT))
@@ -65,7 +65,7 @@ async def test_an_http_request_that_is_cut_is_told_so(apis: EndlessApis) -> None
     assert answer.json()["error"]["code"] == "shutting_down"
 
 
-async def test_a_grpc_call_that_is_cut_is_told_so(apis: EndlessApis) -> None:
+async def test_a_grpc_call_that_is_cut_ends_with_the_reason(apis: EndlessApis) -> None:
     """A gRPC call that is cut ends with the reason as its status, behind the messages that were sent."""
     async with AsyncClient(apis.rpc.address) as client:
         events = client.generate(MODEL, "WAIT")

@@ -176,7 +176,7 @@ async def test_a_deadline_frees_the_sequence(api: RpcApi) -> None:
     await api.until_free()
 
 
-async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore]) -> None:
+async def test_a_full_queue_is_reported_with_a_delay(world: tuple[World, MemoryStore]) -> None:
     """Beyond the bound a request is refused at once, with RetryInfo."""
     async with opened(world, max_batch_seqs=1, max_queue=1) as api:
         await api.ready.engine.pause()

@@ -137,7 +137,7 @@ async def test_gateways_see_who_runs_and_who_waits(api: OpenAIApi, monkeypatch: 
     assert idle.series("vllm:cache_config_info") == [(config, 1)]
 
 
-async def test_what_is_loaded_is_told(api: OpenAIApi) -> None:
+async def test_what_is_loaded_is_reported(api: OpenAIApi) -> None:
     """Adapters, their digests, how long each took to load, and the generation."""
     metrics = await scrape(api)
     assert metrics.value("loramux_adapters_resident") == 3

@@ -124,7 +124,7 @@ def test_a_pause_before_a_source_is_asked_again_can_be_ended() -> None:
 
 
 @pytest.mark.parametrize("api", ["grpc", "http"])
-def test_a_taken_address_is_told_before_anything_is_read(api: str, silent: str, tmp_path: Path) -> None:
+def test_a_taken_address_is_reported_before_anything_is_read(api: str, silent: str, tmp_path: Path) -> None:
     """A replica with a taken address fails at once, before it loads a model."""
     addresses = {"grpc": "127.0.0.1:0", api: silent.removeprefix("http://")}
     settings = load_settings(InferenceSettings, deployment="none", store=f"file://{tmp_path}", **addresses)
@@ -134,7 +134,7 @@ def test_a_taken_address_is_told_before_anything_is_read(api: str, silent: str, 
         asyncio.run(serve(settings))
 
 
-def test_a_deployment_that_is_not_there_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+def test_a_deployment_that_is_not_there_is_reported_before_torch_is_imported(tmp_path: Path) -> None:
     """The deployment is read like settings: a process that is refused has imported nothing that takes
     seconds.
     """

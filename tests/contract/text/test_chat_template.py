@@ -200,7 +200,7 @@ async def test_a_prompt_can_end_within_the_last_message(template: str, prompt: s
     assert turns[1]["content"] == "So,  "
 
 
-async def test_a_template_is_told_more_and_keeps_its_own() -> None:
+async def test_a_template_gets_more_variables_and_keeps_its_own() -> None:
     """A template sees variables by name, but requests cannot replace messages and special tokens."""
     template = ChatTemplate(
         "{{ bos_token }}{{ messages[0].content }}{{ enable_thinking }}{{ documents }}", {"bos_token": "<s>"}

@@ -147,7 +147,7 @@ def test_leftovers_are_swept_and_work_under_way_is_not(store, folder):
     assert keep(store, disk, store.digests[0]) is Tier.DISK
 
 
-def test_a_folder_that_cannot_be_written_is_said_once(store, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_once(store, tmp_path):
     """Loads continue from the store, and the log says once why nothing is kept."""
     place = tmp_path / "file"
     place.write_bytes(b"")

@@ -108,7 +108,7 @@ def test_the_host_tier_keeps_what_was_packed(store, make):
         (KeyError("/secret/path"), InternalFault),
     ],
 )
-def test_a_failure_while_packing_is_told_and_not_kept(store, make, raised, expected):
+def test_a_failure_while_packing_is_reported_and_not_kept(store, make, raised, expected):
     """Any exception of packing ends the load with a named fault that leaks nothing; the next one works."""
     failing = [raised]
 
@@ -124,7 +124,7 @@ def test_a_failure_while_packing_is_told_and_not_kept(store, make, raised, expec
     assert isinstance(load(loader, store.digests[0]), Loaded)
 
 
-def test_a_store_that_is_away_is_told_without_its_address(store, make):
+def test_a_store_that_is_away_is_reported_without_its_address(store, make):
     """The request hears that the store does not answer, and not where it is; when it is back, loads work."""
     loader = make()
     store.away = True
@@ -222,7 +222,7 @@ def test_a_callback_that_raises_blocks_no_other(store, make):
     assert isinstance(load(loader, store.digests[1]), Loaded)
 
 
-def test_whatever_waits_at_the_end_is_told(store, make):
+def test_whatever_waits_at_the_end_is_reported(store, make):
     """A close ends queued work with SHUTTING_DOWN, and refuses new work at once."""
     packing, go = threading.Event(), threading.Event()
 

@@ -129,7 +129,7 @@ def test_a_removed_name_leaves_unless_another_stands_for_its_version() -> None:
     assert replica.manager.replica().pinned == 0
 
 
-async def test_a_taken_name_is_replaced_only_when_that_is_said() -> None:
+async def test_a_taken_name_is_replaced_only_on_request() -> None:
     """The refusal has the words that clients look for; a replacement takes the newest, whatever this replica
     serves.
     """

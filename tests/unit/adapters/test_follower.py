@@ -162,7 +162,7 @@ async def test_a_lower_number_is_never_taken_over(store):
     assert len([line for line in logs if "older generation" in line["event"]]) == 1
 
 
-async def test_what_needs_a_restart_is_said_and_not_half_taken(store):
+async def test_what_needs_a_restart_is_reported_and_not_half_taken(store):
     """A stale replica keeps serving, reports the reason, signals once, and takes a later generation."""
     with capture_logs() as logs:
         async with Replica(store) as replica:

@@ -155,7 +155,7 @@ def test_what_is_not_read_is_refused_by_name(config: Any, expected: str) -> None
         read(config)
 
 
-def test_what_widening_takes_is_told() -> None:
+def test_what_widening_takes_is_reported() -> None:
     """Reports the bytes of the files where they are known; a base that is served as stored has no report."""
     model = read(GPTQ)
     reported = widening(model, 1_234_567_890, "bfloat16")

@@ -110,13 +110,13 @@ def test_models_are_a_table(fakes: Fakes) -> None:
     ]
 
 
-def test_a_kind_that_is_not_known_here_is_told_as_it_is() -> None:
+def test_a_kind_that_is_not_known_here_is_reported_as_it_is() -> None:
     """A newer service may have words that this command does not."""
     assert kind(("lora", "spline", "embedding"), {"embedding": 2}) == "LoRA, spline, embedding (2 rows)"
     assert kind(()) == ""
 
 
-def test_who_generates_no_text_is_told_what_it_is_asked_for() -> None:
+def test_a_model_without_text_is_refused_with_what_it_serves() -> None:
     """Labels are listed by name, as many as fit a line; an adapter that generates has no such line."""
     assert kind(("lora", "classifier"), num_labels=2) == "LoRA, classifier (2 labels)"
     assert task(("lora", "classifier"), ["spam", "ham"]) == "scores texts, and generates none: spam, ham"
@@ -136,7 +136,7 @@ def test_health(fakes: Fakes) -> None:
     assert "[default: 127.0.0.1:50052]" in run("health", "--help")[1]
 
 
-def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(services.NEEDS, "inference", ("numpy", "no_such_package"))
     code, _, errors = run("serve", "--deployment", "m")
     assert code == 2

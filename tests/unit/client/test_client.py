@@ -139,7 +139,7 @@ WRONG: dict[str, tuple[Any, str, str]] = cases(__file__, "WRONG")
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_an_option_that_does_not_fit_is_told_what_would(name: str) -> None:
+def test_an_option_that_does_not_fit_is_refused_with_what_would(name: str) -> None:
     """A wrong option is refused with the expected value, in the same words for answers, vectors and scores."""
     value, expected, found = WRONG[name]
     requests: list[tuple[Any, Any]] = [(generate_request, "hi")]

@@ -95,7 +95,7 @@ def test_every_rpc_is_looked_at() -> None:
         assert raised_in(inspect.getsource(call)) <= reasons_in(call.__doc__ or ""), call
 
 
-def test_what_lies_before_every_rpc_is_told_for_all() -> None:
+def test_what_lies_before_every_rpc_is_reported_for_all() -> None:
     """The interceptor's own refusals are those of the header."""
     assert raised_in(inspect.getsource(calls)) <= EVERYWHERE
 
@@ -114,7 +114,7 @@ def test_reasons_stand_beside_their_status(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PROTOS, ids=lambda path: path.stem)
-def test_what_every_rpc_can_end_with_is_said(path: Path) -> None:
+def test_what_every_rpc_can_end_with_is_reported(path: Path) -> None:
     """Keys and draining are reported once, for the whole service."""
     text = path.read_text(encoding="utf-8")
     header = text[: text.index("\nservice ")]

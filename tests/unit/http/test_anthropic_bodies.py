@@ -113,7 +113,7 @@ def test_tool_choices(choice: Any, chosen: Any, parallel: bool) -> None:
     assert (chat.choice, chat.parallel) == (chosen, parallel)
 
 
-def test_examples_of_inputs_are_told_with_the_description() -> None:
+def test_examples_of_inputs_are_reported_with_the_description() -> None:
     """Examples of inputs are appended to the description, as templates have no place for them."""
     [tool] = _chat(tools=[TOOL | {"description": "Looks.", "input_examples": [{"at": "sky"}]}]).tools
     assert tool.description == 'Looks.\nExamples of its input:\n{"at": "sky"}'

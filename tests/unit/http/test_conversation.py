@@ -134,7 +134,7 @@ async def test_without_marks_a_demanded_call_is_plain_json(tmp_path: Path) -> No
         await ask(service, tools=[tool])
 
 
-async def test_half_a_demanded_call_is_not_said(tmp_path: Path) -> None:
+async def test_half_a_demanded_call_is_not_sent(tmp_path: Path) -> None:
     """A demanded call that is cut off before its name is dropped; text that may be a call is kept."""
     service = Speaks(tmp_path, "Qwen 2.5", CALL + '\n<tool_call>{"name": "fi')
     assert await ask(service, tools=[FIND], tool_choice="required") == [["call", "find", "{}"]]

@@ -92,7 +92,7 @@ def test_contradictions_are_refused(fields: dict[str, Any], param: str) -> None:
     assert [finding.where for finding in caught.value.findings] == [param]
 
 
-def test_how_long_to_think_is_told_to_the_template() -> None:
+def test_the_template_gets_how_long_to_think() -> None:
     """Reasoning effort in OpenAI's spelling, none as the templates' switches; explicit switches come first."""
     assert _chat().prompt.chat_template_kwargs == {}
     assert _chat(reasoning_effort="low").prompt.chat_template_kwargs == {"reasoning_effort": "low"}

@@ -85,7 +85,7 @@ def test_a_response_is_a_chat(here: dict[str, Any], there: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
-def test_allowed_tools_are_told_with_the_others(mode: str) -> None:
+def test_allowed_tools_are_reported_with_the_others(mode: str) -> None:
     """The prompt has all tools, so that it is found in the cache; only some may be called."""
     tools = [{"type": "function", "name": name} for name in ("f", "g")]
     here = _chat(tools=tools, tool_choice={"type": "allowed_tools", "mode": mode, "tools": tools[1:]})

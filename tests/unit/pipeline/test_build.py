@@ -353,7 +353,7 @@ def test_builds_share_the_disk(tmp_path):
     two.check(free // 3, "two")
 
 
-def test_a_disk_with_less_than_the_reserve_is_told_the_truth(tmp_path):
+def test_a_disk_with_less_than_the_reserve_is_reported_as_it_is(tmp_path):
     """The fault has the free bytes, the reserve and the missing bytes, not that nothing is free."""
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     with pytest.raises(ResourcesExhausted) as refusal:

@@ -269,7 +269,7 @@ def test_the_file_for_another_s3_server_changes_the_store_alone() -> None:
     assert over["bucket"]["command"] == ["mkdir", f"/data/{bucket}"]
 
 
-def test_a_password_that_was_not_set_is_said_as_such() -> None:
+def test_a_password_that_was_not_set_is_reported_as_such() -> None:
     """The error of a missing password says to set one, and not to copy .env."""
     stated = re.findall(r"MINIO_ROOT_PASSWORD:[?]([^}]*)", COMPOSE_TEXT)
     assert stated

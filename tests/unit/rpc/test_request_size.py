@@ -24,14 +24,14 @@ PIECES = st.sampled_from(["ab ", "abab", "a", " ", "\n\n\n\n", "b" * 40, "é", "
 
 
 @given(VALUES)
-def test_what_is_said_in_json_unfolds_to_nothing(value: Any) -> None:
+def test_json_unfolds_to_nothing_else(value: Any) -> None:
     """Brackets, colons and commas inside of texts do not count, however they are escaped."""
     stated = json.dumps(json.dumps(value) * 3)
     assert unfolds_to(f"[{stated}]".encode()) == ""
 
 
 @pytest.mark.parametrize("element", ["[],", "{},", '"a":[],', '{"a":1},', "[[]],"])
-def test_json_of_too_many_names_and_lists_is_told(element: str) -> None:
+def test_json_of_too_many_names_and_lists_is_reported(element: str) -> None:
     """A body above the limit of names and lists is refused, whatever texts stand between; one at it is not."""
     per = sum(map(element.count, "[{:"))
     fits = element * (MAX_NAMES // per)
@@ -64,7 +64,7 @@ def test_a_text_that_fits_is_never_too_long(pieces: list[str], times: int) -> No
     assert TEXT.encode_prompt(text, len(tokens)) == tokens
 
 
-def test_a_text_that_cannot_fit_is_told_after_its_first_slices() -> None:
+def test_a_text_that_cannot_fit_is_refused_after_its_first_slices() -> None:
     """The message gives the count and the limit; the rest of the text is not read."""
     looked_at = 0
 

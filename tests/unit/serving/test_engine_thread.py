@@ -233,7 +233,7 @@ async def test_what_is_kept_stands_still_and_goes_on(threads: Threads, depth: in
     assert await asyncio.gather(task, late) == [EndReason.LENGTH] * 2
 
 
-async def test_what_is_under_way_is_ended_when_that_is_said(threads: Threads) -> None:
+async def test_what_is_under_way_is_ended_on_request(threads: Threads) -> None:
     device, thread, task, pause = await _pausing(threads, PauseMode.ABORT)
     device.go.set()
     await pause

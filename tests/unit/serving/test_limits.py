@@ -137,7 +137,7 @@ def test_a_key_has_limits_of_its_own_in_all_models_together() -> None:
     world.ask(60, 0, A, bob)
 
 
-def test_what_the_engine_is_told() -> None:
+def test_the_engine_gets_what_a_request_asks() -> None:
     """A flow is the model's, or the key's where it has a share; weights multiply; the lower bound holds."""
     world = World(default={"max_running": 8}, models={"a": {"weight": 3}})
     plain, base = world.enter(), world.enter(BASE)

@@ -135,7 +135,7 @@ def test_the_command_line_names_them(folder: Path, name: str, command: str) -> N
     assert builder_command(None, "127.0.0.1:0", [folder / name])[-1] == path
 
 
-def test_a_local_file_that_changes_is_said(tmp_path: Path) -> None:
+def test_a_local_file_that_changes_is_reported(tmp_path: Path) -> None:
     """A LOCAL file that was written after the listing is SOURCE_CHANGED."""
     file = Path(tmp_path / "a")
     file.write_bytes(b"one")
@@ -160,7 +160,7 @@ def test_nothing_of_a_folder_stays_open(tmp_path: Path) -> None:
         failing(lambda: local.digests(resolved, ["file"]), retained)
 
 
-def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unsupported kind, and a kind with missing packages, are refused with the cure."""
     repository = Repository(source=SourceKind.S3, repo="s3://bucket/one")
     with pytest.raises(SourceRefused, match="source S3 is not supported here; supported: LOCAL"):

@@ -51,7 +51,7 @@ def test_native_can_be_asked_for(config: ModelConfig, native_folder: Path) -> No
         ({"quantization": "int8"}, "int8 widened piece by piece by torch; the checkpoint is float32"),
     ],
 )
-def test_how_weights_are_multiplied_is_told_with_its_reason(
+def test_how_weights_are_multiplied_is_reported_with_its_reason(
     config: ModelConfig, tmp_path, settings, product
 ) -> None:
     """The torch backend's products are torch's; the native product depends on the processor."""

@@ -185,7 +185,7 @@ def test_what_is_referred_to_exists(overlay: str) -> None:
 
 
 @each_set
-def test_secrets_are_told_how_to_make(name: str) -> None:
+def test_a_missing_secret_is_refused_with_how_to_make_it(name: str) -> None:
     """Every secret and each of its keys that is read stands in the commands of the page about fleets."""
     page = (ROOT / "docs/guides/fleet.md").read_text(encoding="utf-8")
     for kind, secret, key in _secrets(made(name)):
@@ -282,7 +282,7 @@ def test_the_example_is_what_is_served() -> None:
     assert image in (ROOT / "deploy/builder.Dockerfile").read_text()
 
 
-def test_autoscalers_ask_for_what_is_told() -> None:
+def test_autoscalers_ask_for_metrics_that_exist() -> None:
     """The metrics of both are exported, and the rule gives ours the name that the autoscaler asks for."""
     exported = {line.split()[1] for line in NAMES.read_text().splitlines()}
     [rule] = yaml.safe_load((KUBERNETES / "components/hpa/adapter-rules.yaml").read_text())["rules"]["custom"]
