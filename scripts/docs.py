@@ -7,9 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scripts import api_doc, client_doc, deployment_doc, errors_doc, models_doc, settings_doc, wild_doc
+from scripts.pages import replaced
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def architecture() -> str:
+    """Return the page on the architecture with the titles of the extensions' pages."""
+    pages = sorted(DOCS.parent.glob("extensions/*/README.md"))
+    titles = [(page.parent.name, page.read_text().partition("\n")[0]) for page in pages]
+    lines = [f"- [{name}](../extensions/{name}/README.md): {title[2:]}\n" for name, title in titles]
+    text = (DOCS / "architecture.md").read_text()
+    return replaced(text, "extensions", "".join(lines)) if lines else text
+
+
 PAGES: dict[str, Callable[[], str]] = {
+    "architecture.md": architecture,
     "reference/grpc.md": api_doc.page,
     "reference/deployment-file.md": deployment_doc.page,
     "reference/deployment.schema.json": deployment_doc.json_schema,

@@ -14,7 +14,7 @@ from loramux_shared.bases.family import Architecture, Family
 from loramux_shared.bases.formats import FORMATS
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.modules import BY_NAME, FUSED_PATHS
-from scripts.pages import table
+from scripts.pages import replaced, table
 
 PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "reference" / "models.md"
 COUNTED: Final = PAGE.with_name("parity.json")
@@ -37,16 +37,6 @@ def page() -> str:
     for name, make in TABLES.items():
         text = replaced(text, name, make())
     return text
-
-
-def replaced(text: str, name: str, between: str) -> str:
-    """Return a page with something else between the marks of a name."""
-    begin, end = f"<!-- {name}: `make docs` -->\n", f"<!-- end of {name} -->\n"
-    before, found, rest = text.partition(begin)
-    _, found_too, after = rest.partition(end)
-    if not (found and found_too):
-        raise ValueError(f"docs/reference/models.md: expected {begin.strip()} and then {end.strip()}")
-    return "".join((before, begin, between, end, after))
 
 
 def families() -> str:

@@ -17,6 +17,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
+def replaced(text: str, name: str, between: str) -> str:
+    """Return a page with something else between the marks of a name."""
+    begin, end = f"<!-- {name}: `make docs` -->\n", f"<!-- end of {name} -->\n"
+    before, found, rest = text.partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not (found and found_too):
+        raise ValueError(f"expected {begin.strip()} and then {end.strip()}")
+    return "".join((before, begin, between, end, after))
+
+
 def entry(name: str, field: Schema, owner: Schema, definitions: Mapping[str, Schema]) -> str:
     """Return the line of a list for a field: its name, type, default and meaning."""
     kind, default = type_of(field, definitions), default_of(name, field, owner)

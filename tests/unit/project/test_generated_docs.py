@@ -13,7 +13,7 @@ from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.deployment import Deployment, LoraConfiguration
 from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS
-from scripts import api_doc, deployment_doc, models_doc
+from scripts import api_doc, deployment_doc, pages
 from tests.support.cases import cases
 from tests.support.root import ROOT
 
@@ -56,10 +56,10 @@ def test_every_key_of_hosted_engine_builders_has_its_line() -> None:
 def test_what_stands_around_a_table_stays() -> None:
     """A page without the marks is not written at all."""
     page = "before\n<!-- a: `make docs` -->\nold\n<!-- end of a -->\nafter\n"
-    assert models_doc.replaced(page, "a", "new\n") == page.replace("old", "new")
+    assert pages.replaced(page, "a", "new\n") == page.replace("old", "new")
     for broken in (page.replace("end of a", "end of b"), page.replace("a: `", "b: `")):
-        with pytest.raises(ValueError, match=r"docs/reference/models\.md: expected <!-- a"):
-            models_doc.replaced(broken, "a", "new\n")
+        with pytest.raises(ValueError, match="expected <!-- a"):
+            pages.replaced(broken, "a", "new\n")
 
 
 def test_the_schema_takes_what_the_program_takes() -> None:
