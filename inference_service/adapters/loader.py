@@ -24,7 +24,7 @@ from inference_service.engine.residents import P
 from inference_service.kernels.launch import stream_of
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
-from inference_service.lora.weights import AdapterWeights, load_adapter, part_of, values_of
+from inference_service.lora.weights import AdapterWeights, in_order, load_adapter, part_of, values_of
 from inference_service.models.decoder import Decoder
 from loramux_shared.bundle.manifest import REBUILD
 from loramux_shared.bundle.reader import Bundle
@@ -107,7 +107,7 @@ class Packer:
         dtype, home = self._model.dtype, self._lora.home
         known = self._arranged.get(bundle.digest)
         if known is not None:
-            return replace(known, values=values_of(bundle, dtype, home))
+            return in_order(replace(known, values=values_of(bundle, dtype, home)))
         ranks = self._model.ranks
         config = self._model.config if ranks is None else ranks.shard.whole
         weights = load_adapter(bundle, config.layer_groups, dtype, home)

@@ -182,9 +182,28 @@ def load_adapter(
         )
         for index, row in enumerate(bundle.manifest.layer_rows)
     )  # fmt: skip
-    weights = arrange(values_of(bundle, dtype, device), rows, layers)
+    weights = in_order(arrange(values_of(bundle, dtype, device), rows, layers))
     own = bundle.vocabulary is not None or bundle.manifest.vocab is not None
     return replace(weights, vocabulary=_vocabulary(bundle, device)) if own else weights
+
+
+def in_order(weights: AdapterWeights) -> AdapterWeights:
+    """Return a bundle's weights with their outputs in the order in which a decoder has them."""
+    orders = [order for group in weights.groups for order in group.orders]
+    if not any(orders):
+        return weights
+    vectors = dict(weights.vectors)
+    for place, own in weights.vectors.items():
+        if (order := orders[place[1]]) is not None:
+            vectors[place] = Vectors(own.c[list(order)], own.d[list(order)])
+    ordered = replace(weights, values=weights.values.clone(), vectors=vectors)
+    shapes = {group.name: group for group in weights.groups}
+    for groups in ordered.layers:
+        for name, group in groups.items():
+            for b, order in zip(group.b, shapes[name].orders, strict=True):
+                if b is not None and order is not None:
+                    b.copy_(b[:, list(order)])
+    return ordered
 
 
 def part_of(weights: AdapterWeights, shard: Shard) -> AdapterWeights:

@@ -256,6 +256,11 @@ class Integers(NamedTuple):
         zeros = None if self.zeros is None else self.zeros.to(device)
         return Integers(self.numbers.to(device), self.scales.to(device), zeros)
 
+    def rows(self, index: Tensor) -> Integers:
+        """Return some rows."""
+        zeros = None if self.zeros is None else self.zeros[index]
+        return Integers(self.numbers[index], self.scales[index], zeros)
+
 
 Kept = Integers | WeightBlocks
 """A weight of few bits that is multiplied as it is kept."""

@@ -161,9 +161,11 @@ class LayerReader:
         parts = list(zip(names, sizes, strict=True))
         kept = self._packed(shape, parts)
         biases = self.cat([(f"{name}.bias", (out,)) for name, out in parts]) if bias else None
+        biases = None if biases is None else _in_order(biases, shape)
         if kept is not None:
             return self.reader.packed_linear(kept, biases)
         weight = self.cat([(f"{name}.weight", (out, shape.in_features)) for name, out in parts])
+        weight = _in_order(weight, shape)
         weight, biases = self.with_merged(weight, shape), self._with_vectors(biases, weight, shape)
         weight, biases = self.part(weight, biases, shape)
         rounded = self.reader.rounded
@@ -194,7 +196,13 @@ class LayerReader:
         if whole or self.operations.keeps == "nothing":
             return None
         names = [(f"{name}.weight", (out, shape.in_features)) for name, out in parts]
-        return self.reader.kept([(self.at + name, size) for name, size in names])
+        kept = self.reader.kept([(self.at + name, size) for name, size in names])
+        if kept is None or shape.neighbours is None:
+            return kept
+        return [
+            part if order is None else part.rows(torch.tensor(order, device=part.scales.device))
+            for part, order in zip(kept, shape.orders, strict=True)
+        ]
 
     def _with_vectors(self, bias: Tensor | None, weight: Tensor, shape: GroupShape) -> Tensor | None:
         """Return the bias [out] of a group as vectors that are merged make it: one, where there was none."""
@@ -247,6 +255,14 @@ class LayerReader:
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor, in the checkpoint's type."""
         return self.reader.get(self.at + name, shape)
+
+
+def _in_order(rows: Tensor, shape: GroupShape) -> Tensor:
+    """Return a checkpoint's rows [out, ...] of a group in the order in which a decoder has them."""
+    if shape.neighbours is None:
+        return rows
+    parts = zip(torch.split(rows, list(shape.out_features)), shape.orders, strict=True)
+    return torch.cat([part if order is None else part[list(order)] for part, order in parts])
 
 
 def _joined(parts: Sequence[Integers]) -> PackedWeight:

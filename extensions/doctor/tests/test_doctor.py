@@ -290,8 +290,8 @@ def test_the_doctor_asks_the_same_reader() -> None:
     for device, times in (("cuda", 1), ("cpu", 0)):  # products of a CPU have a copy of their own
         weights = [sizes_of(each, SETTINGS, 10**11, device=device).weights_bytes for each in (untied, gemma)]
         assert weights[0] - weights[1] == times * 2 * 256000 * 2304
-    with pytest.raises(CheckpointInvalid, match="CohereForCausalLM is not supported"):
-        sizes_of(BASE_CONFIG | REFUSED["Cohere"], SETTINGS, 10**11)
+    with pytest.raises(CheckpointInvalid, match="FalconForCausalLM is not supported"):
+        sizes_of(BASE_CONFIG | REFUSED["Falcon"], SETTINGS, 10**11)
 
 
 @pytest.mark.parametrize("beside", [False, True])

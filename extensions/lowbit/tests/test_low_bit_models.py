@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
-from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import GlmConfig, GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
 from builder_service.pipeline.base_weights import BaseWeights, KnownBases
 from builder_service.pipeline.build import build
@@ -31,6 +31,7 @@ from tests.support.tiny import (
     make_adapter,
     make_checkpoint,
     make_world,
+    make_world_of,
     oracle,
     oracle_tokens,
     run_engine,
@@ -83,10 +84,17 @@ FOUR_BITS = {
 def test_weights_of_4_bits_stay_packed_for_the_kernels_of_gpus(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups of 32 are multiplied as they are, others are widened: both mean the same tokens."""
+    """Groups of 32 are multiplied as they are, others are widened: both mean the same tokens. One base has
+    another order of its heads' rows.
+    """
     monkeypatch.setattr(lowbit, "GROUP", 32)
     width = 96 if name == "pack-symmetric" else 80  # not whole groups: down_proj is widened
-    plain = make_world(tmp_path / "plain", hidden_size=64, intermediate_size=width, num_attention_heads=4)
+    sizes = {"hidden_size": 64, "intermediate_size": width, "num_attention_heads": 4}
+    if name == "awq":
+        glm = GlmConfig(**SIZES | sizes, head_dim=16, pad_token_id=0)
+        plain = make_world_of(tmp_path / "plain", glm, {})
+    else:
+        plain = make_world(tmp_path / "plain", **sizes)
     config = json.loads(json.dumps(FOUR_BITS[name].config).replace('"group_size": 16', '"group_size": 32'))
     keep(plain.base, replace(FOUR_BITS[name], config=config), tmp_path / "kept", tmp_path / "widened")
     store, found = MemoryStore(), []

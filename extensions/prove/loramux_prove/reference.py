@@ -335,6 +335,10 @@ def _rotate(x: Tensor, spec: RopeSpec) -> Tensor:
     """Rotate the leading dimensions of x [heads, T, head_dim] by their positions."""
     angles = torch.outer(torch.arange(x.shape[1]).float(), frequencies(spec))
     cos, sin = angles.cos() * spec.scaling.magnitude, angles.sin() * spec.scaling.magnitude
+    if spec.neighbours:
+        first, second = x[..., 0 : spec.dim : 2], x[..., 1 : spec.dim : 2]
+        both = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+        return torch.cat([both, x[..., spec.dim :]], dim=-1)
     first, second = x[..., : spec.dim // 2], x[..., spec.dim // 2 : spec.dim]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., spec.dim :]], dim=-1)
 

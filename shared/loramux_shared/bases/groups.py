@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Final
 
 
@@ -21,11 +22,22 @@ class GroupShape:
     """Columns of each slice."""
     expert: int | None = None
     """Expert of a mixture that the group belongs to."""
+    neighbours: tuple[int, int] | None = None
+    """Dimensions of each head of queries and keys that a checkpoint rotates in pairs of neighbours, and all."""
 
     @property
     def out_offsets(self) -> tuple[int, ...]:
         """First column of each slice."""
         return tuple(sum(self.out_features[:index]) for index in range(len(self.out_features)))
+
+    @property
+    def orders(self) -> tuple[tuple[int, ...] | None, ...]:
+        """For each slice, the row of a checkpoint and of adapters' B for each column; None: all in order."""
+        heads = self.neighbours
+        return tuple(
+            None if heads is None or module == "attn_v" else _halves(out, *heads)
+            for module, out in zip(self.modules, self.out_features, strict=True)
+        )
 
 
 def layer_groups(hidden: int, intermediate: int, q: int, kv: int) -> tuple[GroupShape, ...]:
@@ -34,17 +46,30 @@ def layer_groups(hidden: int, intermediate: int, q: int, kv: int) -> tuple[Group
 
 
 def attention_groups(
-    hidden: int, q: int, kv: int, slices: int = 3, *, gated: bool = False
+    hidden: int,
+    q: int,
+    kv: int,
+    slices: int = 3,
+    *,
+    gated: bool = False,
+    neighbours: tuple[int, int] | None = None,
 ) -> tuple[GroupShape, ...]:
     """Return those of its attention; slices is how many of queries, keys and values it projects.
 
-    Where it is gated, each head of queries has its gate behind it.
+    Where it is gated, each head of queries has its gate behind it; neighbours are those of `GroupShape`.
     """
-    outs = (2 * q if gated else q, kv, kv)
+    outs, modules = (2 * q if gated else q, kv, kv)[:slices], ("attn_q", "attn_k", "attn_v")[:slices]
     return (
-        GroupShape("qkv", ("attn_q", "attn_k", "attn_v")[:slices], hidden, outs[:slices]),
+        GroupShape("qkv", modules, hidden, outs, neighbours=neighbours),
         GroupShape("o", ("attn_dense",), q, (hidden,)),
     )
+
+
+@cache
+def _halves(width: int, rotated: int, dim: int) -> tuple[int, ...]:
+    """Return the rows of heads of dim dimensions with the first of each rotated pair before the second ones."""
+    head = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, dim)]
+    return tuple(first + row for first in range(0, width, dim) for row in head)
 
 
 def mlp_groups(hidden: int, intermediate: int) -> tuple[GroupShape, ...]:

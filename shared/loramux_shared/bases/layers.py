@@ -89,7 +89,10 @@ class AttentionLayer:
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
         slices = 1 if self.attention.keys_of is not None else 2 if self.values_are_keys else 3
-        return attention_groups(hidden, self.q_features, self.kv_features, slices, gated=self.gated)
+        neighbours = (self.rope.dim, self.head_dim) if self.rope.neighbours else None
+        return attention_groups(
+            hidden, self.q_features, self.kv_features, slices, gated=self.gated, neighbours=neighbours
+        )
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ class RopeSpec:
     """Leading dimensions of a head that are rotated."""
     theta: float
     scaling: Scaling = LinearScaling()
+    neighbours: bool = False
+    """True if a checkpoint rotates dimensions in pairs of neighbours, not of the two halves."""
 
 
 @dataclass(frozen=True)
@@ -130,19 +132,26 @@ _ORIGINAL: Final = "original_max_position_embeddings"
 
 
 def read_rope(
-    config: HfConfig, head_dim: int, max_positions: int, default_theta: float = 10000.0
+    config: HfConfig,
+    head_dim: int,
+    max_positions: int,
+    default_theta: float = 10000.0,
+    default_part: float | None = None,
 ) -> tuple[RopeSpec, int]:
     """Return the rope that all layers share, and the longest sequence that it serves.
 
     Of two blocks ``rope_scaling`` counts, unless it is empty, and what stands in a block counts before what
-    stands beside it, except for the original length.
+    stands beside it, except for the original length. Without a default part, heads are rotated as a whole.
     """
-    block = rope_block(config)
-    refuse_partial(block, config)
+    block, dim = rope_block(config), head_dim
+    if default_part is None:
+        refuse_partial(block, config)
+    else:
+        dim = int(head_dim * rotated_part(block, config, default_part))
     original = original_positions(config, block, max_positions)
-    scaling, longest = read_scaling(block, head_dim, max_positions, original)
+    scaling, longest = read_scaling(block, dim, max_positions, original)
     theta = block.number("rope_theta", config.number("rope_theta", default_theta))
-    return rope_spec(head_dim, theta, scaling), longest
+    return rope_spec(dim, theta, scaling), longest
 
 
 def read_rope_of(config: HfConfig, kind: str, dim: int, longest: int, default_theta: float) -> RopeSpec:
@@ -193,9 +202,9 @@ def rope_block(config: HfConfig) -> HfConfig:
     return block
 
 
-def rotated_part(block: HfConfig, config: HfConfig) -> float:
+def rotated_part(block: HfConfig, config: HfConfig, default: float = 1.0) -> float:
     """Return the part of each head that is turned."""
-    return block.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    return block.number("partial_rotary_factor", config.number("partial_rotary_factor", default))
 
 
 def refuse_partial(block: HfConfig, config: HfConfig) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
 from loramux_shared.bases.families.qwen2 import read_experts
 from loramux_shared.bases.family import EXPERTS, Architecture, Family, llama_like
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.layers import DeltaLayer
-from loramux_shared.bases.rope import RopeSpec, original_positions, read_scaling, rope_block, rope_spec
+from loramux_shared.bases.rope import read_rope
 from loramux_shared.faults import CheckpointInvalid
 
 NAMES = TensorNames(
@@ -34,8 +35,8 @@ SIZES = {
 DELTA = frozenset({"full_attention_interval", "linear_num_key_heads", "layer_types"})
 """Keys of layers with a gated delta rule."""
 KINDS = ("full_attention", "linear_attention")
-PART = 0.25
-"""Default share of each head that is rotated."""
+ROPE = partial(read_rope, default_part=0.25)
+"""Reader of the rotation of a part of each head."""
 MAX_WIDTH = 8
 """Rows that a convolution sees."""
 
@@ -44,7 +45,7 @@ def qwen35_like(config: HfConfig, sizes: Mapping[str, int] = SIZES) -> ModelConf
     """Return the decoder with dense MLPs, which mixtures have too but for those; with the sizes of a class."""
     config.require("hidden_act", "silu")
     config.require("attn_output_gate", True)
-    model = llama_like(config, max_positions=32768, sizes=sizes, rope=_rope)
+    model = llama_like(config, max_positions=32768, sizes=sizes, rope=ROPE)
     delta = _delta(config)
     bias = config.flag("attention_bias", default=False)
     layers = [
@@ -85,16 +86,6 @@ def _delta(config: HfConfig) -> DeltaLayer:
             f"config.json: linear_conv_kernel_dim: expected 2 to {MAX_WIDTH}, found {delta.conv_width}."
         )
     return delta
-
-
-def _rope(config: HfConfig, head_dim: int, max_positions: int) -> tuple[RopeSpec, int]:
-    """Return the rotation of a part of each head."""
-    block = rope_block(config)
-    part = block.number("partial_rotary_factor", config.number("partial_rotary_factor", PART))
-    dim = int(head_dim * part)
-    scaling, longest = read_scaling(block, dim, max_positions, original_positions(config, block, max_positions))
-    theta = block.number("rope_theta", config.number("rope_theta", 10000.0))
-    return rope_spec(dim, theta, scaling), longest
 
 
 FAMILY = Family(
