@@ -19,7 +19,7 @@ from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.extensions import Extensions, Services
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux_shared.access.guard import Guard
-from loramux_shared.extensions import PARTS, find_extensions
+from loramux_shared.extensions import PARTS, find_extensions, load_extension
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop, leave
@@ -63,7 +63,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     apis = None
     if part is not None and count:
         keyless = guard.keyring is None
-        apis = part.load().ApiProcesses(
+        apis = load_extension(part).ApiProcesses(
             settings, ready.service, count, services, extensions.rules, relay, keyless=keyless
         )
         bound = await apis.start()

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from loramux_shared.bundle.generation import Descent
 from loramux_shared.deployment import Repository
-from loramux_shared.extensions import PARTS, find_extensions
+from loramux_shared.extensions import PARTS, find_extensions, load_extension
 from loramux_shared.sources.open import Sources
 
 Lineage: TypeAlias = Callable[[str, Repository, Iterable[Repository]], tuple[Descent, ...]]
@@ -15,4 +15,4 @@ Lineage: TypeAlias = Callable[[str, Repository, Iterable[Repository]], tuple[Des
 def lineage(sources: Sources) -> Lineage:
     """Return the lineage for one build; nothing is known without the extension."""
     found = find_extensions(PARTS).get("lineage")
-    return found.load().Lineages(sources).of if found else lambda *_: ()
+    return load_extension(found).Lineages(sources).of if found else lambda *_: ()

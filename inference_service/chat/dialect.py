@@ -26,7 +26,7 @@ from inference_service.serving.request import Message
 from inference_service.serving.service import GenerationService
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
-from loramux_shared.extensions import PARTS, absent, find_extensions
+from loramux_shared.extensions import PARTS, absent, find_extensions, load_extension
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 
 
@@ -49,7 +49,7 @@ FORMATS: Final[Mapping[ToolParser, ToolFormat]] = {
     each.parser: each
     for each in (
         *(HARMONY, MISTRAL, PHI4, QWEN3_CODER, GRANITE, HERMES, LLAMA3_JSON),
-        *(_OF_EXTENSION.load().FORMATS if _OF_EXTENSION is not None else ()),
+        *(load_extension(_OF_EXTENSION).FORMATS if _OF_EXTENSION is not None else ()),
     )
 }
 """Formats by their names, with those of the extension `calls` where it is installed."""

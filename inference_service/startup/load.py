@@ -68,7 +68,7 @@ from inference_service.startup.merged import merge
 from loramux_shared.bases.memory import GB
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation
-from loramux_shared.extensions import PARTS, find_extensions
+from loramux_shared.extensions import PARTS, find_extensions, load_extension
 from loramux_shared.process import report
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
@@ -252,7 +252,7 @@ def _begin(
 def _open_resolver(manager: AdapterManager, catalog: Catalog, store: Store) -> Resolver | None:
     """Return what adds adapters that requests name; None where the extension is not installed."""
     part = find_extensions(PARTS).get("resolve")
-    return None if part is None else cast(Resolver, part.load().Resolver(manager, catalog, store))
+    return None if part is None else cast(Resolver, load_extension(part).Resolver(manager, catalog, store))
 
 
 def _computing(base: LoadedBase) -> Computing:
@@ -307,7 +307,7 @@ def _engine(
     if backend.recordable and base.host is None:
         _record(runner, model.device)
         if (proofs := find_extensions(PARTS).get("prove.replay")) is not None:
-            proofs.load().rehearse(backend.new_lora(), model, block_size)
+            load_extension(proofs).rehearse(backend.new_lora(), model, block_size)
     return Engine(runner, limits, blocks, residents), limits
 
 

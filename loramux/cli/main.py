@@ -22,6 +22,7 @@ from loramux.cli.local.up import up
 from loramux.cli.serving import health, models
 from loramux.connection import API_KEY
 from loramux_shared.extensions import COMMANDS, absent, find_extensions, load_extensions, package_of
+from loramux_shared.faults import SettingsInvalid
 
 app = typer.Typer(
     name="loramux",
@@ -32,26 +33,31 @@ app = typer.Typer(
 )
 for function in (demo, up, build, check, prove, add, remove, push, models, serve, builder, health):
     app.command()(function)
-for name, extension in load_extensions(COMMANDS).items():
+unusable: dict[str, SettingsInvalid] = {
+    name: absent(f"loramux {name}", package_of(point).removeprefix("loramux_"))
+    for name, point in find_extensions(COMMANDS, absent=True).items()
+}
+"""Why the commands of extensions cannot be used that are not installed, or cannot be imported."""
+for name, extension in load_extensions(COMMANDS, unusable.__setitem__).items():
     if isinstance(extension, typer.Typer):
         app.add_typer(extension, name=name)
     else:
         app.command(name)(extension)
 
 
-def _absent(name: str, package: str) -> Callable[[], None]:
-    """Return the command of an extension that is not installed, which says so."""
+def _refusing(fault: SettingsInvalid) -> Callable[[], None]:
+    """Return a command that fails."""
 
     @shell.command
     def command() -> None:
-        raise absent(f"loramux {name}", package.removeprefix("loramux_"))
+        raise fault
 
     return command
 
 
-for name, point in find_extensions(COMMANDS, absent=True).items():
+for name, fault in unusable.items():
     anything = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-    app.command(name, hidden=True, context_settings=anything)(_absent(name, package_of(point)))
+    app.command(name, hidden=True, context_settings=anything)(_refusing(fault))
 
 
 def _version(requested: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any, Final
@@ -36,21 +37,48 @@ def package_of(point: EntryPoint) -> str:
     return point.module.partition(".")[0]
 
 
-def load_extensions(group: str) -> dict[str, Any]:
-    """Return the objects of these entry points, by name."""
-    return {name: point.load() for name, point in find_extensions(group).items()}
+def load_extension(point: EntryPoint) -> Any:
+    """Return the object of an entry point.
+
+    Raises:
+        SettingsInvalid: its module cannot be imported.
+    """
+    try:
+        return point.load()
+    except Exception as error:
+        raise SettingsInvalid(
+            f"the extension {point.name!r} cannot be imported: {type(error).__name__}: {error}. "
+            f"Install what it needs, or remove its package {package_of(point)}."
+        ) from error
+
+
+def _warn(name: str, fault: SettingsInvalid) -> None:
+    import structlog  # which a client may lack
+
+    structlog.get_logger().warning("extension is left out", extension=name, why=fault.message)
+
+
+def load_extensions(group: str, left_out: Callable[[str, SettingsInvalid], None] = _warn) -> dict[str, Any]:
+    """Return the objects of these entry points, by name; left_out is called for what cannot be imported."""
+    loaded = {}
+    for name, point in find_extensions(group).items():
+        try:
+            loaded[name] = load_extension(point)
+        except SettingsInvalid as fault:
+            left_out(name, fault)
+    return loaded
 
 
 def need_extension(name: str, what: str) -> Any:
     """Return the module of an extension for what needs it; of one with several, NAME.MODULE.
 
     Raises:
-        SettingsInvalid: it is not installed.
+        SettingsInvalid: it is not installed, or cannot be imported.
     """
     found = find_extensions(PARTS)
     if name not in found:
         raise absent(what, name.partition(".")[0])
-    return found[name].load()
+    return load_extension(found[name])
 
 
 def absent(what: str, name: str) -> SettingsInvalid:

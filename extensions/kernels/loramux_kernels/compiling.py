@@ -32,7 +32,7 @@ from inference_service.models.packed import Kept
 from inference_service.startup.choose import CACHE_DTYPES, compute_dtype
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
-from loramux_shared.extensions import PARTS, find_extensions
+from loramux_shared.extensions import PARTS, find_extensions, load_extension
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.settings import InferenceSettings, load_settings
 
@@ -120,7 +120,7 @@ def compile_kernels(
         model = Decoder(config, _Shapes(dtype), operations)
         GraphRunner(model, lora, BLOCKS, block_size, limits, _Once()).capture()
         if (proofs := find_extensions(PARTS).get("prove.replay")) is not None:
-            proofs.load().rehearse(lora, model, block_size)
+            load_extension(proofs).rehearse(lora, model, block_size)
     return list(known.values())
 
 
