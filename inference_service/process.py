@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import shutil
-import tempfile
 from collections.abc import Collection
+from contextlib import ExitStack
 from functools import partial
 
 import structlog
@@ -20,6 +19,7 @@ from inference_service.rpc.extensions import Extensions, Services
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux_shared.access.guard import Guard
 from loramux_shared.extensions import PARTS, find_extensions, load_extension
+from loramux_shared.process import socket_folder
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop, leave
@@ -45,11 +45,11 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     }
     patience = calls.Patience(read_s=stall_s, pause_s=stall_s)
     serve = partial(RpcServer, guard=guard, tracing=tracing, patience=patience, rules=extensions.rules)
-    folder = tempfile.mkdtemp(prefix="loramux-") if count else ""  # which only this user can enter
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    relay = f"unix:{folder}/engine"
+    sockets = ExitStack()
+    atexit.register(sockets.close)
+    relay = f"unix:{sockets.enter_context(socket_folder())}/engine" if count else ""
     inside = Guard(guard.keyring) if count else guard  # TLS ends at the API processes
-    server = serve(relay if count else settings.grpc, services, guard=inside)
+    server = serve(relay or settings.grpc, services, guard=inside)
     servers: dict[str, HttpServer | RpcServer] = {}
     if settings.http and not count:
         http_patience = protocol.ClientTimeouts(read_s=stall_s, pause_s=stall_s)
@@ -86,7 +86,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     ready.engine.resume()  # what stands still could not end
     log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
     finished = await asyncio.gather(*(each.drain(drain_s, ready.engine.cut) for each in every))
-    shutil.rmtree(folder, ignore_errors=True)
+    sockets.close()
     why = await replica.stop()
     if why is not None:
         end_broken(why)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import shutil
 import socket
 import stat
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Literal
 
@@ -117,6 +120,32 @@ def locked(folder: Path) -> Iterator[bool]:
         yield held
     finally:
         os.close(descriptor)
+
+
+YOUNG_S: Final = 60.0
+"""Age below which a folder may be one whose maker has not locked it yet."""
+SOCKETS: Final = "loramux-sockets-"
+SHORT: Final = 64
+"""Most characters of a path below which sockets are made, whose own paths have some hundred bytes at most."""
+
+
+@contextmanager
+def working_folder(prefix: str, place: str | Path | None = None) -> Iterator[Path]:
+    """Make a private folder that goes at the end, and remove those that killed processes left beside it."""
+    for left in Path(place or tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError):
+            if left.lstat().st_mtime < time.time() - YOUNG_S:
+                with locked(left) as abandoned:
+                    if abandoned:
+                        shutil.rmtree(left)
+    made = tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True)
+    with made as folder, locked(Path(folder)):
+        yield Path(folder)
+
+
+def socket_folder() -> AbstractContextManager[Path]:
+    """Make a working folder for sockets."""
+    return working_folder(SOCKETS, None if len(tempfile.gettempdir()) <= SHORT else "/tmp")  # noqa: S108
 
 
 def private_folder(folder: Path) -> str | None:

@@ -6,12 +6,10 @@ import asyncio
 import json
 import random
 import secrets
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -35,7 +33,7 @@ from loramux_batches.records import (
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import ACCESS, EVERYTHING, Access
 from loramux_shared.faults import BatchCorrupt, Fault, FileNotFound, Finding, RequestInvalid, StoreUnavailable
-from loramux_shared.process import locked
+from loramux_shared.process import working_folder
 from loramux_shared.storage.base import ObjectMissing
 
 log = structlog.get_logger()
@@ -55,25 +53,10 @@ MOST_REQUESTS: Final = 128
 """Requests of a batch that are open at once, at most."""
 MOST_LINES: Final = 50_000
 FOLDER: Final = "loramux-batch-"
-YOUNG_S: Final = 60.0
-"""Age below which a folder may be one whose maker has not locked it yet."""
 STOP_S: Final = 10.0
 """Seconds in which a replica that ends stores the last answers."""
 EXPIRED: Final = "the request was not answered within the completion window."
 UNREADABLE: Final = "the file is not there, or is not what was stored: upload it again."
-
-
-@contextmanager
-def work_folder() -> Iterator[Path]:
-    """Make a folder of requests and answers, and remove those that killed replicas left; it goes at the end."""
-    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
-        with suppress(OSError):
-            if left.lstat().st_mtime < time.time() - YOUNG_S:
-                with locked(left) as abandoned:
-                    if abandoned:
-                        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, locked(Path(folder)):
-        yield Path(folder)
 
 
 @dataclass
@@ -214,7 +197,7 @@ class BatchWorker:
     async def _work(self, job: Job) -> bool:
         """Work on a batch until this replica ends or loses the lease; returns True at the batch's end."""
         name = job.created.id
-        with work_folder() as job.folder:
+        with working_folder(FOLDER) as job.folder:
             try:
                 log.info("batch begins", batch=name, key=job.created.key_id, epoch=job.epoch)
                 ending = await self._answer(job)

@@ -1,8 +1,6 @@
 """Batches in OpenAI's format: each request once, whatever interrupts a run."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typer.testing import CliRunner
 
 from loramux.cli.main import app
 from loramux_batches.batch import ATTEMPTS, Batch, Counts
-from loramux_batches.work import FOLDER, work_folder
 from loramux_shared.faults import RequestInvalid
 from tests.support.openai_api import openai_world
 
@@ -186,17 +183,3 @@ def test_a_batch_runs_on_a_deployment_that_is_loaded_for_it(
     found = answers(output)
     assert found["r0"]["body"]["usage"]["completion_tokens"] == 3
     assert found["r1"]["status_code"] == 404
-
-
-def test_folders_that_killed_replicas_left_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of a replica that runs, or that was made a moment ago, stays."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left, young, other = (tmp_path / name for name in (f"{FOLDER}left", f"{FOLDER}young", "other"))
-    for each in (left, young, other):
-        each.mkdir()
-    with work_folder() as used:
-        for each in (left, other, used):
-            os.utime(each, (0, 0))
-        with work_folder() as second:
-            assert {*tmp_path.iterdir()} == {young, other, used, second}
-    assert {*tmp_path.iterdir()} == {young, other}

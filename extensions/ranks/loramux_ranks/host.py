@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count, product
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 import structlog
 
 from loramux_shared.faults import Fault, ReplicaFailed, SettingsInvalid, fault_from
-from loramux_shared.process import SOCKET
+from loramux_shared.process import SOCKET, working_folder
 
 log = structlog.get_logger()
 
@@ -62,7 +59,9 @@ class RankHost:
             )
         self.world = world
         self.failure: ReplicaFailed | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="loramux-ranks-"))  # which only this user can enter
+        self._folders = ExitStack()
+        self.meeting = self._folders.enter_context(working_folder("loramux-ranks-")) / "meeting"
+        """The file by which ranks meet."""
         self.leave: Callable[[], None] = lambda: None
         """Leaves the group of ranks, once the first one has met the others."""
         self._dropped: deque[int] = deque()
@@ -75,11 +74,6 @@ class RankHost:
         """Seconds after which a silent rank hangs."""
         self._ranks = [_Rank(rank, _environment(rank, cards), self) for rank in range(1, world)]
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
-
-    @property
-    def meeting(self) -> Path:
-        """The file by which ranks meet."""
-        return self._folder / "meeting"
 
     @property
     def pids(self) -> list[int]:
@@ -161,7 +155,7 @@ class RankHost:
         for rank in self._ranks:
             rank.end()
         self.leave()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folders.close()
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK_S):

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from loramux.cli import shell
 from loramux_shared.faults import FAULTS, Fault, ServerUnavailable, Status
-from loramux_shared.process import READY, SOCKET, STATUS
+from loramux_shared.process import READY, SOCKET, STATUS, socket_folder
 from loramux_shared.rpc.status import CallFailed
 
 DRAIN_S = 120.0  # longer than a service takes to drain; then it is killed
@@ -78,8 +78,8 @@ class ProcessTree:
         self._children: list[Child] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._listeners: list[socket.socket] = []
-        # Not below TMPDIR: the path of a socket has some hundred bytes at most.
-        self._sockets = Path(tempfile.mkdtemp(prefix="loramux-", dir="/tmp"))
+        self._folders = contextlib.ExitStack()
+        self._sockets = self._folders.enter_context(socket_folder())
         self._stopping = False
 
     async def __aenter__(self) -> Self:
@@ -92,7 +92,7 @@ class ProcessTree:
         for listener in self._listeners:
             asyncio.get_running_loop().remove_reader(listener)
             listener.close()
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        self._folders.close()
         if isinstance(error, Fault) and error.status in (Status.INTERNAL, Status.UNAVAILABLE):
             shell.say(f"logs are kept in {self.folder}", "dim")
         else:

@@ -6,10 +6,9 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
@@ -19,6 +18,7 @@ from loramux_shared.adapter_files import pieces_of
 from loramux_shared.bundle.manifest import FileDigest, sha256_hex
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import ResourcesExhausted, RevisionNotFound, SourceRefused, SourceUnavailable
+from loramux_shared.process import working_folder
 from loramux_shared.sources.base import Progress, SourceFile, unwatched
 
 
@@ -154,14 +154,12 @@ def whole(target: Path) -> Iterator[IO[bytes]]:
 @contextmanager
 def scratch(place: Path | None) -> Iterator[Path]:
     """Yield a folder below a place (the system's when not given) that is removed at the end."""
-    with disk_errors():
-        if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=SCRATCH, dir=place)
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as folders:
+        with disk_errors():
+            if place is not None:
+                place.mkdir(parents=True, exist_ok=True)
+            folder = folders.enter_context(working_folder(SCRATCH, place))
+        yield folder
 
 
 @contextmanager

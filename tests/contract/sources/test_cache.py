@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from loramux_shared.adapter_files import pieces_of
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, Fault, ResourcesExhausted
+from loramux_shared.process import SOCKETS, socket_folder, working_folder
 from loramux_shared.sources import files
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.hub import HubSource
@@ -128,6 +130,22 @@ def test_what_killed_replicas_left_is_swept(remote: Remote, tmp_path: Path) -> N
         os.utime(left, (time.time() - 2 * 24 * 3600,) * 2)
     remote.fetch(tmp_path / "cache")
     assert (old.exists(), copies.exists(), young.exists()) == (False, False, True)
+
+
+def test_folders_that_killed_processes_left_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of a process that runs, or that was made a moment ago, stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, young, other = (tmp_path / name for name in (f"{SOCKETS}left", f"{SOCKETS}young", "other"))
+    for each in (left, young, other):
+        each.mkdir()
+    with working_folder(SOCKETS) as used:
+        for each in (left, other, used):
+            os.utime(each, (0, 0))
+        with socket_folder() as second:
+            assert {*tmp_path.iterdir()} == {young, other, used, second}
+    assert {*tmp_path.iterdir()} == {young, other}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
