@@ -235,8 +235,12 @@ def adapters_of(message: pb.GenerateRequest | pb.EmbedRequest) -> tuple[ScaledAd
 
 
 def texts_of(context: grpc.aio.ServicerContext) -> dict[str, str]:
-    """Return the metadata of a call that is text."""
-    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+    """Return the metadata of a call that is text; what comes twice is joined, as RFC 9110 (5.2) says."""
+    texts: dict[str, str] = {}
+    for name, value in context.invocation_metadata() or ():
+        if isinstance(value, str):
+            texts[name] = f"{texts[name]}, {value}" if name in texts else value
+    return texts
 
 
 def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]:

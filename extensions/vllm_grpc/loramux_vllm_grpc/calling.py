@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import grpc
 
+from inference_service.rpc.mapping import texts_of
 from inference_service.serving.request import hinted
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.routes import MODEL_HEADER
@@ -17,18 +18,13 @@ RANK: Final = "x-data-parallel-rank"
 """vLLM's: which rank is to answer. A replica is one."""
 
 
-def metadata_of(context: grpc.aio.ServicerContext) -> dict[str, str]:
-    """Return the metadata that is text."""
-    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-
-
 def call_options(context: grpc.aio.ServicerContext, sticky_key: str = "") -> dict[str, Any]:
     """Return the fields of a `Request` that a call says, and not its message.
 
     Raises:
         RequestInvalid: metadata is wrong, or names another rank than the only one.
     """
-    metadata = metadata_of(context)
+    metadata = texts_of(context)
     refuse_rank(metadata.get(RANK, "0"), RANK)
     remaining = context.time_remaining()
     deadline_s = None if remaining is None else time.monotonic() + remaining

@@ -16,10 +16,11 @@ from typing import Any, Final
 import grpc
 
 from inference_service.adapters.served_model import AdapterDefaults
+from inference_service.rpc.mapping import texts_of
 from inference_service.serving.pooling import pooled, pooling_of, shaped
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Fault
-from loramux_vllm_grpc.calling import MODEL, metadata_of, refuse_rank
+from loramux_vllm_grpc.calling import MODEL, refuse_rank
 from loramux_vllm_grpc.engine_answers import Telling
 from loramux_vllm_grpc.engine_requests import embedding_of, request_of
 from loramux_vllm_grpc.loads import loads
@@ -181,7 +182,7 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
 
     def _name(self, context: grpc.aio.ServicerContext) -> str:
         """Return the name of what answers a call."""
-        return self._model or metadata_of(context).get(MODEL) or self._service.catalog.base_name
+        return self._model or texts_of(context).get(MODEL) or self._service.catalog.base_name
 
     def _source(self) -> str:
         """Return the base's repository, as it may be reported."""

@@ -21,6 +21,7 @@ from inference_service.http.wire.errors import status_of
 from inference_service.http.wire.front import ARRIVED, DRAINING
 from inference_service.http.wire.refusals import fault_body, refused_body
 from inference_service.http.wire.reply import CONNECTION
+from inference_service.serving.request import MIN_GENERATION, STICKY_KEY
 from loramux_shared.arrival import arrived_at, unread_bytes, unsent_bytes
 from loramux_shared.faults import ShuttingDown
 
@@ -78,6 +79,10 @@ MAX_TARGET_BYTES: Final = 2**16 - 1
 TARGET: Final = re.compile(rb"(/|https?://[^/]|\*$)[^#]*$", re.IGNORECASE)
 
 
+ONCE: Final = (b"content-type", b"content-encoding", MIN_GENERATION.encode(), STICKY_KEY.encode())
+"""Headers of which two readers could take different ones, if there were several."""
+
+
 class Refused(ValueError):
     """A head that is not understood: a status, a code and a message."""
 
@@ -108,6 +113,15 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
     hosts = fields.get(b"host", [])
     if len(hosts) > 1 or (version == "1.1" and not hosts) or not all(map(HOST.fullmatch, hosts)):
         raise Refused(400, "invalid_http", "expected one valid Host header.")
+    if twice := [name.decode() for name in ONCE if len(fields.get(name, [])) > 1]:
+        raise Refused(400, "invalid_http", f"expected the header {twice[0]} once.")
+    encoding = fields.get(b"content-encoding", [b""])[0].decode("latin-1")
+    if encoding.lower() not in ("", "identity"):
+        raise Refused(
+            415,
+            "unsupported_media_type",
+            f"expected a body without content-encoding, found {encoding[:20]!r}: send it uncompressed.",
+        )
     codings = fields.get(b"transfer-encoding", [])
     if codings and (version == "1.0" or b"content-length" in fields):
         raise Refused(400, "invalid_http", "Transfer-Encoding is not allowed here.")

@@ -219,6 +219,8 @@ async def test_a_replica_catches_up_first(
         request = pb.GenerateRequest(model="rs", token_ids=pb.TokenIds(ids=PROMPT))
         with pytest.raises(grpc.aio.AioRpcError, match=r"generation 9 .* this replica serves 1"):
             await stub.Generate(request, metadata=(("x-loramux-min-generation", "9"),)).read()
+        with pytest.raises(grpc.aio.AioRpcError, match="generation is not valid"):
+            await stub.Generate(request, metadata=[("x-loramux-min-generation", n) for n in "19"]).read()
     for refused in (
         await apis.ask("rs", min_generation=2),
         await apis.ask("rs", {"x-loramux-min-generation": "2"}),
