@@ -13,7 +13,7 @@ from loramux_shared.runtime import Limits, Pooling, ReasoningParser, Rounding, T
 from loramux_shared.signatures import is_file, parse_signer
 
 DEFAULT_MAX_LORA_RANK = 64
-RESOLVED = r"^(hf:|s3://|gs://|azure://|https://|oci://)[^\s@#?]+$"
+RESOLVED = r"^(hf:|s3://|gs://|azure://|https://|oci://|mlflow://)[^\s@#?]+$"
 """A pattern of repositories; folders of the builder's machine have none."""
 
 

@@ -31,7 +31,7 @@ from tests.support.operated import Operated, operated
 from tests.support.served_replicas import open_builder, open_fleet
 
 LABEL = "hub_key"
-SOURCES = ("hf:lab/*", "s3://models/adapters/*", "https://files.example/*.tar.gz")
+SOURCES = ("hf:lab/*", "s3://models/adapters/*", "https://files.example/*.tar.gz", "mlflow://support/*")
 
 
 class Replica:
