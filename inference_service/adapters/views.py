@@ -130,3 +130,5 @@ class Facts:
     """Seconds from the start of loading until everything was ready."""
     computing: Computing = UNKNOWN
     """The operations that compute."""
+    ranks: int = 1
+    """Processes that compute the base together."""

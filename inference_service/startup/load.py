@@ -187,7 +187,8 @@ def _begin(
     computing = _computing(base)
     report(f"{computing.product}; {computing.reading}")
     dtype = str(base.backend.dtype).removeprefix("torch.")
-    facts = Facts(settings.deployment, datetime.now(UTC), dtype, generation.max_lora_rank, load_s, computing)
+    rank, ranks = generation.max_lora_rank, settings.tensor_parallel or 1
+    facts = Facts(settings.deployment, datetime.now(UTC), dtype, rank, load_s, computing, ranks)
     _log_loaded(generation, base, bank, engine, limits, registered, facts)
     if slow := computing.warning:
         log.warning("operations are slower than possible", why=slow)

@@ -217,7 +217,7 @@ def operated(
     manager = AdapterManager(
         adapter_set,
         deployment,
-        Facts("demo", datetime.now(UTC), dtype="bfloat16", max_lora_rank=64),
+        Facts("demo", datetime.now(UTC), dtype="bfloat16", max_lora_rank=64, ranks=2),
         bundles=FakeBundles(*bundles),
         publisher=deployment if builder else None,
         paused=lambda: pauses[0],

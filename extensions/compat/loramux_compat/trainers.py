@@ -63,7 +63,7 @@ class ModelConfig(TypedDict):
 
 
 class ParallelConfig(TypedDict):
-    """The model's parallelism: none."""
+    """The model's parallelism: that of tensors."""
 
     world_size: int
     tensor_parallel_size: int
@@ -92,8 +92,8 @@ class ServerInfo(TypedDict):
 
 
 async def get_world_size(service: GenerationService, http: HttpRequest) -> Reply[WorldSize]:  # noqa: ARG001
-    """Return the number of devices that share the model: one."""
-    return Reply({"world_size": 1})
+    """Return the number of devices that share the model."""
+    return Reply({"world_size": manager_of(http).facts.ranks})
 
 
 async def server_info(service: GenerationService, http: HttpRequest) -> Reply[ServerInfo]:
@@ -107,7 +107,11 @@ async def server_info(service: GenerationService, http: HttpRequest) -> Reply[Se
             "max_model_len": service.limits.max_seq_len,
             "logprobs_mode": f"{service.logprobs_mode}_logprobs",
         },
-        "parallel_config": {"world_size": 1, "tensor_parallel_size": 1, "data_parallel_size": 1},
+        "parallel_config": {
+            "world_size": facts.ranks,
+            "tensor_parallel_size": facts.ranks,
+            "data_parallel_size": 1,
+        },
         "lora_config": {"max_loras": stats.max_adapters, "max_lora_rank": facts.max_lora_rank or None},
     }
     return Reply({"vllm_config": config})

@@ -55,7 +55,7 @@ async def test_a_page_of_another_site_pauses_nothing(web: httpx.AsyncClient) -> 
 
 async def test_trainers_learn_which_server_it_is(web: httpx.AsyncClient) -> None:
     """World size, and the configuration as far as they read it."""
-    assert (await web.get("/get_world_size")).json() == {"world_size": 1}
+    assert (await web.get("/get_world_size")).json() == {"world_size": 2}
     info = (await web.get("/server_info", params={"config_format": "json"})).json()["vllm_config"]
     assert info["model_config"]["dtype"] == "bfloat16"
     assert info["lora_config"] == {"max_loras": 4, "max_lora_rank": 64}
