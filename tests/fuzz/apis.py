@@ -54,7 +54,7 @@ SHARED = {
     "messages/count_tokens": "BLOCKS",
 }
 """Tables with fields of several routes."""
-KINDS = {each.path: each.body for each in ENDPOINTS if each.body is not None}
+KINDS = {each.path: each.body for each in ENDPOINTS if each.body and each.body.media_type == "application/json"}
 BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
     **{
         path: (KINDS[path], (cases(__file__, SHARED[path[4:]]) if path[4:] in SHARED else {}) | body)

@@ -45,6 +45,7 @@ from loramux_shared.settings import variable
 
 FILE_PAGE: Final = 100
 BATCH_PAGE: Final = 20
+OCTETS: Final = "application/octet-stream"
 READS: Final = 16
 """Records of a page that are read at once."""
 MAX_FIELD: Final = 1000
@@ -78,6 +79,17 @@ class BatchBody(Body):
     ) = None
     output_expires_after: Expiry | None = None
     """When the files of answers expire; 30 days after they are there by default."""
+
+
+class FileForm(Body):
+    """A file to store, as a form."""
+
+    media_type = "multipart/form-data"
+    file: Annotated[str, Field(json_schema_extra={"contentMediaType": OCTETS})]
+    purpose: Literal["batch"]
+    anchor: Annotated[Literal["created_at"], Field(alias="expires_after[anchor]")] = "created_at"
+    seconds: Annotated[Seconds, Field(alias="expires_after[seconds]")] = KEPT_S
+    """When the file expires."""
 
 
 class FilesQuery(Query):
@@ -287,11 +299,10 @@ async def cancel_batch(service: GenerationService, http: HttpRequest) -> Reply[B
     return Reply(_batch(await asyncio.to_thread(_store(service).cancel, _owner(), _id(http))))
 
 
-OCTETS: Final = "application/octet-stream"
 _endpoint = partial(Endpoint, reads_prompts=True)
 ROUTES: Final = (
     _endpoint(routes.FILES, list_files, query=FilesQuery, fails=(404,)),
-    _endpoint(routes.CREATE_FILE, create_file, fails=(404, 413, 415, 429)),
+    _endpoint(routes.CREATE_FILE, create_file, FileForm, fails=(404, 413, 415, 429)),
     _endpoint(routes.FILE, get_file, fails=(404,)),
     _endpoint(routes.DELETE_FILE, delete_file, fails=(404,)),
     _endpoint(routes.FILE_CONTENT, get_file_content, text=OCTETS, fails=(404,)),

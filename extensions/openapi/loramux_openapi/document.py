@@ -188,7 +188,7 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Json], served: 
             read["examples"] = {
                 name: {"value": {**model_field, **example}} for name, example in examples.items()
             }
-        operation["requestBody"] = {"required": True, "content": {"application/json": read}}
+        operation["requestBody"] = {"required": True, "content": {endpoint.body.media_type: read}}
     return operation
 
 

@@ -26,7 +26,9 @@ OPERATIONS = [
     for path, methods in DOCUMENT["paths"].items()
     for method, operation in methods.items()
 ]
-WITH_BODY = [case for case in OPERATIONS if "requestBody" in case[2]]
+WITH_BODY = [
+    case for case in OPERATIONS if "application/json" in case[2].get("requestBody", {}).get("content", ())
+]
 DOCS = (ROOT / "docs" / "reference" / "openai.md").read_text(encoding="utf-8")
 KEYWORDS = {
     *("$ref", "additionalProperties", "anyOf", "const", "contentMediaType", "contentSchema", "default"),

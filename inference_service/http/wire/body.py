@@ -36,6 +36,7 @@ class Body(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+    media_type: ClassVar[str] = "application/json"
     examples: ClassVar[Examples] = {}
     """Examples by what they show; their model is one that is served. They are valid, and tests send them."""
 
