@@ -46,7 +46,6 @@ stubs: $(VENV)/.test
 golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.manifests.write
 	$(BIN)/python -m tests.golden.kernels.write
-	$(BIN)/python -m tests.golden.kernels.grids
 	$(BIN)/python -m tests.golden.kernels.counts
 	$(BIN)/python -m tests.golden.openai.write
 	$(BIN)/python -m tests.golden.metrics.write

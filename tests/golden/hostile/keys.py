@@ -1,6 +1,8 @@
 """Tensors: keys that mean something else, shapes of other bases, values that cannot be stored."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -9,12 +11,12 @@ from safetensors.numpy import save_file
 
 from tests.golden.hostile.exhibit import ROOT, WEIGHTS, Exhibit, adapter, embeddings, exhibit, of_tensors, plus
 from tests.golden.wild.bases import BASES
-from tests.support.adapters import HIDDEN, INTERMEDIATE, VOCAB, Tensors, key, tensors
+from tests.support.adapters import HIDDEN, VOCAB, Tensors, key, tensors
 from tests.support.cases import cases
 
 HEAD, EMBED = "base_model.model.lm_head", f"{ROOT}embed_tokens"
 SCORE = "base_model.model.score.weight"
-Q, MLP = f"{ROOT}layers.0.self_attn.q_proj", f"{ROOT}layers.0.mlp"
+Q = f"{ROOT}layers.0.self_attn.q_proj"
 
 
 def _one(name: str, codes: str, tensor: str, shape: tuple[int, ...] = (4, 16)) -> Exhibit:
@@ -103,6 +105,20 @@ def _classifier(name: str, codes: str, *, values: Any = None, key: str = SCORE, 
     return exhibit(name, codes, lambda folder: adapter(folder, tensors() | {key: head}, **config))
 
 
+def _fused(name: str, codes: str, *ceiling: str, beside: Mapping[str, int] = MappingProxyType({})) -> Exhibit:
+    """An adapter of fused queries, keys and values, and of modules of these widths beside."""
+    widths, stem = {"qkv_proj": 2 * HIDDEN, **beside}, Q.removesuffix("q_proj")
+    made: Tensors = {}
+    for leaf, out in widths.items():
+        made[f"{stem}{leaf}.lora_A.weight"] = np.ones((4, HIDDEN), "f2")
+        made[f"{stem}{leaf}.lora_B.weight"] = np.ones((out, 4), "f2")
+    base = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+    lora = {"lora_target_modules": list(ceiling)}
+    return exhibit(
+        name, codes, lambda folder: adapter(folder, made, target_modules=list(widths)), base=base, lora=lora
+    )
+
+
 def _of_data(name: str) -> tuple[Exhibit, ...]:
     """Exhibits of the JSON file, by the function that makes them."""
     makers = (_one, _renamed, _of_none, _tokens)
@@ -129,6 +145,8 @@ REFUSED = (
     of_tensors("two adapters", "E_ADAPTER_INFIX",
                lambda: plus(key(1, "o_proj", "A").replace("_A", "_A.second"), pair=(16, 4))),
     of_tensors("beyond the ceiling", "E_MODULE", tensors, lora={"lora_target_modules": ["attn_q"]}),
+    _fused("fused beyond the ceiling", "E_MODULE", "attn_q", "attn_k"),
+    _fused("fused, and a part of it", "E_PAIR", beside={"k_proj": HIDDEN // 2}),
     of_tensors("A alone", "E_PAIR", lambda: _without(key(1, "v_proj", "B"))),
     of_tensors("B alone", "E_PAIR", lambda: _without(key(1, "v_proj", "A"))),
     _changed("ranks of two adapters", "E_RANK_SHAPE", lambda _: np.ones((8, 16), "f2")),
@@ -187,8 +205,7 @@ ACCEPTED = (
         f"{EMBED}.original_module.weight", f"{HEAD}.base_layer.weight")),
     of_tensors("a tower of a model with images", "W_TOWER",
                lambda: plus(_TOWER, pair=(16, 4)), base=BASES["gemma3"]),
-    exhibit("fused", "", lambda folder: adapter(folder, {
-        f"{MLP}.gate_up_proj.lora_A.weight": np.ones((4, HIDDEN), "f2"),
-        f"{MLP}.gate_up_proj.lora_B.weight": np.ones((2 * INTERMEDIATE, 4), "f2"),
-    }, target_modules=["gate_up_proj"]), base={"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}),
+    _fused("fused", ""),
+    _fused("fused, allowed by its own name", "", "attn_qkv"),
+    _fused("fused, allowed by the names of its parts", "", "attn_q", "attn_k", "attn_v"),
 )  # fmt: skip
