@@ -8,9 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import residency
 from benchmarks.figures import Figure
-from benchmarks.forge import Forge
 from benchmarks.serving import Bar, Figures, report
 from benchmarks.streams_clients import one_round
 from benchmarks.streams_server import Instant, serve
@@ -24,21 +22,6 @@ from tests.support.waiting import bounded, until
 def test_a_bar_is_met_up_to_itself(found: float, bar: float | None, met: bool) -> None:
     """Every figure without a bar is met; a section that could not measure has not passed."""
     assert Figure("f", found, "x", bar).met is met
-
-
-async def test_a_missed_bar_is_reported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A missed bar is reported by line and, all sections together, by the return value."""
-
-    async def section(forge: Forge, rounds: int) -> list[Figure]:
-        return [Figure("good", 1.0, "x", 2.0), Figure("bad", 3.0, "x", 2.0)]
-
-    monkeypatch.setattr(residency, "SECTIONS", {"own": section})
-    forge = Forge.__new__(Forge)  # the section does not read it
-    assert not await residency.measure(["own"], forge, 1)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if "MISSED" in line] == ["bad"]
 
 
 @pytest.mark.parametrize(("least", "status"), [(1.5, 0), (2.0, 0), (2.1, 1)])
