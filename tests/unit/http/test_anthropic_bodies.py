@@ -1,7 +1,6 @@
 """Anthropic's bodies, and blocks of its answers: a stream adds up to the answer without one."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from inference_service.http.anthropic.messages import Content, input_of, signatu
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.wire.errors import invalid_body
 from inference_service.http.wire.refusals import message_fault
-from loramux_shared.faults import Fault, QueueFull, RequestInvalid, ShuttingDown
+from loramux_shared.faults import Fault, RequestInvalid
 from tests.support.cases import cases
 from tests.support.root import ROOT
 
@@ -92,11 +91,6 @@ def test_turns_of_one_role_are_one() -> None:
     assert [turn.content for turn in turns] == ["Hi\nHi", "", "blue", "Hi\nHi"]
 
 
-def test_the_answer_goes_on_with_the_assistants_turn() -> None:
-    chat = _chat(messages=[USER, {"role": "assistant", "content": "The sky is"}])
-    assert (chat.goes_on, chat.starts) == (True, False)
-
-
 @pytest.mark.parametrize(
     ("choice", "chosen", "parallel"),
     [
@@ -135,33 +129,6 @@ def test_null_is_not_set() -> None:
     assert query.sampling.stop == ()
 
 
-def test_what_is_counted_is_what_is_asked() -> None:
-    fields = {name: value for name, value in CLAUDE_CODE.items() if name in CountBody.model_fields}
-    counted = chat_of(CountBody.model_validate_json(json.dumps(fields)))
-    query = _chat(**CLAUDE_CODE)
-    same = ("turns", "tools", "variables", "goes_on")
-    assert all(getattr(counted, name) == getattr(query, name) for name in same)
-
-
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [
-        (QueueFull("full."), "overloaded_error"),
-        (ShuttingDown("ends."), "overloaded_error"),
-        (RequestInvalid("no."), "invalid_request_error"),
-    ],
-)
-def test_errors_have_anthropics_shape(fault: Fault, kind: str) -> None:
-    """A type, a message and the id of the request."""
-    reported = message_fault(fault, "r1")
-    assert reported == {"type": "error", "error": {"type": kind, "message": fault.message}, "request_id": "r1"}
-
-
-def test_a_thread_is_refused_so_that_clients_go_on_without() -> None:
-    error = message_fault(_refused(thread={"type": "create"}), "")["error"]
-    assert error["details"] == {"error_code": "thread_unsupported_request"}
-
-
 @pytest.mark.parametrize("kind", [MessagesBody, CountBody])
 def test_every_parameter_is_documented(kind: Any) -> None:
     page = (ROOT / "docs/reference/anthropic.md").read_text()
@@ -175,65 +142,18 @@ PIECES: list[Piece] = [
 ]  # fmt: skip
 
 
-def blocks_of(pieces: Sequence[Piece], *, shows_thinking: bool = True) -> tuple[list[Any], list[Any]]:
-    """Return the events of pieces that come one by one, and the blocks at the end."""
-    content = Content(shows_thinking=shows_thinking)
-    events = [event for piece in pieces for event in content.take([piece])]
-    return events + content.end(), content.blocks
-
-
-def added_up(events: Sequence[Any]) -> list[Any]:
-    """Return the blocks that a client makes of events, which must open and close one block after the other."""
-    blocks: list[Any] = []
-    arguments, opened = "", False
-    for event in events:
-        assert event["index"] == len(blocks) - (event["type"] != "content_block_start")
-        match event["type"]:
-            case "content_block_start":
-                assert not opened
-                opened, arguments = True, ""
-                blocks.append(dict(event["content_block"]))
-            case "content_block_stop":
-                opened = False
-                if blocks[-1]["type"] == "tool_use":
-                    blocks[-1]["input"] = input_of(arguments)
-            case "content_block_delta":
-                delta = dict(event["delta"])
-                kind = delta.pop("type")
-                [(name, value)] = delta.items()
-                assert kind == {"partial_json": "input_json"}.get(name, name) + "_delta"
-                if name == "partial_json":
-                    arguments += value
-                else:
-                    blocks[-1][name] += value
-    assert not opened
-    return blocks
-
-
 def test_blocks_are_of_one_kind_each() -> None:
     """Thinking, text and calls; spaces alone are no text, and those before one are a part of it."""
-    events, blocks = blocks_of(PIECES)
-    assert blocks == [
+    content = Content(shows_thinking=True)
+    for piece in PIECES:
+        content.take([piece])
+    content.end()
+    assert content.blocks == [
         {"type": "thinking", "thinking": "I look.", "signature": signature_of("I look.")},
         {"type": "text", "text": "\n\nThe sky. "},
         {"type": "tool_use", "id": "c0", "name": "look", "input": {"at": "sky"}},
         {"type": "tool_use", "id": "c1", "name": "wait", "input": {}},
     ]
-    assert added_up(events) == blocks
-
-
-def test_a_stream_adds_up_at_any_end() -> None:
-    for size in range(len(PIECES) + 1):
-        events, blocks = blocks_of(PIECES[:size])
-        assert added_up(events) == blocks
-    assert blocks_of(PIECES[:8])[1][-1]["input"] == {}
-    assert blocks_of([TextPiece(" "), TextPiece("\n")]) == ([], [])
-
-
-def test_thinking_may_be_left_out() -> None:
-    events, [thinking, *_] = blocks_of(PIECES, shows_thinking=False)
-    assert thinking == {"type": "thinking", "thinking": "", "signature": signature_of("I look.")}
-    assert added_up(events)[0] == thinking
 
 
 @pytest.mark.parametrize(("arguments", "found"), cases(__file__, "test_inputs_are_objects"))

@@ -7,20 +7,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from inference_service.chat.request import NamedTool
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import turns_of
 from inference_service.http.openai.schema import MAX_PROMPTS, CompletionBody
 from inference_service.http.wire.body import Body
-from inference_service.http.wire.errors import error_body, invalid_body, param_of
+from inference_service.http.wire.errors import error_body, invalid_body
 from tests.support.cases import cases
 from tests.support.root import ROOT
 
 USER = {"role": "user", "content": "Hi"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}
-ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
-UNSUPPORTED, INVALID = "unsupported_parameter", "invalid_value"
-TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def _error(kind: type[Body], text: str) -> dict[str, Any]:
@@ -49,33 +45,11 @@ def test_a_body_is_refused_with_its_parameter(body: str, param: str | None, foun
     assert found in error["message"]
 
 
-def test_null_is_not_set() -> None:
-    names = set(ChatBody.model_fields) - set(CHAT)
-    body = ChatBody.model_validate_json(json.dumps(CHAT | dict.fromkeys(names)))
-    assert body.stop == ()
-    assert body.temperature is None
-
-
 def test_what_changes_nothing_is_accepted() -> None:
     fields = {
         "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "modalities": ["text"],
     }  # fmt: skip
     assert ChatBody.model_validate_json(json.dumps(CHAT | fields)).user == "u"
-
-
-@pytest.mark.parametrize(
-    ("provided", "prompts"),
-    [
-        ("a", ("a",)),
-        (["a", "b"], ("a", "b")),
-        ([1, 2], ([1, 2],)),
-        ([[1], [2, 3]], ([1], [2, 3])),
-        (["a", [1]], ("a", [1])),
-        ("", ("",)),
-    ],
-)
-def test_prompts_come_in_many_shapes(provided: Any, prompts: tuple[Any, ...]) -> None:
-    assert CompletionBody.model_validate_json(json.dumps({"model": "m", "prompt": provided})).prompt == prompts
 
 
 WRONG_PROMPTS: tuple[Any, ...] = (
@@ -90,14 +64,6 @@ WRONG_PROMPTS: tuple[Any, ...] = (
 def test_what_is_no_prompt_is_refused(fields: dict[str, Any], param: str) -> None:
     """Other prompts are refused by name, and so is filling in the middle, which is not served."""
     assert _error(CompletionBody, json.dumps({"model": "m", "prompt": "a"} | fields))["param"] == param
-
-
-@pytest.mark.parametrize(
-    ("provided", "choice"), [(None, None), ("none", "none"), ("required", "required"), (TOOL, NamedTool("f"))]
-)
-def test_tool_choices(provided: Any, choice: object) -> None:
-    body = ChatBody.model_validate_json(json.dumps(CHAT | {"tools": [TOOL], "tool_choice": provided}))
-    assert body.tool_choice == choice
 
 
 def test_messages_become_what_templates_know() -> None:
@@ -125,8 +91,3 @@ def test_every_parameter_is_documented(kind: type[Body]) -> None:
     page = (ROOT / "docs/reference/openai.md").read_text()
     missing = [name for name in kind.model_fields if not re.search(rf"`{name}\b", page)]
     assert not missing
-
-
-def test_places_are_written_as_openai_writes_them() -> None:
-    """Indices in brackets, names behind dots."""
-    assert param_of(("messages", 0, "tool_calls", 1, "id")) == "messages[0].tool_calls[1].id"

@@ -1,15 +1,11 @@
 """The map from OpenAI's bodies to requests, demanded calls, and the server's use of uvicorn."""
 
-import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from llguidance import LLMatcher
-from uvicorn.protocols.http import httptools_impl
-from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.chat.conversation import AnswerPart
@@ -56,15 +52,6 @@ def test_the_temperature_is_left_to_the_adapter() -> None:
     assert (_chat().sampling.temperature, _chat().sampling.usual_temperature) == (None, 1.0)
     assert _chat(temperature=0).sampling.temperature == 0
     assert _completion().sampling.usual_temperature == 1.0
-
-
-def test_versions_and_keys_come_in_the_body_and_in_headers() -> None:
-    """The higher one of two generations counts, and a header's key comes before the user."""
-    requests = _chat({"x-loramux-min-generation": "7", "x-loramux-key": "k"}, user="ann", min_generation=3)
-    assert (requests.model.min_generation, requests.model.sticky_key) == (7, "k")
-    requests = _chat({"x-loramux-min-generation": "2"}, user="ann", min_generation=3)
-    assert (requests.model.min_generation, requests.model.sticky_key) == (3, "ann")
-    assert (_chat().model.min_generation, _chat().model.sticky_key) == (0, "")
 
 
 @pytest.mark.parametrize("expected", ["", "-1", "1.5", "seven", "1" * 20, str(2**63)])
@@ -143,27 +130,3 @@ def test_tokens_of_reasoning_are_counted() -> None:
     assert choice.reasoning_tokens == 8
     assert usage([], 8)["completion_tokens_details"] == {"reasoning_tokens": 8}
     assert "completion_tokens_details" not in usage([])
-
-
-OVERRIDDEN = {
-    "connection_lost", "connection_made", "on_body", "on_header", "on_headers_complete", "on_message_begin",
-    "on_message_complete", "on_response_complete", "pause_writing", "_start_asgi_task",
-}  # fmt: skip
-CALLED = {"_unset_keepalive_if_required"}
-SET_BY_THE_PROTOCOL = {"cycle", "flow", "headers", "loop", "parser", "pipeline", "scope", "transport"}
-SET_BY_A_CYCLE = {"disconnected", "keep_alive", "message_event", "response_complete", "response_started"}
-
-
-def test_what_is_overridden_and_called_is_there() -> None:
-    """A method that a release of the library renames would silently end answers."""
-    assert not {name for name in OVERRIDDEN | CALLED if not callable(getattr(HttpToolsProtocol, name, None))}
-    assert httptools_impl.STATUS_LINE[200].startswith(b"HTTP/1.1 200")
-
-
-def test_what_is_read_is_set() -> None:
-    """The attributes that the connection reads are those that uvicorn sets."""
-    protocol = set(HttpToolsProtocol.__init__.__code__.co_names)
-    assert protocol >= SET_BY_THE_PROTOCOL
-    assert set(RequestResponseCycle.__init__.__code__.co_names) >= SET_BY_A_CYCLE
-    assert "write_paused" in FlowControl.__init__.__code__.co_names
-    assert list(inspect.signature(HttpToolsProtocol._start_asgi_task).parameters) == ["self", "cycle", "app"]

@@ -32,11 +32,6 @@ def _turns(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [dict(turn.message()) for turn in _chat(input=items).turns]
 
 
-def test_a_type_that_is_null_is_not_set() -> None:
-    """An item with a role and no type is a message, as everywhere."""
-    assert _turns([{"type": None, "role": "user", "content": "Hi"}]) == [{"role": "user", "content": "Hi"}]
-
-
 def _thought(text: str) -> dict[str, str]:
     return {"reasoning_content": text, "reasoning": text}
 
@@ -161,15 +156,3 @@ def _merged(stated: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _text(item: dict[str, Any]) -> str:
     return "".join(part["text"] for part in item["content"])
-
-
-def test_tokens_of_reasoning_are_counted() -> None:
-    """Reasoning tokens are those before a piece of reasoning; the others belong to the answer."""
-    output = OutputItems(None, (), carries=False)
-    output.take([Thought("a")], [Token(5)] * 3)
-    output.take([], [Token(5)])
-    output.take([Thought("b")], [Token(5)])
-    output.take([TextPiece("c")], [Token(5)] * 2)
-    assert output.reasoning_tokens == 5
-    [thought, _] = output.items()
-    assert "encrypted_content" not in thought
