@@ -9,9 +9,6 @@ from tests.support.cases import cases
 
 Q = f"{ROOT}layers.0.self_attn.q_proj"
 LOHA = {"hada_w1_a": (16, 2), "hada_w1_b": (2, 16), "hada_w2_a": (16, 2), "hada_w2_b": (2, 16)}
-ADALORA = {"lora_A": (4, 16), "lora_B": (16, 4), "lora_E": (4, 1)}
-LOKR = {"lokr_w1": (4, 4), "lokr_w2": (4, 4)}
-VERA = {"vera_lambda_b": (16,), "vera_lambda_d": (4,)}
 
 
 def _kind(name: str, codes: str, kind: str, parts: dict[str, tuple[int, ...]], **more: Any) -> Exhibit:

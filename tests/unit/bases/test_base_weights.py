@@ -181,7 +181,6 @@ def test_headers_that_lie(tmp_path: Path, entry: dict[str, Any]) -> None:
         read_shard(tmp_path / "a")
 
 
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0]}
 REFUSED: dict[str, dict[str, Any]] = cases(__file__, "REFUSED")
 
 

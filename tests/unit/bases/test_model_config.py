@@ -16,9 +16,6 @@ from tests.support.adapters import BASE_CONFIG
 from tests.support.cases import cases
 from tests.support.hub_configs import HUB_CONFIGS
 
-GEMMA_4 = {"architectures": ["Gemma4ForCausalLM"]}
-QWEN_35 = {"architectures": ["Qwen3_5ForCausalLM"]}
-
 
 @pytest.mark.parametrize("name", HUB_CONFIGS)
 def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, name: str) -> None:
@@ -140,13 +137,6 @@ def test_what_a_config_says_is_read(name: str) -> None:
 def test_the_old_name_of_compressed_tensors_is_read_too() -> None:
     found = read_fields(BASE_CONFIG | {"compression_config": COMPRESSED})
     assert found.quantization == READ["W4A16"][1]
-
-
-def _group(**change: Any) -> dict[str, Any]:
-    group = COMPRESSED["config_groups"]["group_0"]
-    weights = group["weights"] | {key: change[key] for key in change.keys() & group["weights"].keys()}
-    rest = {key: value for key, value in change.items() if key not in weights}
-    return COMPRESSED | {"config_groups": {"group_0": group | rest | {"weights": weights}}}
 
 
 @pytest.mark.parametrize(("config", "expected"), cases(__file__, "test_what_is_not_read_is_refused_by_name"))

@@ -24,8 +24,6 @@ from loramux_shared.faults import RequestInvalid
 from tests.support.cases import cases
 from tests.support.generations import change_deployed
 
-TOOLS = [{"type": "function", "function": {"name": "f"}}]
-
 
 class Named(GenerationService):
     """A service that has limits, and cannot answer."""

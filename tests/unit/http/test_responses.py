@@ -18,10 +18,6 @@ from inference_service.http.responses.output import OutputItems
 from inference_service.http.responses.schema import ResponsesBody
 from tests.support.cases import cases
 
-FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
-SCHEMA = {"name": "n", "schema": {"type": "object"}, "strict": True}
-PIRATE = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Ahoy"}]}
-
 
 def _chat(**fields: Any) -> ChatRequest:
     body = {"model": "m", "input": "Hi"} | fields
@@ -32,33 +28,7 @@ def _turns(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [dict(turn.message()) for turn in _chat(input=items).turns]
 
 
-def _thought(text: str) -> dict[str, str]:
-    return {"reasoning_content": text, "reasoning": text}
-
-
-def _call(number: int) -> dict[str, Any]:
-    return {"type": "function_call", "call_id": f"c{number}", "name": "f", "arguments": '{"a": 1}'}
-
-
-def _called(*numbers: int) -> dict[str, Any]:
-    function = {"name": "f", "arguments": {"a": 1}}
-    return {
-        "tool_calls": [{"id": f"c{number}", "type": "function", "function": function} for number in numbers]
-    }
-
-
-def _gave(number: int) -> dict[str, Any]:
-    return {"type": "function_call_output", "call_id": f"c{number}", "output": "4"}
-
-
-def _tool(number: int) -> dict[str, Any]:
-    return {"role": "tool", "content": "4", "tool_call_id": f"c{number}"}
-
-
-THINK = cases(__file__, "THINK")
 USER = {"role": "user", "content": "Hi"}
-SYSTEM = {"role": "system", "content": "T"}
-EMPTY = {"role": "assistant", "content": ""}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
-from loramux_shared.deployment import Deployment, LoraConfiguration
+from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS
 from scripts import api_doc, deployment_doc, pages
 from tests.support.cases import cases
@@ -152,8 +152,6 @@ def test_nothing_of_a_merge_is_left() -> None:
     assert not [page.name for page in pages if re.search(r"^[<>|]{7} ", page.read_text(), re.MULTILINE)]
 
 
-MIB = 1 << 20
-RANK = LoraConfiguration.model_json_schema()["properties"]["max_lora_rank"]
 CLAIMS = cases(__file__, "CLAIMS")
 
 
