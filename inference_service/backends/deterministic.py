@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inference_service.backends.native import NativeLinear, NativeOperations
 from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import SIZES, Linear, in_pieces
 from inference_service.layers.rope import Rope
 from loramux_shared.faults import SettingsInvalid
@@ -67,6 +68,12 @@ class DeterministicOperations(NativeOperations):
         """Row by row."""
         pairs = zip(torch.split(x, 1), torch.split(gate, 1), strict=True)
         return torch.cat([super(DeterministicOperations, self).gate(*pair) for pair in pairs])
+
+    def activated(self, x: Tensor, activation: Activation) -> Tensor:
+        """Row by row."""
+        return torch.cat(
+            [super(DeterministicOperations, self).activated(row, activation) for row in torch.split(x, 1)]
+        )
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """Row by row."""

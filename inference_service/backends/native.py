@@ -36,7 +36,7 @@ from inference_service.kernels.rows import Activation
 from inference_service.kernels.sampling import Drawn, RowParams
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
-from inference_service.layers.norm import RMSNorm
+from inference_service.layers.norm import LayerNorm, RMSNorm
 from loramux_shared.bases.memory import Keeps
 from loramux_shared.bases.rope import HeadCounts
 from loramux_shared.runtime import Rounding
@@ -103,7 +103,9 @@ class NativeOperations(Operations):
         delta_norm: RMSNorm | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The sum and its norm in one pass."""
+        """The sum and its norm in one pass, but for norms that subtract a mean."""
+        if isinstance(norm, LayerNorm):
+            return super().norm(hidden, norm, delta, delta_norm, out)
         if delta is not None and delta_norm is not None:
             delta = self.ops.rms_norm(delta, None, delta_norm.weight, delta_norm.eps, delta_norm.offset)
         normed = self.ops.rms_norm(hidden, delta, norm.weight, norm.eps, norm.offset)

@@ -39,6 +39,7 @@ from loramux_shared.runtime import Rounding
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
+    "gelu": gelu,
 }
 
 
@@ -117,6 +118,10 @@ class Operations:
         """Return activation(gate) * up [T, intermediate] of both side by side; an update is one of `begun`."""
         gate, up = gate_up.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate) * up
+
+    def activated(self, x: Tensor, activation: Activation) -> Tensor:
+        """Return activation(x) [T, intermediate], of an MLP without a gate."""
+        return ACTIVATIONS[activation](x)
 
     def run_layers(self, layers: Layers, inputs: LayerInputs) -> LayerOutputs:
         """Return what layers compute of a step; it is valid until the next call for the same cache.

@@ -37,7 +37,7 @@ from inference_service.kernels.rounded import PackedWeight, round_rows
 from inference_service.kernels.rows import Activation
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
-from inference_service.layers.norm import RMSNorm
+from inference_service.layers.norm import LayerNorm, RMSNorm
 from inference_service.layers.on_gpu import Fp8Linear, PackedLinear
 from loramux_shared.bases.memory import Keeps
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts
@@ -103,7 +103,9 @@ class TritonOperations(Operations):
         delta_norm: RMSNorm | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Both norms and the sum."""
+        """Both norms and the sum, but for norms that subtract a mean."""
+        if isinstance(norm, LayerNorm):
+            return super().norm(hidden, norm, delta, delta_norm, out)
         weight = None if delta_norm is None else delta_norm.weight
         return rows.rms_norm(
             hidden, norm.weight, eps=norm.eps, offset=norm.offset, delta=delta, delta_weight=weight, out=out

@@ -1,10 +1,10 @@
-"""Root mean square norms."""
+"""Norms of rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
+from torch.nn.functional import layer_norm, rms_norm
 
 from inference_service.kernels.attention import HeadNorm
 
@@ -32,3 +32,16 @@ class RMSNorm:
         else:
             out = rms_norm(wide, self.weight.shape, self._factor, self.eps)
         return out.to(x.dtype) if self._wide else out
+
+
+class LayerNorm(RMSNorm):
+    """The root mean square norm of rows from which their mean is subtracted, plus a bias."""
+
+    def __init__(self, weight: Tensor, eps: float, bias: Tensor | None = None) -> None:
+        """Take a weight [dim] and perhaps a bias [dim]."""
+        super().__init__(weight, eps)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x [..., dim], normed, in plain torch."""
+        return layer_norm(x, self.weight.shape, self.weight, self._bias, self.eps)

@@ -204,13 +204,14 @@ Place = tuple[str, tuple[str, ...]]
 
 
 class MlpBlock:
-    """activation(gate x) * up x, and down again."""
+    """activation(gate x) * up x, or activation(up x), and down again."""
 
     def __init__(self, reader: LayerReader, gate_up: Place, down: Place, *, bias: bool) -> None:
         """Read the weights of two linears."""
         self._index = reader.index
         self._activation = reader.config.activation
         self._up_group, self._down_group = (reader.group(module).name for module, _ in (gate_up, down))
+        self._gated = len(reader.group(gate_up[0]).modules) > 1
         self._gate_up = reader.linear(*gate_up, bias=bias)
         self._down = reader.linear(*down, bias=bias)
 
@@ -219,13 +220,17 @@ class MlpBlock:
         """Read that of a layer."""
         config = reader.config
         names, bias = config.names, config.mlp_bias
-        return cls(reader, ("mlp_gate", names.gate_up), ("mlp_4h_to_h", (names.down,)), bias=bias)
+        return cls(reader, ("mlp_h_to_4h", names.gate_up), ("mlp_4h_to_h", (names.down,)), bias=bias)
 
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
-        gate_up, update = step.begun(self._gate_up, x, self._index, self._up_group)
-        gated = step.operations.gated(gate_up, self._activation, update)
-        return step.linear(self._down, gated, self._index, self._down_group)
+        if self._gated:
+            gate_up, update = step.begun(self._gate_up, x, self._index, self._up_group)
+            active = step.operations.gated(gate_up, self._activation, update)
+        else:
+            up = step.linear(self._gate_up, x, self._index, self._up_group)
+            active = step.operations.activated(up, self._activation)
+        return step.linear(self._down, active, self._index, self._down_group)
 
 
 class Inputs:

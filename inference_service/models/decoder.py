@@ -153,6 +153,7 @@ class Decoder:
             self._head = self._operations.new_blocks([head])
         else:
             self._head = self._operations.new_linear(head, quantization=quantization.of_head)
+        self._head_bias = reader.head_bias() if config.head_bias else None
         self._inputs = None if config.inputs is None else Inputs(reader, config.inputs)
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
@@ -255,6 +256,8 @@ class Decoder:
         logits = self._operations.linear(self._head, hidden)
         if own is not None:
             logits = own.head(hidden, logits, by_row=self._operations.by_row)
+        if self._head_bias is not None:
+            logits[:, : self.config.dims.vocab] += self._head_bias
         if self.config.logit_divisor != 1.0:
             logits /= self.config.logit_divisor
         cap = self.config.logit_softcap
@@ -269,9 +272,15 @@ class Decoder:
         delta_norm: RMSNorm | None = None
         for layer in self._layers:
             x = self._add(hidden, layer.input_norm, delta, delta_norm)
-            delta = self._scaled(layer.mixer(step, x))
-            x = self._add(hidden, layer.mlp_norm, delta, layer.mixer_out_norm)
-            delta = self._scaled(layer.mlp(step, x))
+            delta = layer.mixer(step, x)
+            if self.config.parallel:
+                if layer.mlp_norm is not None:
+                    x = self._add(hidden, layer.mlp_norm, None, None)
+                delta += layer.mlp(step, x)
+            else:
+                x = self._add(hidden, layer.mlp_norm, self._scaled(delta), layer.mixer_out_norm)
+                delta = layer.mlp(step, x)
+            delta = self._scaled(delta)
             delta_norm = layer.mlp_out_norm
             if layer.inputs is not None and inputs is not None:
                 x = self._add(hidden, None, delta, delta_norm)

@@ -12,7 +12,7 @@ from inference_service.backends.operations import Operations
 from inference_service.kernels.blocks import WeightBlocks
 from inference_service.kernels.rounded import PackedWeight, packed_halves
 from inference_service.layers.linear import Linear
-from inference_service.layers.norm import RMSNorm
+from inference_service.layers.norm import LayerNorm, RMSNorm
 from inference_service.layers.on_gpu import PackedLinear
 from inference_service.lora.weights import AdapterWeights, GroupWeights
 from inference_service.models.checkpoint import Tensors
@@ -84,6 +84,11 @@ class Reader:
                 return kept[0]
         return self._checkpoint.get(name, (dims.vocab, dims.hidden)).to(self._dtype)
 
+    def head_bias(self) -> Tensor:
+        """Return the bias [vocab] of the head."""
+        head = self._checkpoint.first([f"{name}.bias" for name in self.config.names.heads])
+        return self.rounded(self._checkpoint.get(head, (self.config.dims.vocab,)))
+
     def layer(self, index: int) -> LayerReader:
         """Return a reader of one layer."""
         merged = self._merged.layers[index] if self._merged else {}
@@ -118,8 +123,12 @@ class Reader:
 
     def norm(self, name: str, width: int | None = None) -> RMSNorm:
         """Return a norm of rows of ``hidden``, or of another width."""
-        weight = self.get(f"{name}.weight", (width or self.config.dims.hidden,))
-        return RMSNorm(self.rounded(weight), self.config.norm_eps, self.config.norm_offset)
+        config, shape = self.config, (width or self.config.dims.hidden,)
+        weight = self.rounded(self.get(f"{name}.weight", shape))
+        if not config.layer_norm:
+            return RMSNorm(weight, config.norm_eps, config.norm_offset)
+        bias = self.rounded(self.get(f"{name}.bias", shape)) if config.norm_bias else None
+        return LayerNorm(weight, config.norm_eps, bias)
 
 
 @dataclass(frozen=True)

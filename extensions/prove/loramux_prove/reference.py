@@ -6,6 +6,7 @@ one after the other, so it takes the memory of one file and of the embeddings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ class Run:
     tokens: Sequence[int]
     hidden: Tensor
     """[T, hidden]"""
+    entered: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[T, hidden]: what it was before the layer."""
     added: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """Part that the adapter added to each module's output at the last position, [out].
 
@@ -81,7 +84,7 @@ class Reference:
         self, sequences: Mapping[str, Sequence[Sequence[int]]], adapters: Mapping[str, SourceAdapter]
     ) -> dict[str, list[Run]]:
         """Return the runs of every adapter's sequences under it, by its name."""
-        config, names, dims = self._config, self._config.names, self._config.dims
+        config, names = self._config, self._config.names
         runs = {
             name: [self._begun(adapter, tokens) for tokens in sequences[name]]
             for name, adapter in adapters.items()
@@ -90,6 +93,8 @@ class Reference:
         self._give_inputs(everyone)
         for index, spec in enumerate(config.layers):
             at = names.layer.format(index=index)
+            for run in everyone:
+                run.entered = run.hidden
             if isinstance(spec.mixer, DeltaLayer):
                 self._delta(index, at, spec.mixer, everyone)
             else:
@@ -100,7 +105,7 @@ class Reference:
                 scalar = self._checkpoint.get(f"{self._prefix}{at}{names.scalar}", (1,))
                 for run in everyone:
                     run.hidden = run.hidden * scalar
-        norm = self._get(names.final_norm, (dims.hidden,))
+        norm = self._row_norm(names.final_norm)
         for run in everyone:
             logits = self._logits(run, self._normed(run.hidden[-1], norm)) / config.logit_divisor
             cap = config.logit_softcap
@@ -121,11 +126,15 @@ class Reference:
     def _logits(self, run: Run, x: Tensor) -> Tensor:
         """Return what the head makes of x [hidden]."""
         logits, own = self._head @ x, run.adapter.own.get(HEAD)
-        if own is None or _is_copy(own, self._head):
-            return logits
-        changed = headed(own, self._head, x)
-        run.added[NO_LAYER, HEAD] = changed - logits
-        return changed
+        if own is not None and not _is_copy(own, self._head):
+            changed = headed(own, self._head, x)
+            run.added[NO_LAYER, HEAD] = changed - logits
+            logits = changed
+        if self._config.head_bias:
+            names, vocab = self._config.names.heads, self._config.dims.vocab
+            bias = self._checkpoint.get(self._checkpoint.first([f"{name}.bias" for name in names]), (vocab,))
+            logits[:vocab] += bias
+        return logits
 
     def _tables(self) -> tuple[Tensor, Tensor]:
         """Embeddings and head [vocab, hidden]; of a tied model, each is the other where it is not there."""
@@ -182,14 +191,18 @@ class Reference:
 
     def _mlp(self, index: int, at: str, spec: MlpLayer, runs: Sequence[Run]) -> None:
         config, names, hidden = self._config, self._config.names, self._config.dims.hidden
-        before, behind = self._optional(at, names.mlp_norm), self._optional(at, names.mlp_out_norm)
-        halves = (spec.intermediate, spec.intermediate)
+        parallel = config.parallel
+        before = self._optional(at, names.input_norm if parallel and names.mlp_norm is None else names.mlp_norm)
+        behind = self._optional(at, names.mlp_out_norm)
+        modules = GATE_UP if spec.gated else GATE_UP[:1]
+        halves = (spec.intermediate,) * len(modules)
         gate_up = self._linear(at, names.gate_up, halves, hidden, config.mlp_bias)
         down = self._linear(at, (names.down,), (hidden,), spec.intermediate, config.mlp_bias)
         for run in runs:
-            x = self._maybe_normed(run.hidden, before)
-            gate, up = _project(run, index, GATE_UP, x, gate_up, halves)
-            (y,) = _project(run, index, ("mlp_4h_to_h",), self._active(gate) * up, down, (hidden,))
+            x = self._maybe_normed(run.entered if parallel else run.hidden, before)
+            gate, *up = _project(run, index, modules, x, gate_up, halves)
+            active = math.prod(up, start=self._active(gate))
+            (y,) = _project(run, index, ("mlp_4h_to_h",), active, down, (hidden,))
             run.hidden = run.hidden + self._maybe_normed(y * config.residual_scale, behind)
 
     def _give_inputs(self, runs: Sequence[Run]) -> None:
@@ -220,7 +233,9 @@ class Reference:
             run.hidden = run.hidden + self._normed(y, norm)
 
     def _active(self, x: Tensor) -> Tensor:
-        return silu(x) if self._config.activation == "silu" else gelu(x, approximate="tanh")
+        if self._config.activation == "silu":
+            return silu(x)
+        return gelu(x, approximate="tanh" if self._config.activation == "gelu_tanh" else "none")
 
     def _values(self, values: Tensor, spec: AttentionLayer) -> Tensor:
         """Norm values [kv heads, T, head_dim], where they are normed at all."""
@@ -245,12 +260,25 @@ class Reference:
 
     def _optional(self, at: str, name: str | None) -> Tensor | None:
         """Weights of a norm, where there is one."""
-        return None if name is None else self._get(at + name, (self._config.dims.hidden,))
+        return None if name is None else self._row_norm(at + name)
+
+    def _row_norm(self, name: str) -> Tensor:
+        """Weights [hidden] of a norm; of one that subtracts the mean, weights and biases [2, hidden]."""
+        config, shape = self._config, (self._config.dims.hidden,)
+        weight = self._get(name, shape)
+        if not config.layer_norm:
+            return weight
+        return torch.stack([weight, self._get(name, shape, "bias") if config.norm_bias else torch.zeros(shape)])
 
     def _maybe_normed(self, x: Tensor, norm: Tensor | None) -> Tensor:
         return x if norm is None else self._normed(x, norm)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._config.layer_norm:
+            x = x - x.mean(-1, keepdim=True)
+            return (
+                x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._config.norm_eps) * weight[0] + weight[1]
+            )
         root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._config.norm_eps)
         return x * root * (weight + self._config.norm_offset)
 

@@ -17,7 +17,8 @@ from inference_service.kernels.launch import Launch, kernels_of, require, requir
 from inference_service.kernels.rows.tuning import TILE, norm_config
 from inference_service.kernels.sgmv import Slices, Update
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+"""An activation of an MLP; kernels have those of gated ones, all but the last."""
 
 
 def rms_norm(

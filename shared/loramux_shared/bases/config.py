@@ -111,13 +111,20 @@ class ModelConfig:
     names: TensorNames = TensorNames()
     norm_offset: float = 0.0
     """Added to the weights of every norm."""
+    layer_norm: bool = False
+    """True if norms subtract the mean of a row first."""
+    norm_bias: bool = False
+    """True if such norms have biases."""
     qk_norm_of_heads: bool = True
     """True if queries and keys are normed head by head; False if all heads of a row are normed together."""
     query_scaling: QueryScaling | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    head_bias: bool = False
+    parallel: bool = False
+    """True if attention and MLP of a layer read the same hidden rows, and are added together."""
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     """Factor of the outputs of attention and MLP, before they are added."""

@@ -72,11 +72,12 @@ def _halves(width: int, rotated: int, dim: int) -> tuple[int, ...]:
     return tuple(first + row for first in range(0, width, dim) for row in head)
 
 
-def mlp_groups(hidden: int, intermediate: int) -> tuple[GroupShape, ...]:
-    """Return those of its gated MLP."""
+def mlp_groups(hidden: int, intermediate: int, *, gated: bool = True) -> tuple[GroupShape, ...]:
+    """Return those of its MLP."""
+    # gate_proj is mlp_h_to_4h and up_proj is mlp_gate: crossed, as in TensorRT-LLM
+    modules = ("mlp_h_to_4h", "mlp_gate") if gated else ("mlp_h_to_4h",)
     return (
-        # gate_proj is mlp_h_to_4h and up_proj is mlp_gate: crossed, as in TensorRT-LLM
-        GroupShape("gate_up", ("mlp_h_to_4h", "mlp_gate"), hidden, (intermediate, intermediate)),
+        GroupShape("gate_up" if gated else "up", modules, hidden, (intermediate,) * len(modules)),
         GroupShape("down", ("mlp_4h_to_h",), intermediate, (hidden,)),
     )
 

@@ -151,9 +151,11 @@ class DeltaLayer:
 
 @dataclass(frozen=True)
 class MlpLayer:
-    """A gated MLP."""
+    """An MLP."""
 
     intermediate: int
+    gated: bool = True
+    """False if its one input is activated, instead of multiplied with an activated gate."""
 
     def shard(self, world: int) -> MlpLayer:
         """Return the part of one of several ranks.
@@ -161,11 +163,11 @@ class MlpLayer:
         Raises:
             CannotShard: the width cannot be divided.
         """
-        return MlpLayer(divided(self.intermediate, world, "columns of the MLP"))
+        return replace(self, intermediate=divided(self.intermediate, world, "columns of the MLP"))
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
-        return mlp_groups(hidden, self.intermediate)
+        return mlp_groups(hidden, self.intermediate, gated=self.gated)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.rope import read_rope
 
 NAMES = TensorNames(gate_up=("mlp.gate_up_proj",))
-SIZES = {"num_key_value_heads": 2, "head_dim": 128}
+SIZES = {
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "vocab_size": 151552,
+}
 ROPE = partial(read_rope, default_part=0.5)
 
 
