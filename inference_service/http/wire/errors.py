@@ -107,10 +107,17 @@ def http_error(http: Request, error: HTTPException) -> tuple[str, str]:
     if error.status_code == 404 and extension:
         message = absent(f"{http.method} {http.url.path}", extension).message
     elif error.status_code in (404, 405):
-        methods = error.headers["Allow"] if error.headers else ""
-        allowed = f", but {methods} {'are' if ',' in methods else 'is'}" if methods else ""
-        message = f"{http.method} {http.url.path[:200]} is not served{allowed}; see docs/reference/openai.md."
+        path = http.url.path
+        served = error.headers["Allow"] if error.headers else _alike(path.rstrip("/"))
+        but = f", but {served} {'are' if ',' in served else 'is'}" if served else ""
+        message = f"{http.method} {path[:200]} is not served{but}; see docs/reference/openai.md."
     return message, code
+
+
+def _alike(path: str) -> str:
+    """Return the path that a client with another base URL means; empty where there is none."""
+    paths = [each.path for each in ROUTES] if path else []
+    return min((each for each in paths if each.endswith(path) or path.endswith(each)), key=len, default="")
 
 
 def refused_body(message: str, status: int, code: str) -> Error:

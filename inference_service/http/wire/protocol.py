@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Self
 
 import httptools
 from pydantic_core import to_json
@@ -134,6 +134,19 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
         )
     if any(each.lower() != b"100-continue" for each in fields.get(b"expect", [])):
         raise Refused(417, "invalid_http", "expected the header Expect to be `100-continue`.")
+
+
+class UntilClosed(int):
+    """The length of a body that the end of the connection ends: no part is too long, and no whole too short."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> Self:
+        return self
 
 
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -357,6 +370,8 @@ class BoundedHttp(HttpToolsProtocol):
         self.scope["state"][CONNECTION] = self
         self.scope["state"][ARRIVED] = arrived_at(self.transport.get_extra_info("socket"))
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":  # such a client knows no chunks: RFC 9112, section 6.1
+            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, UntilClosed()
         self._in_head, self._since_body = False, 0
         if self._leaving():
             self.announce()
