@@ -1,8 +1,6 @@
 """Rope in all places of a config: the frequencies are those that transformers computes from the file."""
 
 import json
-import os
-import random
 import re
 from collections.abc import Mapping
 from importlib import import_module
@@ -20,10 +18,9 @@ from inference_service.layers.rope import frequencies
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
-from tests.support.examples import SWEEPING, examples, spread
-from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
+from tests.support.examples import examples, spread
+from tests.support.tiny import SIZES
 
 FAMILIES = {
     "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
@@ -171,23 +168,3 @@ def test_no_place_that_people_use_is_refused(folder: Path) -> None:
         if not compare(folder):
             refused.append(name)
     assert refused == []
-
-
-SOME = ("qwen2-both-yarn", "llama-both-llama3", "phi3-rope_parameters-longrope", "gemma3-both-linear")
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", PLACES if os.environ.get(SWEEPING) else SOME)
-def test_tokens_follow_the_rope_of_transformers(tmp_path: Path, name: str) -> None:
-    """Greedy tokens in float32 of a prompt that is long enough for the scaling to matter."""
-    model_type, fields = PLACES[name]
-    write(tmp_path, model_type, {"initializer_range": 0.3})
-    config = AutoConfig.from_pretrained(tmp_path)
-    make_checkpoint(tmp_path / "base", config)
-    write(tmp_path / "base", model_type, {"num_hidden_layers": config.num_hidden_layers, **fields})
-    draw = random.Random(3)
-    prompt = [draw.randrange(3, VOCAB) for _ in range(15)]
-    expected = oracle_tokens(oracle(tmp_path / "base", None), prompt, 4)
-    world, store = World(tmp_path / "base", {}, tmp_path), MemoryStore()
-    world.build(store)
-    assert run_engine(world.load(store), [("base", prompt)], 4) == [expected]

@@ -124,37 +124,6 @@ def test_a_failure_while_packing_is_reported_and_not_kept(store, make, raised, e
     assert isinstance(load(loader, store.digests[0]), Loaded)
 
 
-def test_a_store_that_is_away_is_reported_without_its_address(store, make):
-    """The request hears that the store does not answer, and not where it is; when it is back, loads work."""
-    loader = make()
-    store.away = True
-    outcome = load(loader, store.digests[0])
-    assert type(outcome) is StoreUnavailable
-    assert "store.internal" not in str(outcome)
-    assert store.uri not in str(outcome)
-    store.away = False
-    assert isinstance(load(loader, store.digests[0]), Loaded)
-
-
-@pytest.mark.parametrize("name", [MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja"])
-def test_damage_in_the_store_is_never_served(store, make, tmp_path, name):
-    """A flipped bit in any file is BUNDLE_CORRUPT, others load meanwhile, nothing is kept, repair is enough."""
-    digest = store.digests[0]
-    key = bundle_key(digest, name)
-    right = store.objects[key]
-    store.objects[key] = flipped(right)
-    loader = make(disk=DiskTier(tmp_path / "bundles", 10**9))
-    assert type(load(loader, digest)) is BundleCorrupt
-    assert isinstance(load(loader, store.digests[1]), Loaded)
-    del store.objects[key]
-    missing = load(loader, digest)
-    assert type(missing) is BundleCorrupt
-    assert store.uri not in missing.message
-    assert not (tmp_path / "bundles" / digest).exists()
-    store.objects[key] = right
-    assert isinstance(load(loader, digest), Loaded)
-
-
 @pytest.mark.parametrize("name", [MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja"])
 @pytest.mark.parametrize("cached", [False, True], ids=["store", "disk"])
 def test_damage_after_a_load_is_never_served(store, make, tmp_path, name, cached):
@@ -175,20 +144,6 @@ def test_damage_after_a_load_is_never_served(store, make, tmp_path, name, cached
     again = load(loader, digest)
     assert again.tier is Tier.STORE
     assert np.array_equal(again.packed.bundle.table, first.packed.bundle.table)
-
-
-def test_a_slow_store_delays_only_its_own_loads(store, make):
-    """Loads from the host tier and other work finish while all reads wait for the store."""
-    loader = make(host_bytes=10**6)
-    load(loader, store.digests[0])
-    store.gate.clear()
-    slow = [waiting(loader, digest) for digest in store.digests[1:]]
-    assert load(loader, store.digests[0]).tier is Tier.HOST
-    outcomes = SimpleQueue()
-    loader.run(lambda: "copied", outcomes.put)
-    assert outcomes.get(timeout=BOUND_S) == "copied"
-    store.gate.set()
-    assert all(isinstance(outcome(), Loaded) for outcome in slow)
 
 
 def test_urgent_work_goes_before_packing_that_waits(store, make):
@@ -247,23 +202,6 @@ def test_whatever_waits_at_the_end_is_reported(store, make):
     assert (kinds.count(BundleCorrupt), kinds.count(ShuttingDown)) == (LOADS - 1, 2 * LOADS + 1)
     assert type(worked.get(timeout=BOUND_S)) is ShuttingDown
     assert type(load(loader, store.digests[0])) is ShuttingDown
-
-
-def test_packing_leaves_the_threads_of_the_steps_alone(store, make):
-    """Packing computes with one thread; those of others, also of threads that begin later, stay as many."""
-    before = torch.get_num_threads()
-    seen, later = [], []
-
-    def pack(bundle):
-        seen.append(torch.get_num_threads())
-        return FakePacked(bundle)
-
-    load(make(pack), store.digests[0])
-    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-    thread.start()
-    thread.join(BOUND_S)
-    assert seen == [1]
-    assert (torch.get_num_threads(), later) == (before, [before])
 
 
 def test_reads_share_a_bound_of_memory():

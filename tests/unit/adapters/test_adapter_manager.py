@@ -1,8 +1,5 @@
 """Operators' calls for adapters, and pins that names keep while versions come and go."""
 
-import time
-from datetime import UTC, datetime, timedelta
-
 import pytest
 
 from inference_service.adapters.catalog import Catalog
@@ -10,11 +7,9 @@ from inference_service.adapters.changing import digest_of as digest_in, reposito
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import AdapterPlace
-from inference_service.engine.residents import AdapterState
 from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.faults import (
     AdapterExists,
-    BundleCorrupt,
     BundleNotFound,
     ModelNotFound,
     NoBuilder,
@@ -58,36 +53,6 @@ def test_a_key_of_some_models_sees_those() -> None:
         ACCESS.reset(token)
 
 
-def test_a_view_says_where_an_adapter_is() -> None:
-    """The view has the state of the adapter, the time without use, the number of users, and the cause of a
-    failed load.
-    """
-    replica = operated()
-    assert replica.manager.get("one").place is AdapterPlace.STORE
-    before = datetime.now(UTC)
-    replica.residency.hold(replica.adapter("one"), in_flight=3, used_s=time.monotonic() - 3600)
-    view = replica.manager.get("one")
-    after = datetime.now(UTC)
-    assert (view.place, view.state) == (AdapterPlace.DEVICE, AdapterState.RESIDENT)
-    assert (view.in_flight, view.num_bytes) == (3, 100)
-    assert view.digest == view.resident_digest == digest_of(1)
-    assert view.last_used is not None
-    hour, moment = timedelta(hours=1), timedelta(seconds=1)
-    assert before - moment <= view.last_used + hour <= after + moment
-    replica.residency.fails = BundleCorrupt("two is damaged")
-    failed = replica.manager.pin("two")
-    assert (failed.place, failed.failure.reason, failed.pinned) == (AdapterPlace.STORE, "BUNDLE_CORRUPT", True)
-
-
-def test_the_base_is_no_adapter() -> None:
-    manager = operated().manager
-    for ask in (manager.get, manager.pin, manager.unpin):
-        with pytest.raises(RequestInvalid):
-            ask("base")
-        with pytest.raises(ModelNotFound):
-            ask("nobody")
-
-
 def test_a_pin_follows_its_name() -> None:
     """The new version is pinned before the old one is let go; unpinning lets the present one go."""
     replica = operated()
@@ -127,19 +92,6 @@ def test_a_removed_name_leaves_unless_another_stands_for_its_version() -> None:
     replica.adapters.apply(generation(2, {"b": 1}))
     assert replica.residency.calls[2:] == [("unpin", "1"), ("unpin", "3"), ("drop", "3")]
     assert replica.manager.replica().pinned == 0
-
-
-async def test_a_taken_name_is_replaced_only_on_request() -> None:
-    """The refusal has the words that clients look for; a replacement takes the newest, whatever this replica
-    serves.
-    """
-    replica = operated()
-    with pytest.raises(AdapterExists, match="has already been loaded"):
-        await replica.manager.load("one", "org/one")
-    before = replica.manager.get("one").digest
-    loaded = await replica.manager.load("one", "org/one", replace=True)
-    assert loaded.adapter.digest != before
-    assert not replica.deployment.asked[0][2]
 
 
 async def test_a_new_name_that_others_took_meanwhile_is_taken() -> None:

@@ -1,6 +1,5 @@
 """Metrics of thousands of adapters: series of used or resident adapters, and counters that never lie."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -21,10 +20,6 @@ from inference_service.serving.telemetry.model_series import (
     label,
 )
 from inference_service.serving.telemetry.record import following
-from loramux_shared.deployment import ModelLimits
-from loramux_shared.runtime import Limits
-from tests.support.generations import change_deployed
-from tests.support.instructions import instructions
 from tests.support.metrics import Scrape
 from tests.support.operated import Operated, operated
 
@@ -74,54 +69,6 @@ def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
     counts = {labels["model"]: value for labels, value in scraped.series("loramux_request_seconds_count")}
     assert counts == {f"customer-support-{number:05}": 1 for number in range(20)} | {OTHERS: 980}
     assert scraped.value("vllm:num_gpu_loaded_lora_adapters") == 1000
-
-
-def test_a_scrape_writes_what_changed() -> None:
-    replica = operated([f"lora-{number:03}" for number in range(200)])
-    metrics, models = metrics_of(replica), replica.names.everything[1:]
-    for model in models:
-        replica.residency.hold(replica.adapter(model.name))
-        observe(metrics, model)
-    metrics.render()
-    work = {}
-    for used in (0, 4, 200):
-        for model in models[:used]:
-            observe(metrics, model)
-        work[used] = instructions(metrics.render)
-    assert work[4] - work[0] < 1.1 * (work[200] - work[0]) * 4 / 200
-    assert work[0] < work[200] / 5
-
-
-def test_a_scrape_says_what_is_so_now() -> None:
-    replica = operated({"one": 1, "two": 2})
-    running: dict[str, int] = {}
-    waiting: dict[str, int] = {}
-    metrics = metrics_of(replica, SequenceCounts(running, waiting))
-    replica.residency.hold(replica.adapter("one"))
-
-    def stated() -> set[str]:
-        return set(metrics.render().decode().splitlines())
-
-    before = stated()
-    replica.manager.pin("one")
-    loaded = 'vllm:lora_adapter_loaded{adapter_name="one",level="gpu",pinned='
-    assert {f'{loaded}"false"}} 1', f'{loaded}"true"}} 1'} == {
-        line for line in before ^ stated() if loaded in line
-    }
-    running["one"] = 2
-    waiting["two"] = 1
-    change_deployed(replica.names, limits=ModelLimits(models={"one": Limits(max_running=3)}))
-    replica.residency.hold(replica.adapter("two"))
-    replica.names._models["one"] = replace(replica.names.get("one"), load_s=0.5)
-    assert stated() >= {
-        'loramux_sequences_running{model="one"} 2',
-        'loramux_sequences_waiting{model="two"} 1',
-        'loramux_model_limit{model="one",limit="max_running"} 3',
-        'loramux_model_load_seconds{model="one"} 0.5',
-        'vllm:lora_adapter_loaded{adapter_name="two",level="gpu",pinned="false"} 1',
-    }
-    running.clear()
-    assert 'loramux_sequences_running{model="one"} 0' in stated()
 
 
 def test_a_place_that_becomes_free_is_given_away() -> None:

@@ -3,15 +3,13 @@
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies as st
 
 from inference_service.adapters.catalog import EARLIER, Catalog
-from inference_service.adapters.names import ScaledAdapter, blend_parts
 from inference_service.adapters.served_model import AdapterDefaults, ServedModel
 from inference_service.core.adapter import Adapter
 from loramux_shared.access.keys import ACCESS, Access, Scope
@@ -19,7 +17,6 @@ from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.manifest import AdapterSummary
 from loramux_shared.faults import ModelNotFound, RequestInvalid
 from tests.support import generations
-from tests.support.examples import examples
 
 BASE = ServedModel("base", warnings=("W_HEAD",))
 SUMMARY = AdapterSummary(
@@ -73,20 +70,6 @@ def test_what_an_adapter_is_and_who_may_use_it_is_known_from_its_record() -> Non
     assert known.get("a").adapter is model.adapter
 
 
-def test_a_generation_is_taken_over_in_one_step() -> None:
-    names = catalog({"keeps": "one", "changes": "two", "goes": "three"})
-    retained, changed = names.get("keeps"), names.get("changes")
-    changes = names.apply(generation(2, {"keeps": "one", "changes": "four", "comes": "five"}))
-    assert (changes.added, changes.switched, changes.removed) == (("comes",), ("changes",), ("goes",))
-    assert names.generation == 2
-    assert [model.name for model in names] == ["base", "changes", "comes", "keeps"]
-    assert names.get("keeps") is retained
-    assert names.get("changes").digest == digest("four")
-    assert changed.digest == digest("two")
-    with pytest.raises(ModelNotFound, match="Served: base, changes, comes, keeps"):
-        names.get("goes")
-
-
 def test_the_base_can_be_renamed_and_hidden() -> None:
     names = catalog({"a": "one"})
     names.apply(generation(2, {"a": "one", "base": "two"}, served_model_name="other"))
@@ -135,27 +118,6 @@ def test_digits_of_several_versions_are_refused() -> None:
     with pytest.raises(RequestInvalid, match="Give more digits"):
         names.resolve(f"a@{digest('samesame')[:16]}")
     assert names.resolve(f"a@{digest('samesame1')}").digest == digest("samesame1")
-
-
-def test_a_rollback_makes_no_second_version() -> None:
-    names = catalog({"a": "one"}, summary=None)
-    names.know(digest("one"), ranks=(4,))
-    names.apply(generation(2, {"a": "two"}, summary=None))
-    names.apply(generation(3, {"a": "one"}, summary=None))
-    assert names.get("a").ranks == (4,)
-    assert names.resolve(f"a@{digest('two')[:12]}").digest == digest("two")
-    assert names.resolve(f"a@{digest('one')[:12]}") == names.get("a")
-
-
-def test_the_base_may_stand_before_a_name() -> None:
-    """The prefix "base:" is dropped where no model has the whole name; an unknown name is never the base."""
-    names = catalog({"a": "one", "base:b": "two", "b": "three"})
-    assert names.resolve("base:a") is names.get("a")
-    assert names.resolve("base:b").digest == digest("two")
-    assert names.resolve(f"base:a@{digest('one')[:8]}") is names.get("a")
-    for wrong in ("base:", "base:base", "base:c", "other:a", "base:base:a"):
-        with pytest.raises(ModelNotFound):
-            names.resolve(wrong)
 
 
 def test_an_alias_keeps_its_weights_and_its_keys() -> None:
@@ -289,20 +251,3 @@ def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
     assert known.resolve("a*0.5").defaults == ours
     unread = Catalog(1, "base", [replace(each, defaults=None) for each in models])
     assert unread.resolve("a+b").defaults is None
-
-
-@settings(max_examples=examples(50))
-@given(st.text("ab*+ .@:-1e5n", max_size=24))
-def test_whatever_is_asked_for_is_named_or_refused(query: str) -> None:
-    known = catalog({"a": "one", "b": "two"})
-    with suppress(ModelNotFound, RequestInvalid):
-        assert known.resolve(query).names
-
-
-@settings(max_examples=examples(30))
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(-8, 8)), min_size=1, max_size=8))
-def test_what_a_mixture_is_called_asks_for_it(parts: list[tuple[str, float]]) -> None:
-    """A blend's name has the weights in full precision, with blanks or without."""
-    texts = (sign.join(f"{name}*{scale!r}" for name, scale in parts) for sign in ("+", " + "))
-    read = [blend_parts(text) for text in texts]
-    assert read == [tuple(ScaledAdapter(name, scale) for name, scale in parts)] * 2

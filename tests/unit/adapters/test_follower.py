@@ -4,20 +4,18 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from inference_service.adapters import follower as following
 from inference_service.adapters.follower import Follower, FollowerState, needs_restart
 from loramux_shared.bundle.deployments import publish_generation, read_generation
-from loramux_shared.bundle.generation import BaseRecord, Current, current_key, generation_key
-from loramux_shared.bundle.manifest import FileDigest, sha256_hex
+from loramux_shared.bundle.generation import BaseRecord, current_key, generation_key
+from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Dtype, Merge, Repository, SourceKind
-from loramux_shared.faults import ReplicaBehind, ResourcesExhausted, Status
-from loramux_shared.rpc.status import status_of
+from loramux_shared.faults import ReplicaBehind, ResourcesExhausted
 from tests.support import generations
 from tests.support.bundles import Unsteady
-from tests.support.examples import examples
 from tests.support.generations import record
 from tests.support.waiting import ended, until
 
@@ -84,18 +82,6 @@ class Replica:
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
         self.follower.close()
-
-
-async def test_a_newer_generation_is_taken_over_once(store):
-    async with Replica(store) as replica:
-        second = publish_generation(store, generation("one", "two"))
-        await replica.look()
-        store.asked.clear()
-        await replica.look(3)
-        assert replica.took == [second]
-        assert replica.follower.standing.generation == 2
-        assert replica.follower.standing.state is FollowerState.CURRENT
-        assert set(store.asked) == {current_key("d")}
 
 
 @pytest.mark.parametrize(
@@ -192,18 +178,6 @@ async def test_a_generation_that_cannot_be_taken_is_tried_again(store):
         assert (replica.follower.standing.stale, replica.numbers) == ("", [2])
 
 
-async def test_catching_up_reads_ones_own_writes(store):
-    """A request that names a generation which was just published finds it, long before the next look."""
-    async with Replica(store) as replica:
-        published = publish_generation(store, generation("one", "two"))
-        await replica.follower.catch_up(published.number)
-        assert replica.numbers == [2]
-        count = len(store.asked)
-        await replica.follower.catch_up(1)
-        await replica.follower.catch_up(2)
-        assert len(store.asked) == count
-
-
 @pytest.fixture
 async def held(store):
     """Return a replica in a look that has read the first generation, though a second is published."""
@@ -271,13 +245,6 @@ async def test_a_replica_that_follows_nothing_says_so(store):
         assert replica.took == []
 
 
-def test_behind_is_unavailable_with_a_time_to_retry():
-    """A client knows when to come again, and the message has neither paths nor addresses."""
-    fault = ReplicaBehind("expected generation 2")
-    assert (fault.status, fault.reason) == (Status.UNAVAILABLE, "REPLICA_BEHIND")
-    assert any("RetryInfo" in detail.type_url for detail in status_of(fault).details)
-
-
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -319,50 +286,3 @@ def test_a_merged_adapter_cannot_change():
 STEPS = st.lists(
     st.sampled_from(["publish", "restart", "tear", "repair", "away", "back", "look", "rewind"]), max_size=25
 )
-
-
-@settings(max_examples=examples(20), deadline=None)
-@given(STEPS)
-def test_whatever_happens_numbers_only_grow(steps):
-    """A follower takes over whole and ever newer generations over any history, and ends with the newest."""
-
-    async def history():
-        store = Unsteady()
-        first = publish_generation(store, generation("one"))
-        replica = Replica(store, interval_s=HOUR_S)
-        follower, count, good = replica.follower, 1, {}
-        for step in steps:
-            if step in {"publish", "restart"} and not store.away:
-                if (good_pointer := good.pop("pointer", None)) is not None:
-                    store.objects[current_key("d")] = good_pointer
-                count += 1
-                rank = 99 if step == "restart" else 16
-                publish_generation(store, generation(f"n{count}", max_lora_rank=rank))
-            elif step == "tear":
-                good.setdefault("pointer", store.objects[current_key("d")])
-                store.objects[current_key("d")] = good["pointer"][:20]
-            elif step == "rewind":
-                good.setdefault("pointer", store.objects[current_key("d")])
-                store.objects[current_key("d")] = Current(
-                    generation=1, sha256=sha256_hex(first.to_bytes())
-                ).to_bytes()
-            elif step == "repair" and "pointer" in good:
-                store.objects[current_key("d")] = good.pop("pointer")
-            elif step in {"away", "back"}:
-                store.away = step == "away"
-            elif step == "look":
-                await follower._look()
-                assert follower.standing.generation <= count
-        store.away = False
-        if "pointer" in good:
-            store.objects[current_key("d")] = good.pop("pointer")
-        await follower._look()
-        assert replica.numbers == sorted(set(replica.numbers))
-        assert all(new.max_lora_rank == 16 for new in replica.took)
-        standing = follower.standing
-        newest = Current.from_bytes(store.objects[current_key("d")]).generation
-        assert standing.newest == newest
-        assert (standing.generation == newest) == (standing.state is FollowerState.CURRENT)
-        follower.close()
-
-    asyncio.run(history())

@@ -34,22 +34,6 @@ def naming(*others: str, catch_up: Callable[[int], Awaitable[None]] | None = Non
     return Naming(catalog, Follows(catch_up) if catch_up is not None else None), catalog
 
 
-async def test_the_name_is_looked_up_after_catching_up() -> None:
-    """A client that has published reads its own write by every name, and the answer names the generation."""
-    requests: list[int] = []
-
-    async def catch_up(number: int) -> None:
-        requests.append(number)
-        await asyncio.sleep(0)
-        catalog.apply(generation(number, {"a": "two", "new": "three"}))
-
-    names, catalog = naming(catch_up=catch_up)
-    served = await names.choose(Request.of("new", "x", min_generation=5))
-    assert (served.model.digest, served.generation) == (digest("three"), 5)
-    assert (await names.choose(Request.of("a", "x", min_generation=3))).model.digest == digest("two")
-    assert requests == [5]
-
-
 @pytest.mark.parametrize("catch_up", [None, lambda _: asyncio.sleep(0)])
 async def test_a_replica_that_stays_behind_says_so(catch_up: Callable[[int], Awaitable[None]] | None) -> None:
     """The refusal comes without a follower, and with one that finds an older generation than was requested."""

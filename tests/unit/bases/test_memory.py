@@ -5,15 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from structlog.testing import capture_logs
 
-from loramux_shared.bases.cache import Cache, KeptTokens, window_blocks
+from loramux_shared.bases.cache import Cache, KeptTokens
 from loramux_shared.bases.memory import (
     GB,
     Needs,
-    count_weights,
     needs_of,
     plan_memory,
     token_bytes,
@@ -24,7 +22,6 @@ from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.examples import examples
 from tests.support.hub_configs import HUB_CONFIGS
 from tests.support.tiny import SIZES, make_world
 
@@ -60,11 +57,6 @@ def test_steps_that_do_not_fit_are_refused_with_the_numbers(kv_bytes: int | None
     assert set(re.findall(r"LORAMUX_\w+", message)) == settings
 
 
-def test_a_cache_that_is_larger_than_what_is_left_is_refused() -> None:
-    with pytest.raises(ResourcesExhausted, match=r"steps need 3.00 GB and the key-value cache 20.00 GB"):
-        plan_memory(22 * 10**9, NEEDS, replace(CACHE, kv_bytes=20 * 10**9), share=0.9)
-
-
 def test_a_sequence_that_was_promised_must_fit_and_another_is_cut() -> None:
     """A deployment's max_seq_len is kept or refused; the model's own longest sequence may be cut."""
     small = replace(CACHE, kv_bytes=4096 * 131072)
@@ -90,21 +82,6 @@ def test_needs_follow_the_model_and_the_settings(tmp_path: Path) -> None:
     assert more.graphs > 0
 
 
-@pytest.mark.parametrize(
-    ("quantization", "device", "linears", "head"),
-    [("int8", "cpu", 1, 1), ("int4", "cpu", 0.5625, 1), ("fp8", "cuda", 1, 2), ("none", "cuda", 2, 0)],
-)
-def test_weights_of_fewer_bits_take_less(tmp_path: Path, quantization, device, linears, head) -> None:
-    """Bytes of a weight of a layer, and of a tied head, which a rounded base has beside its embeddings."""
-    config = read_config(make_world(tmp_path, tie_word_embeddings=True).base, None)
-    settings = InferenceSettings(deployment="tiny", quantization=quantization)
-    table = SIZES["vocab_size"] * SIZES["hidden_size"]
-    in_layers = count_weights(config) - table
-    needs = needs_of(config, 2, 0, settings, device, graphs=False)
-    shared = quantization in ("fp8", "none")
-    assert needs.weights == int(in_layers * linears) + 2 * table + (0 if shared else head * table)
-
-
 def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:
     world, store = make_world(tmp_path), MemoryStore()
     world.build(store)
@@ -116,54 +93,6 @@ def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:
     stats = ready.engine.stats
     assert sizes["key-value cache"] == round(stats.blocks_total * 16 * 2 * 2 * 2 * 8 * 4 / GB, 3)
     assert sizes["left"] > 0
-
-
-def _blocks_of(cache: Cache, length: int) -> list[int]:
-    """Return the blocks that a sequence of a length holds in each group."""
-    whole = -(-length // cache.block_size)
-    windows = [group.window for group in cache.groups]
-    return [whole if each is None else min(whole, window_blocks(each, 1, cache.block_size)) for each in windows]
-
-
-def _at_once(cache: Cache, blocks: tuple[int, ...], length: int) -> int:
-    """Return how many sequences of a length fit into blocks of groups."""
-    held = _blocks_of(cache, length)
-    return min(cache.seqs, *(number // each for number, each in zip(blocks, held, strict=True)))
-
-
-@settings(max_examples=examples(60), deadline=None)
-@given(
-    st.tuples(st.integers(16, 8192), st.integers(1, 64)),
-    st.integers(1, 64),
-    st.integers(64, 131072),
-    st.integers(1, 256),
-    st.floats(0.01, 1.0),
-    st.floats(0.0, 1.0),
-)
-def test_a_division_serves_half_of_what_the_best_one_for_any_length_would(
-    sliding, everything, longest, seqs, memory, length
-) -> None:
-    """A division between layers with a window and others serves half of the sequences that the best one would,
-    short or long, in any memory. With two windows, which no served family has, it can be a fifth.
-    """
-    window, each = sliding
-    groups = KeptTokens(None, 1024 * everything), KeptTokens(window, 1024 * each)
-    cache = Cache(groups, 16, longest, seqs, rows=1024, whole=False)
-    budget = int(memory * cache.num_bytes(cache.most))
-    count = cache.fitting(budget)
-    blocks = cache.blocks(count)
-    assert cache.num_bytes(count) <= budget
-    if cache.capacity(count) < longest:
-        return
-    tokens = max(1, int(longest * length))
-    best = next((number for number in range(seqs, 0, -1) if _bytes_of(cache, tokens, number) <= budget), 0)
-    assert 2 * _at_once(cache, blocks, tokens) >= best
-
-
-def _bytes_of(cache: Cache, length: int, number: int) -> int:
-    """Return the bytes that so many sequences of a length hold."""
-    held = _blocks_of(cache, length)
-    return number * sum(each * 16 * group.token_bytes for each, group in zip(held, cache.groups, strict=True))
 
 
 def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> None:

@@ -28,7 +28,6 @@ from loramux_shared.bundle.proof import Effect, Probe, ProbeLogprob, Proof
 from loramux_shared.deployment import Dtype, Model, ModelLimits, Repository, Resolve
 from loramux_shared.faults import BundleCorrupt, Finding
 from loramux_shared.runtime import Limits
-from loramux_shared.sources.files import hash_if_there
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter, write_base
 from tests.support.cases import cases
@@ -105,24 +104,6 @@ def published(folder: Path, dtype: str, weights: Tensors | None = None, **config
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_bundle_can_be_read_by_the_page_alone(tmp_path, dtype):
-    """Forty lines of numpy and json find the adapter's A and scaled B, whatever the storage type."""
-    values = {
-        name: np.round(np.asarray(value, np.float32), 1).astype(np.float16).astype(value.dtype)
-        for name, value in tensors(("q_proj", "up_proj", "down_proj")).items()
-    }
-    write_adapter(tmp_path / "one", values, target_modules="all-linear")
-    rows = read_deployment(published(tmp_path, dtype), "page")["one"]
-    places = [(layer, module) for layer in (0, 1) for module in (1, 6, 7)]
-    assert [(row["layer"], row["module_id"]) for row in rows] == places
-    leaves = {1: "q_proj", 6: "down_proj", 7: "up_proj"}
-    for row in rows:
-        a, b = (values[key(row["layer"], leaves[row["module_id"]], side)].astype(np.float32) for side in "AB")
-        np.testing.assert_array_equal(row["a"], a)
-        np.testing.assert_array_equal(row["b"], 2 * b)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_vectors_can_be_read_by_the_page_alone(tmp_path, dtype):
     """Magnitudes over the norms of W + sBA, and biases; c is kept to more digits than the type has."""
     draw = np.random.default_rng(2)
@@ -196,18 +177,6 @@ def write(path: Path, dtype: Dtype, q_scale: float) -> bytes:
     rows = [(cast(Q_A, dtype), cast(Q_B, dtype, q_scale)), (cast(V_A, dtype), cast(V_B, dtype, 4.0))]
     write_checked(path, weights_pieces(dtype, count=2, width=16, rows=rows))
     return path.read_bytes()
-
-
-def test_a_file_that_is_read_back_is_the_same(tmp_path):
-    """Written in pieces with gaps for zeros, and read back, it is the file that is written at once."""
-    dtype, half = Dtype.FLOAT16, 5
-    whole = [cast(Q_A, dtype).ravel(), cast(Q_B, dtype, 2.0).ravel()]
-    pieces = [part for values in whole for part in (values[:half], values[half:])]
-    rows = [pieces, [cast(V_A, dtype), cast(V_B, dtype, 4.0)]]
-    at_once = write(tmp_path / "w.npy", dtype, 2.0)
-    digest = write_checked(tmp_path / "p.npy", weights_pieces(dtype, count=2, width=16, rows=rows))
-    assert (tmp_path / "p.npy").read_bytes() == at_once
-    assert digest == hash_if_there(tmp_path / "w.npy")
 
 
 def test_a_file_that_someone_else_writes_to_is_found(tmp_path):

@@ -133,22 +133,6 @@ async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
     assert [each[1] for each in received if each[0] == "thought"] == ["They ask\nfor it."] * thinks
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-async def test_a_demanded_call_is_one_in_the_form_of_the_family(name: str) -> None:
-    family = FAMILIES[name]
-    expected, vocabulary = demand(family)
-    turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1], "reasoning_content": "Hm."}
-    turn |= {"reasoning": "Hm."} if family.tool is not T.HARMONY else {}
-    prompt, answer = await answer_of(family, turn)
-    answer = as_models_write(family, answer)
-    constraint = expected.calls(TOOLS_OFFERED, expected.form(TOOLS_OFFERED, several=True), prompt)
-    assert accepts(constraint, answer.strip("\n") if name == "Qwen 2.5" else answer, vocabulary)
-    wrongs = {"find": "fine", "city": "town", '"days": 3': '"days": 10', "days:3": "days:10"}
-    for right, wrong in wrongs.items():
-        assert right not in answer or not accepts(constraint, answer.replace(right, wrong), vocabulary)
-    assert not accepts(constraint, "Hello", vocabulary)
-
-
 def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
     """A pattern of a text between tags: one call as JSON, behind the reasoning that the prompt has opened."""
     family = FAMILIES["Qwen 3.5"]

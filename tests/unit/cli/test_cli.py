@@ -14,15 +14,15 @@ from typing import Any
 import grpc
 import pytest
 
-from loramux.cli.build_view import WORK, BuildLines, fraction_done
+from loramux.cli.build_view import BuildLines
 from loramux.cli.documents import jsonable
 from loramux.cli.exits import Exit, exit_of, state_dir, tell_uncaught
 from loramux.cli.local import services
 from loramux.cli.local.tree import important, tail
 from loramux.cli.main import usual
-from loramux.cli.shell import modules, printable
+from loramux.cli.shell import printable
 from loramux.cli.tables import kind, task
-from loramux.records import AdapterInfo, Stage
+from loramux.records import Stage
 from loramux_shared import faults
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.status import CallFailed
@@ -56,31 +56,6 @@ def test_an_http_api_where_grpc_was_meant() -> None:
         code, _, errors = run("health", f"http://{address}")
         assert code == 2
         assert "expected HOST:PORT of a gRPC server" in errors
-
-
-@pytest.mark.parametrize(
-    ("address", "code", "expected"),
-    [
-        ("127.0.0.1", 2, r"error: SETTINGS_INVALID: 127\.0\.0\.1: expected HOST:PORT"),
-        ("127.0.0.1:1", 3, r"error: SERVER_UNAVAILABLE: no answer from 127\.0\.0\.1:1: .*\n\Z"),
-    ],
-)
-def test_an_address_without_a_port_and_one_without_a_server_are_named(address, code, expected):
-    """A host alone is a mistake of the command line; gRPC would take it for port 443."""
-    status, _, errors = run("models", "--grpc", address)
-    assert status == code
-    assert re.match(expected, errors)
-
-
-def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
-    """A deployment file with a wrong key fails with its name and the nearest known one, without a traceback."""
-    path = tmp_path / "d.yaml"
-    path.write_text(deployment_text("m", "a").replace("checkpoint_repository", "chekpoint_repository"))
-    code, _, errors = run("build", str(path))
-    assert code == 1
-    assert errors.startswith("error: DEPLOYMENT_INVALID: ")
-    assert "Did you mean checkpoint_repository?" in errors
-    assert "Traceback" not in errors
 
 
 def test_build_tells_results_and_shows_a_table(fakes: Fakes, deployment: Callable[..., str]) -> None:
@@ -154,21 +129,6 @@ def test_service_commands() -> None:
     ]
 
 
-def test_progress_never_falls() -> None:
-
-    def at(stage: Stage, done: int = 0) -> float:
-        return fraction_done(AdapterInfo("a", stage, done, 10, "", (), (), 0, 0, (), False))
-
-    order = [Stage.WAITING, *WORK, Stage.DONE]
-    values = [at(stage, done) for stage in order for done in (0, 5, 10)]
-    assert values == sorted(values)
-    assert (values[0], values[-1]) == (0.0, 1.0)
-
-
-def test_module_names_are_folded() -> None:
-    assert (modules(("attn_q", "attn_v", "mlp_h_to_4h")), modules(())) == ("attn q v, mlp h_to_4h", "-")
-
-
 def test_control_characters_do_not_reach_the_terminal() -> None:
     """Text of a model cannot move the cursor or change the title."""
     assert printable("a\x1b]0;title\x07b\r\n\tc\x9b2J") == "a]0;titleb\n\tc2J"
@@ -201,24 +161,6 @@ def documents(*args: str, code: int = 0) -> list[Any]:
     status, text, errors = run(*args, "--json")
     assert status == code, errors
     return [json.loads(text)] if text.startswith("{\n") else [json.loads(line) for line in text.splitlines()]
-
-
-def test_models_as_json(fakes: Fakes) -> None:
-    [document] = documents("models", "--grpc", fakes.inference_address)
-    assert document["schema"] == 2
-    assert [model["name"] for model in document["models"]] == ["base", "lora1", "lora2"]
-    assert document["models"][1]["ranks"] == [8]
-
-
-def test_a_build_is_a_line_per_state(fakes: Fakes, deployment: Callable[..., str]) -> None:
-    """``build`` gives the deployment at each change, the last one as it stayed."""
-    path = deployment("lines", "lora1")
-    lines = documents("build", path, "--builder", fakes.builder_address)
-    assert len(lines) > 2
-    assert {line["schema"] for line in lines} == {2}
-    last = lines[-1]["deployment"]
-    assert (last["state"], last["generation"], last["failure"]) == ("active", 3, None)
-    assert last["adapters"][0]["warnings"][0]["code"] == "W_NARROWED"
 
 
 def test_lines_of_a_build_grow_with_what_happens(capsys: pytest.CaptureFixture[str]) -> None:

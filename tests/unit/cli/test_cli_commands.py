@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from loramux.cli.exits import MEANINGS
-from loramux.cli.local.services import inference_command, local_roots
+from loramux.cli.local.services import local_roots
 from loramux.cli.local.up import UpPlan
 from loramux.cli.main import app
 from loramux.cli.tables import fitted, fitting_columns
@@ -93,10 +93,6 @@ def test_no_line_is_longer_and_no_word_is_broken(width: int) -> None:
     assert {word for row in ROWS for cell in row for word in cell.split() if cell != "-"} <= words
 
 
-def test_a_table_that_fits_has_a_line_for_each_row() -> None:
-    assert len(_lines(80)) == 2 + len(ROWS)
-
-
 def test_columns_that_can_be_spared_go_first() -> None:
     spare = ("first, ms", "modules")
     assert fitting_columns(HEADERS, ROWS, spare, 62) == ([0, 1, 2], [])
@@ -137,9 +133,3 @@ def test_up_reads_beside_its_file_and_below_its_roots(tmp_path: Path) -> None:
     roots = [tmp_path / "a", tmp_path / "b", tmp_path / "a"]
     plan = UpPlan(deployment, "file:///none", "127.0.0.1:1", "127.0.0.1:2", roots=roots)
     assert plan.local_roots == [tmp_path / "base", tmp_path / "a", tmp_path / "b"]
-
-
-def test_the_api_is_open_where_it_is_asked_for() -> None:
-    assert "--http" not in inference_command("d", None, None, [], {})
-    command = inference_command("d", None, None, [], {}, "127.0.0.1:8000")
-    assert command[command.index("--http") + 1] == "127.0.0.1:8000"

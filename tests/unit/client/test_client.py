@@ -7,13 +7,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
-from google.protobuf.message import Message
 from hatchling.builders.wheel import WheelBuilder
 
 import loramux
@@ -25,14 +22,11 @@ from loramux import (
     DeploymentState,
     FinishReason,
     Stage,
-    changes,
     faults,
     load_deployment,
-    mapping,
-    operations,
 )
 from loramux.builder.v1 import builder_pb2
-from loramux.inference.v1 import adapters_pb2, inference_pb2
+from loramux.inference.v1 import inference_pb2
 from loramux.mapping import completion_of, deployment_of, event_of
 from loramux.requests import generate_request
 from loramux.vectors import ScoreOptions, classify_request, embed_request
@@ -41,9 +35,6 @@ from tests.support.cases import cases
 from tests.support.fake_services import DIGEST, WORDS, Fakes
 from tests.support.root import ROOT
 from tests.support.waiting import BOUND_S, until
-
-TEXT = "".join(WORDS)
-NAMED = builder_pb2.Repository(source="SOURCE_KIND_HF", repo="org/one")
 
 
 @pytest.fixture
@@ -69,20 +60,6 @@ def test_models_are_records(client: Client) -> None:
     assert base.max_seq_len == 2048
     assert (lora1.parent, lora1.digest, lora1.ranks, lora1.modules) == ("base", DIGEST, (8,), ("attn_q",))
     assert lora1.load_time is None
-
-
-async def test_an_asyncio_client_does_the_same(aio: AsyncClient) -> None:
-    names = [model.name for model in await aio.models()]
-    assert names == ["base", "lora1", "lora2"]
-    events = [event async for event in aio.generate("base", [1, 2, 3])]
-    assert "".join(event.text for event in events if isinstance(event, Delta)).startswith(TEXT)
-    answers = await asyncio.gather(*(aio.complete(name, "hi") for name in names))
-    assert [answer.started.model for answer in answers] == names
-    with pytest.raises(faults.ModelNotFound, match="served are base"):
-        await aio.complete("nobody", "hi")
-    with pytest.raises(faults.CallFailed) as caught:
-        await aio.complete("base", "wait", timeout_s=0.2)
-    assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_options_reach_the_request(client: Client, fakes: Fakes) -> None:
@@ -153,23 +130,9 @@ def test_an_option_that_does_not_fit_is_refused_with_what_would(name: str) -> No
         assert reported.where.replace("constraint", "regex") == name
 
 
-def test_adapters_are_sent_with_their_scales() -> None:
-    """A name alone has the scale 1, and no model need be named beside them."""
-    request = generate_request("", "hi", {"adapters": ["a", ("b", 0.5)]})
-    assert [(each.name, each.scale) for each in request.adapters] == [("a", 1.0), ("b", 0.5)]
-    assert request.model == ""
-
-
 def test_unknown_options_are_a_type_error(client: Client) -> None:
     with pytest.raises(TypeError, match="max_token"):
         client.generate("base", "hi", max_token=3)  # type: ignore[call-arg]
-
-
-def test_a_deadline_is_named(client: Client) -> None:
-    """timeout_s bounds the whole answer, and its end is a CallFailed with grpc's code."""
-    with pytest.raises(faults.CallFailed) as caught:
-        client.complete("base", "wait", timeout_s=0.2)
-    assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_an_abandoned_stream_is_cancelled(client: Client, fakes: Fakes) -> None:
@@ -179,24 +142,6 @@ def test_an_abandoned_stream_is_cancelled(client: Client, fakes: Fakes) -> None:
         if isinstance(event, Delta):
             break
     assert fakes.inference.cancelled.wait(BOUND_S)
-
-
-async def test_an_abandoned_async_stream_is_cancelled(aio: AsyncClient, fakes: Fakes) -> None:
-    """Leaving an asyncio stream frees its sequence as well, and so does cancelling the task that reads."""
-    fakes.inference.cancelled.clear()
-    async with aclosing(aio.generate("base", "wait")) as events:
-        async for event in events:
-            if isinstance(event, Delta):
-                break
-    assert await asyncio.to_thread(fakes.inference.cancelled.wait, BOUND_S)
-    fakes.inference.cancelled.clear()
-    count = len(fakes.inference.requests)
-    task = asyncio.create_task(aio.complete("base", "wait"))
-    await until(lambda: len(fakes.inference.requests) > count, "the request")
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert await asyncio.to_thread(fakes.inference.cancelled.wait, BOUND_S)
 
 
 async def test_closing_ends_open_async_streams(fakes: Fakes) -> None:
@@ -252,28 +197,6 @@ def test_the_package_exports_what_it_lists() -> None:
         assert getattr(loramux, name)
     with pytest.raises(AttributeError):
         loramux.nothing  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("read", "message"),
-    [
-        (mapping.model_of, inference_pb2.Model()),
-        (mapping.deployment_of, builder_pb2.Deployment()),
-        (mapping.adapter_of, builder_pb2.AdapterBuild()),
-        (mapping.report_of, builder_pb2.AdapterReport(adapter=NAMED, base=NAMED)),
-        (changes.generation_of, builder_pb2.Generation()),
-        (changes.push_of, builder_pb2.PutAdapterResponse()),
-        (operations.adapter_of, adapters_pb2.AdapterState()),
-        (operations.replica_of, adapters_pb2.ReplicaState()),
-        (mapping.event_of, inference_pb2.GenerateResponse(started=inference_pb2.Started())),
-        (mapping.event_of, inference_pb2.GenerateResponse(finished=inference_pb2.Finished())),
-    ],
-    ids=lambda each: getattr(each, "__name__", type(each).__name__),
-)
-def test_records_have_the_fields_of_their_messages(read: Any, message: Any) -> None:
-    """Every field of a record is one of its message, or is read from one; nothing that is set is needed."""
-    record = read(message)
-    assert not [value for value in vars(record).values() if isinstance(value, Message)]
 
 
 OLDEST = ROOT / ".venv/oldest"

@@ -234,15 +234,6 @@ def test_a_file_that_is_hidden_gives_a_name(tmp_path: Path) -> None:
     assert load_deployment(path).deployment.model_name == "smol-v2"
 
 
-@pytest.mark.parametrize("broken", ["", "  max_seq_len: 0\n"])
-@pytest.mark.parametrize("head", ["model_name: same\n", "model_name: x\nruntime: {served_model_name: same}\n"])
-def test_an_adapter_with_the_bases_name(tmp_path: Path, head: str, broken: str) -> None:
-    text = head + MINIMAL + "  lora_adapters: {same: {source: HF, repo: a/b}}\n" + broken
-    findings = _findings(tmp_path, text)
-    assert findings["build.lora_adapters.same"].found == "the base same"
-    assert len(findings) == (2 if broken else 1)
-
-
 def test_an_adapter_may_have_the_deployments_name(tmp_path: Path) -> None:
     """Only the name under which the base is served is taken."""
     text = "model_name: same\nruntime: {served_model_name: base}\n" + MINIMAL

@@ -10,15 +10,13 @@ import yaml
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.access.keys import parse_keys
-from loramux_shared.bundle.generation import Generation
-from loramux_shared.deployment import Deployment, ModelLimits, Repository, Runtime, SourceKind
+from loramux_shared.deployment import Deployment, Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
 from loramux_shared.runtime import Limits
 from loramux_shared.spelling import parse_repository
 from scripts.deployment_doc import MORE
 from tests.support.cases import cases
-from tests.support.generations import generation
 
 ADAPTERS = ("support-v1", "support-v2")
 
@@ -37,10 +35,6 @@ def test_the_example_of_the_page_means_what_it_says() -> None:
     assert runtime.limits.of("support-v2") == runtime.limits.of("d") == Limits(max_waiting=64)
     own = Limits(weight=4, max_running=8, max_waiting=64, tokens_per_minute=200000)
     assert runtime.limits.of("support-v1") == own
-
-
-def test_blocks_may_be_empty() -> None:
-    assert parsed({"aliases": None, "limits": None}).runtime == Runtime()
 
 
 @pytest.mark.parametrize(("runtime", "where", "expected"), cases(__file__, "test_what_is_refused"))
@@ -73,24 +67,6 @@ def test_an_alias_comes_once_in_a_message() -> None:
         message.aliases.append(pb.Alias(name="a", weights={"d": weight}))
     with pytest.raises(DeploymentInvalid, match="alias names must be distinct, found twice: a"):
         deployment_from_message(message)
-
-
-def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
-    """A record without the new fields keeps its bytes, so digests of older releases hold."""
-    plain = generation()
-    unsaid = {
-        "aliases", "limits", "speculative_tokens", "quantization", "tool_parser", "reasoning_parser",
-        "pooling",
-    }  # fmt: skip
-    assert unsaid.isdisjoint(json.loads(plain.to_bytes()))
-    assert generation(aliases={}, limits=ModelLimits(), quantization="none").to_bytes() == plain.to_bytes()
-    for field, value in {"quantization": "int8", "tool_parser": "none", "speculative_tokens": 0}.items():
-        assert json.loads(generation(**{field: value}).to_bytes())[field] == value
-    stated = generation(aliases={"a": {"d": 1}}, limits=ModelLimits(models={"d": Limits(weight=2)}))
-    data = json.loads(stated.to_bytes())
-    assert (data["aliases"], data["limits"]) == ({"a": {"d": 1}}, {"models": {"d": {"weight": 2.0}}})
-    assert Generation.from_bytes(stated.to_bytes()) == stated
-    assert not stated.same_content(plain)
 
 
 @pytest.mark.parametrize(("scopes", "limits", "expected"), cases(__file__, "test_limits_that_no_key_can_have"))

@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ from builder_service.domain.rules.texts import (
 )
 from loramux_shared.bases.read import read_fields
 from loramux_shared.deployment import Dtype
-from tests.support.adapters import BASE_CONFIG, key, tensors, write_adapter
+from tests.support.adapters import BASE_CONFIG, tensors, write_adapter
 from tests.support.cases import cases
 
 ROOT = "base_model.model.model."
@@ -45,29 +44,6 @@ def test_what_acts_before_the_invocation_is_refused_beside_it(tmp_path, field):
     (name,) = field
     checked = check_adapter(write_adapter(tmp_path, alora_invocation_tokens=[1, 2], **field), book())
     assert f"adapter_config.json: {name}" in [f.where for f in checked.errors if f.code == "E_ALORA"]
-
-
-def with_value(value: float, dtype: Any = np.float32) -> dict[str, Any]:
-    """Good tensors with one value changed."""
-    made: dict[str, Any] = {k: v.astype(dtype) for k, v in tensors().items()}
-    made[key(0, "q_proj", "A")][1, 2] = value
-    return made
-
-
-def test_all_violations_at_once(tmp_path):
-    values = with_value(np.nan) | {"x": np.ones(1, "f4"), key(1, "o_proj", "A"): np.ones((4, 16), "f4")}
-    checked = check_adapter(write_adapter(tmp_path, values, use_dora=True, r=8), book())
-    errors = {finding.code for finding in checked.errors}
-    assert errors == {"E_DORA", "E_UNKNOWN_KEY", "E_PAIR", "E_RANK_SHAPE", "E_NAN"}
-
-
-def test_float16_overflow_names_the_cure(tmp_path):
-    """A value that float16 cannot hold is refused with both numbers and the cure."""
-    checked = check_adapter(write_adapter(tmp_path, with_value(9.1e4, ml_dtypes.bfloat16)), book(Dtype.FLOAT16))
-    (finding,) = checked.errors
-    assert finding.code == "E_OVERFLOW"
-    assert "6.550e+04 in float16" in finding.expected
-    assert "bfloat16" in finding.fix
 
 
 def test_subfolder_is_suggested():

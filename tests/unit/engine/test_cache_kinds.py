@@ -19,7 +19,7 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, lay_out
 from inference_service.kernels.attention import Context
-from loramux_shared.bases.cache import Cache, KeptTokens, window_blocks
+from loramux_shared.bases.cache import window_blocks
 from tests.support.examples import examples
 
 BLOCK = 4
@@ -256,19 +256,6 @@ def _run(engine: Engine, manager: BlockManager, prompt: list[int], new: int = 1,
     return seq
 
 
-def test_what_is_behind_a_window_is_given_back_while_a_sequence_runs() -> None:
-    """A sequence of any length holds blocks for its window and a step's rows, and all of full attention."""
-    engine, _, manager = Base((8, None), blocks=16, rows=8, prefix_cache=False).engine()
-    engine.add(Sequence("long", list(range(40)), SamplingParams(max_tokens=24)))
-    held = []
-    while not engine.idle:
-        engine.step()
-        held.append([group.pool.num_blocks - group.pool.num_free for group in manager.groups])
-    assert max(sliding for sliding, _ in held) <= window_blocks(8, 8, BLOCK) == 6
-    assert held[-2] == [3, 16]
-    assert held[-1] == [0, 0]
-
-
 def test_a_prefix_is_found_where_a_window_can_still_see_what_it_needs() -> None:
     """A sliding layer needs the last blocks before the place alone; where they are gone a shorter prefix is
     found, or none."""
@@ -283,15 +270,6 @@ def test_a_prefix_is_found_where_a_window_can_still_see_what_it_needs() -> None:
     found = _run(engine, manager, prompt).progress.num_cached
     assert found < 40
     assert all(manager.groups[0].knows(again, index) for index in range(10))
-
-
-def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
-    """The cache has the size of a window, and prefix hits end within the window."""
-    engine, _, manager = Base((8,), rows=4).engine()
-    assert manager.num_blocks == window_blocks(8, 4, BLOCK) == 5
-    assert len(_run(engine, manager, list(range(50)), new=14).progress.tokens) == 64
-    assert _run(engine, manager, list(range(30))).progress.num_cached == 0
-    assert _run(engine, manager, list(range(60))).progress.num_cached == 28
 
 
 def test_after_a_failed_step_no_state_is_trusted() -> None:
@@ -309,48 +287,6 @@ def test_after_a_failed_step_no_state_is_trusted() -> None:
     assert _run(engine, manager, prompt).progress.num_cached == 0
 
 
-@settings(max_examples=examples(14), deadline=None)
-@given(
-    st.lists(st.one_of(REQUESTS, st.just("step")), min_size=4, max_size=30),
-    st.integers(16, 60),
-    st.sampled_from([(None, 6), (3, None), (9, None, 2)]),
-    st.sampled_from([2, 7, 16]),
-    st.integers(0, 1),
-)
-def test_windows_with_enough_blocks_never_lack_any(actions, blocks, windows: Windows, rows, depth) -> None:
-    """An engine with the recommended blocks does step by step what it would do without windows: no sequence
-    waits, and none is preempted, for layers that slide.
-    """
-    steps = []
-    for seen in (windows, (None,)):
-        cache = Cache(tuple(KeptTokens(window, 1) for window in seen), BLOCK, LONGEST, SEQS, rows, whole=True)
-        sizes = [blocks if window is None else min(blocks, cache.enough(window)) for window in seen]
-        manager = BlockManager(sizes, BLOCK, seen, prefix_cache=False)
-        device = Device(depth, seen, stateful=False)
-        engine = Engine(device, SchedulerLimits(rows, SEQS, 2, LONGEST), manager, Residents(), lambda: 0.0)
-        for number, action in enumerate(actions):
-            if isinstance(action, tuple):
-                length, new, uid, *_ = action
-                sampling = SamplingParams(max_tokens=new)
-                engine.add(Sequence(str(number), [1] * length, sampling, HANDLES[uid - 1] if uid else None))
-            else:
-                engine.step()
-        _drain(engine, manager)
-        steps.append((device.lengths, engine.stats.preemptions))
-    assert steps[0] == steps[1]
-
-
-def test_who_calls_an_activated_adapter_finds_the_state_before_and_leaves_one() -> None:
-    """An activated adapter continues the base's last state; on a new prompt it leaves a state of the base at
-    its invocation, where other requests continue."""
-    engine, _, manager = Base(snapshots=9, spacing=8).engine()
-    stated, new = [0, 2, 4] * 10, [2, 2, 0] * 7
-    _run(engine, manager, stated)
-    assert _run(engine, manager, [*stated, *INVOCATION], uid=3).progress.num_cached == 28
-    assert _run(engine, manager, [*new, *INVOCATION, *stated], uid=3).progress.num_cached == 0
-    assert _run(engine, manager, [*new, 4]).progress.num_cached == 20
-
-
 def test_who_was_called_elsewhere_in_a_block_has_another_block() -> None:
     """The same tokens are two blocks where one adapter acts on more of them; before, they are one."""
     emitted, sampling = [0, 2, 4, 0, *INVOCATION], SamplingParams(max_tokens=2)
@@ -365,26 +301,6 @@ def test_who_was_called_elsewhere_in_a_block_has_another_block() -> None:
 def _seq(tokens: list[int], uid: int = 0, salt: str = "") -> Sequence:
     adapter = Adapter(f"a{uid}") if uid else None  # of another load each time
     return Sequence(str(next(_ids)), list(tokens), SamplingParams(), adapter, cache_salt=salt)
-
-
-def _compute(blocks: BlockManager, seq: Sequence) -> None:
-    """Admit a sequence and pretend that a step computed all of it."""
-    assert blocks.start(seq)
-    seq.progress.num_computed = len(seq.progress.tokens)
-    blocks.register(seq)
-
-
-def test_a_known_prefix_is_shared_and_its_last_token_is_left_to_compute() -> None:
-    blocks = BlockManager(8, 4)
-    first = _seq([1, 2, 3, 4, 5, 6, 7, 8])
-    _compute(blocks, first)
-    second = _seq([1, 2, 3, 4, 5, 6, 7, 8])
-    assert blocks.start(second)
-    assert second.progress.num_computed == 4
-    assert second.progress.blocks[:1] == first.progress.blocks[:1]
-    longer = _seq([1, 2, 3, 4, 5, 6, 7, 8, 9])
-    assert blocks.start(longer)
-    assert longer.progress.num_computed == 8
 
 
 def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed() -> None:
@@ -409,57 +325,3 @@ def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed()
     assert blocks.still_refused(head)
     blocks.release(other)
     assert not blocks.still_refused(head)
-
-
-def test_prefix_hashes_outlast_a_preemption() -> None:
-    blocks = BlockManager(8, 4)
-    seq = _seq(list(range(6)))
-    _compute(blocks, seq)
-    seq.progress.tokens += range(6, 13)
-    assert blocks.grow(seq, 13)
-    seq.progress.num_computed = 13
-    blocks.register(seq)
-    known = list(seq.progress.hashes)
-    assert len(known) == 3
-    blocks.release(seq)
-    assert blocks.start(seq)
-    assert (seq.progress.num_computed, seq.progress.hashes) == (12, known)
-
-
-@settings(max_examples=examples(150), deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 3),
-            st.lists(st.integers(0, 2), min_size=1, max_size=14),
-            st.integers(0, 1),
-            st.sampled_from(["", "a", "b"]),
-        ),
-        max_size=40,
-    )
-)
-def test_blocks_balance_and_contents_are_never_mixed(actions: list[tuple[int, list[int], int, str]]) -> None:
-    """Every block is free or held after any admissions, growths and releases, and a shared block has the
-    tokens, the adapter and the salt of all its sequences."""
-    blocks = BlockManager(10, 4)
-    held: list[Sequence] = []
-    content: dict[int, tuple[int, str, tuple[int, ...]]] = {}
-    for action, tokens, uid, salt in actions:
-        if action == 0 and held:
-            blocks.release(held.pop(0))
-            continue
-        seq = _seq(tokens, uid, salt)
-        if not blocks.start(seq):
-            continue
-        for index in range(seq.progress.num_computed // 4):
-            assert content[seq.progress.blocks[index]] == (uid, salt, tuple(tokens[: index * 4 + 4]))
-        for index in range(seq.progress.num_computed // 4, len(tokens) // 4):
-            content[seq.progress.blocks[index]] = (uid, salt, tuple(tokens[: index * 4 + 4]))
-        seq.progress.num_computed = len(tokens)
-        blocks.register(seq)
-        held.append(seq)
-        in_use = {block for other in held for block in other.progress.blocks}
-        assert blocks.num_free == blocks.num_blocks - len(in_use)
-    for seq in held:
-        blocks.release(seq)
-    assert blocks.num_free == blocks.num_blocks

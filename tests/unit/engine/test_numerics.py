@@ -1,10 +1,7 @@
 """Answers that hold NaN or infinity: they end, nothing of them is found, and their adapter goes out of use."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
-import torch
 
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
@@ -15,7 +12,6 @@ from inference_service.engine.engine import OVERFLOWS, WITHIN_S, Engine
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
-from inference_service.engine.sampler import sample
 from loramux_shared.runtime import Pooling
 
 PROMPT = list(range(3, 16))
@@ -103,18 +99,3 @@ def test_a_blend_counts_for_none_of_its_adapters() -> None:
     blend = Mixture.of([(world.bad, 1e30), (world.good, 0.5)])
     assert [world.reason("blend", blend) for _ in range(OVERFLOWS + 1)] == ["NUMERICS"] * (OVERFLOWS + 1)
     assert world.bad.unusable is world.good.unusable is None
-
-
-@pytest.mark.parametrize("spoil", [lambda row: row[5].fill_(torch.nan), lambda row: row.fill_(-torch.inf)])
-@pytest.mark.parametrize(
-    "sampling", [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(logprobs=2)]
-)
-def test_the_sampler_sees_it(spoil: Callable[[torch.Tensor], object], sampling: SamplingParams) -> None:
-    """NaN anywhere in a row, or nothing finite; rows beside it are drawn as before."""
-    logits = torch.randn(3, 300)
-    seqs = [Sequence(str(row), [1], sampling) for row in range(3)]
-    expected = sample(logits, seqs)
-    spoil(logits[1])
-    found = sample(logits, seqs)
-    assert [token.finite for token in found] == [True, False, True]
-    assert (found[0], found[2]) == (expected[0], expected[2])

@@ -236,34 +236,6 @@ def test_who_is_copied_at_once_misses_no_step() -> None:
     assert set(world.ends) == {each.id for each in requests}
 
 
-def test_endless_streams_make_room_in_the_bank() -> None:
-    world = World(2, [1, 1, 1], seqs=8)
-    endless = [world.ask(0, new=300), world.ask(1, new=300)]
-    for _ in range(6):
-        world.step()
-        while world.loader.begun:
-            world.loader.end_one()
-    query = world.ask(2, new=2)
-    for _ in range(400):
-        if query.id not in world.ends:
-            world.run(1)
-    assert world.ends[query.id].finish is EndReason.LENGTH
-    assert not any(seq.id in world.ends for seq in endless)
-    world.settle()
-    assert all(world.ends[seq.id].finish is EndReason.LENGTH for seq in endless)
-
-
-def test_a_pinned_adapter_stays_and_comes_back_by_itself() -> None:
-    world = World(2, [1, 1, 1])
-    world.residency.pin(world.adapters[0])
-    world.settle()
-    world.answer(1, 2, 1, 2)
-    assert 0 in world.resident()
-    world.residency.unpin(world.adapters[0])
-    world.answer(1, 2)
-    assert world.resident() == {1, 2}
-
-
 def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
     world = World(4, [3, 2, 5])
     world.residency.pin(world.adapters[0])
@@ -273,19 +245,6 @@ def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
     for seq, stated in ((small, "pinned"), (large, "does not fit")):
         with pytest.raises(ResourcesExhausted, match=stated):
             raise world.ends[seq.id].fault
-
-
-def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
-    world = World(3, [1] * 8)
-    world.residency.prefetch_later(world.adapters)
-    for _ in range(40):
-        world.step()
-        assert len(world.loader.begun) <= 1
-        if world.loader.begun:
-            world.loader.end_one()
-    assert world.resident() == {0, 1, 2}
-    assert world.residency.settled
-    assert world.residency.stats.evictions == 0
 
 
 def test_a_bank_that_refuses_an_adapter_fails_that_one_alone() -> None:
@@ -332,19 +291,6 @@ def test_a_pinned_adapter_that_failed_is_tried_again_when_nobody_asks() -> None:
     world.now_s = FIRST_PAUSE_S + 0.1
     world.settle()
     assert world.resident() == {0}
-
-
-def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept() -> None:
-    world = World(1, [1, 1])
-    world.answer(0)
-    gone = world.ask(1)
-    world.step()
-    world.engine.abort(gone.id)
-    while world.loader.begun:
-        world.loader.end_one()
-        world.step()
-    assert world.resident() == {0}
-    assert world.residency.settled
 
 
 def test_mixtures_that_want_the_same_places_take_turns() -> None:

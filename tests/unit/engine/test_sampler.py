@@ -1,32 +1,24 @@
 """Draws on the host, ranks of tokens, and the changes of a request to its logits."""
 
-from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
-from inference_service.engine.sampler import processed, report, sample, shape
-from inference_service.http.openai.logprobs import prompt_logprobs
-from inference_service.kernels.sampling import RowParams, draw, reference
+from inference_service.engine.sampler import processed, sample, shape
+from inference_service.kernels.sampling import RowParams
 from inference_service.kernels.sampling.host import REACH, noise
 from inference_service.kernels.sampling.reference import distribution
-from inference_service.text.text import Text
 from tests.support.examples import examples
 from tests.support.grammars import only
-from tests.support.tiny import VOCAB, write_tokenizer
-
-CHI_SQUARE = {4: 23.5, 7: 29.9}
-"""Critical values by degrees of freedom: exceeded once in 10000 honest experiments."""
+from tests.support.tiny import VOCAB
 
 
 @cache
@@ -58,67 +50,10 @@ def test_no_two_steps_of_any_seeds_share_noise() -> None:
     assert len(np.unique(pairs)) == pairs.size
 
 
-def chi_square(counts: npt.NDArray[np.int64], probs: npt.NDArray[np.float64]) -> float:
-    expected = probs / probs.sum() * counts.sum()
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-@pytest.mark.parametrize(
-    ("varied", "params"),
-    [("seed", RowParams(1.3, seed=11)), ("num_generated", RowParams(1.3, top_k=5, seed=11))],
-    ids=["all", "five"],
-)
-def test_draws_follow_the_distribution(varied: str, params: RowParams) -> None:
-    """3000 draws over steps or over seeds: chi-square, which another temperature would not pass."""
-    logits = np.array([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.1], dtype=np.float32)
-    tokens = [draw(logits, replace(params, **{varied: value})) for value in range(3000)]
-    counts = np.bincount(tokens, minlength=8)
-    for other, passes in ((params, True), (replace(params, temperature=0.9), False)):
-        probs = reference.distribution(torch.from_numpy(logits), other).numpy()
-        taking = probs > 0
-        assert counts[~taking].sum() == 0
-        assert (chi_square(counts[taking], probs[taking]) < CHI_SQUARE[int(taking.sum()) - 1]) is passes
-
-
 def test_what_cannot_win_is_out_of_reach_of_all_noise() -> None:
     """The noise of the smallest and of the largest word, between which all others lie."""
     lowest, highest = (-np.log(-np.log1p(-(word + 0.5) / 2**32)) for word in (0, 2**32 - 1))
     assert abs(highest - lowest) < REACH
-
-
-def test_what_is_no_number_never_wins() -> None:
-    """NaN counts as -inf, and a row without anything else still gives a token."""
-    row = np.array([np.nan, -np.inf, -50.0, np.nan], dtype=np.float32)
-    for params in (RowParams(), RowParams(1.0), RowParams(1.0, top_k=3, top_p=0.9, min_p=0.1)):
-        assert draw(row, params) == 2
-        assert draw(row[[0, 1]], params) == 0
-
-
-@pytest.mark.parametrize("temperature", [1e-300, 1e-6, 1e6])
-def test_any_temperature_gives_a_token(temperature: float) -> None:
-    """The smallest are greedy, the largest uniform; no score overflows."""
-    row = np.linspace(-30, 30, 1000, dtype=np.float32)
-    drawn = {draw(row, RowParams(temperature, top_p=0.99, seed=seed)) for seed in range(20)}
-    assert drawn == {999} if temperature < 1 else len(drawn) > 10
-
-
-def test_a_rank_counts_the_tokens_that_are_more_likely() -> None:
-    """Tokens that tie share a rank, and the next has the place that it would have without ties."""
-    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0]]).expand(5, 5)
-    assert [token.rank for token in report(logits, [0, 1, 2, 3, 4], 2)] == [4, 1, 1, 5, 1]
-
-
-def test_ranks_of_masked_tokens_are_finite() -> None:
-    logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]])
-    assert [report(logits, [token], 0)[0].rank for token in range(4)] == [2, 3, 1, 3]
-
-
-def test_what_the_api_lists_has_the_same_ranks(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path)
-    best = ((40, -0.5), (41, -0.5), (42, -2.0))
-    [first, scored] = prompt_logprobs([Token(5), Token(41, -0.5, best, 1)], Text.load(tmp_path, VOCAB))
-    assert first is None
-    assert {token: entry["rank"] for token, entry in scored.items()} == {"40": 1, "41": 1, "42": 3}
 
 
 DRAWS = ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.8, "min_p": 0.05})
@@ -194,15 +129,6 @@ def test_presence_and_frequency_are_of_the_answer_alone() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_bias_is_added() -> None:
-    model = logits(2)[0]
-    before = model.clone()
-    found = shape(model, seq([1], logit_bias={7: 100.0, 8: -100.0}))
-    assert found[7] == before[7] + 100
-    assert found[8] == before[8] - 100
-    assert torch.equal(model, before)
-
-
 def test_a_grammar_comes_before_min_tokens() -> None:
     """A stop token that the grammar alone leaves is drawn for any length of the answer."""
     ends: dict[str, Any] = {"min_tokens": 5, "stop_token_ids": frozenset([9])}
@@ -224,16 +150,6 @@ def test_bad_words_are_vllms(words: list[list[int]], answer: list[int]) -> None:
     found = shape(logits(3)[0], seq([0, 1, 2, 3], answer, bad_words=table))
     expected = {word[-1] for word in words if (answer + word[-1:])[-len(word) :] == word}
     assert set(found.isneginf().nonzero().flatten().tolist()) == expected
-
-
-@given(st.floats(0.01, 1), st.integers(0, 99))
-@settings(max_examples=examples(12))
-def test_min_p_leaves_what_transformers_leaves(min_p: float, seed: int) -> None:
-    left = MinPLogitsWarper(min_p)(torch.empty(1, 0), logits(seed))[0].isfinite()
-    drawn = {
-        sample(logits(seed), [seq([1], temperature=1.0, min_p=min_p, seed=draw)])[0].id for draw in range(30)
-    }
-    assert all(left[token] for token in drawn)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -12,11 +12,11 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits, SequenceQueue
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
-from inference_service.engine.scheduler import MOST_CREDIT, QUANTUM, TWICE
-from inference_service.engine.step_times import TIMES, Room, StepTimes
+from inference_service.engine.scheduler import MOST_CREDIT, TWICE
+from inference_service.engine.step_times import StepTimes
 from tests.support.examples import examples
 
 ADAPTERS = [Adapter(f"{number:064x}", slot=number) for number in range(40)]
@@ -40,17 +40,6 @@ class FakeRunner:
         self.batches.append(batch)
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
         return Pending(seqs, lambda: [Token(7)] * len(seqs))
-
-
-class NotedStepTimes(StepTimes):
-    """Notes whether the last step with room was for a measurement of decodes."""
-
-    looks = False
-
-    def room(self, decodes: int, times: float = TIMES) -> Room:
-        room = super().room(decodes, times)
-        self.looks = not room.rows
-        return room
 
 
 def _engine(*, blocks=64, max_tokens=16, max_seqs=4, max_adapters=2, depth=0):
@@ -116,16 +105,6 @@ def test_a_higher_priority_is_admitted_first() -> None:
     _drain(engine)
     order = [batch.chunks[0].seq.id for batch in runner.batches]
     assert order == [seqs[2].id, seqs[0].id, seqs[1].id]
-
-
-def test_a_late_sequence_ends_with_its_deadline() -> None:
-    engine, _, blocks = _engine()
-    late = _seq(2, 5, deadline_s=-1.0)
-    engine.add(late)
-    outputs = engine.step()
-    assert [(output.seq_id, output.finish) for output in outputs] == [(late.id, EndReason.DEADLINE)]
-    assert engine.idle
-    assert blocks.num_free == blocks.num_blocks
 
 
 REQUEST = st.tuples(
@@ -253,68 +232,6 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
     assert rows["back"] / rows["steady"] == pytest.approx(1.0, rel=0.25)
 
 
-@settings(max_examples=examples(60), deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 5), st.sampled_from(["", "a", "b"]), st.sampled_from([1, 4, 60])),
-        min_size=12,
-        max_size=40,
-    ),
-    st.integers(2, 5),
-    st.integers(1, 3),
-    st.integers(20, 200),
-    st.integers(0, 1),
-)
-def test_nobody_under_way_gets_far_ahead_of_who_waits(requests, max_seqs, max_adapters, num_blocks, depth):
-    """A queue under way is ahead of a waiting one by a quantum and a step at most, but for two steps in a row,
-    whatever is short (seats, blocks, places among the adapters). Within a queue the oldest begins first. A
-    sequence that waits for a place among the adapters takes nothing from those on the base, and may begin one
-    step later; none does in a step that looks at those that decode.
-    """
-    engine, runner, blocks = _engine(
-        blocks=num_blocks, max_seqs=max_seqs, max_adapters=max_adapters, max_tokens=16, depth=depth
-    )
-    scheduler = engine._scheduler
-    scheduler.step_times = step_times = NotedStepTimes()
-    began: dict[tuple[str, tuple[Adapter, ...]], list[int]] = {}
-    seqs = [_seq(3, new, uid, flow=flow) for uid, flow, new in requests]
-    crowded: set[SequenceQueue] = set()
-    behind: Counter[SequenceQueue] = Counter()
-    for seq in seqs:
-        engine.add(seq)
-    while not engine.idle:
-        active = set(scheduler.queues.active)  # one step ahead, who ended keeps its place until that is known
-        engine.step()
-        for queue in scheduler.queues:
-            first = [
-                seq.progress.arrival
-                for seq in queue.running
-                if seq.progress.arrival not in began.get((queue.flow, queue.adapters), [])
-            ]
-            began.setdefault((queue.flow, queue.adapters), []).extend(sorted(first))
-        if step_times.looks:
-            continue
-        computed = {chunk.seq.adapter for chunk in runner.batches[-1].chunks if chunk.seq.adapter}
-        crowded, before = set(), crowded
-        for waits in scheduler.queues:
-            if not waits.waiting or waits.waiting[0].progress.in_flight:
-                continue
-            lacks = (taken for taken in (active, active | computed) if not taken.issuperset(waits.adapters))
-            if any(len(taken) >= max_adapters for taken in lacks):
-                crowded.add(waits)
-            ahead = [
-                queue.served
-                for queue in scheduler.queues
-                if queue.running and (queue.adapters or waits not in crowded | before)
-            ]
-            far = max(ahead, default=0.0) - waits.served > QUANTUM + 2 * 16
-            behind[waits] = behind[waits] + 1 if far else 0
-            assert behind[waits] <= 2
-    assert all(order == sorted(order) for order in began.values())
-    assert all(seq.num_generated == new for seq, (_, _, new) in zip(seqs, requests, strict=True))
-    assert blocks.num_free == blocks.num_blocks
-
-
 class Costly(StepTimes):
     """Says that a second sequence would lengthen a step too much, unless nobody else is there."""
 
@@ -355,19 +272,3 @@ def test_the_background_has_what_a_step_leaves() -> None:
     ended = [output.seq_id for _ in range(30) for output in engine.step() if output.finish]
     assert ended[-1] == request.id
     assert len(ended) == 7
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.booleans()), max_size=12), st.booleans())
-@settings(max_examples=examples(40))
-def test_the_background_never_stands_still(drawn: list[tuple[int, int, bool]], costly: bool) -> None:
-    """Whatever comes together, everything ends."""
-    engine, _, _ = _engine(blocks=16, max_seqs=2, max_adapters=1)
-    if costly:
-        engine._scheduler.step_times = Costly()
-    seqs = [
-        _seq(prompt, new, place % 3, **(BEHIND if is_behind else {}))
-        for place, (prompt, new, is_behind) in enumerate(drawn)
-    ]
-    _add(engine, *seqs)
-    assert set(_drain(engine)) == {seq.id for seq in seqs}
-    assert engine._scheduler.queues.in_background == 0

@@ -5,14 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.chat.conversation import AnswerPart
-from inference_service.chat.formats.lark import OfferedTool, calls_schema
 from inference_service.chat.request import NO_HEADERS, TextPiece, Thought
-from inference_service.core.sequence import EndReason, Token
-from inference_service.http.openai.answers import usage
+from inference_service.core.sequence import EndReason
 from inference_service.http.openai.chat import ChatChoice
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import chat_of, completion_requests
@@ -88,22 +85,6 @@ def test_the_template_gets_how_long_to_think() -> None:
     assert query.prompt.chat_template_kwargs == off | own
 
 
-def test_schemas_of_several_tools_keep_their_references() -> None:
-    shapes = {"a": {"type": "integer"}, "b.c": {"type": "string"}}
-    properties = {"x": {"$ref": "#/$defs/X"}, "again": {"$ref": "#"}}
-    tools = [
-        OfferedTool(name, {"type": "object", "properties": properties, "$defs": {"X": shape}})
-        for name, shape in shapes.items()
-    ]
-    schema = calls_schema(tools)
-    assert LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema)) == ""
-    definitions = schema["$defs"]
-    for name, shape in shapes.items():
-        assert definitions[name]["properties"]["x"] == {"$ref": f"#/$defs/{name}/$defs/X"}
-        assert definitions[name]["properties"]["again"] == {"$ref": f"#/$defs/{name}"}
-        assert definitions[name]["$defs"]["X"] == shape
-
-
 def test_thoughts_have_both_names() -> None:
     """Reasoning stands beside the content, in a message and in chunks, under vLLM's two names."""
     choice = ChatChoice(0, [], None, ids=False)
@@ -118,13 +99,3 @@ def test_thoughts_have_both_names() -> None:
     message = choice.whole()["message"]
     assert (message["content"], message["reasoning"]) == ("Yes.", "Let me see.")
     assert message["reasoning_content"] == message["reasoning"]
-
-
-def test_tokens_of_reasoning_are_counted() -> None:
-    """Reasoning tokens are those decoded for reasoning; a mark's tokens count for the part behind."""
-    choice, tokens = ChatChoice(0, [], None, ids=False), (Token(5), Token(6))
-    for pieces in ([], [Thought("a")], [TextPiece("b")], [], [Thought("c")]):
-        choice.take(AnswerPart(AnswerDelta("", tokens), pieces))
-    assert choice.reasoning_tokens == 8
-    assert usage([], 8)["completion_tokens_details"] == {"reasoning_tokens": 8}
-    assert "completion_tokens_details" not in usage([])

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from inference_service.http.wire.reply import DONE, HEARTBEAT, Head, open_stream
@@ -65,3 +66,23 @@ async def test_a_late_stream_begins_with_comments(fault: Exception | None) -> No
     assert client.sent[0] == HEARTBEAT
     assert late.closed
     assert sent == [b'data: {"n":1}\n\n', DONE] if fault is None else b"no LoRA" in sent[0] and len(sent) == 1
+
+
+@pytest.mark.parametrize("opened", [False, True])
+async def test_a_client_that_leaves_before_the_first_event_ends_the_work(opened: bool) -> None:
+    """The work ends before and after the stream began with comments."""
+    client, late = Client(), Late()
+
+    async def answer() -> None:
+        heartbeat_s = 0.0 if opened else 60.0
+        stream = await open_stream(client.receive, late.bodies(), Head("id", "m"), heartbeat_s=heartbeat_s)
+        await stream({}, client.receive, client.send)
+
+    answering = asyncio.ensure_future(answer())
+    async with bounded("the end of the request"):
+        if opened:
+            await client.heard.wait()
+        client.gone.set()
+        with pytest.raises(ClientDisconnect):
+            await answering
+    assert late.closed

@@ -1,20 +1,16 @@
 """Responses as chats: items become turns, and the parsed answer becomes items."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
 
-from inference_service.chat.request import CallArguments, CallBegun, ChatRequest, Piece, TextPiece, Thought
-from inference_service.core.sequence import Token
+from inference_service.chat.request import ChatRequest
 from inference_service.http.openai import mapping as openai
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.responses.items import carried, uncarried
 from inference_service.http.responses.mapping import chat_of
-from inference_service.http.responses.output import OutputItems
 from inference_service.http.responses.schema import ResponsesBody
 from tests.support.cases import cases
 
@@ -77,52 +73,3 @@ def test_reasoning_that_was_carried_is_read_and_nothing_else() -> None:
     assert uncarried(carried("Hm é")) == "Hm é"
     for foreign in ("gAAAAA", "loramux:", "loramux:!", "loramux:/w==", carried("Hm")[:-2]):
         assert not uncarried(foreign)
-
-
-PIECES = st.one_of(
-    st.builds(TextPiece, st.sampled_from([" ", "\n", "a", " b"])),
-    st.builds(Thought, st.sampled_from(["x", "y "])),
-    st.just(CallBegun(0, "call_1", "f")),
-)
-
-
-@given(st.lists(st.lists(PIECES, max_size=3), max_size=6))
-def test_items_hold_what_the_pieces_say(batches: list[list[Piece]]) -> None:
-    """All pieces in any order stand in items, and space alone is no message."""
-    output = OutputItems(None, (), carries=True)
-    expected: list[tuple[str, str]] = []
-    for batch in batches:
-        pieces: list[Piece] = []
-        for piece in batch:
-            pieces += [piece, CallArguments(0, "{}")] if isinstance(piece, CallBegun) else [piece]
-        output.take(pieces, [Token(5)] * len(pieces))
-        expected += [("function_call", "{}") if isinstance(each, CallBegun) else _kind(each) for each in batch]
-    output.end([], "completed")
-    items = output.items()
-    reported = [
-        (item["type"], item["arguments"] if item["type"] == "function_call" else _text(item)) for item in items
-    ]
-    spaceless = [item for item in _merged(expected) if item[0] != "message" or item[1].strip()]
-    assert reported == (_merged(spaceless) or [("message", reported[0][1])])
-    assert all(item["status"] == "completed" for item in items)
-    assert all(
-        uncarried(item["encrypted_content"]) == _text(item) for item in items if item["type"] == "reasoning"
-    )
-
-
-def _kind(piece: TextPiece | Thought) -> tuple[str, str]:
-    return "message" if isinstance(piece, TextPiece) else "reasoning", piece.text
-
-
-def _merged(stated: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Join neighbours of a kind, but for calls, each of which is one."""
-    merged: list[tuple[str, str]] = []
-    for kind, text in stated:
-        if merged and merged[-1][0] == kind != "function_call":
-            text = merged.pop()[1] + text
-        merged.append((kind, text))
-    return merged
-
-
-def _text(item: dict[str, Any]) -> str:
-    return "".join(part["text"] for part in item["content"])

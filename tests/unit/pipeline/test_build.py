@@ -1,7 +1,6 @@
 """Builds: their order, what they fetch, and their work: side by side, each thing once, within the disk."""
 
 import os
-import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,21 +8,17 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import LEFTOVER_S, RESERVE_BYTES, Ledger, Space, claim_identity
+from builder_service.pipeline.context import LEFTOVER_S, Ledger, Space, claim_identity
 from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
-from builder_service.pipeline.progress import Progress, Stage
-from loramux_shared.bundle.deployments import current_generation
+from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.bundle.reader import read_bundle, read_manifest
+from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
-    AdapterInvalid,
     BuildCancelled,
-    BundleCorrupt,
     CheckpointInvalid,
     Fault,
     RepoGated,
-    RepoNotFound,
     ResourcesExhausted,
     RevisionNotFound,
     SourceChanged,
@@ -32,7 +27,6 @@ from loramux_shared.faults import (
     StoreUnavailable,
 )
 from loramux_shared.sources.base import Resolved, SourceFile, unwatched
-from loramux_shared.sources.checkpoint import fetch_base
 from loramux_shared.sources.files import content_digest
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage import patient
@@ -42,7 +36,6 @@ from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.cases import cases
 from tests.support.folders import built, deployment_of, local, workshop
 from tests.support.own_time import OwnTime
-from tests.support.waiting import BOUND_S
 
 
 class Counting(MemoryStore):
@@ -64,26 +57,6 @@ def context(tmp_path):
     """A workshop over an empty store."""
     write_base(tmp_path / "base")
     return workshop(tmp_path, Counting())
-
-
-def test_a_build_publishes_bundles_then_the_generation_then_the_pointer(tmp_path, context):
-    """Weights and config come before their manifest, manifests before the generation, the pointer last."""
-    write_adapter(tmp_path / "one")
-    write_adapter(tmp_path / "two", tensors(("o_proj", "up_proj"), rank=8), r=8, target_modules="all-linear")
-    result = built(deployment_of(tmp_path, "one", "two"), context)
-    assert not result.unchanged
-    puts, generation = context.store.puts, result.generation
-    for record in generation.adapters.values():
-        names = [key.rpartition("/")[2] for key in puts if record.digest in key]
-        assert names == ["model.lora_weights.npy", "model.lora_config.npy", "manifest.json"]
-    assert all(key.startswith("bundles/") for key in puts[:6])
-    assert puts[6].startswith("deployments/tiny/claims/00000001-")
-    assert puts[7:] == ["deployments/tiny/generations/00000001.json", "deployments/tiny/current.json"]
-    assert current_generation(context.store, "tiny") == generation
-    assert sorted(generation.base.files) == ["config.json", "model.safetensors", "tokenizer.json"]
-    manifest = read_manifest(context.store, generation.adapters["two"].digest)
-    assert (manifest.ranks, manifest.modules, manifest.tensors_used) == ((8,), ("attn_dense", "mlp_gate"), 8)
-    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_the_same_adapter_has_the_same_digest_from_anywhere(tmp_path, context):
@@ -152,16 +125,6 @@ def test_old_work_folders_are_swept(tmp_path, context):
     assert [path.name for path in (tmp_path / "work").iterdir()] == [young.name]
 
 
-def test_fetch_base_verifies_a_local_base_in_place(tmp_path, context):
-    """A LOCAL base is served from where it is, and refused when a byte of it changed."""
-    base = built(deployment_of(tmp_path), context).generation.base
-    assert fetch_base(base, tmp_path / "cache", context.sources) == tmp_path / "base"
-    (tmp_path / "base" / "tokenizer.json").write_text("{ }")
-    with pytest.raises(BundleCorrupt, match=r"tokenizer\.json: expected sha256"):
-        fetch_base(base, tmp_path / "cache", context.sources)
-    assert (tmp_path / "base" / "tokenizer.json").exists()
-
-
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 8}
 
 
@@ -227,21 +190,6 @@ def test_archives_count_before_anything_is_taken_out_of_them(tmp_path):
         fetch(tmp_path, FakeSource({}), "one", "two", "three", max_bytes=2500)
 
 
-def test_the_record_has_no_query(tmp_path):
-    """The generation's record of an adapter's origin has a revision, and no signature."""
-    _, [fetched] = fetch(tmp_path, FakeSource({}), "one")
-    assert fetched.source.repo == "https://h/one"
-    assert len(fetched.source.revision) == 64
-
-
-def test_one_fault_is_reported_with_its_adapter(tmp_path):
-    """The fault of one adapter keeps its reason, and its adapter is marked."""
-    source = FakeSource({"https://h/two": RepoNotFound("nothing")})
-    with pytest.raises(RepoNotFound, match="adapter 'two': nothing") as failure:
-        fetch(tmp_path, source, "one", "two")
-    assert failure.value.__notes__ == [f"one=FETCHING,two={Stage.REFUSED.value}"]
-
-
 def test_every_fault_is_reported(tmp_path):
     """Each of several faults is a finding, and the whole is the first that trying again does not cure."""
     faults = {
@@ -270,61 +218,6 @@ def test_an_adapter_has_a_size(tmp_path):
         fetch(tmp_path, source, "one")
 
 
-def test_identical_adapters_are_converted_once(tmp_path, context):
-    """Three names of the same files have one bundle, one upload and one conversion; all are DONE."""
-    for name in ("a", "b", "c"):
-        write_adapter(tmp_path / name)
-    write_adapter(tmp_path / "d", tensors(seed=1))
-    seen = []
-    progress = Progress("abcd", lambda: seen.append(progress.adapters))
-    records = build(deployment_of(tmp_path, *"abcd"), context, progress).generation.adapters
-    assert len({record.digest for record in records.values()}) == 2
-    assert sum(key.endswith("weights.npy") for key in context.store.puts) == 2
-    assert [adapter.stage for adapter in progress.adapters] == [Stage.DONE] * 4
-    converted = {
-        adapter.name
-        for adapters in seen
-        for adapter in adapters
-        if adapter.stage is Stage.CONVERTING and adapter.bytes_done
-    }
-    assert len(converted) == 2
-    for record in records.values():
-        read_bundle(context.store, record.digest)
-
-
-class Meeting(Counting):
-    """Weights are only put when those of another adapter are put at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.together = threading.Barrier(2)
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        if key.endswith("weights.npy"):
-            self.together.wait(BOUND_S)
-        super().put(key, data)
-
-
-def test_adapters_are_published_side_by_side(tmp_path, context):
-    """Two adapters of one build are put at once; with one at a time this would never end."""
-    for i, name in enumerate("abcd"):
-        write_adapter(tmp_path / name, tensors(seed=i))
-    context = replace(context, store=Meeting(), parallel_adapters=2)
-    build(deployment_of(tmp_path, *"abcd"), context, Progress("abcd"))
-    assert len(context.store.threads) >= 2
-
-
-def test_nothing_is_published_before_everything_is_valid(tmp_path, context):
-    """The last adapter of many is bad: not one byte was written to the store."""
-    for i in range(12):
-        write_adapter(tmp_path / f"a{i:02}", tensors(seed=i))
-    write_adapter(tmp_path / "z", task_type="SEQ_CLS")
-    names = [*(f"a{i:02}" for i in range(12)), "z"]
-    with pytest.raises(AdapterInvalid):
-        build(deployment_of(tmp_path, *names), context, Progress(names))
-    assert context.store.puts == []
-
-
 def test_a_build_stays_within_its_room(tmp_path, context):
     """A build that may write less than its adapters have is refused with both numbers, before it fetches."""
     write_adapter(tmp_path / "a")
@@ -351,23 +244,6 @@ def test_builds_share_the_disk(tmp_path):
     ):
         two.check(free * 2 // 3, "two")
     two.check(free // 3, "two")
-
-
-def test_a_disk_with_less_than_the_reserve_is_reported_as_it_is(tmp_path):
-    """The fault has the free bytes, the reserve and the missing bytes, not that nothing is free."""
-    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
-    with pytest.raises(ResourcesExhausted) as refusal:
-        Space(tmp_path, Ledger(), None).check(free, "the adapters")
-    stated = re.fullmatch(
-        rf"the adapters: {free} bytes; with 0 that running builds are about to write and {RESERVE_BYTES} that "
-        r"stay free for others, the disk of the builder's work folder needs (\d+) free bytes and has (\d+)\. "
-        r"Free (\d+), or set LORAMUX_WORK_DIR to a folder on a larger disk\.",
-        refusal.value.message,
-    )
-    needed, has, missing = map(int, stated.groups())
-    assert needed == free + RESERVE_BYTES
-    assert abs(has - free) < 1 << 30
-    assert missing == needed - has
 
 
 class Flaky(MemoryStore):
@@ -420,12 +296,3 @@ def test_identities_are_kept_and_not_shared(tmp_path):
     assert again.name == one.name
     (tmp_path / "loramux-builder-2.id").write_text("cut of")
     assert len(claim_identity(tmp_path).name) == 16
-
-
-def test_an_owners_folders_are_swept_at_its_start(tmp_path, context):
-    """Folders of a killed owner go at its next start; the folders of others stay."""
-    context = replace(context, owner="0" * 16)
-    for name in (f"loramux-build-{'0' * 16}-x", f"loramux-build-{'1' * 16}-x"):
-        (tmp_path / "work" / name).mkdir(parents=True)
-    context.sweep()
-    assert [path.name for path in (tmp_path / "work").iterdir()] == [f"loramux-build-{'1' * 16}-x"]

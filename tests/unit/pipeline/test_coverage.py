@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from builder_service.domain.tensor_names import LoraKey, nearest_key, parse_key
 from builder_service.pipeline.base_weights import BaseWeights
-from loramux_shared.bundle.manifest import Coverage, Manifest
+from loramux_shared.bundle.manifest import Manifest
 from loramux_shared.faults import AdapterInvalid, BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.checkpoint import describe_base
 from loramux_shared.sources.open import open_sources
@@ -40,18 +40,6 @@ def sharded_base(folder: Path) -> None:
 def manifest_of(folder: Path) -> Manifest:
     """Build the adapter of a folder and return its manifest."""
     return built(deployment_of(folder, "one"), workshop(folder)).bundle().manifest
-
-
-def test_every_key_is_used_or_redundant(tmp_path):
-    """Copies of the base's embeddings and head are proved equal, left out, and named; the rest is used."""
-    sharded_base(tmp_path)
-    values = {**tensors(), EMBED: matrix(1).astype(np.float32), HEAD: matrix(2)}
-    write_adapter(tmp_path / "one", values, modules_to_save=["embed_tokens", "lm_head"], revision="v2")
-    manifest = manifest_of(tmp_path)
-    assert manifest.coverage == Coverage(used=tuple(sorted(tensors())), redundant=(HEAD, EMBED))
-    assert manifest.base_model_revision == "v2"
-    (warning,) = manifest.warnings
-    assert (warning.code, warning.where) == ("W_REDUNDANT_EMBED", f"{HEAD}, {EMBED}")
 
 
 def test_tied_matrices_of_two_values_are_refused(tmp_path):

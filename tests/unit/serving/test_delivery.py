@@ -1,8 +1,6 @@
 """The delivery of outputs to their streams, and answers made of outputs that come together."""
 
 import asyncio
-import math
-import threading
 from collections.abc import Mapping, Sequence as Seq
 
 import pytest
@@ -15,10 +13,8 @@ from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.faults import InternalFault, ReplicaFailed
-from tests.support.waiting import BOUND_S, ended, until
-from tests.unit.serving.threads import Device, Threads, following, submit
-
-MANY = 256
+from tests.support.waiting import ended
+from tests.unit.serving.threads import following
 
 
 def _stream(name: int) -> Outputs:
@@ -99,40 +95,6 @@ async def test_a_sink_takes_what_comes_while_the_reader_waits(takes: bool | Repl
     else:
         with pytest.raises(ReplicaFailed):
             await reader
-
-
-@pytest.mark.parametrize(("streams", "together"), [(SLICE, True), (SLICE + 1, False)])
-async def test_a_first_token_takes_others_along_only_where_they_are_few(threads: Threads, streams, *, together):
-    device, steps, gone = Device(), threading.Semaphore(0), 0
-    device.before_step = lambda _: steps.acquire(timeout=BOUND_S) or pytest.fail("no step was let go")
-    thread = threads.make(device, MANY, MANY, blocks=4096, interval_s=math.inf)
-    opened = [submit(thread, prompt=1, new=40) for _ in range(streams - 1)]
-    thread.start()
-
-    def step() -> bool:
-        """Let the step go that waits, if one does."""
-        nonlocal gone
-        if waits := device.steps > gone:
-            gone += 1
-            steps.release()
-        return waits
-
-    async def first(outputs: Outputs) -> None:
-        getting = asyncio.ensure_future(following(outputs))
-        await until(lambda: getting.done() or (step() and getting.done()), "a first token")
-        [output] = getting.result()
-        assert output.first
-
-    for each in opened:
-        await first(each)
-    await until(step, "a step in which nobody begins or ends")
-    waiting = [asyncio.ensure_future(following(each)) for each in opened]
-    for _ in range(2):  # what the first one takes along has come before the second
-        await first(submit(thread, prompt=1, new=40))
-    assert {task.done() for task in waiting} == {together}
-    steps.release(1000)
-    for task in waiting:
-        task.cancel()
 
 
 WORDS = ("a", "b", "c", "d", "</s>")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,24 +17,6 @@ from inference_service.serving.watchdog import Watchdog
 from loramux_shared.faults import QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown
 from tests.support.waiting import ended, until
 from tests.unit.serving.threads import Device, Threads, end, submit
-
-
-def _raise_at(length: int) -> Callable[[Batch], object]:
-    def raise_at(batch: Batch) -> None:
-        if batch.num_tokens == length:
-            raise ValueError("a bad step")
-
-    return raise_at
-
-
-async def test_a_bad_step_ends_its_sequences_and_nothing_else(threads: Threads) -> None:
-    """A request that no step can compute may come as often as it likes: others are served after each."""
-    device = Device()
-    device.before_step = _raise_at(13)
-    thread = threads.start(device)
-    for _ in range(5):
-        assert await end(submit(thread, prompt=13)) is EndReason.FAILED
-    assert await end(submit(thread)) is EndReason.LENGTH
 
 
 @pytest.fixture
@@ -95,15 +76,6 @@ async def test_an_error_that_stays_ends_health_first_and_then_every_request(thre
     assert "RuntimeError" in threads.why
 
 
-async def test_a_step_that_never_ends_is_seen_from_outside(threads: Threads) -> None:
-    """The requests end with the name of the setting, though the thread that runs steps is stuck."""
-    thread = threads.start(Device(held_from=1), step_timeout_s=0.1)
-    with pytest.raises(ReplicaFailed, match=r"LORAMUX_STEP_TIMEOUT_S=0\.1"):
-        await end(submit(thread))
-    threads.why = await thread.ended()
-    assert threads.why
-
-
 def test_a_watchdog_bounds_each_step_by_itself() -> None:
     """The bound is for one step, not for all of them together, nor for the time between two."""
     now_s, late = [0.0], list[float]()
@@ -121,28 +93,6 @@ def test_a_watchdog_bounds_each_step_by_itself() -> None:
     assert late == [340.5]
 
 
-async def test_the_engine_bounds_each_step_and_nothing_between_two(threads, monkeypatch) -> None:
-    """Every step is watched, its failure included; the thread that waits for work is not."""
-    watched: list[str] = []
-
-    class Noted(Watchdog):
-        def __enter__(self) -> Noted:
-            watched.append("begin")
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            watched.append("end")
-
-    monkeypatch.setattr(engine_thread, "Watchdog", Noted)
-    device = Device()
-    device.before_step = lambda _: watched.append("step")
-    thread = threads.start(device)
-    assert await end(submit(thread, new=3)) is EndReason.LENGTH
-    assert await thread.stop() is None
-    around = [watched[at - 1 : at + 2] for at, what in enumerate(watched) if what == "step"]
-    assert around == [["begin", "step", "end"]] * 3
-
-
 async def test_a_mistake_outside_a_step_ends_every_request_too(threads: Threads) -> None:
     thread = threads.start(Device())
     priority: Any = None  # no API lets it through: the queue cannot be sorted
@@ -152,25 +102,6 @@ async def test_a_mistake_outside_a_step_ends_every_request_too(threads: Threads)
         await end(outputs)
     threads.why = await thread.ended()
     assert threads.why == "its thread failed"
-
-
-async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room(threads: Threads) -> None:
-    """As many requests wait as the queue holds when all seats are taken, seen by a step or not."""
-    device = Device(held_from=2)
-    thread = threads.make(device, max_queue=3, seqs=2)
-    running = [submit(thread, new=30) for _ in range(2)]
-    thread.start()
-    await until(lambda: thread.stats.running == 2, "two that run", lambda: thread.stats)
-    waiting = [submit(thread) for _ in range(3)]
-    for _ in range(2):
-        with pytest.raises(QueueFull):
-            submit(thread)
-    waiting.pop().close()
-    waiting.append(submit(thread))
-    with pytest.raises(QueueFull):
-        submit(thread)
-    device.go.set()
-    assert {await end(each) for each in (*running, *waiting)} == {EndReason.LENGTH}
 
 
 async def test_free_seats_that_a_step_cannot_fill_let_nobody_in(threads: Threads) -> None:
@@ -274,16 +205,6 @@ async def test_deadlines_pass_while_nothing_moves(threads: Threads, mode: PauseM
     await pause
     thread.resume()
     assert await task is EndReason.LENGTH
-
-
-async def test_who_goes_away_while_nothing_moves_is_let_go(threads: Threads) -> None:
-    device = Device(HELD_AT)
-    thread = threads.start(device)
-    await thread.pause()
-    submit(thread).close()
-    thread.resume()
-    assert await end(submit(thread, new=1)) is EndReason.LENGTH
-    assert device.steps == 1
 
 
 async def test_a_stop_ends_a_pause(threads: Threads) -> None:

@@ -114,29 +114,6 @@ def test_tokens_of_a_minute_come_back_with_time() -> None:
     world.refused()
 
 
-def test_tokens_that_others_used_meanwhile_are_seen_before_the_engine() -> None:
-    """Requests that arrive together do not all pass on the tokens that were left at their arrival."""
-    world = World(models={"a": {"tokens_per_minute": 60}})
-    first, second = world.enter(), world.enter()
-    first.check_tokens()
-    first.submitted(sequence(60))
-    with pytest.raises(RateLimited):
-        second.check_tokens()
-
-
-def test_a_key_has_limits_of_its_own_in_all_models_together() -> None:
-    ann, bob = holder("ann", max_waiting=1, tokens_per_minute=60), holder("bob", max_waiting=1)
-    world = World()
-    world.enter(A, ann)
-    assert "the API key 'ann'" in world.refused(B, ann).message
-    world.enter(A, bob)
-    world.enter(B)
-    world.stack.close()
-    world.ask(60, 0, A, ann)
-    world.refused(B, ann)
-    world.ask(60, 0, A, bob)
-
-
 def test_the_engine_gets_what_a_request_asks() -> None:
     """A flow is the model's, or the key's where it has a share; weights multiply; the lower bound holds."""
     world = World(default={"max_running": 8}, models={"a": {"weight": 3}})

@@ -12,7 +12,6 @@ from structlog.contextvars import bound_contextvars
 from structlog.testing import capture_logs
 
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence, Token
 from inference_service.engine.engine import SequenceCounts
@@ -110,14 +109,6 @@ def test_the_time_per_token_of_one_token_is_unknown() -> None:
 def lora_info(sequences: SequenceCounts, *models: ServedModel) -> tuple[str, str]:
     [(labels, _)] = Scrape(replica(sequences, models).render().decode()).series("vllm:lora_requests_info")
     return labels["running_lora_adapters"], labels["waiting_lora_adapters"]
-
-
-def test_gateways_read_adapters_alone() -> None:
-    """The ready adapters are those in the bank, running or not, ordered by name, without the base."""
-    models = [ServedModel("base"), *(ServedModel(name, Adapter(name, 0)) for name in ("b", "a", "c"))]
-    busy = SequenceCounts({"base": 3, "b": 1}, {"c": 1, "base": 1})
-    assert lora_info(busy, *models) == ("a,b,c", "c")
-    assert lora_info(SequenceCounts({}, {}), *models) == ("a,b,c", "")
 
 
 def test_a_merged_adapter_has_its_name() -> None:

@@ -16,11 +16,9 @@ from loramux_shared.faults import Fault, SourceChanged, SourceRefused, StoreUnav
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, open_sources
 from loramux_shared.storage.local import LocalStore
-from tests.support.adapters import write_adapter, write_base
 from tests.support.cases import cases
 from tests.support.commands import run
 from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
-from tests.support.folders import built, deployment_of, workshop
 
 NO_TEXT = os.fsdecode(b"caf\xe9")
 
@@ -82,12 +80,6 @@ def test_a_recorded_file_name_is_a_path(folder: Path) -> None:
         files = {name: FileDigest(size=1, sha256="0" * 64)}
         with pytest.raises(SourceRefused, match="not a path of this server"):
             LocalSource([folder]).place(local(folder, repo=str(folder)), files, folder)
-
-
-def test_a_build_ignores_names_that_are_no_text(tmp_path: Path) -> None:
-    (write_adapter(tmp_path / "one") / NO_TEXT).write_text("")
-    (write_base(tmp_path / "base") / NO_TEXT).write_text("")
-    assert built(deployment_of(tmp_path, "one"), workshop(tmp_path)).generation.number == 1
 
 
 @pytest.mark.parametrize("field", ["repo", "revision", "subfolder", "runtime_secret_name"])

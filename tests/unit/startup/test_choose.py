@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference_service.backends.native import NativeOperations
-from inference_service.backends.native_lora import NativeLora
 from inference_service.core.computing import COST, CURES, Lack
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.build import Built
@@ -28,19 +26,6 @@ def config() -> ModelConfig:
 
 def _settings(tmp_path: Path, **settings: object) -> InferenceSettings:
     return InferenceSettings.model_validate({"deployment": "tiny", "cache_dir": tmp_path} | settings)
-
-
-def test_native_can_be_asked_for(config: ModelConfig, native_folder: Path) -> None:
-    """The native backend runs on the CPU, on a machine with a GPU too, and does not record steps."""
-    if build.load(native_folder).library is None:
-        pytest.skip("no C++ compiler")
-    chosen = choose_backend(_settings(native_folder.parent, backend="native"), config)
-    assert isinstance(chosen.new_lora(), NativeLora)
-    assert (chosen.device.type, chosen.recordable) == ("cpu", False)
-    assert isinstance(chosen.operations, NativeOperations)
-    ops = chosen.operations.ops
-    how = f"float32 ({ops.instructions})" if ops.multiplies else "float32 by oneDNN"
-    assert chosen.computing.product == f"{how}; the checkpoint is float32"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +17,6 @@ from structlog.testing import capture_logs
 
 from inference_service.backends.operations import Backend
 from inference_service.core.adapter import Adapter
-from inference_service.core.computing import Computing
 from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.runner import Pending, Runner
@@ -36,7 +35,6 @@ from inference_service.startup.memory import (
     measure,
     measure_graph,
 )
-from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import STEP_SIZES, InferenceSettings
@@ -251,41 +249,10 @@ def test_the_best_windows_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert products.count == 8
 
 
-def test_weights_in_fewer_bits_are_read_sooner_and_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes of a token and the speed are those of the stored weights."""
-    speed, _ = measured(monkeypatch, 3, chain([1.0], repeat(1e-4)), BYTES // 4)
-    assert speed == pytest.approx(0.75 * BYTES / 1e-4)
-    monkeypatch.setattr(base, "token_bytes", lambda *_: 1_000_000)
-    monkeypatch.setattr(base, "bytes_per_s", lambda *_: 1e9)
-    fields = {"dtype": torch.float32, "quantization": Rounding.NONE, "computing": Computing()}
-    backend = cast(Backend, SimpleNamespace(**fields))
-    sizes = {"in_features": INSIDE, "out_features": OUTSIDE}
-    linears = [cast(Linear, SimpleNamespace(**sizes, saved_bytes=saved)) for saved in (BYTES // 4, 0)]
-    assert base.reading_of(backend, cast(ModelConfig, None), linears).token_bytes == 875_000
-    assert base.reading_of(backend, cast(ModelConfig, None), []).token_bytes == 1_000_000
-
-
 def test_a_start_does_not_wait_for_it_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """The measurement of any model ends at the bound: but for the first product, and the running one."""
     _, products = measured(monkeypatch, 10**6, repeat(0.02))
     assert products.now <= BOUND_S + 2 * 0.02
-
-
-def test_a_small_model_is_measured_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small model is measured as a whole, as its reading may end within the first window."""
-    assert measured(monkeypatch, 3, chain([1.0], repeat(1e-4)))[0] == pytest.approx(BYTES / 1e-4)
-    assert measured(monkeypatch, 1, repeat(1e-4))[0] == 0
-
-
-def test_a_speed_that_no_machine_has_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measured(monkeypatch, 20, repeat(BYTES / 0.9e9))[0] == 0
-
-
-def test_what_is_known_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start line has bytes, speed and the time of a token."""
-    both = Computing(token_bytes=270_000_000, bytes_per_s=19e9)
-    assert both.reading == "0.27 GB of weights a token, 19 GB/s measured: at best 14.2 ms a token"
-    assert (Computing(bytes_per_s=19e9).reading, Computing().reading) == ("19 GB/s measured", "")
 
 
 def anonymous() -> int:
