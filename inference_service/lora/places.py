@@ -66,16 +66,6 @@ class Places:
         """Free bytes, in any number of holes."""
         return self.num_bytes - sum(taken.end - taken.start for taken in self._taken)
 
-    def __contains__(self, owner: int) -> bool:
-        return owner in self._start_of
-
-    def __len__(self) -> int:
-        return len(self._taken)
-
-    def offset_of(self, owner: int) -> int:
-        """Return where an occupant begins."""
-        return self._start_of[owner]
-
     def find(self, size: int, last_used: Callable[[int], int | None]) -> Place | None:
         """Return where so many bytes can go, or None while too much may not leave.
 

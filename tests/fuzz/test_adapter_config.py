@@ -6,12 +6,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
 
 from builder_service.domain.rules.adapter import check_adapter
 from loramux_shared.codes import CODES
-from loramux_shared.extensions import PARTS, find_extensions
 from tests.fuzz.mutate import TEXTS, bounded, json_text, mutated_json
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT
 from tests.support.adapters import write_adapter
@@ -70,40 +68,4 @@ KINDS = {
     "IA3": {"ia3_l": (16, 1)},
     "LOKR": {"lokr_w1": (4, 4), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 4)},
 }
-SHARED = {"base_model.vera_A": (4, 24), "base_model.vera_B": (24, 4)}
 SIZES = (0, 1, 2, 3, 4, 16, 17, 2000)
-
-
-def odd_kind(rng: Random) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """Return a kind that amounts to LoRA, with some wrong or missing shapes."""
-    kind = rng.choice(sorted(KINDS))
-    parts = KINDS[kind] | (SHARED if kind == "VERA" else {})
-    for name, shape in parts.items():
-        if rng.random() < 0.15:
-            parts = parts | {name: tuple(rng.choice(SIZES) for _ in range(rng.choice((1, 2, 2, 3))))}
-        elif rng.random() < 0.03:
-            parts = {other: each for other, each in parts.items() if other != name}
-        elif len(shape) == 2 and rng.random() < 0.05:
-            parts = parts | {name: shape[::-1]}
-    return kind, parts
-
-
-@pytest.mark.skipif("kinds" not in find_extensions(PARTS), reason="an extension reads them")
-def test_odd_shapes_of_other_kinds_are_taken_or_refused_by_name(tmp_path):
-    """Any combination of shapes gives a named finding, or rows of the base's own sizes."""
-    accepted = 0
-    with bounded() as watch:
-        for case in range(80):
-            kind, parts = odd_kind(Random(case))
-            root = "base_model.model.model.layers.0.self_attn.q_proj."
-            named = {name if "." in name else root + name: shape for name, shape in parts.items()}
-            values = {name: np.full(shape, 0.5, "f2") for name, shape in named.items()}
-            ranks = {"r": 2 if kind == "LOHA" else 4, "init_r": 4, "target_modules": ["q_proj"]}
-            write_adapter(tmp_path, values, peft_type=kind, **ranks)
-            with watch.case(f"seed {case}"):
-                checked = check_adapter(tmp_path, book())
-            assert {finding.code for finding in checked.findings} <= CODES.keys(), case
-            assert bool(checked.rows) != bool(checked.errors), case
-            assert all((row.row.in_features, row.row.out_features) == (16, 16) for row in checked.rows), case
-            accepted += bool(checked.rows)
-    assert 13 < accepted < 67

@@ -62,12 +62,6 @@ def test_every_code_about_adapters_has_an_exhibit() -> None:
     assert about - alone == {"E_BAD_NPY", "W_GATE_UP"}
 
 
-def test_exhibits_have_names_of_their_own() -> None:
-    """Two exhibits of one name would hide one another in a report."""
-    names = [exhibit.name for exhibit in EXHIBITS]
-    assert sorted(set(names)) == sorted(names)
-
-
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_manifests_are_the_same_on_every_machine(name):
     """The same adapter and settings give the same manifest, digests and norms included, byte for byte."""

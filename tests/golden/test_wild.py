@@ -127,9 +127,3 @@ def test_every_shape_is_exact_or_refused_by_name(tmp_path, shape):
     assert sorted(changing) == sorted(expected)
     for place, delta in expected.items():
         np.testing.assert_allclose(changing[place], delta, rtol=0, atol=1e-6 * np.abs(delta).max())
-
-
-def test_shapes_have_names_of_their_own():
-    """Two shapes of one name would hide one another in the table."""
-    names = [shape.name for shape in SHAPES]
-    assert sorted(set(names)) == sorted(names)

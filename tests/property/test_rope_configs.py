@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import strategies as st
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -19,7 +19,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
 from tests.support.cases import cases
-from tests.support.examples import examples, spread
+from tests.support.examples import spread
 from tests.support.tiny import SIZES
 
 FAMILIES = {
@@ -37,24 +37,6 @@ OF_LAYERS = ("gemma3_text", "gemma4_text", "olmo3")
 def blocks() -> st.SearchStrategy[dict[str, Any] | None]:
     """A block of rope, an empty one, or null."""
     return st.sampled_from([*BLOCKS.values(), {}, None])
-
-
-def parameters() -> st.SearchStrategy[dict[str, Any] | None]:
-    """Return the possible ``rope_parameters``: one block, or one per type of layers."""
-    nested = st.dictionaries(st.sampled_from(["full_attention", "sliding_attention"]), blocks(), max_size=2)
-    return st.one_of(blocks(), nested)
-
-
-FIELDS = st.fixed_dictionaries(
-    {},
-    optional={
-        "rope_scaling": blocks(),
-        "rope_parameters": parameters(),
-        "rope_theta": st.sampled_from([10000.0, 5000]),
-        "rope_local_base_freq": st.sampled_from([20000.0]),
-        "original_max_position_embeddings": st.sampled_from([20, 128]),
-    },
-)
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +104,6 @@ def compare(folder: Path) -> bool:
             torch.testing.assert_close(found[kind][0], freqs, rtol=1e-6, atol=0, msg=kind)
             assert found[kind][1] == pytest.approx(magnitude, rel=1e-6)
     return True
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", FAMILIES)
-@settings(max_examples=examples(10), derandomize=True, suppress_health_check=list(HealthCheck))
-@given(fields=FIELDS)
-def test_rope_is_read_as_transformers_reads_it(folder: Path, model_type: str, fields: dict[str, Any]) -> None:
-    """A config that both take has the same frequencies, in every family and every place, and in places
-    together.
-    """
-    write(folder, model_type, fields)
-    compare(folder)
 
 
 def _filled(value: Any, name: str) -> Any:

@@ -90,23 +90,6 @@ def test_a_place_that_becomes_free_is_given_away() -> None:
     assert found == {"b": 2, OTHERS: 4, "c": 1}
 
 
-def test_counters_of_a_model_only_grow_or_restart() -> None:
-    """A model that was not used for an hour has no series; one that comes back begins at its first request."""
-    now = [0.0]
-    series = ModelSeries([COUNTED], [TOOK], clock=lambda: now[0])
-    for _ in range(3):
-        series.count(COUNTED.name, "a", label="OK")
-    series.observe(TOOK.name, "a", 0.5)
-    now[0] = LATELY_S - 1
-    series.count(COUNTED.name, "b", label="OK")
-    assert scrape(series).value("loramux_asked_total", model="a", outcome="OK") == 3
-    now[0] = LATELY_S + 1
-    metrics = scrape(series)
-    assert [labels["model"] for labels, _ in metrics.series("loramux_asked_total")] == ["b"]
-    series.count(COUNTED.name, "a", label="OK")
-    assert scrape(series).value("loramux_asked_total", model="a", outcome="OK") == 1
-
-
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "ä"])
 def test_every_name_can_be_read_again(name: str) -> None:
     series = ModelSeries([COUNTED], [])

@@ -174,22 +174,6 @@ def test_thousands_of_adapters_are_cheap() -> None:
         names.get("adapter-0050O")
 
 
-def test_a_mixture_is_of_what_its_parts_are_named_by() -> None:
-    """Versions, aliases and prefixed names are parts too; the spelling does not matter; a name comes first."""
-    known = catalog({"a": "one", "b": "two", "c": "one"}, aliases={"either": {"b": 1}})
-    mixed = known.resolve("a*0.7+b*0.5")
-    assert mixed.name == "a*0.7+b*0.5"
-    assert mixed.names == ("a", "b")
-    same = f"either*0.25 + base:a*0.7 + b@{digest('two')[:8]}*0.25"
-    assert known.resolve(same).digest == mixed.digest
-    assert known.resolve("a*0.4+b*0.5+c*0.3").digest == mixed.digest
-    assert known.resolve("a*0.7+b*0.25").digest != mixed.digest
-    assert known.resolve("a*0.5+c*0.5") == known.get("a")
-    assert known.resolve("a*0") == known.resolve("a+a*-1") == known.get("base")
-    named = Catalog(1, "base", [BASE, ServedModel("a+b", Adapter("d"))])
-    assert named.resolve("a+b").name == "a+b"
-
-
 def test_base_is_a_name_of_the_base() -> None:
     """The name `base` is the base where nothing else has it; not where no base is served, or the caller may not
     use it.
@@ -215,27 +199,6 @@ def test_a_mixture_opens_nothing_that_its_parts_do_not() -> None:
     merged = Catalog(1, "base", [ServedModel("m", digest=digest("one"))])
     with pytest.raises(RequestInvalid, match="merged into the weights"):
         merged.resolve("m*0.5")
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        (ServedModel("k", Adapter("k"), affine=True), "is DoRA, or has biases"),
-        (ServedModel("k", Adapter("k", invocation=(5,))), "acts from its invocation tokens on"),
-        (
-            ServedModel("k", Adapter("k"), modules=("attn_q", "embedding")),
-            "has embeddings or a head of its own",
-        ),
-    ],
-)
-def test_adapters_of_other_kinds_are_not_mixed(kind: ServedModel, expected: str) -> None:
-    """An adapter of another kind cannot be blended or scaled; the scale 1 is valid, and 0 drops an adapter."""
-    known = Catalog(1, "base", [BASE, ServedModel("a", Adapter("a")), kind])
-    for request in ("a*0.5+k", "k*0.5"):
-        with pytest.raises(RequestInvalid, match=f"adapters that can be scaled; this one {expected}"):
-            known.resolve(request)
-    assert known.resolve("k*1+a*0").name == "k"
-    assert known.resolve("a*0.5+k*0").names == ("a",)
 
 
 def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:

@@ -2,28 +2,20 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from safetensors import safe_open
-from structlog.testing import capture_logs
 
 from loramux_shared.bases.cache import Cache, KeptTokens
 from loramux_shared.bases.memory import (
-    GB,
     Needs,
-    needs_of,
     plan_memory,
     token_bytes,
     weights_bytes,
 )
-from loramux_shared.bases.read import read_config, read_fields
+from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.runtime import Rounding
-from loramux_shared.settings import InferenceSettings
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.hub_configs import HUB_CONFIGS
-from tests.support.tiny import SIZES, make_world
 
 NEEDS = Needs(weights=16 * 10**9, adapters=10**9, activations=2 * 10**9, graphs=10**9)
 CACHE = Cache((KeptTokens(None, 131072),), block_size=16, longest=8192, seqs=64, rows=2048, whole=True)
@@ -63,36 +55,6 @@ def test_a_sequence_that_was_promised_must_fit_and_another_is_cut() -> None:
     with pytest.raises(ResourcesExhausted, match=r"holds 4096 tokens \(0.54 GB at 131072 .* max_seq_len=8192"):
         plan_memory(63 * 10**9, NEEDS, small, share=0.9)
     assert plan_memory(63 * 10**9, NEEDS, replace(small, whole=False), share=0.9).max_seq_len == 4096
-
-
-def test_needs_follow_the_model_and_the_settings(tmp_path: Path) -> None:
-    """Weights are those of the checkpoint; steps grow with the batch; graphs cost nothing without graphs."""
-    base = make_world(tmp_path).base
-    config = read_config(base, None)
-    with safe_open(str(base / "model.safetensors"), "pt") as file:
-        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - no mapping
-    matrices = sum(tensor.nbytes for tensor in tensors if tensor.dim() == 2)
-    expected = InferenceSettings(deployment="tiny", max_batch_tokens=100, max_batch_seqs=8)
-    needs = needs_of(config, 4, 77, expected, "cpu", graphs=False)
-    assert (needs.weights, needs.adapters, needs.graphs) == (matrices, 77, 0)
-    assert needs_of(config, 2, 77, expected, "cpu", graphs=False).weights == matrices / 2
-    wider = expected.model_copy(update={"max_batch_tokens": 200})
-    more = needs_of(config, 4, 77, wider, "cpu", graphs=True)
-    assert more.activations - needs.activations >= 100 * 4 * (2 * SIZES["intermediate_size"])
-    assert more.graphs > 0
-
-
-def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:
-    world, store = make_world(tmp_path), MemoryStore()
-    world.build(store)
-    with capture_logs() as logs:
-        ready = world.load(store, kv_memory_gb=0.01)
-    sizes = {entry["item"]: entry["gb"] for entry in logs if entry["event"] == "memory"}
-    items = "bank of adapters, weights, adapters, activations, graphs, libraries, key-value cache, left"
-    assert list(sizes) == items.split(", ")
-    stats = ready.engine.stats
-    assert sizes["key-value cache"] == round(stats.blocks_total * 16 * 2 * 2 * 2 * 8 * 4 / GB, 3)
-    assert sizes["left"] > 0
 
 
 def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> None:

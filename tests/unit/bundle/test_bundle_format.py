@@ -267,8 +267,3 @@ def test_the_records_inside_others_have_the_keys_that_the_page_names() -> None:
     """The page lists each nested record in braces, with all of its keys, and no other braces."""
     reported = {frozenset(keys.split(", ")) for keys in re.findall(r"`{(\w+(?:, \w+)+)}`", PAGE)}
     assert reported == {frozenset(record.model_fields) for record in INSIDE}
-
-
-@pytest.mark.parametrize("record", [*INSIDE, Manifest, ModuleRow, Generation, Current])
-def test_records_refuse_unknown_keys(record: type[Model]) -> None:
-    assert record.model_config["extra"] == "forbid"

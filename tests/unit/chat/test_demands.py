@@ -151,21 +151,6 @@ def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
-    family = FAMILIES[name]
-    expected, vocabulary = demand(family)
-    turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
-    _, answer = await answer_of(family, turn | {"reasoning_content": "", "reasoning": ""})
-    answer = as_models_write(family, answer).removeprefix("\n</think>\n\n").removeprefix("\n")
-    head = head_of(family)
-    free = expected.free(TOOLS_OFFERED, ["find"])("</think>")
-    assert accepts(free, f"{head}It <b rains.", vocabulary)
-    assert accepts(free, answer, vocabulary)
-    assert not accepts(free, answer.replace("find", "fine"), vocabulary)
-    assert not accepts(free, answer[: len(answer) // 2], vocabulary)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
 async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
     family = FAMILIES[name]
     expected, vocabulary = demand(family)

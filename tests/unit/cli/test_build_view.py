@@ -13,7 +13,7 @@ from google.protobuf.json_format import ParseDict
 from loramux.cli import shell
 from loramux.cli.build_view import ROWS, BuildView, show_built
 from loramux.cli.local.tree import listening_address
-from loramux.cli.local.up import reachable, show_lines_to_try
+from loramux.cli.local.up import show_lines_to_try
 from loramux.cli.shell import Later, Screen
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
@@ -178,20 +178,6 @@ def test_the_lines_work_as_they_stand(capsys, monkeypatch) -> None:
     assert request.sampling.max_tokens == 64
     assert [turn.role for turn in request.messages.messages] == ["user"]
     assert grpcurl[-2:] == ["127.0.0.1:50060", "loramux.inference.v1.InferenceService/Generate"]
-
-
-def test_without_a_key_none_is_shown(capsys, monkeypatch) -> None:
-    """Hints without keys have no header for one, and leave the usual address out."""
-    monkeypatch.delenv("LORAMUX_API_KEY", raising=False)
-    show_lines_to_try("127.0.0.1:50052", "127.0.0.1:8000", "lora1")
-    text = capsys.readouterr().out
-    assert "authorization" not in text
-    assert "--grpc" not in text
-    assert "Client()" in text
-
-
-def test_an_address_of_all_is_reached_as_this_machine() -> None:
-    assert (reachable("0.0.0.0:1"), reachable("10.0.0.1:1")) == ("127.0.0.1:1", "10.0.0.1:1")
 
 
 def test_port_0_is_a_free_port_of_the_same_host() -> None:

@@ -247,37 +247,6 @@ def test_duplicate_keys(tmp_path: Path) -> None:
     assert "line 4: 'a' appears twice" in message
 
 
-def test_all_violations_at_once(tmp_path: Path) -> None:
-    refusal = _refusal(
-        tmp_path,
-        """
-        model_name: a b
-        build:
-          base_model: encoder_bert
-          checkpoint_repository: {source: hf, repo: org/base, subfolder: ../x}
-          max_seq_len: 1
-          lora_adapters:
-            bad/name: {source: HF, repo: a/b}
-            no-repo: {source: HF}
-          lora_configuration: {max_lora_rank: 0}
-        runtime: {request_default_max_tokens: 0, nonsense: 1}
-        """,
-    )
-    assert {(finding.code, finding.where) for finding in refusal.findings} == {
-        ("E_BAD_FIELD", "model_name"),
-        ("E_BAD_FIELD", "build.base_model"),
-        ("E_BAD_FIELD", "build.checkpoint_repository.source"),
-        ("E_BAD_FIELD", "build.checkpoint_repository.subfolder"),
-        ("E_BAD_FIELD", "build.max_seq_len"),
-        ("E_BAD_FIELD", "build.lora_adapters.bad/name"),
-        ("E_MISSING_FIELD", "build.lora_adapters.no-repo.repo"),
-        ("E_BAD_FIELD", "build.lora_configuration.max_lora_rank"),
-        ("E_BAD_FIELD", "runtime.request_default_max_tokens"),
-        ("E_UNKNOWN_FIELD", "runtime.nonsense"),
-    }
-    assert refusal.message == "the deployment breaks 10 rules"
-
-
 @pytest.mark.parametrize("revision", ["1234567", "2024-01-31"])
 def test_a_revision_that_yaml_reads_as_a_number_or_date(tmp_path: Path, revision: str) -> None:
     """A commit of digits only, unquoted, is refused with the cure."""

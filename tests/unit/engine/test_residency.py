@@ -236,6 +236,17 @@ def test_who_is_copied_at_once_misses_no_step() -> None:
     assert set(world.ends) == {each.id for each in requests}
 
 
+def test_a_pinned_adapter_stays_and_comes_back_by_itself() -> None:
+    world = World(2, [1, 1, 1])
+    world.residency.pin(world.adapters[0])
+    world.settle()
+    world.answer(1, 2, 1, 2)
+    assert 0 in world.resident()
+    world.residency.unpin(world.adapters[0])
+    world.answer(1, 2)
+    assert world.resident() == {1, 2}
+
+
 def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
     world = World(4, [3, 2, 5])
     world.residency.pin(world.adapters[0])

@@ -9,17 +9,13 @@ import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
 
-from inference_service.rpc.builder import BuilderPublisher
 from inference_service.rpc.extensions import Extensions, ServiceExtension, Services
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keys import Scope
-from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.server import CORE, RpcServer, Rules
 from tests.support.access import keyring
-
-REPOSITORY = Repository(source=SourceKind.HF, repo="org/lora")
 
 
 def info(state: DeploymentState, generation: int | None, failure: Fault | None = None) -> DeploymentInfo:
@@ -48,18 +44,6 @@ class Builder:
     async def rollback(self, name: str, to: int | None = None) -> Any:
         self.asked.append((name, to))
         return SimpleNamespace(generation=8)
-
-
-async def test_an_update_returns_with_the_number_of_its_generation() -> None:
-    """The request has the caller's fields, and an id of its own."""
-    builder = Builder(info(DeploymentState.ACTIVE, 7))
-    publisher = BuilderPublisher(builder, "demo")
-    assert await publisher.add("a", REPOSITORY, must_be_new=True) == 7
-    assert await publisher.remove("a") == 7
-    assert await publisher.roll_back(3) == 8
-    added, removed = ("demo", {"a": REPOSITORY}, (), True), ("demo", {}, ("a",), False)
-    assert builder.asked == [added, removed, ("demo", 3)]
-    assert len(set(builder.request_ids)) == 2
 
 
 async def _echo(request: Empty, _context: object) -> Empty:

@@ -9,11 +9,10 @@ from tokenizers import Tokenizer, decoders, models
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
 from inference_service.serving.answer import Answer
-from inference_service.serving.delivery import SLICE, Delivery, Outputs
+from inference_service.serving.delivery import Delivery, Outputs
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.faults import InternalFault, ReplicaFailed
-from tests.support.waiting import ended
 from tests.unit.serving.threads import following
 
 
@@ -22,36 +21,6 @@ def _stream(name: int) -> Outputs:
     stream = Outputs([seq], lambda _: None)
     stream.put(seq.id, [StepOutput(seq.id, Token(7), None)])
     return stream
-
-
-class _Woken:
-    def __init__(self, streams: list[Outputs]) -> None:
-        self.order: list[int] = []
-        self.tasks = [asyncio.ensure_future(self._wait(*each)) for each in enumerate(streams)]
-
-    async def _wait(self, number: int, stream: Outputs) -> None:
-        await stream.get()
-        self.order.append(number)
-
-
-async def _ready(count: int) -> tuple[Delivery, list[Outputs], _Woken]:
-    """Return a delivery before its begin, with streams and their waiting tasks."""
-    delivery, streams = Delivery(), [_stream(number) for number in range(count)]
-    woken = _Woken(streams)
-    await asyncio.sleep(0)
-    for each in streams:
-        delivery.add(each, urgent=False)
-    return delivery, streams, woken
-
-
-async def test_first_and_last_tokens_pass_all_others() -> None:
-    delivery, streams, woken = await _ready(3 * SLICE)
-    for each in streams[-2:]:
-        delivery.add(each, urgent=True)
-        delivery.add(each, urgent=False)
-    delivery.begin()
-    await ended(asyncio.gather(*woken.tasks), "all streams")
-    assert woken.order == [3 * SLICE - 2, 3 * SLICE - 1, *range(3 * SLICE - 2)]
 
 
 async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
