@@ -1,14 +1,13 @@
 """Every shipped tile configuration of every kernel, through the real compiler; no GPU needed."""
 
 import difflib
-from itertools import combinations, product
 
 import pytest
 
 from inference_service.kernels.launch import ARCHITECTURES
 from tests.golden.kernels import sources
 from tests.golden.kernels.write import package_of, printed, recorded
-from tests.kernels.aot import PACKAGES, Line, covering, variants
+from tests.kernels.aot import PACKAGES, Line, variants
 
 PORTABLE_SHARED = 99 * 1024
 """Bytes that a program may have on every architecture from sm_80 on (163 KB on sm_80, 227 KB on sm_90)."""
@@ -64,30 +63,3 @@ def test_every_configuration_takes_what_the_table_says(package: str) -> None:
     found = printed([package])
     assert len(found) == sum(package_of(line) == package for line in recorded())
     assert_as_kept(found)
-
-
-def test_what_two_choices_allow_meets_in_few_combinations() -> None:
-    """A few combinations cover every two values and all requested ones; all combinations are many more."""
-    choices = {"a": (1, 2, 3), "b": (1, 2, 3), "c": (True, False), "d": (True, False)}
-    rows = covering(choices, lambda row: row["a"] + row["b"] + row["c"])
-    for first, second in combinations(choices, 2):
-        met = {(row[first], row[second]) for row in rows}
-        assert met == set(product(choices[first], choices[second]))
-    assert {row["a"] + row["b"] + row["c"] for row in rows} == set(range(2, 8))
-    assert len(rows) <= 12
-
-
-@pytest.mark.sweep
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_layer_spills_in_attention(architecture: int) -> None:
-    """Heads, groups, windows, caps and types in all combinations; the table holds every two of them."""
-    found = printed(["attention_sweep"], [architecture])
-    assert [str(line) for line in found if line.stack != 0 or line.shared > PORTABLE_SHARED] == []
-
-
-@pytest.mark.sweep
-@pytest.mark.timeout(1800)
-def test_no_number_of_planes_or_slices_spills() -> None:
-    """SGMV's kernels are specialised for the planes and slices that they have: the table holds the most."""
-    assert [str(line) for line in printed(["sgmv_sweep"]) if line.stack != 0] == []

@@ -130,30 +130,6 @@ def test_long_contexts_are_cut_and_put_together(name: str, device: str) -> None:
     expect_right(case)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
-@pytest.mark.parametrize("window", [None, 7, 40])
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_all_contexts_in_one_step(
-    dtype: torch.dtype, block_size: int, group: int, window: int | None, softcap: float | None, device: str
-) -> None:
-    """Every context as decode, as a prompt, and as a chunk that continues it."""
-    contexts = [1, 15, 16, 17, 63, 100]
-    chunks = [(length, end) for end in contexts for length in dict.fromkeys((1, end, max(1, end // 3)))]
-    case = make_case(
-        Layout(chunks, block_size, padding=5, spare=2),
-        Heads(2 * group, 2, 48, rotary=16, norm="own"),
-        dtype=dtype,
-        device=device,
-        window=window,
-        softcap=softcap,
-        sinks=block_size == 32 and dtype is not torch.bfloat16,
-    )
-    expect_right(case)
-
-
 def test_two_runs_give_the_same_bits(device: str) -> None:
     """Pieces are summed in a fixed order."""
     case = make_case(Layout([(1, 300), (5, 700)]), dtype=torch.float16, device=device)

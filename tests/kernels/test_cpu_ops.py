@@ -2,27 +2,20 @@
 
 import ctypes
 import math
-import shutil
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, strategies as st
 from torch import Tensor
 
 from inference_service.backends.operations import ACTIVATIONS
-from inference_service.core.computing import Lack
 from inference_service.core.constraint import packed
-from inference_service.kernels.cpu.build import load
-from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.compiling import Kind, kinds_that_run
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, Tiled, adapters_of
+from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, adapters_of
 from inference_service.kernels.rows import Activation
 from inference_service.kernels.sampling import RowParams, draw_rows
-from tests.support.native import as_in_a_wheel
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -176,47 +169,6 @@ def test_compact_weights_have_the_bits_of_whole_ones(library: ctypes.CDLL) -> No
         for rows in (1, 3, 8, 9, 64, 65, 130):
             found, expected = ops.linear(x[:rows], compact), ops.linear(x[:rows], whole)
             assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), (width, columns, own, rows)
-
-
-@given(
-    rows=st.integers(1, 40),
-    granules=st.integers(1, 30),
-    seed=st.integers(0, 2**32 - 1),
-    uppers=st.integers(1, 24),
-    exceptions=st.integers(0, 3),
-)
-def test_compact_weights_are_the_very_bits(
-    compiled: ctypes.CDLL, rows: int, granules: int, seed: int, uppers: int, exceptions: int
-) -> None:
-    """The bits are equal where 16 upper bytes and few exceptions suffice; other weights are not compacted."""
-    ops, drawn = CpuOps(compiled, torch.bfloat16), np.random.default_rng(seed)
-    if not ops.compacts:
-        pytest.skip("this processor has whole weights alone")
-    shape = rows, 8 * granules
-    upper = drawn.choice(256, uppers, replace=False)[drawn.integers(0, uppers, shape)].astype(np.uint16)
-    bits = drawn.integers(0, 256, shape, dtype=np.uint16) | upper << 8
-    at = drawn.integers(0, bits.size, exceptions)
-    bits.flat[at] = drawn.integers(0, 2**16, exceptions, dtype=np.uint16)
-    compact = ops.compact(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16))
-    often = np.bincount(bits.ravel() >> 8, minlength=256)
-    often[0] += (padding := -rows % 16 * shape[1])
-    assert (compact is None) == (np.sort(often)[:-16].sum() > (bits.size + padding) // 512)
-    if compact is not None:
-        assert np.array_equal(_unpacked(compact, shape), bits)
-
-
-def _unpacked(compact: Tiled, shape: tuple[int, int]) -> npt.NDArray[np.uint16]:
-    """Return the weights of tiles in the layout of compact.h."""
-    tiles, _, beside, _ = compact._kept
-    values = beside.numpy()
-    granules = tiles.numpy().reshape(-1, 3, 4, 2, 8)  # of each vector: parts, halves, bytes
-    places = np.stack([granules[:, 2] & 15, granules[:, 2] >> 4], axis=1)
-    words = granules[:, :2] | values[1:3].view(np.uint8)[places].astype(np.uint16) << 8
-    ordered = words.transpose(0, 1, 3, 2, 4).ravel()  # vectors of 32: [K / 2][16][2]
-    for exception in values[3:-1].view(np.uint64):
-        ordered[int(exception) >> 16] = int(exception) & 0xFFFF
-    by_column = ordered.reshape(-1, shape[1] // 2, 16, 2).transpose(0, 2, 1, 3)
-    return by_column.reshape(-1, shape[1])[: shape[0]].astype(np.uint16)
 
 
 def test_a_width_that_is_no_whole_unit_is_left_to_others(library: ctypes.CDLL) -> None:
@@ -392,44 +344,6 @@ def test_what_a_row_attends_to_does_not_depend_on_the_others(
     whole = attended(rows)
     for length in (1, 7, 64):
         assert torch.equal(attended(length), whole)
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_in_a_wheel(monkeypatch)
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-
-
-@pytest.mark.usefixtures("no_compiler")
-def test_without_a_compiler_what_a_wheel_holds_is_used(beforehand: Path, tmp_path: Path) -> None:
-    """The best for this processor; it is used where it lies, and the start line says which."""
-    kinds = kinds_that_run()
-    if not kinds:
-        pytest.skip("no kind of processor that an image knows")
-    built = load(tmp_path, beforehand)
-    assert built.library is not None
-    assert built.how == f"compiled beforehand for {kinds[0].name}"
-    assert first_wrong(built.library) is None
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.usefixtures("no_compiler")
-def test_what_was_compiled_from_another_source_is_not_used(beforehand: Path, tmp_path: Path) -> None:
-    """Operations of another source are not used, as after an upgrade in place: the name has the digest of
-    source and flags.
-    """
-    for path in beforehand.iterdir():
-        shutil.copy(path, tmp_path / f"{path.stem[:-1]}x.so")
-    assert load(tmp_path / "cache", tmp_path).library is None
-
-
-@pytest.mark.usefixtures("no_compiler")
-def test_without_both_it_says_so(tmp_path: Path) -> None:
-    """A missing compiler is no error, and the start line names the fallback."""
-    built = load(tmp_path, tmp_path)
-    assert (built.library, built.lack) == (None, Lack.NO_COMPILER)
-    assert "no C++ compiler" in built.how
 
 
 @pytest.mark.parametrize(

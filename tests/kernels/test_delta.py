@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import (
-    Qwen3_5GatedDeltaNet,
     torch_chunk_gated_delta_rule,
     torch_recurrent_gated_delta_rule,
 )
@@ -29,9 +27,7 @@ from inference_service.kernels.cpu.ops import CpuOps, Table
 from inference_service.kernels.delta import (
     DeltaCapacity,
     DeltaInputs,
-    DeltaStates,
     DeltaTables,
-    DeltaWeights,
     StateChunk,
     delta_tile,
     gated_delta,
@@ -71,37 +67,6 @@ def test_both_forms_are_those_of_transformers(length: int) -> None:
         ):
             torch.testing.assert_close(found[0].transpose(1, 2), expected[0], atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(found[1], expected[1], atol=2e-5, rtol=1e-4)
-
-
-def test_a_layer_is_that_of_transformers() -> None:
-    """A layer equals transformers' from its first linear to its last, in chunks of several lengths in a row."""
-    config = Qwen3_5TextConfig(
-        hidden_size=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=8,
-    )
-    torch.manual_seed(0)
-    module = Qwen3_5GatedDeltaNet(config, 0)
-    with torch.no_grad():
-        for parameter in (module.norm.weight, module.dt_bias):
-            parameter.normal_()
-        hidden = torch.randn(1, 110, 32)
-        expected = module(hidden)
-        linears = (module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a)
-        rows = [linear(hidden[0]) for linear in linears]
-        taps = module.conv1d.weight.squeeze(1).t().contiguous()
-        decay = -module.A_log.exp()
-        weights = DeltaWeights(taps, decay, module.dt_bias.detach(), module.norm.weight.detach(), 1e-6)
-        states = DeltaStates.allocate(1, (3, 96), (4, 16, 8), hidden)
-        first, outs = 0, []
-        for length in (1, 2, 67, 1, 39):
-            qkv, z, b, a = (part[first : first + length] for part in rows)
-            inputs = DeltaInputs(qkv, z, b, a, weights, states)
-            outs.append(reference.gated_delta(inputs, [StateChunk(0, length, 0, fresh=first == 0)]))
-            first += length
-        torch.testing.assert_close(module.out_proj(torch.cat(outs)), expected[0], atol=2e-5, rtol=1e-4)
 
 
 def by_kernels(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:

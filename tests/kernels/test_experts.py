@@ -7,10 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GptOssConfig, Qwen3_5MoeTextConfig, Qwen3MoeConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
-from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from inference_service.backends.deterministic import DeterministicOperations
 from inference_service.kernels.cpu.ops import CpuOps
@@ -26,88 +22,15 @@ from inference_service.kernels.experts import (
 )
 from inference_service.kernels.experts.tuning import TILE, Load, load_of
 from inference_service.kernels.launch import Launch, intercepted
-from inference_service.kernels.rows.reference import gated
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Relative tolerance of the norm of the difference."""
-SIZES: dict[str, Any] = {"hidden_size": 24, "hidden_act": "silu"}
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def randomised(block: torch.nn.Module) -> dict[str, Tensor]:
-    """Fill a block with random weights, and return them by name."""
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.3)
-    return dict(block.named_parameters())
-
-
-def experts(
-    x: Tensor,
-    routed: Routed,
-    act: Callable[[Tensor], Tensor],
-    weights: tuple[Tensor, Tensor],
-    biases: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> Tensor:
-    """All of a mixture by the reference, in float64."""
-    each = x[:, None].expand(-1, routed.ids.shape[1], -1)
-    hidden = act(reference.grouped(each, routed.ids, weights[0], biases[0], torch.float64))
-    return reference.combine(
-        reference.grouped(hidden, routed.ids, weights[1], biases[1], torch.float64), routed, torch.float64
-    )
-
-
-def silu_gated(both: Tensor) -> Tensor:
-    """Gate and up, side by side, of the usual experts."""
-    return gated(both, "silu", torch.float64)
-
-
-@pytest.mark.parametrize("renormalised", [True, False])
-def test_the_reference_is_qwen_3_moe(renormalised: bool) -> None:
-    """Softmax over all experts, then the largest, renormalised or not."""
-    block: Any = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=renormalised))
-    w = randomised(block)
-    x = torch.randn(11, 24)
-    routed = reference.route(x @ w["gate.weight"].T, 3, renormalised=renormalised)
-    found = experts(x, routed, silu_gated, (w["experts.gate_up_proj"], w["experts.down_proj"]))
-    torch.testing.assert_close(found.float(), block(x[None])[0], atol=2e-5, rtol=1e-5)
-
-
-def test_the_reference_is_qwen_3_5_moe() -> None:
-    """The reference equals Qwen 3.5 MoE, with the shared expert and its gate."""
-    config = Qwen3_5MoeTextConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=16)
-    block: Any = Qwen3_5MoeSparseMoeBlock(config)
-    w = randomised(block)
-    x = torch.randn(11, 24)
-    routed = reference.route(x @ w["gate.weight"].T, 3, renormalised=True)
-    found = experts(x, routed, silu_gated, (w["experts.gate_up_proj"], w["experts.down_proj"])).float()
-    found += torch.sigmoid(x @ w["shared_expert_gate.weight"].T) * block.shared_expert(x)
-    torch.testing.assert_close(found, block(x[None])[0], atol=2e-5, rtol=1e-5)
-
-
-def test_the_reference_is_gpt_oss() -> None:
-    """The softmax of the chosen logits alone; biases, and gate and up that are clamped and lie in turns."""
-    config = GptOssConfig(hidden_size=24, intermediate_size=20, num_local_experts=8, num_experts_per_tok=3)
-    block: Any = GptOssMLP(config)
-    w = randomised(block)
-    x = torch.randn(11, 24) * 3
-    routed = reference.route(x @ w["router.weight"].T + w["router.bias"], 3, renormalised=True)
-    gate_up, bias = w["experts.gate_up_proj"], w["experts.gate_up_proj_bias"]
-    sides = torch.cat([torch.arange(0, 40, 2), torch.arange(1, 40, 2)])
-    found = experts(
-        x,
-        routed,
-        lambda both: reference.clamped(both, 1.702, 7.0, torch.float64),
-        (gate_up.mT[:, sides], w["experts.down_proj"].mT),
-        (bias[:, sides], w["experts.down_proj_bias"]),
-    )
-    torch.testing.assert_close(found.float(), block(x[None])[0][0], atol=1e-4, rtol=1e-5)
 
 
 def poisoned(launch: Launch) -> None:

@@ -5,15 +5,14 @@ from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference_service.backends.triton_lora import TritonLora
-from inference_service.core.adapter import MOST_PARTS, Adapter
+from inference_service.core.adapter import MOST_PARTS
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence, Token
 from inference_service.engine.block_manager import BlockManager
@@ -24,15 +23,9 @@ from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.lookup import Expected, Lookup
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending, Runner, lay_out
+from inference_service.engine.runner import Pending, lay_out
 from inference_service.engine.tape import TapeRecorder
-from inference_service.lora.places import taken_by
-from inference_service.lora.weights import AdapterWeights, load_adapter
-from inference_service.models.decoder import Decoder
 from inference_service.startup.load import Ready
-from loramux_shared.bases.memory import blend_buckets, buckets
-from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grammars import Scripted
@@ -223,45 +216,6 @@ def test_no_request_sits_out_a_step(
     assert all(token.logprob is not None for token in found[2])
 
 
-def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
-    world: tuple[World, MemoryStore], ready: Ready
-) -> None:
-    """Steps recorded with an empty bank of two slots serve three adapters of other ranks and modules in turn:
-    each is copied over the one that left, beside one that stays."""
-    model = cast(Runner, ready.engine._engine._runner)._model
-    lora = TritonLora(model.config.groups, LAYERS, torch.float32, model.device)
-    weights = {name: _weights_of(world[1], name, model) for name in ("all", "rs", "wide")}
-    packed = {name: lora.pack(each) for name, each in weights.items()}
-    half = max(taken_by(each.num_bytes) for each in packed.values())
-    lora.open(2 * half, 16, 2)
-    limits = SchedulerLimits(max_tokens=16, max_seqs=2, max_adapters=2, max_seq_len=64)
-    runner = GraphRunner(model, lora, BLOCKS, BLOCK, limits, CountingRecorder())
-    runner.capture()
-    engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), Residents())
-    plain = world[0].load(world[1], backend="torch", native=False)
-    held: dict[int, Adapter] = {}
-    for uid, name in enumerate(("all", "rs", "wide"), 1):
-        slot = uid % 2
-        if slot in held:
-            lora.leave(slot)
-        lora.copy(packed[name], slot * half)
-        lora.enter(slot, slot * half, packed[name])
-        held[slot] = Adapter(name, slot)
-        found: list[list[int]] = [[] for _ in held]
-        for number, adapter in enumerate(held.values()):
-            engine.add(EngineSequence(str(number), [5, 6, 7], SamplingParams(max_tokens=2), adapter))
-        while not engine.idle:
-            for output in engine.step():
-                found[int(output.seq_id)].append(output.token.id)
-        assert found == run_engine(plain, [(adapter.digest, [5, 6, 7]) for adapter in held.values()], 2)
-
-
-def _weights_of(store: MemoryStore, name: str, model: Decoder) -> AdapterWeights:
-    generation = current_generation(store, "tiny")
-    bundle = read_bundle(store, generation.adapters[name].digest)
-    return load_adapter(bundle, model.config.layer_groups, torch.float32, torch.device("cpu"))
-
-
 def test_recording_touches_no_cache(ready: Ready) -> None:
     """Graphs may be recorded again while the cache holds prefixes, and a token is in flight."""
     runner = _runner(ready, CountingRecorder(), replace(LIMITS, max_seqs=1, max_tokens=16))
@@ -307,17 +261,6 @@ def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner)
     assert tables.cache_rows.tolist() == [2, BLOCK + 3, 2 * BLOCK + 2, -1]
     assert buffers.segments[0].token_ids[:2].tolist() == [1, 2]
     assert buffers.sampling.rows[:, 0].tolist() == [2, 2, 2, 0]
-
-
-def test_there_are_graphs_for_few_and_for_many_rows() -> None:
-    """Powers of two up to 8, multiples of 8 from there, and the limit itself."""
-    assert list(buckets(1)) == [1]
-    assert list(buckets(4)) == [1, 2, 4]
-    assert list(buckets(8)) == [1, 2, 4, 8]
-    assert list(buckets(36)) == [1, 2, 4, 8, 16, 24, 32, 36]
-    for most in (1, 8, 36, 256):
-        assert {*blend_buckets(most)} <= {*buckets(most)}
-    assert blend_buckets(256) == [8, 32, 128, 256]
 
 
 def test_drafts_are_verified_row_by_row(

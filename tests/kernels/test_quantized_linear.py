@@ -2,13 +2,12 @@
 
 from ctypes import CDLL
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from inference_service.backends.native import NativeLinear, NativeOperations
-from inference_service.kernels.cpu.ops import ROUNDED, CpuOps, Table, adapters_of
+from inference_service.kernels.cpu.ops import ROUNDED, CpuOps
 from inference_service.kernels.integers import Quantized, quantize
 from inference_service.kernels.rounded import MOST_ROWS, PackedWeight, product
 from inference_service.kernels.rounded.launch import packed_halves, round_rows, widened
@@ -122,34 +121,6 @@ def test_a_row_depends_on_no_other(
     together = ops.linear(x, tiled)
     for size in (1, 6, 13):
         assert torch.equal(torch.cat([ops.linear(rows, tiled) for rows in torch.split(x, size)]), together)
-
-
-@pytest.mark.parametrize("quantization", INTEGERS)
-def test_what_an_adapter_adds_is_what_it_adds_beside_whole_weights(
-    library: CDLL, quantization: Rounding
-) -> None:
-    """The difference of adapted and base rows in float32 is that of unrounded weights, in one call and two."""
-    torch.manual_seed(0)
-    ops, whole = CpuOps(library, torch.float32), torch.randn(96, 64)
-    rounded = quantize(whole, quantization)
-    assert rounded is not None
-    x, a, b = torch.randn(9, 64), torch.randn(6, 64), torch.randn(6, 96)
-    packed = torch.empty(6 * 64 + 6 * 96)
-    first, second = packed.data_ptr(), packed[6 * 64 :].data_ptr()
-    pieces = [(a.data_ptr(), 64, 1, 6, 64, 0, first), (b.data_ptr(), 96, 1, 6, 96, 1, second)]
-    ops.pack(Table(np.array(pieces, dtype=np.int64)))
-    fields = Table(np.array([[first, 6, 1, 6, second, 0, 96, *[0] * 8]], dtype=np.int64))
-    segments, workspace = Table(np.array([[0, 2, 7]], dtype=np.int64)), torch.empty(9, 6)
-    adapters = adapters_of(fields.address, segments, workspace)
-    added = []
-    for tiled in (ops.tiled(whole), ops.tiled_integers(rounded)):
-        base, together = ops.linear(x, tiled), ops.linear(x, tiled, adapters)
-        after = base.clone()
-        ops.lora(x, after, adapters)
-        assert torch.equal(after, together)
-        assert torch.equal(together[:2], base[:2])
-        added.append(together - base)
-    assert torch.allclose(added[0], added[1], rtol=0, atol=1e-5 * float(added[0].abs().max()))
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])

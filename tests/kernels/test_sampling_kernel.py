@@ -83,18 +83,10 @@ def test_what_is_no_number_never_wins(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab", "dtype"), [(63, torch.float32), *((5000, dtype) for dtype in DTYPES)], ids=str
+    ("vocab", "dtype"), [(63, torch.float32), *((2999, dtype) for dtype in DTYPES)], ids=str
 )
-def test_draws_are_those_of_the_reference(vocab: int, dtype: torch.dtype, device: str) -> None:
-    """The same noise, the same support, the same winner, whatever a request asks for."""
-    rows = [RowParams(), RowParams(1.0, seed=5), RowParams(0.3, seed=5, num_generated=1), *FILTERED]
-    logits = guarded(len(rows) + 1, vocab, dtype, device)
-    assert drawn(logits, rows) == [*reference.sample(logits.cpu(), rows).tolist(), UNTOUCHED]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_host_draws_what_the_kernels_draw(dtype: torch.dtype, device: str) -> None:
-    """The same token of the same logits for 24 requests of all kinds, and both that of the reference."""
+def test_the_host_draws_what_the_kernels_draw(vocab: int, dtype: torch.dtype, device: str) -> None:
+    """The same token of the same logits for requests of all kinds, and both that of the reference."""
     kinds = [
         RowParams(),
         RowParams(1.0),
@@ -107,9 +99,9 @@ def test_the_host_draws_what_the_kernels_draw(dtype: torch.dtype, device: str) -
     ]
     rows = [
         replace(kinds[index % len(kinds)], seed=index * 0x9E3779B97F4A7C15 - 2**63, num_generated=index)
-        for index in range(24)
+        for index in range(14)
     ]
-    logits = guarded(len(rows), 999, dtype, device)
+    logits = guarded(len(rows), vocab, dtype, device)
     logits[::4] = logits[::4].round()  # ties within and around every threshold
     logits[::5, ::3] = -torch.inf
     on_host = [draw(row.numpy(), params) for row, params in zip(logits.float().cpu(), rows, strict=True)]
@@ -239,30 +231,6 @@ def test_noise_is_that_of_the_reference(device: str) -> None:
     assert len(found.unique()) > 0.9 * found.numel()
 
 
-def chi_square(counts: Tensor, probs: Tensor) -> float:
-    """The statistic of counts against probabilities."""
-    expected = probs / probs.sum() * counts.sum()
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-CHI_SQUARE = {4: 23.5, 7: 29.9}
-"""By degrees of freedom: exceeded once in 10000 honest experiments."""
-
-
-def test_draws_follow_the_distribution_that_is_left(device: str) -> None:
-    """Step after step of one request with temperature and top-k: chi-square over its five tokens."""
-    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.1]])
-    rows = [RowParams(1.3, top_k=5, seed=11, num_generated=step) for step in range(3000)]
-    ids = reference.sample(logits.expand(len(rows), -1), rows)
-    some = [0, 500, 2999]
-    here = logits.expand(len(some), -1).contiguous().to(device)
-    assert drawn(here, [rows[step] for step in some]) == ids[some].tolist()
-    probs = reference.distribution(logits[0], rows[0])
-    counts = ids.bincount(minlength=8).double()
-    assert counts[probs == 0].sum() == 0
-    assert chi_square(counts[probs > 0], probs[probs > 0]) < CHI_SQUARE[4]
-
-
 def test_the_batch_makes_no_difference(device: str) -> None:
     """A row alone, first or last of a batch, or with other capacity gives the same token."""
     rows = [RowParams(1.0, seed=3, num_generated=8), *FILTERED[:2], RowParams()]
@@ -288,22 +256,6 @@ def test_a_captured_launch_serves_later_batches(device: str) -> None:
             launch()
         seen.append(ids.tolist() == [*reference.sample(logits.cpu(), rows), *[UNTOUCHED] * (3 - len(rows))])
     assert seen == [True] * 3
-
-
-def test_parameters_are_packed_for_the_device() -> None:
-    """Kinds, floats and both halves of a seed lie where the kernels read them; padding is zero."""
-    packed = pack_rows(
-        3, [RowParams(0.5, 10, 0.9, 0.25, -1, 4), RowParams(1e-30)], out=np.ones((3, 8), np.int32)
-    )
-    assert packed[0, [0, 2, 5, 6, 7]].tolist() == [3, 10, -1, -1, 4]
-    floats = packed.view(np.float32)
-    np.testing.assert_allclose(floats[0, [1, 3, 4]], [2.0, 0.9, 0.5 * np.log(4)], rtol=1e-6)
-    assert packed[1, 0] == 2
-    assert floats[1, 1] == 2.0**64
-    assert packed[1, 2] == 2**31 - 1
-    assert packed[2].tolist() == [0] * 8
-    with pytest.raises(ValueError, match="2 rows, but room for 1"):
-        pack_rows(1, [RowParams()] * 2)
 
 
 LOGITS, IDS = torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64)

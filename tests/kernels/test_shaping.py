@@ -1,10 +1,9 @@
 """Logits that requests shape: on the device they are those of the host bit for bit, and so are the tokens."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -14,8 +13,6 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence as EngineSequence, Token
 from inference_service.engine import sampler
 from inference_service.engine.shaping import Reading, Shaper
-from inference_service.engine.tape import TapeRecorder
-from inference_service.kernels.launch import Launch, intercepted
 from inference_service.kernels.sampling import ShapingTables, pack_shapes, sample_shaped
 from inference_service.kernels.sampling.shaping import PIECE, ShapedRow, ShapingState
 from loramux_shared.bases.memory import shaping_bytes
@@ -267,72 +264,6 @@ def test_memory_is_taken_on_demand_and_within_the_plan(device: str) -> None:
     assert sizes[3] + rows * scratch.shaped.nbytes <= shaping_bytes(SEQS, VOCAB)
 
 
-def key_of(launch: Launch) -> tuple[Any, ...]:
-    """Return Triton's key of a launch: types, sizes of 1, multiples of 16, constants."""
-    values = []
-    for name, value in sorted(launch.arguments.items()):
-        if isinstance(value, Tensor):
-            values.append((name, value.dtype, value.data_ptr() % 16 == 0))
-        elif name.isupper() and name != "V":
-            values.append((name, value, True))
-        elif isinstance(value, int) and not name.startswith("num_"):
-            values.append((name, value == 1, value % 16 == 0))
-        else:
-            values.append((name, value, True))
-    return (launch.kernel.fn.__name__, *values)
-
-
-def keys_of(work: Callable[[], object]) -> set[tuple[Any, ...]]:
-    """Return the keys of the launches of some work."""
-    found: list[Launch] = []
-    with intercepted(found.append):
-        work()
-    return {key_of(launch) for launch in found}
-
-
-@pytest.mark.parametrize("vocab", [VOCAB, 4096])
-def test_nothing_is_compiled_once_it_is_warm(vocab: int, device: str) -> None:
-    """Every launch of any options and rows was made by the warm-up, which takes no place."""
-    shaper = Shaper(SEQS, vocab, torch.device(device))
-    logits = torch.randn(SEQS, vocab, device=device)
-    ids = torch.zeros(SEQS, dtype=torch.int32, device=device)
-    warm = keys_of(lambda: shaper.warm_up(logits, ids))
-    assert len(warm) == 5
-    small = {**EVERYTHING, "sampling": EVERYTHING["sampling"] | {"allowed_token_ids": mask_of(range(1, 2000))}}
-    kinds = [seq_of(small), seq_of({**PLAIN, "grammar": [3]}), seq_of({**PLAIN, "sampling": {"min_tokens": 3}})]
-    for rows in ([0], [1, 2], [0, 1, 2]):
-        seqs = [kinds[row] for row in rows]
-        assert keys_of(lambda seqs=seqs: Reading(logits, ids, seqs, shaper)) == warm
-
-
-def test_a_recorded_draw_serves_later_rows(device: str) -> None:
-    """Recorded with padding alone, it draws for whatever rows its tables hold later, from poisoned memory."""
-    if torch.cuda.is_available():
-        pytest.skip("a tape is a CPU's")
-    seqs = [seq_of(EVERYTHING), seq_of({**PLAIN, "grammar": [4, 5]})]
-    logits = logits_of(2, device)
-    shaper = Shaper(SEQS, VOCAB, logits.device)
-    shaper.rows(seqs)  # from here on the state has all that it needs
-    packed = torch.zeros(400, dtype=torch.int32)
-    tables = ShapingTables.over(packed, 2, VOCAB)
-    ids = torch.full((2,), -7, dtype=torch.int32)
-
-    tape = TapeRecorder().capture(lambda: sample_shaped(logits, tables, shaper.state, ids))
-    assert ids.tolist() == [-7, -7]
-    assert tape.names == ("shape_kernel", "edit_kernel", "race_kernel", "pick_kernel", "note_kernel")
-    for step in range(2):
-        logits.copy_(logits_of(2, device, seed=step))
-        now = shaper.tables(shaper.rows(seqs)).packed
-        packed[: len(now)] = now
-        tables.shaped.fill_(torch.nan)
-        tables.drawn.fill_(-1)
-        expected = sampler.sample(logits, seqs)
-        tape.replay()
-        assert ids.tolist() == [token.id for token in expected]
-        for seq, token in zip(seqs, expected, strict=True):
-            append(seq, token.id)
-
-
 def test_what_does_not_fit_is_refused(device: str) -> None:
     """A ValueError names the expected shape and the actual one."""
     state = ShapingState(2, VOCAB, device)
@@ -343,21 +274,3 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
         sample_shaped(torch.zeros(1, 64, device=device), tables, state, ids[:1])
     with pytest.raises(ValueError, match="3 rows, but a state for 2"):
         sample_shaped(torch.zeros(3, VOCAB, device=device), tables, state, ids)
-
-
-def test_rows_are_packed_with_their_lists() -> None:
-    """Each row says where its mask, edits and stop tokens lie behind all rows; a short mask ends with zeros."""
-    edits = np.arange(6, dtype=np.int32)
-    plain = sampler.row_params(seq_of(PLAIN), 0)
-    rows = [
-        ShapedRow(4, 1, plain, stops=np.array([9, 8], np.int32)),
-        ShapedRow(5, 0, plain, 1.5, mask=b"\x01\x00\x00\x80\xff", edits=edits),
-    ]
-    packed = pack_shapes(rows, 64)
-    first, second = packed[:12].tolist(), packed[12:24].tolist()
-    assert first[:3] == [1, 4, 1]
-    assert second[:3] == [1 | 2 | 8, 5, 0]
-    assert packed[first[9] :][: first[10]].tolist() == [9, 8]
-    assert packed[second[6] :][:2].tolist() == [1 - 2**31, 255]
-    assert packed[second[7] :][: 3 * second[8]].tolist() == edits.tolist()
-    assert (first[8], second[10]) == (0, 0)

@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen3_5MoeTextConfig, Qwen3MoeConfig
-from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
+from transformers import Qwen3MoeConfig
 
-from inference_service.backends.operations import Operations
-from inference_service.kernels.attention import Context
-from inference_service.models.blocks import Cache, Step
-from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.experts import ExpertsBlock
-from inference_service.models.reader import Reader
 from inference_service.startup import bank
-from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.layers import ExpertsLayer, LayerSpec
-from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.models.conftest import Counted
 from tests.support.tiny import (
     SIZES,
     VOCAB,
     World,
-    make_adapter,
     make_checkpoint,
     make_world_of,
     oracle,
@@ -160,33 +147,6 @@ def test_parameters_are_what_peft_makes_of_them(tmp_path: Path, settings: dict[s
     assert answered(world.base, world.adapters, **settings) == expected_of(world.base, world.adapters)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("settings", [{}, {"backend": "torch"}, {"kv_memory_gb": 0.0004}], ids=str)
-def test_one_among_31_answers_as_alone_and_as_transformers(
-    base: Path, settings: dict[str, Any], counted: Counted
-) -> None:
-    """64 tokens of both forms of adapters and of the base, past chunks and blocks, preempted or not."""
-    folders = {"each": base.parent / "each of 31", "all": base.parent / "all of 31"}
-    if not folders["each"].exists():
-        save_adapter(folders["each"], of_each(lambda *_: 2), r=2, lora_alpha=5, target_modules=[*FEATURES])
-        make_adapter(base, folders["all"], 9, **PARAMETERS | {"target_modules": ["q_proj", "o_proj"]})
-    world, store, draw = World(base, folders, base.parent), MemoryStore(), random.Random(1)
-    world.build(store)
-    names = ["base", *folders]
-    requests = [
-        (names[index % 3], [draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 15, 16, 17, 60, 90)))])
-        for index in range(32)
-    ]
-    models = {name: oracle(base, folders.get(name)) for name in names}
-    expected = [oracle_tokens(models[name], prompt, 64) for name, prompt in requests]
-    ready = world.load(store, max_batch_tokens=64, max_batch_seqs=32, **settings)
-    backend = settings.get("backend", "native")
-    situation = "preempted" if "kv_memory_gb" in settings else "among 31"
-    counted("Qwen3MoeForCausalLM", backend, situation, run_engine(ready, requests, 64), expected)
-    counted("Qwen3MoeForCausalLM", backend, "alone", run_engine(ready, requests[:3], 64), expected[:3])
-    assert (ready.engine.stats.preemptions > 0) is ("kv_memory_gb" in settings)
-
-
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_slots_are_as_many_as_their_tables_have_memory_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
@@ -231,37 +191,3 @@ def test_what_is_not_an_experts_is_refused_by_name(base: Path, what: str) -> Non
     with pytest.raises(AdapterInvalid) as refused:
         answered(base, {"bad": folder})
     assert code in {finding.code for finding in refused.value.findings}
-
-
-def test_an_expert_that_all_rows_have_is_added_as_its_gate_says(tmp_path: Path) -> None:
-    """An expert that all rows have is added by its gate, as in Qwen 3.5, with the experts of a layer in one
-    tensor.
-    """
-    torch.manual_seed(0)
-    config = Qwen3_5MoeTextConfig(
-        hidden_size=HIDDEN,
-        num_experts=NUM,
-        num_experts_per_tok=2,
-        moe_intermediate_size=INNER,
-        shared_expert_intermediate_size=28,
-    )
-    block: Any = Qwen3_5MoeSparseMoeBlock(config)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.3)
-    plain = read_fields(CONFIG.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]})
-    spec = ExpertsLayer(NUM, 2, INNER, renormalised=True, shared=28)
-    model = _with_mlp(plain, spec)
-    tensors = {f"model.layers.0.mlp.{name}": value for name, value in block.state_dict().items()}
-    ops = Operations(torch.float32, torch.device("cpu"))
-    save_file(tensors | {"model.norm.weight": torch.ones(HIDDEN)}, tmp_path / "model.safetensors")
-    reader = Reader(Checkpoint(tmp_path, torch.float32, torch.device("cpu")), model, torch.float32, ops)
-    x = torch.randn(9, HIDDEN)
-    context = Context(row=0, length=len(x), blocks=[0], end=len(x))
-    step = Step(ops, ops.attention([context], 16, [None]), Cache(()), None, (), None)
-    found = ExpertsBlock(reader.layer(0), spec)(step, x)
-    torch.testing.assert_close(found, block(x[None])[0], atol=2e-5, rtol=1e-5)
-
-
-def _with_mlp(model: ModelConfig, spec: ExpertsLayer) -> ModelConfig:
-    return replace(model, layers=tuple(LayerSpec(layer.mixer, spec) for layer in model.layers))
