@@ -274,6 +274,16 @@ def test_a_lesser_kind_is_taken_where_the_best_can_be_had_in_no_way(
     assert forbidden.exists()
 
 
+def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing compiler is no error, and the start line names the fallback."""
+    as_in_a_wheel(monkeypatch)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    built = load(tmp_path, tmp_path)
+    assert (built.library, built.lack) == (None, Lack.NO_COMPILER)
+    assert "no C++ compiler" in built.how
+
+
 @needs_compiler
 def test_operations_that_compute_something_else_are_not_used(
     retained: Path, monkeypatch: pytest.MonkeyPatch

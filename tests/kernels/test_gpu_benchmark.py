@@ -8,7 +8,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.on_gpu import correctness
 from benchmarks.on_gpu.device import Device
-from benchmarks.on_gpu.run import Run
+from benchmarks.on_gpu.run import FLOOR, OF_BASE, OF_FLOOR, Row, Run
 from benchmarks.on_gpu.sgmv import Linear, Point
 from benchmarks.on_gpu.tune import candidates
 from tests.kernels import sgmv_case
@@ -60,6 +60,32 @@ def test_red_stops_the_run(error: float) -> None:
     assert gpu.measure(run, sections) == 1
     assert run.notes == [f"correctness: FAILED: Red: off: error {error:.3g}, at most 0.1 is right"]
     assert [row.point for row in run.rows] == [{"check": "off"}]
+
+
+def _row(section: str, figure: str, value: float, **point: int) -> Row:
+    return Row(section, point, {FLOOR: float(point.get("hidden", 0)), figure: value})
+
+
+def test_the_worst_row_decides_a_target() -> None:
+    """Each target reads its own rows alone, and names the worst one."""
+    rows = [
+        _row("step", OF_BASE, 0.97, loaded=64, active=1),
+        _row("step", OF_BASE, 0.96, loaded=64, active=8),
+        _row("step", OF_BASE, 0.79, loaded=64, active=16),
+        _row("step", OF_BASE, 0.2, loaded=64, active=64),
+        _row("step", OF_BASE, 0.995, loaded=64, active=0),
+        _row("step", OF_BASE, math.nan, loaded=64, active=8),
+        _row("sgmv", OF_FLOOR, 9.0, hidden=9),
+        _row("sgmv", OF_FLOOR, 1.6, hidden=10),
+        _row("sgmv", OF_FLOOR, 1.2, hidden=11),
+    ]
+    run = Run(Device(), rows=rows)
+    assert [each["met"] for each in run.verdicts()] == [True, False, True, None, None, False]
+    assert [each["worst"] for each in run.verdicts()] == [0.96, 0.79, 0.995, None, None, 1.6]
+    text = run.text()
+    assert "MISSED        step, 16 adapters: at least 0.90: 0.790 at loaded 64, active 16" in text
+    assert "met           step, 1-8 adapters" in text
+    assert "not measured  serving, 16 adapters" in text
 
 
 @without_gpu

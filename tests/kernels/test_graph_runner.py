@@ -26,6 +26,7 @@ from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, lay_out
 from inference_service.engine.tape import TapeRecorder
 from inference_service.startup.load import Ready
+from loramux_shared.bases.memory import blend_buckets, buckets
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grammars import Scripted
@@ -261,6 +262,17 @@ def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner)
     assert tables.cache_rows.tolist() == [2, BLOCK + 3, 2 * BLOCK + 2, -1]
     assert buffers.segments[0].token_ids[:2].tolist() == [1, 2]
     assert buffers.sampling.rows[:, 0].tolist() == [2, 2, 2, 0]
+
+
+def test_there_are_graphs_for_few_and_for_many_rows() -> None:
+    """Powers of two up to 8, multiples of 8 from there, and the limit itself."""
+    assert list(buckets(1)) == [1]
+    assert list(buckets(4)) == [1, 2, 4]
+    assert list(buckets(8)) == [1, 2, 4, 8]
+    assert list(buckets(36)) == [1, 2, 4, 8, 16, 24, 32, 36]
+    for most in (1, 8, 36, 256):
+        assert {*blend_buckets(most)} <= {*buckets(most)}
+    assert blend_buckets(256) == [8, 32, 128, 256]
 
 
 def test_drafts_are_verified_row_by_row(
