@@ -10,7 +10,6 @@ from loramux.connection import API_KEY
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import Scope, parse_keys
 from tests.support.commands import run
-from tests.unit.cli.test_cli import documents
 
 
 @pytest.fixture(autouse=True)
@@ -94,15 +93,3 @@ def test_what_keys_refuses(tmp_path: Path) -> None:
         assert stated in errors
         assert errors.count("\n") == 1
     assert run("keys", "new", "--scope", "root")[0] == 2
-
-
-def test_keys(tmp_path: Path) -> None:
-    """A new key is in its document and nowhere else; the list has everything but keys."""
-    file = str(tmp_path / "keys.jsonl")
-    [new] = documents("keys", "new", "--scope", "infer", "--id", "ann", "--file", file)
-    assert new["key"].startswith("lmx_")
-    [listed] = documents("keys", "list", "--file", file)
-    assert listed["keys"] == [new["entry"]]
-    assert new["key"] not in json.dumps(listed)
-    assert documents("keys", "remove", "ann", "--file", file) == [{"schema": 2, "removed": "ann"}]
-    assert documents("keys", "list", "--file", file)[0]["keys"] == []

@@ -14,7 +14,6 @@ from loramux_arena.questions import Question
 from loramux_arena.records import Answer, Failure
 from loramux_arena.standings import standings
 from tests.support.browser import CHROMIUM, Page, browser
-from tests.support.looks import faint, nameless, overflow
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium"),
@@ -97,13 +96,3 @@ async def test_questions_are_found_by_outcome_tag_and_words(page: Page) -> None:
     assert len(await page.texts("#questions > li")) == 50
     await page.click("#more")
     assert len(await page.texts("#questions > li")) == 60
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_it_can_be_read(page: Page, scheme: str) -> None:
-    """Contrast is enough in both schemes, controls have names, and a phone scrolls in one direction."""
-    await page.appear(1280, 800, scheme)
-    assert await faint(page) == []
-    assert await nameless(page) == []
-    await page.appear(360, 740, scheme)
-    assert await overflow(page) == 0

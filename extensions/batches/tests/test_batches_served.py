@@ -177,18 +177,6 @@ async def test_a_killed_replica_loses_no_answer_and_repeats_none(tmp_path: Path,
     assert {key.split("/")[3] for key in store.list(f"{owner_of('')}/work/")} == {"began.json", "ended"}
 
 
-async def test_a_replica_that_ends_in_order_hands_its_batch_over(tmp_path: Path) -> None:
-    """The last answers are stored, and the next replica begins at once."""
-    first, second = Echo(4), Echo()
-    client = openai_of(tmp_path, batches := BatchStore(MemoryStore()))
-    async with working(BatchWorker(batches, first, None, 1, beat_s=60)):
-        batch = await created(client, "".join(line(f"r{number}", n=f"r{number}") for number in range(9)))
-        await until(lambda: len(first.asked) == 5, "four answers")
-    async with working(BatchWorker(batches, second, None, 1, beat_s=0.01)):
-        assert (await until_ended(client, batch)).request_counts.completed == 9
-    assert len(second.asked) == 5
-
-
 @pytest.mark.parametrize("workers", [2, 5])
 async def test_two_replicas_never_take_one_batch(workers: int) -> None:
     """However their operations on the store interleave, at most one has a lease of the highest number."""

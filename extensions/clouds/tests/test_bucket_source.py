@@ -1,7 +1,6 @@
 import base64
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -10,17 +9,9 @@ from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, RepoNotFound, SourceRefused, SourceUnavailable
 from loramux_shared.sources import retry
 from loramux_shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFile
-from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import Busy, RetryPolicy
 from loramux_shared.sources.secrets import Secrets
-from tests.contract.sources.test_cache import (
-    Remote,
-    test_a_start_heals_its_cache as test_a_start_heals_its_cache,
-    test_nothing_outside_the_cache_is_removed as test_nothing_outside_the_cache_is_removed,
-    test_what_killed_replicas_left_is_swept as test_what_killed_replicas_left_is_swept,
-)
 from tests.fake_bucket import FakeBucket
-from tests.support.adapters import write_base
 from tests.support.own_time import OwnTime
 
 REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")
@@ -30,13 +21,6 @@ QUICK = RetryPolicy(attempts=3, wait_s=0.01)
 def source(bucket: FakeBucket, patience: RetryPolicy = QUICK) -> BucketSource:
     """A source of one bucket."""
     return BucketSource(lambda _repository, _secrets: (bucket, "/one/"), Secrets(None, {}), patience)
-
-
-@pytest.fixture
-def remote(tmp_path: Path) -> Remote:
-    """A base in a bucket, for the tests of caches."""
-    contents = {path.name: path.read_bytes() for path in write_base(tmp_path / "base").iterdir()}
-    return Remote(Sources({SourceKind.S3: source(FakeBucket(contents))}), REPO)
 
 
 def listed(**sizes: int) -> Resolved:

@@ -106,20 +106,6 @@ def test_what_fits_beside_weights_and_cache() -> None:
     assert longer.ready_bytes == PROCESS_BYTES + longer.weights_bytes + 2 * TOUCHED_BYTES
 
 
-@pytest.mark.parametrize("item", ["bfloat16", "float32"])
-def test_a_cache_of_8_bits_holds_nearly_twice_the_tokens(item: str) -> None:
-    """A byte a number, and two for the scale of each head of keys and of values."""
-    whole, rounded = (
-        sizes_of(
-            LLAMA, InferenceSettings(deployment="none", kv_memory_gb=0.001, kv_cache_dtype=kind), 10**9, item
-        )
-        for kind in ("auto", "int8")
-    )
-    assert (whole.kv_dtype, rounded.kv_dtype) == ("", "int8")
-    assert rounded.kv_token_bytes == 2 * 2 * 2 * (8 + 2)
-    assert rounded.kv_tokens > 1.5 * whole.kv_tokens
-
-
 def test_a_checkpoint_of_4_bits_stays_packed_on_a_gpu() -> None:
     """Half a byte a number, and five for each group; on a CPU, and with desc_act, it is widened."""
     awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "GEMM"}
@@ -242,15 +228,6 @@ def test_slow_operations_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     code, text = doctor("--grpc", "127.0.0.1:1", "--builder", "127.0.0.1:1")
     assert code == 1
     assert f"wrong: {slow}" in text
-
-
-def test_weights_in_12_bits_take_less_than_planned(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan has 16 bits a weight; the doctor says where a loaded linear takes a quarter less."""
-    held = "bfloat16 held in 12 bits (AVX-512 with bfloat16)"
-    chosen = Inference("cpu", "Some", 2**34, 2**33, "bfloat16", "native", "compiled", held, "", "", 2)
-    monkeypatch.setattr("loramux_doctor.command.look_at_inference", lambda _: chosen)
-    _, text = doctor("--base", base, "--grpc", "127.0.0.1:1", "--builder", "127.0.0.1:1")
-    assert "held in 12 bits once it is loaded: a quarter less" in text
 
 
 def test_what_is_wrong_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,48 +112,6 @@ def test_envoy_holds_what_replicas_take() -> None:
     assert set(values(config, "max_concurrent_streams")) == {MAX_STREAMS}
 
 
-def test_what_is_retried_had_no_token() -> None:
-    """Envoy retries before headers only; after a reset, only requests without a lasting effect."""
-    listeners = configured("10.0.0.4")["static_resources"]["listeners"]
-    for listener in listeners:
-        for route in next(values(listener, "routes"), ()):
-            on = route["route"]["retry_policy"]["retry_on"].split(",")
-            prefix = route["match"]["prefix"]
-            generates = "InferenceService" in prefix or prefix in COMPLETIONS
-            assert ("reset" in on) == generates
-            assert not {"5xx", "gateway-error", "internal", "deadline-exceeded"} & set(on)
-
-
-def test_a_proxy_leaves_a_replica_that_drains_alone() -> None:
-    """Any answer of a replica is a sign of life; without one its connections close within 20 s."""
-    [proxied] = [
-        each
-        for each in configured("10.0.0.4")["static_resources"]["clusters"]
-        if each.get("close_connections_on_host_health_failure")
-    ]
-    [check] = proxied["health_checks"]
-    assert check["http_health_check"]["expected_statuses"] == [{"start": 200, "end": 600}]
-    seconds = [float(check[name].removesuffix("s")) for name in ("timeout", "interval")]
-    assert check["unhealthy_threshold"] * sum(seconds) < 20
-    assert not list(values(configured("dns:///replicas"), "close_connections_on_host_health_failure"))
-
-
-def test_its_admin_page_is_on_loopback() -> None:
-    """The admin page listens on loopback, whatever addresses Envoy listens on."""
-    config = configured(
-        "10.0.0.4", "--listen-grpc", "0.0.0.0:1", "--listen-http", "[::]:2", "--admin-port", "3"
-    )
-    assert config["admin"]["address"]["socket_address"] == {"address": "127.0.0.1", "port_value": 3}
-
-
-def test_a_replica_has_one_place_on_both_rings() -> None:
-    """Replicas have the same key for both APIs; a name that stands for several has addresses alone."""
-    rings = configured("10.0.0.4", "[::1]:5:6")["static_resources"]["clusters"][:3]
-    keys = [list(values(cluster, "hash_key")) for cluster in rings]
-    assert keys == [["10.0.0.4:50052", "::1:5"]] * 3
-    assert not list(values(configured("dns:///replicas"), "hash_key"))
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -139,29 +139,3 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(fleet: Fleet, cal
     lines = fleet.proxy.requests(calls + 1)
     assert held > 0
     assert sum(line["attempts"] > 1 for line in lines) >= held
-
-
-@pytest.mark.sweep
-def test_a_replica_that_stands_still_is_left(fleet: Fleet) -> None:
-    """SIGSTOP, as of a machine that is gone.
-
-    Requests that wait there are answered elsewhere, over both APIs.
-    """
-    still = fleet.victim()
-    with Client(fleet.proxy.grpc) as client, ThreadPoolExecutor(16) as pool:
-        begun = client.generate("all", "HELLO", max_tokens=240, n=32, ignore_eos=True, timeout_s=BOUND_S)
-        next(begun)
-        still.pause()
-        waiting = [pool.submit(_ask, fleet.proxy, number) for number in range(16)]
-        wait_until(lambda: still.load() > 1, "a request at the replica that stands still")
-        still.signal(signal.SIGSTOP)
-        try:
-            assert not [fault for future in waiting if (fault := future.exception())]
-            with pytest.raises(ServerUnavailable):
-                list(begun)
-            for number in range(20):
-                _ask(fleet.proxy, number)
-        finally:
-            still.process.kill()
-            still.process.wait(BOUND_S)
-    fleet.proxy.requests(37)

@@ -1,19 +1,16 @@
 """Members of a fleet, the trip of a request from replica to replica, and ``loramux rollout``."""
 
-import asyncio
 import json
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from inference_service.adapters.follower import FollowerStanding
 from loramux.cli import shell
-from loramux.connection import Address, resolve
+from loramux.connection import Address
 from loramux_fleet.members import DOUBT_S, EVERY_S, Members
 from loramux_fleet.placement import Placement, order
-from loramux_fleet.rollout import Rollout
 from loramux_fleet.trip import TRIES, Trip
 from loramux_shared.access.guard import Guard
 from loramux_shared.faults import (
@@ -25,7 +22,6 @@ from loramux_shared.faults import (
     SettingsInvalid,
     ShuttingDown,
 )
-from tests.support.access import Certificates
 from tests.support.commands import run
 from tests.support.operated import operated
 from tests.support.waiting import BOUND_S, Clock
@@ -202,16 +198,6 @@ def test_a_rollout_ends_when_all_serve_the_generation(when_printed: Callable[...
         f"{two} serves 1, current",
         f"{two} serves 2, current",
     ]
-
-
-def test_a_rollout_by_a_name_with_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A certificate for the name is enough, whatever the addresses behind it."""
-    certificates = Certificates(tmp_path)
-    certificates.issue("server", certificates.ours, "localhost")
-    monkeypatch.setenv("LORAMUX_TLS_CA", str(tmp_path / "ours.pem"))
-    with api(operated(), Guard(tls=certificates.server)) as (address, _):
-        [found] = [each for each in resolve(f"grpcs://dns:///localhost:{address[10:]}") if "127" in each.target]
-        assert asyncio.run(Rollout("demo", [found], None, as_json=False).run(BOUND_S))
 
 
 def test_a_rollout_that_takes_too_long(when_printed: Callable[..., None]) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from loramux.connection import Address, is_many, look_up, resolve, split
+from loramux.connection import Address, is_many, look_up, split
 from loramux_fleet.placement import Placement, Popularity, choose, order
 from loramux_shared.faults import SettingsInvalid
 from tests.support.examples import examples
@@ -157,12 +157,3 @@ def test_names_are_looked_up() -> None:
     assert look_up("a:1") == (Address("a:1"),)
     with pytest.raises(SettingsInvalid, match="a name that resolves"):
         look_up("dns:///no.such.host.invalid:1")
-
-
-def test_replicas_are_a_list_or_a_name() -> None:
-    """Each once; a name stands for all of its addresses."""
-    assert resolve("a:1, b:2,a:1") == (Address("a:1"), Address("b:2"))
-    assert Address("127.0.0.1:50052") in resolve("dns:///localhost:50052")
-    for wrong in ("", ",", "a", "a:b", "dns:///", "dns:///localhost", "dns:///no.such.host.invalid:1"):
-        with pytest.raises(SettingsInvalid):
-            resolve(wrong)

@@ -10,7 +10,6 @@ import pytest
 from structlog.testing import capture_logs
 from transformers import GlmConfig, GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
-from builder_service.pipeline.base_weights import BaseWeights, KnownBases
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
@@ -19,7 +18,6 @@ from inference_service.layers.on_gpu import PackedLinear
 from loramux_lowbit import widener
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config
-from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
@@ -175,57 +173,6 @@ def test_transformers_reads_the_same_from_the_same_files(tmp_path: Path, name: s
     world.build(store)
     expected = oracle_tokens(oracle(world.base, None), PROMPT, NEW)
     assert run_engine(world.load(store), [("base", PROMPT)], NEW) == [expected]
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize(
-    ("name", "library"),
-    [
-        ("pack-symmetric", "compressed_tensors"),
-        ("int-quantized", "compressed_tensors"),
-        ("nf4", "bitsandbytes"),
-        ("int8", "bitsandbytes"),
-    ],
-)
-def test_libraries_answer_the_same_from_the_same_files(tmp_path: Path, name: str, library: str) -> None:
-    """Libraries answer the same as transformers calls them; those that round the inputs of a linear too are
-    kept from it.
-    """
-    pytest.importorskip(library)
-    # bitsandbytes' kernel for CPUs errs where a row ends within a block of 64
-    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-    make_checkpoint(tmp_path / "base", LlamaConfig(**sizes))
-    keep(tmp_path / "base", KINDS[name], tmp_path / "kept", tmp_path / "widened")
-    store, world = MemoryStore(), World(tmp_path / "kept", {}, tmp_path)
-    world.build(store)
-    model = oracle(world.base, None)
-    if library == "bitsandbytes":
-        model = model.dequantize()
-    for module in model.modules():
-        module.quantization_enabled = False
-    expected = oracle_tokens(model, PROMPT, NEW)
-    assert run_engine(world.load(store), [("base", PROMPT)], NEW) == [expected]
-
-
-@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.sweep)])
-def test_a_base_may_be_described_by_quantize_config(plain: World, tmp_path: Path, dora: bool) -> None:
-    """A base with quantize_config works in builds, in continued ones, for norms of DoRA and in replicas."""
-    keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
-    config = json.loads((tmp_path / "kept" / "config.json").read_bytes())
-    (tmp_path / "kept" / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
-    (tmp_path / "kept" / "config.json").write_text(json.dumps(config))
-    make_adapter(tmp_path / "widened", tmp_path / "one", 3, r=4, use_dora=dora, target_modules=["q_proj"])
-    world = replace(plain, base=tmp_path / "kept", root=tmp_path, adapters={"one": tmp_path / "one"})
-    store = MemoryStore()
-    world.build(store)
-    expected = [
-        oracle_tokens(oracle(tmp_path / "widened", adapter), PROMPT, NEW)
-        for adapter in (None, tmp_path / "one")
-    ]
-    assert run_engine(world.load(store), [("base", PROMPT), ("one", PROMPT)], NEW) == expected
-    generation, sources = current_generation(store, "tiny"), open_sources(local_roots=[tmp_path])
-    weights = BaseWeights(generation.base, sources, tmp_path / "again", lambda _: None)
-    assert KnownBases().recall(generation.base, None, weights).model == read_config(world.base)
 
 
 def test_what_widening_takes_is_reported_beforehand(plain: World, tmp_path: Path) -> None:

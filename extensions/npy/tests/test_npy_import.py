@@ -1,7 +1,6 @@
 """npy files of another TensorRT-LLM converter: the rules of any adapter, exact rows, the command, mutations."""
 
 import json
-import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -25,8 +24,6 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.contract.builds.test_updates import World
 from tests.contract.cli.test_cli_check import run
 from tests.fuzz.mutate import NUMBERS, bounded, mutations
-from tests.golden.hostile.exhibit import Exhibit, exhibit
-from tests.golden.test_museum import judge
 from tests.npy_files import BF16, KV, SIZES, Q, Rows, matrices, write
 from tests.support.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
 from tests.support.builders import HOUR, in_thread
@@ -269,34 +266,6 @@ def test_import_bundle_publishes_a_deployment_of_one(folder: Path, fakes: Fakes)
     assert [(each.name, each.repository.repo) for each in spec.adapters] == [("lora1", str(folder / "npy"))]
     assert (spec.base.repo, spec.base.revision) == ("org/base", "main")
     assert "deployment imported: generation 3 is published" in text
-
-
-def _npy(columns: list[list[int]], width: int, *, wrong: bytes = b"") -> Any:
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        weights = np.ones((1, len(columns), width), np.float16)
-        np.save(folder / "model.lora_weights.npy", weights)
-        np.save(folder / "model.lora_config.npy", np.array([columns], np.int32))
-        if wrong:
-            (folder / "model.lora_weights.npy").write_bytes(wrong)
-
-    return make
-
-
-EXHIBITS = (
-    exhibit("npy of another base", "E_DIMS", _npy([[1, 0, 4, 0]], 4 * HIDDEN)),
-    exhibit("npy that is cut off", "E_BAD_NPY", _npy([[1, 0, 4, 0]], 8 * HIDDEN, wrong=b"\x93NUMPY\x01\x00")),
-    exhibit("npy that is a pickle", "E_BAD_NPY", _npy([[1, 0, 4, 0]], 8, wrong=pickle.dumps([1]))),
-    exhibit("npy with both halves", "W_GATE_UP W_BASE", _npy([[18, 0, 4, 0]], 4 * (HIDDEN + 2 * 24))),
-)
-
-
-@pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: exhibit.name.replace(" ", "-"))
-def test_every_exhibit_gets_its_codes_and_no_others(tmp_path: Path, exhibit: Exhibit) -> None:
-    """Hostile, broken or odd files are refused or warned about by name, in few words."""
-    findings, store = judge(exhibit, tmp_path)
-    assert sorted(finding.code for finding in findings) == sorted(exhibit.codes)
-    assert bool(store.objects) != exhibit.refused
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Proofs of adapters with embeddings and a head of their own."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3TextConfig, GraniteConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from loramux_prove.__main__ import probe_tokens
 from loramux_prove.adapter_source import read_adapter
@@ -56,24 +55,6 @@ def check_reference(world: World) -> None:
 def test_the_reference_is_transformers_and_peft(world: World) -> None:
     """A second reading of the files goes the ways of PEFT where embeddings and head are one matrix."""
     check_reference(world)
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize(
-    "config",
-    [
-        TIED,
-        LlamaConfig(**SIZES),
-        Gemma3TextConfig(**(SIZES | {"tie_word_embeddings": True, "head_dim": 16})),
-        GraniteConfig(**(SIZES | {"logits_scaling": 3.0, "embedding_multiplier": 2.5})),
-    ],
-    ids=["tied", "apart", "scaled embeddings", "divided logits"],
-)
-def test_the_reference_of_other_bases_is_transformers_and_peft(tmp_path: Path, config: Any) -> None:
-    """The reference equals transformers and PEFT where both are apart, and where embeddings and logits are
-    scaled.
-    """
-    check_reference(made(tmp_path, config, OWN if config.tie_word_embeddings else ADAPTERS))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -67,16 +67,6 @@ def reason_of(end: list[bytes] | End) -> str:
     return info.reason
 
 
-async def test_the_first_part_comes_with_the_first_token(service: Service) -> None:
-    """The bridge sends nothing before the first token, so that another replica may still answer."""
-    parts = await call(bridge_of(service), sampling=pb.SamplingParams(max_tokens=6, ignore_eos=True))
-    kinds = [
-        [pb.GenerateResponse.FromString(message).WhichOneof("event") for message in part] for part in parts
-    ]
-    assert kinds[0][:2] == ["started", "delta"]
-    assert kinds[-1][-1] == "finished"
-
-
 async def test_a_refusal_is_the_one_of_our_api(service: Service) -> None:
     """A fault comes as its status with details, an unknown method as UNIMPLEMENTED."""
     bridge = bridge_of(service)

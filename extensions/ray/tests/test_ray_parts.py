@@ -1,6 +1,5 @@
 """The decisions of Ray's part without a cluster: routing, the number of replicas, access."""
 
-import asyncio
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,6 @@ from loramux_ray.calls import host_of, require_local
 from loramux_ray.command import parts_of
 from loramux_ray.forwarding import _fault
 from loramux_ray.names import MIDDLEWARES, SERVICERS, key_of
-from loramux_ray.routing import AffineRouter
 from loramux_ray.scaling import by_sequences
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import InternalFault, PermissionDenied, QueueFull, ReplicaFailed, SettingsInvalid
@@ -43,45 +41,6 @@ def test_a_replica_of_several_ranks_asks_for_their_gpus_on_one_node():
         update={"build": deployment.build.model_copy(update={"tensor_parallel_count": 1})}
     )
     assert parts_of(one, 8, 1) == {}
-
-
-def tried(model: str, loads: dict[str, int]) -> list[list[str]]:
-    """Return the replicas in the order in which a proxy of Ray's tries them."""
-    router = AffineRouter.__new__(AffineRouter)
-    router.initialize_state()
-    router._replica_queue_len_cache = loads  # type: ignore[assignment]
-    replicas = [SimpleNamespace(replica_id=Name(name)) for name in loads]
-    query = SimpleNamespace(
-        metadata=SimpleNamespace(multiplexed_model_id=model), routing_context=SimpleNamespace()
-    )
-    groups = asyncio.run(router.choose_replicas(replicas, query))
-    return [[each.replica_id for each in group] for group in groups]
-
-
-class Name(str):
-    """A replica's id, as Ray has it."""
-
-    @property
-    def unique_id(self) -> str:
-        """The name of a replica in its deployment."""
-        return str(self)
-
-
-def test_a_model_has_a_replica_at_every_api_while_that_has_room():
-    """Proxies that know nothing of each other send a model to the same replica, while its load is low."""
-    idle = {"r1": 0, "r2": 0, "r3": 0}
-    homes = [tried(f"a{index}", idle) for index in range(60)]
-    assert homes == [tried(f"a{index}", dict(reversed(idle.items()))) for index in range(60)]
-    assert {groups[0][0] for groups in homes} == set(idle)
-    [home], [next_one], _ = homes[0]
-    assert tried("a0", idle | {home: 30, next_one: 10})[0] == [next_one]
-    assert tried("a0", {"r1": 20, "r2": 20, "r3": 20})[0] == [home]
-
-
-def test_the_base_has_no_replica_of_its_own():
-    """Requests without a model's key go to the less busy of two that are drawn, then to any."""
-    two, rest = tried("", {"r1": 0, "r2": 0, "r3": 0})
-    assert (len(two), sorted(rest)) == (2, ["r1", "r2", "r3"])
 
 
 def test_there_are_as_many_replicas_as_hold_what_runs_and_waits():

@@ -1,7 +1,6 @@
 """SMG over gRPC: it makes tokens of text, and ports of ours stand for one model each."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import count
@@ -11,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from openai import APIStatusError, AsyncOpenAI
+from openai import AsyncOpenAI
 
 from inference_service.http.server import HttpServer
 from tests.support.served_replicas import Built
@@ -106,31 +105,6 @@ async def test_answers_are_those_of_the_replica(gateway: Gateway, model: str) ->
                     {each.token: each.logprob for each in one.logprobs.content} for one in (theirs, ours)
                 )
                 assert emitted == pytest.approx(real, abs=1e-5)
-
-
-async def test_refusals_reach_the_client(gateway: Gateway) -> None:
-    """The gateway reports that a model that is not served has no worker, and an error as the client's fault."""
-    with pytest.raises(APIStatusError) as caught:
-        await gateway.through.chat.completions.create(model="wide", messages=HELLO, **GREEDY)
-    assert caught.value.status_code == 404
-    with pytest.raises(APIStatusError) as caught:
-        await gateway.through.chat.completions.create(
-            model="base", messages=HELLO, max_tokens=4, extra_body={"regex": "["}
-        )
-    assert caught.value.status_code == 400
-    assert "sampling_params.regex" in json.dumps(caught.value.body)
-
-
-async def test_a_replica_that_leaves_is_out(gateway: Gateway) -> None:
-    """A replica without health is no worker, and with it both are again."""
-    await gateway.apis.server.leave()
-    async with bounded("workers without health"):
-        while any(each["is_healthy"] for each in (await gateway.web.get("/workers")).json()["workers"]):
-            await asyncio.sleep(0.05)
-    await gateway.apis.server.set_serving(True)
-    await until_known(gateway.web, "base", MODEL)
-    direct, through = await gateway.both(model=MODEL)
-    assert direct.choices[0].message.content == through.choices[0].message.content
 
 
 async def test_of_two_replicas_one_drains(chatty: Built, tmp_path: Path) -> None:
