@@ -37,7 +37,7 @@ from tests.contract.sources.test_source_secrets import (
     secrets_of,
     silence,
 )
-from tests.support.adapters import write_base
+from tests.support.adapters import write_adapter, write_base
 from tests.support.archives import pack
 from tests.support.descriptors import cancelled_after, failing, held, nothing_stays_open
 from tests.support.https_server import Site, redirect, serve_https, stating
@@ -280,7 +280,6 @@ def test_a_base_is_recorded_and_fetched(site, tmp_path):
     site.routes["/base"] = pack({f"top/{path.name}": path.read_bytes() for path in base.iterdir()})
     sources = Sources({SourceKind.REMOTE_URL: source()})
     record = describe_base(sources, repo(site, "/base")).record
-    assert "canary" not in record.model_dump_json()  # a generation keeps no query
     folder = fetch_base(record, tmp_path / "cache", sources)
     assert (folder / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert fetch_base(record, tmp_path / "cache", sources) == folder
@@ -372,6 +371,20 @@ def test_no_failure_holds_a_secret(caplog, site):
         url_source("", ()).resolve(
             opened_by_key("REMOTE_URL", f"https://files.test:{site.port}/html?{CANARY}", runtime_secret_name="")
         )
+
+
+def test_no_generation_holds_a_secret(site, tmp_path):
+    """The signature of an adapter's URL is in nothing that a build publishes."""
+    adapter, store = write_adapter(tmp_path / "one"), MemoryStore()
+    site.routes["/one"] = pack({path.name: path.read_bytes() for path in adapter.iterdir()})
+    archive = {"source": "REMOTE_URL", "repo": repo(site, "/one").repo}
+    base = {"source": "LOCAL", "repo": str(write_base(tmp_path / "base"))}
+    data = {"model_name": "d", "build": {"checkpoint_repository": base, "lora_adapters": {"one": archive}}}
+    sources = Sources({SourceKind.REMOTE_URL: source(), SourceKind.LOCAL: LocalSource([tmp_path])})
+    build(parse_deployment(data).deployment, BuildContext(store, sources, tmp_path / "work"), Progress(["one"]))
+    retained = "".join(store.get(key).decode() for key in store.list("deployments/"))
+    assert archive["repo"].partition("?")[0] in retained
+    assert "canary" not in retained
 
 
 @pytest.mark.parametrize("revision", ["../../../evil", "..", "a\\..\\b"])
