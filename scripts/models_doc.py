@@ -13,7 +13,7 @@ from loramux_shared.bases.families import load_families
 from loramux_shared.bases.family import Architecture, Family
 from loramux_shared.bases.formats import FORMATS
 from loramux_shared.bases.read import read_fields
-from loramux_shared.bundle.modules import BY_NAME, FUSED_PATHS
+from loramux_shared.bundle.modules import FUSED_PATHS
 from scripts.pages import replaced, table
 
 PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "reference" / "models.md"
@@ -102,7 +102,7 @@ def _modules(model: ModelConfig) -> tuple[str, ...]:
     """Return what adapters of a base may have, in the order of computation; what is fused comes last."""
     named = dict.fromkeys(name for group in model.groups for name in group.modules)
     fused = [path for path in FUSED_PATHS if path.rpartition(".")[2] in model.dims.fused]
-    return tuple(f"`{path}`" for path in (*(BY_NAME[name].path for name in named), *fused))
+    return tuple(f"`{path}`" for path in (*(model.path(name) for name in named), *fused))
 
 
 TABLES: Final[dict[str, Callable[[], str]]] = {

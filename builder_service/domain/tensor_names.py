@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from loramux_shared.bundle.modules import (
     BY_PATH,
@@ -17,6 +17,7 @@ from loramux_shared.bundle.modules import (
     OF_EXPERTS,
     OF_NO_LAYER,
     Module,
+    Renamed,
     label,
 )
 
@@ -120,6 +121,8 @@ class LoraKey:
     """Expert of a mixture that the tensor belongs to."""
     of_parameter: bool = False
     """True if it was trained as a part of a parameter, and not as a module."""
+    own_path: str = ""
+    """The base's own name of the module within the layer, where it is another one."""
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -129,7 +132,7 @@ class LoraKey:
     @property
     def leaf(self) -> str:
         """Return the name of the module for people."""
-        return label(self.path)
+        return label(self.own_path or self.path)
 
     @property
     def place(self) -> str:
@@ -200,13 +203,24 @@ class RefusedKey:
 ParsedKey: TypeAlias = LoraKey | FullKey | TokensKey | TowerKey | RefusedKey
 
 
-def parse_key(key: str, fused: Set[str] = frozenset(), *, experts: bool = False) -> ParsedKey:
-    """Return what a key stands for, in a base with these fused projections, and with experts or without."""
-    return RefusedKey("E_UNKNOWN_KEY", "") if len(key) > MAX_KEY else _parse(key, frozenset(fused), experts)
+def parse_key(
+    key: str, fused: Set[str] = frozenset(), renamed: frozenset[Renamed] = frozenset(), *, experts: bool = False
+) -> ParsedKey:
+    """Return what a key stands for, in a base with these modules, and with experts or without."""
+    if len(key) > MAX_KEY:
+        return RefusedKey("E_UNKNOWN_KEY", "")
+    return _parse(key, _Modules(frozenset(fused), renamed), experts)
+
+
+class _Modules(NamedTuple):
+    """The modules of a base that others do not have."""
+
+    fused: frozenset[str]
+    renamed: frozenset[Renamed]
 
 
 @lru_cache(maxsize=_CACHED)
-def _parse(key: str, fused: frozenset[str], experts: bool) -> ParsedKey:
+def _parse(key: str, modules: _Modules, experts: bool) -> ParsedKey:
     for code, cause, pattern in _KNOWN_REFUSALS:
         if pattern.search(key):
             return RefusedKey(code, cause)
@@ -224,21 +238,23 @@ def _parse(key: str, fused: frozenset[str], experts: bool) -> ParsedKey:
             if plain == name:
                 return RefusedKey("E_UNKNOWN_KEY", "")
             return (
-                _embedding_key(match, side) if is_embedding(match["module"]) else _lora_key(match, fused, side)
+                _embedding_key(match, side)
+                if is_embedding(match["module"])
+                else _lora_key(match, modules, side)
             )
     if full := _FULL.fullmatch(name):
-        return _full_key(full, name, fused) if plain != name else RefusedKey(_code_of(full, name), "")
+        return _full_key(full, name, modules) if plain != name else RefusedKey(_code_of(full, name), "")
     if tokens := _TOKENS.fullmatch(name):
         module = _module_of(tokens["name"]) if plain != name else None
         return TokensKey(tokens["name"], module, tokens["infix"] or "") if module else RefusedKey("E_EMBED", "")
     return RefusedKey("E_UNKNOWN_KEY", "")
 
 
-def _full_key(full: re.Match[str], name: str, fused: Set[str]) -> ParsedKey:
+def _full_key(full: re.Match[str], name: str, modules: _Modules) -> ParsedKey:
     """Recognize a bias of a module that adapters may have; the rest counts as a copy of the base's."""
     bias = _BIAS.fullmatch(name)
     if bias is not None and not is_embedding(name):
-        key = _lora_key(bias, fused, "bias" if bias["wrapped"] else "bare_bias")
+        key = _lora_key(bias, modules, "bias" if bias["wrapped"] else "bare_bias")
         if isinstance(key, TowerKey) or (isinstance(key, LoraKey) and key.expert is None and not key.holds_all):
             return key
     return FullKey(full["name"], _code_of(full, name), full["base"] is not None, full["kind"])
@@ -255,7 +271,7 @@ def is_embedding(name: str) -> bool:
     return _EMBEDDING.search(name) is not None
 
 
-def nearest_key(key: str, fused: Set[str] = frozenset()) -> str:
+def nearest_key(key: str, fused: Set[str] = frozenset(), renamed: frozenset[Renamed] = frozenset()) -> str:
     """Return a key like this one that would be understood, or nothing."""
     if len(key) > MAX_KEY:
         return ""
@@ -263,12 +279,12 @@ def nearest_key(key: str, fused: Set[str] = frozenset()) -> str:
     if guess.endswith(("lora_A", "lora_B")):
         guess += ".weight"
     for prefix in ("", _ROOT, f"{_ROOT}model."):
-        if isinstance(parse_key(prefix + guess, fused), LoraKey):
+        if isinstance(parse_key(prefix + guess, fused, renamed), LoraKey):
             return prefix + guess
     return ""
 
 
-def _lora_key(match: re.Match[str], fused: Set[str], side: Side) -> LoraKey | TowerKey | RefusedKey:
+def _lora_key(match: re.Match[str], modules: _Modules, side: Side) -> LoraKey | TowerKey | RefusedKey:
     if tower := _TOWER.search(match["module"]):
         return TowerKey(tower[1])
     place = _PLACE.fullmatch(match["module"])
@@ -281,10 +297,12 @@ def _lora_key(match: re.Match[str], fused: Set[str], side: Side) -> LoraKey | To
         leaf = _OF_MIXTRAL.get(own["leaf"], own["leaf"]) if own["mixtral"] else own["leaf"]
         path = ".".join(part for part in (EXPERTS, leaf) if part)
         expert = None if own["expert"] is None else int(own["expert"])
-    if not _is_known(path, expert, fused):
+    usual = dict(modules.renamed)
+    path, own_path = usual.get(path, path), path if path in usual else ""
+    if not _is_known(path, expert, modules.fused) or (path in usual.values() and not own_path):
         return RefusedKey("E_MOE" if _MIXTURE.search(f".{match['module']}.") else "E_MODULE", path)
     infix = match.groupdict().get("infix") or ""
-    return LoraKey(int(place["layer"]), path, side, match["module"], infix, expert)
+    return LoraKey(int(place["layer"]), path, side, match["module"], infix, expert, own_path=own_path)
 
 
 def _module_of(name: str) -> Module | None:

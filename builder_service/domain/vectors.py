@@ -180,7 +180,7 @@ class VectorReader:
     def _of_base(self, key: LoraKey, kind: str) -> tuple[TensorFile | None, str]:
         """Return the file that has a tensor of a module, and its name; report where it is kept otherwise."""
         names = self.base.names
-        at = f"{names.layer.format(index=key.layer)}{key.path}.{kind}"
+        at = f"{names.layer.format(index=key.layer)}{key.own_path or key.path}.{kind}"
         for name in [f"{prefix}{at}" for prefix in names.prefixes]:
             file = None if self.weights is None else self.weights.find(name)
             if file is not None and file.tensors[name].dtype in READABLE:

@@ -29,7 +29,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import ExpertsLayer
-from loramux_shared.bundle.modules import BY_NAME, NO_LAYER
+from loramux_shared.bundle.modules import NO_LAYER, label
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
@@ -107,7 +107,7 @@ def sort_tensors(
     fulls, tokens, towers = [], [], []
     has_towers = load_families()[base.architecture][0].nested
     for name, tensor in file.tensors.items():
-        parsed = parse_key(name, base.dims.fused, experts=base.has_experts)
+        parsed = parse_key(name, base.dims.fused, base.renamed, experts=base.has_experts)
         match parsed:
             case RefusedKey():
                 _refuse(parsed, name, base, report)
@@ -180,12 +180,12 @@ def tower_warning(towers: tuple[str, ...]) -> list[Finding]:
 
 def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> None:
     if key.code != "E_UNKNOWN_KEY":
-        fixes = _KEY_FIXES | {"E_MODULE": f"The base has {_listed(base.groups)}."}
+        fixes = _KEY_FIXES | {"E_MODULE": f"The base has {_listed(base.groups, base)}."}
         fix = _FIXES_BY_CAUSE.get(key.cause) or fixes.get(key.code, MERGE)
         found = key.cause or _FOUND[key.code]
         report.add(key.code, name, cause=key.cause, expected=_SERVED, found=found, fix=fix)
         return
-    near = nearest_key(name, base.dims.fused)
+    near = nearest_key(name, base.dims.fused, base.renamed)
     fix = (
         f"Rename the keys: this one to {near}."
         if near
@@ -316,7 +316,8 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
             "E_MODULE",
             pair.place,
             cause=("absent", pair.key.leaf),
-            expected=f"modules that this layer of the base has: {_listed(base.layer_groups[pair.key.layer])}",
+            expected=f"modules that this layer of the base has: "
+            f"{_listed(base.layer_groups[pair.key.layer], base)}",
             found=pair.key.leaf,
             fix="The adapter was trained on another base.",
         )
@@ -355,7 +356,7 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
         )
 
 
-def _listed(groups: tuple[GroupShape, ...]) -> str:
-    """Name modules as Hugging Face does."""
-    names = dict.fromkeys(BY_NAME[module].label for group in groups for module in group.modules)
+def _listed(groups: tuple[GroupShape, ...], base: ModelConfig) -> str:
+    """Name modules as the base does."""
+    names = dict.fromkeys(label(base.path(module)) for group in groups for module in group.modules)
     return ", ".join(names)

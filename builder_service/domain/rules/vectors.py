@@ -79,9 +79,9 @@ def check_lone(
 ) -> None:
     """Report vectors of modules without A and B that the base has no place for, or that PEFT would not load."""
     for lone in vectors:
-        if lone.is_scale and not _is_scale(lone, config, report):
-            continue
         features, modules = features_of(lone.changed, base), lone.changed.modules
+        if lone.is_scale and not _is_scale(lone, config, report, gated=features is not None):
+            continue
         beyond = [each.name for each in modules if target_modules and each.name not in target_modules]
         if features is None:
             place = f"a module of a base of {len(base.layers)} layers"
@@ -112,15 +112,15 @@ def check_lone(
             _check_length(lone.key, lone.vector, out, report, ((1, out), (out, 1)) if lone.is_scale else ())
 
 
-def _is_scale(lone: Lone, config: AdapterConfig, report: Grouping) -> bool:
-    """Return True for a scale of a module's output or of down_proj's input; report any other."""
+def _is_scale(lone: Lone, config: AdapterConfig, report: Grouping, *, gated: bool) -> bool:
+    """Return True for a scale of an output, or of down_proj's input in a gated MLP; report others."""
     key = lone.key
-    if _of_experts(key) or (lone.scales_input and key.path != DOWN):
+    if _of_experts(key) or (lone.scales_input and (key.path != DOWN or not gated)):
         report.add(
             "E_MODULE",
             key.place,
             cause=(key.leaf, "scale"),
-            expected="scales of outputs, or of what down_proj of a dense MLP reads",
+            expected="scales of outputs, or of what down_proj of a dense, gated MLP reads",
             found=f"a scale of what {key.leaf} reads" if lone.scales_input else "a scale of an expert",
             fix=MERGE,
         )

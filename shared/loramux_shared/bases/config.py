@@ -8,9 +8,16 @@ from typing import Literal
 
 from loramux_shared.bases.formats import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
-from loramux_shared.bases.layers import AttentionLayer, CannotShard, ExpertsLayer, InputLayer, LayerSpec
+from loramux_shared.bases.layers import (
+    AttentionLayer,
+    CannotShard,
+    ExpertsLayer,
+    InputLayer,
+    LayerSpec,
+    MlpLayer,
+)
 from loramux_shared.bases.rope import HeadCounts, QueryScaling, RopeSpec
-from loramux_shared.bundle.modules import NO_LAYER, BaseDims
+from loramux_shared.bundle.modules import BY_NAME, NO_LAYER, BaseDims, Renamed
 from loramux_shared.faults import SettingsInvalid
 
 
@@ -163,6 +170,20 @@ class ModelConfig:
     def ropes(self) -> tuple[RopeSpec, ...]:
         """The distinct rotations of the layers."""
         return tuple(dict.fromkeys(mixer.rope for mixer in self.attentions))
+
+    @cached_property
+    def renamed(self) -> frozenset[Renamed]:
+        """Modules of layers that the base has under other names than most bases."""
+        own = {"attn_dense": self.names.o, "mlp_4h_to_h": self.names.down}
+        if any(isinstance(layer.mlp, MlpLayer) and not layer.mlp.gated for layer in self.layers):
+            [own["mlp_h_to_4h"]] = self.names.gate_up
+        usual = {module: BY_NAME[module].path for module in own}
+        return frozenset((name, usual[module]) for module, name in own.items() if name != usual[module])
+
+    def path(self, module: str) -> str:
+        """Return a module's name within a layer of the base, by its bundle name."""
+        usual = BY_NAME[module].path
+        return next((own for own, each in self.renamed if each == usual), usual)
 
     def state_bytes(self, item_bytes: int) -> int:
         """Return what layers carry from token to token for a sequence; 0 where none does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loramux_shared.bases.config import ModelConfig
@@ -77,6 +77,12 @@ def llama_like(
         eos_token_ids=token_ids(config.fields.get("eos_token_id")),
         tied_embeddings=config.flag("tie_word_embeddings", default=tied),
     )
+
+
+def plain_mlps(model: ModelConfig) -> tuple[LayerSpec, ...]:
+    """Return the layers with MLPs that have no gate."""
+    mlp = MlpLayer(model.dims.intermediate, gated=False)
+    return tuple(replace(layer, mlp=mlp) for layer in model.layers)
 
 
 def windowed(

@@ -87,6 +87,8 @@ FUSED: Final[Mapping[str, tuple[Module, ...]]] = {
 """Projections that are one matrix in some bases: its output rows are those of these modules, in this order."""
 FUSED_PATHS: Final = {f"{modules[0].parent}.{name}": modules for name, modules in FUSED.items()}
 """The same by their names within the layer."""
+Renamed = tuple[str, str]
+"""The name within the layer that a base has for a module, and the one in `MODULES`."""
 EXPERTS: Final = "mlp.experts"
 """Path of the experts of a layer, under any name that a base gives them."""
 FUSED_OF_EXPERTS: Final = {
