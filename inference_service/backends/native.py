@@ -134,6 +134,10 @@ class NativeOperations(Operations):
         """Draw all rows in one call."""
         return self.ops.draw(logits, rows)
 
+    def scores(self, logits: Tensor, ids: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Score all rows in one call."""
+        return self.ops.scores(logits, ids, count)
+
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
         """Return a cache in the order in which the compiled attention reads it."""
         return self.ops.new_cache(heads.kv, num_rows, heads.dim)

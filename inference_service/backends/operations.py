@@ -26,7 +26,7 @@ from inference_service.kernels.blocks import WeightBlocks
 from inference_service.kernels.delta import StateChunk, reference
 from inference_service.kernels.experts import ByExpert, Routed, reference as of_experts
 from inference_service.kernels.rows import Activation
-from inference_service.kernels.sampling import Drawn, RowParams, draw_rows
+from inference_service.kernels.sampling import Drawn, RowParams, draw_rows, scores
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
@@ -191,6 +191,10 @@ class Operations:
     def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
         """Draw a token for each row of logits [N, vocab], on the host."""
         return draw_rows(logits, rows)
+
+    def scores(self, logits: Tensor, ids: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Score tokens ids [N] in rows of logits [N, vocab], as `kernels.sampling.scores` does."""
+        return scores(logits, ids, count)
 
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, ...]:
         """Return empty keys and values of one layer, for num_rows tokens, a multiple of the block size.

@@ -83,3 +83,9 @@ def packed(allowed: npt.NDArray[np.bool_]) -> bytes:
 def unpacked(mask: bytes, vocab: int) -> npt.NDArray[np.bool_]:
     """Return which tokens [vocab] a mask lets pass."""
     return np.unpackbits(np.frombuffer(mask, np.uint8), None, vocab, "little").view(np.bool_)
+
+
+def common(mask: bytes, other: bytes) -> bytes:
+    """Return the mask that lets pass what both let pass."""
+    both = int.from_bytes(mask, "little") & int.from_bytes(other, "little")
+    return both.to_bytes(len(mask), "little")

@@ -154,7 +154,7 @@ class GraphRunner(Runner):
         scores = []
         for seq, scored in rows.scored.items():
             hidden = self._hidden[scored.start : scored.stop]
-            scores.append(score_prompt(seq, hidden, partial(self._logits_of, seq)))
+            scores.append(score_prompt(seq, hidden, partial(self._logits_of, seq), self._model.scores))
         states = [self._hidden[each.rows.start : each.rows.stop] for each in rows.pooled]
         return pool(rows.pooled, states), scores
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from inference_service.backends.base import StepLora
 from inference_service.core.sequence import Batch, Chunk, Sequence, Token, Vector
 from inference_service.engine.lookup import verified
-from inference_service.engine.sampler import SCORED_ROWS, sample, scores, tokens_of
+from inference_service.engine.sampler import SCORED_ROWS, Score, sample, tokens_of
 from inference_service.kernels.attention import Context
 from inference_service.lora.segments import Arrangement, Segment, arrange
 from inference_service.models.blocks import CacheSize
@@ -177,7 +177,9 @@ def to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def score_prompt(seq: Sequence, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+def score_prompt(
+    seq: Sequence, hidden: Tensor, head: Callable[[Tensor], Tensor], score: Score
+) -> Callable[[], None]:
     """Begin to score the next N tokens of a prompt, each by the row before it; hidden is [N, hidden size].
 
     The result waits for the scores and gives them to the sequence.
@@ -188,7 +190,7 @@ def score_prompt(seq: Sequence, hidden: Tensor, head: Callable[[Tensor], Tensor]
         rows, first = hidden[start : start + SCORED_ROWS], progress.num_scored
         progress.num_scored += len(rows)
         ids = to_device(progress.tokens[first : progress.num_scored], hidden.device)
-        copies.append([to_host(part) for part in scores(head(rows), ids, count)])
+        copies.append([to_host(part) for part in score(head(rows), ids, count)])
     if not copies:
         return lambda: None
     done = mark(copies[-1][0], hidden.device)
@@ -288,12 +290,12 @@ class Runner:
     def _step(self, rows: Rows) -> Pending:
         """Begin a step; its tokens are drawn on the host, once those before are known there."""
         logits, vectors = self._forward(rows)
-        tokens: list[Token] = []
+        model, tokens = self._model, list[Token]()
 
         def finish() -> None:
             if rows.sampled and not tokens:
                 with torch.inference_mode():
-                    tokens.extend(sample(logits, rows.sampled, rows.ahead, self._model.draw))
+                    tokens.extend(sample(logits, rows.sampled, rows.ahead, model.draw, model.scores))
                     ids = [token.id for token in tokens]
                     self._ids = torch.tensor(ids, dtype=torch.int64, device=logits.device)
 
@@ -320,7 +322,7 @@ class Runner:
         hidden = model.hidden(tokens, embedded, positions, last_rows, attention, cache, lora, recurrence)
         last, *states = torch.split(hidden, [len(rows.last_rows), *map(len, others)])
         for seq, scored in zip(rows.scored, states, strict=False):
-            score_prompt(seq, scored, partial(self._logits_of, seq))()
+            score_prompt(seq, scored, partial(self._logits_of, seq), model.scores)()
         vectors = pool(rows.pooled, states[len(rows.scored) :]) if rows.pooled else list
         return model.logits(last, own), vectors
 

@@ -6,36 +6,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence as Seq
+from array import array
+from collections.abc import Callable, Iterator, Sequence as Seq
 from dataclasses import replace
-from typing import Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from inference_service.core.constraint import unpacked
-from inference_service.core.sampling import SamplingParams
+from inference_service.core.constraint import common
+from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.core.sequence import Sequence, Token
-from inference_service.kernels.sampling import NO_TOKEN, Drawn, RowParams, draw_rows
+from inference_service.kernels.sampling import NO_TOKEN, Drawn, Edits, RowParams, draw_rows, scores
+from inference_service.kernels.sampling.host import shape as shape_row
 
 SCORED_ROWS = 64
 """Rows whose logits [SCORED_ROWS, vocab] are held in float32 at once: 39 MB for 152 thousand tokens."""
-
-
-def report(logits: Tensor, tokens: Seq[int], count: int) -> list[Token]:
-    """Return tokens with their log probabilities under logits [N, vocab], and the count best of each row."""
-    return tokens_of(scores(logits, torch.tensor(tokens, device=logits.device), count))
-
-
-def scores(logits: Tensor, ids: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Return, on the device, what `tokens_of` makes tokens of: of ids [N] and of each row's count best."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    own = logprobs.gather(1, ids.long()[:, None])
-    best = logprobs.topk(count)
-    return ids, own[:, 0], (logprobs > own).sum(dim=-1) + 1, best.indices, best.values
 
 
 def processed(shaped: Tensor, ids: Tensor, rows: Seq[SamplingParams]) -> Tensor:
@@ -79,13 +66,16 @@ def tokens_of(scored: Seq[Tensor]) -> list[Token]:
 
 Draw = Callable[[Tensor, Seq[RowParams]], Drawn]
 """Draws a token for each row of logits [N, vocab], as `draw_rows` does."""
-
-
-GREEDY: Final = RowParams()
+Score = Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
+"""Scores tokens, as `kernels.sampling.scores` does."""
 
 
 def sample(
-    logits: Tensor, seqs: Seq[Sequence], ahead: Seq[int] | None = None, draw: Draw = draw_rows
+    logits: Tensor,
+    seqs: Seq[Sequence],
+    ahead: Seq[int] | None = None,
+    draw: Draw = draw_rows,
+    score: Score = scores,
 ) -> list[Token]:
     """Draw one token per row of logits [N, vocab]; row i belongs to seqs[i], whose tokens are known.
 
@@ -97,25 +87,39 @@ def sample(
     for it those that the token was drawn by.
     """
     later = ahead or [0] * len(seqs)
-    params = [row_params(seq, seq.num_known + more) for seq, more in zip(seqs, later, strict=True)]
-    shaped: dict[int, Tensor] = {}
-    for row, (seq, more) in enumerate(zip(seqs, later, strict=True)):
-        if looks_back(seq, seq.num_known) or (seq.grammar is not None and _scores_processed(seq)):
-            shaped[row] = shape(logits[row], seq, more)
-        elif seq.grammar is not None:
-            params[row] = replace(params[row], allowed=seq.grammar.mask(more))
-    ids, tops = draw(logits, [GREEDY if row in shaped else each for row, each in enumerate(params)])
-    if shaped:
-        drawn, best = draw(torch.stack([*shaped.values()]), [params[row] for row in shaped])
-        for row, token, top in zip(shaped, drawn, best, strict=True):
-            ids[row] = NO_TOKEN if top == -math.inf else token
-    tokens = [
-        _token(logits[row], shaped.get(row, logits[row]), max(ids[row], 0), seq) for row, seq in enumerate(seqs)
+    ids, tops = draw(logits, [_drawing(seq, more) for seq, more in zip(seqs, later, strict=True)])
+    again = [
+        row
+        for row, (seq, token) in enumerate(zip(seqs, ids, strict=True))
+        if token == NO_TOKEN and seq.num_known < seq.sampling.min_tokens
     ]
-    for row, token_id in enumerate(ids):
-        if token_id == NO_TOKEN:
-            tokens[row] = tokens[row]._replace(impossible=True)
+    if again:
+        stopping, _ = draw(logits[again], [_drawing(seqs[row], later[row], may_stop=True) for row in again])
+        for row, token in zip(again, stopping, strict=True):
+            ids[row] = token
+    tokens = [Token(max(token, 0), impossible=token == NO_TOKEN) for token in ids]
+    for count, mode, rows in scored_rows(seqs):
+        drawn = torch.tensor([tokens[row].id for row in rows], device=logits.device)
+        if mode == "processed":
+            shaped = torch.stack([shape(logits[row], seqs[row], later[row]) for row in rows])
+            own = processed(shaped, drawn, [seqs[row].sampling for row in rows])
+        else:
+            own = logits if len(rows) == len(seqs) else logits[rows]
+        for row, scored in zip(rows, tokens_of(score(own, drawn, count)), strict=True):
+            tokens[row] = scored._replace(impossible=tokens[row].impossible)
     return marked(tokens, tops)
+
+
+def scored_rows(seqs: Seq[Sequence]) -> Iterator[tuple[int, LogprobsMode, list[int]]]:
+    """Yield rows whose tokens are scored together, with how many others beside each token, and the mode."""
+    groups: dict[tuple[int, LogprobsMode], list[int]] = {}
+    for row, seq in enumerate(seqs):
+        if seq.sampling.logprobs is not None:
+            groups.setdefault((seq.sampling.logprobs, seq.sampling.logprobs_mode), []).append(row)
+    for (count, mode), rows in groups.items():
+        size = len(rows) if mode == "raw" else SCORED_ROWS
+        for first in range(0, len(rows), size):
+            yield count, mode, rows[first : first + size]
 
 
 def marked(tokens: list[Token], tops: Seq[float]) -> list[Token]:
@@ -125,24 +129,47 @@ def marked(tokens: list[Token], tops: Seq[float]) -> list[Token]:
     return [token._replace(finite=math.isfinite(top)) for token, top in zip(tokens, tops, strict=True)]
 
 
-def row_params(seq: Sequence, generated: int) -> RowParams:
+def row_params(
+    seq: Sequence, generated: int, allowed: bytes | None = None, edits: Edits | None = None
+) -> RowParams:
     """Return the parameters of a sequence's draw after so many tokens of its answer."""
     params = seq.sampling
-    return RowParams(params.temperature, params.top_k, params.top_p, params.min_p, params.seed, generated)
+    return RowParams(
+        params.temperature, params.top_k, params.top_p, params.min_p, params.seed, generated, allowed, edits
+    )
 
 
-def _token(logits: Tensor, shaped: Tensor, token: int, seq: Sequence) -> Token:
-    """Return a token, scored as it is asked for: by logits [vocab], or by what was made of them, shaped."""
-    count = seq.sampling.logprobs
-    if count is None:
-        return Token(token)
-    if _scores_processed(seq):
-        logits = processed(shaped[None], torch.tensor([token], device=logits.device), [seq.sampling])[0]
-    return report(logits[None], [token], count)[0]
+def _drawing(seq: Sequence, ahead: int, *, may_stop: bool = False) -> RowParams:
+    """Return the parameters of a draw on the host, behind so many drafted tokens.
+
+    First the penalties (repetition as Hugging Face and vLLM define it, then OpenAI's two), then the bias, then
+    what may not come: what grammar and request do not allow, which can be all, and stop tokens before
+    min_tokens unless they may.
+    """
+    if not shapes(seq, seq.num_known):
+        return row_params(seq, seq.num_known + ahead)
+    allowed = seq.sampling.allowed_token_ids
+    if seq.grammar is not None:
+        mask = seq.grammar.mask(ahead)
+        allowed = mask if allowed is None else common(mask, allowed)
+    edits = None
+    if looks_back(seq, seq.num_known):
+        edits = history_of(seq).edits
+        if out := _forbidden(seq, may_stop=may_stop):
+            added = edits.added + array("f", [-math.inf]) * len(out)
+            edits = replace(edits, added_to=edits.added_to + out, added=added)
+    return row_params(seq, seq.num_known + ahead, allowed, edits)
 
 
-def _scores_processed(seq: Sequence) -> bool:
-    return seq.sampling.logprobs is not None and seq.sampling.logprobs_mode == "processed"
+def _forbidden(seq: Sequence, *, may_stop: bool) -> array[int]:
+    """Return tokens that would complete a bad word, and stop tokens where these may not come yet."""
+    out, tokens = array("i"), seq.progress.tokens
+    for length, words in seq.sampling.bad_words.items():
+        if length <= seq.num_known:
+            out.extend(words.get(tuple(tokens[len(tokens) - length :]), ()))
+    if seq.num_known < seq.sampling.min_tokens and not may_stop:
+        out.extend(seq.sampling.stop_token_ids)
+    return out
 
 
 def shapes(seq: Sequence, generated: int) -> bool:
@@ -160,74 +187,34 @@ def shape(logits: Tensor, seq: Sequence, ahead: int = 0) -> Tensor:
     """Return the logits [vocab], in float32, that the next token of a sequence is drawn from.
 
     With ahead, the token is the one behind so many drafted ones, at which nothing but a grammar looks.
-
-    First the penalties (repetition as Hugging Face and vLLM define it, then OpenAI's two), then the bias, then
-    what may not come: what grammar and request do not allow, which can be all, and stop tokens before
-    min_tokens unless nothing else is left.
     """
-    logits = logits.to(torch.float32, copy=True)
-    history = history_of(seq)
-    if seq.sampling.penalizes:
-        _penalize(logits, history, seq.sampling)
-    if len(history.bias):
-        logits[history.bias_tokens.to(logits.device)] += history.bias.to(logits.device)
-    if seq.grammar is not None or seq.sampling.restricts:
-        mask = torch.from_numpy(_forbidden(seq, len(logits), ahead)).to(logits.device)
-        logits.masked_fill_(mask, -torch.inf)
-    if seq.num_known < seq.sampling.min_tokens:
-        stops = torch.tensor(sorted(seq.sampling.stop_token_ids), dtype=torch.int64, device=logits.device)
-        going_on = logits.index_fill(0, stops, -torch.inf)
-        if going_on.isfinite().any():
-            return going_on
-    return logits
-
-
-def _forbidden(seq: Sequence, vocab: int, ahead: int) -> npt.NDArray[np.bool_]:
-    """Return which tokens [vocab] may not come."""
-    allowed = np.ones(vocab, np.bool_)
-    for mask in (None if seq.grammar is None else seq.grammar.mask(ahead), seq.sampling.allowed_token_ids):
-        if mask is not None:
-            allowed &= unpacked(mask, vocab)
-    for length, words in seq.sampling.bad_words.items():
-        if length <= seq.num_known:
-            allowed[list(words.get(tuple(seq.progress.tokens[len(seq.progress.tokens) - length :]), ()))] = (
-                False
-            )
-    return ~allowed
-
-
-def _penalize(logits: Tensor, history: TokenHistory, params: SamplingParams) -> None:
-    seen, counts = history.tokens.to(logits.device), history.counts.to(logits.device)
-    found, factor = logits[seen], params.repetition_penalty
-    found = torch.where(found > 0, found / factor, found * factor)
-    logits[seen] = found - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+    row = logits.float().numpy(force=True)
+    shaped = shape_row(row, _drawing(seq, ahead))
+    if not np.isfinite(shaped).any():
+        shaped = shape_row(row, _drawing(seq, ahead, may_stop=True))
+    return torch.from_numpy(shaped).to(logits.device)
 
 
 class TokenHistory:
-    """The distinct tokens of a sequence and their counts, and its bias, as tensors."""
+    """The distinct tokens of a sequence and their counts, and its bias, as a draw takes them."""
 
     def __init__(self, seq: Sequence) -> None:
-        self.tokens = torch.empty(0, dtype=torch.int64)
-        """[D]: the distinct tokens of prompt and answer."""
-        self.counts = torch.empty(0, dtype=torch.float32)
-        """[D]: how often each occurs in the answer."""
-        bias = seq.sampling.logit_bias
-        self.bias_tokens = torch.tensor(list(bias), dtype=torch.int64)
-        self.bias = torch.tensor(list(bias.values()), dtype=torch.float32)
+        params, bias = seq.sampling, seq.sampling.logit_bias
+        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        self.edits = Edits(array("i"), array("f"), *penalties, array("i", bias), array("f", bias.values()))
         self._places: dict[int, int] = {}
         self._known = 0
 
     def follow(self, seq: Sequence) -> None:
         """Take in the tokens that came since the last time."""
-        progress = seq.progress
-        new = [token for token in dict.fromkeys(progress.tokens[self._known :]) if token not in self._places]
-        if new:
-            self._places |= {token: len(self._places) + place for place, token in enumerate(new)}
-            self.tokens = torch.cat([self.tokens, torch.tensor(new)])
-            self.counts = torch.cat([self.counts, torch.zeros(len(new))])
-        for token in progress.tokens[max(self._known, seq.num_prompt) :]:
-            self.counts[self._places[token]] += 1
-        self._known = len(progress.tokens)
+        tokens, counts = self.edits.tokens, self.edits.counts
+        for at, token in enumerate(seq.progress.tokens[self._known :], self._known):
+            place = self._places.setdefault(token, len(tokens))
+            if place == len(tokens):
+                tokens.append(token)
+                counts.append(0.0)
+            counts[place] += at >= seq.num_prompt
+        self._known = len(seq.progress.tokens)
 
 
 _histories: WeakKeyDictionary[Sequence, TokenHistory] = WeakKeyDictionary()

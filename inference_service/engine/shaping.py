@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from inference_service.core.constraint import packed, unpacked
-from inference_service.core.sampling import LogprobsMode, SamplingParams
+from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.runner import mark, to_device, to_host
 from inference_service.engine.sampler import (
-    SCORED_ROWS,
     marked,
     processed,
     row_params,
-    scores,
+    scored_rows,
     shapes,
     tokens_of,
 )
@@ -35,6 +34,7 @@ from inference_service.kernels.sampling import (
     ShapingTables,
     pack_shapes,
     sample_shaped,
+    scores,
 )
 from inference_service.kernels.sampling.layout import FIELDS
 from inference_service.kernels.sampling.shaping import (
@@ -247,22 +247,15 @@ class Reading:
     def _copy(self) -> Callable[[], list[Token]]:
         """Begin to copy tokens and scores; the result waits for them."""
         logits, ids, num = self._logits, self._ids, len(self._seqs)
-        groups: dict[tuple[int, LogprobsMode], list[int]] = {}
-        for row, seq in enumerate(self._seqs):
-            if seq.sampling.logprobs is not None:
-                groups.setdefault((seq.sampling.logprobs, seq.sampling.logprobs_mode), []).append(row)
         drawn, tops = to_host(ids[:num]), to_host(logits[:num].amax(dim=-1))
         impossible = to_host(self._shaper.state.impossible[:num]) if self._shaped else None
         scored = []
-        for (count, mode), rows in groups.items():
-            size = len(rows) if mode == "raw" else SCORED_ROWS
-            for first in range(0, len(rows), size):
-                some = rows[first : first + size]
-                index = to_device(some, ids.device)
-                own, drawn_ids = logits.index_select(0, index), ids.index_select(0, index)
-                if mode == "processed":
-                    own = self._processed(own, drawn_ids, some)
-                scored.append((some, [to_host(part) for part in scores(own, drawn_ids, count)]))
+        for count, mode, rows in scored_rows(self._seqs):
+            index = to_device(rows, ids.device)
+            own, drawn_ids = logits.index_select(0, index), ids.index_select(0, index)
+            if mode == "processed":
+                own = self._processed(own, drawn_ids, rows)
+            scored.append((rows, [to_host(part) for part in scores(own, drawn_ids, count)]))
         self._made.clear()
         done = mark(drawn, ids.device)
 

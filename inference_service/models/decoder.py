@@ -248,6 +248,11 @@ class Decoder:
         """Draw a token for each row of logits [N, vocab], on the host."""
         return self._operations.draw(logits, rows)
 
+    @torch.inference_mode()
+    def scores(self, logits: Tensor, ids: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Score tokens ids [N] in rows of logits [N, vocab], as `kernels.sampling.scores` does."""
+        return self._operations.scores(logits, ids, count)
+
     def logits(self, hidden: Tensor, own: StepVocabulary | None = None) -> Tensor:
         """Return the logits [N, vocab] of rows [N, hidden], some of which have a head of their own.
 

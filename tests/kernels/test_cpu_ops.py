@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from array import array
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from inference_service.core.constraint import packed
 from inference_service.kernels.cpu.compiling import Kind, kinds_that_run
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, adapters_of
 from inference_service.kernels.rows import Activation
-from inference_service.kernels.sampling import RowParams, draw_rows
+from inference_service.kernels.sampling import Edits, RowParams, draw_rows
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -371,16 +372,27 @@ def test_a_processor_gets_what_it_can_run(
     assert kinds_that_run(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize("vocab", [1, 15, 64, 700, 5003])
+def edits_of(row: int, vocab: int) -> Edits:
+    """Return penalties of some tokens, and additions to some, of which -inf takes one out."""
+    some = np.random.default_rng(row)
+    seen = array("i", some.permutation(vocab)[: vocab // 3].tolist())
+    counts = array("f", some.integers(0, 3, len(seen)).tolist())
+    added_to = array("i", [*range(0, vocab, 3), row % vocab])
+    added = array("f", [*some.normal(0, 9, len(added_to) - 1).tolist(), -math.inf])
+    return Edits(seen, counts, 1.3, 0.4, 0.2, added_to, added)
+
+
+@pytest.mark.parametrize("vocab", [1, 15, 64, 700, 20003])
 def test_a_row_is_drawn_as_the_host_draws_it(ops: CpuOps, vocab: int) -> None:
-    """Every kind of draw, with ties, masks, tokens that may not come, and NaN: the same token in any batch."""
+    """Every kind of draw, with ties, edits, masks, tokens that are out, NaN: the same token in any batch."""
     nearly_all = 1 - 2**-53
     filters = (0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.9, 0.0), (0, nearly_all, 0.0), (40, 0.5, 0.05), (0, 1e-9, 1.0)
-    chosen = product((0.0, 0.01, 0.7, 50.0), filters)
+    chosen = product((0.0, 0.01, 0.7, 50.0), (*filters, (1500, 1.0, 0.0)))
     rows = [
-        RowParams(temperature, top_k, top_p, min_p, row - 2**63, row, allowed)
+        RowParams(temperature, top_k, top_p, min_p, row - 2**63, row, allowed, edits)
         for row, (temperature, (top_k, top_p, min_p)) in enumerate(chosen)
         for allowed in (None, packed(np.random.default_rng(row).random(vocab) < 0.3))
+        for edits in (None, edits_of(row, vocab))
     ]
     rows += [RowParams(heat, allowed=allowed) for heat in (0.0, 1.0) for allowed in (b"\0", b"\1")]
     for spread in (0.0, 1.0, 8.0):
@@ -394,5 +406,31 @@ def test_a_row_is_drawn_as_the_host_draws_it(ops: CpuOps, vocab: int) -> None:
         usual = [row for row, top in enumerate(best) if top == top]
         assert [ids[row] for row in usual] == [expected[row] for row in usual]
         np.testing.assert_array_equal(tops, best)
-        for row in range(len(rows)):
+        for row in range(0, len(rows), 7):
             assert ops.draw(logits[row:], rows[row:])[0][0] == ids[row]
+
+
+@pytest.mark.parametrize("vocab", [1, 15, 64, 5003])
+def test_log_probabilities_are_those_of_float64(ops: CpuOps, vocab: int) -> None:
+    """To the last bit but one, with ties, tokens that may not come, and NaN: the same in any batch."""
+    ids = torch.arange(12) * 7 % vocab
+    for spread, count in product((0.0, 1.0, 30.0), {0, min(5, vocab), min(20, vocab)}):
+        logits = (torch.randn(len(ids), 2 * vocab) * spread).to(ops.dtype)[:, :vocab]
+        logits[1::3] = logits[1::3].round()
+        logits[2, 1::3] = -torch.inf
+        logits[3, vocab // 2] = torch.nan
+        every = torch.log_softmax(logits.double(), dim=-1)
+        own = every.gather(1, ids[:, None])
+        found = ops.scores(logits, ids, count)
+        close = {"rtol": 2**-23, "atol": 1e-12, "equal_nan": True}
+        torch.testing.assert_close(found[1].double(), own[:, 0], **close)
+        best = every.sort(dim=-1, descending=True, stable=True)
+        finite = [row for row in range(len(ids)) if row != 3]
+        assert torch.equal(found[2][finite], (every > own).sum(dim=-1)[finite] + 1)
+        assert torch.equal(found[3][finite], best.indices[finite, :count])
+        torch.testing.assert_close(found[4].double(), best.values[:, :count], **close)
+        for row in range(len(ids)):
+            alone = ops.scores(logits[row:], ids[row : row + 1], count)
+            torch.testing.assert_close(
+                [part[0] for part in alone], [part[row] for part in found], rtol=0, atol=0, equal_nan=True
+            )

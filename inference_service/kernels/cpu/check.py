@@ -20,7 +20,7 @@ from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, adap
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights, StateChunk, reference
 from inference_service.kernels.integers import quantize
 from inference_service.kernels.rows import Activation, reference as of_rows
-from inference_service.kernels.sampling import RowParams, draw_rows
+from inference_service.kernels.sampling import RowParams, draw_rows, scores
 from loramux_shared.runtime import Rounding
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -37,6 +37,7 @@ def first_wrong(library: ctypes.CDLL) -> str | None:
         "gelu_tanh": partial(_activated, "gelu_tanh"), "linear": _linear, "compact product": _compact,
         "product of 8 bits": partial(_integers, Rounding.INT8), "lora": _lora, "attention": _attention,
         "product of 4 bits": partial(_integers, Rounding.INT4), "delta_rule": _delta_rule, "draw": _draw,
+        "scores": _scores,
     }  # fmt: skip
     for dtype, tolerance in TOLERANCE.items():
         try:
@@ -86,6 +87,12 @@ def _draw(ops: CpuOps, generator: torch.Generator) -> Pair:
     )
     rows = [RowParams(**({"temperature": 0.7, "seed": row} | kind)) for row, kind in enumerate(kinds)]
     found, expected = (torch.tensor(draw(logits, rows)[0]) for draw in (ops.draw, draw_rows))
+    return found, expected
+
+
+def _scores(ops: CpuOps, generator: torch.Generator) -> Pair:
+    logits, ids = 3 * _random(ops, generator, 3, 500), torch.tensor([0, 7, 499])
+    found, expected = (torch.stack(score(logits, ids, 1)[1:3]) for score in (ops.scores, scores))
     return found, expected
 
 

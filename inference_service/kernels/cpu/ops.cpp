@@ -58,6 +58,11 @@
     draw<T>((const T*)logits, ld, vocab, (const Draw*)rows, count, (const uint16_t*)masks, (int64_t*)ids,             \
             (float*)tops, threads);                                                                                   \
   }                                                                                                                   \
+  extern "C" void scores_##SUFFIX(const void* logits, int64_t ld, int64_t vocab, int64_t count, const void* ids,      \
+                                  int64_t most, void* own, void* ranks, void* tokens, void* values, int64_t threads) {\
+    scores<T>((const T*)logits, ld, vocab, count, (const int64_t*)ids, most, (float*)own, (int64_t*)ranks,            \
+              (int64_t*)tokens, (float*)values, threads);                                                             \
+  }                                                                                                                   \
   extern "C" void run_##SUFFIX(const void* words, int64_t count) {                                                    \
     run_program((const int64_t*)words, count, linear_##SUFFIX, attention_##SUFFIX, rope_write_##SUFFIX,               \
                 rms_norm_##SUFFIX, silu_##SUFFIX, gelu_tanh_##SUFFIX);                                                \

@@ -26,7 +26,7 @@ from inference_service.kernels.cpu.program import Buffers, Recorder
 from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.integers import Quantized
 from inference_service.kernels.rows import Activation
-from inference_service.kernels.sampling import Drawn, RowParams
+from inference_service.kernels.sampling import Drawn, Edits, RowParams
 
 BLOCK = 16
 """Positions of a cache block in the compiled attention; the engine's blocks are multiples of it."""
@@ -58,10 +58,13 @@ _SIGNATURES = {
     "gelu_tanh": "ppiii",
     "delta_rule": "pipipipippppppppiiiiiifpii",
     "draw": "piipipppi",
+    "scores": "piiipippppi",
 }
 """Argument types of each operation: pointer, int64, float."""
-_DRAW: Final = struct.Struct("=qdqddQqq")
+_DRAW: Final = struct.Struct("=qdqddQqqqQQqdddQQq")
 """A row of `CpuOps.draw`: sampling.h has the fields."""
+_AS_THEY_ARE: Final = (0,) * 10
+"""The fields of a row whose logits are not edited."""
 
 
 Planned = tuple[int, int, int, Sequence[int]]
@@ -151,7 +154,9 @@ class CpuOps:
         self.units = 2 if dtype is torch.bfloat16 else 1
         """Values per 4-byte unit."""
         functions = {name: _function(library, name, dtype) for name in _SIGNATURES}
-        self._draw = {kind: _function(library, "draw", kind) for kind in DTYPES}
+        self._draw, self._scores = (
+            {kind: _function(library, name, kind) for kind in DTYPES} for name in ("draw", "scores")
+        )
         library.instructions.restype = ctypes.c_char_p
         self.instructions = str(library.instructions().decode())
         """For which it was compiled: AVX-512, the same with VNNI or with bfloat16, AVX2 or NEON."""
@@ -391,13 +396,25 @@ class CpuOps:
                 mask = len(masks) // size
                 masks += each.allowed[:size].ljust(size, b"\0")
             filters = each.sharpness, each.top_k, each.top_p, each.span
-            packed += _DRAW.pack(row, *filters, each.seed % 2**64, each.num_generated, mask)
+            edits = _AS_THEY_ARE if each.edits is None else _edited(each.edits)
+            packed += _DRAW.pack(row, *filters, each.seed % 2**64, each.num_generated, mask, *edits)
         ids, tops = array("q", bytes(8 * len(rows))), array("f", bytes(4 * len(rows)))
         self._draw[logits.dtype](
             logits.data_ptr(), logits.stride(0), logits.shape[1], bytes(packed), len(rows), bytes(masks),
             ids.buffer_info()[0], tops.buffer_info()[0], self.threads,
         )  # fmt: skip
         return ids.tolist(), tops.tolist()
+
+    def scores(self, logits: Tensor, ids: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Score tokens ids [N] in rows of logits [N, vocab], as `kernels.sampling.scores` does."""
+        rows, ids = len(ids), ids.long()
+        own, ranks = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        tokens, values = torch.empty(rows, count, dtype=torch.int64), torch.empty(rows, count)
+        self._scores[logits.dtype](
+            logits.data_ptr(), logits.stride(0), logits.shape[1], rows, ids.data_ptr(), count, own.data_ptr(),
+            ranks.data_ptr(), tokens.data_ptr(), values.data_ptr(), self.threads,
+        )  # fmt: skip
+        return ids, own, ranks, tokens, values
 
     def new_cache(self, kv_heads: int, num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
         """Return keys [kv, blocks, d * BLOCK], and values with d padded; memory is taken when it is used."""
@@ -424,6 +441,14 @@ def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any:
     function = getattr(library, f"{name}_{DTYPES[dtype]}")
     function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
     return function
+
+
+def _edited(edits: Edits) -> tuple[float, ...]:
+    tokens, counts, added_to, added = (
+        each.buffer_info()[0] for each in (edits.tokens, edits.counts, edits.added_to, edits.added)
+    )
+    penalties = edits.repetition, edits.presence, edits.frequency
+    return 1, tokens, counts, len(edits.tokens), *penalties, added_to, added, len(edits.added)
 
 
 def _nibbles(units: Tensor) -> Tensor:

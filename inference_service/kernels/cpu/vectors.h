@@ -78,6 +78,7 @@ inline void narrow(bf16& to, float x) {
   uint32_t u; std::memcpy(&u, &x, 4);
   to.raw = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
+inline rf load_part(const float* p) { return load<rf>(p); }
 inline rf load_part(const bf16* p) { return as<rf>(__builtin_convertvector(load<rh>(p), ru) << 16); }
 inline vf load16(const float* p) { return load<vf>(p); }
 inline vf load16(const bf16* p) { return floats(__builtin_convertvector(load<vh>(p), vu) << 16); }

@@ -22,14 +22,15 @@ launches more, over those rows alone::
 This package needs torch alone; Triton is imported at the first launch.
 """
 
-from inference_service.kernels.sampling.host import NO_TOKEN, Drawn, draw, draw_rows
+from inference_service.kernels.sampling.host import NO_TOKEN, Drawn, draw, draw_rows, scores
 from inference_service.kernels.sampling.launch import sample, sample_shaped
-from inference_service.kernels.sampling.layout import RowParams, SamplingTables, pack_rows
+from inference_service.kernels.sampling.layout import Edits, RowParams, SamplingTables, pack_rows
 from inference_service.kernels.sampling.shaping import ShapedRow, ShapingState, ShapingTables, pack_shapes
 
 __all__ = [
     "NO_TOKEN",
     "Drawn",
+    "Edits",
     "RowParams",
     "SamplingTables",
     "ShapedRow",
@@ -41,4 +42,5 @@ __all__ = [
     "pack_shapes",
     "sample",
     "sample_shaped",
+    "scores",
 ]

@@ -10,8 +10,10 @@ from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from inference_service.core.constraint import unpacked
 from inference_service.kernels.sampling.layout import RowParams
 
 REACH: Final = 27.0
@@ -37,17 +39,37 @@ def draw_rows(logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
     best = logits.argmax(dim=-1, keepdim=True)
     ids, tops = best[:, 0].tolist(), logits.gather(1, best)[:, 0].tolist()
     for row, params in enumerate(rows):
-        if params.temperature or params.allowed is not None:
-            ids[row] = _draw_allowed(logits[row].float().numpy(force=True), params)
+        shaped = params.allowed is not None or params.edits is not None
+        if params.temperature or shaped:
+            own = shape(logits[row].float().numpy(force=True), params)
+            ids[row] = draw(own, params) if not shaped or np.fmax.reduce(own) > -np.inf else NO_TOKEN
     return ids, tops
 
 
-def _draw_allowed(logits: Logits, params: RowParams) -> int:
-    if params.allowed is None:
-        return draw(logits, params)
-    passes = np.unpackbits(np.frombuffer(params.allowed, np.uint8), None, len(logits), "little").view(np.bool_)
-    logits = np.where(passes, logits, np.float32(-np.inf))
-    return draw(logits, params) if np.fmax.reduce(logits) > -np.inf else NO_TOKEN
+def scores(logits: Tensor, ids: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Return ids [N], their log probabilities and ranks in rows of logits [N, vocab], and the best of each row.
+
+    The best are tokens and log probabilities [N, count]. All are on the device of the logits.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    own = logprobs.gather(1, ids.long()[:, None])
+    best = logprobs.topk(count)
+    return ids, own[:, 0], (logprobs > own).sum(dim=-1) + 1, best.indices, best.values
+
+
+def shape(logits: Logits, params: RowParams) -> Logits:
+    """Return the logits [vocab] that a token is drawn from: edited, and -inf where no token may come."""
+    edits = params.edits
+    if edits is not None:
+        logits = logits.copy()
+        seen, counts, factor = np.array(edits.tokens), np.array(edits.counts), edits.repetition
+        found = logits[seen]
+        found = np.where(found > 0, found / factor, found * factor)
+        logits[seen] = found - edits.presence * (counts > 0) - edits.frequency * counts
+        np.add.at(logits, np.array(edits.added_to), np.array(edits.added))
+    if params.allowed is not None:
+        logits = np.where(unpacked(params.allowed, len(logits)), logits, np.float32(-np.inf))
+    return logits
 
 
 def draw(logits: Logits, params: RowParams) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -39,6 +40,26 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
+class Edits:
+    """Changes of a row's logits before its draw on the host: the penalties of some tokens, then additions."""
+
+    tokens: array[int]
+    """int32 [D]: distinct tokens of the prompt and the answer."""
+    counts: array[float]
+    """float32 [D]: how often each occurs in the answer."""
+    repetition: float
+    """Logits of tokens are divided by it where positive, else multiplied."""
+    presence: float
+    """Taken from logits of tokens that the answer has."""
+    frequency: float
+    """Taken from logits, times the counts."""
+    added_to: array[int]
+    """int32 [A]: tokens, of which some may be there twice."""
+    added: array[float]
+    """float32 [A]: added to their logits; -inf takes a token out."""
+
+
+@dataclass(frozen=True)
 class RowParams:
     """The parameters of the next draw of one row."""
 
@@ -56,6 +77,8 @@ class RowParams:
     """Tokens that the request was given before this one."""
     allowed: bytes | None = None
     """Tokens that may come, bit i % 8 of byte i // 8 for token i; None is all. Draws on the host read it."""
+    edits: Edits | None = None
+    """Changes of the logits before all else; None where there are none. Draws on the host read them."""
 
     @property
     def kind(self) -> Kind:
