@@ -98,7 +98,7 @@ def sample(
         for row, token in zip(again, stopping, strict=True):
             ids[row] = token
     tokens = [Token(max(token, 0), impossible=token == NO_TOKEN) for token in ids]
-    for count, mode, rows in scored_rows(seqs):
+    for count, mode, rows in scored_rows(seqs, 1):
         drawn = torch.tensor([tokens[row].id for row in rows], device=logits.device)
         if mode == "processed":
             shaped = torch.stack([shape(logits[row], seqs[row], later[row]) for row in rows])
@@ -110,14 +110,17 @@ def sample(
     return marked(tokens, tops)
 
 
-def scored_rows(seqs: Seq[Sequence]) -> Iterator[tuple[int, LogprobsMode, list[int]]]:
-    """Yield rows whose tokens are scored together, with how many others beside each token, and the mode."""
+def scored_rows(seqs: Seq[Sequence], processed: int) -> Iterator[tuple[int, LogprobsMode, list[int]]]:
+    """Yield rows whose tokens are scored together, with how many others beside each token, and the mode.
+
+    Of rows with processed log probabilities, which need a copy of their logits, so many at most are together.
+    """
     groups: dict[tuple[int, LogprobsMode], list[int]] = {}
     for row, seq in enumerate(seqs):
         if seq.sampling.logprobs is not None:
             groups.setdefault((seq.sampling.logprobs, seq.sampling.logprobs_mode), []).append(row)
     for (count, mode), rows in groups.items():
-        size = len(rows) if mode == "raw" else SCORED_ROWS
+        size = len(rows) if mode == "raw" else processed
         for first in range(0, len(rows), size):
             yield count, mode, rows[first : first + size]
 

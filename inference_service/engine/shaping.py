@@ -21,6 +21,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.runner import mark, to_device, to_host
 from inference_service.engine.sampler import (
+    SCORED_ROWS,
     marked,
     processed,
     row_params,
@@ -250,7 +251,7 @@ class Reading:
         drawn, tops = to_host(ids[:num]), to_host(logits[:num].amax(dim=-1))
         impossible = to_host(self._shaper.state.impossible[:num]) if self._shaped else None
         scored = []
-        for count, mode, rows in scored_rows(self._seqs):
+        for count, mode, rows in scored_rows(self._seqs, SCORED_ROWS):
             index = to_device(rows, ids.device)
             own, drawn_ids = logits.index_select(0, index), ids.index_select(0, index)
             if mode == "processed":

@@ -65,7 +65,8 @@ def shape(logits: Logits, params: RowParams) -> Logits:
         seen, counts, factor = np.array(edits.tokens), np.array(edits.counts), edits.repetition
         found = logits[seen]
         found = np.where(found > 0, found / factor, found * factor)
-        logits[seen] = found - edits.presence * (counts > 0) - edits.frequency * counts
+        answered = (counts > 0).astype(np.float32)
+        logits[seen] = found - edits.presence * answered - edits.frequency * counts
         np.add.at(logits, np.array(edits.added_to), np.array(edits.added))
     if params.allowed is not None:
         logits = np.where(unpacked(params.allowed, len(logits)), logits, np.float32(-np.inf))
