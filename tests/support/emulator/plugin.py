@@ -30,12 +30,12 @@ class Function:
     def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
         self._process, self._name = process, name
 
-    def __call__(self, *arguments: float | None) -> int | bytes:
-        """Call the operation with addresses, whole numbers and floats."""
+    def __call__(self, *arguments: float | bytes | None) -> int | bytes:
+        """Call the operation with addresses, bytes, whole numbers and floats."""
         assert self._process.stdin
         assert self._process.stdout
         values = [
-            struct.pack("<d", value) if kind is ctypes.c_float else struct.pack("<q", value or 0)
+            struct.pack("<d", value) if kind is ctypes.c_float else struct.pack("<q", _whole(value))
             for kind, value in zip(self.argtypes, arguments, strict=True)
         ]
         call = self._name.encode().ljust(NAME, b"\0") + b"".join(values).ljust(8 * ARGUMENTS, b"\0")
@@ -46,6 +46,13 @@ class Function:
         return (
             answer[8:].rstrip(b"\0") if self.restype is ctypes.c_char_p else struct.unpack("<q", answer[:8])[0]
         )
+
+
+def _whole(value: float | bytes | None) -> float:
+    """Return an argument as a number: the address of bytes, which lie in the heap."""
+    if isinstance(value, bytes):
+        return ctypes.cast(ctypes.c_char_p(value), ctypes.c_void_p).value or 0
+    return value or 0
 
 
 class Library:

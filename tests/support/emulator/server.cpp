@@ -42,6 +42,14 @@ static bool answered(const Call& asked, Answer& answer) {
   OF_TYPE(silu);
   OF_TYPE(gelu_tanh);
   OF_TYPE(delta_rule);
+  OF_TYPE(draw);
+  OF_TYPE(scores);
+  OF_TYPE(run);
+  if (!strcmp(asked.name, "pack_blocks")) return call(pack_blocks, asked.values, answer), true;
+  if (!strcmp(asked.name, "compact")) {
+    int64_t (*function)(const void*, int64_t, void*, void*, int64_t) = compact;
+    return call(function, asked.values, answer), true;
+  }
   if (!strcmp(asked.name, "instructions")) return call(instructions, asked.values, answer), true;
   return false;
 }
