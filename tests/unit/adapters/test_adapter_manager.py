@@ -53,6 +53,11 @@ def test_a_key_of_some_models_sees_those() -> None:
         ACCESS.reset(token)
 
 
+def test_the_base_is_no_adapter() -> None:
+    with pytest.raises(RequestInvalid, match="'base' is the base; expected the name of an adapter"):
+        operated().manager.pin("base")
+
+
 def test_a_pin_follows_its_name() -> None:
     """The new version is pinned before the old one is let go; unpinning lets the present one go."""
     replica = operated()

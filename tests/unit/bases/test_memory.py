@@ -44,7 +44,7 @@ def test_steps_that_do_not_fit_are_refused_with_the_numbers(kv_bytes: int | None
         plan_memory(2 * 10**9, NEEDS, replace(CACHE, kv_bytes=kv_bytes), share=0.9)
     message = str(caught.value)
     assert "16.00 GB of weights and 1.00 GB of adapters, 2.00 GB are free; steps need 3.00 GB" in message
-    assert f"cache {1 if kv_bytes else 0}.00 GB" in message
+    assert f"GB and the key-value cache {1 if kv_bytes else 0}.00 GB" in message
     settings = {f"LORAMUX_{name}" for name in ("KV_MEMORY_GB", "MAX_BATCH_TOKENS", "MAX_BATCH_SEQS")}
     assert set(re.findall(r"LORAMUX_\w+", message)) == settings
 

@@ -258,6 +258,19 @@ def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
             raise world.ends[seq.id].fault
 
 
+def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
+    world = World(3, [1] * 8)
+    world.residency.prefetch_later(world.adapters)
+    for _ in range(40):
+        world.step()
+        assert len(world.loader.begun) <= 1
+        if world.loader.begun:
+            world.loader.end_one()
+    assert world.resident() == {0, 1, 2}
+    assert world.residency.settled
+    assert world.residency.stats.evictions == 0
+
+
 def test_a_bank_that_refuses_an_adapter_fails_that_one_alone() -> None:
     world = World(4, [1, 1])
     refused = world.adapters[0].digest

@@ -1,6 +1,7 @@
 """Builds: their order, what they fetch, and their work: side by side, each thing once, within the disk."""
 
 import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import LEFTOVER_S, Ledger, Space, claim_identity
+from builder_service.pipeline.context import LEFTOVER_S, RESERVE_BYTES, Ledger, Space, claim_identity
 from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.manifest import FileDigest
@@ -234,15 +235,19 @@ def test_a_build_stays_within_its_room(tmp_path, context):
 
 
 def test_builds_share_the_disk(tmp_path):
-    """Bytes that one build has announced and not written yet are not free for another."""
+    """Bytes that one build has announced and not written yet are not free for another; the fault has the sums."""
     ledger = Ledger()
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     one, two = Space(tmp_path, ledger, None), Space(tmp_path, ledger, None)
     with (
         one.writing(free * 2 // 3, "one"),
-        pytest.raises(ResourcesExhausted, match=rf"two: {free * 2 // 3} bytes; with {free * 2 // 3} that"),
+        pytest.raises(
+            ResourcesExhausted, match=rf"two: {free * 2 // 3} bytes; with {free * 2 // 3} that"
+        ) as full,
     ):
         two.check(free * 2 // 3, "two")
+    needed, has, missing = map(int, re.findall(r"needs (\d+) .* has (\d+)\. Free (\d+)", full.value.message)[0])
+    assert (needed, missing) == (2 * (free * 2 // 3) + RESERVE_BYTES, needed - has)
     two.check(free // 3, "two")
 
 

@@ -173,3 +173,16 @@ def test_a_bundle_that_is_not_whole_is_made_again(world: World, file: str) -> No
     reported = world.build(world.deployment())
     assert (reported["a000"].kept, reported["a000"].repaired, reported["a001"].kept) == (False, True, True)
     read_bundle(world.store, digest)
+
+
+def test_damage_is_found_by_a_build_that_verifies(world: World) -> None:
+    """A flipped bit is no lost file: a plain build keeps the bundle, one with verify repairs it."""
+    digest = world.build(world.deployment())["a000"].digest
+    key = bundle_key(digest, "model.lora_weights.npy")
+    data = world.store.objects[key]
+    world.store.objects[key] = data[:-1] + bytes([data[-1] ^ 1])
+    assert world.build(world.deployment())["a000"].kept
+    reported = world.build(world.deployment(), verify=True)
+    assert (reported["a000"].kept, reported["a000"].repaired) == (False, True)
+    assert (reported["a001"].kept, reported["a001"].reused) == (True, True)
+    read_bundle(world.store, digest)
