@@ -235,20 +235,18 @@ def test_a_build_stays_within_its_room(tmp_path, context):
 
 
 def test_builds_share_the_disk(tmp_path):
-    """Bytes that one build has announced and not written yet are not free for another; the fault has the sums."""
+    """Bytes that one build has announced and not written yet are not free for another, which gets the sums."""
     ledger = Ledger()
-    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    third = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize // 3
     one, two = Space(tmp_path, ledger, None), Space(tmp_path, ledger, None)
-    with (
-        one.writing(free * 2 // 3, "one"),
-        pytest.raises(
-            ResourcesExhausted, match=rf"two: {free * 2 // 3} bytes; with {free * 2 // 3} that"
-        ) as full,
-    ):
-        two.check(free * 2 // 3, "two")
+    sums = (
+        rf"two: {2 * third} bytes; with {2 * third} that running builds are about to write and {RESERVE_BYTES}"
+    )
+    with one.writing(2 * third, "one"), pytest.raises(ResourcesExhausted, match=sums) as full:
+        two.check(2 * third, "two")
     needed, has, missing = map(int, re.findall(r"needs (\d+) .* has (\d+)\. Free (\d+)", full.value.message)[0])
-    assert (needed, missing) == (2 * (free * 2 // 3) + RESERVE_BYTES, needed - has)
-    two.check(free // 3, "two")
+    assert (needed, missing) == (4 * third + RESERVE_BYTES, needed - has)
+    two.check(third, "two")
 
 
 class Flaky(MemoryStore):
