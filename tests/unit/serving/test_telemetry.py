@@ -23,7 +23,6 @@ from loramux_shared.process import log_to_stderr
 from tests.golden.metrics.script import replica
 from tests.support.metrics import Scrape
 
-DELTA = AnswerDelta("a", (Token(5), Token(6)))
 DONE = AnswerFinished(EndReason.LENGTH, "", 3, 0, 2)
 
 
@@ -50,17 +49,6 @@ class Ear:
 
 def submit(follower: RequestFollower, answers: int = 1) -> None:
     follower.submitted([Sequence(str(index), [1, 2, 3], SamplingParams()) for index in range(answers)])
-
-
-def test_watchers_hear_of_everything_in_order() -> None:
-    """The first token once, then every piece of text, then the end."""
-    ear = Ear()
-    with following(Request.of("m", "x"), [ear]) as follower:
-        submit(follower)
-        for event in (DELTA, DELTA, DONE):
-            follower.see(event)
-    assert (ear.heard, ear.outcome) == (["began", "a", "a", "ended"], "OK")
-    assert (follower.record.prompt_tokens, follower.record.completion_tokens) == (3, 4)
 
 
 @pytest.mark.parametrize(

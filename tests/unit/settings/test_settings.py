@@ -7,7 +7,6 @@ import pytest
 
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings, InferenceSettings, Settings, load_settings
-from loramux_shared.storage.open import open_store
 from tests.support.cases import cases
 
 
@@ -23,16 +22,6 @@ def _refusal(cls: type[Settings], **overrides: object) -> str:
         load_settings(cls, **overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def test_defaults(tmp_path: Path) -> None:
-    """The builder listens without variables on this machine only and keeps its store below the home."""
-    settings = load_settings(BuilderSettings)
-    assert settings.grpc == "127.0.0.1:50051"
-    assert open_store(settings.store).uri == f"file://{tmp_path}/.local/share/loramux/store"
-    assert (settings.local_roots, settings.work_dir) == ((), None)
-    assert settings.secrets_dir == Path("/secrets")
-    assert (settings.drain_timeout_s, settings.max_concurrent_builds) == (30, 2)
 
 
 def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -66,12 +66,3 @@ def test_the_picker_is_configured() -> None:
     check(read)
     [profile] = read["schedulingProfiles"]
     assert {each["pluginRef"] for each in profile["plugins"]} == {each["type"] for each in read["plugins"]}
-
-
-def test_kedas_behavior_is_the_autoscalers() -> None:
-    [keda] = of_kind(rendered("overlays/gpu"), "ScaledObject").values()
-    [hpa] = of_kind(rendered("overlays/cpu"), "HorizontalPodAutoscaler").values()
-    passed_on = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
-    assert passed_on == hpa["spec"]["behavior"]
-    for end in ("min", "max"):
-        assert keda["spec"][f"{end}ReplicaCount"] == hpa["spec"][f"{end}Replicas"]
