@@ -59,8 +59,6 @@ class FakeResidency:
         self.known: dict[Adapter, Standing] = {}
         self.fails: Fault | None = None
         self.looked_at = 0
-        self.looks = 0
-        """At all of them."""
 
     @property
     def num_bytes(self) -> int:
@@ -73,7 +71,6 @@ class FakeResidency:
         return self.known.get(adapter, Standing(adapter))
 
     def standings(self) -> list[Standing]:
-        self.looks += 1
         return list(self.known.values())
 
     def hold(self, adapter: Adapter, *, in_flight: int = 0, used_s: float | None = None) -> None:

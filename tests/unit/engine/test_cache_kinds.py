@@ -4,7 +4,6 @@ import itertools
 import random
 import zlib
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings, strategies as st
@@ -47,14 +46,11 @@ class Device:
     states: dict[int, int] = field(default_factory=dict)
     drawn: dict[Sequence, int] = field(default_factory=dict)
     ids: list[int] = field(default_factory=list)
-    lengths: list[dict[str, int]] = field(default_factory=list)
-    copied: list[Mapping[int, int]] = field(default_factory=list)
 
     def submit(self, batch: Batch) -> Pending:
         """Copy states, write the rows' tokens, read the visible rows of the last ones."""
         for copies in batch.copies:
             self.states |= {to: self.states[source] for to, source in copies.items()}
-        self.copied += batch.copies
         rows = lay_out(batch, self.drawn)
         provided = zip(rows.tokens, rows.sources, strict=True)
         tokens = [token if source < 0 else self.ids[source] for token, source in provided]
@@ -73,7 +69,6 @@ class Device:
             seen[chunk.seq] = context
         self.ids = [self._draw(seen[seq], ahead) for seq, ahead in zip(rows.sampled, rows.ahead, strict=True)]
         self.drawn = {seq: place for place, seq in enumerate(rows.sampled)}
-        self.lengths.append({chunk.seq.id: chunk.length for chunk in batch.chunks})
         ids = self.ids
         return Pending(tuple(rows.sampled), lambda: [Token(token) for token in ids], drafts=rows.drafts)
 

@@ -77,16 +77,11 @@ class FakeLoader:
         self.broken: set[str] = set()
         self.begun: list[Callable[[], None]] = []
         self.loaded: list[str] = []
-        self.loading = 0
-        self.most_loading = 0
 
     def load(self, adapter: Adapter, done: Callable[[Matrices | Fault, str], None]) -> None:
         digest = adapter.digest
-        self.loading += 1
-        self.most_loading = max(self.most_loading, self.loading)
 
         def end() -> None:
-            self.loading -= 1
             self.loaded.append(digest)
             if digest in self.broken:
                 done(BundleCorrupt(f"bundle {digest}"), "")

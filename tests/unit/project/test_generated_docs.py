@@ -13,7 +13,7 @@ from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS
-from scripts import api_doc, deployment_doc, pages
+from scripts import api_doc, deployment_doc
 from tests.support.cases import cases
 from tests.support.root import ROOT
 
@@ -51,15 +51,6 @@ def test_every_key_of_hosted_engine_builders_has_its_line() -> None:
         assert all(f"`{key}`" in page or f"`trt_llm.{block}.{key}`" in page for key in keys), block
     for key, (_, fix) in UNSERVED_KEYS.items():
         assert f"| `trt_llm.{key}` | {fix.removesuffix('.')} |" in page
-
-
-def test_what_stands_around_a_table_stays() -> None:
-    """A page without the marks is not written at all."""
-    page = "before\n<!-- a: `make docs` -->\nold\n<!-- end of a -->\nafter\n"
-    assert pages.replaced(page, "a", "new\n") == page.replace("old", "new")
-    for broken in (page.replace("end of a", "end of b"), page.replace("a: `", "b: `")):
-        with pytest.raises(ValueError, match="expected <!-- a"):
-            pages.replaced(broken, "a", "new\n")
 
 
 def test_the_schema_takes_what_the_program_takes() -> None:
@@ -144,12 +135,6 @@ def test_every_page_is_two_clicks_from_the_index() -> None:
 @pytest.mark.parametrize("note", DECISIONS, ids=lambda note: note.name)
 def test_a_decision_note_is_short(note: Path) -> None:
     assert len(note.read_text().splitlines()) <= 40
-
-
-def test_nothing_of_a_merge_is_left() -> None:
-    """No file has a conflict marker (ruff checks Python alone)."""
-    pages = [*PAGES, *DECISIONS]
-    assert not [page.name for page in pages if re.search(r"^[<>|]{7} ", page.read_text(), re.MULTILINE)]
 
 
 CLAIMS = cases(__file__, "CLAIMS")
