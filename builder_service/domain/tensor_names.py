@@ -204,12 +204,20 @@ ParsedKey: TypeAlias = LoraKey | FullKey | TokensKey | TowerKey | RefusedKey
 
 
 def parse_key(
-    key: str, fused: Set[str] = frozenset(), renamed: frozenset[Renamed] = frozenset(), *, experts: bool = False
+    key: str,
+    fused: Set[str] = frozenset(),
+    renamed: frozenset[Renamed] = frozenset(),
+    layers: tuple[str, ...] = (),
+    *,
+    experts: bool = False,
 ) -> ParsedKey:
-    """Return what a key stands for, in a base with these modules, and with experts or without."""
+    """Return what a key stands for, in a base with these modules, and with experts or without.
+
+    layers are what stands before the number of a layer, where that is not what most bases have.
+    """
     if len(key) > MAX_KEY:
         return RefusedKey("E_UNKNOWN_KEY", "")
-    return _parse(key, _Modules(frozenset(fused), renamed), experts)
+    return _parse(key, _Modules(frozenset(fused), renamed, layers), experts)
 
 
 class _Modules(NamedTuple):
@@ -217,6 +225,7 @@ class _Modules(NamedTuple):
 
     fused: frozenset[str]
     renamed: frozenset[Renamed]
+    layers: tuple[str, ...]
 
 
 @lru_cache(maxsize=_CACHED)
@@ -271,7 +280,12 @@ def is_embedding(name: str) -> bool:
     return _EMBEDDING.search(name) is not None
 
 
-def nearest_key(key: str, fused: Set[str] = frozenset(), renamed: frozenset[Renamed] = frozenset()) -> str:
+def nearest_key(
+    key: str,
+    fused: Set[str] = frozenset(),
+    renamed: frozenset[Renamed] = frozenset(),
+    layers: tuple[str, ...] = (),
+) -> str:
     """Return a key like this one that would be understood, or nothing."""
     if len(key) > MAX_KEY:
         return ""
@@ -279,7 +293,7 @@ def nearest_key(key: str, fused: Set[str] = frozenset(), renamed: frozenset[Rena
     if guess.endswith(("lora_A", "lora_B")):
         guess += ".weight"
     for prefix in ("", _ROOT, f"{_ROOT}model."):
-        if isinstance(parse_key(prefix + guess, fused, renamed), LoraKey):
+        if isinstance(parse_key(prefix + guess, fused, renamed, layers), LoraKey):
             return prefix + guess
     return ""
 
@@ -287,7 +301,9 @@ def nearest_key(key: str, fused: Set[str] = frozenset(), renamed: frozenset[Rena
 def _lora_key(match: re.Match[str], modules: _Modules, side: Side) -> LoraKey | TowerKey | RefusedKey:
     if tower := _TOWER.search(match["module"]):
         return TowerKey(tower[1])
-    place = _PLACE.fullmatch(match["module"])
+    name = match["module"]
+    before = next((each for each in modules.layers if name.startswith(each)), None)
+    place = _PLACE.fullmatch(name if before is None else f"layers.{name.removeprefix(before)}")
     if place is None:
         return RefusedKey("E_UNKNOWN_KEY", "")
     if place["decoder"] not in _DECODERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,7 +119,7 @@ def bundle_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:
     others += [planned.replaced.elements for planned in checked.replaced]
     elements = len(of_layers) * _width(rows) + sum(others)
     head = checked.score.head if checked.score else None
-    score = head.num_labels * head.hidden_size * Dtype.FLOAT32.itemsize if head else 0
+    score = math.prod(head.shape) * Dtype.FLOAT32.itemsize if head else 0
     return score + elements * NUMPY_TYPES[dtype].itemsize + 4 * columns_of(checked) * len(of_layers)
 
 
@@ -154,9 +155,9 @@ def _contents(
         whole = [chain.from_iterable(values)]
         found[VOCABULARY_FILE] = weights_pieces(dtype, count=1, width=elements, rows=whole)
     if (score := checked.score) is not None:
-        labels, width = score.head.num_labels, score.head.hidden_size
-        scores = (_score(score, label, count) for label in range(labels))
-        found[SCORE_FILE] = weights_pieces(Dtype.FLOAT32, count=labels, width=width, rows=scores)
+        height, width = score.head.shape
+        scores = (_score(score, row, count) for row in range(height))
+        found[SCORE_FILE] = weights_pieces(Dtype.FLOAT32, count=height, width=width, rows=scores)
     if checked.own_tokens is not None:
         found[OWN_TOKENS_FILE] = iter([checked.own_tokens.to_bytes()])
     return found
@@ -186,9 +187,9 @@ def _replaced(planned: PlannedRows, dtype: Dtype, count: Callable[[int], None]) 
             count(values.nbytes)
 
 
-def _score(planned: PlannedScore, label: int, count: Callable[[int], None]) -> Iterator[Array]:
-    """Yield the weights of a label, which float32 holds as they are."""
-    for values in planned.file.pieces(planned.tensor, PIECE, (label, label + 1)):
+def _score(planned: PlannedScore, row: int, count: Callable[[int], None]) -> Iterator[Array]:
+    """Yield the weights of a row, which float32 holds as they are."""
+    for values in planned.file.pieces(planned.tensor, PIECE, (row, row + 1)):
         yield cast(values, Dtype.FLOAT32)
         count(values.nbytes)
 

@@ -27,12 +27,16 @@ class Scorer:
 
     head: ScoreHead
     weights: Array
-    """(labels, hidden size), float32."""
+    """Of the head's shape, float32."""
 
     def scores(self, state: Vector) -> Vector:
         """Return the scores [labels] of a hidden state: transformers calls them logits."""
-        found: Vector = self.weights @ state
-        return found
+        if not self.head.dense:
+            found: Vector = self.weights @ state
+            return found
+        dense, labels = np.split(self.weights, [self.head.hidden_size])
+        scores: Vector = _affine(labels, np.tanh(_affine(dense, state)))
+        return scores
 
     def activated(self, scores: Vector) -> Vector:
         """Return probabilities: softmax over labels, or sigmoid of each where one does not exclude another.
@@ -48,6 +52,12 @@ class Scorer:
         powers = np.exp(wide - wide.max())
         shares: Vector = (powers / powers.sum()).astype(np.float32)
         return shares
+
+
+def _affine(layer: Array, x: Vector) -> Vector:
+    """Return what a layer [out, in + 1], whose last column are its biases, makes of x [in]."""
+    found: Vector = layer[:, :-1] @ x + layer[:, -1]
+    return found
 
 
 CACHED: Final = 512

@@ -161,6 +161,8 @@ class Sequence:
     """Pooling of the hidden states into a vector, which is the answer; no tokens are drawn, and `max_tokens` is
     0. None: tokens are drawn.
     """
+    second: int = NEVER
+    """Position of the first token of a pair's second text, which encoders mark."""
     cache_salt: str = ""
     """Part of every prefix-cache key, as the adapter is."""
     model: str = ""

@@ -285,6 +285,8 @@ class SchedulerLimits:
     """Part of the blocks that admission leaves free, for the next tokens of those under way."""
     speculative_tokens: int = 0
     """Tokens that are drafted for a sequence in a step, at most. 0: none."""
+    whole: bool = False
+    """True if one step computes all of a prompt, as an encoder must; each fits a step."""
 
     def reached(self, seq: Sequence, length: int) -> bool:
         """True when a sequence ends by its limit at so many tokens of prompt and answer."""
@@ -354,6 +356,12 @@ class Plan:
         granted = self.lengths.get(seq, 0)
         rows = self.step_times.rows(seq.progress.num_computed + granted, self.seconds)
         return int(min(self.left(seq), self.budget, rows))
+
+    def whole(self, seq: Sequence) -> int:
+        """Rows of a prompt that one step must compute: all, or none; the first one takes the time it needs."""
+        left = self.left(seq)
+        fits = self.fitting(seq) == left or (not self.lengths and left <= self.budget)
+        return left if fits else 0
 
     def left(self, seq: Sequence) -> int:
         """Rows of a prompt that it has not been given, up to where its chunk must end."""

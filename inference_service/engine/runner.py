@@ -85,7 +85,8 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
         end = start + length
         progress = seq.progress
         tokens = progress.tokens
-        rows.contexts.append(Context(row, length, progress.blocks, end, progress.tables, progress.state_slot))
+        held = progress.blocks, end, progress.tables, progress.state_slot
+        rows.contexts.append(Context(row, length, *held, seq.second))
         rows.positions.extend(range(start, end))
         if start == len(tokens):
             rows.tokens.append(0)
@@ -111,6 +112,8 @@ def _pooled(chunk: Chunk, row: int, pooling: Pooling) -> list[PooledRows]:
     """Return the rows of a chunk, which begins at row, that go into a vector and have not yet."""
     seq, end = chunk.seq, row + chunk.length
     first = end - 1
+    if pooling is Pooling.CLS:
+        return [PooledRows(seq, range(row, row + 1), ends=True)]
     if pooling is Pooling.MEAN:
         first = row + max(0, seq.progress.num_pooled - chunk.start)
     elif not chunk.samples:

@@ -324,7 +324,7 @@ class Scheduler:
         """Give a prompt what finds room; one that would take all of it leaves some to shorter ones."""
         if seq in plan.preempted:
             return
-        if plan.fitting(seq) < plan.left(seq):
+        if plan.fitting(seq) < plan.left(seq) and not self.limits.whole:
             self._give_shorter(seq, plan)
         rows = self._fitting(seq, plan)
         if rows > 0:
@@ -335,7 +335,7 @@ class Scheduler:
 
     def _fitting(self, seq: Sequence, plan: Plan) -> int:
         """Rows of a prompt that find room, in layers with a window too; one makes room for itself."""
-        rows = plan.fitting(seq)
+        rows = plan.whole(seq) if self.limits.whole else plan.fitting(seq)
         if not self.blocks.slides or rows <= 0:
             return rows
         spare = self.limits.watermark if len(self.running) > 1 else None

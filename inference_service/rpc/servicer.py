@@ -18,7 +18,6 @@ from inference_service.serving.pooling import check_dimensions, pooled, pooling_
 from inference_service.serving.request import WORDLESS, AnswerDelta, AnswerFinished, AnswerStarted, Event
 from inference_service.serving.service import GenerationService
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
-from loramux_shared.runtime import Pooling
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -65,7 +64,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._service.limits,
             request.dimensions if request.HasField("dimensions") else None,
         )
-        pooling = pooling_of(requested_pooling(request), self._service.usual_pooling)
+        pooling = pooling_of(requested_pooling(request), self._service.usual_pooling, self._service.poolings)
         check_dimensions(dimensions, limits.hidden_size)
         parsed = requests_from_message(request, context, pooling, limits.max_seq_len)
         normalize, index = request.normalize or not request.HasField("normalize"), 0
@@ -79,7 +78,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ClassifyResponse]:
         """Stream scores."""
-        parsed = requests_from_message(request, context, Pooling.LAST, self._service.limits.max_seq_len)
+        parsed = requests_from_message(
+            request, context, self._service.score_pooling, self._service.limits.max_seq_len
+        )
         index = 0
         async with aclosing(scored(self._service, parsed)) as found:
             async for each in found:

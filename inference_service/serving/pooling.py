@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -16,8 +16,9 @@ from inference_service.adapters.texts import Scorer
 from inference_service.core.sequence import Vector
 from inference_service.serving.request import AnswerFinished, AnswerStarted, Pooled, Request
 from inference_service.serving.service import GenerationService
+from loramux_shared.bundle.kinds import AdapterKind
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
-from loramux_shared.runtime import Pooling
+from loramux_shared.runtime import OF_DECODERS, Pooling
 
 T = TypeVar("T")
 MAX_INPUTS: Final = 2048
@@ -105,9 +106,9 @@ async def scored(
     served = await service.naming.choose(requests[0])
     model = served.model
     if model.num_labels is None:
-        raise refused_model(
-            model.name, "an adapter with a score head, of task_type SEQ_CLS", "one that generates text"
-        )
+        does = "makes vectors of texts" if AdapterKind.ENCODER in model.kinds else "generates text"
+        expected = "an adapter with a score head, of task_type SEQ_CLS"
+        raise refused_model(model.name, expected, f"one that {does}")
     if labels is not None and model.num_labels != labels:
         raise refused_model(
             model.name,
@@ -122,15 +123,17 @@ async def scored(
             yield ScoredPrompt(prompt, scorer, scorer.scores(prompt.vector))
 
 
-def pooling_of(requested: str | None, usual: Pooling | None) -> Pooling:
-    """Return what a request says, else what is usual for the base.
+def pooling_of(
+    requested: str | None, usual: Pooling | None, served: Collection[Pooling] = OF_DECODERS
+) -> Pooling:
+    """Return what a request says, else what is usual for the base, which serves some.
 
     Raises:
         RequestInvalid: there is no such pooling, or nothing that is usual.
     """
-    if requested in set(Pooling):
+    if requested in set(served):
         return Pooling(requested)
-    expected = " or ".join(Pooling)
+    expected = " or ".join(served)
     if requested is not None:
         finding = Finding(code="E_BAD_FIELD", where="pooling", expected=expected, found=repr(requested[:80]))
         raise RequestInvalid("the pooling is not supported.", [finding])

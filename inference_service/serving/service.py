@@ -40,7 +40,7 @@ from inference_service.serving.terms import ServingLimits, Terms, of_answer
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import InternalFault
-from loramux_shared.runtime import Parsers, Pooling, ReasoningParser, ToolParser
+from loramux_shared.runtime import OF_DECODERS, OF_ENCODERS, Parsers, Pooling, ReasoningParser, ToolParser
 from loramux_shared.sources.checkpoint import PlacedBase
 
 ParsersOf = Callable[[ToolParser, ReasoningParser], Parsers]
@@ -129,12 +129,12 @@ class GenerationService:
             with self._admit(model) as ticket:
                 defaults = await self.naming.defaults(model)
                 terms = self._terms(request, defaults)
-                tokens = await terms.prompt(self.limits.max_seq_len)
+                tokens, second = await terms.prompt(self.limits.max_seq_len)
                 if (by_ending := request.output.constraint_by_ending) is not None:
                     constraint = by_ending.behind(terms.text.end_of(tokens))
                     output = replace(request.output, constraint=constraint)
                     terms = replace(terms, request=replace(request, output=output))
-                answers = await self._answers(terms, model, tokens, ticket)
+                answers = await self._answers(terms, model, tokens, ticket, second)
                 seqs = [answer.seq for answer in answers.values()]
                 follower.submitted(seqs)
                 outputs = await self._submit(terms, model, seqs, ticket)
@@ -165,7 +165,7 @@ class GenerationService:
         vocab = served.model.vocab or self.text.vocab
         check(request, vocab, self.engine.max_queue, self.limits.max_seq_len)
         defaults = await self.naming.defaults(served.model)
-        return await self._terms(request, defaults).prompt(countable(self.limits.max_seq_len))
+        return (await self._terms(request, defaults).prompt(countable(self.limits.max_seq_len))).ids
 
     async def scorer(self, model: ServedModel) -> Scorer:
         """Return the score head of an adapter that classifies.
@@ -187,6 +187,16 @@ class GenerationService:
     def usual_pooling(self) -> Pooling | None:
         """Return the pooling of requests that name none; None: they must."""
         return self.catalog.deployed.pooling or self.pooling_of_base
+
+    @property
+    def poolings(self) -> tuple[Pooling, ...]:
+        """Return the poolings that requests may name."""
+        return OF_ENCODERS if self.limits.encodes else OF_DECODERS
+
+    @property
+    def score_pooling(self) -> Pooling:
+        """Return the pooling of the state that score heads read."""
+        return Pooling.CLS if self.limits.encodes else Pooling.LAST
 
     @property
     def default_max_tokens(self) -> int | None:
@@ -255,7 +265,7 @@ class GenerationService:
         return Terms(request, defaults, text, self.limits, usual, self.logprobs_mode)
 
     async def _answers(
-        self, terms: Terms, model: ServedModel, tokens: list[int], ticket: Ticket
+        self, terms: Terms, model: ServedModel, tokens: list[int], ticket: Ticket, second: int
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
         request, output, scheduling = terms.request, terms.request.output, terms.request.scheduling
@@ -276,6 +286,7 @@ class GenerationService:
                 grammar=grammar,
                 invocation=invocation,
                 pooling=output.pooling,
+                second=second,
                 cache_salt=scheduling.cache_salt or "",
                 model=model.name,
                 counted=model.names if model.parts else (),

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
 from inference_service.adapters.served_model import AdapterDefaults
 from inference_service.core.constraint import Constraint, Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
+from inference_service.core.sequence import NEVER
 from inference_service.serving.bounds import check_constraint, countable, prompt_too_long
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.request import Request, TextPair
@@ -31,6 +32,21 @@ class ServingLimits:
     eos_token_ids: frozenset[int]
     hidden_size: int = 0
     """Numbers of a vector."""
+    encodes: bool = False
+    """True if the base is an encoder, which makes vectors alone."""
+
+
+class PromptTokens(NamedTuple):
+    """A prompt as the model reads it."""
+
+    ids: list[int]
+    second: int = NEVER
+    """Position of the first token of a pair's second text, where the tokenizer tells them apart."""
+
+    def last(self, count: int) -> PromptTokens:
+        """Return the last tokens."""
+        cut = max(0, len(self.ids) - count)
+        return PromptTokens(self.ids[cut:], max(0, self.second - cut))
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ class Terms:
         ends = self.limits.eos_token_ids | self.defaults.stop_token_ids
         return frozenset() if self.request.sampling.ignore_eos else ends
 
-    async def prompt(self, most: int) -> list[int]:
+    async def prompt(self, most: int) -> PromptTokens:
         """Return the tokens of the prompt, of which a text may have so many unless it is cut.
 
         Raises:
@@ -62,12 +78,13 @@ class Terms:
             RequestInvalid: it is empty, or the template refuses its messages.
         """
         source, text = self.request.prompt, self.text
-        prompt, cut = source.content, source.truncate_prompt_tokens
+        prompt, cut, second = source.content, source.truncate_prompt_tokens, NEVER
         if cut is not None:
             most = countable(most)
         if isinstance(prompt, TextPair):
             special = source.add_special_tokens is not False
-            tokens = await asyncio.to_thread(text.encode_pair, prompt, most, add_special_tokens=special)
+            tokens, types = await asyncio.to_thread(text.encode_pair, prompt, most, add_special_tokens=special)
+            second = types.index(1) if 1 in types else NEVER
         elif isinstance(prompt, str):
             special = source.add_special_tokens is not False
             tokens = await asyncio.to_thread(text.encode_prompt, prompt, most, add_special_tokens=special)
@@ -92,7 +109,8 @@ class Terms:
             usual = min(self.default_max_tokens or 1, longest - 1)
             most_new = self.request.sampling.max_tokens
             cut = longest - (usual if most_new is None else most_new)
-        return tokens if cut is None or cut < 1 else tokens[-cut:]
+        found = PromptTokens(tokens, second)
+        return found if cut is None or cut < 1 else found.last(cut)
 
     async def grammars(self, constraints: Constraints) -> list[Grammar | None]:
         """Return a grammar for each answer, or None for each.
@@ -218,7 +236,11 @@ def room(requested: int | None, prompt_tokens: int, max_seq_len: int) -> int:
         PromptTooLong: not as many as are wanted.
     """
     left = max_seq_len - prompt_tokens
-    if left < (0 if requested == 0 else 1):
+    if requested == 0 and left < 0:
+        raise PromptTooLong(
+            f"the prompt has {prompt_tokens} tokens, and at most {max_seq_len} are served. Shorten the prompt."
+        )
+    if left < 1 and requested != 0:
         raise prompt_too_long(prompt_tokens, max_seq_len)
     if requested is not None and requested > left:
         raise PromptTooLong(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import structlog
 import torch
@@ -30,6 +30,7 @@ from loramux_shared.bases.memory import GB, may_stay_packed, token_bytes, weight
 from loramux_shared.bases.read import read_config
 from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.generation import Generation
+from loramux_shared.bundle.kinds import AdapterKind
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Merge, SourceKind
@@ -98,6 +99,7 @@ class LoadedBase:
             generation.served_model_name,
             source=display_source(generation.base.source),
             load_s=self.load_s,
+            kinds=(AdapterKind.ENCODER.value,) if self.config.encodes else (),
             warnings=_warn_about(self.config, self.model),
         )
 
@@ -118,9 +120,11 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         with placed.small_files() as folder:
             config = read_config(folder, generation.max_seq_len)
             text = Text.load(folder, config.dims.vocab)
-            pooling = pooling_in(folder)
+            pooling = pooling_in(folder, encodes=config.encodes)
         shard = shard_of(settings, config, 0)
         backend = choose_backend(settings, config if shard is None else shard.config)
+        if config.encodes:
+            backend = replace(backend, recordable=False)
         dtype = str(backend.dtype).removeprefix("torch.")
         packed = may_stay_packed(config, backend.operations.keeps) and shard is None
         formats = widening(config, placed.record.weights_bytes, dtype, packed=packed)
@@ -182,6 +186,9 @@ def read_model(
         BundleCorrupt: a file is not the one that was recorded.
     """
     tensors = checkpoint(placed, backend.dtype, backend.device, config.quantization)
+    if config.encodes:
+        encoder = need_extension("encoders.model", f"a base of architecture {config.architecture}").Encoder
+        return cast(Decoder, encoder(config, tensors, backend.operations, backend.quantization))
     return Decoder(config, tensors, backend.operations, backend.quantization, ranks)
 
 

@@ -68,8 +68,10 @@ from inference_service.startup.merged import merge
 from loramux_shared.bases.memory import GB
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation
+from loramux_shared.deployment import Merge
 from loramux_shared.extensions import PARTS, find_extensions, load_extension
 from loramux_shared.process import report
+from loramux_shared.runtime import Pooling
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
@@ -151,6 +153,9 @@ def load(
     )
     set_threads(settings)
     base = load_base(generation, settings, sources)
+    if base.config.encodes:
+        settings = settings.model_copy(update={"prefix_cache": False})
+        generation = generation.model_copy(update={"merge": Merge.NEVER})
     with nullcontext() if base.host is None else base.host.ending_where_it_raises():
         return _begin(settings, store, generation, base, started, watchers, publisher)
 
@@ -181,7 +186,7 @@ def _begin(
         report(f"loading {counted(len(first), 'adapter')}")
         preload(bank, first, inbox)
     engine, limits = _engine(settings, generation, base, bank)
-    probe = partial(_run_a_few_tokens, engine, bank)
+    probe = partial(_run_a_few_tokens, engine, bank, encodes=base.config.encodes)
     probe()  # so that the first request does not wait for buffers and kernels of the first use
     load_s = time.monotonic() - started
     computing = _computing(base)
@@ -231,7 +236,7 @@ def _begin(
         catalog,
         base.text,
         thread,
-        ServingLimits(limits.max_seq_len, ends, hidden),
+        ServingLimits(limits.max_seq_len, ends, hidden, base.config.encodes),
         watchers,
         adapters=manager,
         follower=follower,
@@ -275,14 +280,17 @@ def _engine(
     residents: Residents = Residents() if bank is None else bank.residency
     resident = [] if bank is None else bank.residency.resident()[:IN_STEPS]
 
+    encodes = model.config.encodes
+
     def limits_of(longest: int) -> SchedulerLimits:
         return SchedulerLimits(
-            sizes.tokens,
+            max(sizes.tokens, longest) if encodes else sizes.tokens,
             sizes.seqs,
             settings.max_batch_adapters,
             longest,
             # a state that took in a token which did not hold cannot be cut back
-            speculative_tokens=0 if model.config.state_bytes(1) else sizes.speculative,
+            speculative_tokens=0 if model.config.state_bytes(1) or encodes else sizes.speculative,
+            whole=encodes,
         )
 
     def measured(longest: int) -> Measured:
@@ -300,7 +308,7 @@ def _engine(
         lora.num_bytes,
         promised=0 if bank is None else bank.promised,
         graphs=backend.recordable and base.host is None,
-        measure=measured if model.device.type == "cuda" else None,
+        measure=measured if model.device.type == "cuda" and not encodes else None,
     )
     limits = replace(limits_of(plan.max_seq_len), max_seqs=plan.seqs)
     blocks = blocks_of(plan, model.config, settings)
@@ -312,11 +320,12 @@ def _engine(
     return Engine(runner, limits, blocks, residents), limits
 
 
-def _run_a_few_tokens(engine: Engine, bank: OpenBank | None) -> None:
+def _run_a_few_tokens(engine: Engine, bank: OpenBank | None, *, encodes: bool) -> None:
     """Run what works as long as anything does: the base, and an adapter where one is resident."""
     resident: list[Adapter] = [] if bank is None else bank.residency.resident()
+    sampling, pooling = SamplingParams(max_tokens=0 if encodes else 2), Pooling.MEAN if encodes else None
     for adapter in [None, *resident[:1]]:
-        engine.add(EngineSequence("warm-up", [0, 0], SamplingParams(max_tokens=2), adapter))
+        engine.add(EngineSequence("warm-up", [0, 0], sampling, adapter, pooling=pooling))
         while not engine.idle:
             engine.step()
 

@@ -126,12 +126,14 @@ class Text:
 
     def encode_pair(
         self, texts: tuple[str, str], max_seq_len: int, *, add_special_tokens: bool = True
-    ) -> list[int]:
-        """Tokenize two texts as one, as the tokenizer joins pairs; like `encode_prompt` otherwise."""
+    ) -> tuple[list[int], list[int]]:
+        """Tokenize two texts as one, as the tokenizer joins pairs; like `encode_prompt` otherwise.
+
+        Beside the tokens are their types, by which a tokenizer may tell the texts apart.
+        """
         self._look_at(texts, max_seq_len)
         [encoding] = self._tokenizer.encode_batch_fast([tuple(texts)], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
-        return ids
+        return encoding.ids, encoding.type_ids
 
     def _look_at(self, texts: Sequence[str], max_seq_len: int) -> None:
         """Look at long texts in slices first.

@@ -121,25 +121,35 @@ class Pooling(StrEnum):
     """The hidden state of the last token."""
     MEAN = "mean"
     """Their mean."""
+    CLS = "cls"
+    """The hidden state of the first token, which has seen all others in an encoder alone."""
 
+
+OF_DECODERS: Final = (Pooling.LAST, Pooling.MEAN)
+OF_ENCODERS: Final = (Pooling.CLS, Pooling.MEAN, Pooling.LAST)
 
 FILE: Final = "1_Pooling/config.json"
 """Pooling config of a base that was trained for vectors with sentence-transformers."""
-MODES: Final = {"lasttoken": Pooling.LAST, "mean": Pooling.MEAN, "mean_tokens": Pooling.MEAN}
+MODES: Final = {
+    **dict.fromkeys(("cls", "cls_token"), Pooling.CLS),
+    **dict.fromkeys(("mean", "mean_tokens"), Pooling.MEAN),
+    "lasttoken": Pooling.LAST,
+}
 """Names of the modes there: in ``pooling_mode``, or each as a switch of its own."""
 
 
-def pooling_in(folder: Path) -> Pooling | None:
-    """Return how the base in a folder was trained to make vectors: LAST where it says nothing.
+def pooling_in(folder: Path, *, encodes: bool = False) -> Pooling | None:
+    """Return how the base in a folder was trained to make vectors.
 
-    None where it says what is not served: the beginning, a maximum, weighted means, or several together.
+    LAST where it says nothing, and MEAN of an encoder. None where it says what is not served: the beginning of
+    a decoder, a maximum, weighted means, or several together.
 
     Raises:
         CheckpointInvalid: the file is no JSON object.
     """
     path = folder / FILE
     if not path.exists():
-        return Pooling.LAST
+        return Pooling.MEAN if encodes else Pooling.LAST
     try:
         fields = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -149,4 +159,5 @@ def pooling_in(folder: Path) -> Pooling | None:
     mode = fields.get("pooling_mode")
     chosen = [mode] if mode is not None else [name for name in fields if fields[name] is True]
     modes = [str(name).removeprefix("pooling_mode_") for name in chosen if name not in ("include_prompt",)]
-    return MODES.get(modes[0]) if len(modes) == 1 else None
+    found = MODES.get(modes[0]) if len(modes) == 1 else None
+    return found if found in (OF_ENCODERS if encodes else OF_DECODERS) else None

@@ -39,6 +39,7 @@ from loramux_shared.bundle.kinds import kinds_of
 from loramux_shared.bundle.manifest import Coverage, FileDigest
 from loramux_shared.bundle.modules import BY_NAME, NO_LAYER
 from loramux_shared.deployment import Dtype
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
@@ -174,12 +175,20 @@ def check_tensors(
 ) -> CheckedAdapter:
     """Check tensors under a config, beside what was found already."""
     base, report = book.limits.base, Grouping()
+    head = None
+    if base.encodes:
+        extension = need_extension("encoders.heads", f"adapters of {base.architecture}")
+        head = extension.take_head(file, config, base, book.base, report)
+        file = head.file
     plain = expanded(file, config.kind, base, report)
     tensors = sort_tensors(plain.file, base, report, config.target_parameters)
     pairs, file = tensors.pairs, tensors.file
     config, unread = config.read([key.name for key in tensors.keys])
     file, pairs = with_initial(file, pairs, config, book.base, report)
-    score, fulls, saved = plan_score(file, tensors.fulls, config, base, report)
+    if head is None:
+        score, fulls, saved = plan_score(file, tensors.fulls, config, base, report)
+    else:
+        score, fulls, saved = head.score, tensors.fulls, head.saved
     check_pairs(pairs, config, book.limits, report)
     check_lone(tensors.lone, config, base, book.limits.target_modules, report)
     full = check_full_tensors(file, fulls, saved, base, book.base, report)
@@ -188,7 +197,7 @@ def check_tensors(
     replaced, vocab = [*rows.planned, *of_dora], rows.vocab
     replaced.sort(key=lambda planned: planned.replaced.module_id)
     own = list(dict.fromkeys(planned.tensor for planned in replaced))
-    heads = [] if score is None else [score.tensor]
+    heads = () if score is None else score.file.origins(score.tensor)
     values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
     large = check_magnitudes(values.parts, base, book.base, report)
     broken = report or any(_is_error(finding) for finding in found)
@@ -211,8 +220,10 @@ def check_tensors(
     found += [each for each in values.warnings if each.code != "W_ZERO_B" or not (vectors.rows or score)]
     found += [*large, *vectors.warnings(book.dtype), *redundant_warning((*full.redundant, *vectors.redundant))]
     found += [*tower_warning(tensors.towers), *legal_findings(pairs, tensors.keys, config, base)]
-    redundant = {*full.redundant, *tensors.towers, *plain.idle, *vectors.redundant}
+    unused = () if head is None else head.unused
+    redundant = {*full.redundant, *tensors.towers, *plain.idle, *vectors.redundant, *unused}
     adapting = [*(tensor for pair in pairs for tensor in pair.tensors), *(lone.vector for lone in tensors.lone)]
+    used = _used([*(tensor.name for tensor in adapting), *own], file) | {*heads}
     return CheckedAdapter(
         tuple(found),
         file,
@@ -221,13 +232,13 @@ def check_tensors(
         config.base_model_name,
         config.base_model_revision,
         Coverage(
-            used=tuple(sorted(_used([*(tensor.name for tensor in adapting), *own, *heads], file) - redundant)),
+            used=tuple(sorted(used - redundant)),
             redundant=tuple(sorted(redundant)),
         ),
         config.invocation_tokens,
         vocab,
         score=score,
-        encodes=config.encodes,
+        encodes=config.encodes or (base.encodes and score is None),
     )
 
 

@@ -107,7 +107,7 @@ def sort_tensors(
     fulls, tokens, towers = [], [], []
     has_towers = load_families()[base.architecture][0].nested
     for name, tensor in file.tensors.items():
-        parsed = parse_key(name, base.dims.fused, base.renamed, experts=base.has_experts)
+        parsed = parse_key(name, base.dims.fused, base.renamed, base.layer_names, experts=base.has_experts)
         match parsed:
             case RefusedKey():
                 _refuse(parsed, name, base, report)
@@ -185,16 +185,18 @@ def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> 
         found = key.cause or _FOUND[key.code]
         report.add(key.code, name, cause=key.cause, expected=_SERVED, found=found, fix=fix)
         return
-    near = nearest_key(name, base.dims.fused, base.renamed)
-    fix = (
-        f"Rename the keys: this one to {near}."
-        if near
-        else "Expected keys like base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight."
-    )
+    near = nearest_key(name, base.dims.fused, base.renamed, base.layer_names)
+    fix = f"Rename the keys: this one to {near}." if near else f"Expected keys like {_example(base)}."
     found = "keys of an unknown form"
     report.add(
         "E_UNKNOWN_KEY", name, cause=bool(near), expected=_SERVED, found=found, fix=fix, places_listed=10
     )
+
+
+def _example(base: ModelConfig) -> str:
+    """Return the key of an A of the base."""
+    before = (*base.layer_names, "model.layers.")[0]
+    return f"base_model.model.{before}0.{base.path('attn_q')}.lora_A.weight"
 
 
 def _check_storage(tensor: Tensor, report: Grouping) -> None:

@@ -50,7 +50,7 @@ def served_to(service: GenerationService) -> dict[str, Any]:
         "template": None if text.template is None else text.template.source,
         "vocab": text.vocab,
         "special": text.special_tokens,
-        "limits": [limits.max_seq_len, list(limits.eos_token_ids), limits.hidden_size],
+        "limits": [limits.max_seq_len, list(limits.eos_token_ids), limits.hidden_size, limits.encodes],
         "max_queue": service.max_queue,
         "pooling": service.pooling_of_base,
         "logprobs_mode": service.logprobs_mode,
@@ -189,7 +189,7 @@ class RemoteReader:
         """Return a bundle's score head, and its weights."""
         head, weights = self._ask("score", digest)
         made = ScoreHead.model_validate_json(head)
-        return made, np.frombuffer(weights, np.float32).reshape(made.num_labels, made.hidden_size)
+        return made, np.frombuffer(weights, np.float32).reshape(made.shape)
 
     def _ask(self, name: str, digest: str) -> Any:
         answer = self._engine.channel.ask(name, digest)
@@ -243,14 +243,14 @@ class RemoteService(GenerationService):
         source, special, vocab = served["template"], served["special"], served["vocab"]
         template = ChatTemplate(source, special) if source else None
         text = Text.from_json(served["tokenizer"], template, vocab, special)
-        max_seq_len, ends, hidden = served["limits"]
+        max_seq_len, ends, hidden, encodes = served["limits"]
         self.remote = RemoteEngine(served["max_queue"])
         reader = cast(BundleReader, RemoteReader(self.remote))
         super().__init__(
             Catalog(1, served["base"], ()),
             text,
             cast(EngineThread, self.remote),  # other parts of the API answer what the engine's thread would
-            ServingLimits(max_seq_len, frozenset(ends), hidden),
+            ServingLimits(max_seq_len, frozenset(ends), hidden, encodes),
             texts=AdapterTexts(reader, text),
             pooling_of_base=messages.pooling_from(served["pooling"]),
             parsers_of=parsers_of,
@@ -309,6 +309,7 @@ class RemoteService(GenerationService):
             len(seqs),
             demanded,
             first.pooling,
+            first.second,
             first.priority,
             first.deadline_s,
             first.cache_salt,

@@ -93,7 +93,13 @@ def _trained(kind: Kind, parts: Parts) -> int | None:
 
 def _width(module: str, base: ModelConfig) -> int:
     """Return the elements of what a module reads; 0 where the base has no such module."""
-    key = parse_key(f"{module}.lora_A.weight", base.dims.fused, base.renamed, experts=base.has_experts)
+    key = parse_key(
+        f"{module}.lora_A.weight",
+        base.dims.fused,
+        base.renamed,
+        base.layer_names,
+        experts=base.has_experts,
+    )
     features = base.features(key.modules[0].name, key.layer) if isinstance(key, LoraKey) else None
     return features[0] if features else 0
 

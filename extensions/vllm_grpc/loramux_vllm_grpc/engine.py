@@ -80,7 +80,7 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
     ) -> pb.EmbedResponse:
         """Make a vector of a prompt: its hidden states, pooled as the base was trained, of length 1."""
         with spelled_out():
-            pooling = pooling_of(None, self._service.usual_pooling)
+            pooling = pooling_of(None, self._service.usual_pooling, self._service.poolings)
             longest = self._service.limits.max_seq_len
             parsed = embedding_of(request, context, self._name(context), longest, pooling)
             async with aclosing(pooled(self._service, [parsed])) as found:

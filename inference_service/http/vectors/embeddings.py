@@ -172,7 +172,7 @@ async def embeddings(service: GenerationService, http: HttpRequest) -> Reply[Emb
     """Make vectors of texts: their hidden states, pooled."""
     body = await read_body(http, EmbeddingsBody)
     with in_words_of(body):
-        pooling = pooling_of(body.pooling, service.usual_pooling)
+        pooling = pooling_of(body.pooling, service.usual_pooling, service.poolings)
         check_dimensions(body.dimensions, service.limits.hidden_size)
         requests = pooling_requests(body, body.input, pooling, http.headers)
         found = await while_connected(http.receive, everything(service, requests))

@@ -24,7 +24,6 @@ from inference_service.serving.bounds import refused
 from inference_service.serving.pooling import ScoredPrompt, scored
 from inference_service.serving.request import PromptContent, Request, TextPair
 from inference_service.serving.service import GenerationService
-from loramux_shared.runtime import Pooling
 
 
 class Score(TypedDict):
@@ -154,7 +153,7 @@ async def _scored(
     prompts: Sequence[PromptContent],
     labels: int | None = None,
 ) -> list[ScoredPrompt]:
-    requests = pooling_requests(body, prompts, Pooling.LAST, http.headers)
+    requests = pooling_requests(body, prompts, service.score_pooling, http.headers)
     return await while_connected(http.receive, _everything(service, requests, labels))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from inference_service.core.sequence import NOWHERE
+from inference_service.core.sequence import NEVER, NOWHERE
 from loramux_shared.bases.rope import AttentionSpec
 
 MOST: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -110,6 +110,8 @@ class Context(NamedTuple):
     those that no row of the chunk sees."""
     slot: int = NOWHERE
     """Slot of the sequence's state."""
+    second: int = NEVER
+    """Position of the first token of the second text, where the sequence is a pair."""
 
     def table(self, group: int) -> Sequence[int]:
         """The cache blocks of a group of layers."""

@@ -207,8 +207,14 @@ def show_ready(plan: UpPlan, models: Sequence[ModelInfo], logs: Path) -> None:
     shell.show(f"  builder    {plan.builder}")
     shell.show(f"  models     {listed([model.name for model in models])}")
     shell.show(f"  logs       {logs}")
-    generating = [model for model in models if model.generates] or models
-    show_lines_to_try(plan.inference, plan.http or OPENAI, generating[-1].name)
+    generating = [model for model in models if model.generates]
+    if generating:
+        show_lines_to_try(plan.inference, plan.http or OPENAI, generating[-1].name)
+        return
+    body = json.dumps({"model": models[-1].name, "input": ["Hi"]})
+    shell.show("try", "bold")
+    shell.show(f"  curl http://{reachable(plan.http or OPENAI)}/v1/embeddings{_key_header()} \\")
+    shell.show(f"    -H 'content-type: application/json' -d '{body}'")
 
 
 MAX_TOKENS = 64
@@ -220,7 +226,7 @@ def show_lines_to_try(inference: str, http: str, model: str) -> None:
     inference, http = reachable(inference), reachable(http)
     flag = "" if inference == INFERENCE else f" --grpc {inference}"
     argument = "" if inference == INFERENCE else f'"{inference}"'
-    header = f' -H "authorization: Bearer ${API_KEY}"' if Credentials().api_key else ""
+    header = _key_header()
     call = f'complete("{model}", {json.dumps(MESSAGES)}, max_tokens={MAX_TOKENS})'
     chat = json.dumps({"model": model, "messages": MESSAGES, "max_tokens": MAX_TOKENS})
     generate = json.dumps(
@@ -239,6 +245,11 @@ def show_lines_to_try(inference: str, http: str, model: str) -> None:
         f"  {inference} loramux.inference.v1.InferenceService/Generate",
     ):
         shell.show(f"  {line}".rstrip())
+
+
+def _key_header() -> str:
+    """Return the option of curl and grpcurl that sends a key, where one is set."""
+    return f' -H "authorization: Bearer ${API_KEY}"' if Credentials().api_key else ""
 
 
 def reachable(address: str) -> str:

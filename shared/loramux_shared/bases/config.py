@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 from loramux_shared.bases.formats import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
@@ -141,6 +141,9 @@ class ModelConfig:
     quantization: Quantization | None = None
     """Storage format of the linears; None: the type in which they are served."""
 
+    encodes: ClassVar[bool] = False
+    """True of an encoder, which makes vectors alone, of sequences that a step computes whole."""
+
     @cached_property
     def layer_groups(self) -> tuple[tuple[GroupShape, ...], ...]:
         """The fused linears of each layer; those that differ have different names."""
@@ -175,6 +178,8 @@ class ModelConfig:
     def renamed(self) -> frozenset[Renamed]:
         """Modules of layers that the base has under other names than most bases."""
         own = {"attn_dense": self.names.o, "mlp_4h_to_h": self.names.down}
+        if len(self.names.qkv) == 3:
+            own |= zip(("attn_q", "attn_k", "attn_v"), self.names.qkv, strict=True)
         if any(isinstance(layer.mlp, MlpLayer) and not layer.mlp.gated for layer in self.layers):
             [own["mlp_h_to_4h"]] = self.names.gate_up
         usual = {module: BY_NAME[module].path for module in own}
@@ -188,6 +193,12 @@ class ModelConfig:
     def state_bytes(self, item_bytes: int) -> int:
         """Return what layers carry from token to token for a sequence; 0 where none does."""
         return sum(layer.mixer.state_bytes(item_bytes) for layer in self.layers)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Return what stands before the number of a layer, where layers are not called as in most bases."""
+        before = self.names.layer.partition("{index}")[0]
+        return () if before == "layers." else tuple([f"{prefix}{before}" for prefix in self.names.prefixes])
 
     @property
     def inputs(self) -> InputLayer | None:

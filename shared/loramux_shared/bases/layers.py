@@ -48,6 +48,8 @@ class AttentionLayer:
     """True if each head of values is normed, by its size alone."""
     gated: bool = False
     """True if the output of each head is multiplied with the sigmoid of a gate, which its query brings."""
+    bidirectional: bool = False
+    """True if every row sees the whole sequence, which one step computes, so that nothing is cached."""
 
     @property
     def heads(self) -> HeadCounts:
@@ -67,7 +69,7 @@ class AttentionLayer:
     @property
     def cached_features(self) -> int:
         """Numbers that it keeps of a token, for later ones to see."""
-        return 2 * self.kv_features if self.attention.keys_of is None else 0
+        return 0 if self.attention.keys_of is not None or self.bidirectional else 2 * self.kv_features
 
     def state_bytes(self, item_bytes: int) -> int:  # noqa: ARG002 - mixers that carry a state have some
         """Return what it keeps of a sequence however long that is, where numbers take item_bytes."""

@@ -243,8 +243,8 @@ def weights_bytes(
         else:
             experts += count
     table, of_head = config.dims.vocab * config.dims.hidden, quantization.of_head
-    shared = config.tied_embeddings and device == "cuda" and of_head is Rounding.NONE
-    head = 0 if shared else of_head.weight_bytes(table, item_bytes)
+    tied = config.tied_embeddings and device == "cuda" and of_head is Rounding.NONE
+    head = 0 if tied or config.encodes else of_head.weight_bytes(table, item_bytes)
     whole = experts + table + _count_inputs(config)
     if packed and config.quantization is not None and config.quantization.format == "gguf":
         return config.quantization.linear_bytes + config.quantization.table_bytes + table
@@ -262,7 +262,8 @@ def token_bytes(config: ModelConfig, item_bytes: int, quantization: Rounding) ->
         for group in groups
         if group.expert is None or (isinstance(layer.mlp, ExpertsLayer) and group.expert < layer.mlp.top_k)
     )
-    head = quantization.of_head.weight_bytes(config.dims.vocab * config.dims.hidden, item_bytes)
+    table = 0 if config.encodes else config.dims.vocab * config.dims.hidden
+    head = quantization.of_head.weight_bytes(table, item_bytes)
     return quantization.weight_bytes(count, item_bytes) + head
 
 

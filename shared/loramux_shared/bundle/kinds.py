@@ -59,6 +59,8 @@ _MARKS: Final = tuple(
     )
 )
 """Ends of the keys of tensors that only one kind has; an adapter's name may follow."""
+_OF_HEAD: Final = re.compile(r"\.(classifier|pooler)\.")
+"""Keys of the score head of an encoder, whose biases are no adapter's."""
 _METHODS: Final = frozenset({kind for kind, _ in _MARKS} - {AdapterKind.BIAS})
 """Those of which an adapter has one; where none is known, A and B are plain LoRA."""
 
@@ -98,7 +100,7 @@ def kinds_of(
         classifies: whether it has a score head.
         encodes: whether it was trained to make vectors.
     """
-    names = "\n".join(keys)
+    names = "\n".join(key for key in keys if not (classifies and _OF_HEAD.search(key)))
     found = {kind for kind, mark in _MARKS if mark.search(names)}
     if not names and any(row.vectors for row in rows):
         found.add(AdapterKind.DORA)

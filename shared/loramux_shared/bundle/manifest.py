@@ -181,7 +181,10 @@ class Replaced(Model):
 
 
 class ScoreHead(Model):
-    """A linear without a bias on the hidden state of the last token: one score for each label."""
+    """A linear without a bias on the hidden state of the last token: one score for each label.
+
+    One of an encoder reads the first token's, through a dense layer and tanh, and both layers have biases.
+    """
 
     num_labels: int = Field(ge=1, le=MAX_LABELS)
     hidden_size: int = Field(ge=1)
@@ -189,6 +192,13 @@ class ScoreHead(Model):
     """One of `PROBLEM_TYPES`; absent where the adapter does not say."""
     id2label: tuple[str, ...] = Field(default=(), exclude_if=unset)
     """Names of the labels in their order; absent likewise."""
+    dense: bool = Field(default=False, exclude_if=lambda dense: not dense)
+    """True if the file has the rows of a dense layer before those of labels, and biases as its last column."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the rows and columns of the file."""
+        return self.num_labels + self.dense * self.hidden_size, self.hidden_size + self.dense
 
     @property
     def label_names(self) -> tuple[str, ...]:

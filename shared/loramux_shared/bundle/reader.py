@@ -146,14 +146,14 @@ def assemble(digest: str, manifest: Manifest, files: Mapping[str, Bytes], *, che
 
 
 def read_score(head: ScoreHead, data: Bytes, digest: str) -> Array:
-    """Return the weights of a score head (labels, hidden size), of a file that was verified.
+    """Return the weights of a score head, in its shape, of a file that was verified.
 
     Raises:
         BundleCorrupt: it is no such file, or of another shape.
     """
     what = _what(digest, SCORE_FILE)
     values = read_weights(data, Dtype.FLOAT32, what)
-    _expect(values.shape, (head.num_labels, head.hidden_size), f"{what}: shape")
+    _expect(values.shape, head.shape, f"{what}: shape")
     return values
 
 

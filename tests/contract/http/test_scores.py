@@ -141,7 +141,7 @@ async def test_documents_are_ranked_as_transformers_ranks_them(
 ) -> None:
     """The tokenizer joins query and document; the best comes first, of equals the earlier one."""
     text = api.ready.service.text
-    pairs = [text.encode_pair(("a cat", document), 256) for document in DOCUMENTS]
+    pairs = [text.encode_pair(("a cat", document), 256)[0] for document in DOCUMENTS]
     expected = logits(made[0], "ranker", pairs)[:, 0]
     order = sorted(range(len(DOCUMENTS)), key=lambda index: (-expected[index], index))
     whole = await answer_of(api, "/v1/rerank", model="ranker", query="a cat", documents=DOCUMENTS)
@@ -169,7 +169,7 @@ async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], api: 
         close([each.scores for each in found.texts], logits(made[0], "topics", PROMPTS))
         assert found.labels == tuple(NAMES)
         close([sum(each.probabilities) for each in found.texts], [1.0] * len(PROMPTS))
-        pair = api.ready.service.text.encode_pair(("a cat", "abc"), 256)
+        pair, _ = api.ready.service.text.encode_pair(("a cat", "abc"), 256)
         [scored] = (await client.classify("ranker", [("a cat", "abc")])).texts
         close(scored.scores, logits(made[0], "ranker", [pair])[0])
         with pytest.raises(RequestInvalid, match="one that generates text"):

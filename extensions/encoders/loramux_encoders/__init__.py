@@ -1,0 +1,1 @@
+"""Encoders as bases, with adapters: BERT, RoBERTa and XLM-RoBERTa."""

@@ -1,0 +1,137 @@
+"""The families of encoders: BERT, RoBERTa and XLM-RoBERTa, described by their ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import ClassVar, Final
+
+from loramux_shared.bases.config import ModelConfig, TensorNames
+from loramux_shared.bases.family import Architecture, Family, llama_like
+from loramux_shared.bases.hf_config import HfConfig
+from loramux_shared.bases.layers import AttentionLayer, LayerSpec, MlpLayer
+from loramux_shared.bases.rope import AttentionSpec, RopeSpec, Still
+from loramux_shared.faults import CheckpointInvalid
+
+POOLER: Final = "pooler.dense"
+"""BERT's layer behind the state of the first token, which its score heads read."""
+SIZES: Final = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
+"""Sizes of transformers' classes, where a config leaves them out."""
+ACTIVATIONS: Final = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
+
+
+@dataclass(frozen=True)
+class EncoderConfig(ModelConfig):
+    """An encoder: layers as BERT has them, with norms behind attention and MLP."""
+
+    encodes: ClassVar[bool] = True
+
+    table_rows: int = 0
+    """Rows of the table of positions."""
+    token_types: int = 0
+    """Rows of the table of token types."""
+    padding: int | None = None
+    """The token that has no position of its own, by which positions begin, as RoBERTa has it; None: at 0."""
+    hidden_act: str = "gelu"
+    """Activation between the linears of the MLP."""
+    head: str = "classifier"
+    """Name of the layer of a score head that gives the scores."""
+    dense: str = POOLER
+    """Name of the layer before it, with tanh behind it."""
+
+
+def _names(prefix: str) -> TensorNames:
+    return TensorNames(
+        prefixes=(prefix, ""),
+        embedding="embeddings.word_embeddings",
+        final_norm="embeddings.word_embeddings",  # no norm is last; the prefix of this one is everybody's
+        layer="encoder.layer.{index}.",
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+        o="attention.output.dense",
+        gate_up=("intermediate.dense",),
+        down="output.dense",
+    )
+
+
+def _read(config: HfConfig, prefix: str, sizes: Mapping[str, int] = SIZES) -> EncoderConfig:
+    """Return what a BERT is."""
+    config.require("is_decoder", False)
+    config.require("add_cross_attention", False)
+    config.require("position_embedding_type", "absolute")
+    config.require("pruned_heads", {})
+    config.require("hidden_act", *ACTIVATIONS)
+    ignored = {"num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters"}
+    kept = {key: value for key, value in config.fields.items() if key not in ignored}
+    model = llama_like(HfConfig(kept, config.architecture), sizes=sizes, tied=True, rope=_still)
+    dims = model.dims
+    if dims.hidden % dims.num_heads:
+        raise CheckpointInvalid(
+            f"config.json: num_attention_heads: expected a divisor of hidden_size {dims.hidden}, found "
+            f"{dims.num_heads}."
+        )
+    rows = config.size("max_position_embeddings", 512)
+    layer = LayerSpec(
+        AttentionLayer(
+            AttentionSpec(dims.head_dim**-0.5),
+            model.ropes[0],
+            dims.num_heads,
+            dims.num_heads,
+            dims.head_dim,
+            bidirectional=True,
+        ),
+        MlpLayer(dims.intermediate, gated=False),
+    )
+    own = {
+        "layers": (layer,) * dims.num_layers,
+        "max_positions": rows,
+        "norm_eps": config.number("layer_norm_eps", 1e-12),
+        "dtype": model.dtype or "float32",
+        "names": _names(prefix),
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+    }
+    described = {each.name: getattr(model, each.name) for each in fields(ModelConfig)} | own
+    return EncoderConfig(
+        **described,
+        table_rows=rows,
+        token_types=config.size("type_vocab_size", 2),
+        hidden_act=config.text("hidden_act", "gelu"),
+    )
+
+
+def _still(_config: HfConfig, head_dim: int, max_positions: int) -> tuple[RopeSpec, int]:
+    """Return a rotation that turns nothing: positions are in the embeddings."""
+    return RopeSpec(head_dim, 10000.0, Still()), max_positions
+
+
+def _read_roberta(config: HfConfig, sizes: Mapping[str, int] = SIZES) -> EncoderConfig:
+    """Return what a RoBERTa is: positions begin behind the padding's, and a head has its own dense layer."""
+    found = _read(config, "roberta.", sizes)
+    padding = config.integer("pad_token_id", 1)
+    return replace(
+        found,
+        max_positions=found.table_rows - padding - 1,
+        padding=padding,
+        head="classifier.out_proj",
+        dense="classifier.dense",
+    )
+
+
+def _named(name: str, model_type: str, *tasks: str) -> tuple[Architecture, ...]:
+    return tuple(Architecture(f"{name}{task}", model_type) for task in ("Model", *tasks))
+
+
+TASKS: Final = ("ForMaskedLM", "ForSequenceClassification")
+BERT: Final = Family(_named("Bert", "bert", *TASKS, "ForPreTraining"), partial(_read, prefix="bert."))
+ROBERTA: Final = Family(
+    _named("Roberta", "roberta", *TASKS), partial(_read_roberta, sizes=SIZES | {"vocab_size": 50265})
+)
+XLM_ROBERTA: Final = Family(_named("XLMRoberta", "xlm-roberta", *TASKS), _read_roberta)

@@ -1,0 +1,220 @@
+"""An encoder in plain torch over flat rows: sequences of all adapters in one forward pass, without padding.
+
+Linears are those of the decoder, which a device multiplies and adapts as it does there. What is left are sums,
+norms, an activation, and attention within each sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, gelu, layer_norm, relu, scaled_dot_product_attention, silu
+
+from inference_service.backends.base import Attention, Recurrence, StepLora, Turn, no_recurrence
+from inference_service.backends.operations import Operations
+from inference_service.kernels.attention import Context
+from inference_service.kernels.sgmv import Update
+from inference_service.layers.linear import Linear
+from inference_service.layers.norm import RMSNorm
+from inference_service.lora.vocabulary import StepVocabulary
+from inference_service.models.blocks import Cache, CacheSize
+from inference_service.models.checkpoint import Tensors
+from inference_service.models.decoder import Decoder
+from inference_service.models.reader import LayerReader, Reader
+from loramux_encoders.families import EncoderConfig
+from loramux_shared.bases.rope import AttentionSpec
+from loramux_shared.runtime import Rounding
+
+ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "gelu": gelu,
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(gelu, approximate="tanh")),
+    "relu": relu,
+    "silu": silu,
+}
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """Norm of rows by their mean and variance."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def read(cls, reader: Reader | LayerReader, name: str) -> LayerNorm:
+        """Read a norm; old checkpoints call its weight gamma and its bias beta."""
+        whole = reader if isinstance(reader, Reader) else reader.reader
+        names = ("weight", "bias") if reader.has(f"{name}.weight") else ("gamma", "beta")
+        shape = (whole.config.dims.hidden,)
+        weight, bias = (whole.rounded(reader.get(f"{name}.{each}", shape)) for each in names)
+        return cls(weight, bias, whole.config.norm_eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return rows [T, hidden], normed."""
+        return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class SequenceAttention:
+    """Attention of every row to all rows of its sequence."""
+
+    def __init__(self, contexts: Sequence[Context]) -> None:
+        self.spans = [slice(context.row, context.row + context.length) for context in contexts]
+        self.seconds = [context.second for context in contexts]
+        """Positions from which on tokens are a second text's."""
+
+    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+        """Return both unchanged."""
+        return cos, sin
+
+    def __call__(
+        self,
+        heads: Tensor,
+        turn: Turn,  # noqa: ARG002 - embeddings have positions
+        keys: Tensor,  # noqa: ARG002 - nothing is cached
+        values: Tensor,  # noqa: ARG002
+        spec: AttentionSpec,
+        norm: RMSNorm | None = None,  # noqa: ARG002 - no encoder has these
+        sinks: Tensor | None = None,  # noqa: ARG002
+        scales: Tensor | None = None,  # noqa: ARG002
+        update: Update | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """Return [T, heads * d] of the heads of queries, keys and values side by side [T, 3 * heads, d]."""
+        out = heads.new_empty(len(heads), heads.shape[1] // 3, heads.shape[2])
+        for span in self.spans:
+            q, k, v = heads[span].transpose(0, 1)[None].chunk(3, dim=1)
+            out[span] = scaled_dot_product_attention(q, k, v, scale=spec.scale)[0].transpose(0, 1)
+        return out.flatten(1)
+
+
+class EncoderLayer:
+    """Attention and an MLP, each added to its input and normed."""
+
+    def __init__(self, reader: LayerReader, config: EncoderConfig) -> None:
+        """Read the weights."""
+        names, mixer = config.names, config.attentions[reader.index]
+        self._index, self._spec, self._head_dim = reader.index, mixer.attention, mixer.head_dim
+        modules = "attn_q", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h"
+        self._groups = tuple(reader.group(module).name for module in modules)
+        self.qkv = reader.linear("attn_q", names.qkv, bias=config.qkv_bias)
+        self.o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
+        self.up = reader.linear("mlp_h_to_4h", names.gate_up, bias=config.mlp_bias)
+        self.down = reader.linear("mlp_4h_to_h", (names.down,), bias=config.mlp_bias)
+        self._attention_norm = LayerNorm.read(reader, "attention.output.LayerNorm")
+        self._norm = LayerNorm.read(reader, "output.LayerNorm")
+        self._activation = ACTIVATIONS[config.hidden_act]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Return its linears, in the order of computation."""
+        return self.qkv, self.o, self.up, self.down
+
+    def __call__(self, ops: Operations, x: Tensor, attention: Attention, lora: StepLora | None) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        qkv, o, up, down = self._groups
+        heads = self._linear(ops, self.qkv, x, lora, qkv).view(len(x), -1, self._head_dim)
+        attended = attention(heads, (x, x), x, x, self._spec)
+        x = self._attention_norm(self._linear(ops, self.o, attended, lora, o) + x)
+        wide = self._activated(ops, self._linear(ops, self.up, x, lora, up))
+        return self._norm(self._linear(ops, self.down, wide, lora, down) + x)
+
+    def _linear(self, ops: Operations, layer: Linear, x: Tensor, lora: StepLora | None, group: str) -> Tensor:
+        return ops.linear(layer, x) if lora is None else ops.adapted(layer, x, lora, self._index, group)
+
+    def _activated(self, ops: Operations, x: Tensor) -> Tensor:
+        """Return an activation of rows [T, intermediate]; at once, its last few values may be others."""
+        return torch.cat([*map(self._activation, torch.split(x, 1))]) if ops.by_row else self._activation(x)
+
+
+class Encoder(Decoder):
+    """Turns token ids into hidden states, as the engine's runner asks a decoder for them."""
+
+    config: EncoderConfig
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        checkpoint: Tensors,
+        operations: Operations,
+        quantization: Rounding = Rounding.NONE,
+    ) -> None:
+        """Load the weights of a checkpoint; those of linears are rounded as quantization says.
+
+        Raises:
+            CheckpointInvalid: a tensor is missing or has another shape than config.json implies.
+        """
+        self.config, self.ranks, self.rounding = config, None, quantization
+        self.dtype, self.device = checkpoint.dtype, checkpoint.device
+        self._operations = operations
+        reader = Reader(checkpoint, config, self.dtype, operations, quantization=quantization)
+
+        def table(name: str, rows: int) -> Tensor:
+            return reader.rounded(reader.get(f"embeddings.{name}.weight", (rows, config.dims.hidden)))
+
+        self._words = table("word_embeddings", config.dims.vocab)
+        self._positions = table("position_embeddings", config.table_rows)
+        self._types = table("token_type_embeddings", config.token_types)
+        self._embeddings_norm = LayerNorm.read(reader, "embeddings.LayerNorm")
+        self._encoders = [EncoderLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield the linears of all layers, in their order."""
+        for layer in self._encoders:
+            yield from layer.linears
+
+    def new_cache(self, size: CacheSize) -> Cache:  # noqa: ARG002 - nothing is cached
+        """Return an empty cache."""
+        return Cache(())
+
+    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:  # noqa: ARG002
+        """Plan the attention of a step, which has all rows of its sequences."""
+        return SequenceAttention(contexts)
+
+    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:  # noqa: ARG002 - no layer carries a state
+        """Return what no layer asks for."""
+        return no_recurrence
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tensor, own: StepVocabulary | None = None) -> Tensor:  # noqa: ARG002 - none has tokens
+        """Return the embeddings [T, hidden] of tokens [T] alone."""
+        return embedding(tokens, self._words)
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        last_rows: Tensor | None,
+        attention: Attention,
+        cache: Cache,  # noqa: ARG002 - nothing is cached
+        lora: StepLora | None,
+        recurrence: Recurrence = no_recurrence,  # noqa: ARG002
+        out: Tensor | None = None,  # noqa: ARG002 - steps of encoders are not recorded
+    ) -> Tensor:
+        """Run tokens [T] at positions [T]; return the last hidden states of some or all rows [N, hidden]."""
+        assert isinstance(attention, SequenceAttention)  # noqa: S101 - `attention` made it
+        types = torch.zeros_like(tokens)
+        for span, second in zip(attention.spans, attention.seconds, strict=True):
+            types[span.start + min(second, span.stop - span.start) : span.stop] = 1
+        if self.config.padding is not None:
+            positions = self._behind_padding(tokens, attention.spans, self.config.padding)
+        x = hidden + embedding(types, self._types) + embedding(positions, self._positions)
+        x = self._embeddings_norm(x)
+        for layer in self._encoders:
+            x = layer(self._operations, x, attention, lora)
+        return x if last_rows is None else x[last_rows]
+
+    def logits(self, hidden: Tensor, own: StepVocabulary | None = None) -> Tensor:  # noqa: ARG002
+        """Return no columns: an encoder draws no tokens."""
+        return hidden.new_empty(len(hidden), 0)
+
+    def _behind_padding(self, tokens: Tensor, spans: Sequence[slice], padding: int) -> Tensor:
+        """Return RoBERTa's positions [T]: of the n-th token of a sequence that is no padding, n + padding."""
+        real = (tokens != padding).long()
+        return padding + torch.cat([real[span].cumsum(0) for span in spans]) * real

@@ -1,0 +1,233 @@
+"""Encoders with adapters, from PEFT's files through the builder to vectors, classes and ranks."""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, XLMRobertaConfig
+
+from loramux_shared.bases.read import read_fields
+from loramux_shared.faults import AdapterInvalid, CheckpointInvalid
+from loramux_shared.runtime import Pooling
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.openai_api import OpenAIApi, open_api
+from tests.support.pooled import run_pooled
+from tests.support.tiny import VOCAB, World, write_tokenizer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+    "type_vocab_size": 2,
+    "pad_token_id": 1,
+    "initializer_range": 0.3,
+}
+FAMILIES = {
+    "bert": BertConfig(**SIZES, hidden_act="gelu"),
+    "roberta": XLMRobertaConfig(**SIZES, hidden_act="gelu_new", layer_norm_eps=1e-5),
+}
+LABELS = {"ranker": 1, "topics": 5}
+VECTORS: dict[str, dict[str, Any]] = {
+    "usual": {"r": 4, "target_modules": ["query", "value"]},
+    "wide": {"r": 7, "lora_alpha": 3, "use_rslora": True, "target_modules": "all-linear"},
+    "dora": {"r": 3, "use_dora": True, "target_modules": ["key", "intermediate.dense"]},
+    "biased": {"r": 2, "lora_bias": True, "target_modules": ["attention.output.dense"]},
+}
+HEADS: dict[str, dict[str, Any]] = {
+    "ranker": {"r": 6, "target_modules": ["query", "output.dense"]},
+    "topics": {"r": 3, "lora_alpha": 5, "target_modules": ["value", "dense"]},
+}
+QUERY, DOCUMENTS = "late <2> order<1>s", ["abc", "a dog"]
+"""The query has the token that parts two texts, and the one that has no position in a RoBERTa."""
+PROMPTS = [[5, 6, 7], [9] * 40, [3 + (7 * place) % 190 for place in range(64)], [8]]
+
+
+def save_random(model: Any, folder: Path, seed: int) -> None:
+    """Save a model with random values in all parameters that are trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter + torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder)
+
+
+def bare(base: Path) -> Any:
+    """The base without a head."""
+    return AutoModel.from_pretrained(base, dtype=torch.float32)
+
+
+def scoring(base: Path, labels: int) -> Any:
+    """The base with a head."""
+    return AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[World, MemoryStore]:
+    """An encoder with adapters of several kinds, ranks and modules."""
+    root = tmp_path_factory.mktemp("encoders")
+    base = root / "base"
+    torch.manual_seed(0)
+    save_random(AutoModel.from_config(FAMILIES[request.param]), base, 0)
+    write_tokenizer(base)
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<0>", "<1>", "<2>"])
+    tokenizer.post_processor = TemplateProcessing(
+        single="<0> $A <2>", pair="<0> $A <2> $B:1 <2>:1", special_tokens=[("<0>", 0), ("<2>", 2)]
+    )
+    tokenizer.save(str(base / "tokenizer.json"))
+    for seed, (name, config) in enumerate(VECTORS.items()):
+        made = get_peft_model(bare(base), LoraConfig(task_type="FEATURE_EXTRACTION", **config))
+        save_random(made, root / name, seed)
+    for seed, (name, config) in enumerate(HEADS.items()):
+        made = get_peft_model(scoring(base, LABELS[name]), LoraConfig(task_type="SEQ_CLS", **config))
+        save_random(made, root / name, 9 + seed)
+    names = {"id2label": {str(number): f"topic {number}" for number in range(5)}}
+    (root / "topics" / "config.json").write_text(json.dumps(names))
+    world = World(base, {name: root / name for name in (*VECTORS, *HEADS)}, root)
+    store = MemoryStore()
+    world.build(store)
+    return world, store
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def api(made: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIApi]:
+    async with open_api(made, max_batch_tokens=100) as opened:
+        yield opened
+
+
+def states(world: World, model: str, ids: Sequence[int]) -> torch.Tensor:
+    """Return the last hidden states of transformers and PEFT."""
+    found = bare(world.base)
+    if model in VECTORS:
+        found = PeftModel.from_pretrained(found, world.adapters[model])
+    with torch.no_grad():
+        return found.eval()(torch.tensor([list(ids)])).last_hidden_state[0]
+
+
+def close(found: Any, required: Any) -> None:
+    """Check that numbers agree within float32."""
+    np.testing.assert_allclose(np.array(found, np.float32), required, atol=1e-5, rtol=1e-5)
+
+
+async def answer_of(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
+    """An answer."""
+    answer = await api.post(path, **body)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+@pytest.mark.parametrize("model", ["base", *VECTORS])
+async def test_vectors_equal_those_of_transformers(
+    made: tuple[World, MemoryStore], api: OpenAIApi, model: str
+) -> None:
+    """Of every pooling, beside each other."""
+    hidden = [states(made[0], model, prompt) for prompt in PROMPTS]
+    required = {
+        None: [each.mean(0) for each in hidden],
+        "cls": [each[0] for each in hidden],
+        "last": [each[-1] for each in hidden],
+    }
+    for pooling, vectors in required.items():
+        body = {"input": PROMPTS, "normalize": False} | ({} if pooling is None else {"pooling": pooling})
+        found = await answer_of(api, "/v1/embeddings", model=model, **body)
+        close([each["embedding"] for each in found["data"]], torch.stack(vectors))
+
+
+@pytest.mark.parametrize("model", HEADS)
+async def test_scores_equal_those_of_transformers(
+    made: tuple[World, MemoryStore], api: OpenAIApi, model: str
+) -> None:
+    """Of pairs too, whose second text is marked."""
+    world = made[0]
+    whole = PeftModel.from_pretrained(scoring(world.base, LABELS[model]), world.adapters[model]).eval()
+    texts = [(QUERY, document) for document in DOCUMENTS]
+    encoded = [api.ready.service.text.encode_pair(pair, 64) for pair in texts]
+    with torch.no_grad():
+        alone = [whole(torch.tensor([ids])).logits[0] for ids in PROMPTS]
+        pairs = [
+            whole(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[0] for ids, types in encoded
+        ]
+    found = await answer_of(api, "/classify", model=model, input=PROMPTS, use_activation=False)
+    close([each["probs"] for each in found["data"]], torch.stack(alone))
+    if model == "topics":
+        assert found["data"][0]["label"] == f"topic {int(alone[0].argmax())}"
+        return
+    ranked = await answer_of(api, "/rerank", model=model, query=QUERY, documents=DOCUMENTS)
+    best = {each["index"]: each["relevance_score"] for each in ranked["results"]}
+    close([best[0], best[1]], torch.cat(pairs))
+
+
+async def test_bits_of_a_vector_are_independent_of_the_batch(made: tuple[World, MemoryStore]) -> None:
+    """Where answers are to be repeatable."""
+    ready = made[0].load(made[1], deterministic=True, max_batch_tokens=256)
+    requests = [
+        (model, prompt, Pooling.MEAN) for prompt in PROMPTS for model in ("base", "usual", "wide", "dora")
+    ]
+    together, _ = run_pooled(ready, requests)
+    for request, vector in zip(requests, together, strict=True):
+        assert (run_pooled(ready, [request])[0][0] == vector).all()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "part"),
+    [
+        ("/v1/completions", {"model": "base", "prompt": "abc"}, "found base, one that makes vectors"),
+        ("/v1/chat/completions", {"model": "usual", "messages": [{"role": "user", "content": "a"}]}, "usual"),
+        ("/v1/embeddings", {"model": "wide", "input": [[5] * 67]}, "the prompt has 67 tokens"),
+        ("/v1/embeddings", {"model": "wide", "input": "a" * 80}, "the prompt has 82 tokens, and at most 6"),
+        ("/v1/embeddings", {"model": "wide", "input": "a", "pooling": "max"}, "cls or mean or last"),
+        ("/rerank", {"model": "base", "query": "a", "documents": ["b"]}, "one that makes vectors"),
+    ],
+)
+async def test_what_an_encoder_cannot_do_is_refused(
+    api: OpenAIApi, path: str, body: dict[str, Any], part: str
+) -> None:
+    """By name, with what it can do."""
+    answer = await api.post(path, **body)
+    assert answer.status_code == 400
+    assert part in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({"target_modules": ["word_embeddings"]}, "E_EMBED"),
+        ({"target_modules": ["query"], "modules_to_save": ["intermediate.dense"]}, "E_EMBED"),
+        ({"target_modules": ["query"], "task_type": "TOKEN_CLS"}, "E_TASK"),
+        ({"target_modules": ["query"], "task_type": "SEQ_CLS"}, "E_TASK"),
+    ],
+)
+async def test_adapters_that_cannot_be_exact_are_refused(
+    made: tuple[World, MemoryStore], tmp_path: Path, config: dict[str, Any], code: str
+) -> None:
+    """Those of embeddings, of whole layers, of tokens, and classifiers without a head."""
+    model = get_peft_model(bare(made[0].base), LoraConfig(**config))
+    save_random(model, tmp_path, 1)
+    with pytest.raises(AdapterInvalid) as caught:
+        World(made[0].base, {"wrong": tmp_path}, tmp_path.parent.parent.parent).build(MemoryStore())
+    assert code in {finding.code for finding in caught.value.findings}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("is_decoder", True), ("position_embedding_type", "relative_key"), ("hidden_act", "quick_gelu")],
+)
+async def test_switches_of_a_config_that_are_not_served_are_refused(field: str, value: Any) -> None:
+    """Those that would change vectors."""
+    fields = FAMILIES["bert"].to_dict() | {"architectures": ["BertModel"]}
+    assert read_fields(fields).encodes
+    with pytest.raises(CheckpointInvalid, match=field):
+        read_fields(fields | {field: value})
