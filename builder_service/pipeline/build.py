@@ -12,6 +12,7 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.keep import Keeping, Moved, same_conditions, still_fits
 from builder_service.pipeline.making import Workshop, hold, making, prover, workshop
 from builder_service.pipeline.progress import Progress
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.deployments import (
     current_generation,
     newest_generation,
@@ -19,8 +20,9 @@ from loramux_shared.bundle.deployments import (
     publish_generation,
 )
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation, Recipe
-from loramux_shared.deployment import Deployment, Dtype, SourceKind
+from loramux_shared.deployment import Deployment, Dtype, Merge, SourceKind
 from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, DeploymentNotFound, Fault, Finding
+from loramux_shared.runtime import Pooling
 from loramux_shared.sources.checkpoint import Base, describe_base
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.patient import PatientStore
@@ -72,6 +74,7 @@ def build(
 def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool) -> BuildResult:
     store, progress = shop.store, shop.progress
     base = _describe_base(deployment, shop)
+    _check_base(deployment, base.model)
     before = _newest(store, deployment.model_name)
     made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
     draft = _draft(deployment, base.record, made.book.dtype)
@@ -103,6 +106,28 @@ def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool)
     else:
         published = _publish_beside(merged, added, before, shop)
     return BuildResult(published, unchanged=before is not None and published.number == before.number)
+
+
+def _check_base(deployment: Deployment, model: ModelConfig) -> None:
+    """Refuse what a base of this kind cannot do.
+
+    Raises:
+        DeploymentInvalid: with the field that asks for it.
+    """
+    runtime = deployment.runtime
+    refused = [("runtime.pooling", "last or mean, for the base is a decoder", runtime.pooling is Pooling.CLS)]
+    if model.encodes:
+        refused = [
+            ("runtime.merge", "auto or never, for the base is an encoder", runtime.merge is Merge.ALWAYS),
+            ("build.prove", "false, for the base is an encoder, which draws no tokens", deployment.build.prove),
+        ]
+    findings = [
+        Finding(code="E_BAD_FIELD", where=where, expected=expected, found="another value", fix="Correct it.")
+        for where, expected, wrong in refused
+        if wrong
+    ]
+    if findings:
+        raise DeploymentInvalid("the base does not serve what the deployment asks for", findings)
 
 
 def added_to(generation: Generation | None) -> dict[str, AdapterRecord]:

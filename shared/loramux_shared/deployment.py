@@ -233,9 +233,9 @@ class Runtime(Model):
     """The form in which the models write calls of tools: docs/reference/openai.md has them. ``auto``: what the
     chat template of each shows; ``none``: calls stay text. A replica's ``LORAMUX_TOOL_PARSER`` comes first."""
     pooling: Pooling | None = None
-    """Pooling of hidden states into a vector where a request names none: ``last`` or ``mean``.
+    """Pooling of hidden states into a vector where a request names none; ``cls`` is for encoders alone.
 
-    When not given, that of the base's ``1_Pooling/config.json``, else ``last``.
+    When not given, that of the base's ``1_Pooling/config.json``, else ``last``, and ``mean`` of an encoder.
     """
     reasoning_parser: ReasoningParser = ReasoningParser.AUTO
     """The marks between which the models reason; the same of ``LORAMUX_REASONING_PARSER``."""

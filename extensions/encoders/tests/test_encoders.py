@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, XLMRobertaConfig
 
 from loramux_shared.bases.read import read_fields
-from loramux_shared.faults import AdapterInvalid, CheckpointInvalid
+from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.openai_api import OpenAIApi, open_api
@@ -133,7 +134,7 @@ async def answer_of(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
 async def test_vectors_equal_those_of_transformers(
     made: tuple[World, MemoryStore], api: OpenAIApi, model: str
 ) -> None:
-    """Of every pooling, beside each other."""
+    """Vectors of every pooling are computed beside each other."""
     hidden = [states(made[0], model, prompt) for prompt in PROMPTS]
     required = {
         None: [each.mean(0) for each in hidden],
@@ -150,7 +151,7 @@ async def test_vectors_equal_those_of_transformers(
 async def test_scores_equal_those_of_transformers(
     made: tuple[World, MemoryStore], api: OpenAIApi, model: str
 ) -> None:
-    """Of pairs too, whose second text is marked."""
+    """The second text of a pair is marked."""
     world = made[0]
     whole = PeftModel.from_pretrained(scoring(world.base, LABELS[model]), world.adapters[model]).eval()
     texts = [(QUERY, document) for document in DOCUMENTS]
@@ -171,7 +172,7 @@ async def test_scores_equal_those_of_transformers(
 
 
 async def test_bits_of_a_vector_are_independent_of_the_batch(made: tuple[World, MemoryStore]) -> None:
-    """Where answers are to be repeatable."""
+    """Repeatable answers include vectors."""
     ready = made[0].load(made[1], deterministic=True, max_batch_tokens=256)
     requests = [
         (model, prompt, Pooling.MEAN) for prompt in PROMPTS for model in ("base", "usual", "wide", "dora")
@@ -195,7 +196,7 @@ async def test_bits_of_a_vector_are_independent_of_the_batch(made: tuple[World, 
 async def test_what_an_encoder_cannot_do_is_refused(
     api: OpenAIApi, path: str, body: dict[str, Any], part: str
 ) -> None:
-    """By name, with what it can do."""
+    """The refusal names what is served."""
     answer = await api.post(path, **body)
     assert answer.status_code == 400
     assert part in answer.json()["error"]["message"]
@@ -213,7 +214,7 @@ async def test_what_an_encoder_cannot_do_is_refused(
 async def test_adapters_that_cannot_be_exact_are_refused(
     made: tuple[World, MemoryStore], tmp_path: Path, config: dict[str, Any], code: str
 ) -> None:
-    """Those of embeddings, of whole layers, of tokens, and classifiers without a head."""
+    """An adapter of embeddings, whole layers or tokens is refused, and a classifier without a head."""
     model = get_peft_model(bare(made[0].base), LoraConfig(**config))
     save_random(model, tmp_path, 1)
     with pytest.raises(AdapterInvalid) as caught:
@@ -221,12 +222,22 @@ async def test_adapters_that_cannot_be_exact_are_refused(
     assert code in {finding.code for finding in caught.value.findings}
 
 
+async def test_a_deployment_that_asks_for_tokens_or_merged_weights_is_refused(
+    made: tuple[World, MemoryStore],
+) -> None:
+    """Both fields are named."""
+    with pytest.raises(DeploymentInvalid) as caught:
+        world = replace(made[0], adapters={"usual": made[0].adapters["usual"]})
+        world.build_with(MemoryStore(), build={"prove": True}, runtime={"merge": "always", "serve_base": False})
+    assert [finding.where for finding in caught.value.findings] == ["runtime.merge", "build.prove"]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("is_decoder", True), ("position_embedding_type", "relative_key"), ("hidden_act", "quick_gelu")],
 )
 async def test_switches_of_a_config_that_are_not_served_are_refused(field: str, value: Any) -> None:
-    """Those that would change vectors."""
+    """A switch that would change vectors is named."""
     fields = FAMILIES["bert"].to_dict() | {"architectures": ["BertModel"]}
     assert read_fields(fields).encodes
     with pytest.raises(CheckpointInvalid, match=field):

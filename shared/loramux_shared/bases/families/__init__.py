@@ -9,7 +9,7 @@ from functools import cache
 from types import ModuleType
 
 from loramux_shared.bases.family import Architecture, Family
-from loramux_shared.extensions import PARTS, find_extensions
+from loramux_shared.extensions import PARTS, find_extensions, load_extension
 
 
 def load_families() -> dict[str, tuple[Architecture, Family]]:
@@ -27,7 +27,7 @@ def load_decoders() -> dict[str, tuple[Architecture, Family]]:
 def _load_encoders() -> dict[str, tuple[Architecture, Family]]:
     """Return the architectures of the extension; none where it is not installed."""
     part = find_extensions(PARTS).get("encoders.families")
-    return {} if part is None else _families_of([part.load()])
+    return {} if part is None else _families_of([load_extension(part)])
 
 
 def _families_of(modules: Iterable[ModuleType]) -> dict[str, tuple[Architecture, Family]]:
