@@ -226,9 +226,9 @@ async def test_a_deployment_that_asks_for_tokens_or_merged_weights_is_refused(
     made: tuple[World, MemoryStore],
 ) -> None:
     """Both fields are named."""
+    world, runtime = replace(made[0], adapters={"usual": made[0].adapters["usual"]}), {"merge": "always"}
     with pytest.raises(DeploymentInvalid) as caught:
-        world = replace(made[0], adapters={"usual": made[0].adapters["usual"]})
-        world.build_with(MemoryStore(), build={"prove": True}, runtime={"merge": "always", "serve_base": False})
+        world.build_with(MemoryStore(), build={"prove": True}, runtime=runtime | {"serve_base": False})
     assert [finding.where for finding in caught.value.findings] == ["runtime.merge", "build.prove"]
 
 
