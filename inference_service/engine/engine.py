@@ -14,7 +14,7 @@ import structlog
 
 from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token, Vector
-from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.block_manager import BlockManager, TierStats
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, StepRunner
@@ -92,6 +92,8 @@ class EngineStats:
     """Sequences that the last step left waiting; `waiting` has those too that came since."""
     seats: int = 0
     """Sequences that may run at once."""
+    tier: TierStats | None = None
+    """What left the cache and is kept; None without a tier."""
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -182,6 +184,7 @@ class Engine:
             tokens_accepted=self._scheduler.lookup.accepted,
             left=self._left,
             seats=self._limits.max_seqs,
+            tier=self._blocks.tier_stats,
         )
 
     @property
@@ -222,6 +225,7 @@ class Engine:
         self._end_failed_loads()
         if batch.chunks:
             self._begin(batch)
+            self._blocks.move()
             self._under_way.append(self._runner.submit(batch))
             self._residency.submitted()
             self._scheduler.commit(batch, began_s)

@@ -194,7 +194,7 @@ class GraphRunner(Runner):
             buffers.positions,
             None,
             TritonAttention(tables, self._model.config.windows),
-            self._cache,
+            self.cache,
             self._lora if segments is not None else None,
             no_recurrence if buffers.delta is None else partial(gated_delta, tables=buffers.delta),
             self._hidden[:rows],

@@ -265,7 +265,7 @@ class Runner:
         self._model = model
         self._lora = lora
         self._block_size = block_size
-        self._cache = model.new_cache(CacheSize(tuple([number * block_size for number in blocks]), slots))
+        self.cache = model.new_cache(CacheSize(tuple([number * block_size for number in blocks]), slots))
         self._drawn: dict[Sequence, int] = {}
         self._ids = torch.empty(0, dtype=torch.int64, device=model.device)
 
@@ -284,7 +284,7 @@ class Runner:
         """Begin a step."""
         for copies in batch.copies:
             slots = to_device([*copies.values(), *copies], self._model.device)
-            self._cache.copy_states(slots[: len(copies)], slots[len(copies) :])
+            self.cache.copy_states(slots[: len(copies)], slots[len(copies) :])
         rows = lay_out(batch, self._drawn)
         pending = self._step(rows)
         self._drawn = {seq: place for place, seq in enumerate(rows.sampled)}
@@ -321,7 +321,7 @@ class Runner:
             tokens = torch.where(sources >= 0, self._ids[sources.clamp(min=0)], tokens)
         own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
         embedded = model.embed(tokens, own)
-        cache = self._cache
+        cache = self.cache
         hidden = model.hidden(tokens, embedded, positions, last_rows, attention, cache, lora, recurrence)
         last, *states = torch.split(hidden, [len(rows.last_rows), *map(len, others)])
         for seq, scored in zip(rows.scored, states, strict=False):

@@ -69,7 +69,7 @@ from loramux_shared.bases.memory import GB
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.deployment import Merge
-from loramux_shared.extensions import PARTS, find_extensions, load_extension
+from loramux_shared.extensions import PARTS, find_extensions, load_extension, need_extension
 from loramux_shared.process import report
 from loramux_shared.runtime import Pooling
 from loramux_shared.settings import InferenceSettings
@@ -313,6 +313,9 @@ def _engine(
     limits = replace(limits_of(plan.max_seq_len), max_seqs=plan.seqs)
     blocks = blocks_of(plan, model.config, settings)
     runner = _runner(base, lora, plan.blocks, block_size, limits, plan.slots)
+    if settings.prefix_host_gb:
+        what = f"LORAMUX_PREFIX_HOST_GB={settings.prefix_host_gb:g}"
+        need_extension("tier", what).open_tiers(settings, model.config, blocks, runner)
     if backend.recordable and base.host is None:
         _record(runner, model.device)
         if (proofs := find_extensions(PARTS).get("prove.replay")) is not None:

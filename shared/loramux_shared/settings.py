@@ -332,6 +332,11 @@ class InferenceSettings(Settings):
     """Seconds that one step may take, kernels that it compiles included; then the replica ends with exit 5."""
     prefix_cache: bool = True
     """Keep the blocks of earlier prompts, for prompts that begin alike."""
+    prefix_host_gb: GigabytesOrZero = 0
+    """GB (10^9 bytes) for blocks that left the KV cache, which prompts copy back instead of computing them.
+
+    Locked memory of a GPU's machine, or for a CPU a file without a name in cache_dir. 0: none.
+    """
     stream_interval_ms: CountOfDevice = None
     """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each;
     auto: 40 on a CPU, 10 on a GPU. With hundreds of answers under way it is longer by itself."""

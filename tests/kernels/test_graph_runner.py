@@ -221,11 +221,11 @@ def test_recording_touches_no_cache(ready: Ready) -> None:
     """Graphs may be recorded again while the cache holds prefixes, and a token is in flight."""
     runner = _runner(ready, CountingRecorder(), replace(LIMITS, max_seqs=1, max_tokens=16))
     runner._ids.fill_(9)
-    for part in itertools.chain.from_iterable(runner._cache.layers):
+    for part in itertools.chain.from_iterable(runner.cache.layers):
         part.fill_(0.5)
     runner.capture()
     runner.record_one()
-    assert all((part == 0.5).all() for part in itertools.chain.from_iterable(runner._cache.layers))
+    assert all((part == 0.5).all() for part in itertools.chain.from_iterable(runner.cache.layers))
     assert runner._ids.tolist() == [9]
 
 
