@@ -9,7 +9,17 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.golden.hostile.exhibit import ROOT, WEIGHTS, Exhibit, adapter, embeddings, exhibit, of_tensors, plus
+from tests.golden.hostile.exhibit import (
+    BASE,
+    ROOT,
+    WEIGHTS,
+    Exhibit,
+    adapter,
+    embeddings,
+    exhibit,
+    of_tensors,
+    plus,
+)
 from tests.golden.wild.bases import BASES
 from tests.support.adapters import HIDDEN, VOCAB, Tensors, key, tensors
 from tests.support.cases import cases
@@ -75,6 +85,13 @@ def _zero(side: str) -> Tensors:
 
 def _wide_o_proj() -> Tensors:
     return {key(0, "o_proj", "A"): np.ones((4, 16), "f2"), key(0, "o_proj", "B"): np.ones((32, 4), "f2")}
+
+
+def _beside_large_weights(folder: Path) -> None:
+    """Write a product that would drown most bases, and a weight of the base that is larger."""
+    adapter(folder, tensors() | {key(1, "v_proj", "A"): np.full((4, 16), 1e4, "f4")})
+    large = {"model.layers.1.self_attn.v_proj.weight": np.full((8, 16), 1e6, "f4")}
+    save_file({"model.embed_tokens.weight": embeddings(), **large}, folder.parent / BASE / "model.safetensors")
 
 
 _TOWER = "base_model.model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
@@ -195,6 +212,7 @@ ACCEPTED = (
     of_tensors("A is zero", "W_ZERO_B", lambda: _zero("A")),
     of_tensors("a product that drowns the base", "W_MAGNITUDE", lambda: tensors() | {
         key(1, "v_proj", "A"): np.full((4, 16), 1e4, "f4")}, lora={"dtype": "float32"}),
+    exhibit("a product beside larger weights", "", _beside_large_weights, lora={"dtype": "float32"}),
     of_tensors("cut to rank 2", "W_TRUNCATED", tensors, lora={"truncate_to_rank": 2}),
     exhibit("o_proj of narrow heads", "W_ODENSE",
             lambda folder: adapter(folder, _wide_o_proj(), target_modules=["o_proj"]),

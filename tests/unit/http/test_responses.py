@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from inference_service.chat.request import ChatRequest
+from inference_service.chat.request import ChatRequest, TextPiece, Thought
+from inference_service.core.sequence import Token
 from inference_service.http.openai import mapping as openai
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.responses.items import carried, uncarried
 from inference_service.http.responses.mapping import chat_of
+from inference_service.http.responses.output import OutputItems
 from inference_service.http.responses.schema import ResponsesBody
 from tests.support.cases import cases
 
@@ -66,6 +68,16 @@ def test_faults_name_the_fields_of_the_body(where: str, here: str) -> None:
     tool = {"type": "function", "name": "f"}
     tools = [tool, {"type": "namespace", "name": "n", "description": "d", "tools": [tool, tool]}]
     assert _chat(tools=tools).place(where) == here
+
+
+def test_reasoning_is_carried_on_request() -> None:
+    """The tokens of reasoning are counted either way."""
+    for carries in (False, True):
+        output = OutputItems(None, (), carries=carries)
+        output.take([Thought("a")], [Token(5)] * 3)
+        output.take([TextPiece("b")], [Token(5)] * 2)
+        [thought, _] = output.items()
+        assert (output.reasoning_tokens, "encrypted_content" in thought) == (3, carries)
 
 
 def test_reasoning_that_was_carried_is_read_and_nothing_else() -> None:
