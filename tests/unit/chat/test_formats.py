@@ -79,30 +79,9 @@ def test_a_prompt_may_have_begun_to_think() -> None:
     assert dialect.within("<think>so</think> it") is None
 
 
-TEMPLATES = {
-    "<|start|>{{ x }}<|channel|>analysis<|message|>": (T.HARMONY, R.HARMONY),
-    "<|turn>model <|tool_call>call: <|channel>thought": (T.GEMMA4, R.GEMMA4),
-    "<start_of_turn>model <start_function_call>call:": (T.FUNCTIONGEMMA, R.AUTO),
-    "<start_of_turn>model ```tool_code\n": (T.TOOL_CODE, R.AUTO),
-    "<start_of_turn>model": (T.AUTO, R.AUTO),
-    "[INST][TOOL_CALLS][{{ x }}": (T.MISTRAL, R.AUTO),
-    "[INST][THINK]{{ x }}[/THINK][TOOL_CALLS]{{ x }}[ARGS]": (T.MISTRAL, R.MISTRAL),
-    "<|im_start|><function_calls></function_calls>": (T.OLMO3, R.AUTO),
-    "<|im_start|><tool_call><function=x><think>": (T.QWEN3_CODER, R.THINK),
-    "<|im_start|><tool_call></think>": (T.HERMES, R.THINK),
-    "<|start_of_role|>only with <|tool_call|> followed; <think> <response>": (T.GRANITE, R.GRANITE),
-    "<|start_of_role|>available_tools": (T.GRANITE, R.AUTO),
-    "<|start_of_role|>available_tools <tool_call>": (T.HERMES, R.AUTO),
-    "<|system|><|tool|>{{ tools }}<|/tool|>": (T.PHI4, R.AUTO),
-    '<|start_header_id|>ipython {"name": x, "parameters": y}': (T.LLAMA3_JSON, R.AUTO),
-    "<|start_header_id|>[func_name1(params=x)]": (T.PYTHONIC, R.AUTO),
-    "<|im_start|>{{ message.content }}": (T.AUTO, R.AUTO),
-}
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_templates_show_the_dialect(template: str) -> None:
+@pytest.mark.parametrize(("template", "tool", "reasoning"), cases(__file__, "TEMPLATES"))
+def test_templates_show_the_dialect(template: str, tool: str, reasoning: str) -> None:
     """The marks in a template show the model's dialect, and the deployment's setting wins."""
-    assert parsers_of(template) == Parsers(*TEMPLATES[template])
+    assert parsers_of(template) == Parsers(T(tool), R(reasoning))
     stated = Parsers(T.PHI4, R.NONE)
     assert parsers_of(template, stated) == stated

@@ -77,24 +77,12 @@ def test_limits_that_no_key_can_have(scopes: list[str], limits: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    ("word", "kind", "repo", "revision", "subfolder"),
-    [
-        ("org/name", SourceKind.HF, "org/name", "", ""),
-        ("org/name@v1.0", SourceKind.HF, "org/name", "v1.0", ""),
-        ("org/name@refs/pr/3#checkpoint-500", SourceKind.HF, "org/name", "refs/pr/3", "checkpoint-500"),
-        ("hf:here", SourceKind.HF, "here", "", ""),
-        ("gpt2", SourceKind.HF, "gpt2", "", ""),
-        ("s3://bucket/a/b#lora", SourceKind.S3, "s3://bucket/a/b", "", "lora"),
-        ("gs://bucket/a", SourceKind.GCS, "gs://bucket/a", "", ""),
-        ("azure://account/box/a", SourceKind.AZURE, "azure://account/box/a", "", ""),
-        ("https://host/a.tar.gz?sig=1", SourceKind.REMOTE_URL, "https://host/a.tar.gz?sig=1", "", ""),
-        ("mlflow://model@prod#lora", SourceKind.MLFLOW, "mlflow://model@prod", "", "lora"),
-    ],
+    ("word", "kind", "repo", "revision", "subfolder"), cases(__file__, "test_words_of_sources_far_away")
 )
-def test_words_of_sources_far_away(word, kind: SourceKind, repo, revision, subfolder, tmp_path: Path) -> None:
+def test_words_of_sources_far_away(word, kind, repo, revision, subfolder, tmp_path: Path) -> None:
     """Every source has a spelling, and a revision and a folder have their places in it."""
     (tmp_path / "here").mkdir()
-    expected = Repository(source=kind, repo=repo, revision=revision, subfolder=subfolder)
+    expected = Repository(source=SourceKind(kind), repo=repo, revision=revision, subfolder=subfolder)
     assert parse_repository(word, tmp_path) == expected
 
 

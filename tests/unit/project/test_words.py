@@ -26,14 +26,6 @@ def test_a_word_is_found_in_prose_and_in_names(text: str) -> None:
     assert [match for match in words.words_in("some.py", text) if not match.exempt]
 
 
-@pytest.mark.parametrize(
-    ("doc", "refused"), [("Of a row.", True), ("A row of it", True), ("Return a row.", False)]
-)
-def test_a_docstring_is_a_sentence(doc: str, refused: bool) -> None:
-    found = list(words.fragments_in("some.py", f'def f():\n    """{doc}"""\n'))
-    assert [match.line for match in found] == [1] * refused
-
-
 @pytest.mark.parametrize("code", ["said = 1", "def f(said): ...", "def _said(): ...", "class Said: ..."])
 def test_a_name_says_what_a_thing_is(code: str) -> None:
     """A refused name is found where it is bound; a longer one, an attribute and a keyword are not."""
