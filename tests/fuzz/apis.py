@@ -45,7 +45,6 @@ from tests.support.tiny import make_world
 from tests.support.waiting import BOUND_S
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
-SAMPLED: dict[str, Any] = cases(__file__, "SAMPLED")
 ENDLESS = f"/{ADAPTERS}/WatchReplica"
 SHARED = {
     "chat/completions": "SAMPLED",

@@ -59,13 +59,3 @@ def fuzz(folder: Path, cases: range) -> None:
 def test_mutated_configs_are_taken_or_refused_by_name(tmp_path: Path, cases: range) -> None:
     """Any config gives a named finding or rows with finite scales; never anything else."""
     fuzz(tmp_path, cases)
-
-
-KINDS = {
-    "ADALORA": {"lora_A": (4, 16), "lora_B": (16, 4), "lora_E": (4, 1)},
-    "VERA": {"vera_lambda_b": (16,), "vera_lambda_d": (4,)},
-    "LOHA": {"hada_w1_a": (16, 2), "hada_w1_b": (2, 16), "hada_w2_a": (16, 2), "hada_w2_b": (2, 16)},
-    "IA3": {"ia3_l": (16, 1)},
-    "LOKR": {"lokr_w1": (4, 4), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 4)},
-}
-SIZES = (0, 1, 2, 3, 4, 16, 17, 2000)

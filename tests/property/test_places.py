@@ -1,6 +1,4 @@
-"""The places of adapters in the bank: nothing overlaps, nothing that may not leave leaves, and a fit is
-found.
-"""
+"""The places of adapters in the bank: a fit is found, and bytes are given once."""
 
 from itertools import combinations
 

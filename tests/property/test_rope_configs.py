@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from hypothesis import strategies as st
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -32,11 +31,6 @@ MAX_POSITIONS = 256
 BLOCKS: dict[str, dict[str, Any]] = cases(__file__, "BLOCKS")
 OF_LAYERS = ("gemma3_text", "gemma4_text", "olmo3")
 """Families with a rope for each type of layers."""
-
-
-def blocks() -> st.SearchStrategy[dict[str, Any] | None]:
-    """A block of rope, an empty one, or null."""
-    return st.sampled_from([*BLOCKS.values(), {}, None])
 
 
 @pytest.fixture(scope="module")

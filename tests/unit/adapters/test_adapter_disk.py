@@ -1,4 +1,4 @@
-"""The disk tier: bundles are verified, bounded and complete, never required; and weights that were verified."""
+"""The disk tier: bundles are verified, bounded and complete, never required."""
 
 import os
 import time
@@ -205,7 +205,3 @@ def test_a_folder_beside_the_store_gets_no_copies(tmp_path):
     assert open_disk_tier(cache, 1, "file:///proc") is not None
     assert open_disk_tier(cache, 1, f"file://{tmp_path}/store") is None
     assert open_disk_tier(cache, 0, "s3://bucket/prefix") is None
-
-
-DATA = bytes(range(256)) * 40
-DIGEST = "d" * 64

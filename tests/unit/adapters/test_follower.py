@@ -4,7 +4,6 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from inference_service.adapters import follower as following
@@ -281,8 +280,3 @@ def test_a_merged_adapter_cannot_change():
         generation("one", serve_base=False, adapters={"two": record("one")}),
     ):
         assert "merged" in needs_restart(merged, other)
-
-
-STEPS = st.lists(
-    st.sampled_from(["publish", "restart", "tear", "repair", "away", "back", "look", "rewind"]), max_size=25
-)

@@ -162,8 +162,6 @@ def test_the_test_vector_of_the_page(tmp_path):
 
 Q_A = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32)
 Q_B = np.array([[1, 0], [0, 1], [1, 1], [2, -1]], np.float32)
-V_A = np.array([[1, -1, 0.5, 0]], np.float32)
-V_B = np.array([[0.25], [-0.5]], np.float32)
 CONFIG = np.array([[1, 0, 2, 0], [3, 0, 1, 0]], np.int32)
 
 
@@ -171,12 +169,6 @@ def saved(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def write(path: Path, dtype: Dtype, q_scale: float) -> bytes:
-    rows = [(cast(Q_A, dtype), cast(Q_B, dtype, q_scale)), (cast(V_A, dtype), cast(V_B, dtype, 4.0))]
-    write_checked(path, weights_pieces(dtype, count=2, width=16, rows=rows))
-    return path.read_bytes()
 
 
 def test_a_file_that_someone_else_writes_to_is_found(tmp_path):
@@ -217,7 +209,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))
 def test_other_files_are_refused(data):
-    """A file that is not exactly such an npy file, or is one of pickled objects, is named corrupt and not used."""
+    """A file that is not exactly such an npy file is named corrupt, and nothing of it is used or unpickled."""
     with pytest.raises(BundleCorrupt, match="expected"):
         read_config(data, "config")
 

@@ -1,4 +1,4 @@
-"""Draws on the host, ranks of tokens, and the changes of a request to its logits."""
+"""Log probabilities of draws, and the changes of a request to its logits."""
 
 from typing import Any
 

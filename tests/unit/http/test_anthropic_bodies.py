@@ -1,4 +1,4 @@
-"""Anthropic's bodies, and blocks of its answers: a stream adds up to the answer without one."""
+"""Anthropic's bodies, and blocks of its answers."""
 
 import json
 from typing import Any

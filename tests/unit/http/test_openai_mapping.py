@@ -1,4 +1,4 @@
-"""The map from OpenAI's bodies to requests, demanded calls, and the server's use of uvicorn."""
+"""The map from OpenAI's bodies to requests, and the parts of an answer."""
 
 import json
 from collections.abc import Mapping

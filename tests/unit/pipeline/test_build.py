@@ -1,4 +1,4 @@
-"""Builds: their order, what they fetch, and their work: side by side, each thing once, within the disk."""
+"""Builds: what they fetch, and their work within the disk, the time and the folders that they have."""
 
 import os
 import re

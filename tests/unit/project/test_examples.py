@@ -1,4 +1,4 @@
-"""The demo's files: the README shows the content of the repository."""
+"""The demo's files: adapters as PEFT saves them, and the base that a script makes."""
 
 import importlib.util
 import json

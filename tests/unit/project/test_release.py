@@ -1,4 +1,4 @@
-"""The release and the site: existing files are built, links lead somewhere, and only a tag publishes."""
+"""The release and the site: existing files are built, and only a tag publishes."""
 
 import tomllib
 from pathlib import Path

@@ -1,8 +1,6 @@
-"""A replica's requests to its builder, and gRPC services of extensions."""
+"""gRPC services of extensions, and the keys that open them."""
 
-from collections.abc import AsyncIterator
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -10,40 +8,10 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 
 from inference_service.rpc.extensions import Extensions, ServiceExtension, Services
-from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keys import Scope
-from loramux_shared.faults import Fault
 from loramux_shared.rpc.server import CORE, RpcServer, Rules
 from tests.support.access import keyring
-
-
-def info(state: DeploymentState, generation: int | None, failure: Fault | None = None) -> DeploymentInfo:
-    return DeploymentInfo("demo", state, generation, None, None, (), failure, unchanged=False)
-
-
-class Builder:
-    """Builds, and has watchers ask for the build of their request."""
-
-    def __init__(self, end: DeploymentInfo) -> None:
-        self.end = end
-        self.asked: list[Any] = []
-        self.request_ids: list[str | None] = []
-
-    async def update(self, name, add=None, remove=(), *, must_be_new=False, request_id=None) -> DeploymentInfo:
-        self.asked.append((name, dict(add or {}), tuple(remove), must_be_new))
-        self.request_ids.append(request_id)
-        return info(DeploymentState.BUILDING, None)
-
-    async def watch(self, name: str, *, request_id: str | None = None) -> AsyncIterator[DeploymentInfo]:
-        assert name == "demo"
-        assert request_id == self.request_ids[-1]
-        yield info(DeploymentState.BUILDING, None)
-        yield self.end
-
-    async def rollback(self, name: str, to: int | None = None) -> Any:
-        self.asked.append((name, to))
-        return SimpleNamespace(generation=8)
 
 
 async def _echo(request: Empty, _context: object) -> Empty:
