@@ -26,14 +26,6 @@ from tests.support.waiting import BOUND_S
 Built = tuple[World, MemoryStore]
 
 
-def copied(world: Built) -> Built:
-    """Return the world with a copy of its store, which a test may change."""
-    store = MemoryStore()
-    for key in world[1].list(""):
-        store.put(key, world[1].get(key))
-    return world[0], store
-
-
 @asynccontextmanager
 async def open_replica(world: Built, guard: Guard = NOBODY_GUARDS, **settings: Any) -> AsyncIterator[OpenAIApi]:
     """Serve a world on a free port, and follow its deployment."""

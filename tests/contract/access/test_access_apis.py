@@ -211,10 +211,10 @@ async def test_a_key_sees_its_models_only_over_http(service: GenerationService) 
     headers = bearer(RESTRICTED)
     async with httpx.AsyncClient(transport=transport, base_url="http://api", headers=headers) as web:
         listed = (await web.get("/v1/models")).json()["data"]
-        hidden = await web.get("/v1/models/rs")
+        hidden = [await web.get(f"/v1/models/{name}") for name in ("rs", "publishers/ns/models/rs")]
         requests = await web.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1})
     assert [model["id"] for model in listed] == ["wide"]
-    for answer in (hidden, requests):
+    for answer in (*hidden, requests):
         assert answer.status_code == 404
         named = answer.json()["error"]["message"].partition(".")[2]
         assert not any(f" {name}" in named for name in ("all", "base", "rs"))

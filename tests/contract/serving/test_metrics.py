@@ -68,6 +68,9 @@ async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
     assert (
         metrics.value("loramux_cached_prompt_tokens_total", model="rs") == 32
     )  # the second request's two blocks
+    for gateways, ours in (("hits", "hit"), ("queries", "queried")):
+        found = metrics.value(f"vllm:gpu_prefix_cache_{gateways}_total")
+        assert found == metrics.value(f"loramux_prefix_cache_{ours}_tokens_total") > 0
     assert metrics.value("loramux_requests_total", outcome="OK", model="rs") == 2
 
 
@@ -141,6 +144,9 @@ async def test_what_is_loaded_is_reported(api: OpenAIApi) -> None:
     """Adapters, their digests, how long each took to load, and the generation."""
     metrics = await scrape(api)
     assert metrics.value("loramux_adapters_resident") == 3
+    assert metrics.value("vllm:num_gpu_loaded_lora_adapters") == 3
+    loaded = [own for own, value in metrics.series("vllm:lora_adapter_loaded") if value]
+    assert {"adapter_name": "wide", "level": "gpu", "pinned": "false"}.items() <= loaded[-1].items()
     digest = api.ready.service.catalog.get("wide").digest[:12]
     assert metrics.value("loramux_model_info", model="wide", digest=digest) == 1
     assert metrics.value("loramux_build_info", generation="1") == 1
