@@ -116,16 +116,3 @@ def test_openai_agents(url: str, route: str) -> None:
 
     assert asyncio.run(ask()).final_output
     assert len(requests) == 1
-
-
-def test_anthropic(url: str) -> None:
-    """A message, a stream, a tool that must be called, and a count."""
-    anthropic = pytest.importorskip("anthropic")
-    client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
-    requests: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12}
-    assert client.messages.create(model="pirate", **requests).content[0].text
-    with client.messages.stream(model="bard", **requests) as stream:
-        assert "".join(stream.text_stream) == stream.get_final_message().content[0].text
-    tool = {"name": "weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
-    called = client.messages.create(model="json", tools=[tool], tool_choice={"type": "any"}, **requests)
-    assert [block.name for block in called.content if block.type == "tool_use"] == ["weather"]

@@ -22,7 +22,6 @@ from loramux.cli.local.tree import ProcessTree, ServiceDied, free_address, run_t
 from loramux.cli.main import app
 from loramux.faults import ModelNotFound, SettingsInvalid
 from loramux.records import Finished, Started
-from loramux_shared.rpc.options import require_free
 from tests.support.access import lines, new_entry
 from tests.support.commands import Command, running
 from tests.support.fake_services import Fakes
@@ -72,12 +71,6 @@ def _runs(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_taken_port_is_replaced() -> None:
-    """A free address is kept."""
-    first = free_address("127.0.0.1:0")
-    assert free_address(first) == first
-
-
 def test_a_child_that_dies_ends_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that ends unasked stops the others, and its last lines are in the fault."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the log outlives the failure
@@ -93,20 +86,6 @@ def test_a_child_that_dies_ends_the_tree(tmp_path: Path, monkeypatch: pytest.Mon
         run_tree(work)
     assert str(caught.value).endswith("| out of memory")
     assert not psutil.pid_exists(others[0])
-
-
-def test_a_failure_beside_children_stops_them() -> None:
-    """A fault of the work itself is raised, and no child is left."""
-    pids: list[int] = []
-
-    async def work(tree: ProcessTree) -> None:
-        child = await tree.start("other", [sys.executable, "-c", "import time; time.sleep(3600)"])
-        pids.append(child.process.pid)
-        raise SettingsInvalid("wrong")
-
-    with pytest.raises(SettingsInvalid, match="wrong"):
-        run_tree(work)
-    assert not psutil.pid_exists(pids[0])
 
 
 def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,12 +119,6 @@ def test_a_child_names_the_failure_that_ends_it() -> None:
         run_tree(work)
     assert str(caught.value) == "builder: cannot listen.\n  E_BAD_FIELD grpc: found x"
     assert exit_of(caught.value) is Exit.USAGE
-
-
-@pytest.mark.parametrize("address", ["unix:/somewhere/api", "127.0.0.1:0", "localhost:0"])
-def test_every_form_of_an_address_may_be_free(address: str) -> None:
-    """An address that a service can listen on is not refused for its form."""
-    require_free(address)
 
 
 @pytest.mark.parametrize("flag", ["--grpc", "--http", "--builder"])

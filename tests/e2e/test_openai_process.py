@@ -1,7 +1,6 @@
 """The inference service as a process with both APIs: its start line, a drain, its exit status."""
 
 import os
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from loramux.faults import ReplicaFailed
 from loramux_shared.storage.local import LocalStore
 from tests.support.dying import steps_hang
 from tests.support.forks import Forked, builder_service
+from tests.support.s3_gateway import free_port
 from tests.support.served_process import serving
 from tests.support.tiny import World, make_world
 from tests.support.waiting import BOUND_S, wait_until
@@ -87,22 +87,12 @@ def test_a_step_that_hangs_ends_the_process(world: World, tmp_path: Path) -> Non
 @pytest.fixture
 def builder(tmp_path: Path) -> Iterator[tuple[Forked, str]]:
     """A builder that takes an hour to leave, and its address."""
-    log = tmp_path / "log"
-    log.touch()
-    environment = {**os.environ, "LORAMUX_DRAIN_DELAY_S": "3600"}
-    flags = ["--grpc", "127.0.0.1:0", "--store", f"file://{tmp_path}/store", "--work-dir", f"{tmp_path}/work"]
-    process = builder_service(flags, log, environment)
+    address = f"127.0.0.1:{free_port()}"
+    flags = ["--grpc", address, "--store", f"file://{tmp_path}/store", "--work-dir", f"{tmp_path}/work"]
+    process = builder_service(flags, tmp_path / "log", {**os.environ, "LORAMUX_DRAIN_DELAY_S": "3600"})
     try:
-        ready = wait_until(
-            lambda: (
-                re.findall(r'"grpc": "([^"]+)".*"builder service ready"', log.read_text()) or process.poll()
-            ),
-            "a builder that is ready",
-            log.read_text,
-        )
-        assert process.poll() is None, log.read_text()
-        _until(ready[0], "SERVING")
-        yield process, ready[0]
+        _until(address, "SERVING")
+        yield process, address
     finally:
         process.kill()
         process.wait()
