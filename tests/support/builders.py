@@ -63,6 +63,7 @@ class Builders:
         write_adapter(folder / "bad", use_dora=True)
         self.folder, self.store = folder, Gated()
         self.started: list[Builds] = []
+        self.checks = Checks(self.context())
 
     def deployment(self, *names: str, name: str = "tiny", **build: object) -> Deployment:
         return deployment_of(self.folder, *names, name=name, **build)
@@ -81,7 +82,7 @@ class Builders:
     @asynccontextmanager
     async def served(self, builds: Builds, patience: Patience = USUAL) -> AsyncIterator[str]:
         """The address of a builder's service."""
-        servicer = BuilderServicer(builds, Checks(self.context()))
+        servicer = BuilderServicer(builds, self.checks)
         server = RpcServer("127.0.0.1:0", {SERVICE_NAME: servicer.register}, patience=patience)
         try:
             yield await server.start()
@@ -105,6 +106,7 @@ class Builders:
         """Open the gate, and let everything end."""
         self.store.gate.set()
         self.store.down = False
+        self.checks.stop()
         for builds in self.started:
             await builds.drain(BOUND_S)
 

@@ -11,6 +11,7 @@ from openai import AsyncOpenAI
 
 from inference_service.http.server import HttpServer
 from inference_service.startup.load import Ready
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import until_free
 from tests.support.tiny import World, make_world
@@ -81,10 +82,12 @@ def openai_world(folder: Path, *, built: bool = True) -> tuple[World, MemoryStor
 
 
 @asynccontextmanager
-async def open_api(world: tuple[World, MemoryStore], **settings: Any) -> AsyncIterator[OpenAIApi]:
+async def open_api(
+    world: tuple[World, MemoryStore], guard: Guard = NOBODY_GUARDS, **settings: Any
+) -> AsyncIterator[OpenAIApi]:
     """Serve a world on a free port."""
     ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
-    server = HttpServer("127.0.0.1:0", ready.service)
+    server = HttpServer("127.0.0.1:0", ready.service, guard)
     await server.start()
     ready.engine.start()
     api = OpenAIApi(ready, server)

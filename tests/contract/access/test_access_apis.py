@@ -170,7 +170,8 @@ async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationServ
     assert statuses[:4] == [401, 401, 403, 403]
     if not path.endswith("/pin"):  # nothing can be pinned here
         stored = path.startswith(("/v1/files", "/v1/batches"))  # there is no store for them
-        assert statuses[4:] == [415 if endpoint.body else 404 if stored else 200] * 2
+        read = endpoint.body and path != "/v1/files"  # a form is asked for its store first
+        assert statuses[4:] == [415 if read else 404 if stored else 200] * 2
     expected = [answer.headers.get("www-authenticate") for answer in answers[:4]]
     assert expected == ["Bearer", "Bearer", None, None]
     for answer, kind in zip(answers[:4], (Unauthenticated,) * 2 + (PermissionDenied,) * 2, strict=True):

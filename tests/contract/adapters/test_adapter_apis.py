@@ -11,18 +11,15 @@ from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer
 from inference_service.serving.service import GenerationService
 from inference_service.serving.terms import ServingLimits
 from loramux import AsyncClient
-from loramux_shared.faults import (
-    AdapterExists,
-    AdapterInvalid,
-    BundleCorrupt,
-    ModelNotFound,
-    NoBuilder,
-    ReplicaBehind,
-    RequestInvalid,
-)
+from loramux_shared.faults import BundleCorrupt, NoBuilder, RequestInvalid
 from loramux_shared.rpc.server import RpcServer
-from tests.support.operated import Operated, digest_of, generation, operated
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.mortal import copied
+from tests.support.operated import Operated, digest_of, operated
+from tests.support.served_replicas import open_builder, open_fleet
 from tests.support.silent import silent_service
+from tests.support.tiny import World
+from tests.support.waiting import bounded
 
 
 @pytest.fixture
@@ -64,6 +61,8 @@ async def test_adapters_over_grpc(client: AsyncClient, replica: Operated) -> Non
     pinned = await client.pin("two")
     assert (pinned.pinned, pinned.last_failure.reason) == (True, "BUNDLE_CORRUPT")
     assert not (await client.unpin("two")).pinned
+    with pytest.raises(RequestInvalid, match="'base' is the base"):
+        await client.pin("base")
     replica.residency.fails = None
     assert (await client.load("three", "org/three")).generation == 2
     await client.unload("three")
@@ -71,31 +70,6 @@ async def test_adapters_over_grpc(client: AsyncClient, replica: Operated) -> Non
     assert (await client.adapter("three")).name == "three"
     only_here = await client.load("mine", f"bundle:{digest_of(77)}")
     assert only_here.only_here
-
-
-async def test_many_adapters_come_in_pages(client: AsyncClient, replica: Operated) -> None:
-    """The client asks for all of them."""
-    names = {f"lora-{number:04}": number + 1 for number in range(2_500)}
-    replica.adapters.apply(generation(2, names))
-    assert [each.name for each in await client.adapters()] == list(names)
-
-
-async def test_failures_over_grpc_have_their_reason(client: AsyncClient, replica: Operated) -> None:
-    """The manager's own, and the builder's."""
-    for call, kind in (
-        (client.adapter("nobody"), ModelNotFound),
-        (client.pin("base"), RequestInvalid),
-        (client.load("one", "org/one"), AdapterExists),
-        (client.load("x", "no path"), RequestInvalid),
-    ):
-        with pytest.raises(kind):
-            await call
-    replica.deployment.refuses = AdapterInvalid("no LoRA")
-    with pytest.raises(AdapterInvalid):
-        await client.load("x", "org/x")
-    replica.deployment.refuses = ReplicaBehind("not yet")
-    with pytest.raises(ReplicaBehind):
-        await client.unload("one")
 
 
 async def test_a_replica_is_watched_over_grpc(client: AsyncClient, replica: Operated) -> None:
@@ -153,8 +127,6 @@ async def test_the_page_lists_pins_and_rolls_back(web: httpx.AsyncClient, replic
     await replica.manager.load("one", "org/bad", replace=True)
     assert (await web.post("/v1/rollback", json={})).json() == {"generation": 3}
     assert replica.manager.get("one").digest == digest_of(1)
-    for size in ("0", "1001", "x", "-1", "99999999999"):
-        assert (await web.get("/v1/adapters", params={"page_size": size})).status_code == 400
 
 
 async def test_a_page_of_another_site_changes_nothing(web: httpx.AsyncClient, replica: Operated) -> None:
@@ -163,3 +135,25 @@ async def test_a_page_of_another_site_changes_nothing(web: httpx.AsyncClient, re
         answer = await web.post(path, headers={"sec-fetch-site": "cross-site"})
         assert answer.status_code == 403, path
     assert replica.residency.calls == []
+
+
+async def test_a_load_goes_through_the_builder_to_every_replica(
+    chatty: tuple[World, MemoryStore], tmp_path: Path
+) -> None:
+    """An adapter that one replica loads is served by the other one, until either unloads it."""
+    world = chatty[0], copied(chatty[1])
+    async with open_builder(world, tmp_path) as builder, open_fleet(world, 2, builder=builder) as (one, other):
+
+        async def status() -> int:
+            return (await other.post("/v1/completions", model="new", prompt=[5], max_tokens=1)).status_code
+
+        source = str(world[0].adapters["rs"])
+        loaded = await one.post("/v1/load_lora_adapter", lora_name="new", lora_path=source)
+        assert loaded.status_code == 200, loaded.text
+        async with bounded("the other replica"):
+            while await status() != 200:
+                pass
+        refused = await one.post("/v1/load_lora_adapter", lora_name="lost", lora_path="/nowhere/at/all")
+        assert "not below a folder" in refused.json()["message"]
+        assert (await other.post("/v1/unload_lora_adapter", lora_name="new")).status_code == 200
+        assert await status() == 404

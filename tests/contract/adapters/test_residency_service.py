@@ -11,7 +11,7 @@ from inference_service.serving.request import AnswerDelta, AnswerStarted, Reques
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
-from loramux_shared.faults import BundleCorrupt, ModelNotFound
+from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.mortal import copied
 from tests.support.service import PROMPT, Service, open_service
@@ -75,16 +75,6 @@ async def test_a_small_bank_serves_every_adapter_in_turn(
     assert service.ready.bank.residency.stats.evictions >= 2
 
 
-async def test_what_is_not_preloaded_arrives_while_others_are_served(
-    opened: Opened, world: tuple[World, MemoryStore]
-) -> None:
-    """A replica that was ready with one adapter has all of them a moment later, if there is room."""
-    service = await opened(world, preload=1)
-    bank = service.ready.bank
-    resident = bank.residency.resident
-    await until(lambda: len(resident()) == len(NAMES), "all adapters", resident)
-
-
 async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
     opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
 ) -> None:
@@ -144,24 +134,3 @@ async def test_names_switch_under_running_requests(
         assert all(tokens == expected[digest] for digest, tokens in found)
     digest, _ = await _tokens(service, NAMES[0])
     assert digest == generation.adapters[NAMES[0]].digest
-
-
-async def test_a_name_that_is_gone_is_not_found_and_what_runs_on_it_ends(
-    opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
-) -> None:
-    """A removed name is MODEL_NOT_FOUND for new requests; one that began before is answered to its end."""
-    store = copied(world[1])
-    service = await opened((world[0], store))
-    generation = current_generation(store, "tiny")
-    engine = service.ready.engine
-    await engine.pause()
-    running = asyncio.create_task(_tokens(service, "all", max_tokens=60))
-    await until(lambda: engine.stats.waiting, "the request that is held", lambda: engine.stats)
-    rest = {name: record for name, record in generation.adapters.items() if name != "all"}
-    service.ready.adapters.apply(_published(store, generation, rest))
-    with pytest.raises(ModelNotFound):
-        await _tokens(service, "all")
-    engine.resume()
-    digest, tokens = await running
-    assert tokens[:8] == expected[digest]
-    assert len(tokens) == 60

@@ -93,18 +93,6 @@ async def test_a_build_is_answered_at_once_and_watched_to_its_end(world: Served)
     assert last == await world.get()
 
 
-async def test_the_same_content_is_unchanged(world: Served) -> None:
-    """A second build of the same content is ACTIVE with unchanged, the same generation and kept adapters."""
-    await world.build(world.deployment("one"))
-    await world.watch()
-    before = dict(world.store.objects)
-    await world.build(world.deployment("one"))
-    last = (await world.watch())[-1]
-    assert (last.state, last.unchanged, last.generation) == (State.STATE_ACTIVE, True, 1)
-    assert (last.adapters[0].kept, last.adapters[0].reused) == (True, False)
-    assert world.store.objects == before
-
-
 async def test_calls_join_the_same_build(world: Served) -> None:
     """The same content and the same request_id lead to the build that runs; another content has to wait."""
     world.store.gate.clear()

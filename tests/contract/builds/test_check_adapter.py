@@ -8,30 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from builder_service.builds.builds import Builds
 from builder_service.pipeline import check
-from builder_service.pipeline.check import Checks
 from builder_service.pipeline.progress import Progress
-from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.client import AsyncClient
 from loramux.faults import CheckpointInvalid, DeploymentInvalid, RepoNotFound, ShuttingDown, SourceRefused
 from loramux.records import AdapterReport
 from loramux_shared.deployment import Dtype, LoraConfiguration
-from loramux_shared.rpc.server import RpcServer
-from tests.support.adapters import HIDDEN, tensors, write_adapter, write_base
-from tests.support.folders import workshop
-from tests.support.waiting import BOUND_S, until, wait_until
+from tests.support.adapters import HIDDEN, tensors, write_adapter
+from tests.support.builders import Builders
+from tests.support.waiting import until, wait_until
 
 
-class Served:
+class Served(Builders):
     """A served builder over a store that stays empty."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.work = folder, folder / "work"
-        self.context = workshop(folder)
-        self.checks, self.builds = Checks(self.context), Builds(self.context)
-        self.address = ""
-        self.client: AsyncClient = None  # type: ignore[assignment]  # until it is served
+    client: AsyncClient
 
     async def check(self, adapter: str, *required: LoraConfiguration, **more: object) -> AdapterReport:
         """Check a folder against the base."""
@@ -40,20 +31,10 @@ class Served:
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[Served]:
-    """A builder, a base and an adapter."""
-    write_base(tmp_path / "base")
-    write_adapter(tmp_path / "one")
+    """A builder, a base and adapters."""
     made = Served(tmp_path)
-    service = BuilderServicer(made.builds, made.checks)
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: service.register})
-    try:
-        made.address = await server.start()
-        async with AsyncClient(builder=made.address) as made.client:
-            yield made
-    finally:
-        made.checks.stop()
-        await made.builds.drain(BOUND_S)
-        await server.drain(BOUND_S)
+    async with made.served(made.builder()) as address, AsyncClient(builder=address) as made.client:
+        yield made
 
 
 async def test_the_report_of_an_adapter_that_would_be_built(world: Served) -> None:
@@ -77,12 +58,12 @@ async def test_the_report_of_an_adapter_that_would_be_built(world: Served) -> No
     assert (report.dtype, report.base_model_name) == (Dtype.BFLOAT16, "org/tiny")
     assert (report.licence, report.base_licence) == ("", "mit")
     assert {"W_BASE", "W_LICENSE"} <= {finding.code for finding in report.findings}
-    assert list(world.context.store.list("")) == []
+    assert world.store.objects == {}
     assert list((world.folder / "work").iterdir()) == []
 
 
 async def test_a_report_names_labels(world: Served) -> None:
-    """Labels come from a config beside a classifier, else from transformers' defaults."""
+    """Labels come from a config beside a classifier, else from transformers' defaults; a wrong one is named."""
     head = {"base_model.model.score.weight": np.ones((2, HIDDEN), "f4")}
     trained = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
     for name in ("named", "nameless"):
@@ -94,6 +75,9 @@ async def test_a_report_names_labels(world: Served) -> None:
     assert (named.labels, named.problem_type) == (("spam", "ham"), "multi_label_classification")
     assert (nameless.labels, nameless.problem_type) == (("LABEL_0", "LABEL_1"), "")
     assert named.kinds == nameless.kinds == ("lora", "classifier")
+    for wrong in ('{"id2label": {"0": "a"}}', '{"problem_type": "guessing"}', "["):
+        (world.folder / "named" / "config.json").write_text(wrong)
+        assert [each.code for each in (await world.check("named")).findings][:1] == ["E_BAD_TEXT"], wrong
 
 
 async def test_the_ceilings_of_a_deployment_can_be_asked_for(world: Served) -> None:
@@ -123,9 +107,6 @@ async def test_faults_are_named_without_the_checks_own_words(world: Served) -> N
     with pytest.raises(CheckpointInvalid) as unreadable:
         await world.client.check(str(world.folder / "one"), str(world.folder / "empty"))
     assert unreadable.value.repository == str(world.folder / "empty")
-    with pytest.raises(DeploymentInvalid) as invalid:
-        await world.client.check("not a repository", base)
-    assert invalid.value.repository == ""
     with pytest.raises(DeploymentInvalid) as error:
         await world.client.check(
             str(world.folder / "one"), base, LoraConfiguration(max_lora_rank=2, truncate_to_rank=3)
@@ -150,11 +131,10 @@ async def test_a_check_that_nobody_waits_for_is_stopped(world: Served, monkeypat
     monkeypatch.setattr(check, "fetch_adapters", held)
     call = asyncio.create_task(world.check("one"))
     await until(begun.is_set, "the check")
-    assert list(world.work.iterdir()) != []
+    work = world.folder / "work"
+    assert list(work.iterdir()) != []
     call.cancel()
-    await until(
-        lambda: not list(world.work.iterdir()), "the end of the check", lambda: [*world.work.rglob("*")]
-    )
+    await until(lambda: not list(work.iterdir()), "the end of the check", lambda: [*work.rglob("*")])
 
 
 async def test_a_builder_that_stops_refuses_new_calls(world: Served) -> None:

@@ -2,20 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.journal import JournalEntry
 from builder_service.builds.views import BuildState, DeploymentView
 from builder_service.pipeline.update import Update
-from loramux.client import AsyncClient
 from loramux_shared.faults import BuildCancelled, BuildInProgress
 from tests.support.adapters import tensors, write_adapter
-from tests.support.builders import OWNER, Builders, ended, journaled
+from tests.support.builders import Builders, ended
 from tests.support.waiting import bounded
 
 MANY = 12
@@ -103,21 +100,6 @@ async def test_a_change_follows_what_was_accepted_before_it(world: Builders) -> 
     assert {"two", "m3"} <= set(world.generation.adapters)
 
 
-async def test_waiting_changes_outlive_the_builder(world: Builders) -> None:
-    """All stand in the journal: the next run makes them."""
-    await started(world)
-    entries = [
-        JournalEntry(update=wish(world, f"m{seed}"), create_time=datetime.now(UTC), request_id=f"m{seed}")
-        for seed in range(MANY)
-    ]
-    journaled(world.store, OWNER, *entries)
-    again = world.builder()
-    assert await again.recover() == MANY
-    for entry in entries:
-        assert (await end_of(again, entry.request_id)).state is BuildState.ACTIVE
-    assert (len(world.generation.adapters), world.journal) == (1 + MANY, [])
-
-
 async def test_a_cancel_ends_all_that_run_or_wait(world: Builders) -> None:
     """A cancel ends all running and waiting builds, and publishes nothing."""
     builds = await started(world)
@@ -127,21 +109,3 @@ async def test_a_cancel_ends_all_that_run_or_wait(world: Builders) -> None:
     for seed in range(4):
         assert reason(await end_of(builds, f"m{seed}")) == BuildCancelled.reason
     assert (world.generation.number, world.journal) == (1, [])
-
-
-async def test_over_grpc_each_caller_hears_of_its_own(world: Builders) -> None:
-    """A failure of one build leaves the others alone, and a build's states name its own adapter only."""
-    builds = world.builder()
-    async with world.served(builds) as address, AsyncClient(builder=address) as client:
-        await client.build(world.deployment("one"))
-        await ended(builds)
-
-        async def end(name: str) -> tuple[str, list[str]]:
-            await client.update("tiny", {name: world.repository(name)}, must_be_new=True, request_id=name)
-            *_, last = [info async for info in client.watch("tiny", request_id=name)]
-            return str(last.state), [each.name for each in last.adapters]
-
-        names = ["m0", "bad", *(f"m{seed}" for seed in range(1, MANY))]
-        found = await asyncio.gather(*map(end, names))
-    assert found == [("failed" if name == "bad" else "active", [name]) for name in names]
-    assert len(world.generation.adapters) == 1 + MANY

@@ -9,10 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from builder_service.pipeline.context import BuildContext
-from loramux.cli.build import overridden
-from loramux.cli.check import layers
 from loramux.cli.main import app
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
@@ -66,14 +63,6 @@ def test_a_refused_adapter_is_exit_1_with_its_fix(folder: Path, shared: tuple[st
     assert "  expected rank <= max_lora_rank 64" in text
     assert "  fix      Set max_lora_rank to at least 80." in text
     assert text.splitlines()[-1].startswith("refused: 1 error")
-
-
-def test_truncation_shows_what_is_lost(folder: Path, shared: tuple[str, str]) -> None:
-    """The table shows the ranks before and after, and the warning shows the worst error."""
-    code, text, _ = run("check", folder / "deep", "--base", folder / "base", "--truncate-to", "8", *shared)
-    assert code == 0
-    assert "80 -> 8" in text
-    assert "worst relative error" in text
 
 
 def test_json_is_stable_and_alone_on_stdout(folder: Path, shared: tuple[str, str]) -> None:
@@ -133,23 +122,3 @@ def test_wishes_of_the_command_line_reach_the_builder(tmp_path: Path, fakes: Fak
         assert run(*args)[0] == 0
         spec = fakes.builder.specs["wishes"]
         assert (spec.truncate_to_rank, spec.prove) == expected
-
-
-def test_the_files_own_wishes_stay() -> None:
-    """A flag that is not given changes nothing."""
-    data = {
-        "model_name": "m",
-        "build": {
-            "checkpoint_repository": {"source": "HF", "repo": "a/b"},
-            "lora_configuration": {"truncate_to_rank": 4},
-            "prove": True,
-        },
-    }
-    deployment = parse_deployment(data).deployment
-    assert overridden(deployment, None, False) == deployment
-    assert overridden(deployment, 9, False).build.lora_configuration.truncate_to_rank == 9
-
-
-def test_layers_are_folded() -> None:
-    """Runs of layers are named by their ends."""
-    assert layers([3, 0, 1, 2, 7, 9, 10]) == "0-3, 7, 9-10"

@@ -1,6 +1,5 @@
 """Anthropic's API through Anthropic's own client, with a tiny real model or a script behind it."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -141,11 +140,6 @@ async def test_a_demanded_call_is_made_and_answered(claude: AsyncAnthropic) -> N
     [
         ({"model": "nope"}, anthropic.NotFoundError, "no model 'nope'"),
         ({"extra_body": {"temprature": 1}}, anthropic.BadRequestError, "Did you mean temperature?"),
-        (
-            {"stop_sequences": ["x"] * 20},
-            anthropic.BadRequestError,
-            "stop_sequences: expected at most 16 texts",
-        ),
         ({"max_tokens": 10**4}, anthropic.BadRequestError, "context limit: 7 + 10000 > 256, decrease"),
         (
             {"messages": [{"role": "user", "content": "x" * 300}]},
@@ -170,35 +164,21 @@ async def test_refusals_are_the_clients_own(
 
 
 async def test_what_http_refuses_has_the_same_shape(api: OpenAIApi) -> None:
-    """A wrong method, a route that is not here, and a body that is no JSON are reported as all else here is."""
+    """A wrong method, a body that is no JSON or too large, and a drain are reported as all else here is."""
     own = {"x-request-id": "mine-1"}
     for answer, status, kind in (
         (await api.http.get("/v1/messages", headers=own), 405, "invalid_request_error"),
-        (await api.http.post("/v1/messages/batches", json={}, headers=own), 404, "not_found_error"),
         (await api.http.post("/v1/messages", content=b"x", headers=own), 415, "invalid_request_error"),
-        (await api.http.post("/v1/messages", json=[], headers=own), 400, "invalid_request_error"),
         (await api.http.post("/v1/messages", json={"x": "y" * 2**23}, headers=own), 413, "request_too_large"),
     ):
         body = answer.json()
         assert (answer.status_code, body["type"], body["error"]["type"]) == (status, "error", kind)
         assert body["request_id"] == answer.headers["request-id"] == "mine-1"
-
-
-async def test_so_has_what_is_refused_before_that(api: OpenAIApi) -> None:
-    """Ambiguous requests have the request id too, and all requests while the server drains."""
-    host, port = api.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")
-    body = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
-    writer.close()
-    assert (body["type"], body["error"]["type"], body["request_id"]) == ("error", "invalid_request_error", None)
     app = create_app(api.ready.service)
     app.draining = True
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
         answer = await web.post("/v1/messages", json=SENT)
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    assert answer.json()["error"]["type"] == "overloaded_error"
-    assert answer.json()["request_id"] == answer.headers["request-id"]
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "overloaded_error")
 
 
 async def test_keys_come_in_either_header(tmp_path: Path) -> None:

@@ -40,15 +40,6 @@ async def opened(world: tuple[World, MemoryStore], api_processes: int) -> AsyncI
         yield api
 
 
-async def test_models(api: OpenAIApi) -> None:
-    """The client lists models and finds one by name."""
-    assert [model.id async for model in api.openai.models.list()] == ["base", "all", "rs", "wide"]
-    assert (await api.openai.models.retrieve("wide")).owned_by == "loramux"
-    with pytest.raises(openai.NotFoundError) as caught:
-        await api.openai.models.retrieve("org/nope:1")
-    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-
-
 async def test_the_synchronous_client_streams(api: OpenAIApi) -> None:
     """The same answer comes in pieces: role first, reason last, then the usage."""
     whole = await api.openai.chat.completions.create(**GREEDY, max_tokens=8)
@@ -70,38 +61,6 @@ async def test_the_synchronous_client_streams(api: OpenAIApi) -> None:
         update={"prompt_tokens_details": usage.usage.prompt_tokens_details}
     )
     assert {chunk.id for chunk in [first, *rest, last, usage]} == {first.id}
-
-
-async def test_several_answers_are_apart(api: OpenAIApi) -> None:
-    """n answers have indices, differ when they are sampled, and cost the prompt once."""
-    options = GREEDY | {"temperature": 1.5, "seed": 4, "n": 3, "max_tokens": 12}
-    answer = await api.openai.chat.completions.create(**options)
-    assert [choice.index for choice in answer.choices] == [0, 1, 2]
-    stated = [choice.message.content for choice in answer.choices]
-    assert len(set(stated)) == 3
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 36)
-    streamed = ["", "", ""]
-    async for chunk in await api.openai.chat.completions.create(**options, stream=True):
-        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
-    assert streamed == stated
-
-
-async def test_logprobs_of_a_chat(api: OpenAIApi) -> None:
-    """Each token has its text, its bytes and its alternatives, in a stream and as a whole."""
-    options = GREEDY | {"max_tokens": 4, "logprobs": True, "top_logprobs": 2}
-    answer = await api.openai.chat.completions.create(**options)
-    scores = answer.choices[0].logprobs
-    assert scores.content
-    assert len(scores.content) == 4
-    for score in scores.content:
-        assert score.bytes == list(score.token.encode())
-        assert score.top_logprobs[0].token == score.token
-        assert len(score.top_logprobs) == 2
-    streamed = []
-    async for chunk in await api.openai.chat.completions.create(**options, stream=True):
-        if chunk.choices[0].logprobs:
-            streamed += chunk.choices[0].logprobs.content or []
-    assert streamed == scores.content
 
 
 async def test_tokens_are_called_by_their_ids_where_that_is_asked_for(api: OpenAIApi) -> None:
@@ -267,19 +226,6 @@ async def test_what_stopped_an_answer_is_reported(api: OpenAIApi) -> None:
 
 def _end(choice: Any) -> tuple[str | None, str | int | None]:
     return choice.finish_reason, choice.model_extra["stop_reason"]
-
-
-async def test_errors_are_the_clients_classes(api: OpenAIApi) -> None:
-    """Statuses become the exceptions that programs catch, with parameter and code."""
-    with pytest.raises(openai.NotFoundError):
-        await api.openai.chat.completions.create(model="gpt-4o", messages=USER)
-    with pytest.raises(openai.BadRequestError) as caught:
-        await api.openai.chat.completions.create(model="base", messages=USER, max_tokens=1000)
-    assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError) as caught:
-        await api.openai.chat.completions.create(model="base", messages=USER, verbosity="low")
-    assert caught.value.code == "unsupported_parameter"
-    assert caught.value.response.headers["x-request-id"]
 
 
 async def test_a_response_to_too_much_begins_later(api: OpenAIApi) -> None:

@@ -65,12 +65,11 @@ async def test_turns_tools_and_variables(
 MIXED: list[tuple[str, list[tuple[str, float | None]], bool]] = [
     ("all*0.5 + rs*-1.5", [("all", 0.5), ("rs", -1.5)], True),
     ("all+all*-1", [("all", None), ("all", -1.0)], True),
-    ("rs*8", [("rs", 8.0)], True),
     ("rs*8.5", [("rs", 8.5)], False),
     ("rs*nan", [("rs", math.nan)], False),
+    ("+".join(["all"] * 9), [("all", 1.0)] * 9, False),
     ("rs*inf+all", [("rs", math.inf), ("all", None)], False),
     ("base*0.5+all", [("base", 0.5), ("all", None)], False),
-    ("+".join(["all"] * 9), [("all", 1.0)] * 9, False),
     ("all*0.5+", [("all", 0.5), ("", 1.0)], False),
 ]
 
@@ -92,11 +91,9 @@ async def test_mixtures(
     assert (reported, *stated) == (("OK",) * 3 if taken else ("invalid_value",) + ("REQUEST_INVALID",) * 2)
 
 
-async def test_the_adapters_of_a_mixture_are_named(apis: FuzzedApis) -> None:
-    """A name that is not served is not found, and adapters beside another model are refused."""
-    assert await apis.post("/v1/completions", b'{"model": "all*0.5+x", "prompt": "a"}') == "model_not_found"
-    request = pb.GenerateRequest(model="rs", text="a", adapters=[pb.ScaledAdapter(name="all")])
-    request.sampling.max_tokens = 1
-    assert await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "REQUEST_INVALID"
-    request.model = "base"
-    assert await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "OK"
+async def test_adapters_beside_another_model_are_refused(apis: FuzzedApis) -> None:
+    """Adapters of a request are of the base; one with weight 1 is that adapter."""
+    for model, reported in (("rs", "REQUEST_INVALID"), ("base", "OK")):
+        request = pb.GenerateRequest(model=model, text="a", adapters=[pb.ScaledAdapter(name="all")])
+        request.sampling.max_tokens = 1
+        assert await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == reported

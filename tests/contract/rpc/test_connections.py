@@ -13,7 +13,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux import AsyncClient
-from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.rpc import options
 from loramux_shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
@@ -55,19 +54,6 @@ async def test_a_request_above_the_cap_is_not_sent(server: RpcServer) -> None:
         ):
             await client.complete("base", "x" * MAX_REQUEST_BYTES)
         assert (await client.complete("base", "x" * 1_000_000)).text.startswith("".join(WORDS))
-
-
-@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
-async def test_the_server_has_the_cap_too(server: RpcServer, compression: grpc.Compression) -> None:
-    """Requests may be compressed, and one that is too large, once it is unpacked, ends its own call only."""
-    async with grpc.aio.insecure_channel(server.address, compression=compression) as channel:
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in stub.Generate(pb.GenerateRequest(model="base", text="x" * 2 * MAX_REQUEST_BYTES)):
-                pass
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        answer = [event async for event in stub.Generate(pb.GenerateRequest(model="base", text="x" * 100_000))]
-        assert answer[-1].WhichOneof("event") == "finished"
 
 
 async def test_a_unix_socket(tmp_path: Path) -> None:
@@ -124,17 +110,6 @@ async def test_the_longest_unused_connection_makes_room(apis: EndlessApis) -> No
     assert (await idle[-1].answer())[0] == (404 if (BOUND - 2) % 2 else 200)
     assert (await busy.reader.readline()).startswith(b"HTTP/1.1 200")
     for each in (busy, late, *idle):
-        each.close()
-
-
-async def test_an_endpoint_whose_connections_are_all_busy_says_so(apis: EndlessApis) -> None:
-    """The endpoint refuses a connection above the limit with 503 and a time to try again."""
-    busy = [await apis.raw(ASK) for _ in range(BOUND)]
-    await apis.service.until(BOUND)
-    late = await apis.raw()
-    assert (await late.answer())[0] == 503
-    assert await late.ended() == b""
-    for each in busy:
         each.close()
 
 

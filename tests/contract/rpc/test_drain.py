@@ -14,10 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from inference_service.rpc.servicer import SERVICE_NAME
 from loramux import AsyncClient
-from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import ShuttingDown
 from loramux_shared.rpc import calls
-from loramux_shared.rpc.calls import CallInterceptor
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.rpc.stopping import leave
 from tests.support.endless import BOUND, MODEL, EndlessApis
@@ -52,17 +50,6 @@ async def passes(count: int = 3) -> None:
     """Let the loop, which also serves, handle received data."""
     for _ in range(count):
         await asyncio.sleep(0)
-
-
-async def test_an_http_request_that_is_cut_ends_with_the_reason(apis: EndlessApis) -> None:
-    """A request that is cut before its answer begins gets the usual 503, with a time to try again."""
-    async with httpx.AsyncClient(base_url=f"http://{apis.http.address}") as web:
-        asking = asyncio.create_task(web.post("/v1/completions", json=WAIT))
-        await apis.service.until(1)
-        assert not await apis.http.drain(0)
-        answer = await asking
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    assert answer.json()["error"]["code"] == "shutting_down"
 
 
 async def test_a_grpc_call_that_is_cut_ends_with_the_reason(apis: EndlessApis) -> None:
@@ -206,35 +193,6 @@ async def test_an_endpoint_that_leaves_lets_connections_go(apis: EndlessApis) ->
     draining = asyncio.create_task(apis.http.drain(0))
     assert await refusal_of(busy) == REFUSED
     assert not await draining
-
-
-async def test_a_refusal_holds_no_drain_over_grpc() -> None:
-    """The same holds over gRPC."""
-    interceptor, never = CallInterceptor(), asyncio.Event()
-
-    class Context:
-        """The context of a call whose status cannot be sent."""
-
-        async def abort(self, *_: Any) -> None:
-            await never.wait()
-            raise grpc.aio.AbortError
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: ()
-
-    interceptor.drain()
-    read = pb.ListModelsRequest.FromString
-    handler = interceptor.wrap(grpc.unary_unary_rpc_method_handler(_unasked, read), "/a.B/C")
-    asking = asyncio.create_task(handler.stream_unary(None, Context()))
-    await passes()
-    assert await interceptor.until_idle(0)
-    never.set()
-    with pytest.raises(grpc.aio.AbortError):
-        await asking
-
-
-async def _unasked(*_: Any) -> Any:
-    raise AssertionError("nothing is asked")
 
 
 async def test_a_grpc_server_stops_when_nobody_comes(

@@ -99,14 +99,11 @@ async def test_a_request_that_trickles_ends_at_its_limit(
     ("before", "piece", "status"),
     [
         (b"GET /", b"a" * 4096, b"431"),
-        (b"GET / HTTP/1.1\r\nX-A: ", b"a" * 4096, b"431"),
         (b"GET / HTTP/1.1\r\n", b"X-A: %s\r\n" % (b"a" * 4000), b"431"),
         (CHUNKED, b"1;" + b"a" * 4096, b"401"),
-        (CHUNKED, b"1;%s\r\nx\r\n" % (b"a" * 4096), b"401"),
         (CHUNKED + b"0\r\n", b"X-A: %s\r\n" % (b"a" * 4000), b"401"),
-        (CHUNKED + b"0\r\nX-A: ", b"a" * 4096, b"401"),
     ],
-    ids=["target", "header", "headers", "extension", "extensions", "trailers", "trailer"],
+    ids=["target", "headers", "extension", "trailers"],
 )
 async def test_what_surrounds_a_body_is_bounded(
     apis: EndlessApis, before: bytes, piece: bytes, status: bytes

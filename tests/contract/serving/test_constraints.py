@@ -3,8 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
 from tests.support.grammars import mask_of
-from tests.support.service import until_free
+from tests.support.service import Service, open_service
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, ended, until
 
@@ -36,31 +35,20 @@ DRAWN: dict[str, Any] = {"max_tokens": 120, "temperature": 1.0, "logit_bias": CL
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@asynccontextmanager
-async def running(ready: Ready) -> AsyncIterator[None]:
-    """Let the engine run."""
-    ready.engine.start()
-    try:
-        yield
-    finally:
-        await ready.engine.stop()
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(world: tuple[World, MemoryStore]) -> AsyncIterator[Ready]:
+async def shared(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
     """A loaded service for all tests, which tries constraints for a third of a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constraints, "SandboxProcess", partial(SandboxProcess, cpu_s=0.3))
-        ready = world[0].load(world[1], stream_interval_ms=0)
-    async with running(ready):
-        yield ready
+        service = await open_service(world)
+    yield service
+    await service.close()
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def ready(shared: Ready) -> Ready:
+@pytest.fixture
+def ready(service: Service) -> Ready:
     """The service, which holds nothing."""
-    await until_free(shared)
-    return shared
+    return service.ready
 
 
 async def ask(ready: Ready, kind: Kind, text: str = "", **fields: Any) -> list[tuple[str, EndReason]]:
@@ -83,59 +71,22 @@ POINT = {
 }
 
 
-def is_point(value: Any) -> bool:
-    """Return True for a value of POINT."""
-    return set(value) == {"x", "tag"} and isinstance(value["x"], int) and value["tag"] in ("a", "b")
-
-
-LIST = {
-    "type": "array",
-    "items": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
-    "minItems": 2,
-    "maxItems": 4,
-}
-
-
-def is_list(value: Any) -> bool:
-    """Return True for a value of LIST."""
-    return (
-        isinstance(value, list) and 2 <= len(value) <= 4 and all(item in (True, False, None) for item in value)
-    )
-
-
-STRING = {"type": "string", "maxLength": 5}
-
-
-def is_string(value: Any) -> bool:
-    """Return True for a value of STRING."""
-    return isinstance(value, str) and len(value) <= 5
-
-
-SCHEMAS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
-    (POINT, is_point),
-    (LIST, is_list),
-    (STRING, is_string),
-    ({"$ref": "#/$defs/p", "$defs": {"p": POINT}}, is_point),
-]
-
-
 async def test_answers_are_of_their_schema(ready: Ready) -> None:
-    """Answers of four schemas, base and adapters, 4 draws each, in one batch, are valid when they stop."""
-    models = ("base", "all", "wide")
+    """Answers of base and adapters, four draws each in one batch, are valid when they stop."""
+    schemas: list[dict[str, Any]] = [POINT, {"$ref": "#/$defs/p", "$defs": {"p": POINT}}]
     answers = await asyncio.gather(
         *(
             ask(ready, "json_schema", json.dumps(schema), model=model, n=4, seed=seed, **DRAWN)
-            for seed, (schema, _) in enumerate(SCHEMAS)
-            for model in models
+            for seed, schema in enumerate(schemas)
+            for model in ("base", "all", "wide")
         )
     )
-    stopped = 0
-    for number, (_, valid) in enumerate(SCHEMAS):
-        for text, end in (item for answer in answers[3 * number : 3 * number + 3] for item in answer):
-            if end is EndReason.STOP:
-                stopped += 1
-                assert valid(json.loads(text)), text
-    assert stopped > 36
+    stopped = [json.loads(text) for answer in answers for text, end in answer if end is EndReason.STOP]
+    assert len(stopped) > 18
+    for value in stopped:
+        assert set(value) == {"x", "tag"}
+        assert isinstance(value["x"], int)
+        assert value["tag"] in ("a", "b")
 
 
 async def test_the_end_of_sequence_comes_only_where_the_text_may_end(ready: Ready) -> None:
@@ -154,20 +105,21 @@ async def test_drafts_change_no_constrained_answer(world: tuple[World, MemorySto
     again = {"max_tokens": 60, "temperature": 0.0}
     found, accepted = [], []
     for tokens in (0, 8):
-        ready = world[0].load(world[1], stream_interval_ms=0, speculative_tokens=tokens)
+        service = await open_service(world, speculative_tokens=tokens)
+        ready = service.ready
         ready.engine._engine._clock = lambda: 0.0  # rows are free
         stated, count = [], []
-        async with running(ready):
-            for model in ("base", "all"):
-                for kind, text, fields in (
-                    ("json_schema", json.dumps(POINT), {"seed": 1, **DRAWN, "logit_bias": {}}),
-                    ("regex", "([a-c]{2}(say it again|stop)){9}", again),
-                    ("regex", "(abc|abd){20}", again),
-                    ("lark", "start: A+\nA: /[x-z]/", {"seed": 2, "temperature": 1.0, "max_tokens": 60}),
-                ):
-                    before = ready.engine.stats.tokens_accepted
-                    stated.append(await ask(ready, kind, text, model=model, **fields))
-                    count.append(ready.engine.stats.tokens_accepted - before)
+        for model in ("base", "all"):
+            for kind, text, fields in (
+                ("json_schema", json.dumps(POINT), {"seed": 1, **DRAWN, "logit_bias": {}}),
+                ("regex", "([a-c]{2}(say it again|stop)){9}", again),
+                ("regex", "(abc|abd){20}", again),
+                ("lark", "start: A+\nA: /[x-z]/", {"seed": 2, "temperature": 1.0, "max_tokens": 60}),
+            ):
+                before = ready.engine.stats.tokens_accepted
+                stated.append(await ask(ready, kind, text, model=model, **fields))
+                count.append(ready.engine.stats.tokens_accepted - before)
+        await service.close()
         found.append(stated)
         accepted.append(count)
     assert found[0] == found[1]

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -10,71 +9,20 @@ import pytest
 import torch
 
 from inference_service.core.constraint import Constraint
-from inference_service.core.sequence import EndReason, Token
+from inference_service.core.sequence import Token
 from inference_service.serving.request import (
     AnswerDelta,
     AnswerFinished,
-    AnswerStarted,
     Event,
     PromptScores,
     Request,
 )
-from loramux_shared.faults import Fault, PromptTooLong, QueueFull, RequestInvalid, ShuttingDown
+from loramux_shared.faults import Fault, QueueFull, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import LONG, PROMPT, SAMPLED, Service, open_service
 from tests.support.tiny import VOCAB, World, oracle
-from tests.support.waiting import ended
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-async def test_every_answer_finishes_once(service: Service) -> None:
-    """A request has one start, and one end per index with its own counts; a stop text ends its answer only."""
-    whole = await service.events(n=3, **SAMPLED)
-    texts = {
-        index: "".join(e.text for e in whole if isinstance(e, AnswerDelta) and e.index == index)
-        for index in range(3)
-    }
-    stop = texts[1][2:4]
-    events = await service.events(n=3, stop=(stop,), **SAMPLED)
-    finished = [event for event in events if isinstance(event, AnswerFinished)]
-    assert sum(isinstance(event, AnswerStarted) for event in events) == 1
-    assert sorted(event.index for event in finished) == [0, 1, 2]
-    for event in finished:
-        expected = stop if stop in texts[event.index] else ""
-        assert event.stop_text == expected
-        assert event.reason is (EndReason.STOP if expected else EndReason.LENGTH)
-        assert event.completion_tokens == 8 or expected
-
-
-async def test_closing_the_stream_frees_all_answers(service: Service) -> None:
-    """All answers are freed, whether the later ones have begun or not."""
-    for read in (1, 2, 9):
-        async with aclosing(
-            service.ready.service.generate(Request.of("all", LONG, n=5, max_tokens=100))
-        ) as events:
-            for _ in range(read):
-                await anext(events)
-        await service.until_free()
-    assert not service.ready.engine._streams
-
-
-@pytest.mark.parametrize("read", [1, 6])
-async def test_an_engine_that_stops_ends_all_answers(world: tuple[World, MemoryStore], read: int) -> None:
-    """A stopped engine ends running and queued answers with one fault, and no request waits for ever."""
-    service = await open_service(world)
-    events = service.ready.service.generate(Request.of("base", LONG, n=4, max_tokens=100, ignore_eos=True))
-    async with aclosing(events):
-        for _ in range(read):
-            await anext(events)
-        await service.ready.engine.stop()
-        with pytest.raises(ShuttingDown):
-            await ended(_rest(events), "the rest of the answers")
-    assert not service.ready.engine._streams
-
-
-async def _rest(events: AsyncIterator[Event]) -> list[Event]:
-    return [event async for event in events]
 
 
 async def test_n_answers_are_n_places_in_the_queue(world: tuple[World, MemoryStore]) -> None:
@@ -187,19 +135,6 @@ def _compare(scored: tuple[Token, ...], expected: torch.Tensor) -> None:
         best = expected[place].topk(3)
         assert [item for item, _ in token.top] == best.indices.tolist()
         assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
-
-
-async def test_no_answer_at_all_may_be_asked_for(service: Service) -> None:
-    """max_tokens 0 with prompt_logprobs reports the prompt, also one that leaves no room, and draws nothing."""
-    for prompt in ([5], LONG, [9] * 256):
-        started, scored, finished = await service.events(prompt, max_tokens=0, prompt_logprobs=0)
-        assert isinstance(started, AnswerStarted)
-        assert isinstance(scored, PromptScores)
-        assert isinstance(finished, AnswerFinished)
-        assert [token.id for token in scored.tokens] == prompt
-        assert (finished.reason, finished.completion_tokens) == (EndReason.LENGTH, 0)
-    with pytest.raises(PromptTooLong):
-        await service.events([9] * 256, max_tokens=1, prompt_logprobs=0)
 
 
 async def test_prompts_are_scored_across_preemptions(

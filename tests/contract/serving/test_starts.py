@@ -1,7 +1,6 @@
 """Services that start while a dependency does not answer."""
 
 import asyncio
-import itertools
 import json
 import os
 import signal
@@ -16,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from inference_service.__main__ import serve
-from loramux_shared.faults import BuildCancelled, SettingsInvalid, SourceUnavailable
+from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import InferenceSettings, load_settings
-from loramux_shared.sources.retry import RetryPolicy, TimeLeft
 from tests.support.forks import Forked, builder_service, inference_service
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -106,21 +104,6 @@ def test_a_store_that_never_answers_ends_a_start(silent: str, tmp_path: Path, mo
     with started(module, silent, tmp_path) as (process, log):
         assert process.wait(3 * BOUND_S) == 1
     assert "s3://bucket/prefix: http://127.0.0.1" in log.read_text().splitlines()[-1]
-
-
-def test_a_pause_before_a_source_is_asked_again_can_be_ended() -> None:
-    """A build that is cancelled while it waits for a source does not wait the hour that it was to."""
-    looks = itertools.count()
-
-    def attempt(_: TimeLeft) -> None:
-        raise SourceUnavailable("away")
-
-    def progress(_: int) -> None:
-        if next(looks) == 2:
-            raise BuildCancelled("enough")
-
-    with pytest.raises(BuildCancelled):
-        RetryPolicy(wait_s=3600, max_wait_s=3600, answer_s=7200).call(attempt, progress)
 
 
 @pytest.mark.parametrize("api", ["grpc", "http"])

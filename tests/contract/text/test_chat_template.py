@@ -18,23 +18,10 @@ from tests.support.waiting import BOUND_S
 
 MODULE = rendering.__name__
 QWEN = """
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}
-    {{- '<|im_end|>\\n' }}
-{%- endif %}
+{%- for tool in tools or [] %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}
 {%- for message in messages %}
-    {%- if message.role == 'assistant' and message.tool_calls %}
-        {{- '<|im_start|>assistant' }}
-        {%- if message.content %}{{- '\\n' + message.content }}{%- endif %}
-        {%- for tool_call in message.tool_calls %}
-            {%- if tool_call.function is defined %}{%- set tool_call = tool_call.function %}{%- endif %}
-            {{- '\\n<tool_call>{"name": "' ~ tool_call.name ~ '", "arguments": ' }}
-            {{- tool_call.arguments | tojson }}{{- '}</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif message.role == 'tool' %}
-        {{- '<tool_response>' + message.content + '</tool_response>' }}
+    {%- if message.tool_calls %}
+        {%- for call in message.tool_calls %}{{ call.function.arguments | tojson }}{%- endfor %}
     {%- else %}
         {{- '<|im_start|>' + message.role + '\\n' }}
         {%- generation %}{{- message.content }}{%- endgeneration %}
@@ -42,7 +29,6 @@ QWEN = """
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-{%- if documents %}documents{% endif %}
 {%- set ns = namespace(n=0) %}
 {% for m in messages %}
     {% set ns.n = ns.n + 1 %}
@@ -93,11 +79,9 @@ def impatient(little_time: SandboxPool, monkeypatch: pytest.MonkeyPatch) -> None
         (LOOP, "more than 0.4 s"),
         ("{% set n = namespace() %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n }}", ""),
         ("{{ 'a' * 10**10 }}", "more than 512 MB"),
-        ("{{ 'a' * 9000000 }}", "9000000 characters"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ namespace(_x=1) }}", "_x"),
         ("{{ raise_exception('no system turns') }}", "no system turns"),
-        ("{{ messages + 1 }}", "concatenate"),
         ("{{ messages.__class__.__mro__ }}", ""),
         ("{{ 1 // 0 }}", "zero"),
         (r"{{ '\ud800' }}", "surrogates not allowed"),
@@ -198,16 +182,6 @@ async def test_a_prompt_can_end_within_the_last_message(template: str, prompt: s
     render = ChatTemplate(template, {}).render
     assert await render(turns, add_generation_prompt=False, continue_final_message=True) == prompt
     assert turns[1]["content"] == "So,  "
-
-
-async def test_a_template_gets_more_variables_and_keeps_its_own() -> None:
-    """A template sees variables by name, but requests cannot replace messages and special tokens."""
-    template = ChatTemplate(
-        "{{ bos_token }}{{ messages[0].content }}{{ enable_thinking }}{{ documents }}", {"bos_token": "<s>"}
-    )
-    turns = [{"role": "user", "content": "Hi."}]
-    assert await template.render(turns, variables={"enable_thinking": False}) == "<s>Hi.FalseNone"
-    assert await template.render(turns, variables={"messages": [], "documents": [1]}) == "<s>Hi.[1]"
 
 
 async def test_a_template_that_hides_the_last_message_cannot_go_on_with_it() -> None:
