@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,9 +14,6 @@ from inference_service.models.blocks import MlpBlock, Step
 from inference_service.models.reader import LayerReader
 from loramux_shared.bases.groups import EXPERTS_DOWN, EXPERTS_GATE_UP, GroupShape, name_of_all
 from loramux_shared.bases.layers import ExpertsLayer
-
-OF_ALL: Final = {EXPERTS_GATE_UP: "gate_up_proj", EXPERTS_DOWN: "down_proj"}
-"""Names of the tensors of all experts together."""
 
 
 class Experts:
@@ -97,7 +93,7 @@ def _grouped(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
     rounded = reader.reader.rounded
     biases: Iterable[Tensor | None] = [None] * len(shapes)
     if spec.bias:
-        name = f"{reader.config.names.experts}.{OF_ALL[group]}_bias"
+        name = f"{_name_of_all(reader, group)}_bias"
         outs = shapes[0].out_features
         of_all = reader.get(name, (len(shapes), sum(outs)))
         biases = [_in_order(bias, len(outs) if spec.in_turns else 1) for bias in of_all]
@@ -113,14 +109,14 @@ def _grouped(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
 def _weights(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], group: str) -> Iterable[Tensor]:
     """Return the weight [out, in] of each expert's group, from one tensor of all or from those of each."""
     name, outs, inside = reader.config.names.experts, shapes[0].out_features, shapes[0].in_features
-    of_all = OF_ALL[group]
+    of_all = _name_of_all(reader, group)
     leaves = reader.config.names.expert[:2] if group == EXPERTS_GATE_UP else reader.config.names.expert[2:]
     every: Iterable[Tensor]
     if spec.in_turns:
-        columns = reader.get(f"{name}.{of_all}", (len(shapes), inside, sum(outs)))
+        columns = reader.get(of_all, (len(shapes), inside, sum(outs)))
         every = (_in_order(weight.t(), len(outs)) for weight in columns)
-    elif reader.has(f"{name}.{of_all}"):
-        every = reader.get(f"{name}.{of_all}", (len(shapes), sum(outs), inside)).unbind()
+    elif reader.has(of_all):
+        every = reader.get(of_all, (len(shapes), sum(outs), inside)).unbind()
     else:
         parts = [(leaf, (out, inside)) for leaf, out in zip(leaves, outs, strict=True)]
         every = (
@@ -128,6 +124,12 @@ def _weights(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
             for expert in range(len(shapes))
         )
     return every
+
+
+def _name_of_all(reader: LayerReader, group: str) -> str:
+    """Return the name of the tensor of all experts that has the weights of a group of each."""
+    names = reader.config.names
+    return f"{names.experts}.{names.of_all_experts[group == EXPERTS_DOWN]}"
 
 
 def _in_order(rows: Tensor, slices: int) -> Tensor:

@@ -166,6 +166,7 @@ ONE_RANK = {
     "gemma4-images": "an MLP beside experts",
     "olmo2": "norms of queries and keys",
     "olmo3": "norms of queries and keys",
+    "olmoe": "norms of queries and keys",
     "qwen3_5-images": "a gated delta rule",
     "qwen3_5-moe": "a gated delta rule",
 }

@@ -89,8 +89,9 @@ class TensorNames:
     router: str = "mlp.gate"
     """Name of the router of a mixture of experts."""
     experts: str = "mlp.experts"
-    """Before the number of an expert and its linears; or before ``gate_up_proj`` and ``down_proj`` of all
-    experts in one, which have no ``.weight``."""
+    """Before the number of an expert and its linears, or before the tensors of all experts."""
+    of_all_experts: tuple[str, str] = ("gate_up_proj", "down_proj")
+    """The whole names of the tensors of all experts together: of gate and up in one, and of down."""
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """The linears of an expert: gate, up and down."""
     shared_expert: str = "mlp.shared_expert"

@@ -1,11 +1,16 @@
-"""OLMo 2: norms behind attention and MLP instead of before them. OLMo 3: most of its layers slide too."""
+"""OLMo 2: norms behind attention and MLP instead of before them. OLMo 3: most of its layers slide too.
+
+OLMoE: norms before them, and mixtures of experts.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
+from loramux_shared.bases.families.qwen2 import NAMES as NAMES_OF_QWEN, read_experts
 from loramux_shared.bases.family import (
+    EXPERTS,
     Architecture,
     Family,
     ReadRope,
@@ -27,10 +32,10 @@ NAMES = TensorNames(
 )
 
 
-def olmo_like(config: HfConfig, rope: ReadRope = read_rope) -> ModelConfig:
-    """Return what OLMo 2 and 3 have in common."""
+def olmo_like(config: HfConfig, rope: ReadRope = read_rope, max_positions: int = 2048) -> ModelConfig:
+    """Return what OLMo 2, 3 and OLMoE have in common."""
     config.require("hidden_act", "silu")
-    model = llama_like(config, rope=rope)
+    model = llama_like(config, max_positions=max_positions, rope=rope)
     bias = config.flag("attention_bias", default=False)
     return replace(
         model,
@@ -84,4 +89,22 @@ FAMILY_3 = Family(
     (Architecture("Olmo3ForCausalLM", "olmo3"),),
     _read_3,
     models="OLMo 3",
+)
+
+
+def _read_moe(config: HfConfig) -> ModelConfig:
+    config.require("clip_qkv", None)
+    model = olmo_like(config, max_positions=4096)
+    refuse_windows(config, model)
+    experts = read_experts(config, renormalised=config.flag("norm_topk_prob", default=False), num=64)
+    experts = replace(experts, intermediate=model.dims.intermediate)
+    layers = tuple(replace(layer, mlp=experts) for layer in model.layers)
+    return replace(model, layers=layers, names=NAMES_OF_QWEN)
+
+
+FAMILY_MOE = Family(
+    (Architecture("OlmoeForCausalLM", "olmoe"),),
+    _read_moe,
+    models="OLMoE",
+    describes=EXPERTS,
 )
