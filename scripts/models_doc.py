@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.families import load_decoders
+from loramux_shared.bases.families import load_families
 from loramux_shared.bases.family import Architecture, Family
 from loramux_shared.bases.formats import FORMATS
 from loramux_shared.bases.read import read_fields
@@ -42,7 +42,7 @@ def page() -> str:
 def families() -> str:
     """Return a line for each family."""
     names: defaultdict[Family, list[str]] = defaultdict(list)
-    for architecture, family in load_decoders().values():
+    for architecture, family in load_families(encoders=False).values():
         names[family].append(f"`{architecture.name}`")
         if not family.models:
             raise ValueError(f"{architecture.name}: its Family lacks the words for docs/reference/models.md")
@@ -52,7 +52,7 @@ def families() -> str:
 def modules() -> str:
     """Return the modules that most bases have, and a line for each other set: how it differs from them."""
     having: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name, (architecture, _) in load_decoders().items():
+    for name, (architecture, _) in load_families(encoders=False).items():
         having[_modules(small(architecture))].append(f"`{name}`")
     usual, *others = sorted(having, key=lambda each: -len(having[each]))
     lines = [f"- {', '.join(usual)}\n"]

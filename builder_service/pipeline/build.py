@@ -20,7 +20,7 @@ from loramux_shared.bundle.deployments import (
     publish_generation,
 )
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation, Recipe
-from loramux_shared.deployment import Deployment, Dtype, Merge, SourceKind
+from loramux_shared.deployment import Deployment, Dtype, Merge, Runtime, SourceKind
 from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, DeploymentNotFound, Fault, Finding
 from loramux_shared.runtime import Pooling
 from loramux_shared.sources.checkpoint import Base, describe_base
@@ -74,7 +74,7 @@ def build(
 def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool) -> BuildResult:
     store, progress = shop.store, shop.progress
     base = _describe_base(deployment, shop)
-    _check_base(deployment, base.model)
+    _check_base(deployment.runtime, base.model, prove=deployment.build.prove)
     before = _newest(store, deployment.model_name)
     made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
     draft = _draft(deployment, base.record, made.book.dtype)
@@ -108,23 +108,18 @@ def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool)
     return BuildResult(published, unchanged=before is not None and published.number == before.number)
 
 
-def _check_base(deployment: Deployment, model: ModelConfig) -> None:
+def _check_base(runtime: Runtime, model: ModelConfig, *, prove: bool) -> None:
     """Refuse what a base of this kind cannot do.
 
     Raises:
         DeploymentInvalid: with the field that asks for it.
     """
-    runtime = deployment.runtime
-    refused = [("runtime.pooling", "last or mean, for the base is a decoder", runtime.pooling is Pooling.CLS)]
+    kind, wrong = "a decoder", {"runtime.pooling": runtime.pooling is Pooling.CLS}
     if model.encodes:
-        refused = [
-            ("runtime.merge", "auto or never, for the base is an encoder", runtime.merge is Merge.ALWAYS),
-            ("build.prove", "false, for the base is an encoder, which draws no tokens", deployment.build.prove),
-        ]
+        kind, wrong = "an encoder", {"runtime.merge": runtime.merge is Merge.ALWAYS, "build.prove": prove}
+    expected, fix = f"another value, for the base is {kind}", "Correct or remove it."
     findings = [
-        Finding(code="E_BAD_FIELD", where=where, expected=expected, found="another value", fix="Correct it.")
-        for where, expected, wrong in refused
-        if wrong
+        Finding(code="E_BAD_FIELD", where=name, expected=expected, fix=fix) for name in wrong if wrong[name]
     ]
     if findings:
         raise DeploymentInvalid("the base does not serve what the deployment asks for", findings)

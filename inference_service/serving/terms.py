@@ -79,6 +79,9 @@ class Terms:
         """
         source, text = self.request.prompt, self.text
         prompt, cut, second = source.content, source.truncate_prompt_tokens, NEVER
+        if cut is not None and self.limits.encodes and isinstance(prompt, str | TextPair):
+            most = most if cut == -1 else cut
+            return await asyncio.to_thread(self._cut, (prompt,) if isinstance(prompt, str) else prompt, most)
         if cut is not None:
             most = countable(most)
         if isinstance(prompt, TextPair):
@@ -111,6 +114,13 @@ class Terms:
             cut = longest - (usual if most_new is None else most_new)
         found = PromptTokens(tokens, second)
         return found if cut is None or cut < 1 else found.last(cut)
+
+    def _cut(self, texts: tuple[str, ...], most: int) -> PromptTokens:
+        """Return texts as an encoder was trained on them where they are too long: without their ends."""
+        special = self.request.prompt.add_special_tokens is not False
+        longest = countable(self.limits.max_seq_len)
+        tokens, types = self.text.encode_shortened(texts, longest, most, add_special_tokens=special)
+        return PromptTokens(tokens, types.index(1) if 1 in types else NEVER)
 
     async def grammars(self, constraints: Constraints) -> list[Grammar | None]:
         """Return a grammar for each answer, or None for each.

@@ -135,6 +135,18 @@ class Text:
         [encoding] = self._tokenizer.encode_batch_fast([tuple(texts)], add_special_tokens=add_special_tokens)
         return encoding.ids, encoding.type_ids
 
+    def encode_shortened(
+        self, texts: tuple[str, ...], max_seq_len: int, most: int, *, add_special_tokens: bool
+    ) -> tuple[list[int], list[int]]:
+        """Tokenize one or two texts like `encode_pair`, without their ends beyond so many tokens."""
+        self._look_at(texts, max_seq_len)
+        parts = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        special = self._tokenizer.num_special_tokens_to_add(len(parts) > 1) if add_special_tokens else 0
+        for part, length in zip(parts, shortened([*map(len, parts)], max(0, most - special)), strict=True):
+            part.truncate(length)
+        encoding = self._tokenizer.post_process(*parts, add_special_tokens=add_special_tokens)
+        return encoding.ids, encoding.type_ids
+
     def _look_at(self, texts: Sequence[str], max_seq_len: int) -> None:
         """Look at long texts in slices first.
 
@@ -325,3 +337,14 @@ def template_in(config: Mapping[str, Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_bytes())) if path.exists() else {}
+
+
+def shortened(lengths: list[int], most: int) -> list[int]:
+    """Return the lengths that texts have when the longer one is cut first until both have so many tokens."""
+    if len(lengths) == 1:
+        return [min(lengths[0], most)]
+    short, long = sorted(lengths)
+    if short + long > most:
+        short = min(short, most // 2)
+        long = most - short
+    return [short, long] if lengths[0] <= lengths[1] else [long, short]

@@ -171,6 +171,13 @@ async def test_scores_equal_those_of_transformers(
     close([best[0], best[1]], torch.cat(pairs))
 
 
+async def test_texts_are_truncated_as_transformers_does(api: OpenAIApi) -> None:
+    """The special tokens at the end stay."""
+    body = {"model": "usual", "truncate_prompt_tokens": 5}
+    whole = await answer_of(api, "/v1/embeddings", **body, input="abc")
+    assert whole == await answer_of(api, "/v1/embeddings", **body, input="abc" + 90 * "d")
+
+
 async def test_bits_of_a_vector_are_independent_of_the_batch(made: tuple[World, MemoryStore]) -> None:
     """Repeatable answers include vectors."""
     ready = made[0].load(made[1], deterministic=True, max_batch_tokens=256)

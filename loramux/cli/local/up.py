@@ -207,14 +207,11 @@ def show_ready(plan: UpPlan, models: Sequence[ModelInfo], logs: Path) -> None:
     shell.show(f"  builder    {plan.builder}")
     shell.show(f"  models     {listed([model.name for model in models])}")
     shell.show(f"  logs       {logs}")
-    generating = [model for model in models if model.generates]
-    if generating:
+    if generating := [model for model in models if model.generates]:
         show_lines_to_try(plan.inference, plan.http or OPENAI, generating[-1].name)
         return
     body = json.dumps({"model": models[-1].name, "input": ["Hi"]})
-    shell.show("try", "bold")
-    shell.show(f"  curl http://{reachable(plan.http or OPENAI)}/v1/embeddings{_key_header()} \\")
-    shell.show(f"    -H 'content-type: application/json' -d '{body}'")
+    shell.show(f"  try        POST /v1/embeddings {body}")
 
 
 MAX_TOKENS = 64
@@ -226,7 +223,7 @@ def show_lines_to_try(inference: str, http: str, model: str) -> None:
     inference, http = reachable(inference), reachable(http)
     flag = "" if inference == INFERENCE else f" --grpc {inference}"
     argument = "" if inference == INFERENCE else f'"{inference}"'
-    header = _key_header()
+    header = f' -H "authorization: Bearer ${API_KEY}"' if Credentials().api_key else ""
     call = f'complete("{model}", {json.dumps(MESSAGES)}, max_tokens={MAX_TOKENS})'
     chat = json.dumps({"model": model, "messages": MESSAGES, "max_tokens": MAX_TOKENS})
     generate = json.dumps(
@@ -245,11 +242,6 @@ def show_lines_to_try(inference: str, http: str, model: str) -> None:
         f"  {inference} loramux.inference.v1.InferenceService/Generate",
     ):
         shell.show(f"  {line}".rstrip())
-
-
-def _key_header() -> str:
-    """Return the option of curl and grpcurl that sends a key, where one is set."""
-    return f' -H "authorization: Bearer ${API_KEY}"' if Credentials().api_key else ""
 
 
 def reachable(address: str) -> str:
