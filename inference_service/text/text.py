@@ -144,7 +144,8 @@ class Text:
         special = self._tokenizer.num_special_tokens_to_add(len(parts) > 1) if add_special_tokens else 0
         for part, length in zip(parts, shortened([*map(len, parts)], max(0, most - special)), strict=True):
             part.truncate(length)
-        encoding = self._tokenizer.post_process(*parts, add_special_tokens=add_special_tokens)
+        pair = parts[1] if len(parts) > 1 else None
+        encoding = self._tokenizer.post_process(parts[0], pair, add_special_tokens)
         return encoding.ids, encoding.type_ids
 
     def _look_at(self, texts: Sequence[str], max_seq_len: int) -> None:
