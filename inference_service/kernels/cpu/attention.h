@@ -53,8 +53,7 @@ inline float weigh(float* s, int count, int low, int high, float scale, float so
   for (int j = std::max(high, 0); j < count; ++j) s[j] = -INFINITY;
   vf tops = load<vf>(s);
   for (int j = LANES; j < count; j += LANES) {
-    const vf raw = load<vf>(s + j);
-    tops = raw > tops ? raw : tops;
+    tops = by_register([](rf raw, rf top) { return raw > top ? raw : top; }, load<vf>(s + j), tops);
   }
   float each[LANES], top = best;
   store(each, tops);
@@ -66,8 +65,8 @@ inline float weigh(float* s, int count, int low, int high, float scale, float so
   T* to = reinterpret_cast<T*>(p);
   for (int j = 0; j < count; j += LANES) {
     const vf raw = load<vf>(s + j);
-    const vi seen = raw != splat(-INFINITY);
-    const vf value = floats(bits(exp16(raw - splat(top))) & vu(seen));
+    const auto seen = [](rf part, rf weight) { return part != -INFINITY ? weight : rf{}; };
+    const vf value = by_register(seen, raw, exp16(raw - splat(top)));
     added += value;
     store16(to + j, value);
   }

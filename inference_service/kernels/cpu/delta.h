@@ -64,8 +64,7 @@ template <class T> void convolve(const DeltaLayer<T>& at, const DeltaChunk& chun
       T seen[LANES];
       store16(seen, total);
       total = load16(seen);
-      const vf e = exp16(total < 0 ? total : -total);  // e^-|x|
-      store_part(at.x + (chunk.row + t) * at.channels + c, total * ((total < 0 ? e : splat(1.0f)) / (e + 1.0f)), count);
+      store_part(at.x + (chunk.row + t) * at.channels + c, total * sigmoid16(total), count);
       for (int w = 0; w < before; ++w) past[w] = past[w + 1];
     }
     for (int w = 0; w < before; ++w) store_part(kept + w * at.channels + c, past[w], count);
@@ -112,8 +111,8 @@ template <class T> void gate(const DeltaLayer<T>& at, T* out, const T* z) {
     T each[LANES];
     store16(each, load_part(out + v, count) * factor);
     store16(each, load16(each) * load_part(at.norm + v, count));
-    const vf x = load_part(z + v, count), e = exp16(x < 0 ? x : -x);
-    store_part(out + v, load16(each) * (x * ((x < 0 ? e : splat(1.0f)) / (e + 1.0f))), count);
+    const vf x = load_part(z + v, count);
+    store_part(out + v, load16(each) * (x * sigmoid16(x)), count);
   }
 }
 

@@ -43,11 +43,8 @@ template <class T, bool GELU> void gated(const T* in, T* out, int64_t rows, int6
     for (; i + LANES <= width; i += LANES) {
       vf g = load16(gate + i);
       vf a = GELU ? (g + g * g * g * 0.044715f) * 1.5957691216f : g;
-      vf magnitude = a < 0 ? a : -a;
-      vf e = exp16(magnitude);                               // e^-|a|
-      vf sigmoid = (a < 0 ? e : splat(1.0f)) / (e + 1.0f);
       T rounded[LANES];
-      store16(rounded, g * sigmoid);
+      store16(rounded, g * sigmoid16(a));
       store16(to + i, load16(rounded) * load16(up + i));
     }
     for (; i < width; ++i) {

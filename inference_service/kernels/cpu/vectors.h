@@ -45,6 +45,14 @@ inline vf floats(vu u) { vf f; std::memcpy(&f, &u, sizeof f); return f; }
 inline vu bits(vf f) { vu u; std::memcpy(&u, &f, sizeof u); return u; }
 template <class To, class From> inline To as(From from) { static_assert(sizeof(To) == sizeof from); To to; std::memcpy(&to, &from, sizeof to); return to; }
 
+// Comparisons and choices are made in registers: of larger vectors, a compiler makes them value by value.
+inline rf register_of(const vf& x, int i) { return load<rf>(reinterpret_cast<const char*>(&x) + i * REGISTER); }
+template <class F, class... V> inline vf by_register(F f, const V&... x) {
+  rf parts[SPLIT];
+  for (int i = 0; i < SPLIT; ++i) parts[i] = f(register_of(x, i)...);
+  return load<vf>(parts);
+}
+
 // acc + a * b, said aloud: left to the compiler (-ffp-contract), it is one rounding in one loop and two in another, and
 // what a row gives would depend on how many rows are computed together.
 inline vf multiply_add(vf acc, vf a, vf b) {
@@ -88,11 +96,11 @@ inline void store16(bf16* p, vf x) {
   __m512 all; std::memcpy(&all, &x, sizeof all);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(all));
 #else
-  vu u = bits(x);
-  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  vi nan = x != x;
-  vu result = (vu(nan) & 0x7fc0) | (~vu(nan) & rounded);
-  store(p, __builtin_convertvector(result, vh));
+  for (int i = 0; i < SPLIT; ++i) {
+    const rf part = register_of(x, i);
+    const ru u = as<ru>(part), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = ru(part != part);
+    store(p + i * REGISTER / 4, __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), rh));
+  }
 #endif
 }
 
@@ -148,8 +156,7 @@ inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
 // e^x for x <= 0, relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2].
 inline vf exp16(vf x) {
-  vf low = splat(-87.0f);
-  x = x < low ? low : x;
+  x = by_register([](rf part) { return part < -87.0f ? rf{} - 87.0f : part; }, x);
   vf magic = splat(12582912.0f);
   vf n = (x * 1.44269504088896341f + magic) - magic;
   vf r = multiply_add(x, n, splat(-0.693359375f));
@@ -161,6 +168,11 @@ inline vf exp16(vf x) {
   vi e = (__builtin_convertvector(n, vi) + 127) << 23;
   vf scale; std::memcpy(&scale, &e, 64);
   return p * scale;
+}
+
+inline vf sigmoid16(vf x) {
+  const vf e = exp16(floats(bits(x) | 0x80000000u));  // e^-|x|
+  return by_register([](rf part, rf e) { return part < 0 ? e : rf{} + 1.0f; }, x, e) / (e + 1.0f);
 }
 
 // Runs task(i) for i in [0, count) on up to threads threads.
