@@ -1,5 +1,9 @@
 """Operators' calls for adapters, and pins that names keep while versions come and go."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import AsyncMock
+
 import pytest
 
 from inference_service.adapters.catalog import Catalog
@@ -7,6 +11,7 @@ from inference_service.adapters.changing import digest_of as digest_in, reposito
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import AdapterPlace
+from inference_service.rpc.builder import BuilderPublisher
 from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.faults import (
     AdapterExists,
@@ -215,3 +220,11 @@ def test_bundles_are_named_by_whole_digests() -> None:
     for wrong in ("bundle:", "bundle:abc", f"bundle:{digest_of(3)}0", f"bundle:{'G' * 64}"):
         with pytest.raises(RequestInvalid):
             digest_in(wrong)
+
+
+async def test_a_builder_s_rollback_answers_with_the_number_of_its_generation() -> None:
+    """The rollback is of this deployment, and answers with the number of the generation that came of it."""
+    rollback = AsyncMock(return_value=SimpleNamespace(generation=7))
+    publisher = BuilderPublisher(cast(Any, SimpleNamespace(rollback=rollback)), "demo")
+    assert await publisher.roll_back(3) == 7
+    rollback.assert_awaited_once_with("demo", 3)
