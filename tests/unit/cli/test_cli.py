@@ -18,7 +18,7 @@ from loramux.cli.build_view import BuildLines
 from loramux.cli.documents import jsonable
 from loramux.cli.exits import Exit, exit_of, state_dir, tell_uncaught
 from loramux.cli.local import services
-from loramux.cli.local.tree import important, tail
+from loramux.cli.local.tree import important
 from loramux.cli.main import usual
 from loramux.cli.shell import printable
 from loramux.cli.tables import kind, task
@@ -85,14 +85,12 @@ def test_models_are_a_table(fakes: Fakes) -> None:
     ]
 
 
-def test_a_kind_that_is_not_known_here_is_reported_as_it_is() -> None:
-    """A newer service may have words that this command does not."""
+def test_a_model_without_text_is_refused_with_what_it_serves() -> None:
+    """Labels are listed by name, as many as fit a line; an adapter that generates has no such line. A newer
+    service may have words that this command does not.
+    """
     assert kind(("lora", "spline", "embedding"), {"embedding": 2}) == "LoRA, spline, embedding (2 rows)"
     assert kind(()) == ""
-
-
-def test_a_model_without_text_is_refused_with_what_it_serves() -> None:
-    """Labels are listed by name, as many as fit a line; an adapter that generates has no such line."""
     assert kind(("lora", "classifier"), num_labels=2) == "LoRA, classifier (2 labels)"
     assert task(("lora", "classifier"), ["spam", "ham"]) == "scores texts, and generates none: spam, ham"
     stated = task(("classifier",), [f"l{number}" for number in range(1024)], "regression")
@@ -138,13 +136,6 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
 def test_log_lines_that_matter(line: str, expected: str) -> None:
     """Warnings and errors of a child are shown, but those that the command reports itself."""
     assert important(line) == expected
-
-
-def test_the_last_lines_of_a_service_that_died(tmp_path: Path) -> None:
-    request, slow = '{"level": "info", "event": "answered"}', '{"level": "error", "event": "broken"}'
-    log = tmp_path / "log"
-    log.write_text("\n".join([slow, "Traceback", *[request] * 20]))
-    assert tail(log) == [slow, "Traceback"]
 
 
 def test_up_with_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

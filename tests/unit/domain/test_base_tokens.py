@@ -132,17 +132,3 @@ def test_every_place_of_added_tokens_is_looked_at(tmp_path, name, content, codes
     base, adapter = folders(tmp_path)
     (adapter / name).write_text(json.dumps(content))
     assert [finding.code for finding in compared(base, adapter).findings] == codes
-
-
-def test_the_base_s_own_file_is_not_fetched_for_a_copy(tmp_path):
-    """Files with the base's digests need no comparison, and adapters with one tokenizer only one."""
-    base, adapter, fetched = tmp_path / "base", tmp_path / "adapter", []
-    tokenizer().save_pretrained(base)
-    changed = tokenizer()
-    changed.add_tokens(["<tool>"])
-    changed.save_pretrained(adapter)
-    tokens = BaseTokens(files(base), lambda name: fetched.append(name) or base / name, VOCAB)
-    assert tokens.compared(base, files(base)) == ComparedTokens()
-    assert fetched == []
-    assert tokens.compared(adapter, files(adapter)) == tokens.compared(adapter, files(adapter))
-    assert sorted(fetched) == sorted(files(base))

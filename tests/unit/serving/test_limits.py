@@ -87,14 +87,6 @@ def test_so_many_requests_of_a_model_may_wait() -> None:
     world.enter()
 
 
-def test_the_default_is_each_models_own() -> None:
-    world = World(default={"max_waiting": 1}, models={"a": {"max_waiting": 2}, "base": {"weight": 2}})
-    for model in (A, A, B, BASE):
-        world.enter(model)
-    for model in (A, B, BASE):
-        world.refused(model)
-
-
 def test_tokens_of_a_minute_come_back_with_time() -> None:
     """Prompts and answers count; a refusal gives the time until the overdraft is paid back."""
     world = World(models={"a": {"tokens_per_minute": 60}})

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from loramux.cli.local.services import builder_command
 from loramux_shared import faults
@@ -80,12 +79,6 @@ def test_a_recorded_file_name_is_a_path(folder: Path) -> None:
         files = {name: FileDigest(size=1, sha256="0" * 64)}
         with pytest.raises(SourceRefused, match="not a path of this server"):
             LocalSource([folder]).place(local(folder, repo=str(folder)), files, folder)
-
-
-@pytest.mark.parametrize("field", ["repo", "revision", "subfolder", "runtime_secret_name"])
-def test_no_field_of_a_repository_has_a_nul(field: str) -> None:
-    with pytest.raises(ValidationError, match="without NUL bytes"):
-        Repository(**{"source": "HF", "repo": "org/name", field: "a\0b"})
 
 
 @pytest.mark.parametrize("name", ["loop", "loop/x", "pipe", "one/file"])
