@@ -147,6 +147,12 @@ def new_id(kind: Literal["file-", "batch_"]) -> str:
     return f"{kind}{time.time_ns() // 1_000_000:012x}{secrets.token_hex(ID_BYTES)}"
 
 
+def output_id(batch_id: str, kind: str) -> str:
+    """Return the id of a file of a batch's answers, which is the same whenever they are stored again."""
+    moment = batch_id.removeprefix("batch_")[:12]
+    return f"file-{moment}{sha256(f'{batch_id}{kind}'.encode()).hexdigest()[: 2 * ID_BYTES]}"
+
+
 def created_s(name: str) -> float:
     """Return when an id was made."""
     return int(re.split("[-_]", name)[1][:12], 16) / 1000

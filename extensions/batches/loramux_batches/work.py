@@ -28,6 +28,7 @@ from loramux_batches.records import (
     LineError,
     Pieces,
     new_file,
+    output_id,
     work_key,
 )
 from loramux_shared.access.keyring import Keyring
@@ -329,9 +330,14 @@ class BatchWorker:
                 job.stored += sum(map(len, lines))
 
     def _finish(self, job: Job, batch: Batch) -> Ending:
-        """Store the answers as files, and return how the batch ended."""
+        """Store the answers as files, in place of those that a killed replica stored, and return the ending."""
         kept_s, name, now = job.created.kept_s, job.created.id, int(time.time())
-        files = {kind: new_file(f"{name}_{kind}.jsonl", "batch_output", kept_s) for kind in ("output", "error")}
+        files = {
+            kind: new_file(f"{name}_{kind}.jsonl", "batch_output", kept_s).model_copy(
+                update={"id": output_id(name, kind)}
+            )
+            for kind in ("output", "error")
+        }
         pieces = {kind: Pieces(self.batches, job.owner, file.id) for kind, file in files.items()}
         counts = Counter[str]()
 

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ from loramux_batches import records, work
 from loramux_batches.records import BatchStore, Creation, new_file, owner_of
 from loramux_batches.work import BatchWorker
 from loramux_shared.access.keyring import Keyring
+from loramux_shared.faults import StoreUnavailable
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
@@ -175,6 +177,19 @@ async def test_a_killed_replica_loses_no_answer_and_repeats_none(tmp_path: Path,
     assert good.keys() | bad.keys() == {f"r{number}" for number in range(40)}
     assert not list(store.list("open/"))
     assert {key.split("/")[3] for key in store.list(f"{owner_of('')}/work/")} == {"began.json", "ended"}
+
+
+async def test_a_replica_that_stores_answers_and_no_end_leaves_no_second_file(tmp_path: Path) -> None:
+    """The next one stores the files of answers in their place."""
+    client = openai_of(tmp_path, batches := BatchStore(store := MemoryStore()))
+    broken = BatchStore(store)
+    broken.end = Mock(side_effect=StoreUnavailable("no answer"))  # type: ignore[method-assign]
+    async with working(BatchWorker(broken, Echo(), None, 1, beat_s=0.01)):
+        batch = await created(client, line("r", n="r"))
+        await until(lambda: broken.end.called, "answers as files")
+    async with working(BatchWorker(batches, Echo(), None, 1, beat_s=0.01)):
+        ended = await until_ended(client, batch)
+    assert [each.id async for each in client.files.list(purpose="batch_output")] == [ended.output_file_id]
 
 
 @pytest.mark.parametrize("workers", [2, 5])
