@@ -85,4 +85,5 @@ class Stop:
     def _on_signal(self, number: signal.Signals) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(each)
-        self._received.set_result(number)
+        if not self._received.done():  # a second signal may come before the loop has run
+            self._received.set_result(number)

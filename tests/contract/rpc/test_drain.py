@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from loramux import AsyncClient
 from loramux_shared.faults import ShuttingDown
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.status import fault_of
-from loramux_shared.rpc.stopping import leave
+from loramux_shared.rpc.stopping import Stop, leave
 from tests.support.endless import BOUND, MODEL, EndlessApis
 from tests.support.raw_http import JSON, RawClient
 from tests.support.waiting import BOUND_S, Clock, ended, until
@@ -50,6 +51,18 @@ async def passes(count: int = 3) -> None:
     """Let the loop, which also serves, handle received data."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+async def test_signals_that_come_at_once_count_once() -> None:
+    """A supervisor sends several before the loop, which an import blocks, has handled the first."""
+    raised: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context))
+    stop = Stop()
+    for _ in range(3):
+        signal.raise_signal(signal.SIGTERM)
+    assert await stop.wait() is signal.SIGTERM
+    await passes()
+    assert not raised
 
 
 async def test_a_grpc_call_that_is_cut_ends_with_the_reason(apis: EndlessApis) -> None:
