@@ -203,8 +203,8 @@ class BatchWorker:
                 log.info("batch begins", batch=name, key=job.created.key_id, epoch=job.epoch)
                 ending = await self._answer(job)
                 if ending is not None and not await asyncio.to_thread(self._is_lost, job):
-                    job.over = "completed"
                     await asyncio.to_thread(self.batches.end, job.owner, name, job.epoch, ending)
+                    job.over = "completed"
                     counts = {"completed": ending.completed, "failed": ending.failed}
                     log.info("batch ended", batch=name, status=ending.status, **counts)
             except Fault as fault:
