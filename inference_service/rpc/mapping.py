@@ -63,10 +63,8 @@ def request_from_message(
         PromptTooLong: there are more token ids than max_seq_len.
         RequestInvalid: a required field is not set, one holds JSON text that is none, or metadata is wrong.
     """
-    unset = [name for name, missing in _required(message) if missing]
-    if unset:
-        findings = [Finding(code="E_MISSING_FIELD", where=name, expected="a value") for name in unset]
-        raise RequestInvalid(f"the request lacks {' and '.join(unset)}.", findings)
+    if unset := [Finding(code="E_MISSING_FIELD", where=name, expected=what) for name, what in _unset(message)]:
+        raise RequestInvalid(f"the request lacks {' and '.join(each.where for each in unset)}.", unset)
     remaining, sampling = context.time_remaining(), message.sampling
     cut = optional(message, "truncate_prompt_tokens", message.truncate_prompt_tokens)
     special = optional(message, "add_special_tokens", message.add_special_tokens)
@@ -132,13 +130,14 @@ def sampling_of(message: pb.SamplingParams) -> Sampling:
     )
 
 
-def _required(message: pb.GenerateRequest) -> list[tuple[str, bool]]:
-    unnamed = any(not adapter.name for adapter in message.adapters[: MOST_PARTS + 1])
-    return [
-        ("model", not message.model and not message.adapters),
-        ("adapters", unnamed),
-        ("prompt", message.WhichOneof("prompt") is None),
-    ]
+def _unset(message: pb.GenerateRequest) -> Iterator[tuple[str, str]]:
+    """Yield the required fields that are not set, each with what is expected."""
+    if not message.model and not message.adapters:
+        yield "model", "a value"
+    if any(not adapter.name for adapter in message.adapters[: MOST_PARTS + 1]):
+        yield "adapters", "a value"
+    if message.WhichOneof("prompt") is None:
+        yield "prompt", "text, token_ids or messages"
 
 
 def prompt_of(message: pb.GenerateRequest, max_seq_len: int) -> PromptContent:
@@ -183,7 +182,8 @@ def constraint_of(message: pb.GenerateRequest) -> Constraint | None:
     kind = message.constraint.WhichOneof("kind")
     if kind is None:
         return None
-    return Constraint(_KINDS[kind], "" if kind == "json_object" else getattr(message.constraint, kind))
+    text = "" if kind == "json_object" else getattr(message.constraint, kind)
+    return Constraint(_KINDS[kind], text, f"constraint.{kind}")
 
 
 def _turn(index: int, message: pb.Message) -> Message:
