@@ -45,9 +45,15 @@ def load_extension(point: EntryPoint) -> Any:
     """
     try:
         return point.load()
-    except Exception as error:
+    except ModuleNotFoundError as error:
         raise SettingsInvalid(
-            f"the extension {point.name!r} cannot be imported: {type(error).__name__}: {error}. "
+            f"the extension {point.name!r} needs packages that are not installed here ({error.name}): "
+            f"pip install {_extra(point.name if point.group == PARTS else package_of(point))}"
+        ) from error
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise SettingsInvalid(
+            f"the extension {point.name!r} cannot be imported: {type(error).__name__}: {why}. "
             f"Install what it needs, or remove its package {package_of(point)}."
         ) from error
 
@@ -84,6 +90,9 @@ def need_extension(name: str, what: str) -> Any:
 def absent(what: str, name: str) -> SettingsInvalid:
     """Return the fault that an extension is not installed; what needs it."""
     return SettingsInvalid(
-        f"{what}: expected the extension {name!r}, found none installed: "
-        f"pip install 'loramux[{name.replace('_', '-')}]'"
+        f"{what}: expected the extension {name!r}, found none installed: pip install {_extra(name)}"
     )
+
+
+def _extra(name: str) -> str:
+    return f"'loramux[{name.removeprefix('loramux_').partition('.')[0].replace('_', '-')}]'"

@@ -19,25 +19,9 @@ from uuid import uuid4
 import httpx
 from pydantic_core import from_json, to_json
 
-from loramux_shared import routes
+from loramux_batches.records import URLS
 from loramux_shared.faults import Finding, RequestInvalid, ServerUnavailable
 
-URLS: Final = tuple(
-    route.path
-    for route in (
-        routes.CHAT_COMPLETIONS,
-        routes.COMPLETIONS,
-        routes.EMBEDDINGS,
-        routes.RESPONSES,
-        routes.CLASSIFY,
-        routes.CLASSIFY_V1,
-        routes.SCORE,
-        routes.SCORE_V1,
-        routes.RERANK,
-        routes.RERANK_V1,
-        routes.RERANK_V2,
-    )
-)
 AGAIN: Final = frozenset({408, 429, 502, 503, 504, 529})
 """Statuses that may be another one later: the request is sent again."""
 ATTEMPTS: Final = 8

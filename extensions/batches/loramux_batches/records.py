@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from loramux_shared import routes
 from loramux_shared.access.guard import open_guard
 from loramux_shared.faults import BatchCorrupt, BatchNotFound, FileNotFound, RateLimited, RequestInvalid
 from loramux_shared.settings import InferenceSettings
@@ -44,6 +45,22 @@ MOST_OPEN: Final = 16
 DAY_S: Final = 24 * 3600
 KEPT_S: Final = 30 * DAY_S
 """Seconds for which a file is kept that says nothing else, and a batch."""
+URLS: Final = tuple(
+    route.path
+    for route in (
+        routes.CHAT_COMPLETIONS,
+        routes.COMPLETIONS,
+        routes.EMBEDDINGS,
+        routes.RESPONSES,
+        routes.CLASSIFY,
+        routes.CLASSIFY_V1,
+        routes.SCORE,
+        routes.SCORE_V1,
+        routes.RERANK,
+        routes.RERANK_V1,
+        routes.RERANK_V2,
+    )
+)
 ID_BYTES: Final = 10
 SIZE_OF_SEAL: Final = 65
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from inference_service.http.wire.body import Body, Query, read_body, read_query
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.bounds import refused
 from inference_service.serving.service import GenerationService
-from loramux_batches.batch import URLS
 from loramux_batches.records import (
     DAY_S,
     KEPT_S,
     MOST_FILE_BYTES,
+    URLS,
     BatchState,
     BatchStore,
     Creation,

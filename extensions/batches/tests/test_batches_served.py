@@ -182,10 +182,10 @@ async def test_a_killed_replica_loses_no_answer_and_repeats_none(tmp_path: Path,
 async def test_a_replica_that_stores_answers_and_no_end_leaves_no_second_file(tmp_path: Path) -> None:
     """The next one stores the files of answers in their place."""
     client = openai_of(tmp_path, broken := BatchStore(MemoryStore()))
-    broken.end = Mock(side_effect=StoreUnavailable("no answer"))  # type: ignore[method-assign]
+    broken.end = end = Mock(side_effect=StoreUnavailable("no answer"))  # type: ignore[method-assign]
     async with working(BatchWorker(broken, Echo(), None, 1, beat_s=0.01)):
         batch = await created(client, line("r", n="r"))
-        await until(lambda: broken.end.called, "answers as files")
+        await until(lambda: end.called, "answers as files")
     async with working(BatchWorker(BatchStore(broken.store), Echo(), None, 1, beat_s=0.01)):
         ended = await until_ended(client, batch)
     assert [each.id async for each in client.files.list(purpose="batch_output")] == [ended.output_file_id]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.extensions import need_extension
@@ -99,13 +99,8 @@ def open_address(
     Raises:
         SourceRefused: it, or a package that it needs, is not installed.
     """
-    name = kind.lower()
     try:
-        source: Source = need_extension(name, f"source {kind}").open_source(allowed_hosts, secrets, work_dir)
+        part = need_extension(kind.lower(), f"source {kind}")
     except SettingsInvalid as fault:
         raise SourceRefused(fault.message) from fault
-    except ImportError as error:
-        raise SourceRefused(
-            f"source {kind} needs packages that the server lacks ({error.name}): pip install 'loramux[{name}]'"
-        ) from None
-    return source
+    return cast(Source, part.open_source(allowed_hosts, secrets, work_dir))

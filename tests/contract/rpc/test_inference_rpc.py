@@ -98,7 +98,7 @@ async def test_constraints_reach_the_model(
 async def test_what_is_refused_is_named(
     api: tuple[Ready, AsyncClient], prompt: Any, options: dict[str, Any], named: str
 ) -> None:
-    """Arguments and parameters that are no JSON objects, and constraints that are two or none, are refused by name."""
+    """Arguments and parameters that are no JSON objects, and unusable constraints, are refused by name."""
     with pytest.raises(faults.RequestInvalid) as caught:
         await api[1].complete("base", prompt, **options)
     assert [finding.where for finding in caught.value.findings] == [named]

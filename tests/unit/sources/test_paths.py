@@ -1,8 +1,8 @@
 """Paths that people do not mean: bytes that are no UTF-8, a NUL, links to themselves, pipes and devices."""
 
-import importlib
 import os
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from loramux.cli.local.services import builder_command
 from loramux_shared import faults
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.extensions import PARTS
 from loramux_shared.faults import Fault, SourceChanged, SourceRefused, StoreUnavailable
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, open_sources
@@ -151,12 +152,10 @@ def test_what_is_missing_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SourceRefused, match="source S3 is not supported here; supported: LOCAL"):
         Sources({SourceKind.LOCAL: LocalSource([])}).of(repository)
 
-    def absent(_name: str, _what: str) -> None:
-        importlib.import_module("no_such_package_of_amazon")
-
-    monkeypatch.setattr("loramux_shared.sources.open.need_extension", absent)
+    point = EntryPoint("s3", "no_such_package_of_amazon", PARTS)
+    monkeypatch.setattr("loramux_shared.extensions.find_extensions", lambda _: {"s3": point})
     with pytest.raises(SourceRefused) as refusal:
         open_sources().of(repository)
-    text = "source S3 needs packages that the server lacks (no_such_package_of_amazon): "
+    text = "the extension 's3' needs packages that are not installed here (no_such_package_of_amazon): "
     assert str(refusal.value) == text + "pip install 'loramux[s3]'"
     assert refusal.value.repository == "s3://bucket/one"
