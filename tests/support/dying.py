@@ -40,11 +40,11 @@ def dies_at_a_touch(number: int, cache: Path, store: Path, limit: int, digests: 
     os._exit(0)
 
 
-def fills(limit: int, kills: bool, cache: Path, store: Path, digests: Sequence[str], text: Connection) -> None:
-    """Load bundles where no file may have more bytes, which ends the process or fails its write, and say so."""
+def fills(limit: int, cache: Path, store: Path, digests: Sequence[str], text: Connection) -> None:
+    """Load bundles where no file may have more bytes, and say so."""
     os.dup2(text.fileno(), 1)
     os.dup2(text.fileno(), 2)
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kills else signal.SIG_IGN)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     loader = AdapterLoader(BundleReader(LocalStore(store), DiskTier(cache, 10**9)), FakePacked)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     for digest in digests:

@@ -28,7 +28,7 @@ from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
-from loramux_shared.faults import ModelNotFound, PermissionDenied, Unauthenticated
+from loramux_shared.faults import PermissionDenied, Unauthenticated
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.settings import PREFIX
@@ -186,15 +186,6 @@ async def address(service: GenerationService) -> AsyncIterator[str]:
     server = silent_server(service, Guard(ring))
     yield await server.start()
     await server.drain(BOUND_S)
-
-
-async def test_a_key_sees_its_models_only(address: str) -> None:
-    """A model that a key may not use is not listed, not found, and not named."""
-    async with AsyncClient(address, api_key=RESTRICTED) as client:
-        assert [model.name for model in await client.models()] == ["wide"]
-        with pytest.raises(ModelNotFound) as caught:
-            await client.complete("rs", "x", max_tokens=1)
-    assert str(caught.value) == "no model 'rs' is served here. Served: wide."
 
 
 async def test_calls_at_the_same_time_keep_their_rights(address: str) -> None:

@@ -75,15 +75,6 @@ async def open_apis(tmp_path: Path, certificates: Certificates) -> AsyncIterator
         await apis.grpc.drain(BOUND_S)
 
 
-async def test_both_apis_speak_tls(open_apis: Any, certificates: Certificates) -> None:
-    """The HTTP and gRPC APIs are encrypted with a certificate, and require keys as without TLS."""
-    apis = await open_apis(Guard(RING, certificates.server))
-    assert await apis.ask(api_key=KEYS["infer"]) == list(MODELS)
-    assert await apis.browse(KEYS["infer"]) == list(MODELS)
-    with pytest.raises(Unauthenticated):
-        await apis.ask()
-
-
 async def refusal(apis: GuardedApis, **fields: Any) -> str:
     """Return the one line with which a client is refused."""
     with pytest.raises(ServerUnavailable) as caught:

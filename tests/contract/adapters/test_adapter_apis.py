@@ -157,3 +157,5 @@ async def test_a_load_goes_through_the_builder_to_every_replica(
         assert "not below a folder" in refused.json()["message"]
         assert (await other.post("/v1/unload_lora_adapter", lora_name="new")).status_code == 200
         assert await status() == 404
+        assert (await other.post("/v1/rollback")).json() == {"generation": 4}
+        assert await status() == 200

@@ -9,7 +9,6 @@ import pytest_asyncio
 
 from inference_service.serving.request import AnswerDelta, AnswerStarted, Request
 from loramux_shared.bundle.deployments import current_generation, publish_generation
-from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.memory import MemoryStore
@@ -95,10 +94,6 @@ async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
             assert tokens == expected[digest]
 
 
-def _published(store: MemoryStore, before: Generation, adapters: dict[str, AdapterRecord]) -> Generation:
-    return publish_generation(store, before.model_copy(update={"adapters": adapters}))
-
-
 async def test_names_switch_under_running_requests(
     opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
 ) -> None:
@@ -121,7 +116,8 @@ async def test_names_switch_under_running_requests(
     try:
         for turn in range(1, 7):
             turned = records[turn % 3 :] + records[: turn % 3]
-            generation = _published(store, generation, dict(zip(NAMES, turned, strict=True)))
+            changed = {"adapters": dict(zip(NAMES, turned, strict=True))}
+            generation = publish_generation(store, generation.model_copy(update=changed))
             service.ready.adapters.apply(generation)
             for found in answers.values():
                 behind = len(found) + 1  # the next one may have begun before the switch

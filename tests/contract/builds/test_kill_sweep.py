@@ -107,23 +107,6 @@ async def test_a_kill_at_every_operation_of_the_store(world: World, after: bool)
     assert accepted > whole.count // 2
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-async def test_a_second_kill_at_operations_of_the_recovery(world: World) -> None:
-    """A builder that is killed while it takes a build up leaves it to its next start."""
-    begun = copied(world.start)
-    await world.life(Mortal(begun, 20), world.new)
-    assert list(begun.list("builds/"))
-    recovery = Mortal(copied(begun))
-    assert await world.life(recovery) is BuildState.ACTIVE
-    for dies_at in spread(range(1, recovery.count + 1), 10):
-        store = copied(begun)
-        await world.life(Mortal(store, dies_at), None)
-        world.check_reader(store)
-        store = copied(store)
-        await world.life(store, world.new)
-        world.check_end(store)
-
-
 def test_a_kill_at_changes_in_the_work_folder(world: World) -> None:
     """A kill at any end of fetching, validating and converting publishes nothing, and a rebuild works."""
     seen = [0, 0]  # changes, and the one that kills

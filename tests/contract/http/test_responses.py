@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 import pytest
 import pytest_asyncio
-from openai import pydantic_function_tool
-from openai.types.responses import ResponseFunctionToolCall
 from pydantic import BaseModel
 
 from inference_service.core.sequence import EndReason
@@ -31,12 +29,6 @@ CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call
 class Verdict(BaseModel):
     fine: bool
     color: Literal["red", "blue"]
-
-
-class Weather(BaseModel):
-    """Say the weather of a city."""
-
-    city: str
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -103,31 +95,6 @@ async def test_the_client_parses(api: TalkerApi) -> None:
     assert answer.output_parsed == Verdict(fine=True, color="red")
     [request] = api.talker.asked[-1:]
     assert json.loads(request.output.constraint.text)["required"] == ["fine", "color"]
-
-
-async def test_a_loop_of_tools(api: TalkerApi) -> None:
-    """An earlier answer can be sent back with the tool outputs, and is one turn of the chat."""
-    tool = pydantic_function_tool(Weather)["function"] | {"type": "function", "name": "weather"}
-    api.talker.say(f"Hm.|{CALL}")
-    first = await api.openai.responses.create(**FIELDS, tools=[tool])
-    [_, call] = first.output
-    assert isinstance(call, ResponseFunctionToolCall)
-    assert json.loads(call.arguments) == {"city": "Oslo"}
-    output = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
-    api.talker.say("It rains.")
-    printed = [{"role": "user", "content": "Hi"}, *first.output, output]
-    second = await api.openai.responses.create(model="pirate", input=printed, tools=[tool])
-    assert second.output_text == "It rains."
-    function = {"name": "weather", "arguments": {"city": "Oslo"}}
-    assert api.talker.last == [
-        {"role": "user", "content": "Hi"},
-        {
-            "role": "assistant",
-            "content": "Hm.",
-            "tool_calls": [{"id": call.call_id, "type": "function", "function": function}],
-        },
-        {"role": "tool", "content": "Rain.", "tool_call_id": call.call_id},
-    ]
 
 
 async def test_functions_of_a_namespace(api: TalkerApi) -> None:

@@ -14,7 +14,7 @@ from loramux_shared.faults import Fault
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
 from tests.support.metrics import Scrape
-from tests.support.openai_api import OpenAIApi, open_api, openai_world
+from tests.support.openai_api import OpenAIApi, open_api
 from tests.support.silent import silent_server
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, bounded
@@ -23,14 +23,9 @@ PROMPT = [3 + (7 * place) % 190 for place in range(40)]
 FIELDS: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 6, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    return openai_world(tmp_path_factory.mktemp("metrics"))
-
-
 @pytest_asyncio.fixture
-async def api(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIApi]:
-    async with open_api(world, max_batch_seqs=2, max_queue=8) as api:
+async def api(chatty: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIApi]:
+    async with open_api(chatty, max_batch_seqs=2, max_queue=8) as api:
         yield api
 
 

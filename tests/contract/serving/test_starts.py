@@ -97,15 +97,6 @@ def test_a_signal_ends_a_start_that_waits(
         assert process.wait(BOUND_S) == 128 + number
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("module", SERVICES)
-def test_a_store_that_never_answers_ends_a_start(silent: str, tmp_path: Path, module: str) -> None:
-    """The process ends by itself without a signal: exit 1, with the store's name."""
-    with started(module, silent, tmp_path) as (process, log):
-        assert process.wait(3 * BOUND_S) == 1
-    assert "s3://bucket/prefix: http://127.0.0.1" in log.read_text().splitlines()[-1]
-
-
 @pytest.mark.parametrize("api", ["grpc", "http"])
 def test_a_taken_address_is_reported_before_anything_is_read(api: str, silent: str, tmp_path: Path) -> None:
     """A replica with a taken address fails at once, before it loads a model."""
