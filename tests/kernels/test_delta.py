@@ -9,10 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.qwen3_5.modeling_qwen3_5 import (
-    torch_chunk_gated_delta_rule,
-    torch_recurrent_gated_delta_rule,
-)
 
 from inference_service.engine import graph_runner
 from inference_service.engine.block_manager import BlockManager
@@ -32,9 +28,7 @@ from inference_service.kernels.delta import (
     delta_tile,
     gated_delta,
     pack_delta,
-    reference,
 )
-from inference_service.kernels.delta.reference import Heads
 from inference_service.kernels.launch import Launch, intercepted
 from loramux_shared.storage.memory import MemoryStore
 from tests.kernels.delta_case import STEPS, Sizes, case, inputs_of, layer, wrong
@@ -44,29 +38,6 @@ from tests.support.tiny import make_world_of, run_engine
 
 SIZES = {"shared": (2, 4, 16, 8), "odd": (3, 3, 24, 40)}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-
-
-def _heads(length: int) -> Heads:
-    torch.manual_seed(length)
-    q, k, v = torch.randn(3, 2, 3, length, 16).unbind()
-    k = torch.nn.functional.normalize(k + 2, dim=-1)  # keys that are alike: where an inverse by powers fails
-    return Heads(q / 4, k, v, -torch.rand(2, 3, length).exp() / 9, torch.rand(2, 3, length))
-
-
-@pytest.mark.parametrize("length", [1, 5, 64, 130])
-def test_both_forms_are_those_of_transformers(length: int) -> None:
-    """Row by row and in tiles, with a state before; the tiles may have any size."""
-    heads, state = _heads(length), torch.randn(2, 3, 16, 16)
-    q, k, v, g, beta = (part.transpose(1, 2) for part in heads)
-    for rule in (torch_recurrent_gated_delta_rule, torch_chunk_gated_delta_rule):
-        expected = rule(q * 4, k, v, g, beta, initial_state=state, output_final_state=True)
-        for found in (
-            reference.recurrent(heads, state),
-            reference.chunked(heads, state),
-            reference.chunked(heads, state, tile=16),
-        ):
-            torch.testing.assert_close(found[0].transpose(1, 2), expected[0], atol=2e-5, rtol=1e-4)
-            torch.testing.assert_close(found[1], expected[1], atol=2e-5, rtol=1e-4)
 
 
 def by_kernels(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:

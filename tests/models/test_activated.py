@@ -1,19 +1,16 @@
 """Activated adapters against PEFT's own, token for token in float32, and shared prefixes with the base."""
 
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.serving.request import PromptScores
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.storage.memory import MemoryStore
-from tests.models.test_block_groups import GEMMA3
-from tests.models.test_state_snapshots import QWEN
 from tests.support.service import open_service
 from tests.support.tiny import (
     ADAPTERS,
@@ -140,36 +137,3 @@ async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
     model = oracle(world.base, world.adapters["asked"])
     assert await service.answers(prompt, model="called", **fields) == [oracle_tokens(model, prompt, NEW)]
     await service.close()
-
-
-@pytest.mark.sweep
-def test_the_kernels_for_gpus_answer_as_peft(
-    world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
-) -> None:
-    """Kernels in the interpreter answer as PEFT; their steps only know that a chunk is of no adapter."""
-    ready = world.load(store, backend="triton")
-    assert run_engine(ready, requests, 3) == [answer[:3] for answer in expected]
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("config", [GEMMA3, QWEN], ids=["windows", "states"])
-@pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])
-def test_windows_and_states_change_no_token(tmp_path: Path, config: PreTrainedConfig, native: bool) -> None:
-    """Windows and states change no token of a conversation that base and adapters continue in turns, in small
-    chunks.
-    """
-    calls = {"called": CALLED, "asked": PLAIN, "base": ()}
-    settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj", "gate_proj", "down_proj"]}
-    kinds = {name: settings | {"alora_invocation_tokens": list(calls[name])} for name in ("called", "asked")}
-    world, store = make_world_of(tmp_path, config, kinds), MemoryStore()
-    world.build(store)
-    models = {name: oracle(world.base, world.adapters.get(name)) for name in calls}
-    ready = world.load(store, native=native, max_batch_tokens=32)
-    stated = _drawn(random.Random(9), 90)
-    for behind in (1, 17):
-        queries = [(name, [*stated, *call, *stated[:behind]]) for name, call in calls.items()]
-        answers = [oracle_tokens(models[name], prompt, NEW) for name, prompt in queries]
-        for _ in range(2):
-            assert run_engine(ready, queries, NEW) == answers
-        stated = [*queries[-1][1], *answers[-1]]
-    assert ready.engine.stats.prefix_tokens_hit > ready.engine.stats.prefix_tokens_queried * 0.4

@@ -12,7 +12,6 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Runner
 from inference_service.engine.tape import TapeRecorder
 from loramux_shared.bases.cache import window_blocks
 from loramux_shared.storage.memory import MemoryStore
@@ -60,29 +59,6 @@ def requests() -> list[tuple[str, list[int]]]:
 def expected(world: tuple[World, MemoryStore], requests: list[tuple[str, list[int]]]) -> list[list[int]]:
     models = {name: oracle(world[0].base, world[0].adapters.get(name)) for name, _ in requests}
     return [oracle_tokens(models[name], prompt, NEW) for name, prompt in requests]
-
-
-@pytest.mark.parametrize(("native", "sliding"), [(False, SLIDING), (True, SLIDING), (True, 40)])
-def test_answers_are_those_of_transformers(
-    world: tuple[World, MemoryStore],
-    requests: list[tuple[str, list[int]]],
-    expected: list[list[int]],
-    native: bool,
-    sliding: int,
-) -> None:
-    """Base and adapters, prompts in chunks, preemption, and prefixes that are found: with blocks for one
-    window, or for all that was ever seen."""
-    ready = world[0].load(world[1], native=native, block_size=BLOCK)
-    eager: Any = ready.engine._engine._runner
-    blocks = sliding, EVERYTHING
-    manager = BlockManager(blocks, BLOCK, (WINDOW, None))
-    runner = Runner(eager._model, eager._lora, blocks, BLOCK)
-    engine = ready.engine._engine = Engine(runner, LIMITS, manager, Residents())
-    assert run_engine(ready, requests, NEW) == expected
-    assert run_engine(ready, requests, NEW) == expected
-    assert engine.stats.preemptions > 0
-    assert engine.stats.prefix_tokens_hit > 0
-    assert [group.pool.num_free for group in manager.groups] == list(blocks)
 
 
 def test_recorded_steps_see_the_blocks_of_every_group(

@@ -7,7 +7,7 @@ import pytest
 
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.greedy import greedy_tokens
-from tests.support.tiny import ADAPTERS, VOCAB, World, make_world, next_logprobs, oracle, run_engine
+from tests.support.tiny import ADAPTERS, VOCAB, World, make_world, oracle, run_engine
 
 NEW = 24
 MODELS = ("base", *ADAPTERS)
@@ -36,13 +36,6 @@ def expected(world: World, store: MemoryStore, requests: list[tuple[str, list[in
         greedy_tokens(models[name], prompt, guess)
         for (name, prompt), guess in zip(requests, guesses, strict=True)
     ]
-
-
-def test_the_adapters_are_distinguished(world: World, store: MemoryStore) -> None:
-    """The test would see a swapped adapter: the same prompt gets four different answers."""
-    prompt = _prompts(1, 60)[0]
-    answers = run_engine(world.load(store), [(name, prompt) for name in MODELS], NEW)
-    assert len({*map(tuple, answers)}) == 4
 
 
 CHUNKS = {"max_batch_tokens": 16}
@@ -86,18 +79,3 @@ def test_a_cache_of_8_bits_answers_the_same_in_any_batch(
     assert preempting.engine.stats.preemptions > 0
     kernels = world.load(store, **settings | {"backend": "triton"})
     assert run_engine(kernels, some[1:2], 2) == [alone[1][:2]]
-
-
-@pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])
-def test_in_bfloat16_the_batch_moves_log_probabilities_by_rounding_only(
-    world: World, store: MemoryStore, native: bool
-) -> None:
-    """The next token's log probabilities, alone and beside 31 others, differ by bfloat16's rounding."""
-    ready = world.load(store, dtype="bfloat16", native=native, prefix_cache=False)
-    crowd = [(MODELS[index % 4], prompt) for index, prompt in enumerate(_prompts(32, 40))]
-    together = next_logprobs(ready, crowd)
-    worst = 0.0
-    for place in range(0, 32, 5):
-        (alone,) = next_logprobs(ready, [crowd[place]])
-        worst = max(worst, *(abs(alone[token] - together[place][token]) for token in alone))
-    assert worst < 0.15

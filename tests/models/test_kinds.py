@@ -226,17 +226,6 @@ def test_merged_weights_and_biases_equal_peft(answers: Answers, name: str) -> No
     assert run_engine(ready, requests, NEW) == expected
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize(
-    "settings", [{"backend": "triton"}, {"deterministic": True}, {"speculative_tokens": 4}]
-)
-def test_other_ways_to_compute_answer_the_same(answers: Answers, settings: dict[str, Any]) -> None:
-    """The kernels for GPUs in the interpreter, one order of sums, and drafts."""
-    ready = answers.world.load(answers.store, **settings)
-    new = 2 if "backend" in settings else NEW
-    assert run_engine(ready, answers.requests, new) == [answer[:new] for answer in answers.expected]
-
-
 @pytest.mark.parametrize("turned", [1, pytest.param(5, marks=pytest.mark.sweep)])
 async def test_a_name_of_another_kind_answers_as_that_one(
     answers: Answers, turned: int, tmp_path: Path

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import pytest
-import torch
 from hypothesis import given, settings, strategies as st
 
 from inference_service.core.adapter import Adapter
@@ -15,7 +14,6 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.lookup import Expected, Lookup
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, lay_out
@@ -202,29 +200,6 @@ def test_repeated_text_comes_in_few_steps() -> None:
     assert max(lengths.popitem()[1] for lengths in device.lengths[1:]) == 4
 
 
-def test_only_known_tokens_are_found_in_the_prefix_cache() -> None:
-    """A block whose last token is in flight is registered when the token is known, also at the very end."""
-    engine, _, manager = _engine(1)
-    seq = _seq([1, 2], SamplingParams(max_tokens=7))
-    engine.add(seq)
-    engine.step()
-    engine.step()
-    assert (
-        seq.progress.num_computed,
-        len(seq.progress.tokens),
-        seq.progress.in_flight,
-        seq.progress.num_full,
-    ) == (3, 3, 1, 0)
-    engine.step()
-    assert (seq.progress.num_computed, len(seq.progress.tokens), seq.progress.num_full) == (4, 4, 0)
-    _drain(engine)
-    again = _seq(seq.progress.tokens, SamplingParams(max_tokens=1))
-    engine.add(again)
-    _drain(engine)
-    assert again.progress.num_cached == 8
-    assert manager.num_free == manager.num_blocks
-
-
 def test_a_deadline_ends_a_sequence_with_a_token_in_flight() -> None:
     """A token that was drawn for an expired sequence is dropped, and its blocks come back."""
     engine, _, manager = _engine(1)
@@ -312,34 +287,6 @@ def test_the_torch_runner_gives_the_same_tokens_at_both_depths(
     assert any(len(answer) < 14 for answer in answers[0])
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "drawn"])
-def test_the_torch_runner_gives_the_same_tokens_with_drafts(
-    world: tuple[World, MemoryStore], sampling: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Base and adapters, alone and together; drafts are right, wrong, or wrong from somewhere on."""
-    draw = random.Random(8)
-    requests = [(model, [draw.randrange(3, VOCAB) for _ in range(9)]) for model in ("base", *ADAPTERS)]
-    expected = run_engine(world[0].load(world[1], native=False, block_size=8), requests, 40, **sampling)
-    known = {tuple(prompt): answer for (_, prompt), answer in zip(requests, expected, strict=True)}
-
-    def expect(lookup: Lookup, seq: Sequence, most: int) -> Expected:
-        expected = found(lookup, seq, most)
-        right = known[tuple(seq.progress.tokens[: seq.num_prompt])][seq.num_known :][:most]
-        wrong = draw.randrange(2 * len(right) + 1)
-        expected.tokens = [token if at < wrong else (token + 1) % VOCAB for at, token in enumerate(right)]
-        return expected
-
-    found = Lookup.expect
-    monkeypatch.setattr(Lookup, "expect", expect)
-    ready = world[0].load(world[1], native=False, block_size=8, speculative_tokens=6)
-    ready.engine._engine._clock = lambda: 0.0  # rows are free
-    assert [run_engine(ready, [request], 40, logprobs=2, **sampling)[0] for request in requests] == expected
-    assert run_engine(ready, requests, 40, **sampling) == expected
-    stats = ready.engine.stats
-    assert stats.tokens_drafted > 1.3 * stats.tokens_accepted > 100
-    assert stats.blocks_free == stats.blocks_total
-
-
 def test_what_shapes_its_logits_is_not_drafted(world: tuple[World, MemoryStore]) -> None:
     """A penalty looks at the tokens in between; the answer is that of a replica without drafts."""
     requests = [("base", [5, 6, 7, 8] * 4)]
@@ -349,18 +296,3 @@ def test_what_shapes_its_logits_is_not_drafted(world: tuple[World, MemoryStore])
         answers.append(run_engine(ready, requests, 30, presence_penalty=-2.0))
         assert ready.engine.stats.tokens_drafted == 0
     assert answers[0] == answers[1]
-
-
-def test_the_torch_runner_takes_tokens_in_flight_from_the_device(world: tuple[World, MemoryStore]) -> None:
-    """Ids on the device that are zeroed between two steps change the answer."""
-    ready = _ready(world, 1, prefix_cache=False)
-    runner = ready.engine._engine._runner
-    expected = run_engine(ready, [("base", [5, 6, 7])], 12)
-    submit = runner.submit
-
-    def forgetful(batch: Batch) -> Pending:
-        runner._ids = torch.zeros_like(runner._ids)  # type: ignore[attr-defined]
-        return submit(batch)
-
-    runner.submit = forgetful  # type: ignore[method-assign]
-    assert run_engine(ready, [("base", [5, 6, 7])], 12) != expected

@@ -86,27 +86,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 REQUESTS = requests_of(MODELS)
 
 
-@pytest.fixture(scope="module")
-def expected(world: World) -> list[list[int]]:
-    return answers(world, REQUESTS)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"native": False, "max_batch_tokens": 16}, {"deterministic": True}],
-    ids=["compiled", "torch, in chunks", "deterministic"],
-)
-def test_a_mixed_batch_equals_peft(
-    world: World, store: MemoryStore, expected: list[list[int]], settings: dict[str, Any]
-) -> None:
-    """Each kind beside all others, the base and plain LoRA; and each model answers otherwise than the base."""
-    assert run_engine(world.load(store, **settings), REQUESTS, NEW) == expected
-    prompts = [("base", prompt) for _, prompt in REQUESTS[len(MODELS) :]]
-    as_base = run_engine(world.load(store), prompts, NEW)
-    others = zip(expected[len(MODELS) + 1 :], as_base[1:], strict=True)
-    assert all(answer != base for answer, base in others)
-
-
 def test_rows_that_do_not_differ_are_not_kept(world: World, store: MemoryStore) -> None:
     """A bundle has the touched rows of a matrix that was saved whole; rows of tokens are in order of ids."""
     generation = current_generation(store, "tiny")

@@ -1,18 +1,16 @@
 """Vectors of texts against transformers and PEFT in float32, while others are answered in the same batches."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Vector
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.pooled import Query, cached_oracle, expected_of, run_pooled
-from tests.support.tiny import World, make_world, oracle_tokens, run_engine, sequence
+from tests.support.tiny import World, make_world, oracle_tokens
 
 MODELS = ("base", "all", "rs", "wide")
 PROMPTS = [[3 + (at * 17 + place * 5) % 190 for at in range(length)] for place, length in enumerate((1, 40, 9))]
@@ -91,19 +89,3 @@ def test_a_preemption_changes_nothing(world: tuple[World, MemoryStore]) -> None:
     assert ready.engine.stats.preemptions > 0
     assert_close(vectors, [expected_of(world[0], "base", PROMPTS[1], Pooling.MEAN)])
     assert answer == oracle_tokens(cached_oracle(world[0].base, None), PROMPTS[2], 20)
-
-
-def test_a_cancelled_request_holds_nothing(world: tuple[World, MemoryStore]) -> None:
-    """An aborted sequence leaves no block behind, in the middle of its prompt; others are not touched."""
-    ready = world[0].load(world[1], max_batch_tokens=16)
-    engine = ready.engine._engine
-    for number, pooling in enumerate((Pooling.MEAN, Pooling.LAST)):
-        params = SamplingParams(max_tokens=0)
-        engine.add(replace(sequence(ready, f"gone {number}", "all", PROMPTS[1], params), pooling=pooling))
-    assert engine.step() == []
-    for number in range(2):
-        engine.abort(f"gone {number}")
-    assert_close(
-        run_pooled(ready, REQUESTS[:4])[0], [expected_of(world[0], *request) for request in REQUESTS[:4]]
-    )
-    assert run_engine(ready, [("base", PROMPTS[2])], 1)

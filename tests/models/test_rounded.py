@@ -91,28 +91,6 @@ def test_answers_are_those_of_the_rounded_weights_token_for_token(
         assert reported["weights"].startswith(f"{quantization}: ")
 
 
-def _logprobs(ready: Ready) -> torch.Tensor:
-    rows = next_logprobs(ready, _requests())
-    return torch.tensor([[row[token] for token in range(VOCAB)] for row in rows])
-
-
-@pytest.mark.parametrize(("quantization", "bound"), [("int8", 0.07), ("int4", 0.7)])
-def test_log_probabilities_stay_within_what_the_bits_explain(
-    world: World, store: MemoryStore, quantization: str, bound: float
-) -> None:
-    """Log probabilities differ by a part of their spread in a random model: 0.05 with 8 bits, 0.5 with 4;
-    bfloat16 too.
-    """
-    for dtype in ("float32", "bfloat16"):
-        whole, rounded = (
-            _logprobs(_loaded(world, store, quantization=kind, dtype=dtype)[0])
-            for kind in ("none", quantization)
-        )
-        spread = (whole - whole.mean(1, keepdim=True)).norm()
-        off = float((rounded - whole).norm() / spread)
-        assert bound / 5 < off < bound + (0.02 if dtype == "bfloat16" else 0)
-
-
 def test_answers_depend_on_nothing_around_them(world: World, store: MemoryStore) -> None:
     """LORAMUX_DETERMINISTIC with rounded weights: alone and together, the same log probabilities."""
     for quantization in INTEGERS:

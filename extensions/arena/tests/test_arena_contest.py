@@ -1,6 +1,5 @@
 """An arena against scripted versions: requests, stored answers, failures."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from loramux_arena.standings import Standings, standings
 from loramux_arena.work import Gate, Patience
 from loramux_shared.faults import Fault, PromptTooLong, QueueFull, ServerUnavailable
 from tests.arena_server import Versions, serving
-from tests.support.waiting import until
 
 MODELS = ("base", "a", "a*0.5+b*0.5")
 PATIENT = Patience(least_pause_s=0.001)
@@ -238,22 +236,3 @@ async def test_a_version_that_is_replaced_meanwhile_is_named(tmp_path: Path) -> 
     assert any(
         note.startswith("a was replaced meanwhile: its answers are of 2 versions") for note in report.notes
     )
-
-
-async def test_what_is_broken_off_is_kept(tmp_path: Path) -> None:
-    """A cancelled run has stored its answers, and a second run asks for the rest."""
-    service = Versions(says)
-    async with serving(service) as address, AsyncClient(inference=address) as client:
-        with AnswerFile(tmp_path / "kept") as retained:
-            contest = Contest(client, replace(PLAN, concurrency=1), QUESTIONS, retained)
-            await contest.meet()
-            running = asyncio.create_task(contest.answer())
-            await until(lambda: len(contest.found.answers) >= 2, "two answers", lambda: service.heard)
-            service.holds = asyncio.Event()
-            await until(lambda: service.open or running.done(), "a request that is held")
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-            answered = len(contest.found.answers)
-    again, _ = await hold(Versions(says), PLAN, tmp_path / "kept")
-    assert 2 <= answered < 12
-    assert (again.again, len(again.answers)) == (answered, 12)

@@ -9,7 +9,7 @@ import pytest
 from inference_service.adapters.follower import FollowerStanding
 from loramux.cli import shell
 from loramux.connection import Address
-from loramux_fleet.members import DOUBT_S, EVERY_S, Members
+from loramux_fleet.members import EVERY_S, Members
 from loramux_fleet.placement import Placement, order
 from loramux_fleet.trip import TRIES, Trip
 from loramux_shared.access.guard import Guard
@@ -60,31 +60,6 @@ class Names:
         while self.asked.acquire(blocking=False):
             found += 1
         return found
-
-
-def test_a_name_is_looked_up_again() -> None:
-    """Names are looked up again after their time, beside requests, which use the old addresses meanwhile."""
-    names = Names()
-    assert names.seen() == ["a:1", "b:1"]
-    names.answers = ["b:1", "c:1"]
-    names.now += EVERY_S - 0.1
-    assert (names.seen(), names.count) == (["a:1", "b:1"], 1)
-    names.now += 0.1
-    assert [each.target for each in names.members.now()] == ["a:1", "b:1"]
-    assert (names.seen(), names.count) == (["b:1", "c:1"], 1)
-
-
-def test_a_failure_makes_it_look_sooner() -> None:
-    """A failure brings the next lookup forward, but failures do not look names up at every request."""
-    names = Names()
-    names.seen()
-    names.answers = ["c:1"]
-    names.members.doubt()
-    assert names.seen() == ["a:1", "b:1"]
-    names.now += DOUBT_S
-    names.members.now()
-    assert names.seen() == ["c:1"]
-    assert names.count == 2
 
 
 def test_a_name_server_that_fails_takes_nobody_away() -> None:

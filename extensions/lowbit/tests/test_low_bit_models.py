@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
-from transformers import GlmConfig, GptOssConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import GlmConfig, LlamaConfig, Qwen3MoeConfig
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
@@ -22,7 +22,7 @@ from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support import lowbit
-from tests.support.lowbit import EXPERTS, KINDS, WHOLE_BLOCKS, Kind, keep
+from tests.support.lowbit import KINDS, WHOLE_BLOCKS, Kind, keep
 from tests.support.tiny import (
     SIZES,
     World,
@@ -150,15 +150,6 @@ OTHERS = {
             moe_intermediate_size=32,
         ),
         WHOLE_BLOCKS,
-    ),
-    "mxfp4": (
-        GptOssConfig(
-            **SIZES | {"hidden_size": 64, "intermediate_size": 32, "pad_token_id": 0},
-            head_dim=16,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-        ),
-        EXPERTS,
     ),
 }
 

@@ -12,12 +12,11 @@ from inference_service.models.decoder import Decoder
 from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.faults import BundleCorrupt, ProofFailed
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.bundles import Loaded, load
 from tests.support.tiny import World, make_world
-from tests.test_proof import build_into, scale, tampered
+from tests.test_proof import build_into
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +65,6 @@ def test_an_adapter_is_proved_once(world, loader_of):
     assert np.array_equal(first.packed.ranks, second.packed.ranks)
     assert np.array_equal(first.packed.linears, second.packed.linears)
     assert [line["adapter"] for line in logs if line["event"] == "adapter passed its proof"] == [digest[:12]]
-
-
-def test_an_adapter_that_answers_otherwise_is_not_handed_out(world, loader_of):
-    """A row that is one percent off is PROOF_FAILED, every time, and others load."""
-    store = tampered(world[1], "rs", scale(1, 1.01))
-    loader = loader_of(store)
-    for _ in range(2):
-        outcome = load(loader, digest_of(store, "rs"))
-        assert type(outcome) is ProofFailed
-    assert isinstance(load(loader, digest_of(store, "wide")), Loaded)
-
-
-def test_an_adapter_of_another_base_is_named(world, loader_of, tmp_path):
-    """Rows that the base has no place for are BUNDLE_CORRUPT."""
-    other, store = make_world(tmp_path, num_hidden_layers=3), MemoryStore()
-    other.build(store)
-    outcome = load(loader_of(store), digest_of(store, "wide"))
-    assert type(outcome) is BundleCorrupt
-    assert "no place" in outcome.message
 
 
 def test_proofs_are_of_the_rank_that_the_bank_was_opened_for(world, loader_of, monkeypatch):

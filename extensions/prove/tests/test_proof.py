@@ -21,10 +21,7 @@ from builder_service.pipeline.progress import Progress
 from inference_service.startup.load import Ready
 from loramux_prove import building
 from loramux_prove.__main__ import prove
-from loramux_prove.adapter_source import SourceAdapter, read_adapter
 from loramux_prove.fingerprint import difference
-from loramux_prove.reference import Reference
-from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.bundle.manifest import (
     MANIFEST_FILE,
@@ -44,7 +41,7 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.proving import proved_here
 from tests.support.mortal import copied
-from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of, oracle, refusal
+from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of, refusal
 
 Change = Callable[[Any, Manifest], None]
 """Changes the rows [R, C] of a bundle in place."""
@@ -187,20 +184,6 @@ def multiplied(index: int, factor: float) -> Change:
         rows[index, first : row.elements] *= rows.dtype.type(factor)
 
     return change
-
-
-@pytest.mark.parametrize("name", [None, *EVERY])
-def test_the_reference_is_transformers_and_peft(world: World, name: str | None) -> None:
-    """The reference computes the logits of transformers with PEFT in float32, as the adapter was trained."""
-    config = read_config(world.base)
-    tokens = [[5, 9, 60, 7, 33, 120, 4], [8, 3]]
-    adapter = read_adapter(world.adapters[name], config) if name else SourceAdapter()
-    runs = Reference(config, world.base).run({"it": tokens}, {"it": adapter})["it"]
-    model = oracle(world.base, world.adapters[name] if name else None)
-    for sequence, run in zip(tokens, runs, strict=True):
-        with torch.no_grad():
-            expected = model(torch.tensor([sequence])).logits[0, -1]
-        torch.testing.assert_close(run.logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_changes_nothing_has_no_effect(world: World, tmp_path: Path) -> None:

@@ -4,18 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import LlamaConfig
 
-from loramux_prove.__main__ import probe_tokens
-from loramux_prove.adapter_source import read_adapter
-from loramux_prove.reference import Reference
-from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.manifest import VOCABULARY_FILE, Manifest, ModuleRow, Replaced
 from loramux_shared.faults import ProofFailed
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_own_vocabulary import ADAPTERS, OF_TIED, made
-from tests.support.tiny import SIZES, World, oracle, refusal
+from tests.support.tiny import SIZES, World, refusal
 from tests.test_proof import build_into, manifest_of, tampered
 
 OWN = {name: settings for name, settings in ADAPTERS.items() if name != "plain"} | OF_TIED
@@ -35,26 +30,6 @@ def store(world: World) -> MemoryStore:
     store = MemoryStore()
     build_into(store, world, dtype="bfloat16")
     return store
-
-
-def check_reference(world: World) -> None:
-    """Compare logits behind the last probe that each adapter would have with those of transformers and PEFT."""
-    config = read_config(world.base)
-    reference = Reference(config, world.base)
-    adapters = {name: read_adapter(folder, config) for name, folder in world.adapters.items()}
-    probes = {name: probe_tokens(config, reference.replaced(adapter)) for name, adapter in adapters.items()}
-    runs = reference.run(probes, adapters)
-    for name, folder in world.adapters.items():
-        model = oracle(world.base, folder)
-        for tokens, run in list(zip(probes[name], runs[name], strict=True))[-1:]:
-            with torch.no_grad():
-                expected = model(torch.tensor([tokens])).logits[0, -1]
-            torch.testing.assert_close(run.logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_reference_is_transformers_and_peft(world: World) -> None:
-    """A second reading of the files goes the ways of PEFT where embeddings and head are one matrix."""
-    check_reference(world)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
