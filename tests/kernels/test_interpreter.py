@@ -1,4 +1,4 @@
-"""What these tests change of the interpreter is its speed, and no result."""
+"""The interpreter of these tests is quicker than Triton's own, and has its results."""
 
 import json
 import subprocess
