@@ -14,7 +14,7 @@ from loramux_shared.faults import Finding, InternalFault
 TextInput: TypeAlias = str | Sequence[int] | tuple[str, str]
 """A text, token ids that are taken as they are, or two texts that are looked at together."""
 INPUTS: Final = "a list of texts, of lists of token ids, or of pairs of texts"
-_POOLINGS: Final = {"last": pb.POOLING_LAST, "mean": pb.POOLING_MEAN}
+_POOLINGS: Final = {"last": pb.POOLING_LAST, "mean": pb.POOLING_MEAN, "cls": pb.POOLING_CLS}
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -96,7 +96,7 @@ def embed_request(model: str, inputs: Sequence[TextInput], options: EmbedOptions
     pooling = explicit.pop("pooling", None)
     findings = []
     if pooling is not None and not (isinstance(pooling, str) and pooling in _POOLINGS):
-        findings.append(misfit("pooling", "last or mean", repr(pooling)))
+        findings.append(misfit("pooling", " or ".join(_POOLINGS), repr(pooling)))
     elif pooling is not None:
         explicit["pooling"] = _POOLINGS[pooling]
     try:

@@ -9,7 +9,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, cast
 from weakref import WeakValueDictionary
 
 from tokenizers import AddedToken, Tokenizer
@@ -18,6 +18,7 @@ from tokenizers.decoders import DecodeStream
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.vocabulary import TokenBytes
 from loramux_shared.bundle.added_tokens import OwnTokens
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
 
 SLICE_CHARS: Final = 32 * 1024
@@ -140,13 +141,11 @@ class Text:
     ) -> tuple[list[int], list[int]]:
         """Tokenize one or two texts like `encode_pair`, without their ends beyond so many tokens."""
         self._look_at(texts, max_seq_len)
-        parts = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        special = self._tokenizer.num_special_tokens_to_add(len(parts) > 1) if add_special_tokens else 0
-        for part, length in zip(parts, shortened([*map(len, parts)], max(0, most - special)), strict=True):
-            part.truncate(length)
-        pair = parts[1] if len(parts) > 1 else None
-        encoding = self._tokenizer.post_process(parts[0], pair, add_special_tokens)
-        return encoding.ids, encoding.type_ids
+        encode = need_extension("encoders.texts", "a text that is truncated for an encoder").encode_shortened
+        return cast(
+            tuple[list[int], list[int]],
+            encode(self._tokenizer, texts, most, add_special_tokens=add_special_tokens),
+        )
 
     def _look_at(self, texts: Sequence[str], max_seq_len: int) -> None:
         """Look at long texts in slices first.
@@ -338,14 +337,3 @@ def template_in(config: Mapping[str, Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_bytes())) if path.exists() else {}
-
-
-def shortened(lengths: list[int], most: int) -> list[int]:
-    """Return the lengths that texts have when the longer one is cut first until both have so many tokens."""
-    if len(lengths) == 1:
-        return [min(lengths[0], most)]
-    short, long = sorted(lengths)
-    if short + long > most:
-        short = min(short, most // 2)
-        long = most - short
-    return [short, long] if lengths[0] <= lengths[1] else [long, short]

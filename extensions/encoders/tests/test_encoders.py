@@ -19,6 +19,7 @@ from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, open_api
 from tests.support.pooled import run_pooled
 from tests.support.tiny import VOCAB, World, write_tokenizer
@@ -169,6 +170,15 @@ async def test_scores_equal_those_of_transformers(
     ranked = await answer_of(api, "/rerank", model=model, query=QUERY, documents=DOCUMENTS)
     best = {each["index"]: each["relevance_score"] for each in ranked["results"]}
     close([best[0], best[1]], torch.cat(pairs))
+
+
+async def test_both_apis_serve_the_same_vectors(api: OpenAIApi) -> None:
+    """The client of gRPC names the first state too."""
+    body = {"model": "usual", "input": "abc", "pooling": "cls"}
+    required = (await answer_of(api, "/v1/embeddings", **body))["data"][0]["embedding"]
+    async with open_client(api.ready) as client:
+        found = await client.embed("usual", ["abc"], pooling="cls")
+    close(found.vectors[0], required)
 
 
 async def test_texts_are_truncated_as_transformers_does(api: OpenAIApi) -> None:

@@ -78,7 +78,7 @@ class EmbeddingsBody(PoolingBody):
     normalize: bool | None = None
     """vLLM's; vectors have length 1, unless this is false."""
     pooling: str | None = None
-    """Ours: last or mean."""
+    """Ours: last, mean, or of an encoder cls."""
 
 
 class ScoringBody(PoolingBody):
