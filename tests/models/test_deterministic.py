@@ -11,6 +11,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     Olmo2Config,
+    PhiConfig,
     PreTrainedConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
@@ -23,7 +24,7 @@ from inference_service.layers.linear import SIZES as ROWS, in_pieces
 from inference_service.startup.load import Ready
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.models.test_families import PARTS
+from tests.models.test_families import PARTS, SETS
 from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
 
 NEW, SEQS = 17, 64
@@ -40,6 +41,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.3, embedding_multiplier=3.0, logits_scaling=7.0),
     "olmo2": Olmo2Config(**SIZES, pad_token_id=0),
+    "phi2": PhiConfig(**SIZES, pad_token_id=0),
     "qwen3_5": Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"] | DELTA_FIRST, pad_token_id=0),
 }
 SWEPT = [
@@ -63,7 +65,8 @@ def world(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[World, MemoryStore]:
     """Return a family with every operation through which rows could affect each other."""
-    world = make_world_of(tmp_path_factory.mktemp("world"), FAMILIES[request.param], ADAPTERS)
+    adapters = SETS.get(request.param, ADAPTERS)
+    world = make_world_of(tmp_path_factory.mktemp("world"), FAMILIES[request.param], adapters)
     store = MemoryStore()
     world.build(store)
     return world, store
