@@ -13,7 +13,7 @@ from typing import Final
 
 import grpc
 
-from loramux_shared.faults import Fault, SettingsInvalid, Status
+from loramux_shared.faults import DeadlineExceeded, Fault, SettingsInvalid, Status
 from loramux_shared.rpc.status import CallFailed
 
 
@@ -49,7 +49,7 @@ def exit_of(fault: Fault) -> Exit:
     if isinstance(fault, SettingsInvalid):
         return Exit.USAGE
     late = isinstance(fault, CallFailed) and fault.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    if late or fault.retry_after_s is not None:
+    if late or isinstance(fault, DeadlineExceeded) or fault.retry_after_s is not None:
         return Exit.UNAVAILABLE
     return Exit.DENIED if fault.status in _DENIED else Exit.FAILED
 
