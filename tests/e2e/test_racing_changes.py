@@ -133,17 +133,6 @@ def test_a_change_killed_at_any_operation_hinders_nobody() -> None:
             assert again.number == served(two.store).number
 
 
-def test_a_killed_change_is_found_done_whatever_was_expected() -> None:
-    """A retry finds the generation of a killed change, though it expects another one."""
-    for dies_at in spread(range(operations_of_one()), 10):
-        store = started()
-        first = partial(publish_change, name="tiny", change=adding("one"), expected=1, stale=STALE)
-        Race(store, [first], partial(served, store), dies_at).run([])
-        found, _ = publish_change(store, "tiny", adding("one"), expected=1, again=True, stale=STALE)
-        assert found.number == served(store).number
-        assert generation_numbers(store, "tiny") == [1, found.number]
-
-
 def test_of_two_that_expect_one_generation_one_is_refused() -> None:
     """Optimistic concurrency: in every order with one switch exactly one change is published."""
 

@@ -40,6 +40,14 @@ async def opened(world: tuple[World, MemoryStore], api_processes: int) -> AsyncI
         yield api
 
 
+async def test_models(api: OpenAIApi) -> None:
+    """The client lists models, and one that is not served is an exception with its code."""
+    assert [model.id async for model in api.openai.models.list()] == ["base", "all", "rs", "wide"]
+    with pytest.raises(openai.NotFoundError) as caught:
+        await api.openai.models.retrieve("org/nope:1")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
 async def test_the_synchronous_client_streams(api: OpenAIApi) -> None:
     """The same answer comes in pieces: role first, reason last, then the usage."""
     whole = await api.openai.chat.completions.create(**GREEDY, max_tokens=8)
