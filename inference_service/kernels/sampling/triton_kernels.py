@@ -287,7 +287,7 @@ def shape_kernel(
     b_logit = tl.load(p_logits + row * stride_logits + o_v, mask=m_v, other=0.0).to(tl.float32)
     if flags & _PENALIZED != 0:
         b_seen = tl.load(p_counts + place * V + o_v, mask=m_v, other=0)
-        b_count = (b_seen >> 0).to(tl.float32)
+        b_count = (b_seen >> 1).to(tl.float32)
         factor = _float(p_row + 3)
         b_own = tl.where(b_logit > 0.0, tl.div_rn(b_logit, factor), b_logit * factor)
         b_own = b_own - tl.where(b_count > 0.0, _float(p_row + 4), 0.0) - b_count * _float(p_row + 5)
