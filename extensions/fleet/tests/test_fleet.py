@@ -245,32 +245,6 @@ async def test_closing_ends_open_streams(three: Replicas) -> None:
     assert sum(three.counts) == 2
 
 
-def test_threads_share_a_client(three: Replicas, client: Client) -> None:
-    """Every answer is whole while all replicas but one come and go, and in the end nothing is counted."""
-    done = threading.Event()
-
-    def disturb() -> None:
-        while not done.is_set():
-            for address in three.addresses[1:]:  # with all, none may seem to serve at some moment
-                three.serving(address, False)
-                three.serving(address, True)
-
-    with ThreadPoolExecutor(9) as pool:
-        disturbing = pool.submit(disturb)
-        try:
-            answers = list(pool.map(lambda n: client.complete(MODELS[n % 3], "hi").text, range(48)))
-        finally:
-            done.set()
-        disturbing.result(BOUND_S)
-    assert answers == [TEXT] * 48
-    assert open_streams(client) == 0
-
-
-def open_streams(client: Client | AsyncClient) -> int:
-    """Return the client's own count."""
-    return client._fleet._placement._total
-
-
 def fleet_of(three: Replicas, kind: Any) -> tuple[Fleet, list[str], list[float]]:
     """Return a fleet behind a name, the name's current addresses, and the clock by which it is looked up."""
     there, now = [three.addresses[0]], [0.0]

@@ -1,7 +1,7 @@
 """npy files of another TensorRT-LLM converter: the rules of any adapter, exact rows, the command, mutations."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,20 +13,16 @@ from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, check
 from builder_service.pipeline.check import CheckedReport, check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from loramux.client import AsyncClient
 from loramux_npy.reading import FOLDED, NpyAdapter, read_npy_adapter
-from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.codes import CODES
-from loramux_shared.rpc.calls import Patience
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.contract.builds.test_updates import World
 from tests.contract.cli.test_cli_check import run
 from tests.fuzz.mutate import NUMBERS, bounded, mutations
 from tests.npy_files import BF16, KV, SIZES, Q, Rows, matrices, write
 from tests.support.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
-from tests.support.builders import HOUR, in_thread
+from tests.support.builders import in_thread
 from tests.support.fake_services import Fakes
 from tests.support.folders import built, deployment_of, workshop
 from tests.unit.domain.test_adapter_rules import book
@@ -266,28 +262,6 @@ def test_import_bundle_publishes_a_deployment_of_one(folder: Path, fakes: Fakes)
     assert [(each.name, each.repository.repo) for each in spec.adapters] == [("lora1", str(folder / "npy"))]
     assert (spec.base.repo, spec.base.revision) == ("org/base", "main")
     assert "deployment imported: generation 3 is published" in text
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """A builder with a deployment of one adapter."""
-    made = World(tmp_path)
-    patience = Patience(send_s=1e9, pause_s=HOUR)
-    async with made.served(made.builder(), patience) as address, AsyncClient(builder=address) as made.client:
-        await made.build(made.deployment("one"))
-        yield made
-
-
-async def test_npy_files_are_pushed_as_a_build_takes_them(world: World) -> None:
-    """An adapter's own bundle, sent as files of a converter, is the adapter that a build makes of them."""
-    npy, one = world.folder / "npy", world.generation.adapters["one"]
-    npy.mkdir()
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        (npy / name).write_bytes(world.store.get(bundle_key(one.digest, name)))
-    imported = await world.client.push("tiny", "npy", npy)
-    await world.update("npy")
-    assert world.generation.adapters["npy"].digest == imported.digest
-    assert imported.adapter.kinds == ("lora",)
 
 
 WEIGHTS, CONFIG = "model.lora_weights.npy", "model.lora_config.npy"

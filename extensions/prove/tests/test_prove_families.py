@@ -21,7 +21,6 @@ from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.kernels import test_uneven_steps as uneven
 from tests.models.test_families import CASES, DENSE
 from tests.proving import proved_here
 from tests.support import lowbit
@@ -66,11 +65,6 @@ def test_the_reference_is_transformers_and_peft(name: str, tmp_path: Path) -> No
     case = CASES[name]
     world = make_world_of(tmp_path, case.config, {"all": case.adapters["all"]}, max_seq_len=case.max_seq_len)
     expect_peft(world, case.max_seq_len)
-
-
-def test_the_reference_is_transformers_and_peft_where_layers_are_uneven(tmp_path: Path) -> None:
-    """Heads, windows and inputs of their own for each layer."""
-    expect_peft(make_world_of(tmp_path, uneven.CONFIG, {"all": uneven.ADAPTERS["all"]}))
 
 
 @pytest.mark.parametrize("kind", lowbit.KINDS)
