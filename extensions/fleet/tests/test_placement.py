@@ -52,18 +52,6 @@ def test_no_replica_has_many_more_than_the_mean(
             placement.give(held.pop(0))
 
 
-@given(names, fleets)
-@settings(max_examples=examples(20))
-def test_one_after_the_other_a_model_stays_where_it_is(model: str, fleet: list[str]) -> None:
-    """A client of few models finds each at one replica, from every process."""
-    for spot in (0.0, 0.9):
-        placement = Placement(fleet, spot)
-        for _ in range(30):
-            replica = placement.take(model)
-            assert replica == order(model, tuple(fleet))[0]
-            placement.give(replica)
-
-
 def test_popular_models_are_at_several_replicas() -> None:
     """The model with half the requests of many is at several replicas, begun at another by each client; others
     are not.
@@ -112,20 +100,6 @@ def test_replicas_that_failed_come_last() -> None:
         placement.failed(each, 2.0)
     assert placement.take("support", [first, second]) == others[0]
     assert placement.take("support", REPLICAS) is None
-
-
-def test_those_that_left_get_nothing_new() -> None:
-    """A removed replica is gone once its streams have ended; a replica that returns gets its models back."""
-    placement = Placement(REPLICAS, 0.0)
-    first, second, *_ = order("support", REPLICAS)
-    assert placement.take("support") == first
-    placement.replace([each for each in REPLICAS if each != first])
-    assert placement.take("support") == second
-    assert not placement.is_gone(first)
-    placement.replace(REPLICAS)
-    placement.replace([second])
-    placement.give(first)
-    assert placement.is_gone(first)
 
 
 def test_lists_are_split() -> None:
