@@ -55,20 +55,6 @@ async def tokens_of(apis: VllmApis, model: str, **fields: Any) -> list[int]:
     return [token.id for event in events if isinstance(event, AnswerDelta) for token in event.tokens]
 
 
-async def test_an_answer_in_chunks_and_at_once(apis: VllmApis) -> None:
-    """Chunks hold new tokens, the last message all of them; without a stream there is only that one."""
-    expected = await tokens_of(apis, "base")
-    *chunks, last = await apis.engine_says(stream=True)
-    assert [message.WhichOneof("response") for message in chunks] == ["chunk"] * len(chunks)
-    assert [token for message in chunks for token in message.chunk.token_ids] == expected
-    assert all(len(message.chunk.token_ids) == message.chunk.completion_tokens for message in chunks)
-    [whole] = await apis.engine_says()
-    for complete in (last.complete, whole.complete):
-        assert list(complete.output_ids) == expected
-        assert (complete.finish_reason, complete.prompt_tokens, complete.completion_tokens) == ("length", 4, 6)
-        assert complete.WhichOneof("matched_stop") is None
-
-
 async def test_a_api_stands_for_a_model(apis: VllmApis) -> None:
     """The second endpoint is its adapter's, the first the base's, or the model's that metadata names."""
     named = [("x-loramux-model", "wide")]
@@ -86,13 +72,17 @@ async def test_several_answers_and_their_log_probabilities(apis: VllmApis) -> No
     """Each answer has an index and one end, and log probabilities; those of the prompt come with the first."""
     params = {"temperature": 1.0, "seed": 3, "n": 2, "logprobs": 2, "prompt_logprobs": 1}
     emitted = await apis.engine_says(stream=True, params=params)
-    assert sorted(each.complete.index for each in emitted if each.HasField("complete")) == [0, 1]
     service = Service(apis.ready)
     answers = await service.answers(n=2, temperature=1.0, seed=3, max_tokens=6, prompt_logprobs=1)
+    ends = sorted((each.complete for each in emitted if each.HasField("complete")), key=lambda end: end.index)
+    assert [end.index for end in ends] == [0, 1]
+    assert [list(end.output_ids) for end in ends] == answers
+    assert [(end.prompt_tokens, end.completion_tokens) for end in ends] == [(4, 6)] * 2
     for index, expected in enumerate(answers):
         chunks = [each.chunk for each in emitted if each.HasField("chunk") and each.chunk.index == index]
         scored = [token for chunk in chunks for token in chunk.output_logprobs.token_ids]
         assert scored == [token for chunk in chunks for token in chunk.token_ids] == expected
+        assert all(len(chunk.token_ids) == chunk.completion_tokens for chunk in chunks)
         assert all(len(top.values) == 2 for chunk in chunks for top in chunk.output_logprobs.top_logprobs)
         assert chunks[0].HasField("input_logprobs") == (index == 0)
     prompt = next(each.chunk.input_logprobs for each in emitted if each.chunk.HasField("input_logprobs"))
