@@ -14,7 +14,7 @@ from loramux_shared.adapter_files import pieces_of
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, Fault, ResourcesExhausted
-from loramux_shared.process import SOCKETS, socket_folder, working_folder
+from loramux_shared.process import SOCKETS, working_folder
 from loramux_shared.sources import files
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.hub import HubSource
@@ -143,7 +143,7 @@ def test_folders_that_killed_processes_left_are_removed(
     with working_folder(SOCKETS) as used:
         for each in (left, other, used):
             os.utime(each, (0, 0))
-        with socket_folder() as second:
+        with working_folder(SOCKETS) as second:
             assert {*tmp_path.iterdir()} == {young, other, used, second}
     assert {*tmp_path.iterdir()} == {young, other}
 
