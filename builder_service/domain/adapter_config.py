@@ -264,19 +264,23 @@ _QUERY_VALUE: Final[Mapping[str, Targets]] = {
     ),
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
     "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
 }
 _IA3: Final[Mapping[str, Targets]] = {
     **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
     **dict.fromkeys(("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), ("q_proj", "v_proj", "down_proj")),
     "mixtral": ("k_proj", "v_proj", "w2"),
     "phi": ("q_proj", "v_proj", "fc2"),
+    **dict.fromkeys(("bert", "roberta"), ("key", "value", "output.dense")),
 }
 
 
 def default_targets(kind: Kind, model_type: str) -> Targets | None:
     """Return what PEFT 0.21 adapts of a base; None where it wants the config to say it."""
-    if kind is Kind.ADALORA and model_type in ("mistral", "mixtral", "phi"):
+    if kind is Kind.ADALORA and model_type in ("mistral", "mixtral", "phi", "xlm-roberta"):
         return None
+    if kind is Kind.ADALORA and model_type == "roberta":
+        return "query", "key", "value", "dense"
     if kind is Kind.VERA and model_type == "phi":
         return "q_proj", "v_proj"
     return (_IA3 if kind is Kind.IA3 else _QUERY_VALUE).get(model_type)
