@@ -167,10 +167,10 @@ class Build(Model):
 
     @field_validator("base_model")
     @classmethod
-    def _only_decoders(cls, value: str) -> str:
-        # Hosted builders name model families here; all of them are decoders to us. Encoders are not.
-        if value in {"encoder", "encoder_bert", "whisper"}:
-            raise ValueError(f"{value!r} cannot generate text; only decoder models are served")
+    def _only_texts(cls, value: str) -> str:
+        # Hosted builders name kinds of models here; config.json says which one a base is.
+        if value == "whisper":
+            raise ValueError(f"{value!r} reads sound; only models of text are served")
         return value
 
 
