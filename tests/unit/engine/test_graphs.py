@@ -166,3 +166,20 @@ def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch
     assert len(made) == 1  # cuBLAS would keep memory for each
     assert len({id(stream_of(purpose, device)) for purpose in ("copies", "copies", "proofs", "recording")}) == 3
     stream_of.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "spoilt"), [(torch.float32, torch.nan), (torch.int32, -(2**31))])
+def test_a_tape_spoils_what_others_left(dtype: torch.dtype, spoilt: float) -> None:
+    """Memory of a tape's own holds nothing that another tape could use."""
+    recorder, x, out = TapeRecorder(), torch.zeros(2, dtype=dtype), torch.zeros(2, dtype=dtype)
+    made: list[Tensor] = []
+
+    def work() -> None:
+        made[:] = [x + 1]
+        out.copy_(made[0])
+
+    first, second = recorder.capture(work), recorder.capture(lambda: out.mul_(2))
+    first.replay()
+    second.replay()
+    assert out.tolist() == [2, 2]
+    torch.testing.assert_close(made[0], torch.full_like(x, spoilt), equal_nan=True)
