@@ -42,7 +42,7 @@ class TakenHead:
     score: PlannedScore | None
     """None where the adapter makes vectors, or the head was reported."""
     saved: tuple[str, ...]
-    """What is left of ``modules_to_save``."""
+    """Names in ``modules_to_save`` that are no part of the head."""
     unused: tuple[str, ...]
     """Tensors of the head of an adapter that makes vectors, which none passes."""
 

@@ -7,20 +7,19 @@ norms, an activation, and attention within each sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, gelu, layer_norm, relu, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, gelu, relu, scaled_dot_product_attention, silu
 
 from inference_service.backends.base import Attention, Recurrence, StepLora, Turn, no_recurrence
 from inference_service.backends.operations import Operations
 from inference_service.kernels.attention import Context
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
-from inference_service.layers.norm import RMSNorm
+from inference_service.layers.norm import LayerNorm, RMSNorm
 from inference_service.lora.vocabulary import StepVocabulary
 from inference_service.models.blocks import Cache, CacheSize
 from inference_service.models.checkpoint import Tensors
@@ -38,26 +37,13 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@dataclass(frozen=True)
-class LayerNorm:
-    """Norm of rows by their mean and variance."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    @classmethod
-    def read(cls, reader: Reader | LayerReader, name: str) -> LayerNorm:
-        """Read a norm; old checkpoints call its weight gamma and its bias beta."""
-        whole = reader if isinstance(reader, Reader) else reader.reader
-        names = ("weight", "bias") if reader.has(f"{name}.weight") else ("gamma", "beta")
-        shape = (whole.config.dims.hidden,)
-        weight, bias = (whole.rounded(reader.get(f"{name}.{each}", shape)) for each in names)
-        return cls(weight, bias, whole.config.norm_eps)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return rows [T, hidden], normed."""
-        return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+def read_norm(reader: Reader | LayerReader, name: str) -> LayerNorm:
+    """Read a norm; old checkpoints call its weight gamma and its bias beta."""
+    whole = reader if isinstance(reader, Reader) else reader.reader
+    names = ("weight", "bias") if reader.has(f"{name}.weight") else ("gamma", "beta")
+    shape = (whole.config.dims.hidden,)
+    weight, bias = (whole.rounded(reader.get(f"{name}.{each}", shape)) for each in names)
+    return LayerNorm(weight, whole.config.norm_eps, bias)
 
 
 class SequenceAttention:
@@ -105,8 +91,8 @@ class EncoderLayer:
         self.o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
         self.up = reader.linear("mlp_h_to_4h", names.gate_up, bias=config.mlp_bias)
         self.down = reader.linear("mlp_4h_to_h", (names.down,), bias=config.mlp_bias)
-        self._attention_norm = LayerNorm.read(reader, "attention.output.LayerNorm")
-        self._norm = LayerNorm.read(reader, "output.LayerNorm")
+        self._attention_norm = read_norm(reader, "attention.output.LayerNorm")
+        self._norm = read_norm(reader, "output.LayerNorm")
         self._activation = ACTIVATIONS[config.hidden_act]
 
     @property
@@ -159,7 +145,7 @@ class Encoder(Decoder):
         self._words = table("word_embeddings", config.dims.vocab)
         self._positions = table("position_embeddings", config.table_rows)
         self._types = table("token_type_embeddings", config.token_types)
-        self._embeddings_norm = LayerNorm.read(reader, "embeddings.LayerNorm")
+        self._embeddings_norm = read_norm(reader, "embeddings.LayerNorm")
         self._encoders = [EncoderLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
 
     def linears(self) -> Iterator[Linear]:
