@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from loramux_shared.bases.config import TensorNames
 from loramux_shared.bundle.modules import (
     BY_PATH,
     EXPERTS,
@@ -133,6 +134,11 @@ class LoraKey:
     def leaf(self) -> str:
         """Return the name of the module for people."""
         return label(self.own_path or self.path)
+
+    def names_in(self, names: TensorNames, kind: str) -> list[str]:
+        """Return what a base may call the module's weight or bias."""
+        own = f"{names.layer.format(index=self.layer)}{self.own_path or self.path}.{kind}"
+        return [f"{prefix}{own}" for prefix in names.prefixes]
 
     @property
     def place(self) -> str:

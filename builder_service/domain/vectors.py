@@ -179,9 +179,7 @@ class VectorReader:
 
     def _of_base(self, key: LoraKey, kind: str) -> tuple[TensorFile | None, str]:
         """Return the file that has a tensor of a module, and its name; report where it is kept otherwise."""
-        names = self.base.names
-        at = f"{names.layer.format(index=key.layer)}{key.own_path or key.path}.{kind}"
-        for name in [f"{prefix}{at}" for prefix in names.prefixes]:
+        for name in key.names_in(self.base.names, kind):
             file = None if self.weights is None else self.weights.find(name)
             if file is not None and file.tensors[name].dtype in READABLE:
                 return file, name
@@ -195,7 +193,7 @@ class VectorReader:
             expected = "torch beside the builder, to widen the base's weights"
             fix = "Install it there: pip install 'loramux[inference]'."
         self.report.add(code, key.place, cause=(kind, quantized), expected=expected, found=quantized, fix=fix)
-        return None, at
+        return None, ""
 
     def _widened(self, key: LoraKey, name: str) -> TensorFile | None:
         """Return a file with a weight that the base keeps in few bits, if it does."""

@@ -314,8 +314,7 @@ def check_magnitudes(
 def _norm(part: Part, base: ModelConfig, weights: BaseTensors | None) -> float:
     """Return the norm of a module's own rows of the base's weight; 0 where the builder cannot read them."""
     key, (start, stop) = part.pair.key, part.b_rows
-    at = f"{base.names.layer.format(index=key.layer)}{key.own_path or key.path}.weight"
-    for name in [f"{prefix}{at}" for prefix in base.names.prefixes]:
+    for name in key.names_in(base.names, "weight"):
         file = None if weights is None else weights.find(name)
         if file is None or file.tensors[name].dtype not in READABLE or file.tensors[name].shape[0] < stop:
             continue
