@@ -23,7 +23,7 @@ from loramux_shared.bundle.manifest import MANIFEST_FILE, FileDigest, Manifest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import parse_manifest
 from loramux_shared.faults import BundleCorrupt, ResourcesExhausted
-from loramux_shared.process import locked
+from loramux_shared.process import YOUNG_S, locked
 from loramux_shared.sources.cache import discard
 from loramux_shared.sources.files import PART
 from loramux_shared.storage.base import RECORD_BYTES
@@ -34,8 +34,6 @@ FILL_TARGET: Final = 0.9
 """Share of the bound that stays when bundles leave, so that they do not leave one by one."""
 COUNT_EVERY_S: Final = 60.0
 """Other replicas write into the same folder: it is counted again after so long, when something is put."""
-YOUNG_S: Final = 60.0
-"""A folder that is being made is not yet locked for a moment; so young ones are left alone."""
 
 Verify = Callable[[Bytes, Mapping[str, FileDigest], str, str], None]
 """Raises `BundleCorrupt` unless a file's bytes are those that the manifest of a digest names."""

@@ -8,10 +8,11 @@ from contextlib import suppress
 import pytest
 from structlog.testing import capture_logs
 
-from inference_service.adapters.disk import YOUNG_S, DiskTier, open_disk_tier
+from inference_service.adapters.disk import DiskTier, open_disk_tier
 from inference_service.adapters.reading import BundleReader, Tier
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import files_of, parse_manifest
+from loramux_shared.process import YOUNG_S
 from tests.support.bundles import Unsteady, build_bundles, flipped
 
 FILES = (MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja")
