@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from openai import AsyncOpenAI
 
 from inference_service.http.server import HttpServer
@@ -97,3 +98,15 @@ async def open_api(
         await api.close()
         await ready.engine.stop()
         vars(api).clear()  # pytest keeps it for a while, and threads of the model with it
+
+
+def close(found: Any, required: Any) -> None:
+    """Check that numbers agree within float32."""
+    np.testing.assert_allclose(np.array(found, np.float32), required, atol=1e-5, rtol=1e-5)
+
+
+async def answer_of(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
+    """Return the body of an answer with status 200."""
+    answer = await api.post(path, **body)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())

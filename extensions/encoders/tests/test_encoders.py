@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import pytest_asyncio
 import torch
@@ -20,7 +19,7 @@ from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentI
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grpc_api import open_client
-from tests.support.openai_api import OpenAIApi, open_api
+from tests.support.openai_api import OpenAIApi, answer_of, close, open_api
 from tests.support.pooled import run_pooled
 from tests.support.tiny import VOCAB, World, write_tokenizer
 
@@ -117,18 +116,6 @@ def states(world: World, model: str, ids: Sequence[int]) -> torch.Tensor:
         found = PeftModel.from_pretrained(found, world.adapters[model])
     with torch.no_grad():
         return found.eval()(torch.tensor([list(ids)])).last_hidden_state[0]
-
-
-def close(found: Any, required: Any) -> None:
-    """Check that numbers agree within float32."""
-    np.testing.assert_allclose(np.array(found, np.float32), required, atol=1e-5, rtol=1e-5)
-
-
-async def answer_of(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
-    """An answer."""
-    answer = await api.post(path, **body)
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
 
 
 @pytest.mark.parametrize("model", ["base", *VECTORS])

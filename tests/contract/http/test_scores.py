@@ -19,7 +19,7 @@ from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grpc_api import open_client
-from tests.support.openai_api import OpenAIApi, open_api
+from tests.support.openai_api import OpenAIApi, answer_of, close, open_api
 from tests.support.tiny import SIZES, World, make_adapter, make_checkpoint
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -89,18 +89,6 @@ def logits(world: World, model: str, prompts: Sequence[Sequence[int]]) -> np.nda
     whole = oracle(world.base, world.adapters[model], LABELS[model])
     with torch.no_grad():
         return np.stack([whole(torch.tensor([list(prompt)])).logits[0].numpy() for prompt in prompts])
-
-
-def close(found: Any, required: Any) -> None:
-    """Check that numbers agree within float32."""
-    np.testing.assert_allclose(np.array(found, np.float32), required, atol=1e-5, rtol=1e-5)
-
-
-async def answer_of(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
-    """An answer."""
-    answer = await api.post(path, **body)
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
 
 
 async def test_the_bundle_has_the_head_as_it_is(made: tuple[World, MemoryStore]) -> None:
