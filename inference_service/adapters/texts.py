@@ -27,7 +27,7 @@ class Scorer:
 
     head: ScoreHead
     weights: Array
-    """Of the head's shape, float32."""
+    """Weights in the shape of the head, float32."""
 
     def scores(self, state: Vector) -> Vector:
         """Return the scores [labels] of a hidden state: transformers calls them logits."""

@@ -93,7 +93,7 @@ class EngineStats:
     seats: int = 0
     """Sequences that may run at once."""
     tier: TierStats | None = None
-    """What left the cache and is kept; None without a tier."""
+    """Blocks that left the cache and are kept; None without a tier."""
 
     @property
     def prefix_hit_rate(self) -> float:
