@@ -68,11 +68,7 @@ def prompts(base: Path, *, every: int = 1) -> list[list[int]]:
 
 
 def oracle_choices(found: Deployment, query: list[list[int]], answers: Answers) -> Answers:
-    """The token that each model finds likeliest in float32 at every place of its answers.
-
-    That is what it sees there: the prompt and the answer up to the place. So an answer that equals these
-    choices is, token by token, the one that the model gives when it always takes the likeliest.
-    """
+    """The token that each model finds likeliest in float32 after the prompt and each prefix of its answer."""
     base = Path(found.build.checkpoint_repository.repo)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     choices = _choices(model, query, answers, found.served_model_name)

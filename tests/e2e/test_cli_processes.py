@@ -37,10 +37,7 @@ BOTH = "--scope build --scope infer"
 
 @pytest.fixture
 def scripted(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """An environment in which ``python -m builder_service`` and its peer are the scripted ones.
-
-    Commands take the usual ports where these are free, and two that look at the same moment find them so.
-    """
+    """An environment of scripted services, on the usual ports where these are free."""
     for kind in ("builder", "inference"):
         package = tmp_path / "fakes" / f"{kind}_service"
         package.mkdir(parents=True)
@@ -89,8 +86,7 @@ def test_a_child_that_dies_ends_the_tree(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting ends with the child's own word, and its progress is reported, however long the path of the
-    temporary folder is."""
+    """Waiting ends with the child's own word; its progress is reported, however long the temporary path is."""
     deep = tmp_path / ("deep" * 30)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
@@ -268,8 +264,7 @@ def _changed(builder: str, *words: str | Path) -> int:
 
 
 def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
-    """A push, a removal and a rollback hold for the next request that names the generation; an older stream
-    finishes with its adapter."""
+    """Pushes, removals and rollbacks hold for the next request; an older stream finishes with its adapter."""
     world = make_world(tmp_path)
     file = tmp_path / "deployment.yaml"
     file.write_text(json.dumps(world.deployment().model_dump(mode="json")))

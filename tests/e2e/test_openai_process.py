@@ -35,9 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_all_apis_drain_together(world: World, tmp_path: Path) -> None:
-    """Open streams of all APIs come to their end after one SIGTERM, new requests are 503, the exit
-    status is 0.
-    """
+    """After SIGTERM open streams of all APIs end, new requests are 503, and the exit status is 0."""
     with serving(world, tmp_path) as (process, ready), Client(ready["grpc"]) as client:
         url = f"http://{ready['http']}"
         assert [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=BOUND_S).json()["data"]] == [

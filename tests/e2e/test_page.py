@@ -70,8 +70,7 @@ async def _ask(page: Page, prompt: str = "Hi") -> None:
 
 
 async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path) -> None:
-    """Each chosen model, and the mixture of the chosen adapters, has a card with its own answer, token for
-    token, and its numbers."""
+    """Each chosen model, and the blend of the chosen adapters, has a card with its own answer and numbers."""
     async with open_api(openai_world(tmp_path)) as api:
         await _open(page, api.url, 4)
         listed = [model.name for model in api.ready.service.catalog]
@@ -171,8 +170,7 @@ async def test_hundreds_of_adapters_are_chosen_with_the_keyboard(page: Page, tmp
 
 
 async def test_more_models_than_connections_take_turns(page: Page, tmp_path: Path) -> None:
-    """Five are asked at a time, so that no first token waits for a connection of the browser unseen; Escape
-    ends all answers with the tokens that they had, and the server lets go of them."""
+    """Five models are asked at a time, for a browser's connections; Escape ends all and keeps their tokens."""
     says = {name: ["Ahoy", None] for name in MANY[:5]}
     service = ScriptedPage(tmp_path, MANY, says)
     async with scripted_api(service) as url:
@@ -196,10 +194,7 @@ async def test_more_models_than_connections_take_turns(page: Page, tmp_path: Pat
 
 
 async def test_what_a_model_writes_stays_text(page: Page, tmp_path: Path) -> None:
-    """Tags in an answer are shown as text; no tag becomes an element, and no script runs.
-
-    What was thought stands apart.
-    """
+    """No tag in an answer becomes an element, no script runs, and reasoning stands apart."""
     says = {"evil": [HOSTILE[:9], HOSTILE[9:]], "thinks": ["<think>Hm.", "</think>Ahoy."]}
     service = ScriptedPage(tmp_path, list(says), says)
     change_deployed(service.catalog, reasoning_parser=ReasoningParser.THINK)

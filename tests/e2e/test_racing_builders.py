@@ -21,9 +21,7 @@ from tests.support.s3_gateway import S3Server
 def test_many_real_threads_keep_all_generations(
     kind: str, tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight builders in free threads publish eight generations with eight numbers, on real stores that ignore
-    conditional writes too, while a reader sees whole generations alone.
-    """
+    """Eight builders in threads publish eight generations, on stores that ignore conditional writes too."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     uri = f"file://{tmp_path}" if kind == "file" else f"s3://{s3_server.new_bucket()}"

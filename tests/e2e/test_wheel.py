@@ -57,9 +57,7 @@ def wheel(into: Path) -> Path:
 def test_a_wheel_has_the_operations_of_every_kind_of_processor(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start without a compiler runs the wheel's operations and compiles nothing; the wheel's tag is one that
-    this system takes, for any Python 3.
-    """
+    """A start without a compiler runs the wheel's operations; its tag is this system's, for any Python 3."""
     _, _, _, tags = parse_wheel_filename(built.name)
     assert tags & set(sys_tags())
     assert {(tag.interpreter, tag.abi) for tag in tags} == {("py3", "none")}
@@ -95,8 +93,7 @@ def test_an_editable_installation_compiles_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_a_wheel_stays_out_of_other_projects_way(built: Path, tmp_path: Path) -> None:
-    """A wheel has the core's packages and the extensions' with every module and no `shared`, they import
-    nothing that it lacks, and those that need no torch are imported beside another project's `shared`."""
+    """A wheel has every module and no `shared`, and is imported beside another project's `shared`."""
     with zipfile.ZipFile(built) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "site")

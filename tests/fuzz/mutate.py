@@ -91,11 +91,7 @@ class Watch:
 
     @contextmanager
     def case(self, label: str) -> Iterator[None]:
-        """Watch one case; its label says how to make it again.
-
-        Raises:
-            AssertionError: it did not end, or the run took too much memory.
-        """
+        """Watch one case within bounds of time and memory; its label says how to make it again."""
         begin = time.process_time()
         yield
         self.cases += 1

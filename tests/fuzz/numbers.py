@@ -44,11 +44,7 @@ def json_fields(kind: type[BaseModel]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _fills(kind: Any, place: str) -> Iterator[tuple[str, Fill]]:
-    """Yield (place, how to make a value) for each number that a type can hold.
-
-    Raises:
-        TypeError: a type that this module does not know.
-    """
+    """Yield (place, how to make a value) for each number that a type can hold; unknown types are TypeErrors."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind in (int, float):
         yield place, lambda number: number
@@ -82,10 +78,7 @@ def _around(below: Iterator[tuple[str, Fill]], wrap: Fill) -> Iterator[tuple[str
 
 
 def wire_fields(kind: Descriptor, path: Path = ()) -> Iterator[Path]:
-    """Yield the path to each numeric field of a message, through messages, lists and maps.
-
-    A message that has itself in it is gone through once.
-    """
+    """Yield the path to each numeric field of a message, once through a message that has itself in it."""
     for field in kind.fields:
         if field.message_type is not None:
             if field.message_type not in [each.containing_type for each in path]:

@@ -107,12 +107,7 @@ def with_halves(architecture: int, found: Iterator[Variant]) -> Iterator[Variant
 def covering(
     choices: Mapping[str, Sequence[Any]], entry: Callable[[Mapping[str, Any]], Hashable]
 ) -> list[dict[str, Any]]:
-    """Return a few of all combinations, among which every two values of two choices meet.
-
-    Args:
-        choices: the values of each.
-        entry: what of a combination has to be there too, for instance the tile that it picks.
-    """
+    """Return a few of all combinations, with every two values of two choices and every ``entry`` among them."""
     rows = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
     goals = [frozenset({entry(row), *combinations(row.items(), 2)}) for row in rows]
     missing, chosen = frozenset[Any]().union(*goals), []

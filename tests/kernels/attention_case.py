@@ -122,10 +122,7 @@ class Case:
         return KeysValues(at.keys, at.values, at.scales).read(every, torch.float64)
 
     def expected(self, keys: Tensor, values: Tensor) -> Tensor:
-        """fp64 [T, query heads, d] over the cache as it was before; 0 where a row is padding.
-
-        Over one of 8 bits, it is what the cache means afterwards: the rows' own keys and values are rounded.
-        """
+        """fp64 [T, query heads, d] over the cache before the step, or after it for 8 bits; 0 where padded."""
         at, group = self.inputs, self.inputs.num_heads // self.inputs.kv_heads
         out = torch.zeros(len(at.heads), at.num_heads, at.head_dim, dtype=torch.float64, device=keys.device)
         for context in self.contexts:
@@ -164,18 +161,7 @@ def make_case(
     sinks: bool = False,
     cache: torch.dtype | None = None,
 ) -> Case:
-    """Random heads and histories; everything else of the cache is NaN, and so are padding rows.
-
-    Args:
-        layout: the chunks.
-        heads: those of the layer.
-        dtype: of queries, and of the cache unless that has another.
-        device: where all of it is.
-        window: positions that a row sees.
-        softcap: bound of the scores.
-        sinks: whether there are any.
-        cache: the type of a cache of 8 bits.
-    """
+    """Random heads and histories; all else in the cache, whose type may be another, and all padding is NaN."""
     torch.manual_seed(sum(end for _, end in layout.chunks) * 100 + heads.dim)
     group = heads.queries // heads.kv
     capacity = AttentionCapacity(

@@ -59,9 +59,7 @@ Mixtures = Sequence[tuple[Mapping[int, float], int]]
 
 
 def arrangement(lengths: Mapping[int, int], base: int = 2, mixtures: Mixtures = ()) -> Arrangement:
-    """Return so many rows of each slot, behind rows of the base; long runs come last, and behind them
-    blends.
-    """
+    """Return so many rows of each slot behind rows of the base, then of blends."""
     segments, mixed, start = [], [], base
     for slot, length in lengths.items():
         segments.append(Segment(slot, start, start + length))

@@ -131,10 +131,7 @@ def expect_right(case: Case) -> Tensor:
 
 
 def relative_errors(got: Tensor, before: Tensor, case: Case) -> Tensor:
-    """[tokens, slices]: the error of each update against fp64, relative to the update.
-
-    One ulp per pass is out's own rounding (the interpreter truncates to bf16) and does not count.
-    """
+    """[tokens, slices]: each update's error against fp64, beyond one ulp of out's own rounding per pass."""
     expected = reference.lora_apply(case.x, before, case.group, case.segments, torch.float64)
     ulp = torch.finfo(got.dtype).eps * case.segments.capacity.passes
     error = (got.double() - expected).abs() - ulp * torch.maximum(expected.abs(), before.double().abs())

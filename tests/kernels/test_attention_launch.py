@@ -16,10 +16,7 @@ LATER: list[list[tuple[int, int]]] = [DECODES, [(1, 5), (20, 33), (7, 150)], [(3
 
 @pytest.mark.parametrize(("window", "cuts"), [(None, True), (100, False)])
 def test_captured_launches_serve_every_later_step(window: int | None, cuts: bool, device: str) -> None:
-    """Grids frozen at capture cover whatever the tables hold at replay: they depend on capacities alone.
-
-    Decode and prefill leave each other's rows alone, so that their order is of no interest.
-    """
+    """Grids frozen at capture cover all tables at replay; decode and prefill leave each other's rows alone."""
     case = make_case(Layout([(1, 20)], padding=30, spare=10), Heads(4, 1), window=window, device=device)
     out, (rope, decode, prefill, *merge) = case.planned()
     capacity = case.tables.capacity

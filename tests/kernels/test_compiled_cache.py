@@ -120,9 +120,7 @@ def test_what_was_compiled_from_another_header_is_not_used(
 
 @needs_compiler
 def test_what_is_kept_is_closed_to_others_and_serves_the_next_start(retained: Path) -> None:
-    """Modes are 0700 and 0600, also where an older start or a umask of 002 left the folder open; nothing is
-    rebuilt.
-    """
+    """Modes are 0700 and 0600, also where the folder was left open; the next start rebuilds nothing."""
     assert retained.stat().st_mode & 0o777 == 0o600
     retained.parent.chmod(0o775)
     before = retained.stat().st_ino

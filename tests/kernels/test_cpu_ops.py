@@ -71,8 +71,7 @@ def _assert_close(found: Tensor, expected: Tensor, ops: CpuOps, case: object = "
 def test_lora_adds_each_adapter_to_its_own_rows(
     monkeypatch: pytest.MonkeyPatch, ops: CpuOps, threads: int, K: int, outs: tuple[int, ...]
 ) -> None:
-    """Mixed ranks, slices that are not adapted, vectors with and without a rank, segments of 1 to 70 rows; base
-    rows keep every bit."""
+    """Mixed ranks, slices, vectors and segments of 1 to 70 rows; rows of the base keep every bit."""
     dtype = ops.dtype
     monkeypatch.setattr(CpuOps, "threads", threads)
     ranks = [[(8, 16, 5)[i % 3] for i in range(len(outs))], [64, 0, 3][: len(outs)], [1] * len(outs)]

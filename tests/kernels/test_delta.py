@@ -166,8 +166,7 @@ NEW = 3
 def test_recorded_steps_take_states_on(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Graphs that were recorded without a row give the tokens of the torch backend, whatever slots sequences
-    have, from snapshots too; and nothing is launched that the start has not launched."""
+    """Graphs recorded without a row give the torch backend's tokens, from snapshots too."""
     monkeypatch.setattr(graph_runner, "RECORDED_ROWS", 16)
     case = CASES["qwen3_5-images"]
     world, store = make_world_of(tmp_path_factory.mktemp("delta"), case.config, case.adapters), MemoryStore()

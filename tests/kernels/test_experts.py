@@ -125,13 +125,9 @@ def test_a_grouped_product_equals_one_product_per_pair(tokens: int, dtype: torch
 
 
 def test_a_token_gives_the_same_bits_in_every_batch(device: str) -> None:
-    """A token's result is the same whatever other tokens its experts have, in its tile or in others.
-
-    The interpreter multiplies with numpy, whose sums of a row may differ with where the row lies: there all
-    numbers are small integers, of which every order gives the same sum.
-    """
+    """A token's result is the same whatever other tokens its experts have, in its tile or in others."""
     x, weight, bias, routed, pairs = made(9, torch.float32, device)
-    if device == "cpu":
+    if device == "cpu":  # numpy's sums of a row depend on where it lies, but for small integers
         x, weight, bias = ((4 * each).round() for each in (x, weight, bias))
     together = grouped(x, weight, pairs, bias, of_tokens=True)[pairs.places.long()].view(9, 2, -1)
     for token in (0, 4, 8):

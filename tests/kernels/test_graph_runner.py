@@ -124,8 +124,7 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
     kind: str,
     requests: Sequence[tuple[str, list[int]]],
 ) -> None:
-    """Graphs that were recorded without a row serve any: others at every replay, more adapters or none, several
-    for a row, fewer rows than the bucket; steps with prompts too."""
+    """Graphs recorded without a row serve any number of rows and adapters at each replay, prompts too."""
     expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, 5)
     recorder.replays.clear()
     assert run_engine(_with(ready, runner), requests, 5) == expected
@@ -193,8 +192,7 @@ SHAPING = [
 def test_no_request_sits_out_a_step(
     world: tuple[World, MemoryStore], ready: Ready, runner: GraphRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Penalties, bad words and a grammar beside a plain request: each has a row in every step, with its last
-    token in flight, and its tokens are those of the torch backend, which knows all before it draws."""
+    """Requests with penalties and grammars have a row in every step, and the tokens of the torch backend."""
     requests = [(name, prompt[:4], params) for (name, prompt), params in zip(REQUESTS, SHAPING, strict=False)]
     plain = world[0].load(world[1], backend="torch", native=False)
     expected = [[token.id for token in tokens] for tokens in _run(plain, requests, walking=[2])]
@@ -278,8 +276,7 @@ def test_there_are_graphs_for_few_and_for_many_rows() -> None:
 def test_drafts_are_verified_row_by_row(
     world: tuple[World, MemoryStore], ready: Ready, recorder: CountingRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens that are drawn behind a draft's are those that a step each would have given, sampled ones too, and
-    those of a grammar."""
+    """Tokens drawn behind drafts are those of single steps, for sampled ones and those of a grammar too."""
     lengths = {"base": 8, "wide": 8, "rs": 14}
     requests = [
         (name, prompt, SamplingParams(max_tokens=lengths[name], temperature=1.0, seed=3))

@@ -105,8 +105,7 @@ def replace_first(lora: TritonLora, config: ModelConfig) -> None:
 
 
 def test_traffic_launches_what_the_start_has_launched(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of all lengths, beside decodes or alone, with graphs or too large for one, scored or not; and an
-    adapter that came after the start."""
+    """Prompts of all lengths, in graphs or without, scored or not, and a later adapter launch nothing new."""
     monkeypatch.setattr(graph_runner, "RECORDED_ROWS", RECORDED)
     eager: Any = ready.engine._engine._runner
     runner = GraphRunner(eager._model, eager._lora, BLOCKS, BLOCK, LIMITS, TapeRecorder())

@@ -138,9 +138,7 @@ class Paced(CpuOps):
 def test_the_faster_one_is_chosen(
     ops: CpuOps, seconds: dict[int, float], rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The choice is measured: torch's products from the fewest rows on at which they win, and only if many rows
-    win.
-    """
+    """Torch's products are chosen from the fewest rows on where they measured faster, if many rows did."""
     clock = Clock()
     monkeypatch.setattr(long_chunks, "time", clock)
     assert rows_from_which_torch_is_faster(Paced(ops, clock, seconds), [HeadCounts(2, 1, 16)]) == rows

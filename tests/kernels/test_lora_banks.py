@@ -54,9 +54,7 @@ def test_adapters_come_and_go_and_each_adds_what_it_is(lora: LoraBackend, device
 
 
 def test_rows_of_mixtures_get_the_scaled_sum(lora: LoraBackend, device: str) -> None:
-    """Rows of blends of two, of eight, of those that adapt other modules, of one, beside plain rows, long and
-    short.
-    """
+    """Rows of blends of one to eight adapters, also of other modules, lie beside plain rows, long and short."""
     device = device if lora.name != "native" else "cpu"
     held = {slot: adapter(ADAPTERS[slot % 5], slot) for slot in range(8)}
     hold(lora, *held.values())

@@ -64,10 +64,7 @@ def bank_of(lora: TritonLora, num_slots: int) -> Resident:
 
 
 def test_a_step_recorded_in_an_empty_bank_serves_later_adapters(lora: TritonLora, device: str) -> None:
-    """Launches recorded in an empty bank are right for the slots at the time of a replay.
-
-    Elsewhere a grid frozen at the recording's number of segments, ranks or linears dropped adapters silently.
-    """
+    """Launches recorded in an empty bank are right for the slots, ranks and linears at a replay."""
     bank = bank_of(lora, 4)
     recorded = Recorded(lora, device)
     draw = random.Random(1)

@@ -78,11 +78,7 @@ def test_recorded_steps_answer_as_transformers_and_compile_nothing(
     adapters: dict[str, dict[str, Any]],
     requests: list[tuple[str, list[int]]],
 ) -> None:
-    """Requests after the recording in any order are answered as by transformers and PEFT, prompts in chunks,
-    beside decoding and alone, and nothing new is launched for them; blends as by the torch backend, for PEFT
-    mixes no adapters of experts. Tables for each way to cut and each window are filled again for each step;
-    tokens in flight of an adapter with embeddings and a head are embedded on the device.
-    """
+    """Requests after the recording are answered as by transformers and PEFT, and launch nothing new."""
     folder = tmp_path_factory.mktemp("recorded")
     limits = SchedulerLimits(max_tokens=16, max_seqs=2, max_adapters=len(adapters), max_seq_len=64)
     world, store = make_world_of(folder, config, adapters), MemoryStore()

@@ -96,9 +96,7 @@ def test_the_batch_and_prefix_hits_change_no_token(
 def test_the_blocks_of_a_conversation_are_shared(
     world: World, store: MemoryStore, first: str, then: str
 ) -> None:
-    """A later request finds at least 95 of 100 blocks of the conversation before either was called, answers of
-    the base included; a plain adapter finds none of them.
-    """
+    """A later request finds 95 of 100 blocks from before any invocation; a plain adapter finds none of them."""
     ready = world.load(store, block_size=4, max_batch_tokens=64)
     calls = {"called": CALLED, "asked": PLAIN}
     emitted, found = _drawn(random.Random(8), 83), []
@@ -118,8 +116,7 @@ def test_the_blocks_of_a_conversation_are_shared(
 async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
     world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
 ) -> None:
-    """Through the service: n answers are alike, log probabilities of the prompt are the base's up to there, and
-    a name that was switched to another version looks for that one's tokens."""
+    """All n answers are alike, and a name that was switched to another version looks for that one's tokens."""
     service = await open_service((world, store), preload=0)
     stated, call = requests[0][1][:19], requests[0][1][19:]
     prompt = [*stated, *PLAIN, *call]

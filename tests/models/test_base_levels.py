@@ -82,9 +82,7 @@ def test_a_head_of_its_own_answers(images: Path) -> None:
 def test_sequences_end_where_transformers_ends_them(
     images: Path, outside: Any, inside: Any, generation: Any
 ) -> None:
-    """The end token of generation_config.json counts, else the outer config's, else that of the decoder's
-    block.
-    """
+    """The end token is generation_config.json's, else the outer config's, else the decoder block's."""
     say(images, "eos_token_id", outside, inside)
     file = images / "generation_config.json"
     file.unlink(missing_ok=True)

@@ -64,8 +64,7 @@ def expected(world: tuple[World, MemoryStore], requests: list[tuple[str, list[in
 def test_recorded_steps_see_the_blocks_of_every_group(
     world: tuple[World, MemoryStore], requests: list[tuple[str, list[int]]], expected: list[list[int]]
 ) -> None:
-    """The kernels for GPUs, in the interpreter, from static tables that are filled for each step: an adapter's
-    prompt in chunks, and behind it tokens one by one."""
+    """Kernels in the interpreter read tables that are filled for each step: a prompt in chunks, then tokens."""
     ready = world[0].load(world[1], backend="triton", block_size=BLOCK)
     eager: Any = ready.engine._engine._runner
     blocks = SLIDING + 2, EVERYTHING

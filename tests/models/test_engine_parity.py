@@ -55,8 +55,7 @@ def test_a_mixed_batch_equals_peft(
     settings: dict[str, Any],
     block_size: int,
 ) -> None:
-    """Base and three adapters in one batch, prompts whole, in chunks beside those that decode, or computed
-    again after preemption, and with prefixes found per adapter; compiled, or in plain torch (blocks of 8)."""
+    """Base and adapters in one batch answer as PEFT, in chunks, preempted, with prefixes, compiled or not."""
     ready = world.load(store, block_size=block_size, **settings)
     for _ in range(2):
         assert run_engine(ready, requests, NEW) == expected

@@ -151,9 +151,7 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
-    """Base and adapters in one batch, prompts whole or in chunks, past blocks and windows, with NaN in all of
-    the cache that no row sees; and log probabilities, which see what greedy tokens cannot, a cap on the logits
-    for one."""
+    """One batch gives transformers' tokens and log probabilities, also in chunks, with NaN in unused cache."""
     assert answers.found == answers.expected
     assert answers.found_logprobs == pytest.approx(answers.logprobs, abs=2e-4)
     ready = answers.world.load(answers.store, max_batch_tokens=16)
@@ -174,8 +172,7 @@ ONE_RANK = {
 
 
 def test_two_ranks_answer_the_same(answers: Answers, request: pytest.FixtureRequest) -> None:
-    """Two ranks that each have some heads, columns and rows of adapters give the tokens of one, prompts in
-    chunks; a base that they cannot divide is refused by the name of what they cannot."""
+    """Two ranks give the tokens of one, or refuse the base by the name of what they cannot divide."""
     divided = pytest.importorskip("tests.support.ranks").divided
     ready = answers.world.load(answers.store, max_batch_tokens=16)
     refused = ONE_RANK.get(request.node.callspec.params["answers"])
@@ -186,9 +183,7 @@ def test_two_ranks_answer_the_same(answers: Answers, request: pytest.FixtureRequ
 
 @pytest.mark.parametrize("answers", KERNELS, indirect=True)
 def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
-    """Kernels in the interpreter answer the same: base and adapters, prompts in chunks beside decoding, past
-    blocks and windows, in a cache that holds NaN beside what they see.
-    """
+    """Interpreted kernels answer the same past blocks and windows, with NaN in unused cache."""
     ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=32)
     poison(ready)
     picked = [(answers.requests[index], answers.expected[index]) for index in (2, 3, 4)]
@@ -245,10 +240,7 @@ def _divide_evenly(ready: Ready, blocks: int) -> None:
 )
 @pytest.mark.parametrize("answers", HALVES, indirect=True)
 def test_fewer_bits_stay_close(answers: Answers, settings: dict[str, Any], within: float) -> None:
-    """Answers stay close in the type of most checkpoints, norms with an offset and caps included. The scales of
-    a cache are read with windows, sinks, caps, keys of other layers and experts: rounding alone changes these
-    random models by up to 0.14; scales of another head or token by up to 1.9.
-    """
+    """Rounding changes these random models by up to 0.14, another head's cache scales by up to 1.9."""
     ready = answers.world.load(answers.store, **settings)
     poison(ready)
     found = _engine_logprobs(ready, answers.requests[0][1], new=1)
@@ -294,9 +286,7 @@ def test_undescribed_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("answers", _swept_but("qwen3_5-images"), indirect=True)
 def test_a_merged_adapter_equals_transformers(answers: Answers) -> None:
-    """Merged weights answer as the adapter does: also all slices of what a delta rule reads, and queries with
-    their gates.
-    """
+    """Merged weights answer as the adapter does, also in delta rules' slices and queries with gates."""
     pairs = zip(answers.requests, answers.expected, strict=True)
     requests, expected = zip(*(pair for pair in pairs if pair[0][0] == "all"), strict=True)
     ready = ready_of(answers.world, "all", {"serve_base": False})

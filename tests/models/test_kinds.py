@@ -149,9 +149,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, backend: str) -> None:
-    """All kinds answer as PEFT beside the base and blends, in chunks of prompts, again with their prefixes
-    found, each alone, and when a cache too small for all is computed again. None answers as the base does.
-    """
+    """All kinds answer as PEFT beside the base and blends, in chunks, with prefixes, alone, and preempted."""
     settings: dict[str, Any] = {"native": backend == "native", "block_size": 4, "max_batch_tokens": 48}
     ready = answers.world.load(answers.store, **settings)
     for situation in ("mixed batch", "prefix hits"):
@@ -167,8 +165,7 @@ def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, b
 
 
 def test_two_ranks_answer_the_same(answers: Answers, counted: Counted) -> None:
-    """Ranks with a part of every adapter each answer as PEFT: magnitudes, biases and own tables count once, in
-    chunks of prompts, with prefixes found, and in a cache too small for all."""
+    """Two ranks answer as PEFT for all kinds: magnitudes, biases and own tables count once."""
     divided = pytest.importorskip("tests.support.ranks").divided
     settings: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 48, "speculative_tokens": 2}
     ready = answers.world.load(answers.store, **settings)
@@ -182,10 +179,7 @@ def test_two_ranks_answer_the_same(answers: Answers, counted: Counted) -> None:
 
 
 def test_an_adapter_is_called_what_it_is(answers: Answers) -> None:
-    """A replica names an adapter's kind from its bundle, and counts the rows that it replaces.
-
-    One that was never trained is of its kind, too, and answers as the base.
-    """
+    """A replica names each adapter's kind, also of an untrained one, and counts the rows that it replaces."""
     ready = answers.world.load(answers.store)
     found = {model.name: model for model in ready.service.catalog}
     assert {name: model.kinds for name, model in found.items()} == {
@@ -252,8 +246,7 @@ async def test_a_name_of_another_kind_answers_as_that_one(
 
 
 def test_mixtures_are_of_plain_adapters(answers: Answers) -> None:
-    """Others are refused by name, scaled or beside a plain one, in both forms of a request; where scales come
-    to 1 each is itself, and where they come to 0 it is left out."""
+    """Others are refused by name in both forms of a request, unless scales make each itself or leave it out."""
     catalog = answers.world.load(answers.store, preload=0).service.catalog
     for name in APART:
         text = rf"adapters that can be scaled; this one (is DoRA|acts from|has embeddings).*, found {name}"
@@ -283,9 +276,7 @@ def test_what_is_cut_keeps_the_rows_of_its_own(answers: Answers) -> None:
 
 
 async def test_a_bundle_by_its_digest_is_what_a_generation_says_of_it(answers: Answers) -> None:
-    """A bundle's digest has the invocation of a generation, so an adapter that one replica loaded alone acts
-    from it on.
-    """
+    """A bundle that one replica loaded by its digest has the invocation of its generation."""
     bundles = StoredBundles(answers.store)
     for stated in records(answers.store).values():
         found = await bundles.record(stated.digest)

@@ -93,9 +93,7 @@ def answers(ready: Ready, requests: Sequence[tuple[Parts, list[int]]]) -> list[l
 def test_random_mixtures_in_one_batch_equal_peft(
     world: World, store: MemoryStore, peft: Oracle, counted: Counted, backend: str
 ) -> None:
-    """Blends answer as PEFT beside the base and plain adapters, in chunks of prompts and alone, through hits of
-    the prefix cache, and when a cache too small for all is computed again.
-    """
+    """Blends answer as PEFT beside plain adapters and alone, in chunks, with prefixes, and after preemption."""
     requests = [(EIGHT, [7, 8, 9]), *drawn(0, 9)]
     expected = [peft(*request) for request in requests]
     settings: dict[str, Any] = {"native": backend == "native", "block_size": 16}

@@ -32,9 +32,7 @@ _ids = itertools.count()
 class Device:
     """A runner whose model reads its cache as attention does: the next token is a checksum of what it finds.
 
-    It works in the order of submission, like a stream, and its tokens are looked at when they are waited for.
-    One that has a memory draws by the last tokens alone, so that it says again what it said before; of the
-    others it sees that they are right.
+    It works in the order of submission. One with a memory draws by the last tokens alone, so that it repeats.
     """
 
     depth: int
@@ -149,9 +147,7 @@ REQUEST = st.tuples(
 def test_every_answer_is_what_the_model_says(
     actions: list[object], blocks: int, prefix_cache: bool, depth: int, max_tokens: int, drafts: tuple[int, int]
 ) -> None:
-    """Every answer equals that of the request alone, with prompts in chunks, adapters, preemption, stop tokens,
-    drafts and aborts at any step; each ends once, and all blocks come back.
-    """
+    """Answers equal those of the request alone through chunks, preemption, stops, drafts and aborts."""
     speculative, memory = drafts
     engine, _, manager = _engine(
         depth, blocks, prefix_cache=prefix_cache, max_tokens=max_tokens, speculative=speculative, memory=memory

@@ -85,9 +85,7 @@ def test_among_others(
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 def test_preempted_and_from_prefixes(query: Query, backend: str, counted: Counted) -> None:
-    """Answers are the same in a cache too small for all; and twice alone, the second time from the first one's
-    prefix.
-    """
+    """Answers are the same in a cache too small for all, and from the prefix of an earlier one."""
     blocks = {"block_size": 16 if backend == "native" else 8}
     settings = tight(query.world, CHECKED, least=144) | blocks
     if query.architecture == "Gemma2ForCausalLM":  # two groups of layers: more tokens of as many bytes

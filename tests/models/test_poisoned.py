@@ -94,9 +94,7 @@ Found = dict[str, list[Any]]
 
 
 def _answers(ready: Ready) -> Found:
-    """Return the answers to requests of all models, which come while others are under way; the bad one's are
-    short.
-    """
+    """Return the answers of all models to overlapping requests; the bad one's are short."""
     engine: Any = ready.engine._engine
     found: Found = {}
     engine._clock, engine._scheduler.step_times = lambda: 0.0, StepTimes()  # so that chunks depend on no time

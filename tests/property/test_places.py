@@ -59,9 +59,7 @@ def best_window(
 @settings(max_examples=examples(40))
 @given(data=st.data(), need=st.integers(1, LINES))
 def test_a_fit_that_exists_is_found_and_it_is_the_best(data: st.DataObject, need: int) -> None:
-    """The choice is that of a search of every window: best hole, else longest unused, fewest bytes, lowest
-    address.
-    """
+    """The choice is an exhaustive search's: best hole, else longest unused, fewest bytes, lowest address."""
     places, lines, used = drawn(data)
     found = places.find(need * ALIGNMENT, used.__getitem__)
     expected = best_window(need, lines, used)

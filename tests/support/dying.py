@@ -19,10 +19,7 @@ from tests.support.bundles import FakePacked, Loaded, load, settle
 
 
 def dies_at_a_touch(number: int, cache: Path, store: Path, limit: int, digests: Sequence[str]) -> None:
-    """Load bundles, the first of them twice, and be killed at the n-th touch of the cache, if it comes.
-
-    An audit hook sees every open, rename, mkdir and removal before it happens.
-    """
+    """Load bundles, the first twice, and be killed at the n-th touch of the cache, if it comes."""
     touched = 0
 
     def hook(_: str, arguments: tuple[object, ...]) -> None:

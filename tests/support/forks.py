@@ -84,10 +84,7 @@ def builder_service(flags: Sequence[str], log: Path, environment: Mapping[str, s
 def command_line(
     words: Sequence[str], streams: Sequence[int | None], folder: Path, environment: Mapping[str, str]
 ) -> Forked:
-    """Run ``loramux`` with descriptors of stdin, stdout and stderr, or None for one that is closed.
-
-    A terminal that it reads from is its own.
-    """
+    """Run ``loramux`` with three descriptors, each None for a closed one; a terminal becomes its own."""
     return Forked(
         _command,
         list(words),

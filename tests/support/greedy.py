@@ -9,11 +9,7 @@ from tests.support.tiny import oracle_tokens
 
 
 def greedy_tokens(model: Any, prompt: Sequence[int], guess: Sequence[int]) -> list[int]:
-    """Return as many greedy tokens as a guess has.
-
-    The model chooses behind every token of the guess at once. Its choices up to the first wrong token are
-    its own answer, however the guess was made; from there on it answers by itself.
-    """
+    """Return as many greedy tokens as a guess has: its own up to the first wrong one, then the model's."""
     choices, _ = choices_and_logprobs(model, prompt, guess)
     pairs = zip(choices, guess, strict=True)
     right = next((place for place, (own, other) in enumerate(pairs) if own != other), len(guess))

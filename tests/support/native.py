@@ -26,10 +26,7 @@ def as_in_a_wheel(patch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def opened_once() -> Iterator[None]:
-    """Reuse operations that this process has opened and checked in the same folder.
-
-    Attention is compiled whatever the length of a chunk.
-    """
+    """Reuse operations that this process has opened and checked in the same folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "rows_from_which_torch_is_faster", lambda *_: None)
         if build.load is load:

@@ -12,10 +12,7 @@ from inference_service.startup.load import Ready
 
 
 def poison(ready: Ready) -> None:
-    """Fill unused memory with NaN around every step from now on: blocks, slots of states, workspaces.
-
-    Blocks that a step writes from their first row on are filled before it too.
-    """
+    """Fill unused blocks, slots of states and workspaces with NaN around every step from now on."""
     engine: Any = ready.engine._engine
     runner, submit = engine._runner, engine._runner.submit
 

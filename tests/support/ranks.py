@@ -74,10 +74,7 @@ class _Threads:
 
 @contextmanager
 def divided(ready: Ready, folder: Path, store: Store, world: int = 2) -> Iterator[None]:
-    """Let a loaded replica's engine compute with ranks in threads, each with its part of all resident adapters.
-
-    :raises SettingsInvalid: the base cannot be divided.
-    """
+    """Let a replica's engine compute with ranks in threads, or raise SettingsInvalid if the base refuses."""
     engine = ready.engine._engine
     block_size, parts = engine._blocks.block_size, []
     settings = InferenceSettings(deployment="tiny", dtype="float32", block_size=block_size)

@@ -22,10 +22,7 @@ def _nothing() -> object:
 
 
 def wait_until(true: Callable[[], T], what: str, state: Callable[[], object] = _nothing) -> T:
-    """Return the first true value of ``true()``, asked again and again.
-
-    :raises AssertionError: after ``BOUND_S``, with ``what`` was waited for and the ``state()`` then.
-    """
+    """Return the first true value of ``true()``, or fail after ``BOUND_S`` with the ``state()`` then."""
     ends = time.monotonic() + BOUND_S
     while not (found := true()):
         assert time.monotonic() < ends, f"waited {BOUND_S:.0f} s for {what}; state: {state()}"
@@ -34,10 +31,7 @@ def wait_until(true: Callable[[], T], what: str, state: Callable[[], object] = _
 
 
 async def until(true: Callable[[], T], what: str, state: Callable[[], object] = _nothing) -> T:
-    """Return the first true value of ``true()``; the event loop runs meanwhile.
-
-    :raises AssertionError: after ``BOUND_S``, with ``what`` was waited for and the ``state()`` then.
-    """
+    """Return the first true value of ``true()`` as ``wait_until`` does; the event loop runs meanwhile."""
     ends = time.monotonic() + BOUND_S
     while not (found := true()):
         assert time.monotonic() < ends, f"waited {BOUND_S:.0f} s for {what}; state: {state()}"
@@ -47,10 +41,7 @@ async def until(true: Callable[[], T], what: str, state: Callable[[], object] = 
 
 @asynccontextmanager
 async def bounded(what: str, state: Callable[[], object] = _nothing) -> AsyncIterator[None]:
-    """Bound the time of the awaited calls inside.
-
-    :raises AssertionError: after ``BOUND_S``, with ``what`` was waited for and the ``state()`` then.
-    """
+    """Bound the time of the awaited calls inside by ``BOUND_S``."""
     try:
         async with asyncio.timeout(BOUND_S) as timeout:
             yield
@@ -60,10 +51,7 @@ async def bounded(what: str, state: Callable[[], object] = _nothing) -> AsyncIte
 
 
 async def ended(awaited: Awaitable[T], what: str, state: Callable[[], object] = _nothing) -> T:
-    """Return the result of ``awaited``.
-
-    :raises AssertionError: after ``BOUND_S``, with ``what`` was waited for and the ``state()`` then.
-    """
+    """Return the result of ``awaited``, or fail after ``BOUND_S``."""
     task = asyncio.ensure_future(awaited)
     done, _ = await asyncio.wait({task}, timeout=BOUND_S)
     assert done, f"waited {BOUND_S:.0f} s for {what}; state: {state()}"

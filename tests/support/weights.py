@@ -19,10 +19,7 @@ def adapter_of(
     layers: Sequence[tuple[GroupShape, ...]],
     vectors: Mapping[tuple[int, str], Vectors] = MappingProxyType({}),
 ) -> AdapterWeights:
-    """Arrange matrices, each pair behind a gap of three elements, as no bundle has them.
-
-    vectors are those of some rows, by layer and module.
-    """
+    """Arrange matrices, each pair behind a gap as no bundle has, with vectors by layer and module."""
     parts: list[Tensor] = []
     placed = []
     first = 0

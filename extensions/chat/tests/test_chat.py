@@ -73,8 +73,7 @@ def test_closed_stdin(fakes: Fakes, tmp_path: Path) -> None:
 
 
 def test_a_conversation(fakes: Fakes, tmp_path: Path) -> None:
-    """A chat keeps its history, forgets it but for the system message, completes names, recalls lines, changes
-    the model, survives wrong ones, stops an answer at Ctrl-C, and leaves at Ctrl-D."""
+    """A chat keeps history, completes names, changes models, and survives wrong ones, Ctrl-C and Ctrl-D."""
     fakes.inference.cancelled.clear()
     typed = [b"one", b"two", b"/system be brief", b"three", b"/clear", b"\x1b[A\x1b[A", b"/model lo\t2"]
     typed += [b"four", b"/model lora22", b"/models", b"/help", b"/modle x", b"wait"]

@@ -85,10 +85,7 @@ async def test_streams_of_one_model_spread(fleet: Fleet) -> None:
 
 
 async def test_a_popular_model_has_several_places(fleet: Fleet) -> None:
-    """A popular model has as many places as there are replicas, another one keeps its one.
-
-    A client's own header of places is not heeded, and answers have no header of ours.
-    """
+    """A popular model has a place per replica, another keeps its one; clients' own headers are ignored."""
     mine = {"x-loramux-place": "mine"}
     for model in (*MODELS[1:], *["popular"] * 470):
         await fleet.web.get("/health", headers=mine | {"x-loramux-model": model})
@@ -170,12 +167,7 @@ async def test_the_log_has_no_prompt(fleet: Fleet) -> None:
 
 
 async def test_a_replica_without_tokens_is_left(tmp_path: Path) -> None:
-    """A stream without a token in time is answered elsewhere, and its replica gets no others.
-
-    Other answers wait.
-
-    Headers of an answer that is not streamed come with its last token, so no time is set for its first.
-    """
+    """A replica whose stream has no token in time loses it and gets no others; whole answers may wait."""
     async with behind_envoy(Fleet(tmp_path), first_token_s=1) as fleet:
         slow = fleet.replicas[await fleet.replica_of("lora1")].service
         slow.tokens.clear()

@@ -113,10 +113,7 @@ def test_no_request_fails_when_a_replica_stops(fleet: Fleet, calls: int, streams
 
 @pytest.mark.parametrize("calls", [8, pytest.param(100, marks=pytest.mark.sweep)])
 def test_a_replica_that_is_killed_takes_only_what_it_had_begun(fleet: Fleet, calls: int) -> None:
-    """SIGKILL: a request without a token is answered elsewhere, over both APIs.
-
-    A stream with tokens is UNAVAILABLE.
-    """
+    """After SIGKILL, requests without a token are answered elsewhere by both APIs; streams are UNAVAILABLE."""
     dying = fleet.victim()
     with Client(fleet.proxy.grpc) as client, ThreadPoolExecutor(calls) as pool:
         begun = client.generate("all", "HELLO", max_tokens=240, n=32, ignore_eos=True, timeout_s=BOUND_S)

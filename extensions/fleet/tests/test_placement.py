@@ -53,9 +53,7 @@ def test_no_replica_has_many_more_than_the_mean(
 
 
 def test_popular_models_are_at_several_replicas() -> None:
-    """The model with half the requests of many is at several replicas, begun at another by each client; others
-    are not.
-    """
+    """The model with half the requests is at several replicas, and each client begins at another of them."""
     popularity = Popularity()
     for number in range(2000):
         popularity.copies("popular", 10)

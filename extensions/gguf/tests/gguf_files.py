@@ -35,10 +35,7 @@ def write_gguf(
     kinds: Callable[[str], str],
     fields: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint as GGUF, its matrices of random blocks, which become those of the checkpoint.
-
-    kinds says of which type a tensor is, by its name in the file.
-    """
+    """Write a GGUF of random matrices, and put these into the checkpoint; ``kinds`` are types by name."""
     arch = config["model_type"]
     writer = gguf.GGUFWriter(path, arch)
     sizes = {

@@ -97,9 +97,7 @@ def test_gptq_is_described_by_a_file_beside_the_config_too(tmp_path: Path, name:
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_each_number_of_fp8_is_read(tmp_path: Path, kind: torch.dtype, dtype: torch.dtype) -> None:
-    """Every number of both FP8 types is read, those below the smallest normal number too; NaN and infinity are
-    refused.
-    """
+    """Every number of both FP8 types is read, subnormal ones too; NaN and infinity are refused."""
     every = torch.arange(256, dtype=torch.uint8).view(kind)
     finite = every[every.float().isfinite()]
     weight, scale = finite.repeat(2, 1), torch.tensor([[0.25], [3.7]])

@@ -82,9 +82,7 @@ FOUR_BITS = {
 def test_weights_of_4_bits_stay_packed_for_the_kernels_of_gpus(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups of 32 are multiplied as they are, others are widened: both mean the same tokens. One base has
-    another order of its heads' rows.
-    """
+    """Groups of 32 are multiplied as they are, others are widened: both mean the same tokens."""
     monkeypatch.setattr(lowbit, "GROUP", 32)
     width = 96 if name == "pack-symmetric" else 80  # not whole groups: down_proj is widened
     sizes = {"hidden_size": 64, "intermediate_size": width, "num_attention_heads": 4}
@@ -167,9 +165,7 @@ def test_transformers_reads_the_same_from_the_same_files(tmp_path: Path, name: s
 
 
 def test_what_widening_takes_is_reported_beforehand(plain: World, tmp_path: Path) -> None:
-    """A check and a start report the widening beforehand, with the bytes of the files and of
-    memory.
-    """
+    """A check and a start report the widening beforehand, with the bytes of files and memory."""
     keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
     store = MemoryStore()
     world = replace(

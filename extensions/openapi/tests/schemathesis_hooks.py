@@ -24,10 +24,7 @@ FEW = {
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    """Ask for little, and write whole numbers without a fraction.
-
-    5.0 is an integer of JSON Schema and none of this API's, whose types are strict.
-    """
+    """Ask for little, and write 5.0 as 5: both are integers of JSON Schema, only the latter of this API."""
     if isinstance(case.body, dict):
         case.body = {name: _few(name, value) for name, value in _whole(case.body).items()}
 
@@ -58,9 +55,7 @@ def after_call(context: Any, case: Any, response: Any) -> None:
 
 @schemathesis.check
 def is_as_described(ctx: CheckContext, response: Any, case: Any) -> None:
-    """A body that the document allows may break a rule between fields, but is never unknown or of a
-    wrong type.
-    """
+    """A body that the document allows breaks at most a rule between fields: no field or type is refused."""
     positive = case.meta is not None and case.meta.generation.mode.is_positive
     if positive and response.status_code == 400:
         message = response.json()["error"]["message"]

@@ -45,9 +45,7 @@ class Watched:
         return self._exporter.get_finished_spans()
 
     async def spans(self, api: str) -> dict[str, ReadableSpan]:
-        """Return the spans of one request, by name, as soon as the server's has ended: a client may be
-        faster.
-        """
+        """Return a request's spans by name once the server's has ended, which may be after the client's."""
 
         def names() -> list[str]:
             return [span.name for span in self.all_spans()]
@@ -101,9 +99,7 @@ def lines() -> Iterator[list[Any]]:
 
 
 def check_chain(spans: dict[str, ReadableSpan], api: str, request: str) -> None:
-    """Check that the server's span is below the client's, the request below it, and its stages below that, in
-    order.
-    """
+    """Check that the server's span is below the client's, then the request's, then its stages in order."""
     assert set(spans) == {api, request, "queue", "prefill", "decode"}
     assert {span.context.trace_id for span in spans.values()} == {int(TRACE, 16)}
     parents = {name: span.parent.span_id for name, span in spans.items() if span.parent}
@@ -119,9 +115,7 @@ def check_chain(spans: dict[str, ReadableSpan], api: str, request: str) -> None:
 
 
 async def test_a_request_over_http_is_traced(watched: Watched) -> None:
-    """An incoming traceparent is honoured from the server to the last token, with the conventions'
-    attributes.
-    """
+    """An incoming traceparent is honoured up to the last token, with the conventions' attributes."""
     answer = await watched.web.post("/v1/completions", json=FIELDS, headers={"traceparent": TRACEPARENT})
     assert answer.status_code == 200
     spans = await watched.spans("POST /v1/completions")

@@ -42,9 +42,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, **variables: str) -> tuple[Tracing |
     ],
 )
 def test_nobody_asks(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces are off without a variable that asks for them, or with one that forbids them: nothing is sent or
-    logged.
-    """
+    """Unless a variable asks for traces and none forbids them, nothing is sent or logged."""
     assert opened(monkeypatch, **variables) == (None, [])
 
 

@@ -121,10 +121,7 @@ def files_of(store: MemoryStore, name: str) -> dict[str, bytes]:
 
 
 def tampered(store: MemoryStore, name: str, change: Change, file: str = WEIGHTS_FILE) -> MemoryStore:
-    """A store in which a bundle was changed and every digest made right again; its proof is the old one.
-
-    Of the vocabulary, all of it is one row.
-    """
+    """A store with a changed bundle, its digests made right and its proof old; a vocabulary is one row."""
     other = copied(store)
     old = current_generation(other, "tiny").adapters[name].digest
     bundle = read_bundle(other, old)
@@ -233,8 +230,7 @@ ROWS = {"wide": 4, "all": 14, "rs": 4}
 def test_a_single_row_that_is_zeroed_or_doubled_is_caught_in_bfloat16(
     world: World, bfloat16: MemoryStore, index: int, factor: float
 ) -> None:
-    """Any one row, in the coarsest type: the adapter is not served, and the row is named; each adapter that has
-    so many rows is changed in one."""
+    """An adapter with any one row changed is refused in the coarsest type, and the row is named."""
     store, stated = bfloat16, {}
     for name, count in ROWS.items():
         if index < count:

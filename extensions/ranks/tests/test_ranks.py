@@ -77,8 +77,7 @@ def request(ready: Ready, name: str, draw: random.Random) -> Sequence:
 
 @pytest.mark.parametrize("requests", [24, pytest.param(300, marks=pytest.mark.sweep)])
 def test_random_steps_give_the_tokens_of_one_process(built: tuple[World, Store], requests: int) -> None:
-    """Requests that come at random, drafts, grammars, prefixes that are found, sequences that are preempted and
-    adapters that leave and come back give the tokens of one process, its log probabilities and vectors."""
+    """Random requests of every kind, with preemption and changing adapters, get the answers of one process."""
     found: list[dict[str, list[StepOutput]]] = []
     for ranks in (1, 2):
         ready = load(built, tensor_parallel=ranks, kv_memory_gb=64 * 2 * 2 * 2 * 8 * 4 / 1e9 / ranks)
@@ -116,8 +115,7 @@ def take(ready: Ready, answers: dict[str, list[StepOutput]]) -> None:
 
 
 async def test_adapters_come_leave_and_change_while_others_stream(built: tuple[World, Store]) -> None:
-    """Streams of all models in a bank with room for one adapter at a time answer as one process does; a bundle
-    that is damaged for one rank fails on all, by its name; and names move to other versions meanwhile."""
+    """Streams through a bank of one adapter answer as one process does, while bundles fail or names move."""
     world, store = built
     requests = [(model, [5, 6, 7, 8, 9 + place]) for place, model in enumerate(MODELS[:4] * 2)]
     one = load(built, tensor_parallel=1, adapter_memory_gb=None)
@@ -199,8 +197,7 @@ def test_a_rank_that_begins_late_is_waited_for() -> None:
 
 
 def test_what_ranks_cannot_compute_is_refused_at_the_start(built: tuple[World, Store]) -> None:
-    """Heads that cannot be divided, answers that must not depend on the batch, more ranks than GPUs, and an
-    adapter with a proof are refused before any process is started."""
+    """Heads, settings, GPUs and adapters that ranks cannot divide are refused before any process is started."""
     for settings, found in (
         ({"tensor_parallel": 4}, "6 query heads, which it does not divide"),
         ({"deterministic": True}, "the order in which ranks are summed"),

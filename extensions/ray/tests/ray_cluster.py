@@ -152,9 +152,7 @@ class RayFleet:
         return sum(count for state, count in states.items() if state == "RUNNING")
 
     def ask(self, question: Callable[[Any], Any]) -> list[Any]:
-        """Return the results of a function, not one of a module, in the process of each replica, given its
-        `Engine`.
-        """
+        """Return the results of a function of the `Engine`, not one of a module, in each replica's process."""
 
         def within(actor: Any) -> Any:
             engine = actor._replica_impl._user_callable_wrapper._callable

@@ -86,12 +86,7 @@ def content_of(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def agree(one: Any, other: Any) -> bool:
-    """Return True if answers are equal but for the last digits of scores.
-
-    Rows round by the batch's composition.
-
-    How many rows of a prompt a step has depends on the time that earlier steps took.
-    """
+    """Return True if answers are equal but for the last digits of scores, which vary with batch and timing."""
     if isinstance(one, float):
         return bool(one == pytest.approx(other, abs=1e-4))
     if is_dataclass(one) and not isinstance(one, type):
@@ -211,10 +206,7 @@ def switched(fleet: RayFleet, path: str, *, paused: bool) -> None:
 
 
 def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: Client) -> None:
-    """A request without a token is answered by another replica.
-
-    One with tokens is UNAVAILABLE, with a delay.
-    """
+    """A request without a token is answered by another replica; a stream is UNAVAILABLE, with a delay."""
     expected = {name: client.complete(name, PROMPT, **FIELDS).text for name in NAMES}
     begun: dict[str, Generator[Event, None, None]] = {}
 
@@ -261,9 +253,7 @@ def end_of(events: Generator[Event, None, None]) -> str:
 
 
 def test_a_generation_comes_while_it_is_served(fleet: RayFleet, client: Client, world: World) -> None:
-    """An adapter that is pushed to the builder through Ray's proxy is served by every replica, without a
-    deploy.
-    """
+    """An adapter that is pushed to the builder through Ray's proxy is served by every replica."""
     stop, failures = threading.Event(), []
 
     def traffic() -> None:

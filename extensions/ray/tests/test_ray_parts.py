@@ -22,8 +22,7 @@ DEPLOY = ROOT / "deploy" / "ray"
 
 
 def test_requests_of_an_adapter_have_its_name_as_key_however_it_is_written():
-    """A version, a scale, and the base's name before it, go where the adapter goes, mixtures of the same
-    adapters together, and the base anywhere."""
+    """Versions, scales and blends go where their adapters go, and the base anywhere."""
     for name in ("a", "a@0123abcd", "base:a", "a*0.5", "base:a*0.5 + a"):
         assert key_of(name, "base") == "a"
     assert key_of("b*0.7+a", "base") == key_of("base:a*0.1 + b@0123abcd*2", "base") == "a+b"

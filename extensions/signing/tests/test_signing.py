@@ -37,9 +37,7 @@ def command(*words: str) -> int:
 
 @pytest.mark.parametrize("kind", ["key", "certificate"])
 def test_folders_are_signed_as_the_library_does_it(adapter, tmp_path, kind):
-    """A signature of `loramux sign` is verified by the library's command, and the reverse; changed, both refuse
-    it.
-    """
+    """`loramux sign` and the library verify each other's signatures, and both refuse a changed folder."""
     (new_key if kind == "key" else new_certificate)(tmp_path)
     key, signature = str(tmp_path / "key.pem"), str(adapter / SIGNATURE)
     ours, theirs, signer, trust = ["--key", key], ["--private_key", key], tmp_path / "key.pub", "--public_key"

@@ -156,9 +156,7 @@ async def test_a_request_ends_on_the_version_that_it_began_with(apis: ReplicaApi
 
 
 async def test_http_says_who_answers(apis: ReplicaApis) -> None:
-    """The answering model is named in the body, and in headers of whole answers and of streams; the base has no
-    digest.
-    """
+    """The body, and headers of answers and streams, name the answering model; the base has no digest."""
     for fields in ({}, {"stream": True}):
         answer = await apis.ask("one", **fields)
         assert answer.headers["x-loramux-model"] == "rs"
@@ -190,9 +188,7 @@ async def test_an_alias_sticks_to_a_user_at_both_apis(apis: ReplicaApis) -> None
 async def test_a_replica_catches_up_first(
     world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
 ) -> None:
-    """A replica catches up where it can; a generation that it cannot find is REPLICA_BEHIND, with the time to
-    retry.
-    """
+    """A replica catches up with a generation, or is REPLICA_BEHIND with a time to retry."""
     store = copied(built[0])
     async with opened(world[0], store) as apis:
         with pytest.raises(ReplicaBehind) as behind:

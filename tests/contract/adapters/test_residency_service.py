@@ -97,9 +97,7 @@ async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
 async def test_names_switch_under_running_requests(
     opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
 ) -> None:
-    """Generations exchange which adapter a name stands for, while requests for it come all the time:
-    each is answered by the digest that its AnswerStarted names, from the first token to the last, also while
-    the bank is too small for all of them."""
+    """While names switch, each request is answered to its end by the digest that AnswerStarted names."""
     store = copied(world[1])
     service = await opened((world[0], store), adapter_memory_gb=SMALL)
     generation = current_generation(store, "tiny")

@@ -204,9 +204,7 @@ async def _update(client: Any, name: str, folder: Path) -> None:
 def test_its_client_of_servers_reads_tokens_and_their_log_probabilities(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The online trainers' requests in server mode are answered: texts for ids, and the likelihood of whole
-    sequences.
-    """
+    """Online trainers in server mode get texts for ids, and the log probabilities of whole sequences."""
     module = import_module("trl.generation.vllm_client")
     monkeypatch.setattr(module, "is_vllm_available", lambda: True)  # it uses nothing of that package
     client = module.VLLMClient(base_url=url, connection_timeout=BOUND_S)

@@ -59,9 +59,7 @@ class World:
         return state
 
     def check_reader(self, store: MemoryStore) -> Generation:
-        """Check that a reader sees the old generation or the new one, and every bundle of every generation
-        whole.
-        """
+        """Check that a reader sees the old generation or the new one, and every bundle of each whole."""
         for number in generation_numbers(store, "tiny"):
             for record in read_generation(store, "tiny", number).adapters.values():
                 read_bundle(store, record.digest)

@@ -117,9 +117,7 @@ async def test_a_file_that_is_built_again_leaves_what_was_added(world: World) ->
 
 
 async def test_what_stays_is_made_again_for_other_settings(world: World) -> None:
-    """An adapter with a source is made again; a pushed one has none, and the build is refused rather than to
-    lose it.
-    """
+    """An adapter with a source is made again; a pushed one has none, and the build is refused."""
     await world.update("two")
     wide = world.deployment("one", lora_configuration={"dtype": "float32"})
     done = await world.build(wide)

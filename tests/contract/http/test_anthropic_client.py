@@ -182,9 +182,7 @@ async def test_what_http_refuses_has_the_same_shape(api: OpenAIApi) -> None:
 
 
 async def test_keys_come_in_either_header(tmp_path: Path) -> None:
-    """Keys come as the client sends them, and as clients did before; a missing one is a fault in Anthropic's
-    shape.
-    """
+    """Keys come in today's header or the former; a missing one is a fault in Anthropic's shape."""
     async with scripted(tmp_path, Guard(Keyring(text=lines(ENTRY, METRICS_ENTRY)))) as (service, client):
         service.say("Ahoy!", "Ahoy!")
         assert (await client.messages.create(**SENT)).content[0].text == "Ahoy!"

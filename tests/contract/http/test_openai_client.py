@@ -237,9 +237,7 @@ def _end(choice: Any) -> tuple[str | None, str | int | None]:
 
 
 async def test_a_response_to_too_much_begins_later(api: OpenAIApi) -> None:
-    """The first turns are left out where allowed: as few as possible, and never instructions nor half a
-    turn.
-    """
+    """As few first turns as possible are left out where allowed, never instructions nor half a turn."""
     most = api.ready.service.limits.max_seq_len
     turns: list[Any] = []
     for nth in range(40):

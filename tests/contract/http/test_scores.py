@@ -108,9 +108,7 @@ async def test_the_bundle_has_the_head_as_it_is(made: tuple[World, MemoryStore])
 
 @pytest.mark.parametrize("model", LABELS)
 async def test_scores_equal_transformers(made: tuple[World, MemoryStore], api: OpenAIApi, model: str) -> None:
-    """Scores of token ids, in chunks, beside each other and an answer: logits, and the probabilities of
-    labels.
-    """
+    """Scores of token ids, in chunks and beside an answer, are transformers' logits and label probabilities."""
     expected = logits(made[0], model, PROMPTS)
     raw = await answer_of(api, "/classify", model=model, input=PROMPTS, use_activation=False)
     close([each["probs"] for each in raw["data"]], expected)

@@ -76,9 +76,7 @@ SLOW: dict[str, tuple[tuple[str, bool], bytes, int | None, bytes, int | None]] =
 async def test_a_request_that_trickles_ends_at_its_limit(
     apis: EndlessApis, clock: Clock, first: bytes, answered: int | None, piece: bytes, status: int | None
 ) -> None:
-    """A request that has begun is 408, and a connection without one just ends; no byte that comes renews the
-    limit.
-    """
+    """A slow request is 408, a connection without one just ends, and no byte that comes renews the limit."""
     client = await apis.raw(first)
     if answered:
         assert (await client.answer())[0] == answered

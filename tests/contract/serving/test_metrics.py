@@ -70,9 +70,7 @@ async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
 
 
 async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
-    """A request that failed or went away is counted under its reason, and no name that a client made up is a
-    label.
-    """
+    """A request that failed or went away is counted under its reason, and no invented name is a label."""
     service = api.ready.service
     server = silent_server(service)
     async with AsyncClient(await server.start()) as client:

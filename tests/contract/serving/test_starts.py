@@ -109,9 +109,7 @@ def test_a_taken_address_is_reported_before_anything_is_read(api: str, silent: s
 
 
 def test_a_deployment_that_is_not_there_is_reported_before_torch_is_imported(tmp_path: Path) -> None:
-    """The deployment is read like settings: a process that is refused has imported nothing that takes
-    seconds.
-    """
+    """The deployment is read like settings: a refused process has imported nothing that takes seconds."""
     program = (
         "import sys; from inference_service.__main__ import main; status = main(); "
         "sys.exit(status if 'torch' not in sys.modules else 99)"

@@ -52,9 +52,7 @@ def scrape(series: ModelSeries) -> Scrape:
 
 
 def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
-    """A scrape of 1,000 resident and used models has as many as are set: the counters of those that began
-    first, of the others the sum, and the places of those that were used last.
-    """
+    """A scrape of 1,000 used models has the counters of as many as are set, and the sum of the others."""
     replica = operated([f"customer-support-{number:05}" for number in range(1000)])
     metrics = metrics_of(replica, most=20)
     for number, model in enumerate(replica.names.everything[1:]):

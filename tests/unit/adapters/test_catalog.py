@@ -175,9 +175,7 @@ def test_thousands_of_adapters_are_cheap() -> None:
 
 
 def test_base_is_a_name_of_the_base() -> None:
-    """The name `base` is the base where nothing else has it; not where no base is served, or the caller may not
-    use it.
-    """
+    """`base` is the base where nothing else has the name, a base is served, and the caller may use it."""
     known = Catalog(1, "tiny", [ServedModel("tiny"), ServedModel("a", Adapter("a"))])
     assert known.resolve("base") == known.get("tiny")
     with caller("a"), pytest.raises(ModelNotFound, match="no model 'base'"):

@@ -267,9 +267,7 @@ def test_what_needs_a_restart(fields, reason):
 
 
 def test_a_merged_adapter_cannot_change():
-    """A merged adapter is part of the weights: another version, name or second adapter needs a restart, the
-    same does not.
-    """
+    """Another version, name or second adapter beside a merged one needs a restart, the same does not."""
     merged = generation("one", serve_base=False)
     assert merged.merged == "one"
     assert needs_restart(merged, generation("one", serve_base=False)) is None

@@ -59,9 +59,7 @@ def test_tensors_and_bytes_of_rows(rows: tuple[ModuleRow, ...], tensors: int, by
 
 
 def judged(*adapters: str, in_file: bool = False, **fields: Any) -> list[tuple[str, str]]:
-    """Return the places where names of a deployment with base "base" and alias "al" do not fit, and the names
-    found.
-    """
+    """Return where names do not fit a deployment with base "base" and alias "al", and the names found."""
     aliases = {"al": {"one": 1, "two": 0}}
     names = ModelNames(**{"base": "base", "adapters": adapters, "aliases": aliases} | fields)
     return [(finding.where, finding.found) for finding in names.findings(in_file=in_file)]

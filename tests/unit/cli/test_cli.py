@@ -86,9 +86,7 @@ def test_models_are_a_table(fakes: Fakes) -> None:
 
 
 def test_a_model_without_text_is_refused_with_what_it_serves() -> None:
-    """Labels are listed by name, as many as fit a line; an adapter that generates has no such line. A newer
-    service may have words that this command does not.
-    """
+    """Labels are listed by name as far as they fit a line; words of newer services are accepted."""
     assert kind(("lora", "spline", "embedding"), {"embedding": 2}) == "LoRA, spline, embedding (2 rows)"
     assert kind(()) == ""
     assert kind(("lora", "classifier"), num_labels=2) == "LoRA, classifier (2 labels)"

@@ -34,10 +34,7 @@ _ids = itertools.count()
 
 @dataclass
 class Device:
-    """A runner whose layers read their caches as attention and a recurrence do; tokens are checksums of it.
-
-    It works in the order of submission, like a stream: what a block or a slot holds is what was written last.
-    """
+    """A runner whose layers read caches as attention and a recurrence do; tokens are checksums of them."""
 
     depth: int
     windows: Windows
@@ -199,10 +196,7 @@ def _expect_sound(engine: Engine, manager: BlockManager) -> None:
 @settings(max_examples=examples(70), deadline=None)
 @given(BASES, st.lists(st.one_of(REQUESTS, st.just("step"), st.integers(0, 9)), min_size=1, max_size=30))
 def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) -> None:
-    """Every answer is that of the request alone, for all layers and any memory, with prompts in chunks, shared
-    prefixes, adapters, preemption, stop tokens and aborts at any step; no block is held twice, none is released
-    that a row needs, and everything comes back at the end.
-    """
+    """Answers equal those of the request alone, for all layers and any memory; no block leaks."""
     engine, _, manager = base.engine()
     added: dict[str, tuple[list[int], SamplingParams, int]] = {}
     outputs: list[StepOutput] = []
@@ -252,8 +246,7 @@ def _run(engine: Engine, manager: BlockManager, prompt: list[int], new: int = 1,
 
 
 def test_a_prefix_is_found_where_a_window_can_still_see_what_it_needs() -> None:
-    """A sliding layer needs the last blocks before the place alone; where they are gone a shorter prefix is
-    found, or none."""
+    """A sliding layer needs the last blocks alone; without them a shorter prefix is found, or none."""
     engine, _, manager = Base((None, 6), blocks=30, sliding=4, rows=16).engine()
     prompt = list(range(41))
     assert _run(engine, manager, prompt).progress.num_cached == 0

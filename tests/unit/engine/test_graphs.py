@@ -139,9 +139,7 @@ def test_launches_of_other_threads_are_in_no_trace() -> None:
 
 
 def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA refuses allocations of pinned memory to the capturing thread alone: adapters may load. All recorders
-    share a stream, and each purpose has one.
-    """
+    """Other threads may pin memory during a capture; recorders share a stream, and each purpose has one."""
     modes: list[str] = []
     made: list[MagicMock] = []
 

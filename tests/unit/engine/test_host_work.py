@@ -69,9 +69,7 @@ def coming_and_going(seqs: int, *, waiting: int, queues: int, adapters: int) -> 
 
 
 def test_a_step_costs_what_its_sequences_do() -> None:
-    """The work of a step does not depend on the length of contexts, nor on the number of loaded adapters beside
-    those in use; four times the sequences are at most four times the work.
-    """
+    """A step's work depends on its sequences, not on the length of contexts nor on other loaded adapters."""
     usual = instructions(BASE)
     for context, loaded in ((4096, 64), (256, 1000)):
         assert instructions(Point("decode", SEQS, context, loaded)) == pytest.approx(usual, rel=0.02)
@@ -80,9 +78,7 @@ def test_a_step_costs_what_its_sequences_do() -> None:
 
 @pytest.mark.parametrize("queues", [1, 1000], ids=["one queue", "a queue each"])
 def test_admission_costs_what_is_admitted(queues: int) -> None:
-    """A quarter of the sequences ends in every step, and others come: four times as many are as much more work,
-    whether they share a queue or have one each.
-    """
+    """Four times as many admitted sequences are as much more work, in one queue or in one each."""
     few, many = (coming_and_going(seqs, waiting=4, queues=queues, adapters=ACTIVE) for seqs in (24, 96))
     assert counted(many, ANSWER) < 4.4 * counted(few, ANSWER)
 

@@ -77,9 +77,7 @@ def test_it_fails_and_nothing_of_it_is_found(fields: dict[str, object]) -> None:
 
 
 def test_after_three_within_a_minute_a_version_is_refused() -> None:
-    """The version is refused in every request, blends too; others are served, and errors that are further apart
-    do not count.
-    """
+    """The version is refused alone and in blends; others are served, and rarer errors do not count."""
     world = World()
     for _ in range(OVERFLOWS - 1):
         assert world.reason("bad", world.bad) == "NUMERICS"

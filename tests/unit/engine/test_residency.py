@@ -313,8 +313,7 @@ def test_a_pinned_adapter_that_failed_is_tried_again_when_nobody_asks() -> None:
 
 
 def test_mixtures_that_want_the_same_places_take_turns() -> None:
-    """Four endless blends of two adapters share two places: no blend holds half of another's adapters, no place
-    is idle, and each blend has its share of the tokens."""
+    """Four endless blends share two places: none deadlocks, no place is idle, and each has its share."""
     world = World(2, [1] * 5, adapters=2)
     requests = [world.ask(*group, new=300) for group in ((0, 1), (2, 3), (1, 2), (3, 0), (4,))]
     world.settle(20000)
@@ -387,10 +386,7 @@ def _act(world: World, action: tuple[list[int], int, str] | tuple[str, int], mos
     st.integers(1, 3),
 )
 def test_every_request_ends_once_on_its_own_digest(actions, sizes, units, depth, adapters) -> None:
-    """Every step reads the matrices of the digests that its sequences name, for any order of arrivals, loads,
-    failures, evictions, pins and aborts, of adapters and blends, until it is resolved; every request that is
-    not aborted ends once, and in the end nothing is held.
-    """
+    """Every step reads the digests that its sequences name; each request ends once, and nothing stays held."""
     world = World(units, sizes, depth, adapters=adapters)
     requests = [seq for action in actions if (seq := _act(world, action, adapters)) is not None]
     world.settle()

@@ -121,9 +121,7 @@ REQUEST = st.tuples(
     st.lists(st.one_of(REQUEST, st.just("step"), st.just("abort")), min_size=1, max_size=40), st.integers(8, 30)
 )
 def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blocks: int) -> None:
-    """No bound is exceeded by any arrivals, aborts, expiries and preemptions; a request that is not aborted
-    ends exactly once, and all blocks come back.
-    """
+    """No arrivals, aborts or preemptions exceed a bound; each request ends once, and all blocks come back."""
     engine, runner, blocks = _engine(blocks=num_blocks, max_tokens=16, max_seqs=4, max_adapters=2)
     added: dict[str, Sequence] = {}
     aborted: set[str] = set()
@@ -160,9 +158,7 @@ def _served(runner: FakeRunner) -> Counter[str]:
 
 
 def test_flows_are_served_by_their_weights() -> None:
-    """A model of three times the weight gets three times the tokens of another, where both have more to do than
-    there are seats, however many requests the other sends.
-    """
+    """A model of three times the weight gets three times the tokens, however many requests the other sends."""
     engine, runner, _ = _engine(max_seqs=4, blocks=200)
     _add(engine, *(_seq(2, 400, flow="light") for _ in range(30)))
     _add(engine, *(_seq(2, 400, flow="heavy", share=Share(weight=3.0)) for _ in range(8)))
@@ -181,9 +177,7 @@ def test_a_model_that_asks_once_does_not_wait_for_endless_streams() -> None:
 
 
 def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
-    """Models that ask once, one after the other, take one seat from an endless stream, which computes its last
-    rows again each time: once the credit is used up, they wait for longer.
-    """
+    """Models that ask once preempt an endless stream, each time at its cost, until the credit is used up."""
     engine, runner, _ = _engine(max_seqs=1, blocks=4000)
     _add(engine, _seq(2, 8000, flow="endless"))
     _run(engine, 5)
@@ -208,8 +202,7 @@ def test_a_queue_runs_at_most_its_share() -> None:
 
 
 def test_a_queue_at_its_share_delays_no_other() -> None:
-    """All seats are taken, and the model that was served least has as many as its share allows: the next one
-    makes room for itself all the same."""
+    """The model that was served least makes room for itself, also when another is at its share."""
     engine, _, _ = _engine(max_seqs=4, max_tokens=16, blocks=2000)
     _add(engine, *(_seq(2, 1500, flow="endless") for _ in range(3)))
     _add(engine, *(_seq(2, 1500, flow="bounded", share=Share(weight=50.0, max_running=1)) for _ in range(2)))
@@ -220,8 +213,7 @@ def test_a_queue_at_its_share_delays_no_other() -> None:
 
 
 def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
-    """A model that comes back after a while starts level with the others, without credit for the absence and
-    without debt for earlier use."""
+    """A model that comes back starts level with the others, without credit or debt."""
     engine, runner, _ = _engine(max_seqs=2, blocks=400)
     _add(engine, *(_seq(2, 1000, flow="steady") for _ in range(3)))
     _run(engine, 200)

@@ -126,9 +126,7 @@ def _streaming(machine: Machine) -> Engine:
     ("row_s", "token_s"), [(0.0006, 5e-7), (0.0002, 2e-8), (0.002, 0.0)], ids=["steep", "flat", "slow"]
 )
 def test_a_step_beside_streams_takes_a_small_multiple(depth: int, row_s: float, token_s: float) -> None:
-    """Hardly a step is three times as long as one that only decodes, for any cost of rows and their contexts,
-    and the time that prompts may have is used.
-    """
+    """Hardly a step is three times as long as a decode, and the time that prompts may have is used."""
     machine = Machine(depth, row_s=row_s, token_s=token_s)
     engine = _streaming(machine)
     long = _add(engine, *(_seq(LONG) for _ in range(4)))

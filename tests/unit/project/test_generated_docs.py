@@ -79,10 +79,7 @@ ROOMS = ("", "inference_service", "builder_service", "shared/loramux_shared", "d
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_points_to_is_there(page: Path) -> None:
-    """Folders and modules in backquotes, and files behind links, exist; a room may be left out of a path.
-
-    Pages of extensions may be gone with their folder.
-    """
+    """Folders, modules and linked files exist, except extensions' own; a room may be left out of a path."""
     text = page.read_text()
     named = set(re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", text)) - ELSEWHERE
     linked = set(re.findall(r"\]\((?!https?:)([^)#]+)", text))

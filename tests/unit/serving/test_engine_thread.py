@@ -179,8 +179,7 @@ async def test_what_is_under_way_is_ended_on_request(threads: Threads) -> None:
 
 @pytest.mark.parametrize("called_off", [False, True])
 async def test_what_is_under_way_may_end_first(threads: Threads, called_off: bool) -> None:
-    """The pause returns after its end, or when it is cancelled; later requests have not begun, and continue
-    afterwards."""
+    """The pause returns after the running requests, or when cancelled; later ones continue afterwards."""
     device, thread, task, pause = await _pausing(threads, PauseMode.WAIT)
     late = asyncio.create_task(end(submit(thread)))
     if called_off:

@@ -87,9 +87,7 @@ class Meter(CudaMemory):
     ids=str,
 )
 def test_the_largest_step_fills_every_bound(limits: SchedulerLimits) -> None:
-    """The largest step has as many rows and sequences as may be, each at the longest context and drawn for,
-    with adapters.
-    """
+    """The largest step has the most rows and sequences, each at the longest context, with adapters."""
     batch = largest_step(limits, ADAPTERS, 16)
     assert len(batch.chunks) == min(limits.max_seqs, limits.max_tokens)
     assert batch.num_tokens == min(limits.max_tokens, limits.max_seqs * limits.max_seq_len)
