@@ -61,9 +61,7 @@ def https_of(allowed: tuple[str, ...]) -> Https:
 
 
 def source(
-    allowed: tuple[str, ...] = ("files.test",),
-    patience: RetryPolicy | None = None,
-    **secrets,
+    allowed: tuple[str, ...] = ("files.test",), patience: RetryPolicy | None = None, **secrets
 ) -> UrlSource:
     """The source as a service opens it."""
     environment = {f"LORAMUX_SECRET_{name}": json.dumps(value) for name, value in secrets.items()}

@@ -6,12 +6,7 @@ from dataclasses import replace
 import pytest
 
 from loramux_shared.bases.cache import Cache, KeptTokens
-from loramux_shared.bases.memory import (
-    Needs,
-    plan_memory,
-    token_bytes,
-    weights_bytes,
-)
+from loramux_shared.bases.memory import Needs, plan_memory, token_bytes, weights_bytes
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.runtime import Rounding

@@ -15,16 +15,7 @@ from hatchling.builders.wheel import WheelBuilder
 
 import loramux
 from inference_service.kernels.cpu import compiling
-from loramux import (
-    AsyncClient,
-    Client,
-    Delta,
-    DeploymentState,
-    FinishReason,
-    Stage,
-    faults,
-    load_deployment,
-)
+from loramux import AsyncClient, Client, Delta, DeploymentState, FinishReason, Stage, faults, load_deployment
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2
 from loramux.mapping import completion_of, deployment_of, event_of
