@@ -12,17 +12,10 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import Facts
 from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import AdapterState, ResidencyStats, Standing
+from loramux_shared import faults
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.bundle.manifest import AdapterSummary
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import (
-    AdapterExists,
-    BundleNotFound,
-    Fault,
-    GenerationNotFound,
-    ModelNotFound,
-    ReplicaBehind,
-)
 from tests.support import generations
 
 SUMMARY = AdapterSummary(
@@ -57,7 +50,7 @@ class FakeResidency:
         self.calls: list[tuple[str, str]] = []
         """Calls, with the last digits of the digest."""
         self.known: dict[Adapter, Standing] = {}
-        self.fails: Fault | None = None
+        self.fails: faults.Fault | None = None
         self.looked_at = 0
 
     @property
@@ -116,7 +109,7 @@ class FakeDeployment:
         self.asked: list[tuple[str, Repository, bool]] = []
         self.racing: list[Mapping[str, int]] = []
         """Changes that others publish right before the next ones."""
-        self.refuses: Fault | None = None
+        self.refuses: faults.Fault | None = None
 
     @property
     def newest(self) -> Generation:
@@ -135,27 +128,27 @@ class FakeDeployment:
         self.asked.append((name, repository, must_be_new))
         self._race()
         if must_be_new and name in self.newest.adapters:
-            raise AdapterExists(f"expected a new adapter, found {name}")
+            raise faults.AdapterExists(f"expected a new adapter, found {name}")
         return self.publish(self.newest.adapters | {name: record(1000 + len(self.history))})
 
     async def remove(self, name: str) -> int:
         """Publish one less."""
         self._race()
         if name not in self.newest.adapters:
-            raise ModelNotFound(f"no adapter {name!r} in the deployment")
+            raise faults.ModelNotFound(f"no adapter {name!r} in the deployment")
         return self.publish({other: each for other, each in self.newest.adapters.items() if other != name})
 
     async def roll_back(self, to: int | None) -> int:
         """Publish an older one."""
         self._race()
         if len(self.history) < (2 if to is None else to):
-            raise GenerationNotFound(f"no generation {to} among {len(self.history)}")
+            raise faults.GenerationNotFound(f"no generation {to} among {len(self.history)}")
         return self.publish(self.history[-2 if to is None else to - 1].adapters)
 
     async def catch_up(self, number: int) -> None:
         """Take the newest over."""
         if self.newest.number < number:
-            raise ReplicaBehind(f"expected {number}, found {self.newest.number}")
+            raise faults.ReplicaBehind(f"expected {number}, found {self.newest.number}")
         self.adapters.apply(self.newest)
         self.standing = FollowerStanding(self.newest.number, self.newest.number)
 
@@ -174,7 +167,7 @@ class FakeBundles:
 
     async def record(self, digest: str) -> AdapterRecord:
         if digest not in self.digests:
-            raise BundleNotFound(f"the store has no bundle {digest[:12]}")
+            raise faults.BundleNotFound(f"the store has no bundle {digest[:12]}")
         source = Repository(source=SourceKind.HF, repo="org/pushed")
         return AdapterRecord(digest=digest, source=source)
 

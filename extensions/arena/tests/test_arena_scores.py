@@ -16,14 +16,7 @@ from loramux_arena.judge_url import API_KEY, UrlJudge
 from loramux_arena.likelihood import of_reference
 from loramux_arena.paired import bootstrap, holm, sign_test
 from loramux_arena.scores import SCORERS, scorer
-from loramux_shared.faults import (
-    Fault,
-    RateLimited,
-    RequestInvalid,
-    ServerUnavailable,
-    SettingsInvalid,
-    Unauthenticated,
-)
+from loramux_shared import faults
 from tests.support.cases import cases
 from tests.support.https_server import served
 
@@ -39,7 +32,7 @@ def test_agreement_has_a_name(name: str, answer: str, reference: str, agrees: bo
 @pytest.mark.parametrize("word", ["fuzzy", "regex=", "regex=("])
 def test_scores_that_there_are_not(word: str) -> None:
     """An unknown score and an invalid pattern are refused, with the known scores."""
-    with pytest.raises(SettingsInvalid, match=r"--score"):
+    with pytest.raises(faults.SettingsInvalid, match=r"--score"):
         scorer(word)
     assert all(scorer(name) is SCORERS[name] for name in SCORERS)
 
@@ -87,7 +80,7 @@ def test_tokens_of_a_reference_are_the_last_ones() -> None:
     assert of_reference(prompt, "four ") == (-0.75, 2)
     assert of_reference(prompt, "= four") == (-8.75, 3)
     for reference in ("five", "", " ", "x" * 50):
-        with pytest.raises(RequestInvalid, match="cannot be scored"):
+        with pytest.raises(faults.RequestInvalid, match="cannot be scored"):
             of_reference(prompt, reference)
 
 
@@ -137,15 +130,15 @@ async def test_a_judge_behind_an_address() -> None:
         (200, "I like both", {}, NoVerdict),
         (200, None, {}, NoVerdict),
         (200, "[[", {}, NoVerdict),
-        (401, "", {}, Unauthenticated),
-        (422, "", {}, RequestInvalid),
-        (429, "", {"retry-after": "7"}, RateLimited),
-        (503, "", {}, ServerUnavailable),
-        (307, "", {"location": "http://127.0.0.1:1/"}, RequestInvalid),
+        (401, "", {}, faults.Unauthenticated),
+        (422, "", {}, faults.RequestInvalid),
+        (429, "", {"retry-after": "7"}, faults.RateLimited),
+        (503, "", {}, faults.ServerUnavailable),
+        (307, "", {"location": "http://127.0.0.1:1/"}, faults.RequestInvalid),
     ],
 )
 async def test_judges_that_do_not_judge(
-    status: int, expected: object, headers: dict[str, str], fault: type[Fault]
+    status: int, expected: object, headers: dict[str, str], fault: type[faults.Fault]
 ) -> None:
     """Each failure has a class, which says whether to ask again; a redirect is not followed."""
     with http(status, expected, headers) as (url, received), pytest.raises(fault) as caught:
@@ -159,7 +152,7 @@ async def test_judges_that_do_not_judge(
 async def test_addresses_that_are_none() -> None:
     """Other schemes and a key in the address are refused; a missing address is reported as such."""
     for url in ("file:///etc/passwd", "127.0.0.1:80", "http://key@host/v1"):
-        with pytest.raises(SettingsInvalid, match="--judge-url"):
+        with pytest.raises(faults.SettingsInvalid, match="--judge-url"):
             UrlJudge(url, "judge", "")
-    with pytest.raises(ServerUnavailable, match=r"no answer from the judge at 127\.0\.0\.1:1"):
+    with pytest.raises(faults.ServerUnavailable, match=r"no answer from the judge at 127\.0\.0\.1:1"):
         await UrlJudge("http://127.0.0.1:1/v1", "judge", "").letter(QUESTION_TURNS)

@@ -9,15 +9,8 @@ from structlog.testing import capture_logs
 
 from loramux_clouds.bucket import BucketSource, Opener
 from loramux_clouds.s3 import open_bucket
+from loramux_shared import faults
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import (
-    BundleCorrupt,
-    RepoGated,
-    RepoNotFound,
-    RevisionNotFound,
-    SourceChanged,
-    SourceRefused,
-)
 from loramux_shared.sources.base import Resolved
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.files import content_digest
@@ -117,13 +110,13 @@ def test_only_the_named_files_are_fetched(cloud, tmp_path):
     assert pinned.revision == content_digest(fetched)
     assert source.pin(Resolved(pinned, resolved.files), fetched) == pinned
     other = Resolved(cloud.repo(revision="0" * 64), resolved.files)
-    with pytest.raises(RevisionNotFound, match="expected content 0000"):
+    with pytest.raises(faults.RevisionNotFound, match="expected content 0000"):
         source.pin(other, fetched)
     below = source.resolve(cloud.repo(subfolder="checkpoint-5"))
     assert list(below.files) == ["adapter_config.json"]
     source.fetch(below, ["adapter_config.json"], tmp_path / "below")
     assert (tmp_path / "below" / "adapter_config.json").read_bytes() == b'{"r": 5}'
-    with pytest.raises(RepoNotFound, match="no objects found"):
+    with pytest.raises(faults.RepoNotFound, match="no objects found"):
         source.resolve(cloud.repo(subfolder="check"))
 
 
@@ -133,9 +126,9 @@ def test_an_object_that_changes_is_no_mix(cloud, tmp_path):
     source = cloud.source()
     resolved = source.resolve(cloud.repo())
     cloud.put("one/adapter_config.json", b"[]")
-    with pytest.raises(SourceChanged, match=r"adapter_config\.json: changed since it was listed"):
+    with pytest.raises(faults.SourceChanged, match=r"adapter_config\.json: changed since it was listed"):
         source.fetch(resolved, ["adapter_config.json", "adapter_model.safetensors"], tmp_path / "into")
-    with pytest.raises(SourceChanged):
+    with pytest.raises(faults.SourceChanged):
         source.digests(resolved, ["adapter_config.json"])
     assert not list(tmp_path.rglob("*.json"))
 
@@ -143,12 +136,12 @@ def test_an_object_that_changes_is_no_mix(cloud, tmp_path):
 def test_answers_have_their_reasons(cloud):
     """A missing bucket, a wrong key and an address of another kind have different errors."""
     cloud.fill(FILES)
-    with pytest.raises(RepoNotFound, match=r"no such (bucket|container)"):
+    with pytest.raises(faults.RepoNotFound, match=r"no such (bucket|container)"):
         cloud.source().resolve(cloud.repo(cloud.absent))
-    with pytest.raises(RepoGated, match="Secret 'key' is read from LORAMUX_SECRET_key"):
+    with pytest.raises(faults.RepoGated, match="Secret 'key' is read from LORAMUX_SECRET_key"):
         cloud.source(cloud.wrong).resolve(cloud.repo())
     for address in ("https://host/x", "s3://", "gs://-", "azure://Account/x", f"{cloud.root}?signature=canary"):
-        with pytest.raises(SourceRefused, match=r"expected .*://") as refusal:
+        with pytest.raises(faults.SourceRefused, match=r"expected .*://") as refusal:
             cloud.source().resolve(cloud.repo(address))
         assert "canary" not in str(refusal.value)
 
@@ -162,7 +155,7 @@ def test_secrets_have_a_form(cloud):
         json.dumps(cloud.secret | {"account_key": 7, "private_key": 7}),
     ]
     for text in texts[: 4 if cloud.kind is not SourceKind.S3 else 3]:
-        with pytest.raises(SourceRefused, match="secret 'key': expected") as refusal:
+        with pytest.raises(faults.SourceRefused, match="secret 'key': expected") as refusal:
             cloud.source(text).resolve(cloud.repo())
         assert "canary" not in f"{refusal.value!r}"
 
@@ -170,7 +163,7 @@ def test_secrets_have_a_form(cloud):
 def test_a_secret_that_is_not_set_is_reported(cloud):
     """A missing secret is an error: the server's own credentials never sign for a repository."""
     cloud.fill(FILES)
-    with capture_logs() as logs, pytest.raises(RepoGated, match="LORAMUX_SECRET_key"):
+    with capture_logs() as logs, pytest.raises(faults.RepoGated, match="LORAMUX_SECRET_key"):
         cloud.source(" ").resolve(cloud.repo())
     assert logs[0]["event"] == "secret is not set, continuing without it"
 
@@ -185,7 +178,7 @@ def test_a_base_is_recorded_and_fetched(cloud, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     cloud.put("one/tokenizer.json", b"[]")
     assert fetch_base(record, tmp_path / "cache", sources) == folder
-    with pytest.raises(BundleCorrupt, match=r"tokenizer\.json"):
+    with pytest.raises(faults.BundleCorrupt, match=r"tokenizer\.json"):
         fetch_base(record, tmp_path / "other", sources)
 
 
@@ -195,7 +188,7 @@ def test_without_a_secret_the_usual_variables_count(s3, monkeypatch):
     assert len(s3.source().resolve(s3.repo(runtime_secret_name="")).files) == len(FILES)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(RepoGated, match="Set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(faults.RepoGated, match="Set AWS_ACCESS_KEY_ID"):
         s3.source().resolve(s3.repo(runtime_secret_name=""))
 
 

@@ -11,15 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from loramux_clouds.mlflow import MAX_ANSWER, MlflowSource, open_bucket
-from loramux_shared.faults import (
-    Fault,
-    RepoGated,
-    RepoNotFound,
-    RevisionNotFound,
-    SourceChanged,
-    SourceRefused,
-    SourceUnavailable,
-)
+from loramux_shared import faults
 from loramux_shared.sources.files import content_digest
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.spelling import parse_repository
@@ -129,7 +121,7 @@ def test_every_address_is_read(tracking: Tracking, tmp_path: Path, word: str, id
     assert (revision.partition("-")[0], files) == (identity, FILES)
     assert tracking.read(f"{word}#check", tmp_path / "folder")[1] == {"x": b"1"}
     tracking.files["adapter_config.json"] = b"[]"
-    with pytest.raises(RevisionNotFound):
+    with pytest.raises(faults.RevisionNotFound):
         tracking.read(word, tmp_path / "changed", revision)
 
 
@@ -141,11 +133,11 @@ def test_a_revision_pins_an_alias(tracking: Tracking, tmp_path: Path) -> None:
     resolved = source.resolve(repository)
     tracking.alias = "1"
     assert tracking.read(word, tmp_path / "two", revision) == (revision, FILES)
-    with pytest.raises(SourceChanged, match="the alias moved"):
+    with pytest.raises(faults.SourceChanged, match="the alias moved"):
         source.fetch(resolved, FILES, tmp_path)
     resolved = source.resolve(repository)
     del tracking.files["check/x"]
-    with pytest.raises(SourceChanged, match="was deleted"):
+    with pytest.raises(faults.SourceChanged, match="was deleted"):
         source.fetch(resolved, FILES, tmp_path)
     assert repository.label == word
     assert parse_repository(f"mlflow://ann:{CANARY}@host/x").label == "mlflow://host/x"
@@ -188,7 +180,7 @@ def test_credentials_open_a_server(
     repository = repository.model_copy(update={"runtime_secret_name": "key" if secret else ""})
     assert source.resolve(repository).files.keys() == FILES.keys()
     tracking.authorization = "another"
-    with pytest.raises(RepoGated, match=r"refused \(401\)"):
+    with pytest.raises(faults.RepoGated, match=r"refused \(401\)"):
         source.resolve(repository)
 
 
@@ -198,7 +190,7 @@ def test_credentials_open_a_server(
 def test_other_stores_are_refused(tracking: Tracking, root: str) -> None:
     """Artifacts at another host get no credentials, and stores that are not read are named."""
     tracking.root = root
-    with pytest.raises(SourceRefused, match="its artifacts are at"):
+    with pytest.raises(faults.SourceRefused, match="its artifacts are at"):
         tracking.source().resolve(parse_repository("mlflow://runs/a1/out"))
 
 
@@ -212,18 +204,18 @@ def test_servers_have_an_address(tracking: Tracking, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("word", "fault"),
     [
-        ("mlflow://none/1", RepoNotFound),
-        ("mlflow://my%20lora/3", RepoNotFound),
-        ("mlflow://my%20lora@none", RepoNotFound),
-        ("mlflow://runs/none/out", RepoNotFound),
-        ("mlflow://runs/a1/out/none", RepoNotFound),
-        ("mlflow://runs/a1/../out", SourceRefused),
-        ("mlflow://runs/a1/%2e%2e/out", SourceRefused),
-        ("mlflow://my%20lora", SourceRefused),
-        ("mlflow://runs/a1", SourceRefused),
+        ("mlflow://none/1", faults.RepoNotFound),
+        ("mlflow://my%20lora/3", faults.RepoNotFound),
+        ("mlflow://my%20lora@none", faults.RepoNotFound),
+        ("mlflow://runs/none/out", faults.RepoNotFound),
+        ("mlflow://runs/a1/out/none", faults.RepoNotFound),
+        ("mlflow://runs/a1/../out", faults.SourceRefused),
+        ("mlflow://runs/a1/%2e%2e/out", faults.SourceRefused),
+        ("mlflow://my%20lora", faults.SourceRefused),
+        ("mlflow://runs/a1", faults.SourceRefused),
     ],
 )
-def test_wrong_addresses(tracking: Tracking, word: str, fault: type[Fault]) -> None:
+def test_wrong_addresses(tracking: Tracking, word: str, fault: type[faults.Fault]) -> None:
     """An address that names nothing is refused by name."""
     with pytest.raises(fault, match=r"not a path|MLFLOW mlflow://"):
         tracking.source().resolve(parse_repository(word))
@@ -232,23 +224,23 @@ def test_wrong_addresses(tracking: Tracking, word: str, fault: type[Fault]) -> N
 @pytest.mark.parametrize(
     ("body", "fault"),
     [
-        (b"<html>", SourceRefused),
-        (b"[]", SourceRefused),
-        (b"[" * 99999, SourceRefused),
-        (b" " * (MAX_ANSWER + 1), SourceRefused),
-        (b'{"files": 1}', SourceRefused),
-        (b'{"files": [{"path": "a"}]}', SourceRefused),
-        (b'{"files": [{"path": "..", "file_size": 1}]}', SourceRefused),
-        (b'{"files": [{"path": "../a", "file_size": 1}]}', SourceRefused),
-        (b'{"files": [{"path": "a", "file_size": -1}]}', SourceRefused),
-        (b'{"files": [{"path": "a", "file_size": Infinity}]}', SourceRefused),
-        (b'{"files": [{"path": "a", "is_dir": true}]}', SourceRefused),  # in every folder
-        (302, SourceRefused),
-        (404, RepoNotFound),
-        (503, SourceUnavailable),
+        (b"<html>", faults.SourceRefused),
+        (b"[]", faults.SourceRefused),
+        (b"[" * 99999, faults.SourceRefused),
+        (b" " * (MAX_ANSWER + 1), faults.SourceRefused),
+        (b'{"files": 1}', faults.SourceRefused),
+        (b'{"files": [{"path": "a"}]}', faults.SourceRefused),
+        (b'{"files": [{"path": "..", "file_size": 1}]}', faults.SourceRefused),
+        (b'{"files": [{"path": "../a", "file_size": 1}]}', faults.SourceRefused),
+        (b'{"files": [{"path": "a", "file_size": -1}]}', faults.SourceRefused),
+        (b'{"files": [{"path": "a", "file_size": Infinity}]}', faults.SourceRefused),
+        (b'{"files": [{"path": "a", "is_dir": true}]}', faults.SourceRefused),  # in every folder
+        (302, faults.SourceRefused),
+        (404, faults.RepoNotFound),
+        (503, faults.SourceUnavailable),
     ],
 )
-def test_answers_are_untrusted(tracking: Tracking, body: Any, fault: type[Fault]) -> None:
+def test_answers_are_untrusted(tracking: Tracking, body: Any, fault: type[faults.Fault]) -> None:
     """Listings that lead outside, have no end or are not MLflow's are refused by name."""
     tracking.broken[LISTING] = (body, b"") if isinstance(body, int) else (200, body)
     with pytest.raises(fault):

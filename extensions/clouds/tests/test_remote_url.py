@@ -13,17 +13,10 @@ from builder_service.pipeline.progress import Progress
 from loramux_clouds.https import Https
 from loramux_clouds.public import AddressGuard
 from loramux_clouds.remote_url import UrlSource
+from loramux_shared import faults
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
-from loramux_shared.faults import (
-    RepoGated,
-    RepoNotFound,
-    ResourcesExhausted,
-    RevisionNotFound,
-    SourceRefused,
-    SourceUnavailable,
-)
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
@@ -98,21 +91,21 @@ def test_a_revision_pins_the_archive(site):
     pinned = source().resolve(repo(site)).repository
     assert source().resolve(pinned).repository == pinned
     site.routes["/a.tar.gz"] = pack({"other": b""})
-    with pytest.raises(RevisionNotFound, match=f"expected an archive of sha256 {pinned.revision}"):
+    with pytest.raises(faults.RevisionNotFound, match=f"expected an archive of sha256 {pinned.revision}"):
         source().resolve(pinned)
 
 
 def test_a_subfolder_is_a_root_of_its_own(site):
     """Names with a subfolder are those inside it; one that does not exist is REPO_NOT_FOUND."""
     assert list(source().resolve(repo(site, subfolder="x")).files) == ["y"]
-    with pytest.raises(RepoNotFound, match="no folder 'z' in the archive"):
+    with pytest.raises(faults.RepoNotFound, match="no folder 'z' in the archive"):
         source().resolve(repo(site, subfolder="z"))
 
 
 @pytest.mark.parametrize("host", ["files.test", "127.0.0.1", "[::ffff:127.0.0.1]"])
 def test_private_addresses_are_not_reached(site, host):
     """A name or number that leads to this machine is refused before a connection is made."""
-    with pytest.raises(SourceRefused, match="not a public address"):
+    with pytest.raises(faults.SourceRefused, match="not a public address"):
         source(allowed=()).resolve(repo(site, host=host))
     assert site.names == []
     assert site.requests == []
@@ -124,7 +117,7 @@ def test_private_addresses_are_not_reached(site, host):
 def test_redirects_are_checked(site, to):
     """A redirect of an allowed host to one that is not is refused, and not followed."""
     site.routes["/r"] = redirect(to.format(port=site.port))
-    with pytest.raises(SourceRefused, match="not a public address"):
+    with pytest.raises(faults.SourceRefused, match="not a public address"):
         source().resolve(repo(site, "/r"))
     assert len(site.requests) == 1
 
@@ -143,7 +136,7 @@ def test_redirects_are_checked(site, to):
 def test_redirects_to_nowhere(site, to, text):
     """Redirects lead to https addresses, and end."""
     site.routes["/r"] = redirect(to, 307)
-    with pytest.raises(SourceRefused, match=text) as refusal:
+    with pytest.raises(faults.SourceRefused, match=text) as refusal:
         source().resolve(repo(site, "/r"))
     assert "canary" not in str(refusal.value)
 
@@ -163,13 +156,21 @@ def test_a_secret_goes_to_its_host_alone(site):
     url.resolve(repo(site, "/private", **expected))
     url.resolve(repo(site, "/private", host="inner.test", **expected))
     assert seen == [("files.test", "Bearer canary"), ("inner.test", None)]
-    with pytest.raises(SourceRefused, match="secret 'key': expected a JSON object with host, authorization"):
+    with pytest.raises(
+        faults.SourceRefused, match="secret 'key': expected a JSON object with host, authorization"
+    ):
         source(key="canary").resolve(repo(site, **expected))
 
 
 @pytest.mark.parametrize(
     ("status", "fault"),
-    [(404, RepoNotFound), (410, RepoNotFound), (401, RepoGated), (403, RepoGated), (418, SourceRefused)],
+    [
+        (404, faults.RepoNotFound),
+        (410, faults.RepoNotFound),
+        (401, faults.RepoGated),
+        (403, faults.RepoGated),
+        (418, faults.SourceRefused),
+    ],
 )
 def test_answers_have_their_reasons(site, status, fault):
     """A permanent failure is reported at once."""
@@ -184,7 +185,7 @@ def test_a_busy_server_is_asked_again(site):
     site.failures[:] = [429]
     source().resolve(repo(site))
     site.failures[:] = [503, 500]
-    with pytest.raises(SourceUnavailable, match="status 500"):
+    with pytest.raises(faults.SourceUnavailable, match="status 500"):
         source().resolve(repo(site))
 
 
@@ -195,7 +196,7 @@ def test_an_archive_that_breaks_off_is_asked_for_again(site):
     site.routes["/b"] = lambda handler: (broken.pop() if broken else stating(len(whole), whole))(handler)
     assert source().resolve(repo(site, "/b")).repository.revision == hashlib.sha256(whole).hexdigest()
     site.routes["/b"] = stating(len(whole), whole[:999])
-    with pytest.raises(SourceUnavailable, match="found 999"):
+    with pytest.raises(faults.SourceUnavailable, match="found 999"):
         source().resolve(repo(site, "/b"))
 
 
@@ -209,16 +210,16 @@ def test_sizes_are_checked_before_and_while_reading(site):
     def room(size: int) -> None:
         taken.append(size)
         if sum(taken) > 5 << 20:
-            raise ResourcesExhausted("no room")
+            raise faults.ResourcesExhausted("no room")
 
-    with pytest.raises(SourceRefused, match=r"an archive has at most 68719476736"):
+    with pytest.raises(faults.SourceRefused, match=r"an archive has at most 68719476736"):
         source().resolve(repo(site, "/huge"), received.append, room)
     assert taken == []
-    with pytest.raises(ResourcesExhausted, match="no room"):
+    with pytest.raises(faults.ResourcesExhausted, match="no room"):
         source().resolve(repo(site, "/large"), received.append, room)
     assert (taken, sum(received)) == ([1 << 30], 0)
     taken.clear()
-    with pytest.raises(ResourcesExhausted, match="no room"):
+    with pytest.raises(faults.ResourcesExhausted, match="no room"):
         source().resolve(repo(site, "/silent"), received.append, room)
     assert 4 << 20 < sum(received) <= 5 << 20
 
@@ -238,7 +239,7 @@ def test_a_server_that_drips_is_given_up(site):
     patience = RetryPolicy(attempts=2, wait_s=0.01, answer_s=0.3)
     try:
         for path in ("/head", "/body"):
-            with pytest.raises(SourceUnavailable):
+            with pytest.raises(faults.SourceUnavailable):
                 source(patience=patience).resolve(repo(site, path))
     finally:
         given_up.set()
@@ -246,10 +247,10 @@ def test_a_server_that_drips_is_given_up(site):
 
 def test_a_certificate_must_be_trusted(site, monkeypatch):
     """A certificate of another authority or for another name is refused with the cure."""
-    with pytest.raises(SourceRefused, match=r"certificate is not trusted.*SSL_CERT_FILE"):
+    with pytest.raises(faults.SourceRefused, match=r"certificate is not trusted.*SSL_CERT_FILE"):
         source(("other.test",)).resolve(repo(site, host="other.test"))
     monkeypatch.delenv("SSL_CERT_FILE")
-    with pytest.raises(SourceRefused, match="certificate is not trusted"):
+    with pytest.raises(faults.SourceRefused, match="certificate is not trusted"):
         source().resolve(repo(site))
 
 
@@ -307,7 +308,7 @@ def test_a_build_does_not_download_more_than_it_may_write(site, tmp_path, of_bas
         made = {"checkpoint_repository": archive if of_base else base}
         made["lora_adapters"] = {"one": base if of_base else archive}
         wish = parse_deployment({"model_name": "tiny", "build": made}).deployment
-        with pytest.raises(ResourcesExhausted, match=r"may write 10485760.*LORAMUX_MAX_BUILD_GB"):
+        with pytest.raises(faults.ResourcesExhausted, match=r"may write 10485760.*LORAMUX_MAX_BUILD_GB"):
             build(wish, context, Progress(["one"]))
     assert sum(sent) < 20 << 20
 
@@ -369,6 +370,6 @@ def test_a_recorded_revision_stays_in_the_cache(tmp_path, revision):
     """A generation that another client wrote does not lead the source out of its cache."""
     files = {"config.json": FileDigest(size=1, sha256="0" * 64)}
     expected = opened_by_key("REMOTE_URL", "https://files.test/a.tar.gz", revision=revision)
-    with pytest.raises(SourceRefused, match="not a path inside"):
+    with pytest.raises(faults.SourceRefused, match="not a path inside"):
         source().place(expected, files, tmp_path / "cache" / "deep" / "er")
     assert not (tmp_path / "cache").exists()

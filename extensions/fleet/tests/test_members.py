@@ -12,16 +12,8 @@ from loramux.connection import Address
 from loramux_fleet.members import EVERY_S, Members
 from loramux_fleet.placement import Placement, order
 from loramux_fleet.trip import TRIES, Trip
+from loramux_shared import faults
 from loramux_shared.access.guard import Guard
-from loramux_shared.faults import (
-    Fault,
-    ModelNotFound,
-    QueueFull,
-    ReplicaBehind,
-    ServerUnavailable,
-    SettingsInvalid,
-    ShuttingDown,
-)
 from tests.support.commands import run
 from tests.support.operated import operated
 from tests.support.waiting import BOUND_S, Clock
@@ -42,7 +34,7 @@ class Names:
         """Answer."""
         self.asked.release()
         if self.answers is None:
-            raise SettingsInvalid(f"{part}: gone")
+            raise faults.SettingsInvalid(f"{part}: gone")
         return [Address(each) for each in self.answers]
 
     def seen(self) -> list[str]:
@@ -73,7 +65,7 @@ def test_a_name_server_that_fails_takes_nobody_away() -> None:
     fresh = Names()
     fresh.answers = None
     assert not fresh.members.known
-    with pytest.raises(ServerUnavailable, match="gone"):
+    with pytest.raises(faults.ServerUnavailable, match="gone"):
         fresh.members.now()
     fresh.answers = ["a:1"]
     assert fresh.seen() == ["a:1"]
@@ -91,8 +83,10 @@ def trip(placement: Placement, repeat: bool = True) -> Trip:
     return Trip(placement, "support", None, repeat=repeat)
 
 
-@pytest.mark.parametrize("fault", [QueueFull("full"), ShuttingDown("leaving"), ReplicaBehind("behind")])
-def test_few_are_asked_that_refuse(fault: Fault) -> None:
+@pytest.mark.parametrize(
+    "fault", [faults.QueueFull("full"), faults.ShuttingDown("leaving"), faults.ReplicaBehind("behind")]
+)
+def test_few_are_asked_that_refuse(fault: faults.Fault) -> None:
     """A fleet that is full is not asked from end to end by every request."""
     way = trip(Placement(REPLICAS))
     for _ in range(TRIES - 1):
@@ -107,9 +101,9 @@ def test_few_are_asked_that_refuse(fault: Fault) -> None:
 def test_what_another_cannot_help_is_raised() -> None:
     """An unknown model, a started answer and a request that must not run twice are not retried."""
     for fault, repeat, answered in (
-        (ModelNotFound("no model"), True, False),
-        (ServerUnavailable("cut"), True, True),
-        (ServerUnavailable("cut"), False, False),
+        (faults.ModelNotFound("no model"), True, False),
+        (faults.ServerUnavailable("cut"), True, True),
+        (faults.ServerUnavailable("cut"), False, False),
     ):
         way = trip(Placement(REPLICAS), repeat)
         way.begin()
@@ -122,7 +116,7 @@ def test_what_concerns_one_adapter_is_nothing_of_the_replica() -> None:
     """A replica that is behind keeps its other models; one that is full is left alone as long as it says."""
     placement = Placement(REPLICAS, 0.0)
     first, second, *_ = order("support", REPLICAS)
-    for fault, found in ((ReplicaBehind("behind"), first), (QueueFull("full"), second)):
+    for fault, found in ((faults.ReplicaBehind("behind"), first), (faults.QueueFull("full"), second)):
         way = trip(placement)
         way.begin()
         way.failed(fault)

@@ -10,19 +10,11 @@ import pytest
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import ModelReference, Request, RequestPrompt
 from loramux_resolve.resolver import MOST_BUILDS, REMEMBERED_S, Resolver, allowed
+from loramux_shared import faults
 from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import resolved_key
 from loramux_shared.deployment import Resolve
-from loramux_shared.faults import (
-    AdapterInvalid,
-    Fault,
-    ModelNotFound,
-    PermissionDenied,
-    QueueFull,
-    RequestInvalid,
-    StoreUnavailable,
-)
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
 from tests.support.hub import HubRepo, serve_hub
@@ -96,7 +88,7 @@ async def test_a_request_adds_the_adapter_that_it_names(replica: Replica) -> Non
     assert "lab:left" in await served("lab/left*0.5+lab/right*0.5")
     assert len(replica.operated.deployment.asked) == 4
     assert replica.marks == {"lab:support:v2", "lab:other", "lab:left", "lab:right"}
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(faults.ModelNotFound):
         await served("elsewhere/support")
 
 
@@ -113,7 +105,7 @@ async def raised(call: Awaitable[None]) -> str:
     """The reason of a call's fault; empty where it has none."""
     try:
         await call
-    except Fault as fault:
+    except faults.Fault as fault:
         return fault.reason
     return ""
 
@@ -121,11 +113,11 @@ async def raised(call: Awaitable[None]) -> str:
 async def test_a_refusal_is_remembered_for_a_minute(replica: Replica) -> None:
     """A passing failure is not."""
     deployment, bring = replica.operated.deployment, replica.resolver.bring
-    deployment.refuses = StoreUnavailable("down")
-    assert [await raised(bring("lab/a")) for _ in range(2)] == [StoreUnavailable.reason] * 2
+    deployment.refuses = faults.StoreUnavailable("down")
+    assert [await raised(bring("lab/a")) for _ in range(2)] == [faults.StoreUnavailable.reason] * 2
     assert len(deployment.asked) == 2
-    deployment.refuses = AdapterInvalid("no LoRA")
-    assert [await raised(bring("lab/a")) for _ in range(3)] == [AdapterInvalid.reason] * 3
+    deployment.refuses = faults.AdapterInvalid("no LoRA")
+    assert [await raised(bring("lab/a")) for _ in range(3)] == [faults.AdapterInvalid.reason] * 3
     assert len(deployment.asked) == 3
     deployment.refuses, replica.time_s = None, REMEMBERED_S + 1
     await bring("lab/a")
@@ -136,7 +128,7 @@ async def test_a_key_needs_the_scope_and_sees_its_models_alone(replica: Replica)
     """A key that is limited to other models finds no such model."""
     bring = replica.resolver.bring
     for access, reason in (
-        (Access("a", frozenset({Scope.INFER})), PermissionDenied.reason),
+        (Access("a", frozenset({Scope.INFER})), faults.PermissionDenied.reason),
         (Access("b", frozenset({Scope.RESOLVE}), frozenset({"one"})), ""),
         (Access("c", frozenset({Scope.RESOLVE}), frozenset({"lab:a"})), ""),
     ):
@@ -147,10 +139,10 @@ async def test_a_key_needs_the_scope_and_sees_its_models_alone(replica: Replica)
 
 async def test_names_and_builds_are_bounded(replica: Replica) -> None:
     """A name that is too long is refused before a build, and one build too many until another ends."""
-    assert await raised(replica.resolver.bring("lab/" + "a" * 200)) == RequestInvalid.reason
+    assert await raised(replica.resolver.bring("lab/" + "a" * 200)) == faults.RequestInvalid.reason
     calls = [replica.resolver.bring(f"lab/{number}") for number in range(MOST_BUILDS + 1)]
     reasons = await asyncio.gather(*map(raised, calls))
-    assert reasons == [""] * MOST_BUILDS + [QueueFull.reason]
+    assert reasons == [""] * MOST_BUILDS + [faults.QueueFull.reason]
 
 
 async def test_idle_adapters_leave_and_used_ones_stay(replica: Replica) -> None:
@@ -181,7 +173,7 @@ async def test_beyond_the_number_the_oldest_leave() -> None:
 
 async def test_marks_without_an_adapter_go(replica: Replica) -> None:
     """A refused build leaves one; so does a removal by an operator."""
-    replica.operated.deployment.refuses = AdapterInvalid("no LoRA")
+    replica.operated.deployment.refuses = faults.AdapterInvalid("no LoRA")
     await raised(replica.resolver.bring("lab/a"))
     await replica.resolver.look()
     assert replica.marks == {"lab:a"}

@@ -18,20 +18,12 @@ from inference_service.replica import Replica
 from loramux.cli.main import app
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_gc.orphans import Retention, find_orphans, remove
+from loramux_shared import faults
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import Generation, current_key, generation_key, signature_key
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key, sha256_hex
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import load_deployment, parse_deployment
-from loramux_shared.faults import (
-    AdapterInvalid,
-    BundleCorrupt,
-    BundleNotFound,
-    DeploymentInvalid,
-    RequestInvalid,
-    SettingsInvalid,
-    SignatureInvalid,
-)
 from loramux_shared.settings import BuilderSettings, InferenceSettings
 from loramux_shared.signatures import SIGNATURE, signed_store
 from loramux_shared.sources.open import open_sources
@@ -122,10 +114,10 @@ def test_what_is_not_signed_is_not_read(world):
         ).items():
             store.delete(name) if value is None else store.put(name, value)
         assert current_generation(store, "tiny").number == 1
-        with pytest.raises(SignatureInvalid, match=r"generations/00000001\.json"):
+        with pytest.raises(faults.SignatureInvalid, match=r"generations/00000001\.json"):
             current_generation(world.trusting, "tiny")
     add = Update(name="tiny", add={"two": Repository(source=SourceKind.LOCAL, repo=str(world.folder / "two"))})
-    with pytest.raises(SignatureInvalid):  # nobody continues from what others wrote, and signs it
+    with pytest.raises(faults.SignatureInvalid):  # nobody continues from what others wrote, and signs it
         update(add, world.context(world.signed), Progress(["two"]))
     world.build(world.signed, "one", "two")
     assert current_generation(world.trusting, "tiny").number == 2
@@ -152,15 +144,17 @@ async def test_a_replica_that_requires_signatures_starts_and_loads_nothing_witho
     public = str(world.folder / "key.pub")
     store = f"file://{world.folder}/store"
     settings = InferenceSettings(deployment="tiny", store=store, require_signature=public)
-    with pytest.raises(SignatureInvalid, match="found none"):
+    with pytest.raises(faults.SignatureInvalid, match="found none"):
         await Replica.load(settings)
     assert (await StoredBundles(world.trusting).record(digest)).digest == digest
-    with pytest.raises(RequestInvalid, match="lora_path: expected an adapter that comes with a signed gen"):
+    with pytest.raises(
+        faults.RequestInvalid, match="lora_path: expected an adapter that comes with a signed gen"
+    ):
         await StoredBundles(world.trusting, refused=True).record(digest)
-    with pytest.raises(BundleNotFound, match="bundle:0000"):
+    with pytest.raises(faults.BundleNotFound, match="bundle:0000"):
         await StoredBundles(world.trusting).record("0" * 64)
     world.trusting.put(bundle_key("1" * 64, MANIFEST_FILE), b"{}")
-    with pytest.raises(BundleCorrupt, match="manifest is damaged"):
+    with pytest.raises(faults.BundleCorrupt, match="manifest is damaged"):
         await StoredBundles(world.trusting).record("1" * 64)
 
 
@@ -177,7 +171,7 @@ async def test_a_builder_that_would_not_take_its_own_word_does_not_start(world):
             "require_signature": str(world.folder / "key.pub"),
         },
     ):
-        with pytest.raises(SettingsInvalid, match="LORAMUX_SIGNING_"):
+        with pytest.raises(faults.SettingsInvalid, match="LORAMUX_SIGNING_"):
             await Builder.open(BuilderSettings(**fields, **wrong))
 
 
@@ -202,7 +196,7 @@ def test_an_adapter_is_taken_only_as_it_was_signed(world, harm):
         assert (again.number, again.recipe.signed_by) == (2, (signer,))
         assert again.adapters["one"].digest == first.adapters["one"].digest
         return
-    with pytest.raises(AdapterInvalid) as refused:
+    with pytest.raises(faults.AdapterInvalid) as refused:
         world.build(world.plain, "one", signed_by=[signer])
     assert [finding.code for finding in refused.value.findings] == ["E_SIGNATURE"]
     assert not list(world.plain.list(""))
@@ -213,7 +207,7 @@ def test_what_comes_in_later_is_signed_too(world):
     world.build(world.plain, signed_by=[world.signer])
     context, two = world.context(world.plain), world.folder / "two"
     add = Update(name="tiny", add={"two": Repository(source=SourceKind.LOCAL, repo=str(two))})
-    with pytest.raises(AdapterInvalid, match="E_SIGNATURE"):
+    with pytest.raises(faults.AdapterInvalid, match="E_SIGNATURE"):
         update(add, context, Progress(["two"]))
     signature = sign_folder(two, world.key)
     for sent in (None, b"{}", signature):
@@ -226,7 +220,7 @@ def test_what_comes_in_later_is_signed_too(world):
             if sent is signature:
                 _, record = push(adapter, shop, None)
                 continue
-            with pytest.raises(AdapterInvalid, match="E_SIGNATURE"):
+            with pytest.raises(faults.AdapterInvalid, match="E_SIGNATURE"):
                 push(adapter, shop, None)
     (two / SIGNATURE).write_bytes(signature)
     generation = update(add, context, Progress(["two"])).generation
@@ -236,12 +230,12 @@ def test_what_comes_in_later_is_signed_too(world):
 def test_a_base_is_taken_only_as_it_was_signed(world):
     """The files of a base are compared with the signature, whatever the hub or the folder reports."""
     base = world.folder / "base"
-    with pytest.raises(SignatureInvalid, match="found none"):
+    with pytest.raises(faults.SignatureInvalid, match="found none"):
         world.build(world.plain, "one", base_signed_by=[world.signer])
     (base / SIGNATURE).write_bytes(sign_folder(base, world.key))
     assert world.build(world.plain, "one", base_signed_by=[world.signer]).number == 1
     (base / "config.json").write_text((base / "config.json").read_text() + " ")
-    with pytest.raises(SignatureInvalid, match=r"config\.json \(changed\)"):
+    with pytest.raises(faults.SignatureInvalid, match=r"config\.json \(changed\)"):
         world.build(world.plain, "one", base_signed_by=[world.signer])
 
 
@@ -255,6 +249,6 @@ def test_a_file_names_signers_by_files_beside_it(world):
     assert deployment_from_message(deployment_to_message(deployment)) == deployment
     for word in ("key.pem", "nowhere.pub", "sigstore:me"):
         path.write_text(text % word)
-        with pytest.raises(DeploymentInvalid, match=r"build\.signed_by") as refused:
+        with pytest.raises(faults.DeploymentInvalid, match=r"build\.signed_by") as refused:
             load_deployment(path)
         assert "PRIVATE" not in str(refused.value)

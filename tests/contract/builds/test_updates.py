@@ -17,24 +17,12 @@ from builder_service.pipeline.update import Update, update
 from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc
 from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
+from loramux_shared import faults
 from loramux_shared.bundle.deployments import publish_change
 from loramux_shared.bundle.generation import Generation, generation_key
 from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Deployment, Repository, Runtime, SourceKind
-from loramux_shared.faults import (
-    AdapterExists,
-    AdapterInvalid,
-    AdapterNotFound,
-    BundleCorrupt,
-    ClientStalled,
-    DeploymentInvalid,
-    DeploymentNotFound,
-    GenerationMismatch,
-    GenerationNotFound,
-    RepoNotFound,
-    RequestInvalid,
-)
 from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.status import fault_of
 from tests.golden.wild.shape import Shape
@@ -128,12 +116,12 @@ async def test_what_stays_is_made_again_for_other_settings(world: World) -> None
     done = await world.build(world.deployment("one", **ceiling))
     assert [each.name for each in done.adapters if each.added and each.kept] == ["three", "two"]
     low = world.deployment(lora_configuration={"dtype": "float32", "max_lora_rank": 1})
-    with pytest.raises(DeploymentInvalid, match="no files to make three"):
+    with pytest.raises(faults.DeploymentInvalid, match="no files to make three"):
         await world.build(low)
-    with pytest.raises(DeploymentInvalid, match=r"no files to make three for another.*--exact"):
+    with pytest.raises(faults.DeploymentInvalid, match=r"no files to make three for another.*--exact"):
         await world.build(world.deployment("one"))
     wide = wide.model_copy(update={"runtime": Runtime(served_model_name="Two")})
-    with pytest.raises(DeploymentInvalid, match=r"names conflict.*does not name three, two"):
+    with pytest.raises(faults.DeploymentInvalid, match=r"names conflict.*does not name three, two"):
         await world.build(wide)
     assert list(world.generation.adapters) == ["one", "three", "two"]
 
@@ -171,7 +159,7 @@ def test_an_adapter_that_must_be_new_may_be_there_already(tmp_path: Path) -> Non
     wish = Update(name="tiny", add={"two": made.repository("two")}, must_be_new=True)
     assert update(wish, context, Progress(["two"])).generation.number == 3
     assert (list(made.generation.adapters), made.generation.adapters["two"].added) == (["one", "two"], True)
-    with pytest.raises(AdapterExists):
+    with pytest.raises(faults.AdapterExists):
         update(wish, context, Progress(["two"]))
 
 
@@ -195,21 +183,21 @@ async def test_a_push_during_a_build_stays(world: World) -> None:
 
 async def test_what_an_update_is_refused_for(world: World) -> None:
     """Names, numbers and adapters that do not fit are named before anything is published."""
-    with pytest.raises(AdapterNotFound, match="no adapter nine; it has one"):
+    with pytest.raises(faults.AdapterNotFound, match="no adapter nine; it has one"):
         await world.update(remove=["nine"])
-    with pytest.raises(DeploymentNotFound, match="tiny"):
+    with pytest.raises(faults.DeploymentNotFound, match="tiny"):
         await world.client.update("other", {"two": world.repository("two")})
-    with pytest.raises(GenerationMismatch, match="expected generation 7, found 1"):
+    with pytest.raises(faults.GenerationMismatch, match="expected generation 7, found 1"):
         await world.update("two", expected_generation=7)
-    with pytest.raises(DeploymentInvalid, match="names conflict"):
+    with pytest.raises(faults.DeploymentInvalid, match="names conflict"):
         await world.client.update("tiny", {"ONE": world.repository("two")})
-    with pytest.raises(DeploymentInvalid):
+    with pytest.raises(faults.DeploymentInvalid):
         await world.client.update("tiny")
-    with pytest.raises(DeploymentInvalid):
+    with pytest.raises(faults.DeploymentInvalid):
         await world.client.update("tiny", {"two": world.repository("two")}, ["two"])
-    with pytest.raises(AdapterInvalid, match="E_DORA"):
+    with pytest.raises(faults.AdapterInvalid, match="E_DORA"):
         await world.update("bad")
-    with pytest.raises(RepoNotFound):
+    with pytest.raises(faults.RepoNotFound):
         await world.update("missing")
     assert world.generation.number == 1
 
@@ -221,15 +209,15 @@ async def test_aliases_are_names_too(world: World) -> None:
     runtime = deployment.runtime.model_copy(update={"aliases": {"al": {"one": 1}}})
     await world.build(deployment.model_copy(update={"runtime": runtime}), exact=True)
     assert world.generation.number == 3
-    with pytest.raises(DeploymentInvalid, match="found alias al"):
+    with pytest.raises(faults.DeploymentInvalid, match="found alias al"):
         await world.client.update("tiny", {"AL": world.repository("two")})
-    with pytest.raises(DeploymentInvalid, match="found alias al"):
+    with pytest.raises(faults.DeploymentInvalid, match="found alias al"):
         await world.client.push("tiny", "AL", world.folder / "two")
-    with pytest.raises(DeploymentInvalid, match=r"aliases.al: expected a served model .*found one: 1"):
+    with pytest.raises(faults.DeploymentInvalid, match=r"aliases.al: expected a served model .*found one: 1"):
         await world.client.update("tiny", remove=["one"])
     renamed = world.generation.model_copy(update={"adapters": {"AL": world.generation.adapters["one"]}})
     world.store.put(generation_key("tiny", 2), renamed.model_copy(update={"number": 2}).to_bytes())
-    with pytest.raises(DeploymentInvalid, match="alias al"):
+    with pytest.raises(faults.DeploymentInvalid, match="alias al"):
         await world.client.rollback("tiny", 2)
     assert world.generation.number == 3
 
@@ -282,7 +270,7 @@ async def test_a_push_says_what_the_folder_has_instead_of_weights(world: World) 
         folder = shape.write(world.folder / f"shape-{at}")
         for path in folder.glob("adapter_model-00002-*"):
             path.unlink()
-        with pytest.raises(AdapterInvalid, match=stated):
+        with pytest.raises(faults.AdapterInvalid, match=stated):
             await world.client.push("tiny", "shape", folder)
 
 
@@ -297,19 +285,19 @@ async def test_a_build_keeps_a_pushed_adapter_that_its_file_names(world: World) 
     assert list(world.generation.adapters) == ["2", "one", "two"]
     await world.build(world.deployment("one"), exact=True)
     assert list(world.generation.adapters) == ["one"]
-    with pytest.raises(RepoNotFound, match="Push it again"):
+    with pytest.raises(faults.RepoNotFound, match="Push it again"):
         await world.build(named.model_copy(update={"build": build}))
 
 
 async def test_what_a_push_is_refused_for(world: World) -> None:
     """Rules, names and expectations hold as they do for repositories."""
-    with pytest.raises(AdapterInvalid, match="E_DORA"):
+    with pytest.raises(faults.AdapterInvalid, match="E_DORA"):
         await world.client.push("tiny", "bad", world.folder / "bad")
-    with pytest.raises(DeploymentInvalid, match="names conflict"):
+    with pytest.raises(faults.DeploymentInvalid, match="names conflict"):
         await world.client.push("tiny", "TINY", world.folder / "two")
-    with pytest.raises(GenerationMismatch):
+    with pytest.raises(faults.GenerationMismatch):
         await world.client.push("tiny", "two", world.folder / "two", expected_generation=9)
-    with pytest.raises(DeploymentNotFound):
+    with pytest.raises(faults.DeploymentNotFound):
         await world.client.push("other", "two", world.folder / "two")
     assert world.generation.number == 1
     assert world.uploads == []
@@ -335,14 +323,14 @@ def chunk(file: str, data: bytes = b"x") -> pb.PutAdapterRequest:
 
 
 NO_UPLOADS: dict[str, tuple[tuple[pb.PutAdapterRequest, ...], type[Exception]]] = {
-    "a chunk first": ((chunk(""),), RequestInvalid),
-    "nothing": ((), RequestInvalid),
-    "two uploads": ((UPLOAD, UPLOAD), RequestInvalid),
-    "an empty message": ((UPLOAD, pb.PutAdapterRequest()), RequestInvalid),
-    "a pickle": ((UPLOAD, chunk("adapter_model.bin")), RequestInvalid),
-    "a path": ((UPLOAD, chunk("../../etc/passwd")), RequestInvalid),
-    "weights by their name alone": ((NAMED,), RequestInvalid),
-    "no safetensors": ((UPLOAD, chunk("")), AdapterInvalid),
+    "a chunk first": ((chunk(""),), faults.RequestInvalid),
+    "nothing": ((), faults.RequestInvalid),
+    "two uploads": ((UPLOAD, UPLOAD), faults.RequestInvalid),
+    "an empty message": ((UPLOAD, pb.PutAdapterRequest()), faults.RequestInvalid),
+    "a pickle": ((UPLOAD, chunk("adapter_model.bin")), faults.RequestInvalid),
+    "a path": ((UPLOAD, chunk("../../etc/passwd")), faults.RequestInvalid),
+    "weights by their name alone": ((NAMED,), faults.RequestInvalid),
+    "no safetensors": ((UPLOAD, chunk("")), faults.AdapterInvalid),
 }
 
 
@@ -378,7 +366,7 @@ async def test_an_upload_that_stalls_is_ended(
     with pytest.raises(grpc.RpcError) as error:
         await call
     fault = fault_of(error.value)
-    assert isinstance(fault, ClientStalled)
+    assert isinstance(fault, faults.ClientStalled)
     assert why in fault.message
     await until(lambda: world.uploads == [], "the end of the upload")
 
@@ -398,18 +386,18 @@ async def test_a_rollback_serves_what_was_served(world: World) -> None:
 
 async def test_what_a_rollback_is_refused_for(world: World) -> None:
     """A rollback to a missing generation, after a newer one or to lost bundles is refused."""
-    with pytest.raises(GenerationNotFound, match="no generation before the newest; it has 1"):
+    with pytest.raises(faults.GenerationNotFound, match="no generation before the newest; it has 1"):
         await world.client.rollback("tiny")
-    with pytest.raises(GenerationNotFound, match="no generation 5; it has 1"):
+    with pytest.raises(faults.GenerationNotFound, match="no generation 5; it has 1"):
         await world.client.rollback("tiny", to=5)
-    with pytest.raises(DeploymentNotFound):
+    with pytest.raises(faults.DeploymentNotFound):
         await world.client.rollback("other")
     one = world.generation.adapters["one"].digest
     await world.update("two", remove=["one"])
-    with pytest.raises(GenerationMismatch):
+    with pytest.raises(faults.GenerationMismatch):
         await world.client.rollback("tiny", to=1, expected_generation=1)
     world.store.delete(bundle_key(one, WEIGHTS_FILE))
-    with pytest.raises(BundleCorrupt):
+    with pytest.raises(faults.BundleCorrupt):
         await world.client.rollback("tiny", to=1)
     assert world.generation.number == 2
 
@@ -434,7 +422,7 @@ async def test_the_history_tells_what_changed(world: World) -> None:
     assert [each.number for each in answer.generations] == [4, 3, 2]
     request = pb.ListGenerationsRequest(name="tiny", page_token=answer.next_page_token)
     assert [each.number for each in (await stub.ListGenerations(request)).generations] == [1]
-    with pytest.raises(DeploymentNotFound):
+    with pytest.raises(faults.DeploymentNotFound):
         await world.client.history("other")
 
 

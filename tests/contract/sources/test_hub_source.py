@@ -7,16 +7,9 @@ import pytest
 from huggingface_hub import file_download
 from structlog.testing import capture_logs
 
+from loramux_shared import faults
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import (
-    BundleCorrupt,
-    RepoGated,
-    RepoNotFound,
-    RevisionNotFound,
-    SourceRefused,
-    SourceUnavailable,
-)
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.open import Sources
@@ -71,18 +64,22 @@ def test_a_subfolder_is_a_root_of_its_own(hub, tmp_path):
     hf.fetch(resolved, FILES, tmp_path / "into")
     assert (tmp_path / "into" / FILES[0]).is_file()
     assert sorted(hub.downloaded()) == sorted(f"checkpoint-5/{name}" for name in FILES)
-    with pytest.raises(RepoNotFound, match="no folder 'nowhere'"):
+    with pytest.raises(faults.RepoNotFound, match="no folder 'nowhere'"):
         hf.resolve(repo("org/adapter", subfolder="nowhere"))
 
 
 @pytest.mark.parametrize(
     ("expected", "fault", "text"),
     [
-        (repo("org/nowhere"), RepoNotFound, "does not exist, or is private for this token. Set HF_TOKEN"),
-        (repo("org/private"), RepoNotFound, "does not exist, or is private for this token"),
-        (repo("org/gated"), RepoGated, "gated; the licence was not accepted"),
-        (repo("org/adapter", revision="v9"), RevisionNotFound, "no revision 'v9'"),
-        (repo("not--a/valid..id"), RepoNotFound, "not a valid repository id"),
+        (
+            repo("org/nowhere"),
+            faults.RepoNotFound,
+            "does not exist, or is private for this token. Set HF_TOKEN",
+        ),
+        (repo("org/private"), faults.RepoNotFound, "does not exist, or is private for this token"),
+        (repo("org/gated"), faults.RepoGated, "gated; the licence was not accepted"),
+        (repo("org/adapter", revision="v9"), faults.RevisionNotFound, "no revision 'v9'"),
+        (repo("not--a/valid..id"), faults.RepoNotFound, "not a valid repository id"),
     ],
 )
 def test_answers_have_their_reasons(hub, expected, fault, text):
@@ -93,7 +90,10 @@ def test_answers_have_their_reasons(hub, expected, fault, text):
 
 @pytest.mark.parametrize(
     ("content", "fault", "text"),
-    [(None, RepoNotFound, "a file is missing"), (bytes(40 << 20), SourceRefused, "found far more")],
+    [
+        (None, faults.RepoNotFound, "a file is missing"),
+        (bytes(40 << 20), faults.SourceRefused, "found far more"),
+    ],
     ids=["gone", "grown"],
 )
 def test_a_file_that_changed_since_the_listing_is_refused(hub, tmp_path, content, fault, text):
@@ -125,7 +125,7 @@ def test_a_secret_of_a_file_comes_first(hub, tmp_path):
     assert secrets.get("token") == TOKEN
     assert secrets.get("absent") is None
     for name in ("../token", ".token", "a/b", "a\n"):
-        with pytest.raises(SourceRefused, match="plain name"):
+        with pytest.raises(faults.SourceRefused, match="plain name"):
             secrets.get(name)
 
 
@@ -134,7 +134,7 @@ def test_a_secret_that_is_not_set_is_reported(hub):
     with capture_logs() as logs:
         source(hub).resolve(repo("org/adapter", runtime_secret_name="absent"))  # noqa: S106 - a name
     assert logs[0]["event"] == "secret is not set, continuing without it"
-    with pytest.raises(RepoGated, match="LORAMUX_SECRET_absent"):
+    with pytest.raises(faults.RepoGated, match="LORAMUX_SECRET_absent"):
         source(hub).resolve(repo("org/gated", runtime_secret_name="absent"))  # noqa: S106 - a name
 
 
@@ -143,7 +143,7 @@ def test_a_busy_hub_is_asked_again(hub):
     hub.failures[:] = [503]
     assert source(hub).resolve(repo("org/adapter")).repository.revision == COMMIT
     hub.failures[:] = [503, 503]
-    with pytest.raises(SourceUnavailable, match="status 503"):
+    with pytest.raises(faults.SourceUnavailable, match="status 503"):
         source(hub).resolve(repo("org/adapter"))
 
 
@@ -166,7 +166,7 @@ def test_a_branch_that_moves_during_a_build(hub, tmp_path):
     hf.fetch(resolved, FILES, tmp_path)
     assert [path for _, path in hub.requests if "/resolve/" in path and COMMIT not in path] == []
     del moved.revisions["before"]
-    with pytest.raises(RevisionNotFound, match=f"no revision '{COMMIT}'"):
+    with pytest.raises(faults.RevisionNotFound, match=f"no revision '{COMMIT}'"):
         hf.fetch(resolved, FILES, tmp_path / "again")
 
 
@@ -213,7 +213,7 @@ def test_what_arrives_is_what_the_hub_lists(hub, tmp_path, name):
     hf.fetch(resolved, [name], tmp_path / "a")
     assert (tmp_path / "a" / name).read_bytes() == base.files[name]
     base.damaged[name] = 99
-    with pytest.raises(BundleCorrupt, match=r"twice not what the hub lists: expected (sha256|git:)"):
+    with pytest.raises(faults.BundleCorrupt, match=r"twice not what the hub lists: expected (sha256|git:)"):
         hf.fetch(resolved, [name], tmp_path / "b")
     assert not (tmp_path / "b" / name).exists()
     assert hub.downloaded().count(name) == 4
@@ -223,7 +223,7 @@ def test_what_arrives_is_what_the_hub_lists(hub, tmp_path, name):
 def test_a_commit_is_a_commit(hub, commit):
     """A hub's commit becomes the name of a folder, so only 40 or 64 hex digits are taken."""
     hub.repos["org/adapter"].revisions["main"] = commit
-    with pytest.raises(SourceUnavailable, match="expected a commit"):
+    with pytest.raises(faults.SourceUnavailable, match="expected a commit"):
         source(hub).resolve(repo("org/adapter"))
 
 
@@ -231,7 +231,7 @@ def test_a_commit_is_a_commit(hub, commit):
 def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
     """A generation that another client wrote leads no source out of its cache, nor into another's."""
     files = {"config.json": FileDigest(size=1, sha256="0" * 64)}
-    with pytest.raises(SourceRefused, match="not a path inside"):
+    with pytest.raises(faults.SourceRefused, match="not a path inside"):
         source(hub).place(repo("org/base", revision=revision), files, tmp_path / "cache" / "deep" / "er")
     assert not (tmp_path / "cache").exists()
 
@@ -240,5 +240,5 @@ def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
 def test_a_listing_that_is_none_is_named(hub, sibling):
     """A listing with other types than the hub's is SOURCE_UNAVAILABLE, never a failure inside."""
     hub.repos["org/adapter"].listed = sibling
-    with pytest.raises(SourceUnavailable):
+    with pytest.raises(faults.SourceUnavailable):
         source(hub).resolve(repo("org/adapter"))

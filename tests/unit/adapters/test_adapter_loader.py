@@ -16,15 +16,8 @@ from inference_service.adapters.texts import AdapterTexts
 from inference_service.adapters.workers import Workers
 from inference_service.core.adapter import Adapter
 from inference_service.text.text import Text
+from loramux_shared import faults
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
-from loramux_shared.faults import (
-    BundleCorrupt,
-    InternalFault,
-    ProofFailed,
-    ResourcesExhausted,
-    ShuttingDown,
-    StoreUnavailable,
-)
 from tests.support.bundles import TEMPLATE, FakePacked, Loaded, Unsteady, build_bundles, flipped, load, waiting
 from tests.support.tokens import VOCAB, write_tokenizer
 from tests.support.waiting import BOUND_S, ended, until, wait_until
@@ -77,7 +70,7 @@ def test_loads_of_one_digest_at_once_are_one(store, make):
 def test_a_bundle_that_acts_from_other_tokens_than_its_generation_says_is_refused(store, make):
     """A bundle with other invocation tokens than its generation is refused, as requests have matched those."""
     outcome = waiting(make(), store.digests[0], (5, 6))()
-    assert isinstance(outcome, BundleCorrupt)
+    assert isinstance(outcome, faults.BundleCorrupt)
     assert "invocation_tokens [5, 6] as the generation says, found []" in outcome.message
 
 
@@ -101,11 +94,11 @@ def test_the_host_tier_keeps_what_was_packed(store, make):
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
-        (ProofFailed("adapter 'x': other answers"), ProofFailed),
-        (BundleCorrupt("row 3"), BundleCorrupt),
-        (MemoryError(), ResourcesExhausted),
-        (torch.OutOfMemoryError("CUDA out of memory"), ResourcesExhausted),
-        (KeyError("/secret/path"), InternalFault),
+        (faults.ProofFailed("adapter 'x': other answers"), faults.ProofFailed),
+        (faults.BundleCorrupt("row 3"), faults.BundleCorrupt),
+        (MemoryError(), faults.ResourcesExhausted),
+        (torch.OutOfMemoryError("CUDA out of memory"), faults.ResourcesExhausted),
+        (KeyError("/secret/path"), faults.InternalFault),
     ],
 )
 def test_a_failure_while_packing_is_reported_and_not_kept(store, make, raised, expected):
@@ -139,7 +132,7 @@ def test_damage_after_a_load_is_never_served(store, make, tmp_path, name, cached
     if cached:
         assert load(loader, digest).tier is Tier.DISK
         (folder / digest / name).write_bytes(flipped(right))
-    assert type(load(loader, digest)) is BundleCorrupt
+    assert type(load(loader, digest)) is faults.BundleCorrupt
     store.objects[key] = right
     again = load(loader, digest)
     assert again.tier is Tier.STORE
@@ -199,9 +192,9 @@ def test_whatever_waits_at_the_end_is_reported(store, make):
     store.gate.set()
     assert type(first()) is Loaded
     kinds = [type(outcome()) for outcome in outcomes]
-    assert (kinds.count(BundleCorrupt), kinds.count(ShuttingDown)) == (LOADS - 1, 2 * LOADS + 1)
-    assert type(worked.get(timeout=BOUND_S)) is ShuttingDown
-    assert type(load(loader, store.digests[0])) is ShuttingDown
+    assert (kinds.count(faults.BundleCorrupt), kinds.count(faults.ShuttingDown)) == (LOADS - 1, 2 * LOADS + 1)
+    assert type(worked.get(timeout=BOUND_S)) is faults.ShuttingDown
+    assert type(load(loader, store.digests[0])) is faults.ShuttingDown
 
 
 def test_reads_share_a_bound_of_memory():
@@ -290,7 +283,7 @@ async def test_texts_that_fail_are_read_again(store, texts):
     await until(lambda: store.under_way, "a reading")
     gone.cancel()
     store.gate.set()
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(faults.StoreUnavailable):
         await ended(stays, "the other caller")
     store.away = False
     assert (await texts.defaults(digest, "a0")).template is not None

@@ -12,16 +12,8 @@ from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import AdapterPlace
 from inference_service.rpc.builder import BuilderPublisher
+from loramux_shared import faults
 from loramux_shared.access.keys import ACCESS, Access, Scope
-from loramux_shared.faults import (
-    AdapterExists,
-    BundleNotFound,
-    ModelNotFound,
-    NoBuilder,
-    PageTokenInvalid,
-    ReplicaBehind,
-    RequestInvalid,
-)
 from tests.support.cases import cases
 from tests.support.operated import digest_of, generation, operated
 
@@ -41,7 +33,7 @@ def test_pages_give_every_name_once_and_look_at_no_other() -> None:
         if not after:
             break
     assert found == names
-    with pytest.raises(PageTokenInvalid):
+    with pytest.raises(faults.PageTokenInvalid):
         replica.manager.list("x" * 300)
 
 
@@ -52,14 +44,14 @@ def test_a_key_of_some_models_sees_those() -> None:
     try:
         page = replica.manager.list(limit=2)
         assert ([each.name for each in page.adapters], page.next_page) == (["b", "d"], "")
-        with pytest.raises(ModelNotFound):
+        with pytest.raises(faults.ModelNotFound):
             replica.manager.pin("a")
     finally:
         ACCESS.reset(token)
 
 
 def test_the_base_is_no_adapter() -> None:
-    with pytest.raises(RequestInvalid, match="'base' is the base; expected the name of an adapter"):
+    with pytest.raises(faults.RequestInvalid, match="'base' is the base; expected the name of an adapter"):
         operated().manager.pin("base")
 
 
@@ -111,7 +103,7 @@ async def test_a_new_name_that_others_took_meanwhile_is_taken() -> None:
     await replica.manager.load("three", "org/three")
     assert set(replica.deployment.newest.adapters) == {"one", "two", "three", "other"}
     replica.deployment.racing = [{"four": 9}]
-    with pytest.raises(AdapterExists, match="has already been loaded"):
+    with pytest.raises(faults.AdapterExists, match="has already been loaded"):
         await replica.manager.load("four", "org/four")
     assert replica.manager.get("four")  # a client that takes the refusal for success finds it here
 
@@ -125,15 +117,15 @@ async def test_without_a_builder_only_bundles_are_loaded() -> None:
         replica.manager.unload("one"),
         replica.manager.roll_back(),
     ):
-        with pytest.raises(NoBuilder, match="--builder"):
+        with pytest.raises(faults.NoBuilder, match="--builder"):
             await attempt
     loaded = await replica.manager.load("mine", f"bundle:{digest}")
     assert (loaded.everywhere, loaded.adapter.only_here, loaded.adapter.digest) == (False, True, digest)
-    with pytest.raises(AdapterExists):
+    with pytest.raises(faults.AdapterExists):
         await replica.manager.load("mine", f"bundle:{digest}")
-    with pytest.raises(RequestInvalid, match="lora_name"):
+    with pytest.raises(faults.RequestInvalid, match="lora_name"):
         await replica.manager.load("one", f"bundle:{digest}", replace=True)
-    with pytest.raises(BundleNotFound):
+    with pytest.raises(faults.BundleNotFound):
         await replica.manager.load("other", f"bundle:{digest_of(78)}")
     replica.adapters.apply(generation(2, {"one": 1}))
     assert replica.manager.get("mine").only_here
@@ -149,17 +141,17 @@ async def test_a_bundle_of_this_replica_obeys_the_rules_of_names() -> None:
     started = replica.deployment.newest.model_copy(update={"aliases": {"al": {"one": 1}}})
     replica.adapters.apply(started)
     for name, found in (("al", "alias al"), ("AL", "alias al"), ("One", "adapter one"), ("a*2", "'a*2'")):
-        with pytest.raises(RequestInvalid) as refused:
+        with pytest.raises(faults.RequestInvalid) as refused:
             await replica.manager.load(name, f"bundle:{digest}", replace=True)
         assert (refused.value.findings[0].where, refused.value.findings[0].found) == ("lora_name", found)
-    with pytest.raises(RequestInvalid, match="the base base"):
+    with pytest.raises(faults.RequestInvalid, match="the base base"):
         await replica.manager.load("base", f"bundle:{digest}")
     await replica.manager.load("mine", f"bundle:{digest}")
     await replica.manager.load("mine", f"bundle:{digest}", replace=True)
-    with pytest.raises(RequestInvalid, match="adapter mine"):
+    with pytest.raises(faults.RequestInvalid, match="adapter mine"):
         await replica.manager.load("Mine", f"bundle:{digest}")
     replica.adapters.apply(started.model_copy(update={"number": 3, "aliases": {"Mine": {"one": 1}}}))
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(faults.ModelNotFound):
         replica.manager.get("mine")
 
 
@@ -171,9 +163,9 @@ async def test_what_is_unloaded_is_gone_when_it_returns() -> None:
     await replica.manager.load("mine", f"bundle:{digest}")
     assert await replica.manager.unload("mine") is None
     for name in ("one", "mine"):
-        with pytest.raises(ModelNotFound):
+        with pytest.raises(faults.ModelNotFound):
             replica.manager.get(name)
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(faults.ModelNotFound):
         await replica.manager.unload("one")
 
 
@@ -182,9 +174,9 @@ async def test_a_fixed_replica_serves_what_it_has() -> None:
     models = [ServedModel("base"), ServedModel("merged", digest=digest_of(9))]
     manager = fixed_manager(Catalog(4, "base", models))
     assert manager.get("merged").place is AdapterPlace.DEVICE
-    with pytest.raises(RequestInvalid, match="merged"):
+    with pytest.raises(faults.RequestInvalid, match="merged"):
         manager.pin("merged")
-    with pytest.raises(NoBuilder):
+    with pytest.raises(faults.NoBuilder):
         await manager.load("x", f"bundle:{digest_of(1)}")
     view = manager.replica()
     assert (view.state, view.generation, view.registered, view.resident) == ("fixed", 4, 1, 0)
@@ -198,7 +190,7 @@ async def test_a_replica_that_cannot_catch_up_says_so() -> None:
         return 99
 
     replica.deployment.remove = nothing  # type: ignore[method-assign]
-    with pytest.raises(ReplicaBehind):
+    with pytest.raises(faults.ReplicaBehind):
         await replica.manager.unload("one")
 
 
@@ -210,7 +202,7 @@ def test_paths_are_repositories(path: str, kind: str, repo: str) -> None:
 
 @pytest.mark.parametrize("path", ["", ".", "../x", "~/x", "/a/../etc", "ftp://x/y", "a b", "file:///x", "x\0y"])
 def test_what_is_no_path_is_refused(path: str) -> None:
-    with pytest.raises(RequestInvalid, match="lora_path"):
+    with pytest.raises(faults.RequestInvalid, match="lora_path"):
         repository_of(path)
 
 
@@ -218,7 +210,7 @@ def test_bundles_are_named_by_whole_digests() -> None:
     assert digest_in(f"bundle:{digest_of(3)}") == digest_of(3)
     assert digest_in("org/name") is None
     for wrong in ("bundle:", "bundle:abc", f"bundle:{digest_of(3)}0", f"bundle:{'G' * 64}"):
-        with pytest.raises(RequestInvalid):
+        with pytest.raises(faults.RequestInvalid):
             digest_in(wrong)
 
 
