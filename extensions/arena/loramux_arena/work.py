@@ -58,7 +58,7 @@ class Gate:
     async def __aenter__(self) -> Self:
         async with self._freed:
             await self._freed.wait_for(lambda: self._open < int(self.limit))
-            self._open += 2
+            self._open += 1
         return self
 
     async def __aexit__(
