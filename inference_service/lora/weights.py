@@ -219,11 +219,11 @@ def part_of(weights: AdapterWeights, shard: Shard) -> AdapterWeights:
     first = 0
     for layer, groups in enumerate(weights.layers):
         for name, own in groups.items():
-            shape, (inputs, outputs, is_sum) = whole[name], shard.part(whole[name])
-            for module, a, b, vectors, span in zip(
-                shape.modules, own.a, own.b, own.vectors, outputs, strict=True
+            shape, (inputs, outputs, widths, is_sum) = whole[name], shard.part(whole[name])
+            for module, a, b, vectors, span, out in zip(
+                shape.modules, own.a, own.b, own.vectors, outputs, widths, strict=True
             ):
-                rank, inside, out = 0, inputs.stop - inputs.start, span.stop - span.start
+                rank, inside = 0, inputs.stop - inputs.start
                 if a is not None and b is not None:
                     rank = len(a)
                     values += [a[:, inputs].reshape(-1), b.t()[span].reshape(-1)]

@@ -87,11 +87,12 @@ class AttentionBlock:
         self._index = reader.index
         self._cache = self._index if spec.attention.keys_of is None else spec.attention.keys_of
         self._spec = spec
-        self._qkv_group, self._o_group = (reader.group(name).name for name in ("attn_q", "attn_dense"))
+        first = "attn_heads" if spec.by_head else "attn_q"
+        self._qkv_group, self._o_group = (reader.group(name).name for name in (first, "attn_dense"))
         self._rope = config.ropes.index(spec.rope)
         self._window = config.windows.index(spec.attention.window)
-        projected = names.qkv[: len(reader.group("attn_q").modules)]
-        self._qkv = reader.linear("attn_q", projected, bias=config.qkv_bias)
+        projected = names.qkv[: len(reader.group(first).modules)]
+        self._qkv = reader.linear(first, projected, bias=config.qkv_bias)
         self._o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
         self._sinks = None
         if names.sinks is not None:

@@ -186,7 +186,7 @@ class LayerReader:
         shard = self.reader.shard
         if shard is None:
             return weight, bias
-        inputs, outputs, is_sum = shard.part(shape)
+        inputs, outputs, _, is_sum = shard.part(shape)
         slices = [*zip(outputs, shape.out_offsets, shape.out_features, strict=True)]
 
         def cut(whole: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class LayerReader:
             return None
         names = [(f"{name}.weight", (out, shape.in_features)) for name, out in parts]
         kept = self.reader.kept([(self.at + name, size) for name, size in names])
-        if kept is None or shape.neighbours is None:
+        if kept is None or not any(shape.orders):
             return kept
         return [
             part if order is None else part.rows(torch.tensor(order, device=part.scales.device))
@@ -268,7 +268,7 @@ class LayerReader:
 
 def _in_order(rows: Tensor, shape: GroupShape) -> Tensor:
     """Return a checkpoint's rows [out, ...] of a group in the order in which a decoder has them."""
-    if shape.neighbours is None:
+    if not any(shape.orders):
         return rows
     parts = zip(torch.split(rows, list(shape.out_features)), shape.orders, strict=True)
     return torch.cat([part if order is None else part[list(order)] for part, order in parts])

@@ -21,7 +21,7 @@ _CODES: Final[Mapping[Side, str]] = {
     "bare_bias": "E_BIAS",
 }
 _BIASED: Final = {
-    **dict.fromkeys(("attn_q", "attn_k", "attn_v"), "qkv_bias"),
+    **dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_heads"), "qkv_bias"),
     "attn_dense": "o_bias",
     **dict.fromkeys(("mlp_h_to_4h", "mlp_gate", "mlp_4h_to_h"), "mlp_bias"),
 }

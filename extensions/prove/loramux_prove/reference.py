@@ -28,7 +28,7 @@ from loramux_shared.bases.rope import AttentionSpec, QueryScaling, RopeSpec
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.faults import CheckpointInvalid
 
-QKV, GATE_UP = ("attn_q", "attn_k", "attn_v"), ("mlp_h_to_4h", "mlp_gate")
+GATE_UP = ("mlp_h_to_4h", "mlp_gate")
 DELTA = ("delta_qkv", "delta_z", "delta_b", "delta_a")
 
 
@@ -150,14 +150,18 @@ class Reference:
 
     def _attention(self, index: int, at: str, spec: AttentionLayer, runs: Sequence[Run]) -> None:
         config, names, hidden = self._config, self._config.names, self._config.dims.hidden
-        q, slices = spec.q_features, spec.groups(hidden)[0].out_features
+        q, group = spec.q_features, spec.groups(hidden)[0]
+        slices = group.out_features
         before, behind = self._optional(at, names.input_norm), self._optional(at, names.attention_out_norm)
         q_norm, k_norm = self._qk_norms(at, spec)
         qkv = self._linear(at, names.qkv[: len(slices)], slices, hidden, config.qkv_bias)
         out = self._linear(at, (names.o,), (hidden,), q, config.o_bias)
         for run in runs:
             x = self._maybe_normed(run.hidden, before)
-            parts = _project(run, index, QKV[: len(slices)], x, qkv, slices)
+            parts = _project(run, index, group.modules, x, qkv, slices)
+            if spec.by_head:
+                each = parts[0].view(len(x), spec.num_heads, 3, spec.head_dim)
+                parts = [part.flatten(1) for part in each.unbind(2)]
             parts[0], gate = _parted(parts[0], spec)
             queries = _scaled_queries(
                 _rotate(self._heads(parts[0], q_norm, spec), spec.rope), config.query_scaling

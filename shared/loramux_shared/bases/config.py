@@ -199,7 +199,8 @@ class ModelConfig:
     def layer_names(self) -> tuple[str, ...]:
         """Return what stands before the number of a layer, where layers are not called as in most bases."""
         before = self.names.layer.partition("{index}")[0]
-        return () if before == "layers." else tuple([f"{prefix}{before}" for prefix in self.names.prefixes])
+        usual = before == "layers." and self.names.prefixes[0].endswith("model.")
+        return () if usual else tuple([f"{prefix}{before}" for prefix in self.names.prefixes])
 
     @property
     def inputs(self) -> InputLayer | None:

@@ -24,6 +24,8 @@ class GroupShape:
     """Expert of a mixture that the group belongs to."""
     neighbours: tuple[int, int] | None = None
     """Dimensions of each head of queries and keys that a checkpoint rotates in pairs of neighbours, and all."""
+    by_head: int | None = None
+    """Dimensions of a head, where a checkpoint has the queries, keys and values of each head side by side."""
 
     @property
     def out_offsets(self) -> tuple[int, ...]:
@@ -34,6 +36,8 @@ class GroupShape:
     def orders(self) -> tuple[tuple[int, ...] | None, ...]:
         """For each slice, the row of a checkpoint and of adapters' B for each column; None: all in order."""
         heads = self.neighbours
+        if self.by_head is not None:
+            return tuple([_parts_apart(out, self.by_head) for out in self.out_features])
         return tuple(
             None if heads is None or module == "attn_v" else _halves(out, *heads)
             for module, out in zip(self.modules, self.out_features, strict=True)
@@ -70,6 +74,13 @@ def _halves(width: int, rotated: int, dim: int) -> tuple[int, ...]:
     """Return the rows of heads of dim dimensions with the first of each rotated pair before the second ones."""
     head = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, dim)]
     return tuple(first + row for first in range(0, width, dim) for row in head)
+
+
+@cache
+def _parts_apart(width: int, dim: int) -> tuple[int, ...]:
+    """Return the rows of all queries, then all keys and all values, of heads that have them side by side."""
+    parts = range(0, 3 * dim, dim)
+    return tuple(head + part + row for part in parts for head in range(0, width, 3 * dim) for row in range(dim))
 
 
 def mlp_groups(hidden: int, intermediate: int, *, gated: bool = True) -> tuple[GroupShape, ...]:

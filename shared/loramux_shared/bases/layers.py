@@ -48,6 +48,8 @@ class AttentionLayer:
     """True if each head of values is normed, by its size alone."""
     gated: bool = False
     """True if the output of each head is multiplied with the sigmoid of a gate, which its query brings."""
+    by_head: bool = False
+    """True if one linear has queries, keys and values, those of each head side by side."""
     bidirectional: bool = False
     """True if every row sees the whole sequence, which one step computes, so that nothing is cached."""
 
@@ -90,6 +92,10 @@ class AttentionLayer:
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
+        if self.by_head:
+            whole = (3 * self.q_features,)
+            out = GroupShape("o", ("attn_dense",), self.q_features, (hidden,))
+            return GroupShape("qkv", ("attn_heads",), hidden, whole, by_head=self.head_dim), out
         slices = 1 if self.attention.keys_of is not None else 2 if self.values_are_keys else 3
         neighbours = (self.rope.dim, self.head_dim) if self.rope.neighbours else None
         return attention_groups(

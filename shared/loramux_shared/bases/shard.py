@@ -14,8 +14,10 @@ class Part(NamedTuple):
     """The part of a fused linear."""
 
     inputs: slice
-    outputs: tuple[slice, ...]
+    outputs: tuple[slice | list[int], ...]
     """Columns of each slice of the linear, within the slice."""
+    widths: tuple[int, ...]
+    """How many these are."""
     is_sum: bool
     """True if what the ranks compute must be summed: each has some of the inputs."""
 
@@ -42,12 +44,19 @@ class Shard:
     def part(self, whole: GroupShape) -> Part:
         """Return what the rank has of a fused linear; ranks share pieces where these are fewer."""
         own = self._own[whole.name]
+        columns = self._piece if whole.by_head is None else self._heads
         outputs = zip(whole.out_features, own.out_features, strict=True)
         return Part(
             self._piece(whole.in_features, own.in_features),
-            tuple([self._piece(*sizes) for sizes in outputs]),
+            tuple([columns(*sizes) for sizes in outputs]),
+            own.out_features,
             own.in_features != whole.in_features,
         )
+
+    def _heads(self, whole: int, own: int) -> list[int]:
+        """Return the columns of some heads' queries, keys and values, each a third of the whole."""
+        third, piece = whole // 3, self._piece(whole // 3, own // 3)
+        return [first + column for first in range(0, whole, third) for column in range(whole)[piece]]
 
     def _piece(self, whole: int, own: int) -> slice:
         index = self.rank * (whole // own) // self.world

@@ -65,6 +65,7 @@ MODULES = (
     Module(123, "shared_expert_gate", "shared_expert_gate", "mlp"),
     Module(124, "embedding", "embed_tokens", ""),
     Module(125, "head", "lm_head", ""),
+    Module(126, "attn_heads", "query_key_value", "attention"),
 )
 BY_ID = {module.id: module for module in MODULES}
 BY_NAME = {module.name: module for module in MODULES}
