@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # One core computes one adapter; BLAS threads would only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C within the imports ends it without a traceback
 
 import argparse
 import asyncio

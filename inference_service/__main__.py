@@ -5,6 +5,11 @@ What can be refused is refused before torch is imported, which takes seconds.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C within the imports ends it without a traceback
+
 import argparse
 import asyncio
 import sys

@@ -8,8 +8,6 @@ generated stubs from this package without the client.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from loramux_shared.extensions import NAMES, find_extensions
-
 if TYPE_CHECKING:
     from loramux import faults
     from loramux.changes import AdapterChange, ChangeKind, GenerationInfo, PushInfo, RollbackInfo
@@ -93,7 +91,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        if added := find_extensions(NAMES).get(name):
+        extensions = import_module("loramux_shared.extensions")
+        if added := extensions.find_extensions(extensions.NAMES).get(name):
             return added.load()
         raise AttributeError(f"module 'loramux' has no attribute {name!r}")
     if name == "faults":

@@ -40,25 +40,25 @@ class Rows:
     """The rows of a step, base first, then adapter by adapter."""
 
     arrangement: Arrangement
-    tokens: list[int]
-    """[T]; 0 where the token is in flight."""
-    sources: list[int]
-    """[T]: which of the tokens that the step before drew the row takes, or `KNOWN`."""
-    positions: list[int]
-    """[T]"""
-    contexts: list[Context]
-    """One per chunk."""
-    sampled: list[Sequence]
-    """Those for which a token is drawn; one that has a draft once more for each of its tokens."""
-    ahead: list[int]
-    """Number of tokens of its draft before each draw."""
-    last_rows: list[int]
-    """The row that each of them is drawn from."""
     drafts: Mapping[Sequence, list[int]]
     """Drafts to verify."""
-    scored: dict[Sequence, range]
+    tokens: list[int] = field(default_factory=list)
+    """[T]; 0 where the token is in flight."""
+    sources: list[int] = field(default_factory=list)
+    """[T]: which of the tokens that the step before drew the row takes, or `KNOWN`."""
+    positions: list[int] = field(default_factory=list)
+    """[T]"""
+    contexts: list[Context] = field(default_factory=list)
+    """One per chunk."""
+    sampled: list[Sequence] = field(default_factory=list)
+    """Those for which a token is drawn; one that has a draft once more for each of its tokens."""
+    ahead: list[int] = field(default_factory=list)
+    """Number of tokens of its draft before each draw."""
+    last_rows: list[int] = field(default_factory=list)
+    """The row that each of them is drawn from."""
+    scored: dict[Sequence, range] = field(default_factory=dict)
     """Those whose prompt is scored, with the rows behind which stands a token of it that has no score yet."""
-    pooled: list[PooledRows]
+    pooled: list[PooledRows] = field(default_factory=list)
     """Rows that become vectors: no token is drawn for them."""
 
     def drawing(self) -> list[Segment]:
@@ -79,7 +79,7 @@ class Rows:
 
 def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
     """Lay a batch out; drawn gives each sequence's place among those that the step before drew a token for."""
-    rows = Rows(arrange(batch), [], [], [], [], [], [], [], batch.drafts, {}, [])
+    rows = Rows(arrange(batch), batch.drafts)
     for chunk in rows.arrangement.chunks:
         seq, row, start, length = chunk.seq, len(rows.tokens), chunk.start, chunk.length
         end = start + length

@@ -11,10 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-import grpc
-
 from loramux_shared.faults import DeadlineExceeded, Fault, SettingsInvalid, Status
-from loramux_shared.rpc.status import CallFailed
 
 
 class Exit(IntEnum):
@@ -48,8 +45,7 @@ def exit_of(fault: Fault) -> Exit:
     """Return the exit code of a command that ends with a fault."""
     if isinstance(fault, SettingsInvalid):
         return Exit.USAGE
-    late = isinstance(fault, CallFailed) and fault.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    if late or isinstance(fault, DeadlineExceeded) or fault.retry_after_s is not None:
+    if isinstance(fault, DeadlineExceeded) or fault.retry_after_s is not None:
         return Exit.UNAVAILABLE
     return Exit.DENIED if fault.status in _DENIED else Exit.FAILED
 

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from loramux_shared.faults import FAULTS, Fault, Finding, InternalFault, ServerUnavailable
+from loramux_shared.faults import FAULTS, DeadlineExceeded, Fault, Finding, InternalFault, ServerUnavailable
 from loramux_shared.wording import MAX_FINDINGS
 
 _CLOSED: Final = (
@@ -127,7 +127,7 @@ async def abort(context: grpc.aio.ServicerContext, fault: Fault) -> None:
 
 
 class CallFailed(Fault, status=InternalFault.status):
-    """A status without a reason of ours: a deadline, a cancellation, or a server that is no loramux."""
+    """A status without a reason of ours: a cancellation, or a server that is no loramux."""
 
     def __init__(self, message: str, code: grpc.StatusCode) -> None:
         super().__init__(message)
@@ -138,7 +138,8 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
     """Return the fault that a failed call stands for.
 
     A status with our ErrorInfo becomes the class of its reason; a server that cannot be reached becomes
-    `ServerUnavailable`; anything else `CallFailed` with grpc's code.
+    `ServerUnavailable`, a deadline that passed here `DeadlineExceeded`, as one that the server saw pass;
+    anything else `CallFailed` with grpc's code.
     """
     status = rpc_status.from_call(error)
     reason, repository, findings = "", "", []
@@ -166,6 +167,10 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
         )
     if code is grpc.StatusCode.CANCELLED and message == DROPPED:
         return ServerUnavailable(f"{target or 'the server'} ended when the call reached it. Retry.")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(
+            f"{target or 'the server'} did not answer before the deadline of the call. Give it more time."
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")
     if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -189,7 +189,6 @@ def test_a_refused_build_ends_with_its_failure(fakes: Fakes, deployment: Callabl
     ("fault", "code"),
     [
         *((getattr(faults, name)("no"), Exit[code]) for name, code in cases(__file__, "test_exit_codes")),
-        (CallFailed("late", grpc.StatusCode.DEADLINE_EXCEEDED), Exit.UNAVAILABLE),
         (CallFailed("strange", grpc.StatusCode.UNKNOWN), Exit.FAILED),
     ],
 )
