@@ -1,6 +1,6 @@
 """Tensors: keys that mean something else, shapes of other bases, values that cannot be stored."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -87,11 +87,17 @@ def _wide_o_proj() -> Tensors:
     return {key(0, "o_proj", "A"): np.ones((4, 16), "f2"), key(0, "o_proj", "B"): np.ones((32, 4), "f2")}
 
 
-def _beside_large_weights(folder: Path) -> None:
-    """Write a product that would drown most bases, and a weight of the base that is larger."""
-    adapter(folder, tensors() | {key(1, "v_proj", "A"): np.full((4, 16), 1e4, "f4")})
-    large = {"model.layers.1.self_attn.v_proj.weight": np.full((8, 16), 1e6, "f4")}
-    save_file({"model.embed_tokens.weight": embeddings(), **large}, folder.parent / BASE / "model.safetensors")
+def _beside(value: float, dtype: str = "f4", rows: int = 8) -> Callable[[Path], None]:
+    """Return what writes a product that would drown most bases, beside a weight of the base of such values."""
+
+    def write(folder: Path) -> None:
+        adapter(folder, tensors() | {key(1, "v_proj", "A"): np.full((4, 16), 1e4, "f4")})
+        weight = {"model.layers.1.self_attn.v_proj.weight": np.full((rows, 16), value, dtype)}
+        save_file(
+            {"model.embed_tokens.weight": embeddings(), **weight}, folder.parent / BASE / "model.safetensors"
+        )
+
+    return write
 
 
 _TOWER = "base_model.model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
@@ -212,7 +218,9 @@ ACCEPTED = (
     of_tensors("A is zero", "W_ZERO_B", lambda: _zero("A")),
     of_tensors("a product that drowns the base", "W_MAGNITUDE", lambda: tensors() | {
         key(1, "v_proj", "A"): np.full((4, 16), 1e4, "f4")}, lora={"dtype": "float32"}),
-    exhibit("a product beside larger weights", "", _beside_large_weights, lora={"dtype": "float32"}),
+    exhibit("a product beside larger weights", "", _beside(1e6), lora={"dtype": "float32"}),
+    exhibit("a product beside integers", "W_MAGNITUDE", _beside(2**31, "i8"), lora={"dtype": "float32"}),
+    exhibit("a product beside too few rows", "W_MAGNITUDE", _beside(1e6, rows=4), lora={"dtype": "float32"}),
     of_tensors("cut to rank 2", "W_TRUNCATED", tensors, lora={"truncate_to_rank": 2}),
     exhibit("o_proj of narrow heads", "W_ODENSE",
             lambda folder: adapter(folder, _wide_o_proj(), target_modules=["o_proj"]),
