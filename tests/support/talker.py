@@ -27,10 +27,6 @@ class Talker(Scripted):
         """Answer one more request with each, in steps that are separated by ``|``."""
         self._cases += (Case("chat", {}, [answer], reason, failure) for answer in answers)
 
-    def say_nothing(self, failure: Exception) -> None:
-        """Fail one more request before its first token."""
-        self._cases.append(Case("chat", {}, [], failure=failure))
-
     async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
         """Stream the scripted answer."""
         self.asked.append(request)

@@ -1,8 +1,6 @@
 """``loramux arena``: output, exit status, and refusals before the run."""
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from loramux.cli.main import app
 from loramux_arena.command import named
 from loramux_shared.faults import ModelNotFound, RequestInvalid, SettingsInvalid
 from tests.arena_server import Versions, serving
-from tests.support.waiting import BOUND_S
+from tests.support.waiting import loop_in_thread
 
 HOSTILE = "</script><script>document.title='owned'</script>\x1b[2J"
 
@@ -29,22 +27,11 @@ def says(model: str, query: str, seed: int) -> str:
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Versions, str]]:
     """A server in a thread of its own, and its address."""
-    service, loop, up = Versions(says), asyncio.new_event_loop(), threading.Event()
-    stop, addresses = asyncio.Event(), list[str]()
-
-    async def serve() -> None:
-        async with serving(service) as address:
-            addresses.append(address)
-            up.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
-    thread.start()
-    assert up.wait(BOUND_S)
-    yield service, addresses[0]
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(BOUND_S)
-    assert not thread.is_alive()
+    service = Versions(says)
+    with loop_in_thread() as do:
+        server = serving(service)
+        yield service, do(server.__aenter__())
+        do(server.__aexit__(None, None, None))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from loramux_arena.paired import bootstrap, holm, sign_test
 from loramux_arena.scores import SCORERS, scorer
 from loramux_shared import faults
 from tests.support.cases import cases
-from tests.support.https_server import served
+from tests.support.https_server import Answering, served
 
 
 @pytest.mark.parametrize(
@@ -92,18 +92,12 @@ def http(status: int, text: object, headers: dict[str, str] | None = None) -> It
     """Answer every request alike; yields the address and the received requests."""
     received: list[Any] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Handler(Answering):
+        def do_POST(self) -> None:  # noqa: N802 - the base class's name
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             received.append((self.path, self.headers.get("authorization"), body))
-            self.send_response(status)
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.end_headers()
             content = {"choices": [{"message": {"content": text}}]}
-            self.wfile.write(json.dumps(content).encode())
-
-        def log_message(self, *args: Any) -> None: ...
+            self.answer(status, json.dumps(content).encode(), **(headers or {}))
 
     with served(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
         yield f"http://{address}/v1", received

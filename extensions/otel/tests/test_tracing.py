@@ -3,8 +3,7 @@
 import logging
 import os
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import structlog
 
 from loramux_shared.tracing import Tracing, open_tracing
 from tests.support.forks import Forked
+from tests.support.https_server import Answering, served
 from tests.support.waiting import BOUND_S, bounded
 from tests.test_api_processes import replica
 
@@ -90,25 +90,17 @@ async def test_an_api_process_sends_its_spans(tmp_path: Path, monkeypatch: pytes
     """A request that an API process answers is a span below its client's, sent at the latest at the drain."""
     received: list[bytes] = []
 
-    class Collector(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Collector(Answering):
+        def do_POST(self) -> None:  # noqa: N802 - the base class's name
             received.append(self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(200)
-            self.end_headers()
+            self.answer(200)
 
-        def log_message(self, *_: Any) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
-        thread = threading.Thread(target=collector.serve_forever)
-        thread.start()
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+    with served(ThreadingHTTPServer(("127.0.0.1", 0), Collector)) as address:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{address}")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
-        async with replica(tmp_path, 1) as served:
-            stream = await served.stream(2)
+        async with replica(tmp_path, 1) as apart:
+            stream = await apart.stream(2)
             async with bounded("the end of the answer"):
                 await stream.reader.readuntil(b"[DONE]")
             stream.close()
-        collector.shutdown()
-        thread.join()
     assert b"POST /v1/completions" in b"".join(received)

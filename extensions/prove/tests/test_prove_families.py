@@ -9,9 +9,6 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from loramux_prove.adapter_source import read_adapter
 from loramux_prove.building import prove_adapters
 from loramux_prove.reference import Reference, Run
@@ -19,13 +16,12 @@ from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import CASES, DENSE
-from tests.proving import proved_here
 from tests.support import lowbit
 from tests.support.tiny import World, make_world, make_world_of, oracle
 from tests.test_disguised import make_saved
+from tests.test_proof import build_into
 from tests.unit.bases.test_base_weights import other_head, rewrite
 
 PROMPT = [5 + (index * 37) % 180 for index in range(60)]
@@ -48,14 +44,8 @@ def expect_peft(world: World, max_seq_len: int | None = None) -> None:
 
 def proved(world: World) -> MemoryStore:
     """The adapters with proofs, built."""
-    store, deployment = MemoryStore(), world.deployment()
-    deployment = deployment.model_copy(update={"build": deployment.build.model_copy(update={"prove": True})})
-    with proved_here():
-        build(
-            deployment,
-            BuildContext(store, open_sources(local_roots=[world.root])),
-            Progress(deployment.build.lora_adapters),
-        )
+    store = MemoryStore()
+    build_into(store, world)
     return store
 
 

@@ -1,7 +1,6 @@
 """Events of a hub become updates of the adapters that follow its repositories."""
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid, StoreUnavailable
 from loramux_webhooks.receiver import RETRY_S, Followed, Receiver, Updates
+from tests.support.https_server import served
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.openai_api import openai_world
 from tests.support.served_replicas import open_builder
@@ -114,12 +114,8 @@ def test_events_are_debounced_and_passing_failures_repeated() -> None:
 def receiver() -> Iterator[tuple[str, Updates]]:
     """A receiver whose updates nobody takes."""
     updates = Updates(Fake(), "tiny", 0)
-    with Receiver("127.0.0.1:0", SECRET, FOLLOWED, updates) as receiver:
-        thread = threading.Thread(target=receiver.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield f"http://{receiver.address}", updates
-        receiver.shutdown()
-        thread.join()
+    with served(Receiver("127.0.0.1:0", SECRET, FOLLOWED, updates)) as address:
+        yield f"http://{address}", updates
 
 
 def test_an_event_needs_the_secret_and_a_bounded_body(receiver: tuple[str, Updates]) -> None:
