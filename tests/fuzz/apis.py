@@ -167,9 +167,7 @@ async def open_apis(folder: Path) -> AsyncIterator[FuzzedApis]:
     """Serve a tiny model and a builder; answers are short, and few requests wait."""
     world = replace(make_world(folder / "world"), max_seq_len=96)
     (world.base / "chat_template.jinja").write_text(TEMPLATE)
-    store = MemoryStore()
-    world.build(store)
-    ready = world.load(store, max_queue=8, stream_interval_ms=0)
+    ready = world.load(world.built(), max_queue=8, stream_interval_ms=0)
     write_base(folder / "base")
     write_adapter(folder / "one", tensors())
     context = BuildContext(MemoryStore(), Sources({SourceKind.LOCAL: LocalSource([folder])}), folder / "work")

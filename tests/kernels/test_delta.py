@@ -30,7 +30,6 @@ from inference_service.kernels.delta import (
     pack_delta,
 )
 from inference_service.kernels.launch import Launch, intercepted
-from loramux_shared.storage.memory import MemoryStore
 from tests.kernels.delta_case import STEPS, Sizes, case, inputs_of, layer, wrong
 from tests.kernels.test_launch_keys import noted
 from tests.models.test_families import CASES
@@ -169,8 +168,8 @@ def test_recorded_steps_take_states_on(
     """Graphs recorded without a row give the torch backend's tokens, from snapshots too."""
     monkeypatch.setattr(graph_runner, "RECORDED_ROWS", 16)
     case = CASES["qwen3_5-images"]
-    world, store = make_world_of(tmp_path_factory.mktemp("delta"), case.config, case.adapters), MemoryStore()
-    world.build(store)
+    world = make_world_of(tmp_path_factory.mktemp("delta"), case.config, case.adapters)
+    store = world.built()
     expected = run_engine(world.load(store, backend="torch", native=False), REQUESTS, NEW)
     ready = world.load(store, backend="triton")
     eager: Any = ready.engine._engine._runner

@@ -81,9 +81,8 @@ class CountingRecorder:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store, max_lora_rank=16)
-    return world, store
+    world = make_world(tmp_path_factory.mktemp("tiny"))
+    return world, world.built(max_lora_rank=16)
 
 
 @pytest.fixture(scope="module")

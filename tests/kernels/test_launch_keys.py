@@ -23,7 +23,6 @@ from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels.launch import Launch
 from inference_service.startup.load import Ready
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import make_world
 from tests.support.weights import adapter_of
 
@@ -74,9 +73,8 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Key]]:
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     """A base and adapters with the kernels for GPUs, interpreted."""
-    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store, max_lora_rank=16)
-    return world.load(store, backend="triton")
+    world = make_world(tmp_path_factory.mktemp("tiny"))
+    return world.load(world.built(max_lora_rank=16), backend="triton")
 
 
 def run(ready: Ready, runner: GraphRunner, requests: list[tuple[str, int, SamplingParams]]) -> None:

@@ -16,7 +16,6 @@ from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.tape import TapeRecorder
-from loramux_shared.storage.memory import MemoryStore
 from tests.kernels.test_launch_keys import noted
 from tests.models.test_families import PARTS
 from tests.support.tiny import SIZES, VOCAB, make_world_of, oracle, oracle_tokens, run_engine
@@ -81,8 +80,8 @@ def test_recorded_steps_answer_as_transformers_and_compile_nothing(
     """Requests after the recording are answered as by transformers and PEFT, and launch nothing new."""
     folder = tmp_path_factory.mktemp("recorded")
     limits = SchedulerLimits(max_tokens=16, max_seqs=2, max_adapters=len(adapters), max_seq_len=64)
-    world, store = make_world_of(folder, config, adapters), MemoryStore()
-    world.build(store)
+    world = make_world_of(folder, config, adapters)
+    store = world.built()
     ready = world.load(store, backend="triton")
     eager: Any = ready.engine._engine._runner
     runner = GraphRunner(eager._model, eager._lora, BLOCKS, BLOCK, limits, TapeRecorder())

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Gemma3Config
 
 from loramux_shared.bases.read import read_config
-from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import PARTS
 from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
@@ -62,9 +61,8 @@ def test_a_head_of_its_own_answers(images: Path) -> None:
     """An untied model with images uses its head, though the decoder's config says tied."""
     say(images, "tie_word_embeddings", outside=False, inside=True)
     expected = oracle_tokens(oracle(images, None), PROMPT, 16)
-    world, store = World(images, {}, images.parent), MemoryStore()
-    world.build(store)
-    assert run_engine(world.load(store), [("base", PROMPT)], 16) == [expected]
+    world = World(images, {}, images.parent)
+    assert run_engine(world.load(world.built()), [("base", PROMPT)], 16) == [expected]
 
 
 @pytest.mark.filterwarnings("ignore")

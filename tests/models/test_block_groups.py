@@ -35,9 +35,8 @@ GEMMA3 = Gemma3TextConfig(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world, store = make_world_of(tmp_path_factory.mktemp("gemma3"), GEMMA3, ADAPTERS), MemoryStore()
-    world.build(store, max_lora_rank=16)
-    return world, store
+    world = make_world_of(tmp_path_factory.mktemp("gemma3"), GEMMA3, ADAPTERS)
+    return world, world.built(max_lora_rank=16)
 
 
 @pytest.fixture(scope="module")

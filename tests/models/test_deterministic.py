@@ -67,9 +67,7 @@ def world(
     """Return a family with every operation through which rows could affect each other."""
     adapters = SETS.get(request.param, ADAPTERS)
     world = make_world_of(tmp_path_factory.mktemp("world"), FAMILIES[request.param], adapters)
-    store = MemoryStore()
-    world.build(store)
-    return world, store
+    return world, world.built()
 
 
 def loaded(world: tuple[World, MemoryStore], **settings: Any) -> Ready:

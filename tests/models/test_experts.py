@@ -14,7 +14,6 @@ from transformers import Qwen3MoeConfig
 
 from inference_service.startup import bank
 from loramux_shared.faults import AdapterInvalid
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import (
     SIZES,
     VOCAB,
@@ -79,10 +78,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answered(base: Path, adapters: Mapping[str, Path], **settings: Any) -> list[list[int]]:
     """Return the answers of adapters, all of them and the base in one batch."""
-    world, store = World(base, adapters, base.parent), MemoryStore()
-    world.build(store)
+    world = World(base, adapters, base.parent)
     requests = [(name, prompt) for name in ("base", *adapters) for prompt in prompts()]
-    return run_engine(world.load(store, **settings), requests, NEW)
+    return run_engine(world.load(world.built(), **settings), requests, NEW)
 
 
 def expected_of(base: Path, adapters: Mapping[str, Path]) -> list[list[int]]:
@@ -152,10 +150,9 @@ def test_slots_are_as_many_as_their_tables_have_memory_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """A slot has fields for every module of every expert, though few adapters have any."""
-    world, store = make_world_of(tmp_path, CONFIG, {"one": PARAMETERS}), MemoryStore()
-    world.build(store)
+    world = make_world_of(tmp_path, CONFIG, {"one": PARAMETERS})
     monkeypatch.setattr(bank, "MAX_TABLES", 1 << 20)
-    ready = world.load(store, backend=backend)
+    ready = world.load(world.built(), backend=backend)
     lora = ready.bank.lora
     assert lora.num_slots == (1 << 20) // lora.slot_bytes < bank.MAX_SLOTS
     assert lora.num_bytes >= lora.num_slots * lora.slot_bytes

@@ -24,7 +24,6 @@ from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid, SettingsInvalid
-from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_merge import ready_of
 from tests.support import tiny
 from tests.support.cases import cases
@@ -127,8 +126,7 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     world = make_world_of(
         tmp_path_factory.mktemp("family"), case.config, case.adapters, max_seq_len=case.max_seq_len
     )
-    store = MemoryStore()
-    world.build(store)
+    store = world.built()
     draw = random.Random(7)
     lengths = [max(case.shortest, length) for length in (57, 40, 33, 1, 17, 16, 64, 26)]
     models = ("base", *case.adapters)
@@ -253,11 +251,10 @@ def test_other_types_and_shards_give_the_same_tokens(tmp_path: Path, dtype: str,
     case = CASES["qwen2"]
     make_checkpoint(tmp_path / "base", case.config, getattr(torch, dtype), max_shard_size)
     assert (tmp_path / "base" / "model.safetensors").exists() == (max_shard_size == "1GB")
-    world, store = World(tmp_path / "base", {}, tmp_path), MemoryStore()
-    world.build(store)
+    world = World(tmp_path / "base", {}, tmp_path)
     prompt = list(range(3, 40))
     expected = oracle_tokens(oracle(world.base, None), prompt, NEW)
-    assert run_engine(world.load(store), [("base", prompt)], NEW) == [expected]
+    assert run_engine(world.load(world.built()), [("base", prompt)], NEW) == [expected]
 
 
 def test_the_memory_plan_counts_what_tokens_give_to_layers() -> None:

@@ -136,15 +136,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), DISGUISED["ia3"]).save_pretrained(
         root / UNTRAINED
     )
-    world, store = World(base, {name: root / name for name in (*KINDS, UNTRAINED)}, root), MemoryStore()
-    world.build(store)
+    world = World(base, {name: root / name for name in (*KINDS, UNTRAINED)}, root)
     draw = random.Random(5)
     requests = []
     for name in MODELS:
         prompt = draw.choices([*range(10, VOCAB), 3, 4, 50, 60], k=draw.choice([9, 17, 30]))
         prompt[(at := draw.randrange(7)) : at + 2] = CALLED
         requests.append((name, prompt))
-    return Answers(world, store, requests, peft_answers(world, requests))
+    return Answers(world, world.built(), requests, peft_answers(world, requests))
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
@@ -265,8 +264,7 @@ def test_what_is_cut_keeps_the_rows_of_its_own(answers: Answers) -> None:
     world = replace(
         answers.world, adapters={name: answers.world.adapters[name] for name in ("head", "everything")}
     )
-    store = MemoryStore()
-    world.build(store, truncate_to_rank=2)
+    store = world.built(truncate_to_rank=2)
     for name, record in records(store).items():
         cut = read_bundle(store, record.digest)
         whole = read_bundle(answers.store, records(answers.store)[name].digest)

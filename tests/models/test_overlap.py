@@ -240,9 +240,8 @@ def test_a_failing_step_loses_no_end_of_the_others() -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store)
-    return world, store
+    world = make_world(tmp_path_factory.mktemp("tiny"))
+    return world, world.built()
 
 
 def _ready(world: tuple[World, MemoryStore], depth: int, **settings: object) -> Ready:

@@ -134,10 +134,9 @@ def test_log_probabilities_of_a_prompt_are_those_of_its_own_head(world: World, s
 def test_other_bases_equal_peft(tmp_path: Path, config: Any) -> None:
     """Tied tables work as in PEFT, and scales of embeddings and logits are applied."""
     adapters = ADAPTERS | (OF_TIED if config.tie_word_embeddings else {})
-    world, store = made(tmp_path, config, adapters), MemoryStore()
-    world.build(store)
+    world = made(tmp_path, config, adapters)
     requests = requests_of(("base", *adapters))
-    assert run_engine(world.load(store), requests, NEW) == answers(world, requests)
+    assert run_engine(world.load(world.built()), requests, NEW) == answers(world, requests)
 
 
 def test_a_slot_that_was_left_has_no_tables(world: World, store: MemoryStore) -> None:

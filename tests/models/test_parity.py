@@ -48,8 +48,6 @@ def query(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     case = CASES[request.param]
     folder = tmp_path_factory.mktemp("parity")
     world = make_world_of(folder, case.config, case.adapters, max_seq_len=case.max_seq_len)
-    store = MemoryStore()
-    world.build(store)
     draw = random.Random(11)
     models = ("base", *case.adapters)
     lengths = [*LENGTHS, *(draw.randrange(1, 64) for _ in range(CROWD - CHECKED))]
@@ -61,7 +59,7 @@ def query(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     oracles = {name: oracle(world.base, world.adapters.get(name)) for name in models}
     expected = [oracle_tokens(oracles[name], prompt, NEW) for name, prompt in requests[:CHECKED]]
     [architecture] = oracles["base"].config.architectures
-    return Query(architecture, world, store, requests, expected)
+    return Query(architecture, world, world.built(), requests, expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])

@@ -25,9 +25,8 @@ NEW = 6
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store)
-    return world, store
+    world = make_world(tmp_path_factory.mktemp("tiny"))
+    return world, world.built()
 
 
 def assert_close(found: Sequence[Vector], required: Sequence[Vector]) -> None:

@@ -16,7 +16,6 @@ from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.kernels.cpu.program import Buffers
 from inference_service.startup.load import Ready
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import ADAPTERS, SIZES, VOCAB, make_world_of, sequence
 
 MODELS = ("base", *ADAPTERS)
@@ -75,8 +74,8 @@ def test_answers_are_the_same_to_the_last_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any], replays: bool
 ) -> None:
     """Rows and adapters vary from step to step; where layers have operations of torch, there is no program."""
-    world, store = make_world_of(tmp_path, FAMILIES[family], ADAPTERS), MemoryStore()
-    world.build(store)
+    world = make_world_of(tmp_path, FAMILIES[family], ADAPTERS)
+    store = world.built()
     monkeypatch.setattr(replayed, "RUNS_BEFORE", 0)
     counted = Counted(monkeypatch)
     ready = world.load(store, backend="native", prefix_cache=False, **settings)

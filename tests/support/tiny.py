@@ -138,6 +138,12 @@ class World:
         """Build the world's deployment into a store."""
         self._build(store, self.deployment(**lora))
 
+    def built(self, **lora: Any) -> MemoryStore:
+        """Build the world's deployment into a new store."""
+        store = MemoryStore()
+        self.build(store, **lora)
+        return store
+
     def build_with(self, store: Store, **blocks: Mapping[str, Any]) -> None:
         """Build the deployment with other fields in the blocks ``build`` and ``runtime``."""
         data = self.deployment().model_dump(mode="json")

@@ -21,7 +21,6 @@ from loramux_shared.bases.memory import MemoryPlan, cache_of, count_weights, nee
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.access import Certificates
 from tests.support.adapters import BASE_CONFIG
 from tests.support.fake_services import Fakes
@@ -174,10 +173,9 @@ def test_the_doctor_counts_the_gpus_that_a_base_needs(free_gb: float, ranks: int
 
 def test_a_replica_plans_what_the_doctor_says(tmp_path: Path) -> None:
     """Weights, steps and tokens of the cache of a loaded model are the doctor's of its config."""
-    world, store = make_world(tmp_path), MemoryStore()
-    world.build(store)
+    world = make_world(tmp_path)
     with capture_logs() as logs:
-        ready = world.load(store, kv_memory_gb=0.01)
+        ready = world.load(world.built(), kv_memory_gb=0.01)
     planned = {entry["item"]: entry["gb"] for entry in logs if entry["event"] == "memory"}
     settings = InferenceSettings(deployment="none", kv_memory_gb=0.01)
     sizes = sizes_of(read_base(world.base), settings, 10**10, "float32")

@@ -98,9 +98,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     names = {"id2label": {str(number): f"topic {number}" for number in range(5)}}
     (root / "topics" / "config.json").write_text(json.dumps(names))
     world = World(base, {name: root / name for name in (*VECTORS, *HEADS)}, root)
-    store = MemoryStore()
-    world.build(store)
-    return world, store
+    return world, world.built()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

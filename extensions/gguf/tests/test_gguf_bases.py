@@ -70,9 +70,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def answers(world: World, models: list[str], **settings: Any) -> list[list[int]]:
     """Return what a deployment of the file answers."""
-    store = MemoryStore()
-    world.build(store)
-    return run_engine(world.load(store, **settings), [(name, PROMPT) for name in models], NEW)
+    return run_engine(world.load(world.built(), **settings), [(name, PROMPT) for name in models], NEW)
 
 
 @pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config, Qwen3Config])
@@ -92,8 +90,7 @@ def test_base_and_adapters_answer_as_transformers_with_the_dequantised_weights(
 
 def test_blocks_stay_as_they_are_on_a_processor(llama: World) -> None:
     """The start says which types they are of, and the weights take what the file takes."""
-    store = MemoryStore()
-    llama.build(store)
+    store = llama.built()
     [ready] = [llama.load(store, dtype="bfloat16")]
     generation = require_deployment(store, "tiny")
     assert set(generation.base.files) >= {GGUF, "config.json", "tokenizer.json", "chat_template.jinja"}
@@ -132,8 +129,8 @@ def test_the_file_in_a_folder_is_to_be_named_itself(llama: World) -> None:
 def test_a_file_that_changed_is_no_longer_the_recorded_base(llama: World, tmp_path: Path) -> None:
     copied = tmp_path / "tiny.gguf"
     copied.write_bytes(llama.base.read_bytes())
-    store, world = MemoryStore(), replace(llama, base=copied, root=tmp_path, adapters={})
-    world.build(store)
+    world = replace(llama, base=copied, root=tmp_path, adapters={})
+    store = world.built()
     with copied.open("r+b") as file:
         file.seek(-64, 2)
         file.write(bytes(64))

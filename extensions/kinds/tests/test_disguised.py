@@ -65,12 +65,10 @@ def make_saved(root: Path) -> World:
 @pytest.mark.filterwarnings("ignore")
 def test_what_amounts_to_lora_answers_as_peft_does(world: World) -> None:
     """All kinds, a plain adapter and the base in one batch, as the files are that PEFT saved."""
-    store = MemoryStore()
-    world.build(store)
     expected = [oracle_tokens(oracle(world.base, path), PROMPT, NEW) for path in world.adapters.values()]
     expected.append(oracle_tokens(oracle(world.base, None), PROMPT, NEW))
     assert len(set(map(tuple, expected))) == len(expected)
-    ready = world.load(store)
+    ready = world.load(world.built())
     assert run_engine(ready, [(name, PROMPT) for name in (*KINDS, "base")], NEW) == expected
 
 
@@ -80,11 +78,10 @@ def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "base", CASES["qwen3_5-moe"].config)
     vera = peft.VeraConfig(r=5, task_type="CAUSAL_LM", target_modules=r".*shared_expert\.(up|down)_proj")
     folder = save(tmp_path / "base", tmp_path / "vera", vera, 1)
-    world, store = World(tmp_path / "base", {"vera": folder}, tmp_path), MemoryStore()
-    world.build(store)
+    world = World(tmp_path / "base", {"vera": folder}, tmp_path)
     expected = oracle_tokens(oracle(world.base, folder), PROMPT, NEW)
     assert expected != oracle_tokens(oracle(world.base, None), PROMPT, NEW)
-    assert run_engine(world.load(store), [("vera", PROMPT)], NEW) == [expected]
+    assert run_engine(world.load(world.built()), [("vera", PROMPT)], NEW) == [expected]
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -114,10 +111,9 @@ def test_what_adalora_left_is_what_an_alpha_of_zero_means(world: World) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config["alpha_pattern"] = {"v_proj": 99}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    pruned, store = World(world.base, {"pruned": folder}, world.root), MemoryStore()
-    pruned.build(store)
+    pruned = World(world.base, {"pruned": folder}, world.root)
     expected = oracle_tokens(oracle(world.base, folder), PROMPT, NEW)
-    assert run_engine(pruned.load(store), [("pruned", PROMPT)], NEW) == [expected]
+    assert run_engine(pruned.load(pruned.built()), [("pruned", PROMPT)], NEW) == [expected]
 
 
 def test_a_base_that_does_not_say_what_it_lost_is_refused(world: World) -> None:

@@ -36,10 +36,9 @@ def test_experts_of_four_bits_answer_as_transformers_widens_them(plain: Path) ->
     keep(plain, EXPERTS, base, plain.parent / "widened")
     experts = [f"1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
     make_adapter(plain, adapter, 0, r=3, lora_alpha=6, target_modules="all-linear", target_parameters=experts)
-    world, store = World(base, {"one": adapter}, plain.parent), MemoryStore()
-    world.build(store)
+    world = World(base, {"one": adapter}, plain.parent)
     expected = [oracle_tokens(oracle(base, folder), PROMPT, NEW) for folder in (None, adapter)]
-    found = run_engine(world.load(store), [("base", PROMPT), ("one", PROMPT)], NEW)
+    found = run_engine(world.load(world.built()), [("base", PROMPT), ("one", PROMPT)], NEW)
     assert found == expected
     assert found[0] != found[1]
 

@@ -61,9 +61,7 @@ def retained(request: pytest.FixtureRequest, plain: World, tmp_path_factory: pyt
 
 def test_base_and_adapters_answer_as_transformers_with_the_widened_weights(retained: Saved) -> None:
     """Base and adapters answer as transformers in float32, token for token, all in one batch."""
-    store = MemoryStore()
-    retained.world.build(store)
-    ready = retained.world.load(store)
+    ready = retained.world.load(retained.world.built())
     models = ["base", "all"]
     expected = [
         oracle_tokens(oracle(retained.widened, retained.world.adapters.get(name)), PROMPT, NEW)
@@ -158,10 +156,9 @@ def test_transformers_reads_the_same_from_the_same_files(tmp_path: Path, name: s
     config, kind = OTHERS[name]
     make_checkpoint(tmp_path / "base", config)
     keep(tmp_path / "base", kind, tmp_path / "kept", tmp_path / "widened")
-    store, world = MemoryStore(), World(tmp_path / "kept", {}, tmp_path)
-    world.build(store)
+    world = World(tmp_path / "kept", {}, tmp_path)
     expected = oracle_tokens(oracle(world.base, None), PROMPT, NEW)
-    assert run_engine(world.load(store), [("base", PROMPT)], NEW) == [expected]
+    assert run_engine(world.load(world.built()), [("base", PROMPT)], NEW) == [expected]
 
 
 def test_what_widening_takes_is_reported_beforehand(plain: World, tmp_path: Path) -> None:

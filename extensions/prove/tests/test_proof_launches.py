@@ -12,7 +12,6 @@ from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.tape import TapeRecorder
 from loramux_prove.replay import _submit, rehearse
 from loramux_shared.bundle.proof import PROBE_LENGTHS
-from loramux_shared.storage.memory import MemoryStore
 from tests.kernels.test_launch_keys import BLOCK, BLOCKS, LIMITS, noted
 from tests.support.tiny import make_world
 from tests.support.weights import adapter_of
@@ -23,9 +22,8 @@ def test_the_first_proof_launches_what_the_start_has_launched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter of a rank that no other has is proved in a bank of its own, by kernels of the start."""
-    world, store = make_world(tmp_path), MemoryStore()
-    world.build(store, max_lora_rank=16)
-    eager: Any = world.load(store, backend="triton").engine._engine._runner
+    world = make_world(tmp_path)
+    eager: Any = world.load(world.built(max_lora_rank=16), backend="triton").engine._engine._runner
     model, lora = eager._model, eager._lora
     with noted(monkeypatch) as known:
         GraphRunner(model, lora, BLOCKS, BLOCK, LIMITS, TapeRecorder()).capture()

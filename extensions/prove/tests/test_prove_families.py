@@ -73,8 +73,8 @@ def disguised(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.mark.parametrize("rank", [None, 3])
 def test_a_second_reading_finds_the_same(disguised: World, rank: int | None) -> None:
     """Proofs read the files apart from the builder, and find the products of its rows, cut ones too."""
-    store, world = MemoryStore(), disguised
-    world.build(store, truncate_to_rank=rank)
+    world = disguised
+    store = world.built(truncate_to_rank=rank)
     generation = current_generation(store, "tiny")
     for name, folder in world.adapters.items():
         factors = read_adapter(folder, read_config(world.base), rank, world.base).layers

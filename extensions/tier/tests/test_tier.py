@@ -103,9 +103,8 @@ def test_a_block_comes_back_bit_for_bit(kind: Callable[..., Slots], tmp_path: Pa
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
     """A Gemma 2, of which one layer sees 40 tokens, with three adapters, in a store."""
     config = Gemma2Config(**SIZES | {"head_dim": 8, "sliding_window": 40, "tie_word_embeddings": True})
-    world, store = make_world_of(tmp_path_factory.mktemp("tier"), config, ADAPTERS), MemoryStore()
-    world.build(store)
-    return world, store
+    world = make_world_of(tmp_path_factory.mktemp("tier"), config, ADAPTERS)
+    return world, world.built()
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])

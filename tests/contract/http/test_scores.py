@@ -67,9 +67,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
     encoder = LoraConfig(task_type="FEATURE_EXTRACTION", r=5, target_modules=["k_proj", "up_proj"])
     save_random(get_peft_model(bare(root / "base"), encoder), root / "encoder", 4)
     names = (*LABELS, "plain", "encoder")
-    world, store = World(root / "base", {name: root / name for name in names}, root), MemoryStore()
-    world.build(store)
-    return world, store
+    world = World(root / "base", {name: root / name for name in names}, root)
+    return world, world.built()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -33,9 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
     tokenizer = Tokenizer.from_file(path)
     tokenizer.post_processor = TemplateProcessing("<1> $A", special_tokens=[("<1>", 1)])
     tokenizer.save(path)
-    store = MemoryStore()
-    world.build(store)
-    return world, store
+    return world, world.built()
 
 
 def ids_of(chars: str) -> list[int]:

@@ -6,7 +6,6 @@ from inference_service.replica import Operators
 from inference_service.serving.request import Request
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.metrics import Scrape
 from tests.support.tiny import make_world
 
@@ -20,8 +19,8 @@ async def test_a_deployment_says_how_many_unless_the_replica_does(
     own: dict[str, int], drafts: tuple[bool, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Each generation counts from the next step on, where a replica has no setting; unsaid, a CPU drafts."""
-    world, store = make_world(tmp_path_factory.mktemp("drafts"), initializer_range=0.02), MemoryStore()
-    world.build(store)
+    world = make_world(tmp_path_factory.mktemp("drafts"), initializer_range=0.02)
+    store = world.built()
 
     def publish(tokens: int | None) -> int:
         newest = current_generation(store, "tiny")

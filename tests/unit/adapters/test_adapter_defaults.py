@@ -14,7 +14,6 @@ from inference_service.serving.terms import Terms
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.manifest import TEXT_FILES
 from loramux_shared.faults import AdapterInvalid, RequestInvalid
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import World, make_world
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -55,8 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def serving(world: World, **files: Any) -> Ready:
     """Load the world after a build in which the adapter ``all`` brings these files."""
     write(world.adapters["all"], **files)
-    store = MemoryStore()
-    world.build(store)
+    store = world.built()
     write(world.adapters["all"])
     return world.load(store)
 

@@ -38,7 +38,6 @@ from inference_service.startup.memory import (
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import STEP_SIZES, InferenceSettings
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import make_world
 
 LIMITS = SchedulerLimits(max_tokens=100, max_seqs=8, max_adapters=2, max_seq_len=64)
@@ -47,9 +46,8 @@ ADAPTERS = [Adapter("a", 0), Adapter("b", 1), Adapter("c", 2)]
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
-    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store)
-    return world.load(store)
+    world = make_world(tmp_path_factory.mktemp("tiny"))
+    return world.load(world.built())
 
 
 class Meter(CudaMemory):
