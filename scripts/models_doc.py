@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ SIZES: Final = {
     "intermediate_size": 96,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
     "num_hidden_layers": 8,
     "vocab_size": 32,
 }
@@ -42,7 +43,7 @@ def page() -> str:
 def families() -> str:
     """Return a line for each family."""
     names: defaultdict[Family, list[str]] = defaultdict(list)
-    for architecture, family in load_families(encoders=False).values():
+    for architecture, family in _decoders():
         names[family].append(f"`{architecture.name}`")
         if not family.models:
             raise ValueError(f"{architecture.name}: its Family lacks the words for docs/reference/models.md")
@@ -52,13 +53,13 @@ def families() -> str:
 def modules() -> str:
     """Return the modules that most bases have, and a line for each other set: how it differs from them."""
     having: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name, (architecture, _) in load_families(encoders=False).items():
-        having[_modules(small(architecture))].append(f"`{name}`")
+    for architecture, _ in _decoders():
+        having[_modules(small(architecture))].append(f"`{architecture.name}`")
     usual, *others = sorted(having, key=lambda each: -len(having[each]))
-    lines = [f"- {', '.join(usual)}\n"]
+    lines = [f"- {_by_parent(usual)}\n"]
     for each in others:
-        lost = ", ".join(name for name in usual if name not in each)
-        more = ", ".join(name for name in each if name not in usual)
+        lost = _by_parent(name for name in usual if name not in each)
+        more = _by_parent(name for name in each if name not in usual)
         lines.append(f"- {', '.join(having[each])}: {f'without {lost}; ' if lost else ''}also {more}\n")
     return "".join(lines)
 
@@ -92,6 +93,11 @@ def parity() -> str:
     return equal + ("\nNot exact:\n\n" + "".join(unequal) if unequal else "")
 
 
+def _decoders() -> list[tuple[Architecture, Family]]:
+    """Return the architectures that are no encoders, with their families."""
+    return [each for each in load_families().values() if not small(each[0]).encodes]
+
+
 def small(architecture: Architecture) -> ModelConfig:
     """Return a small decoder of an architecture, as its family reads it."""
     fields: dict[str, Any] = {"architectures": [architecture.name], "model_type": architecture.model_type}
@@ -102,7 +108,17 @@ def _modules(model: ModelConfig) -> tuple[str, ...]:
     """Return what adapters of a base may have, in the order of computation; what is fused comes last."""
     named = dict.fromkeys(name for group in model.groups for name in group.modules)
     fused = [path for path in FUSED_PATHS if path.rpartition(".")[2] in model.dims.fused]
-    return tuple(f"`{path}`" for path in (*(model.path(name) for name in named), *fused))
+    return (*(model.path(name) for name in named), *fused)
+
+
+def _by_parent(paths: Iterable[str]) -> str:
+    """Return modules with those of a parent together, as a shell has them: `mlp.{up_proj,down_proj}`."""
+    leaves: defaultdict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        parent, dot, leaf = path.rpartition(".")
+        leaves[parent + dot].append(leaf)
+    each = ((parent, own[0] if len(own) == 1 else f"{{{','.join(own)}}}") for parent, own in leaves.items())
+    return ", ".join(f"`{parent}{leaf}`" for parent, leaf in each)
 
 
 TABLES: Final[dict[str, Callable[[], str]]] = {

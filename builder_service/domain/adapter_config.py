@@ -263,6 +263,7 @@ _QUERY_VALUE: Final[Mapping[str, Targets]] = {
         ("q_proj", "v_proj"),
     ),
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "gpt_neox": ("query_key_value",),
     "phi": ("q_proj", "v_proj", "fc1", "fc2"),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
 }
@@ -270,6 +271,7 @@ _IA3: Final[Mapping[str, Targets]] = {
     **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
     **dict.fromkeys(("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), ("q_proj", "v_proj", "down_proj")),
     "mixtral": ("k_proj", "v_proj", "w2"),
+    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
     "phi": ("q_proj", "v_proj", "fc2"),
     **dict.fromkeys(("bert", "roberta"), ("key", "value", "output.dense")),
 }

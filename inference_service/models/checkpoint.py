@@ -39,7 +39,7 @@ class Tensors(Protocol):
         """Return the first name that is there; the first at all when none is, for the message of `get`."""
         ...
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Return a tensor of that shape, of the dtype and on the device.
 
         Raises:
@@ -111,8 +111,8 @@ class Checkpoint:
         """Return the first name that is there; the first at all when none is, for the message of `get`."""
         return next((name for name in names if self.has(name)), names[0])
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor in the serving dtype, widened if it is of few bits.
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor in the serving dtype or another, widened if it is of few bits.
 
         Raises:
             CheckpointInvalid: it is not there, or has another shape, or is kept in a way that is not read.
@@ -120,7 +120,7 @@ class Checkpoint:
         """
         packed = self._opened.pop(name, None) or self.packed(name, shape)
         if packed is not None:
-            return widened(packed, self.dtype).to(self.device)
+            return widened(packed, dtype or self.dtype).to(self.device)
         tensor = self._take(name)
         if tensor.dtype not in FLOATS:
             raise CheckpointInvalid(
@@ -129,7 +129,7 @@ class Checkpoint:
             )
         if tuple(tensor.shape) != shape:
             raise CheckpointInvalid(f"{name}: config.json implies shape {shape}, found {tuple(tensor.shape)}.")
-        return tensor.to(self.device, self.dtype)
+        return tensor.to(self.device, dtype or self.dtype)
 
     def kept(self, names: Sequence[tuple[str, tuple[int, ...]]], kind: type[Kept]) -> list[Kept] | None:
         """Return weights of few bits as products take them; `get` widens them where this returns None.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
 from loramux_shared.bases.rope import QueryScaling
 from loramux_shared.bases.shard import Shard
+from loramux_shared.extensions import need_extension
 from loramux_shared.runtime import Rounding
 
 Mixer = AttentionBlock | DeltaBlock
@@ -93,13 +94,22 @@ def read_layer(reader: LayerReader) -> Layer:
 
 
 def _read_mixer(reader: LayerReader, spec: AttentionLayer | DeltaLayer) -> Mixer:
+    if isinstance(spec, AttentionLayer) and spec.part is not None:
+        return cast(AttentionBlock, _read_block(reader, spec, spec.part))
     return DeltaBlock(reader, spec) if isinstance(spec, DeltaLayer) else AttentionBlock(reader, spec)
 
 
 def _read_mlp(reader: LayerReader, spec: MlpLayer | ExpertsLayer) -> Mlp:
     if isinstance(spec, MlpLayer):
         return MlpBlock.of_layer(reader)
+    if spec.part is not None:
+        return cast(ExpertsBlock, _read_block(reader, spec, spec.part))
     return ExpertsBlock(reader, spec) if spec.beside is None else BesideBlock(reader, spec)
+
+
+def _read_block(reader: LayerReader, spec: AttentionLayer | ExpertsLayer, part: str) -> object:
+    """Read a block of an extension."""
+    return need_extension(part, f"a base of architecture {reader.config.architecture}").read_block(reader, spec)
 
 
 class Ranks(Protocol):

@@ -100,9 +100,9 @@ class Reader:
         """Return True if there is a tensor behind the prefix."""
         return self._checkpoint.has(self._prefix + name)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor behind the prefix, in the checkpoint's type."""
-        return self._checkpoint.get(self._prefix + name, shape)
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor behind the prefix, in the type of the checkpoint's reader or another."""
+        return self._checkpoint.get(self._prefix + name, shape, dtype)
 
     def kept(self, names: list[tuple[str, tuple[int, ...]]]) -> list[Kept] | None:
         """Return weights behind the prefix as the device multiplies them, where all are of few bits."""
@@ -261,9 +261,9 @@ class LayerReader:
         parts = [self.get(name, shape) for name, shape in tensors]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor, in the checkpoint's type."""
-        return self.reader.get(self.at + name, shape)
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor, as `Reader.get`."""
+        return self.reader.get(self.at + name, shape, dtype)
 
 
 def _in_order(rows: Tensor, shape: GroupShape) -> Tensor:

@@ -63,6 +63,8 @@ class Case:
     """Tokens of the shortest prompt."""
     stepwise: bool = False
     """True if keys are rotated otherwise as the sequence grows, so that only steps of transformers answer."""
+    package: str = "inference_service"
+    """The package that has its blocks; without it the case is skipped."""
 
 
 def _fields(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +125,7 @@ class Answers(tiny.Answers):
 @pytest.fixture(scope="module", params=CASES)
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     case = CASES[request.param]
+    pytest.importorskip(case.package)
     world = make_world_of(
         tmp_path_factory.mktemp("family"), case.config, case.adapters, max_seq_len=case.max_seq_len
     )

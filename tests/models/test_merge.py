@@ -78,11 +78,11 @@ class Watched:
         self._old = [weakref.ref(layer.mlp) for layer in layers]
         self.alive: dict[int, int] = {}
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Note, and give."""
         if found := re.search(r"layers\.(\d+)\.", name):
             self.alive[int(found[1])] = sum(ref() is not None for ref in self._old)
-        return self._inner.get(name, shape)
+        return self._inner.get(name, shape, dtype)
 
 
 def test_a_merge_holds_no_layer_twice(world: World) -> None:

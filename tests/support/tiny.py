@@ -53,8 +53,8 @@ def make_checkpoint(
             if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
         for name, buffer in model.named_buffers():
-            if name.endswith("layer_scalar"):  # and so does this
-                buffer.add_(torch.randn(1) * 0.2)
+            if name.endswith(("layer_scalar", "e_score_correction_bias")):  # and so do these
+                buffer.add_(torch.randn(buffer.shape) * 0.2)
         table = model.get_input_embeddings()
         table.weight.div_(getattr(table, "scalar_embed_scale", 1.0))  # else Gemma repeats the last token
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)

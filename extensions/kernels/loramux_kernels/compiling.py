@@ -57,9 +57,9 @@ class _Shapes:
         """Every name is there."""
         return names[0]
 
-    def get(self, _name: str, shape: tuple[int, ...]) -> Tensor:
+    def get(self, _name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Return a tensor without memory, or a number, which is read."""
-        return torch.empty(shape, dtype=self.dtype, device="cpu" if shape == (1,) else META)
+        return torch.empty(shape, dtype=dtype or self.dtype, device="cpu" if shape == (1,) else META)
 
     def kept(self, _names: Sequence[tuple[str, tuple[int, ...]]], _kind: type[Kept]) -> None:
         """No weight has few bits."""

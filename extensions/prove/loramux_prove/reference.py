@@ -65,6 +65,8 @@ class Reference:
             CheckpointInvalid: it has layers that are not written a second time.
         """
         self._config = config
+        if any(mixer.part is not None for mixer in config.attentions):
+            raise CheckpointInvalid("the base has latent attention, which has no proofs. Build without prove.")
         self._mlps = [_dense(layer.mlp) for layer in config.layers]
         self._checkpoint = Checkpoint(
             folder, torch.float32, torch.device("cpu"), quantization=config.quantization

@@ -183,6 +183,8 @@ class ModelConfig:
             own |= zip(("attn_q", "attn_k", "attn_v"), self.names.qkv, strict=True)
         if any(isinstance(layer.mlp, MlpLayer) and not layer.mlp.gated for layer in self.layers):
             [own["mlp_h_to_4h"]] = self.names.gate_up
+        for module in ("shared_h_to_4h", "shared_4h_to_h", "shared_gate"):
+            own[module] = f"{self.names.shared_expert}.{BY_NAME[module].hf}"
         usual = {module: BY_NAME[module].path for module in own}
         return frozenset((name, usual[module]) for module, name in own.items() if name != usual[module])
 

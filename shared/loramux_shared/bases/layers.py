@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from loramux_shared.bases.groups import (
     GroupShape,
@@ -36,6 +36,9 @@ def divided(count: int, world: int, what: str) -> int:
 @dataclass(frozen=True)
 class AttentionLayer:
     """Attention of grouped heads."""
+
+    part: ClassVar[str | None] = None
+    """The part of an extension that reads its weights, for a kind that is no block of the core's."""
 
     attention: AttentionSpec
     rope: RopeSpec
@@ -189,6 +192,9 @@ class ClampedGate:
 @dataclass(frozen=True)
 class ExpertsLayer:
     """Gated MLPs of which a router chooses a few for every row, and perhaps one that all rows have."""
+
+    part: ClassVar[str | None] = None
+    """As of `AttentionLayer`."""
 
     num: int
     top_k: int

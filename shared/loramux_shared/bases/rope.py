@@ -259,14 +259,17 @@ def _yarn(block: HfConfig, original: int, ratio: float) -> Yarn:
     return Yarn(
         factor=factor,
         original_positions=original,
-        magnitude=block.positive("attention_factor", _mscale(factor, mscale) / _mscale(factor, all_dim)),
+        magnitude=block.positive(
+            "attention_factor", yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
+        ),
         beta_fast=block.positive("beta_fast", 32.0),
         beta_slow=block.positive("beta_slow", 1.0),
         truncate=block.flag("truncate", default=True),
     )
 
 
-def _mscale(factor: float, scale: float) -> float:
+def yarn_mscale(factor: float, scale: float) -> float:
+    """Return YaRN's magnitude for positions that are stretched by a factor."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

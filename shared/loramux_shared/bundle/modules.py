@@ -66,6 +66,10 @@ MODULES = (
     Module(124, "embedding", "embed_tokens", ""),
     Module(125, "head", "lm_head", ""),
     Module(126, "attn_heads", "query_key_value", "attention"),
+    Module(130, "latent_q_a", "q_a_proj", "self_attn"),
+    Module(131, "latent_q_b", "q_b_proj", "self_attn"),
+    Module(132, "latent_kv_a", "kv_a_proj_with_mqa", "self_attn"),
+    Module(133, "latent_kv_b", "kv_b_proj", "self_attn"),
 )
 BY_ID = {module.id: module for module in MODULES}
 BY_NAME = {module.name: module for module in MODULES}

@@ -1,4 +1,4 @@
-"""The families that are served: every `Family` of a module here, found by being here, and those of encoders."""
+"""The families that are served: every `Family` of a module here, found by being here, and of extensions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from loramux_shared.bases.family import Architecture, Family
 from loramux_shared.extensions import PARTS, find_extensions, load_extension
 
 
-def load_families(*, encoders: bool = True) -> dict[str, tuple[Architecture, Family]]:
-    """Return every architecture by its name, with its family; encoders come last, unless they are left out."""
+def load_families() -> dict[str, tuple[Architecture, Family]]:
+    """Return every architecture by its name, with its family; those of extensions come last."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    modules += _encoders() if encoders else ()
-    found = [value for module in modules for value in vars(module).values()]
+    found = [value for module in (*modules, *_others()) for value in vars(module).values()]
     return {
         architecture.name: (architecture, family)
         for family in found
@@ -26,7 +25,7 @@ def load_families(*, encoders: bool = True) -> dict[str, tuple[Architecture, Fam
 
 
 @cache
-def _encoders() -> tuple[ModuleType, ...]:
-    """Return the module of the extension `encoders`; none where it is not installed."""
-    part = find_extensions(PARTS).get("encoders.families")
-    return () if part is None else (load_extension(part),)
+def _others() -> tuple[ModuleType, ...]:
+    """Return the modules of families that extensions have."""
+    parts = find_extensions(PARTS).items()
+    return tuple([load_extension(part) for name, part in parts if name.rpartition(".")[2] == "families"])

@@ -1,0 +1,1 @@
+"""Families of decoders whose routers or attention the core does not have."""

@@ -1,0 +1,153 @@
+"""The blocks of layers that the core does not have, with their weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from inference_service.backends.operations import Operations
+from inference_service.kernels.experts import Routed
+from inference_service.layers.norm import RMSNorm
+from inference_service.models.blocks import CacheSize, LayerCache, MlpBlock, Step
+from inference_service.models.experts import Experts
+from inference_service.models.reader import LayerReader
+from loramux_families.layers import LatentLayer, RoutedLayer
+
+LATENT_EPS = 1e-6
+"""Epsilon of the norms of what queries, keys and values are made of, whatever the config has for others."""
+
+
+def read_block(reader: LayerReader, spec: LatentLayer | RoutedLayer) -> LatentBlock | RoutedBlock:
+    """Read the block of a part of a layer."""
+    return LatentBlock(reader, spec) if isinstance(spec, LatentLayer) else RoutedBlock(reader, spec)
+
+
+class LatentBlock:
+    """Attends over a cache of whole keys and values, each made of its token's few numbers once."""
+
+    stateful = False
+
+    def __init__(self, reader: LayerReader, spec: LatentLayer) -> None:
+        """Read the weights."""
+        config, own = reader.config, "self_attn."
+        self._index, self._spec = reader.index, spec
+        self._rope = config.ropes.index(spec.rope)
+        self._window = config.windows.index(spec.attention.window)
+        self._groups = {shape.modules[0]: shape.name for shape in reader.groups}
+        self._q_b = self._q_norm = None
+        self._first = "attn_q" if spec.q_rank is None else "latent_q_a"
+        name = f"{own}{'q_proj' if spec.q_rank is None else 'q_a_proj'}"
+        self._in = reader.linear(self._first, (name, f"{own}kv_a_proj_with_mqa"))
+        if spec.q_rank is not None:
+            self._q_norm = _norm(reader, f"{own}q_a_layernorm", spec.q_rank)
+            self._q_b = reader.linear("latent_q_b", (f"{own}q_b_proj",))
+        self._kv_norm = _norm(reader, f"{own}kv_a_layernorm", spec.kv_rank)
+        self._kv_b = reader.linear("latent_kv_b", (f"{own}kv_b_proj",))
+        self._o = reader.linear("attn_dense", (config.names.o,))
+
+    def new_cache(self, operations: Operations, size: CacheSize) -> LayerCache:
+        """Return an empty cache of keys and values, both as wide as keys."""
+        return operations.new_cache(size.rows[self._window], self._spec.heads)
+
+    def __call__(self, step: Step, x: Tensor) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        spec, rows = self._spec, len(x)
+        turned, plain = spec.rope.dim, spec.head_dim - spec.rope.dim
+        fused = step.linear(self._in, x, self._index, self._groups[self._first])
+        widths = [fused.shape[1] - spec.kv_rank - turned, spec.kv_rank, turned]
+        queries, latent, key = torch.split(fused, widths, dim=1)
+        if self._q_b is not None and self._q_norm is not None:
+            queries = step.operations.norm(queries.contiguous(), self._q_norm, None, None)
+            queries = step.linear(self._q_b, queries, self._index, self._groups["latent_q_b"])
+        queries = queries.view(rows, -1, spec.head_dim)
+        latent = step.operations.norm(latent.contiguous(), self._kv_norm, None, None)
+        expanded = step.linear(self._kv_b, latent, self._index, self._groups["latent_kv_b"])
+        expanded = expanded.view(rows, queries.shape[1], -1)
+        keys, values = expanded[..., :plain], expanded[..., plain:]
+        key = self._halves(key)[:, None].expand(-1, queries.shape[1], -1)
+        heads = torch.cat(
+            [
+                # rotated dimensions first, as attention takes them
+                torch.cat([self._halves(queries[..., plain:]), queries[..., :plain]], dim=2),
+                torch.cat([key, keys], dim=2),
+                pad(values, (0, spec.head_dim - spec.value_dim)),
+            ],
+            dim=1,
+        )
+        cached_keys, cached_values, *eight_bits = step.cache.layers[self._index]
+        scales = eight_bits[0] if eight_bits else None
+        turn = step.turns[self._rope]
+        seen = step.attention(heads, turn, cached_keys, cached_values, spec.attention, None, None, scales)
+        seen = seen.view(rows, -1, spec.head_dim)[..., : spec.value_dim].flatten(1)
+        return step.linear(self._o, seen, self._index, self._groups["attn_dense"])
+
+    def _halves(self, x: Tensor) -> Tensor:
+        """Return rotated dimensions [..., d] with the first of each pair before the second ones."""
+        return torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1) if self._spec.rope.neighbours else x
+
+
+def _norm(reader: LayerReader, name: str, width: int) -> RMSNorm:
+    return RMSNorm(reader.norm(name, width).weight, LATENT_EPS)
+
+
+class RoutedBlock:
+    """A router in float32, its experts, and perhaps an MLP of those that all rows have."""
+
+    def __init__(self, reader: LayerReader, spec: RoutedLayer) -> None:
+        """Read the weights."""
+        names = reader.config.names
+        self._spec, exact = spec, torch.float32
+        shape = spec.num, reader.config.dims.hidden
+        self._router = reader.get(f"{names.router}.weight", shape, exact).t().contiguous()
+        self._correction = None
+        if spec.corrected:
+            self._correction = reader.get(f"{names.router}.e_score_correction_bias", (spec.num,), exact)
+        self._experts = Experts(reader, spec)
+        self._shared = None
+        if spec.shared is not None:
+            both = "shared_gate", (f"{names.shared_expert}.gate_proj", f"{names.shared_expert}.up_proj")
+            down = "shared_4h_to_h", (f"{names.shared_expert}.down_proj",)
+            self._shared = MlpBlock(reader, both, down, bias=False)
+
+    def __call__(self, step: Step, x: Tensor) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        rows = x.float()
+        each = torch.split(rows, 1) if step.operations.by_row else (rows,)
+        out = self._experts(step, x, self._route(torch.cat([part @ self._router for part in each])))
+        return out if self._shared is None else out.add_(self._shared(step, x))
+
+    def _route(self, logits: Tensor) -> Routed:
+        """Return the experts of each row of logits [T, E], and their weights."""
+        spec = self._spec
+        if spec.scores == "sparsemixer":
+            return sparsemixer(logits, spec.jitter)
+        scores = logits.sigmoid() if spec.scores == "sigmoid" else logits.softmax(dim=-1)
+        chosen = scores if self._correction is None else scores + self._correction
+        if spec.num_groups > 1:
+            chosen = best_groups(chosen, spec.num_groups, spec.top_groups, 2 if spec.corrected else 1)
+        ids = chosen.topk(spec.top_k, dim=-1).indices
+        weights = scores.gather(1, ids)
+        if spec.renormalised:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return Routed(ids.int(), weights * spec.scaling)
+
+
+def best_groups(scores: Tensor, num: int, top: int, counted: int) -> Tensor:
+    """Return scores [T, E] with -inf outside of the best groups, by the sum of some of their best experts."""
+    of_groups = scores.view(len(scores), num, -1)
+    best = of_groups.topk(counted, dim=-1).values.sum(dim=-1).topk(top, dim=-1).indices
+    left_out = torch.ones_like(of_groups[..., 0], dtype=torch.bool).scatter_(1, best, False)
+    return of_groups.masked_fill(left_out[..., None], float("-inf")).view_as(scores)
+
+
+def sparsemixer(logits: Tensor, jitter: float) -> Routed:
+    """Return two experts of each row of logits [T, E], each weighed among those that come close to it."""
+    left, ids, weights = logits, [], []
+    for _ in range(2):
+        best, chosen = left.max(dim=-1, keepdim=True)
+        far = (best - logits) / logits.abs().clamp(min=best) > 2 * jitter
+        weights.append(left.masked_fill(far, float("-inf")).softmax(dim=-1).gather(1, chosen))
+        ids.append(chosen)
+        left = left.scatter(1, chosen, float("-inf"))
+    return Routed(torch.cat(ids, dim=1).int(), torch.cat(weights, dim=1))

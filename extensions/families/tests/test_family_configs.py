@@ -1,0 +1,49 @@
+"""Configs of families with other routers or latent attention; tests of all families have their answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, DeepseekV3Config
+
+from inference_service.models.checkpoint import Checkpoint
+from inference_service.models.decoder import Decoder
+from loramux_families.blocks import RoutedBlock
+from loramux_shared.bases.read import read_config, read_fields
+from loramux_shared.faults import CheckpointInvalid
+from tests.models.test_families import CASES
+from tests.support.cases import cases
+from tests.support.tiny import make_checkpoint
+
+HUB: dict[str, dict[str, Any]] = cases(__file__, "HUB")
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_configs_mean_what_transformers_takes_them_for(tmp_path: Path, name: str) -> None:
+    """A config of the hub, and the same config as transformers writes it, are the same model."""
+    (tmp_path / "config.json").write_text(json.dumps(HUB[name]))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "full")
+    for max_seq_len in (None, 8192):
+        assert read_config(tmp_path, max_seq_len) == read_config(tmp_path / "full", max_seq_len)
+
+
+@pytest.mark.parametrize(("name", "change", "expected"), cases(__file__, "REFUSED"))
+def test_switches_that_are_not_served_are_refused(name: str, change: dict[str, Any], expected: str) -> None:
+    """A switch that would change answers is named."""
+    with pytest.raises(CheckpointInvalid, match=expected):
+        read_fields(HUB[name] | change)
+
+
+def test_a_router_keeps_the_bits_of_its_bias(tmp_path: Path) -> None:
+    """Biases that are stored in float32 decide between close scores, whatever a replica computes in."""
+    config = CASES["deepseek-v3"].config
+    assert isinstance(config, DeepseekV3Config)
+    make_checkpoint(tmp_path, config)
+    read = Checkpoint(tmp_path, torch.bfloat16, torch.device("cpu"))
+    block = Decoder(read_config(tmp_path), read)._layers[1].mlp
+    assert isinstance(block, RoutedBlock)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(block._correction, load_file(tmp_path / "model.safetensors")[name])
