@@ -233,9 +233,9 @@ class Decoder:
         Their embeddings, hidden [T, hidden size], become the residual stream. The result is what transformers
         calls the last hidden state; it is in out, where that is given.
         """
-        ops, ranks = self._operations, self.ranks
-        if ranks is not None:
-            ranks.share(hidden)
+        ops = self._operations
+        if self.ranks is not None:
+            self.ranks.share(hidden)
         turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
         factors = self._factors_at(positions)
@@ -244,7 +244,7 @@ class Decoder:
             step = Step(ops, attention, cache, lora, turns, factors, recurrence)
             return self._run_layers(step, hidden, inputs)
 
-        if ranks is None and inputs is None and factors is None and not self._stateful:
+        if inputs is None and factors is None and not self._stateful:
             hidden, delta = ops.run_layers(run, LayerInputs(hidden, attention, turns, lora, cache))
         else:
             hidden, delta = run(hidden, attention, turns)

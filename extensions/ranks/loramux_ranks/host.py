@@ -19,6 +19,7 @@ from typing import Any, Final
 import msgpack
 import structlog
 
+from loramux_ranks.group import SharedMemory
 from loramux_shared.faults import Fault, ReplicaFailed, SettingsInvalid, fault_from
 from loramux_shared.process import SOCKET, working_folder
 
@@ -59,9 +60,11 @@ class RankHost:
             )
         self.world = world
         self.failure: ReplicaFailed | None = None
-        self._folders = ExitStack()
-        self.meeting = self._folders.enter_context(working_folder("loramux-ranks-")) / "meeting"
+        self._held = ExitStack()
+        self.meeting = self._held.enter_context(working_folder("loramux-ranks-")) / "meeting"
         """The file by which ranks meet."""
+        self.memory = SharedMemory(world)
+        self._held.callback(self.memory.close)
         self.leave: Callable[[], None] = lambda: None
         """Leaves the group of ranks, once the first one has met the others."""
         self._dropped: deque[int] = deque()
@@ -123,6 +126,7 @@ class RankHost:
             self.failure = ReplicaFailed(f"{why}, so that no step can be computed. The replica ends.")
             on_failure = self._on_failure
         self._failed.set()
+        self.memory.end()
         log.error("rank failed: the replica ends", why=why)
         for rank in self._ranks:
             rank.kill()
@@ -155,7 +159,7 @@ class RankHost:
         for rank in self._ranks:
             rank.end()
         self.leave()
-        self._folders.close()
+        self._held.close()
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK_S):
@@ -180,7 +184,7 @@ class _Rank:
         self._sending = threading.Lock()
         pairs = [socket.socketpair() for _ in range(2)]
         self.steps, self._control = (Connection(ours.detach()) for ours, _ in pairs)
-        theirs = [each.fileno() for _, each in pairs]
+        theirs = [*(each.fileno() for _, each in pairs), host.memory.descriptor]
         self.process = subprocess.Popen(  # noqa: S603 - this interpreter, and a module of ours
             [sys.executable, "-m", MODULE, *map(str, theirs)],
             stdin=subprocess.DEVNULL,

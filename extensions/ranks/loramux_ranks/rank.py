@@ -1,7 +1,7 @@
-"""``python -m loramux_ranks.rank STEPS CONTROL``: a rank of a replica, beside the first one.
+"""``python -m loramux_ranks.rank STEPS CONTROL MEMORY``: a rank of a replica, beside the first one.
 
-The numbers are descriptors of sockets to the process of the engine, see `loramux_ranks.host`; the
-rank ends when they are closed.
+The numbers are descriptors of sockets to the process of the engine, see `loramux_ranks.host`, and of the memory
+of all ranks; the rank ends when the sockets are closed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from inference_service.startup.base import read_model, set_threads, shard_of
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.memory import bound_arenas, give_back
 from inference_service.store import open_replica_store
-from loramux_ranks.group import Group
+from loramux_ranks.group import SharedMemory, group_of
 from loramux_ranks.host import HEARTBEAT_S
 from loramux_ranks.work import compute
 from loramux_shared.bases.read import read_config
@@ -86,10 +86,11 @@ class Control:
 class Rank:
     """The parts of a rank."""
 
-    def __init__(self, facts: dict[str, Any]) -> None:
-        """Read the rank's part of the base.
+    def __init__(self, shared: int, facts: dict[str, Any]) -> None:
+        """Read the rank's part of the base; shared is the descriptor of the memory of all ranks.
 
         Raises:
+            ResourcesExhausted: operations could not be compiled here, and could for the first rank.
             Fault: what `read_model` raises.
         """
         settings = self._settings = InferenceSettings(**facts["settings"])
@@ -101,8 +102,15 @@ class Rank:
             config = read_config(folder, generation.max_seq_len)
         shard = shard_of(settings, config, facts["rank"])
         assert shard is not None  # noqa: S101 - there are several
-        self._ranks, self._meeting = Group(shard), Path(facts["meeting"])
         self._backend: Backend = choose_backend(settings, shard.config)
+        if (found := type(self._backend.operations).__name__) != facts["operations"]:
+            raise ResourcesExhausted(
+                f"expected operations like the first rank's, {facts['operations']}, found {found}: "
+                f"{self._backend.computing.how}. Free room in LORAMUX_CACHE_DIR, or set LORAMUX_NATIVE=false."
+            )
+        memory = SharedMemory(shard.world, shared)
+        self._ranks = group_of(shard, self._backend.operations, memory)
+        self._meeting = Path(facts["meeting"])
         self._model: Decoder = read_model(placed, config, self._backend, self._ranks)
         self._lora: LoraBackend = self._backend.new_lora()
         store = open_replica_store(settings)
@@ -169,16 +177,16 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     log_to_stderr()
     bound_arenas()
-    steps, control = (Connection(int(each)) for each in sys.argv[1:3])
-    run(steps, Control(control))
+    steps, control, shared = map(int, sys.argv[1:])
+    run(Connection(steps), Control(Connection(control)), shared)
     return 0
 
 
-def run(steps: Connection, control: Control) -> None:
+def run(steps: Connection, control: Control, shared: int) -> None:
     """Load the rank's part, then compute what every message says; adapters are packed on other threads."""
     loaded: list[Rank] = []
     question, _, facts = control.next()
-    control.answer(question, lambda: loaded.append(Rank(facts)))
+    control.answer(question, lambda: loaded.append(Rank(shared, facts)))
     if not loaded:
         control.next()  # the engine's process closes the sockets
         return

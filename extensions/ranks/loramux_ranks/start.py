@@ -13,7 +13,7 @@ from inference_service.engine.runner import Blocks, Runner
 from inference_service.lora.packed import PackedAdapter
 from inference_service.models.decoder import Decoder
 from inference_service.startup.base import read_model
-from loramux_ranks.group import Group
+from loramux_ranks.group import group_of
 from loramux_ranks.host import RankHost
 from loramux_ranks.work import RankedBank, RankedPacker, RankedRunner
 from loramux_shared.bases.shard import Shard
@@ -50,11 +50,13 @@ def read_with_ranks(
         Fault: what `read_model` raises, here or on a rank.
     """
     cards = torch.cuda.device_count() if backend.device.type == "cuda" else 0
-    host, ranks = ReplicaRanks(shard.world, cards=cards), Group(shard)
+    host = ReplicaRanks(shard.world, cards=cards)
+    ranks = group_of(shard, backend.operations, host.memory)
     with host.ending_where_it_raises():
         dumped = settings.model_dump(mode="json", exclude={"api_keys"})
         facts = {"settings": dumped, "generation": generation.model_dump_json()}
         facts |= {"folder": str(placed.folder), "cache": str(placed.cache), "meeting": str(host.meeting)}
+        facts |= {"operations": type(backend.operations).__name__}
         others = host.ask("load", facts)
         model = read_model(placed, shard.whole, backend, ranks)
         others()

@@ -76,10 +76,13 @@ class RankedRunner(Runner):
         """Compute this rank's part, and the rest that no other does."""
         self._host.tell("step", *message_of(rows))
         try:
-            return super()._forward(rows)
+            found = super()._forward(rows)
         except Exception as error:
             self._host.lose_step(error)
             raise
+        if self._host.failure:  # exchanges in shared memory end without a result
+            raise self._host.failure
+        return found
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Sto
 
 
 def load(built: tuple[World, Store], **settings: Any) -> Ready:
-    few = {"adapter_memory_gb": 3e-5, "block_size": 4, "max_batch_tokens": 32, "tensor_parallel": 2}
+    few = {"adapter_memory_gb": 3e-5, "block_size": 16, "max_batch_tokens": 32, "tensor_parallel": 2}
     return built[0].load(built[1], **few | settings)
 
 
@@ -76,11 +76,16 @@ def request(ready: Ready, name: str, draw: random.Random) -> Sequence:
 
 
 @pytest.mark.parametrize("requests", [24, pytest.param(300, marks=pytest.mark.sweep)])
-def test_random_steps_give_the_tokens_of_one_process(built: tuple[World, Store], requests: int) -> None:
-    """Random requests of every kind, with preemption and changing adapters, get the answers of one process."""
+@pytest.mark.parametrize("block", [4, 16])
+def test_random_steps_give_the_tokens_of_one_process(
+    built: tuple[World, Store], requests: int, block: int
+) -> None:
+    """Random requests of every kind, with preemption and changing adapters, get the answers of one process;
+    compiled operations, which take blocks of 16, replay steps."""
     found: list[dict[str, list[StepOutput]]] = []
     for ranks in (1, 2):
-        ready = load(built, tensor_parallel=ranks, kv_memory_gb=64 * 2 * 2 * 2 * 8 * 4 / 1e9 / ranks)
+        memory = 64 * 2 * 2 * 2 * 8 * 4 * max(1, block // 8) / 1e9 / ranks
+        ready = load(built, tensor_parallel=ranks, kv_memory_gb=memory, block_size=block)
         engine, draw, answers = ready.engine._engine, random.Random(3), defaultdict(list)
         for step in range(requests * 4):
             if step % 4 == 0:
@@ -92,6 +97,8 @@ def test_random_steps_give_the_tokens_of_one_process(built: tuple[World, Store],
         assert engine.stats.prefix_tokens_hit
         assert ready.bank.residency.stats.evictions
         found.append(answers)
+        runner: Any = engine._runner
+        assert block < 16 or runner._model._operations._replays._known[runner.cache].programs
         close(ready)
     assert found[0].keys() == found[1].keys()
     for name, outputs in found[0].items():

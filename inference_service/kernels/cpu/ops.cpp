@@ -2,6 +2,7 @@
 // element-wise steps between; each header has one kind of them.
 #include "attention.h"
 #include "delta.h"
+#include "exchange.h"
 #include "linear.h"
 #include "program.h"
 #include "rows.h"
@@ -63,9 +64,13 @@
     scores<T>((const T*)logits, ld, vocab, count, (const int64_t*)ids, most, (float*)own, (int64_t*)ranks,            \
               (int64_t*)tokens, (float*)values, threads);                                                             \
   }                                                                                                                   \
+  extern "C" void exchange_##SUFFIX(void* rows, int64_t count, void* shared, int64_t rank, int64_t world,             \
+                                    int64_t sources, int64_t room) {                                                  \
+    exchange<T>((T*)rows, count, shared, rank, world, sources, room);                                                 \
+  }                                                                                                                   \
   extern "C" void run_##SUFFIX(const void* words, int64_t count) {                                                    \
     run_program((const int64_t*)words, count, linear_##SUFFIX, attention_##SUFFIX, rope_write_##SUFFIX,               \
-                rms_norm_##SUFFIX, silu_##SUFFIX, gelu_tanh_##SUFFIX);                                                \
+                rms_norm_##SUFFIX, silu_##SUFFIX, gelu_tanh_##SUFFIX, exchange_##SUFFIX);                             \
   }
 
 // compiling.py compiles each type by itself, and both at the same time.

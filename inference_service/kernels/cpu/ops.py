@@ -59,6 +59,7 @@ _SIGNATURES = {
     "delta_rule": "pipipipippppppppiiiiiifpii",
     "draw": "piipipppi",
     "scores": "piiipippppi",
+    "exchange": "pipiiii",
 }
 """Argument types of each operation: pointer, int64, float."""
 _DRAW: Final = struct.Struct("=qdqddQqqqQQqdddQQq")
@@ -169,7 +170,7 @@ class CpuOps:
         self._linear, self._pack = functions["linear"], functions["pack"]
         self._attention = functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
-        self._delta_rule = functions["delta_rule"]
+        self._delta_rule, self._exchange = functions["delta_rule"], functions["exchange"]
         self._gated = {"silu": functions["silu"], "gelu_tanh": functions["gelu_tanh"]}
         self._empty: Callable[..., Tensor] = torch.empty
         self._run = getattr(library, f"run_{DTYPES[dtype]}")
@@ -189,7 +190,8 @@ class CpuOps:
         if not self._recording.acquire(blocking=False):
             yield None
             return
-        usual = {name: getattr(self, f"_{name}") for name in ("linear", "attention", "rope_write", "rms_norm")}
+        names = ("linear", "attention", "rope_write", "rms_norm", "exchange")
+        usual = {name: getattr(self, f"_{name}") for name in names}
         gated, self.recorder = self._gated, Recorder(buffers, rows, self._run)
         try:
             for name, function in usual.items():
@@ -386,6 +388,15 @@ class CpuOps:
             weights.eps, chunks.address, len(chunks.values), self.threads,
         )  # fmt: skip
         return out
+
+    def exchange(self, rows: Tensor, shared: int, place: tuple[int, int], sources: int, room: int) -> None:
+        """Sum rows over the first processes, as many as sources, in place; all have the same bits then.
+
+        All call it, each at its place (rank, world). The address shared is that of memory which all have, zero
+        at first: a line of 64 bytes that is not zero once one has failed, which ends every exchange; a line for
+        each; and twice as many places of room values as there are processes.
+        """
+        self._exchange(rows.data_ptr(), rows.numel(), shared, *place, sources, room)
 
     def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
         """Draw a token for each row of logits [N, vocab], as `kernels.sampling.draw_rows` does."""

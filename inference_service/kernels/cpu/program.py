@@ -26,7 +26,9 @@ Place = tuple[int, int]
 """A linear as `NativeLora` knows it: its bit, and the address of its table."""
 CODES: Final = {
     name: code
-    for code, name in enumerate(("linear", "attention", "rope_write", "rms_norm", "silu", "gelu_tanh"))
+    for code, name in enumerate(
+        ("linear", "attention", "rope_write", "rms_norm", "silu", "gelu_tanh", "exchange")
+    )
 }
 """The operations that a program may have, by their places in ``run``."""
 ALIGNMENT: Final = 64
