@@ -1,6 +1,6 @@
 """Attention of long chunks by torch's products, over the cache of the compiled operations."""
 
-from pathlib import Path
+from ctypes import CDLL
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ from inference_service.backends import long_chunks
 from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
 from inference_service.backends.native_attention import NativeAttention
 from inference_service.kernels.attention import Context
-from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.ops import CpuOps
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 
@@ -22,12 +21,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 
 
 @pytest.fixture
-def ops(request: pytest.FixtureRequest, native_folder: Path) -> CpuOps:
+def ops(request: pytest.FixtureRequest, compiled: CDLL) -> CpuOps:
     """The operations of this machine, for one dtype."""
-    built = load(native_folder)
-    if built.library is None:
-        pytest.skip(built.how)
-    return CpuOps(built.library, request.param)
+    return CpuOps(compiled, request.param)
 
 
 def attended(

@@ -2,14 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from typer.testing import CliRunner
 
 from builder_service.builds.running import RunningBuild
 from loramux.cli.main import app
+from tests.contract.builds.test_build_lifecycle import world as world
 from tests.support.builders import Builders, ended
 from tests.support.commands import run
 from tests.support.fake_services import Fakes
@@ -17,15 +17,6 @@ from tests.support.operated import operated
 from tests.support.waiting import until
 from tests.unit.cli.test_cli import documents
 from tests.unit.cli.test_cli_keys import api
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[Builders]:
-    """A world whose gate is shut, and whose builders end with the test."""
-    made = Builders(tmp_path)
-    made.store.gate.clear()
-    yield made
-    await made.close()
 
 
 def test_deployments_and_cancel(fakes: Fakes, deployment: Callable[..., str]) -> None:

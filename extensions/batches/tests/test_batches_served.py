@@ -25,10 +25,10 @@ from loramux_shared.faults import StoreUnavailable
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
+from tests.contract.conftest import aws as aws, store as store
 from tests.support.access import lines, new_entry
 from tests.support.forks import Forked
 from tests.support.openai_api import open_api, openai_world
-from tests.support.s3_gateway import S3Server
 from tests.support.served_process import serving
 from tests.support.silent import silent_service
 from tests.support.tiny import make_world
@@ -103,19 +103,6 @@ async def answers(client: AsyncOpenAI, file_id: str) -> dict[str, Any]:
     by_id = {each["custom_id"]: each for each in found}
     assert len(by_id) == len(found)
     return by_id
-
-
-@pytest.fixture(params=["memory", "local", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """An empty store of each kind."""
-    if request.param == "memory":
-        return MemoryStore()
-    if request.param == "local":
-        return open_store(f"file://{tmp_path}/batches")
-    server: S3Server = request.getfixturevalue("s3_server")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return open_store(f"s3://{server.new_bucket()}/batches")
 
 
 async def test_openais_client_has_a_file_of_requests_answered(tmp_path: Path, store: Store) -> None:

@@ -12,12 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, XLMRobertaConfig
+from transformers import AutoModel, BertConfig, XLMRobertaConfig
 
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
+from tests.contract.http.test_scores import bare, loaded, save_random
 from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, answer_of, close, open_api
 from tests.support.pooled import run_pooled
@@ -55,26 +56,6 @@ QUERY, DOCUMENTS = "late <2> order<1>s", ["abc", "a dog"]
 PROMPTS = [[5, 6, 7], [9] * 40, [3 + (7 * place) % 190 for place in range(64)], [8]]
 
 
-def save_random(model: Any, folder: Path, seed: int) -> None:
-    """Save a model with random values in all parameters that are trained."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(parameter + torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.save_pretrained(folder)
-
-
-def bare(base: Path) -> Any:
-    """The base without a head."""
-    return AutoModel.from_pretrained(base, dtype=torch.float32)
-
-
-def scoring(base: Path, labels: int) -> Any:
-    """The base with a head."""
-    return AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, dtype=torch.float32)
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[World, MemoryStore]:
     """An encoder with adapters of several kinds, ranks and modules."""
@@ -93,7 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         made = get_peft_model(bare(base), LoraConfig(task_type="FEATURE_EXTRACTION", **config))
         save_random(made, root / name, seed)
     for seed, (name, config) in enumerate(HEADS.items()):
-        made = get_peft_model(scoring(base, LABELS[name]), LoraConfig(task_type="SEQ_CLS", **config))
+        made = get_peft_model(loaded(base, LABELS[name]), LoraConfig(task_type="SEQ_CLS", **config))
         save_random(made, root / name, 9 + seed)
     names = {"id2label": {str(number): f"topic {number}" for number in range(5)}}
     (root / "topics" / "config.json").write_text(json.dumps(names))
@@ -139,7 +120,7 @@ async def test_scores_equal_those_of_transformers(
 ) -> None:
     """The second text of a pair is marked."""
     world = made[0]
-    whole = PeftModel.from_pretrained(scoring(world.base, LABELS[model]), world.adapters[model]).eval()
+    whole = PeftModel.from_pretrained(loaded(world.base, LABELS[model]), world.adapters[model]).eval()
     texts = [(QUERY, document) for document in DOCUMENTS]
     encoded = [api.ready.service.text.encode_pair(pair, 64) for pair in texts]
     with torch.no_grad():

@@ -1,28 +1,19 @@
 """Blocks mean what llama.cpp's dequantisation says, and products are those of these weights."""
 
-from pathlib import Path
-from typing import Any
+from ctypes import CDLL
 
 import gguf
 import pytest
 import torch
 
-from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.ops import CpuOps
 from loramux_gguf.blocks import BLOCK_TYPES
 from loramux_gguf.header import SIZES
 from tests.gguf_files import random_blocks
+from tests.kernels.conftest import compiled as compiled
 
 ROWS, WIDTH = 80, 2560
 """More than one block of K in float32, and columns that are no whole panels."""
-
-
-@pytest.fixture(scope="module")
-def library(native_folder: Path) -> Any:
-    built = load(native_folder)
-    if built.library is None:
-        pytest.skip(built.how)
-    return built.library
 
 
 def both(kind: str, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,9 +24,11 @@ def both(kind: str, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
-def test_products_in_float32_are_those_of_the_dequantised_weights_bit_for_bit(kind: str, library: Any) -> None:
+def test_products_in_float32_are_those_of_the_dequantised_weights_bit_for_bit(
+    kind: str, compiled: CDLL
+) -> None:
     """Unpacked, and decoded in registers for one row, a few and many, they are the very weights."""
-    ops = CpuOps(library, torch.float32)
+    ops = CpuOps(compiled, torch.float32)
     raw, weight = both(kind)
     blocks = BLOCK_TYPES[kind].unpack(raw)
     assert torch.equal(blocks.widened(), weight)
@@ -45,9 +38,9 @@ def test_products_in_float32_are_those_of_the_dequantised_weights_bit_for_bit(ki
         assert torch.equal(ops.linear(x, tiled), ops.linear(x, whole))
 
 
-def test_parts_of_several_types_are_one_linear_of_rows_of_8_bits(library: Any) -> None:
+def test_parts_of_several_types_are_one_linear_of_rows_of_8_bits(compiled: CDLL) -> None:
     """A row's answer in bfloat16 depends on that row alone, and is near that of whole rows."""
-    ops = CpuOps(library, torch.bfloat16)
+    ops = CpuOps(compiled, torch.bfloat16)
     parts = [both(kind, 16 if kind != "Q6_K" else 40) for kind in BLOCK_TYPES]
     blocks = [BLOCK_TYPES[kind].unpack(raw) for kind, (raw, _) in zip(BLOCK_TYPES, parts, strict=True)]
     tiled, bias = ops.tiled_blocks(blocks), torch.randn(16 * 7 + 40).bfloat16()

@@ -2,17 +2,16 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
-import pytest_asyncio
 from starlette.routing import Route
 
 from inference_service.http.app import ENDPOINTS, Application, create_app
 from loramux_openapi.document import ServerFacts, document
 from loramux_shared.access.keys import Scope
+from tests.contract.http.test_http_rules import web as web
 from tests.openapi_golden import RECORDED, described
 from tests.support.root import ROOT
 from tests.support.silent import silent_service
@@ -24,14 +23,6 @@ OPERATIONS = [
     for method, operation in methods.items()
 ]
 DOCS = (ROOT / "docs" / "reference" / "openai.md").read_text(encoding="utf-8")
-
-
-@pytest_asyncio.fixture
-async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an API that cannot generate."""
-    transport = httpx.ASGITransport(create_app(silent_service(tmp_path)))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
-        yield client
 
 
 async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient) -> None:

@@ -45,12 +45,12 @@ def bare(base: Path) -> Any:
 
 
 def save_random(model: Any, folder: Path, seed: int) -> None:
-    """Save a model with random values in the parameters that PEFT trains."""
+    """Save a model with random changes of the parameters that are trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                parameter.copy_(parameter + torch.randn(parameter.shape, generator=generator) * 0.2)
     model.save_pretrained(folder)
 
 
