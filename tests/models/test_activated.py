@@ -11,36 +11,26 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.serving.request import PromptScores
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.storage.memory import MemoryStore
+from tests.support import tiny
 from tests.support.service import open_service
-from tests.support.tiny import (
-    ADAPTERS,
-    SIZES,
-    VOCAB,
-    World,
-    make_world_of,
-    oracle,
-    oracle_tokens,
-    run_engine,
-    sequence,
-)
 
 NEW = 12
 CALLED, PLAIN = (5, 6, 7), (9,)
 KINDS: dict[str, dict[str, Any]] = {
-    "wide": ADAPTERS["wide"],
-    "called": ADAPTERS["all"] | {"alora_invocation_tokens": list(CALLED)},
-    "asked": ADAPTERS["wide"] | {"alora_invocation_tokens": list(PLAIN)},
+    "wide": tiny.ADAPTERS["wide"],
+    "called": tiny.ADAPTERS["all"] | {"alora_invocation_tokens": list(CALLED)},
+    "asked": tiny.ADAPTERS["wide"] | {"alora_invocation_tokens": list(PLAIN)},
 }
 
 
 def _drawn(draw: random.Random, count: int) -> list[int]:
     """Tokens that call no adapter."""
-    return draw.choices(range(10, VOCAB), k=count)
+    return draw.choices(range(10, tiny.VOCAB), k=count)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world_of(tmp_path_factory.mktemp("activated"), LlamaConfig(**SIZES), KINDS)
+def world(tmp_path_factory: pytest.TempPathFactory) -> tiny.World:
+    return tiny.make_world_of(tmp_path_factory.mktemp("activated"), LlamaConfig(**tiny.SIZES), KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +52,9 @@ def requests() -> list[tuple[str, list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def expected(world: World, requests: list[tuple[str, list[int]]]) -> list[list[int]]:
-    models = {name: oracle(world.base, world.adapters.get(name)) for name in ("base", *KINDS)}
-    return [oracle_tokens(models[name], prompt, NEW) for name, prompt in requests]
+def expected(world: tiny.World, requests: list[tuple[str, list[int]]]) -> list[list[int]]:
+    models = {name: tiny.oracle(world.base, world.adapters.get(name)) for name in ("base", *KINDS)}
+    return [tiny.oracle_tokens(models[name], prompt, NEW) for name, prompt in requests]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +67,7 @@ def expected(world: World, requests: list[tuple[str, list[int]]]) -> list[list[i
     ids=["compiled", "torch in chunks", "preempted"],
 )
 def test_the_batch_and_prefix_hits_change_no_token(
-    world: World,
+    world: tiny.World,
     store: MemoryStore,
     requests: list[tuple[str, list[int]]],
     expected: list[list[int]],
@@ -86,15 +76,15 @@ def test_the_batch_and_prefix_hits_change_no_token(
 ) -> None:
     """Base, plain and activated adapters in one batch, again with their prefixes found, answer as PEFT does."""
     ready = world.load(store, **settings)
-    assert run_engine(ready, requests, NEW) == expected
-    assert run_engine(ready, requests, NEW) == expected
+    assert tiny.run_engine(ready, requests, NEW) == expected
+    assert tiny.run_engine(ready, requests, NEW) == expected
     assert ready.engine.stats.prefix_tokens_hit > 0
     assert (ready.engine.stats.preemptions > 0) == preempts
 
 
 @pytest.mark.parametrize(("first", "then"), [("base", "called"), ("called", "base"), ("called", "asked")])
 def test_the_blocks_of_a_conversation_are_shared(
-    world: World, store: MemoryStore, first: str, then: str
+    world: tiny.World, store: MemoryStore, first: str, then: str
 ) -> None:
     """A later request finds 95 of 100 blocks from before any invocation; a plain adapter finds none of them."""
     ready = world.load(store, block_size=4, max_batch_tokens=64)
@@ -102,7 +92,7 @@ def test_the_blocks_of_a_conversation_are_shared(
     emitted, found = _drawn(random.Random(8), 83), []
     for name in (first, then, "wide"):
         prompt = [*emitted, *calls.get(name, ()), 20]
-        seq = sequence(ready, name, name, prompt, SamplingParams(max_tokens=30))
+        seq = tiny.sequence(ready, name, name, prompt, SamplingParams(max_tokens=30))
         ready.engine._engine.add(seq)
         while not ready.engine._engine.idle:
             ready.engine._engine.step()
@@ -114,14 +104,14 @@ def test_the_blocks_of_a_conversation_are_shared(
 
 
 async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
-    world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
+    world: tiny.World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
 ) -> None:
     """All n answers are alike, and a name that was switched to another version looks for that one's tokens."""
     service = await open_service((world, store), preload=0)
     stated, call = requests[0][1][:19], requests[0][1][19:]
     prompt = [*stated, *PLAIN, *call]
     with torch.no_grad():
-        logits = oracle(world.base, world.adapters["called"])(torch.tensor([prompt])).logits[0]
+        logits = tiny.oracle(world.base, world.adapters["called"])(torch.tensor([prompt])).logits[0]
     required = torch.log_softmax(logits, -1)[range(len(prompt) - 1), prompt[1:]].tolist()
     fields = {"max_tokens": NEW, "ignore_eos": True}
     events = await service.events(prompt, "called", prompt_logprobs=0, **fields)
@@ -131,6 +121,6 @@ async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
     generation = current_generation(store, "tiny")
     switched = generation.adapters | {"called": generation.adapters["asked"]}
     service.ready.adapters.apply(generation.model_copy(update={"adapters": switched, "number": 2}))
-    model = oracle(world.base, world.adapters["asked"])
-    assert await service.answers(prompt, model="called", **fields) == [oracle_tokens(model, prompt, NEW)]
+    model = tiny.oracle(world.base, world.adapters["asked"])
+    assert await service.answers(prompt, model="called", **fields) == [tiny.oracle_tokens(model, prompt, NEW)]
     await service.close()

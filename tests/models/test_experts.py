@@ -14,20 +14,11 @@ from transformers import Qwen3MoeConfig
 
 from inference_service.startup import bank
 from loramux_shared.faults import AdapterInvalid
-from tests.support.tiny import (
-    SIZES,
-    VOCAB,
-    World,
-    make_checkpoint,
-    make_world_of,
-    oracle,
-    oracle_tokens,
-    run_engine,
-)
+from tests.support import tiny
 
-NUM, INNER, HIDDEN = 6, 20, SIZES["hidden_size"]
+NUM, INNER, HIDDEN = 6, 20, tiny.SIZES["hidden_size"]
 CONFIG = Qwen3MoeConfig(
-    **SIZES, num_experts=NUM, num_experts_per_tok=2, moe_intermediate_size=INNER, norm_topk_prob=True
+    **tiny.SIZES, num_experts=NUM, num_experts_per_tok=2, moe_intermediate_size=INNER, norm_topk_prob=True
 )
 ROOT = "base_model.model.model.layers.{layer}.mlp.experts"
 FEATURES = {"gate_proj": (HIDDEN, INNER), "up_proj": (HIDDEN, INNER), "down_proj": (INNER, HIDDEN)}
@@ -42,7 +33,7 @@ NEW = 12
 
 def prompts() -> list[list[int]]:
     draw = random.Random(3)
-    return [[draw.randrange(3, VOCAB) for _ in range(length)] for length in (31, 1, 18)]
+    return [[draw.randrange(3, tiny.VOCAB) for _ in range(length)] for length in (31, 1, 18)]
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> None:
@@ -72,21 +63,21 @@ def of_each(rank_of: Callable[[int, str], int], seed: int = 0) -> dict[str, Tens
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with an expert's tensors each by itself, as the hub has them."""
     folder = tmp_path_factory.mktemp("mixture")
-    make_checkpoint(folder / "base", CONFIG)
+    tiny.make_checkpoint(folder / "base", CONFIG)
     return folder / "base"
 
 
 def answered(base: Path, adapters: Mapping[str, Path], **settings: Any) -> list[list[int]]:
     """Return the answers of adapters, all of them and the base in one batch."""
-    world = World(base, adapters, base.parent)
+    world = tiny.World(base, adapters, base.parent)
     requests = [(name, prompt) for name in ("base", *adapters) for prompt in prompts()]
-    return run_engine(world.load(world.built(), **settings), requests, NEW)
+    return tiny.run_engine(world.load(world.built(), **settings), requests, NEW)
 
 
 def expected_of(base: Path, adapters: Mapping[str, Path]) -> list[list[int]]:
     """The same by transformers and PEFT."""
-    models = [oracle(base, None), *(oracle(base, folder) for folder in adapters.values())]
-    return [oracle_tokens(model, prompt, NEW) for model in models for prompt in prompts()]
+    models = [tiny.oracle(base, None), *(tiny.oracle(base, folder) for folder in adapters.values())]
+    return [tiny.oracle_tokens(model, prompt, NEW) for model in models for prompt in prompts()]
 
 
 def test_modules_of_single_experts_are_what_peft_makes_of_them(base: Path) -> None:
@@ -107,21 +98,21 @@ def test_experts_of_one_adapter_may_differ_in_rank_and_modules(base: Path) -> No
     }
     config = {"r": 1, "lora_alpha": 1, "use_rslora": True, "target_modules": [*FEATURES]}
     save_adapter(folder, tensors, **config, rank_pattern=pattern)
-    make_checkpoint(merged, CONFIG)
+    tiny.make_checkpoint(merged, CONFIG)
     weights = load_file(merged / "model.safetensors")
     for name, rank in ranks.items():
         b = tensors[name.replace("lora_A", "lora_B")]
         target = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
         weights[target] += b @ tensors[name] / rank**0.5
     save_file(weights, merged / "model.safetensors")
-    plain, changed = oracle(base, None), oracle(merged, None)
-    expected = [oracle_tokens(model, prompt, NEW) for model in (plain, changed) for prompt in prompts()]
+    plain, changed = tiny.oracle(base, None), tiny.oracle(merged, None)
+    expected = [tiny.oracle_tokens(model, prompt, NEW) for model in (plain, changed) for prompt in prompts()]
     assert answered(base, {"mixed": folder}) == expected
 
 
 def test_parameters_that_were_taken_by_position_are_the_transposed(tmp_path: Path) -> None:
     """A and B of parameters that older releases saved have changed places, with the same products."""
-    world = make_world_of(tmp_path, CONFIG, {"new": PARAMETERS})
+    world = tiny.make_world_of(tmp_path, CONFIG, {"new": PARAMETERS})
     new, old = load_file(world.adapters["new"] / "adapter_model.safetensors"), {}
     for name in (name for name in new if "lora_A" in name):
         other = name.replace("lora_A", "lora_B")
@@ -141,7 +132,7 @@ def test_parameters_that_were_taken_by_position_are_the_transposed(tmp_path: Pat
 )
 def test_parameters_are_what_peft_makes_of_them(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Parameters of experts act as one linear each, with and without batch-invariant operations."""
-    world = make_world_of(tmp_path, CONFIG, {"one": PARAMETERS})
+    world = tiny.make_world_of(tmp_path, CONFIG, {"one": PARAMETERS})
     assert answered(world.base, world.adapters, **settings) == expected_of(world.base, world.adapters)
 
 
@@ -150,7 +141,7 @@ def test_slots_are_as_many_as_their_tables_have_memory_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """A slot has fields for every module of every expert, though few adapters have any."""
-    world = make_world_of(tmp_path, CONFIG, {"one": PARAMETERS})
+    world = tiny.make_world_of(tmp_path, CONFIG, {"one": PARAMETERS})
     monkeypatch.setattr(bank, "MAX_TABLES", 1 << 20)
     ready = world.load(world.built(), backend=backend)
     lora = ready.bank.lora

@@ -23,18 +23,8 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.models import test_own_vocabulary
 from tests.models.conftest import Counted
 from tests.models.test_merge import ready_of
+from tests.support import tiny
 from tests.support.service import open_service
-from tests.support.tiny import (
-    SIZES,
-    VOCAB,
-    Answers,
-    World,
-    make_adapter,
-    make_checkpoint,
-    oracle,
-    oracle_tokens,
-    run_engine,
-)
 
 NEW = 10
 CALLED = [5, 6]
@@ -98,10 +88,10 @@ def save(base: Path, folder: Path, config: Any, seed: int) -> Path:
     return folder
 
 
-def peft_answers(world: World, requests: Sequence[tuple[str, list[int]]]) -> list[list[int]]:
+def peft_answers(world: tiny.World, requests: Sequence[tuple[str, list[int]]]) -> list[list[int]]:
     """Greedy tokens of PEFT."""
-    models = {name: oracle(world.base, world.adapters.get(name)) for name in ("base", *KINDS)}
-    both = oracle(world.base, world.adapters["plain"])
+    models = {name: tiny.oracle(world.base, world.adapters.get(name)) for name in ("base", *KINDS)}
+    both = tiny.oracle(world.base, world.adapters["plain"])
     for name in ("plain", "other"):
         both.load_adapter(str(world.adapters[name]), name)
     for text, parts in MIXED.items():
@@ -112,7 +102,7 @@ def peft_answers(world: World, requests: Sequence[tuple[str, list[int]]]) -> lis
     for name, prompt in requests:
         if name in MIXED:
             both.set_adapter(name.replace(".", "_"))
-        found.append(oracle_tokens(models.get(name, both), prompt, NEW))
+        found.append(tiny.oracle_tokens(models.get(name, both), prompt, NEW))
     return found
 
 
@@ -123,12 +113,12 @@ def records(store: MemoryStore) -> dict[str, AdapterRecord]:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def answers(tmp_path_factory: pytest.TempPathFactory) -> tiny.Answers:
     root = tmp_path_factory.mktemp("kinds")
     base = root / "base"
-    make_checkpoint(base, Qwen2Config(**SIZES))
+    tiny.make_checkpoint(base, Qwen2Config(**tiny.SIZES))
     for seed, (name, settings) in enumerate(LORA.items()):
-        make_adapter(base, root / name, seed, r=4, lora_alpha=9, **settings)
+        tiny.make_adapter(base, root / name, seed, r=4, lora_alpha=9, **settings)
     for seed, (name, settings) in enumerate(OWN.items()):
         test_own_vocabulary.make(base, root / name, seed, **settings)
     for seed, (name, config) in enumerate(DISGUISED.items()):
@@ -136,48 +126,52 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), DISGUISED["ia3"]).save_pretrained(
         root / UNTRAINED
     )
-    world = World(base, {name: root / name for name in (*KINDS, UNTRAINED)}, root)
+    world = tiny.World(base, {name: root / name for name in (*KINDS, UNTRAINED)}, root)
     draw = random.Random(5)
     requests = []
     for name in MODELS:
-        prompt = draw.choices([*range(10, VOCAB), 3, 4, 50, 60], k=draw.choice([9, 17, 30]))
+        prompt = draw.choices([*range(10, tiny.VOCAB), 3, 4, 50, 60], k=draw.choice([9, 17, 30]))
         prompt[(at := draw.randrange(7)) : at + 2] = CALLED
         requests.append((name, prompt))
-    return Answers(world, world.built(), requests, peft_answers(world, requests))
+    return tiny.Answers(world, world.built(), requests, peft_answers(world, requests))
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, backend: str) -> None:
+def test_all_kinds_in_one_batch_equal_peft(answers: tiny.Answers, counted: Counted, backend: str) -> None:
     """All kinds answer as PEFT beside the base and blends, in chunks, with prefixes, alone, and preempted."""
     settings: dict[str, Any] = {"native": backend == "native", "block_size": 4, "max_batch_tokens": 48}
     ready = answers.world.load(answers.store, **settings)
     for situation in ("mixed batch", "prefix hits"):
-        counted("kinds", backend, situation, run_engine(ready, answers.requests, NEW), answers.expected)
+        counted("kinds", backend, situation, tiny.run_engine(ready, answers.requests, NEW), answers.expected)
     assert ready.engine.stats.prefix_tokens_hit > 0
-    alone = [run_engine(ready, [request], NEW)[0] for request in answers.requests]
+    alone = [tiny.run_engine(ready, [request], NEW)[0] for request in answers.requests]
     counted("kinds", backend, "alone", alone, answers.expected)
-    as_base = run_engine(ready, [("base", prompt) for _, prompt in answers.requests[1:]], NEW)
+    as_base = tiny.run_engine(ready, [("base", prompt) for _, prompt in answers.requests[1:]], NEW)
     assert all(found != base for found, base in zip(answers.expected[1:], as_base, strict=True))
     small = answers.world.load(answers.store, kv_memory_gb=96 * 2 * 2 * 2 * 8 * 4 / 1e9, **settings)
-    counted("kinds", backend, "preemption", run_engine(small, answers.requests, NEW), answers.expected)
+    counted("kinds", backend, "preemption", tiny.run_engine(small, answers.requests, NEW), answers.expected)
     assert small.engine.stats.preemptions > 0
 
 
-def test_two_ranks_answer_the_same(answers: Answers, counted: Counted) -> None:
+def test_two_ranks_answer_the_same(answers: tiny.Answers, counted: Counted) -> None:
     """Two ranks answer as PEFT for all kinds: magnitudes, biases and own tables count once."""
     divided = pytest.importorskip("tests.support.ranks").divided
     settings: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 48, "speculative_tokens": 2}
     ready = answers.world.load(answers.store, **settings)
     with divided(ready, answers.world.base, answers.store):
         for situation in ("mixed batch", "prefix hits"):
-            counted("kinds", "2 ranks", situation, run_engine(ready, answers.requests, NEW), answers.expected)
+            counted(
+                "kinds", "2 ranks", situation, tiny.run_engine(ready, answers.requests, NEW), answers.expected
+            )
     small = answers.world.load(answers.store, kv_memory_gb=96 * 2 * 2 * 2 * 8 * 4 / 1e9, **settings)
     with divided(small, answers.world.base, answers.store):
-        counted("kinds", "2 ranks", "preemption", run_engine(small, answers.requests, NEW), answers.expected)
+        counted(
+            "kinds", "2 ranks", "preemption", tiny.run_engine(small, answers.requests, NEW), answers.expected
+        )
         assert small.engine.stats.preemptions > 0
 
 
-def test_an_adapter_is_called_what_it_is(answers: Answers) -> None:
+def test_an_adapter_is_called_what_it_is(answers: tiny.Answers) -> None:
     """A replica names each adapter's kind, also of an untrained one, and counts the rows that it replaces."""
     ready = answers.world.load(answers.store)
     found = {model.name: model for model in ready.service.catalog}
@@ -198,12 +192,14 @@ def test_an_adapter_is_called_what_it_is(answers: Answers) -> None:
         **{name: (name,) for name in DISGUISED},
         UNTRAINED: ("ia3",),
     }
-    assert dict(found["everything"].replaced) == {"embedding": 2, "head": VOCAB}
+    assert dict(found["everything"].replaced) == {"embedding": 2, "head": tiny.VOCAB}
     assert found["called"].invocation == tuple(CALLED)
-    assert run_engine(ready, [(UNTRAINED, [9, 8, 7])], 4) == run_engine(ready, [("base", [9, 8, 7])], 4)
+    assert tiny.run_engine(ready, [(UNTRAINED, [9, 8, 7])], 4) == tiny.run_engine(
+        ready, [("base", [9, 8, 7])], 4
+    )
 
 
-def of_kinds(answers: Answers, *names: str) -> tuple[list[tuple[str, list[int]]], list[list[int]]]:
+def of_kinds(answers: tiny.Answers, *names: str) -> tuple[list[tuple[str, list[int]]], list[list[int]]]:
     """Return the requests of some models, and their answers."""
     pairs = zip(answers.requests, answers.expected, strict=True)
     requests, expected = zip(*(pair for pair in pairs if pair[0][0] in names), strict=True)
@@ -211,17 +207,17 @@ def of_kinds(answers: Answers, *names: str) -> tuple[list[tuple[str, list[int]]]
 
 
 @pytest.mark.parametrize("name", ["dora", "biases", "lora-bias"])
-def test_merged_weights_and_biases_equal_peft(answers: Answers, name: str) -> None:
+def test_merged_weights_and_biases_equal_peft(answers: tiny.Answers, name: str) -> None:
     """Merged weights equal PEFT, with biases where the base has none too."""
     requests, expected = of_kinds(answers, name)
     ready = ready_of(answers.world, name, {"serve_base": False})
     assert ready.service.catalog.get(name).adapter is None
-    assert run_engine(ready, requests, NEW) == expected
+    assert tiny.run_engine(ready, requests, NEW) == expected
 
 
 @pytest.mark.parametrize("turned", [1, pytest.param(5, marks=pytest.mark.sweep)])
 async def test_a_name_of_another_kind_answers_as_that_one(
-    answers: Answers, turned: int, tmp_path: Path
+    answers: tiny.Answers, turned: int, tmp_path: Path
 ) -> None:
     """Names are given to adapters of other kinds in turn, each loaded through a disk when it is asked for."""
     on_disk = {"preload": 0, "adapter_disk_gb": 0.1, "cache_dir": tmp_path, "native": False}
@@ -244,7 +240,7 @@ async def test_a_name_of_another_kind_answers_as_that_one(
     await service.close()
 
 
-def test_mixtures_are_of_plain_adapters(answers: Answers) -> None:
+def test_mixtures_are_of_plain_adapters(answers: tiny.Answers) -> None:
     """Others are refused by name in both forms of a request, unless scales make each itself or leave it out."""
     catalog = answers.world.load(answers.store, preload=0).service.catalog
     for name in APART:
@@ -259,7 +255,7 @@ def test_mixtures_are_of_plain_adapters(answers: Answers) -> None:
         assert catalog.resolve(f"{name}*0+plain") is catalog.get("plain")
 
 
-def test_what_is_cut_keeps_the_rows_of_its_own(answers: Answers) -> None:
+def test_what_is_cut_keeps_the_rows_of_its_own(answers: tiny.Answers) -> None:
     """Rows of embeddings and head are not of the matrices that a rank is cut in, and stay as they are."""
     world = replace(
         answers.world, adapters={name: answers.world.adapters[name] for name in ("head", "everything")}
@@ -273,7 +269,7 @@ def test_what_is_cut_keeps_the_rows_of_its_own(answers: Answers) -> None:
         assert np.array_equal(cut.vocabulary, whole.vocabulary)
 
 
-async def test_a_bundle_by_its_digest_is_what_a_generation_says_of_it(answers: Answers) -> None:
+async def test_a_bundle_by_its_digest_is_what_a_generation_says_of_it(answers: tiny.Answers) -> None:
     """A bundle that one replica loaded by its digest has the invocation of its generation."""
     bundles = StoredBundles(answers.store)
     for stated in records(answers.store).values():

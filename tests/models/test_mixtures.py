@@ -11,16 +11,7 @@ from inference_service.startup.load import Ready
 from loramux_shared.faults import Fault, ModelNotFound, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.conftest import Counted
-from tests.support.tiny import (
-    ADAPTERS,
-    VOCAB,
-    World,
-    make_adapter,
-    make_world,
-    oracle,
-    oracle_tokens,
-    run_engine,
-)
+from tests.support import tiny
 
 NEW = 8
 Parts = tuple[tuple[str, float], ...]
@@ -37,17 +28,17 @@ def text(parts: Parts) -> str:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> tiny.World:
     """Three adapters, of other ranks and modules each, and a second version of one."""
-    world = make_world(tmp_path_factory.mktemp("tiny"))
-    make_adapter(world.base, world.root / SECOND, 99, **ADAPTERS["all"])
+    world = tiny.make_world(tmp_path_factory.mktemp("tiny"))
+    tiny.make_adapter(world.base, world.root / SECOND, 99, **tiny.ADAPTERS["all"])
     return world
 
 
 @pytest.fixture(scope="module")
-def peft(world: World) -> Oracle:
+def peft(world: tiny.World) -> Oracle:
     """Greedy tokens of a mixture in PEFT; a base and an adapter alone are mixtures of none and one."""
-    model = oracle(world.base, world.adapters["wide"])
+    model = tiny.oracle(world.base, world.adapters["wide"])
     for name in ("wide", "all", "rs", SECOND):
         model.load_adapter(str(world.root / name), name)
 
@@ -59,13 +50,13 @@ def peft(world: World) -> Oracle:
             summed[name] = summed.get(name, 0.0) + scale
         if not any(summed.values()):
             with model.disable_adapter():
-                return oracle_tokens(model, prompt, NEW)
+                return tiny.oracle_tokens(model, prompt, NEW)
         if list(summed) == ["rs"]:
             summed["wide"] = 0.0
             summed = dict(sorted(summed.items(), reverse=True))
         model.add_weighted_adapter(list(summed), list(summed.values()), "mixed", combination_type="cat")
         model.set_adapter("mixed")
-        found = oracle_tokens(model, prompt, NEW)
+        found = tiny.oracle_tokens(model, prompt, NEW)
         model.delete_adapter("mixed")
         return found
 
@@ -77,21 +68,21 @@ def drawn(seed: int, count: int) -> list[tuple[Parts, list[int]]]:
     draw = random.Random(seed)
     requests: list[tuple[Parts, list[int]]] = []
     for _ in range(count):
-        names = draw.choices(list(ADAPTERS), k=draw.choice([0, 1, 1, 2, 2, 3, 8]))
+        names = draw.choices(list(tiny.ADAPTERS), k=draw.choice([0, 1, 1, 2, 2, 3, 8]))
         scales = [draw.choice([1.0, 1.0, 0.5, -0.5, 0.0, 1.5, round(draw.uniform(-2, 2), 3)]) for _ in names]
-        prompt = [draw.randrange(3, VOCAB) for _ in range(draw.choice([1, 14, 30, 40]))]
+        prompt = [draw.randrange(3, tiny.VOCAB) for _ in range(draw.choice([1, 14, 30, 40]))]
         requests.append((tuple(zip(names, scales, strict=True)), prompt))
     return requests
 
 
 def answers(ready: Ready, requests: Sequence[tuple[Parts, list[int]]]) -> list[list[int]]:
     """Return the engine's answers, all in one batch."""
-    return run_engine(ready, [(text(parts) or "base", prompt) for parts, prompt in requests], NEW)
+    return tiny.run_engine(ready, [(text(parts) or "base", prompt) for parts, prompt in requests], NEW)
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_random_mixtures_in_one_batch_equal_peft(
-    world: World, store: MemoryStore, peft: Oracle, counted: Counted, backend: str
+    world: tiny.World, store: MemoryStore, peft: Oracle, counted: Counted, backend: str
 ) -> None:
     """Blends answer as PEFT beside plain adapters and alone, in chunks, with prefixes, and after preemption."""
     requests = [(EIGHT, [7, 8, 9]), *drawn(0, 9)]
@@ -108,7 +99,7 @@ def test_random_mixtures_in_one_batch_equal_peft(
     assert small.engine.stats.preemptions > 0
 
 
-def test_one_form_of_a_mixture_has_one_prefix(world: World, store: MemoryStore) -> None:
+def test_one_form_of_a_mixture_has_one_prefix(world: tiny.World, store: MemoryStore) -> None:
     """Cached prompts of a blend are found in every spelling, and those of other scales are not."""
     ready = world.load(store, block_size=16)
     prompt = list(range(3, 3 + 40))
@@ -124,7 +115,7 @@ def test_one_form_of_a_mixture_has_one_prefix(world: World, store: MemoryStore) 
         ("wide*0", 32),
     ):
         before = ready.engine.stats.prefix_tokens_hit
-        run_engine(ready, [(request, prompt)], 1)
+        tiny.run_engine(ready, [(request, prompt)], 1)
         assert ready.engine.stats.prefix_tokens_hit - before == hit, request
 
 
@@ -142,7 +133,7 @@ REFUSED: list[tuple[str, type[Fault], str]] = [
 ]
 
 
-def test_what_cannot_be_mixed_is_refused_by_name(world: World, store: MemoryStore) -> None:
+def test_what_cannot_be_mixed_is_refused_by_name(world: tiny.World, store: MemoryStore) -> None:
     """A blend that cannot be computed is refused by name before the engine."""
     catalog = world.load(store, max_batch_adapters=2).service.catalog
     assert isinstance(catalog.resolve("wide*1e-1+all*2E+0+rs*0").mixture, Mixture)

@@ -21,39 +21,30 @@ from loramux_shared.bases.read import read_config
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support import lowbit
+from tests.support import lowbit, tiny
 from tests.support.lowbit import KINDS, WHOLE_BLOCKS, Kind, keep
-from tests.support.tiny import (
-    SIZES,
-    World,
-    make_adapter,
-    make_checkpoint,
-    make_world,
-    make_world_of,
-    oracle,
-    oracle_tokens,
-    run_engine,
-)
 
 NEW = 10
 PROMPT = list(range(3, 40))
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("plain"))
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tiny.World:
+    return tiny.make_world(tmp_path_factory.mktemp("plain"))
 
 
 @dataclass(frozen=True)
 class Saved:
     """A world whose base is of few bits, and a checkpoint of the weights that it means."""
 
-    world: World
+    world: tiny.World
     widened: Path
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def retained(request: pytest.FixtureRequest, plain: World, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+def retained(
+    request: pytest.FixtureRequest, plain: tiny.World, tmp_path_factory: pytest.TempPathFactory
+) -> Saved:
     folder = tmp_path_factory.mktemp(request.param)
     keep(plain.base, KINDS[request.param], folder / "kept", folder / "widened")
     return Saved(replace(plain, base=folder / "kept", root=folder.parent), folder / "widened")
@@ -64,10 +55,10 @@ def test_base_and_adapters_answer_as_transformers_with_the_widened_weights(retai
     ready = retained.world.load(retained.world.built())
     models = ["base", "all"]
     expected = [
-        oracle_tokens(oracle(retained.widened, retained.world.adapters.get(name)), PROMPT, NEW)
+        tiny.oracle_tokens(tiny.oracle(retained.widened, retained.world.adapters.get(name)), PROMPT, NEW)
         for name in models
     ]
-    assert run_engine(ready, [(name, PROMPT) for name in models], NEW) == expected
+    assert tiny.run_engine(ready, [(name, PROMPT) for name in models], NEW) == expected
 
 
 FOUR_BITS = {
@@ -85,10 +76,10 @@ def test_weights_of_4_bits_stay_packed_for_the_kernels_of_gpus(
     width = 96 if name == "pack-symmetric" else 80  # not whole groups: down_proj is widened
     sizes = {"hidden_size": 64, "intermediate_size": width, "num_attention_heads": 4}
     if name == "awq":
-        glm = GlmConfig(**SIZES | sizes, head_dim=16, pad_token_id=0)
-        plain = make_world_of(tmp_path / "plain", glm, {})
+        glm = GlmConfig(**tiny.SIZES | sizes, head_dim=16, pad_token_id=0)
+        plain = tiny.make_world_of(tmp_path / "plain", glm, {})
     else:
-        plain = make_world(tmp_path / "plain", **sizes)
+        plain = tiny.make_world(tmp_path / "plain", **sizes)
     config = json.loads(json.dumps(FOUR_BITS[name].config).replace('"group_size": 16', '"group_size": 32'))
     keep(plain.base, replace(FOUR_BITS[name], config=config), tmp_path / "kept", tmp_path / "widened")
     store, found = MemoryStore(), []
@@ -99,7 +90,7 @@ def test_weights_of_4_bits_stay_packed_for_the_kernels_of_gpus(
         runner: Any = ready.engine._engine._runner
         linears = [type(each) for each in runner._model.linears()]
         assert (PackedLinear in linears) == (settings["backend"] == "triton")
-        found.append(run_engine(ready, [("base", PROMPT[:9])], 3))
+        found.append(tiny.run_engine(ready, [("base", PROMPT[:9])], 3))
     assert found[0] == found[1]
 
 
@@ -111,15 +102,15 @@ def test_weights_of_4_bits_stay_packed_for_the_kernels_of_gpus(
 def test_dora_is_over_the_norms_of_the_widened_weights(retained: Saved, tmp_path: Path) -> None:
     """A process beside the builder widens the weights: answers are PEFT's with those."""
     folder = tmp_path / "dora"
-    make_adapter(
+    tiny.make_adapter(
         retained.widened, folder, 3, r=4, lora_alpha=9, use_dora=True, target_modules=["q_proj", "down_proj"]
     )
     world, store = replace(retained.world, adapters={"dora": folder}), MemoryStore()
     sources = open_sources(local_roots=[retained.world.root, tmp_path])
     deployment = world.deployment()
     build(deployment, BuildContext(store, sources), Progress(["dora"]))
-    expected = oracle_tokens(oracle(retained.widened, folder), PROMPT, NEW)
-    assert run_engine(world.load(store), [("dora", PROMPT)], NEW) == [expected]
+    expected = tiny.oracle_tokens(tiny.oracle(retained.widened, folder), PROMPT, NEW)
+    assert tiny.run_engine(world.load(store), [("dora", PROMPT)], NEW) == [expected]
 
 
 @pytest.mark.parametrize("retained", ["nf4"], indirect=True)
@@ -128,7 +119,7 @@ def test_without_torch_dora_of_few_bits_is_refused(
 ) -> None:
     """A builder without the package refuses low-bit weights, and names the package."""
     monkeypatch.setattr(widener, "NEEDS", ("no_such_torch",))
-    make_adapter(retained.widened, tmp_path / "dora", 3, r=4, use_dora=True, target_modules=["q_proj"])
+    tiny.make_adapter(retained.widened, tmp_path / "dora", 3, r=4, use_dora=True, target_modules=["q_proj"])
     deployment = replace(retained.world, adapters={"dora": tmp_path / "dora"}).deployment()
     sources = open_sources(local_roots=[retained.world.root, tmp_path])
     with pytest.raises(AdapterInvalid, match=r"E_DORA .*torch beside the builder.*loramux\[inference\]"):
@@ -136,10 +127,10 @@ def test_without_torch_dora_of_few_bits_is_refused(
 
 
 OTHERS = {
-    "fp8": (LlamaConfig(**SIZES), WHOLE_BLOCKS),
+    "fp8": (LlamaConfig(**tiny.SIZES), WHOLE_BLOCKS),
     "fp8-experts": (
         Qwen3MoeConfig(
-            **SIZES | {"hidden_size": 64},
+            **tiny.SIZES | {"hidden_size": 64},
             head_dim=16,
             num_experts=4,
             num_experts_per_tok=2,
@@ -154,14 +145,14 @@ OTHERS = {
 def test_transformers_reads_the_same_from_the_same_files(tmp_path: Path, name: str) -> None:
     """Formats that transformers widens by itself without a GPU are read alike, experts included."""
     config, kind = OTHERS[name]
-    make_checkpoint(tmp_path / "base", config)
+    tiny.make_checkpoint(tmp_path / "base", config)
     keep(tmp_path / "base", kind, tmp_path / "kept", tmp_path / "widened")
-    world = World(tmp_path / "kept", {}, tmp_path)
-    expected = oracle_tokens(oracle(world.base, None), PROMPT, NEW)
-    assert run_engine(world.load(world.built()), [("base", PROMPT)], NEW) == [expected]
+    world = tiny.World(tmp_path / "kept", {}, tmp_path)
+    expected = tiny.oracle_tokens(tiny.oracle(world.base, None), PROMPT, NEW)
+    assert tiny.run_engine(world.load(world.built()), [("base", PROMPT)], NEW) == [expected]
 
 
-def test_what_widening_takes_is_reported_beforehand(plain: World, tmp_path: Path) -> None:
+def test_what_widening_takes_is_reported_beforehand(plain: tiny.World, tmp_path: Path) -> None:
     """A check and a start report the widening beforehand, with the bytes of files and memory."""
     keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
     store = MemoryStore()
