@@ -70,9 +70,10 @@ SCORERS_BYTES: Final = 64 << 20
 class AdapterTexts:
     """Texts of bundles and what they mean, by digest; nobody waits for weights. Used on the event loop."""
 
-    def __init__(self, reader: BundleReader, base: Text) -> None:
+    def __init__(self, reader: BundleReader, base: Text, of_base: Scorer | None = None) -> None:
         self._reader = reader
         self._base = base
+        self._of_base = of_base
         self._workers = Workers("adapter-texts", AT_ONCE)
         self._kept: Recent[AdapterDefaults] = Recent(CACHED)
         self._scorers: Recent[Scorer] = Recent(SCORERS_BYTES)
@@ -105,12 +106,14 @@ class AdapterTexts:
         return await asyncio.shield(asyncio.wrap_future(reading))
 
     async def scorer(self, digest: str) -> Scorer:
-        """Return the score head of an adapter that classifies.
+        """Return the score head of an adapter that classifies, or of the base, which has no digest.
 
         Raises:
             BundleCorrupt: the store's files are missing or damaged, or there is none.
             StoreUnavailable: the store does not answer.
         """
+        if not digest and self._of_base is not None:
+            return self._of_base
         if (cached := self._scorers.get(digest)) is not None:
             return cached
         return await asyncio.wrap_future(self._workers.submit(partial(self._read_scorer, digest)))

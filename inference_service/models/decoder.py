@@ -49,6 +49,8 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
 from loramux_shared.bases.rope import QueryScaling
 from loramux_shared.bases.shard import Shard
+from loramux_shared.bundle.manifest import ScoreHead
+from loramux_shared.bundle.npy import Array
 from loramux_shared.extensions import need_extension
 from loramux_shared.runtime import Rounding
 
@@ -128,6 +130,9 @@ class Ranks(Protocol):
 
 class Decoder:
     """Turns token ids into logits."""
+
+    score: tuple[ScoreHead, Array] | None = None
+    """The score head that a base has itself, and its weights: of some encoders."""
 
     def __init__(
         self,

@@ -125,7 +125,7 @@ def open_bank(
     )
     wait_s = COPY_WAIT_S if device.type == "cpu" else 0.0
     residency = Residency(Places(num_bytes), slots, bank, loader, inbox.post, wait_s=wait_s)
-    return OpenBank(lora, residency, loader, AdapterTexts(reader, base.text), sizes)
+    return OpenBank(lora, residency, loader, base.texts(reader), sizes)
 
 
 def preload(bank: OpenBank, adapters: Sequence[Adapter], inbox: Inbox) -> None:

@@ -12,7 +12,9 @@ from typing import Any, Final, Protocol, cast
 import structlog
 import torch
 
+from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.served_model import ServedModel, display_source
+from inference_service.adapters.texts import AdapterTexts, Scorer
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.operations import Backend
 from inference_service.core.computing import Computing
@@ -93,6 +95,11 @@ class LoadedBase:
     pooling: Pooling | None = Pooling.LAST
     """Pooling with which it was trained to make vectors; None: one that is not served."""
 
+    def texts(self, reader: BundleReader) -> AdapterTexts:
+        """Return what reads the texts and score heads of adapters, beside its own head."""
+        of_base = None if self.model.score is None else Scorer(*self.model.score)
+        return AdapterTexts(reader, self.text, of_base)
+
     def served(self, generation: Generation) -> ServedModel:
         """Return it as the catalog has it; what is odd about it is logged."""
         return ServedModel(
@@ -100,6 +107,7 @@ class LoadedBase:
             source=display_source(generation.base.source),
             load_s=self.load_s,
             kinds=(AdapterKind.ENCODER.value,) if self.config.encodes else (),
+            num_labels=None if self.model.score is None else self.model.score[0].num_labels,
             warnings=_warn_about(self.config, self.model),
         )
 

@@ -23,7 +23,6 @@ from inference_service.adapters.follower import Follower
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.ports import Publisher, Resolver
 from inference_service.adapters.reading import BundleReader
-from inference_service.adapters.texts import AdapterTexts
 from inference_service.adapters.views import Facts
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.triton_lora import TritonLora
@@ -240,7 +239,7 @@ def _begin(
         watchers,
         adapters=manager,
         follower=follower,
-        texts=AdapterTexts(BundleReader(store, None), base.text) if bank is None else bank.texts,
+        texts=base.texts(BundleReader(store, None)) if bank is None else bank.texts,
         resolver=resolver,
         placed=base.placed,
         pooling_of_base=base.pooling,

@@ -12,6 +12,7 @@ from loramux_shared.bases.family import Architecture, Family, llama_like
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.layers import AttentionLayer, LayerSpec, MlpLayer
 from loramux_shared.bases.rope import AttentionSpec, RopeSpec, Still
+from loramux_shared.bundle.manifest import PROBLEM_TYPES
 from loramux_shared.faults import CheckpointInvalid
 
 POOLER: Final = "pooler.dense"
@@ -45,6 +46,10 @@ class EncoderConfig(ModelConfig):
     """Name of the layer of a score head that gives the scores."""
     dense: str = POOLER
     """Name of the layer before it, with tanh behind it."""
+    labels: tuple[str, ...] = ()
+    """Names of the labels of the base's own head; none where it has no head."""
+    problem_type: str | None = None
+    """Kind of its scores, as transformers names it."""
 
 
 def _names(prefix: str) -> TensorNames:
@@ -104,7 +109,26 @@ def _read(config: HfConfig, prefix: str, sizes: Mapping[str, int] = SIZES) -> En
         table_rows=rows,
         token_types=config.size("type_vocab_size", 2),
         hidden_act=config.text("hidden_act", "gelu"),
+        labels=_labels(config) if config.architecture.endswith(SCORES) else (),
+        problem_type=config.text("problem_type", "") or None,
     )
+
+
+def _labels(config: HfConfig) -> tuple[str, ...]:
+    """Return the names of the labels that a base's own head scores, in their order.
+
+    Raises:
+        CheckpointInvalid: they are not numbered from 0 on, or have no names, or the kind of scores is unknown.
+    """
+    config.require("problem_type", None, *PROBLEM_TYPES)
+    names = config.block("id2label").fields
+    count = len(names) or config.size("num_labels", 2)
+    labels = tuple([names.get(str(number), f"LABEL_{number}") for number in range(count)])
+    if {*names} - {*map(str, range(count))} or not all(isinstance(label, str) for label in labels):
+        raise CheckpointInvalid(
+            f"config.json: id2label: expected names of labels 0 to {count - 1}, found {dict(names)!r}."
+        )
+    return labels
 
 
 def _still(_config: HfConfig, head_dim: int, max_positions: int) -> tuple[RopeSpec, int]:
@@ -125,11 +149,15 @@ def _read_roberta(config: HfConfig, sizes: Mapping[str, int] = SIZES) -> Encoder
     )
 
 
+SCORES: Final = "ForSequenceClassification"
+"""The end of the names of architectures with a score head."""
+
+
 def _named(name: str, model_type: str, *tasks: str) -> tuple[Architecture, ...]:
     return tuple(Architecture(f"{name}{task}", model_type) for task in ("Model", *tasks))
 
 
-TASKS: Final = ("ForMaskedLM", "ForSequenceClassification")
+TASKS: Final = ("ForMaskedLM", SCORES)
 BERT: Final = Family(_named("Bert", "bert", *TASKS, "ForPreTraining"), partial(_read, prefix="bert."))
 ROBERTA: Final = Family(
     _named("Roberta", "roberta", *TASKS), partial(_read_roberta, sizes=SIZES | {"vocab_size": 50265})

@@ -27,6 +27,8 @@ from inference_service.models.decoder import Decoder
 from inference_service.models.reader import LayerReader, Reader
 from loramux_encoders.families import EncoderConfig
 from loramux_shared.bases.rope import AttentionSpec
+from loramux_shared.bundle.manifest import ScoreHead
+from loramux_shared.bundle.npy import Array
 from loramux_shared.runtime import Rounding
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
@@ -44,6 +46,24 @@ def read_norm(reader: Reader | LayerReader, name: str) -> LayerNorm:
     shape = (whole.config.dims.hidden,)
     weight, bias = (whole.rounded(reader.get(f"{name}.{each}", shape)) for each in names)
     return LayerNorm(weight, whole.config.norm_eps, bias)
+
+
+def read_score(checkpoint: Tensors, config: EncoderConfig) -> tuple[ScoreHead, Array]:
+    """Read the base's own score head as those of adapters are kept: a dense layer, labels, biases last."""
+    layers, hidden = [], config.dims.hidden
+    for module, out in ((config.dense, hidden), (config.head, len(config.labels))):
+        name = checkpoint.first([f"{prefix}{module}.weight" for prefix in config.names.prefixes])
+        weight = checkpoint.get(name, (out, hidden), torch.float32)
+        bias = checkpoint.get(f"{name.removesuffix('.weight')}.bias", (out,), torch.float32)
+        layers.append(torch.cat([weight, bias[:, None]], dim=1))
+    head = ScoreHead(
+        num_labels=len(config.labels),
+        hidden_size=hidden,
+        problem_type=config.problem_type,
+        id2label=config.labels,
+        dense=True,
+    )
+    return head, torch.cat(layers).cpu().numpy()
 
 
 class SequenceAttention:
@@ -147,6 +167,7 @@ class Encoder(Decoder):
         self._types = table("token_type_embeddings", config.token_types)
         self._embeddings_norm = read_norm(reader, "embeddings.LayerNorm")
         self._encoders = [EncoderLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
+        self.score = read_score(checkpoint, config) if config.labels else None
 
     def linears(self) -> Iterator[Linear]:
         """Yield the linears of all layers, in their order."""

@@ -1,5 +1,6 @@
 """Encoders with adapters, from PEFT's files through the builder to vectors, classes and ranks."""
 
+import copy
 import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -12,9 +13,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModel, BertConfig, XLMRobertaConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, XLMRobertaConfig
 
-from loramux_shared.bases.read import read_fields
+from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
@@ -56,13 +57,9 @@ QUERY, DOCUMENTS = "late <2> order<1>s", ["abc", "a dog"]
 PROMPTS = [[5, 6, 7], [9] * 40, [3 + (7 * place) % 190 for place in range(64)], [8]]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[World, MemoryStore]:
-    """An encoder with adapters of several kinds, ranks and modules."""
-    root = tmp_path_factory.mktemp("encoders")
-    base = root / "base"
-    torch.manual_seed(0)
-    save_random(AutoModel.from_config(FAMILIES[request.param]), base, 0)
+def write_base(model: Any, base: Path) -> None:
+    """Write a base with random weights, and a tokenizer with special tokens around texts."""
+    save_random(model, base, 0)
     write_tokenizer(base)
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     tokenizer.add_special_tokens(["<0>", "<1>", "<2>"])
@@ -70,6 +67,15 @@ def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         single="<0> $A <2>", pair="<0> $A <2> $B:1 <2>:1", special_tokens=[("<0>", 0), ("<2>", 2)]
     )
     tokenizer.save(str(base / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[World, MemoryStore]:
+    """An encoder with adapters of several kinds, ranks and modules."""
+    root = tmp_path_factory.mktemp("encoders")
+    base = root / "base"
+    torch.manual_seed(0)
+    write_base(AutoModel.from_config(FAMILIES[request.param]), base)
     for seed, (name, config) in enumerate(VECTORS.items()):
         made = get_peft_model(bare(base), LoraConfig(task_type="FEATURE_EXTRACTION", **config))
         save_random(made, root / name, seed)
@@ -136,6 +142,36 @@ async def test_scores_equal_those_of_transformers(
     ranked = await answer_of(api, "/rerank", model=model, query=QUERY, documents=DOCUMENTS)
     best = {each["index"]: each["relevance_score"] for each in ranked["results"]}
     close([best[0], best[1]], torch.cat(pairs))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_cross_encoder_scores_without_an_adapter(tmp_path: Path, family: str) -> None:
+    """The base's own head ranks and names its labels, in texts of at most ``max_seq_length`` tokens."""
+    config, base = copy.deepcopy(FAMILIES[family]), tmp_path / "base"
+    config.id2label = {0: "relevance"}
+    write_base(AutoModelForSequenceClassification.from_config(config), base)
+    (base / "sentence_bert_config.json").write_text('{"max_seq_length": 30}')
+    world, whole = World(base, {}, tmp_path), loaded(base, 1).eval()
+    async with open_api((world, world.built())) as api:
+        encoded = [api.ready.service.text.encode_pair((QUERY, each), 64) for each in DOCUMENTS]
+        with torch.no_grad():
+            expected = [
+                whole(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[0]
+                for ids, types in encoded
+            ]
+        ranked = await answer_of(api, "/rerank", model="base", query=QUERY, documents=DOCUMENTS)
+        best = {each["index"]: each["relevance_score"] for each in ranked["results"]}
+        close([best[0], best[1]], torch.cat(expected))
+        [found] = (await answer_of(api, "/classify", model="base", input="a"))["data"]
+        assert found["label"] == "relevance"
+        answer = await api.post("/rerank", model="base", query=QUERY, documents=["a" * 30])
+        assert "at most 30" in answer.json()["error"]["message"]
+        body = {"model": "base", "query": QUERY, "documents": ["a" * 30], "truncate_prompt_tokens": -1}
+        await answer_of(api, "/rerank", **body)
+    assert read_config(base, 50).max_positions > 50
+    (base / "sentence_bert_config.json").write_text('{"max_seq_length": "long"}')
+    with pytest.raises(CheckpointInvalid, match="max_seq_length: expected a positive integer"):
+        read_config(base)
 
 
 async def test_both_apis_serve_the_same_vectors(api: OpenAIApi) -> None:

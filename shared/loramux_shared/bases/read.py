@@ -15,9 +15,14 @@ from loramux_shared.bases.hf_config import HfConfig, read_json
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.wording import nearest
 
+SENTENCES: Final = "sentence_bert_config.json"
+"""Config of sentence-transformers."""
+
 
 def read_config(folder: Path, max_seq_len: int | None = None) -> ModelConfig:
     """Read ``config.json`` of a folder and what stands beside it, as `read_fields` does.
+
+    An encoder has the longest sequence of its `SENTENCES`, unless the deployment asks for another.
 
     Raises:
         CheckpointInvalid: no such file, or a model that is not supported, with what is.
@@ -26,7 +31,13 @@ def read_config(folder: Path, max_seq_len: int | None = None) -> ModelConfig:
     if fields is None:
         raise CheckpointInvalid("the base checkpoint has no config.json; expected a Hugging Face checkpoint.")
     fields = with_quantize(fields, read_json(folder / QUANTIZE))
-    return read_fields(fields, read_json(folder / "generation_config.json") or {}, max_seq_len)
+    model = read_fields(fields, read_json(folder / "generation_config.json") or {}, max_seq_len)
+    if not model.encodes or max_seq_len is not None:
+        return model
+    longest = (read_json(folder / SENTENCES) or {}).get("max_seq_length") or model.max_positions
+    if not isinstance(longest, int) or longest < 1:
+        raise CheckpointInvalid(f"{SENTENCES}: max_seq_length: expected a positive integer, found {longest!r}.")
+    return replace(model, max_positions=min(longest, model.max_positions))
 
 
 def read_fields(

@@ -14,7 +14,7 @@ import structlog
 
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats import QUANTIZE, says_quantization, with_quantize
-from loramux_shared.bases.read import read_fields
+from loramux_shared.bases.read import SENTENCES, read_fields
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
@@ -44,6 +44,7 @@ SMALL_FILES: Final = (
     "chat_template.jinja",
     GENERATION,
     QUANTIZE,
+    SENTENCES,
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
