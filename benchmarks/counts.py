@@ -7,7 +7,8 @@ serves. Sizes are the defaults: adapters of rank 64 at most, 64 of them in a ste
     python -m benchmarks.counts
 
 1. Launches that a layer waits for, one after the other, with adapters and without.
-2. Programs of shrink and expand that are launched, and those that find work.
+2. Programs of shrink and expand that are launched, and those with work; how many are launched for each with
+   work, and for each with work or first on its multiprocessor; tiles of expand that follow one another.
 3. Rows that a step computes, and rows that it was asked for.
 4. Kinds of requests, and whether their steps are replayed from a recorded graph, or from a trace on the host.
 """
@@ -19,6 +20,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -37,6 +39,8 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.runner import lay_out
 from inference_service.engine.tape import launches_of, names_of
 from inference_service.kernels.launch import Launch, intercepted
+from inference_service.kernels.sgmv import PLACES, PREFILL_TILE, Slices
+from inference_service.kernels.sgmv.tuning import width_of
 from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary
 from inference_service.models.decoder import Decoder
 from loramux_shared.bases.memory import buckets, mixed_buckets
@@ -54,10 +58,14 @@ SIZES: Final = STEP_SIZES["cuda"]
 LIMITS: Final = SchedulerLimits(SIZES.tokens, MAX_ADAPTERS, MAX_ADAPTERS, LONGEST)
 """With fewer seats than the default, which has the same kinds of steps."""
 ONCE_PER_LAYER: Final = ("rope_write_kernel", "rope_write_update_kernel")
-EXPANDING: Final = ("expand_kernel", "rope_write_update_kernel", "gated_update_kernel")
+EXPANDING: Final = ("expand_kernel", "rope_write_update_kernel", "activated_update_kernel")
 DECODES: Final = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS: Final = (64, 512, 1100)
-ADAPTERS: Final = (1, 8, 64)
+STEPS: Final = ((8, False), (64, False), (512, True))
+"""Rows of steps whose programs are counted, and whether they are of prompts: one for each adapter."""
+ADAPTERS: Final = (1, 4, 8, 64)
+MULTIPROCESSORS: Final = 132
+"""Of an H100."""
 RANKS: Final[dict[str, tuple[int, ...]]] = {"8": (8,), "16": (16,), "64": (64,), "8-64": (8, 16, 32, 64)}
 """Adapters have them in turn, in every module."""
 OWN_TOKENS: Final = 8
@@ -149,29 +157,26 @@ def _in_line(launched: Sequence[Launch | str]) -> list[Launch | str]:
 
 
 def programs(counted: Counted) -> Iterator[str]:
-    """Yield the programs of one layer, launched and with work."""
-    columns = "    shrink  with work  ratio    expand  with work  ratio   both"
+    """Yield the programs of one layer: launched, with work, and the longest row of tiles of one program."""
+    columns = "    shrink  with work    expand  with work  ratio  first  in turn"
     yield f"programs of a layer         adapters  ranks{columns}"
-    for rows in (8, 64):
-        every = counted.launched(rows, mixed=False, adapters=True)
+    for (rows, mixed), adapters, (name, ranks) in product(STEPS, ADAPTERS, RANKS.items()):
+        if adapters > rows:
+            continue
+        every = counted.launched(rows, mixed=mixed, adapters=True)
         first = [each for each in every if isinstance(each, Launch)]
-        shrinks = _of_kernel(first, "shrink_kernel")
-        expands = _of_kernel(first, *EXPANDING)
-        for adapters in ADAPTERS:
-            if adapters > rows:
-                continue
-            for name, ranks in RANKS.items():
-                own = [ranks[index % len(ranks)] for index in range(adapters)]
-                halves = [
-                    (
-                        sum(math.prod(launch.grid) for launch in launched),
-                        sum(working(each, own) for each in launched),
-                    )
-                    for launched, working in ((shrinks, _shrinking), (expands, _expanding))
-                ]
-                both = sum(most for most, _ in halves) / sum(some for _, some in halves)
-                printed = "".join(f"{most:>10}{some:>11}{most / some:>7.2f}" for most, some in halves)
-                yield f"  {f'decode of {rows}':<26}{adapters:>8}  {name:<5}{printed}{both:>7.2f}"
+        tile = PREFILL_TILE if mixed else rows
+        own = [ranks[index % len(ranks)] for index in range(adapters) for _ in range(0, rows // adapters, tile)]
+        shrinks = [(math.prod(each.grid), _shrinking(each, own)) for each in _of_kernel(first, "shrink_kernel")]
+        expands = [(math.prod(each.grid), _expanding(each, own)) for each in _of_kernel(first, *EXPANDING)]
+        halves = [(sum(grid for grid, _ in half), _working(half)) for half in (shrinks, expands)]
+        launched, working = (sum(each) for each in zip(*halves, strict=True))
+        first_too = launched / _working([*shrinks, *expands], MULTIPROCESSORS)
+        in_turn = sum(-(-tiles // min(grid, PLACES)) for grid, tiles in expands)
+        printed = "".join(f"{most:>10}{some:>11}" for most, some in halves)
+        printed += f"{launched / working:>7.2f}{first_too:>7.2f}{in_turn:>9}"
+        kind = f"{'prompt' if mixed else 'decode'} of {rows}"
+        yield f"  {kind:<26}{adapters:>8}  {name:<5}{printed}"
 
 
 def _of_kernel(every: Sequence[Launch], *names: str) -> list[Launch]:
@@ -180,26 +185,27 @@ def _of_kernel(every: Sequence[Launch], *names: str) -> list[Launch]:
     return found[: len(found) // LAYERS]
 
 
+def _working(launches: Sequence[tuple[int, int]], least: int = 0) -> int:
+    """Return how many programs of grids have one of these tiles, or are among so many of their launch."""
+    return sum(min(grid, max(tiles, least)) for grid, tiles in launches)
+
+
 def _shrinking(launch: Launch, ranks: Sequence[int]) -> int:
-    """Return the programs that have work, where every adapter has one segment; they share the tiles."""
+    """Return the tiles of segments, one of each rank."""
     provided = launch.arguments
     tiles = sum(-(-rank * provided["N_SLICES"] // provided["BLOCK_R"]) for rank in ranks)
-    required = -(-provided["COVERING"] // tiles)
+    required = -(-launch.grid[0] // tiles)
     per_plane = max(provided["blocks"] // required, -(-provided["blocks"] // provided["split_k"]), 1)
-    working: int = tiles * -(-provided["blocks"] // per_plane)
-    return min(math.prod(launch.grid), working)
+    return int(tiles * -(-provided["blocks"] // per_plane))
 
 
 def _expanding(launch: Launch, ranks: Sequence[int]) -> int:
-    provided, launched = launch.arguments, math.prod(launch.grid)
-    sizes = provided["SIZES"]
+    provided = launch.arguments
+    sizes = provided["SIZES"][: 1 if "p_gate_up" in provided else None]
     if "p_heads" in provided:
-        return min(launched, int(len(ranks) * sum(sizes) / provided["D"]))
-    if "p_gate_up" in provided:
-        sizes = sizes[:1]
-    wide, narrow = (sum(-(-size // provided[width]) for size in sizes) for width in ("BLOCK_N", "FEW_N"))
-    working: int = len(ranks) * (wide if len(ranks) * wide >= launched else narrow)
-    return min(launched, working)
+        return int(len(ranks) * sum(sizes) / provided["D"])
+    slices, steps = Slices.consecutive(*sizes), (provided["BLOCK_N"], provided["STEP_N"])
+    return len(ranks) * slices.tiles(width_of(slices, len(ranks), math.prod(launch.grid), *steps))
 
 
 def computed(_: Counted) -> Iterator[str]:

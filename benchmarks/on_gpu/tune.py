@@ -66,9 +66,9 @@ def candidates(linear: Linear, rank: int) -> Iterator[tuple[str, Callable[[], li
     block_r = max(16, 1 << (min(rank, 64) - 1).bit_length())
     for block_k, split_k, warps in product((128, 256), (4, 8, 16), (2, 4, 8)):
         shrink = ShrinkConfig(DECODE_TILE, 16, block_k, split_k, num_warps=warps, num_stages=3)
-        for block_n, few_n in ((64, 16), (64, 32), (128, 32)):
-            expand = ExpandConfig(DECODE_TILE, block_r, block_n, few_n, 4, num_stages=1)
-            name = f"k{block_k} split{split_k} w{warps} | n{block_n} few{few_n}"
+        for block_n, step_n in ((64, 16), (128, 16), (256, 32)):
+            expand = ExpandConfig(DECODE_TILE, block_r, block_n, step_n, 4, num_stages=1)
+            name = f"k{block_k} split{split_k} w{warps} | n{block_n} step{step_n}"
             yield name, lambda s=shrink, e=expand: _with_tiles(linear, s, e)  # type: ignore[misc]
 
 

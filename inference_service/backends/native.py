@@ -108,7 +108,7 @@ class NativeOperations(Operations):
             return super().norm(hidden, norm, delta, delta_norm, out)
         if delta is not None and delta_norm is not None:
             delta = self.ops.rms_norm(delta, None, delta_norm.weight, delta_norm.eps, delta_norm.offset)
-        normed = self.ops.rms_norm(hidden, delta, norm.weight, norm.eps, norm.offset)
+        normed = self.ops.rms_norm(hidden.contiguous(), delta, norm.weight, norm.eps, norm.offset)
         return normed if out is None else out.copy_(normed)
 
     def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none

@@ -119,8 +119,8 @@ class Operations:
         gate, up = gate_up.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate) * up
 
-    def activated(self, x: Tensor, activation: Activation) -> Tensor:
-        """Return activation(x) [T, intermediate], of an MLP without a gate."""
+    def activated(self, x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
+        """Return activation(x) [T, intermediate], of an MLP without a gate; an update is one of `begun`."""
         return ACTIVATIONS[activation](x)
 
     def run_layers(self, layers: Layers, inputs: LayerInputs) -> LayerOutputs:

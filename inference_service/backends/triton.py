@@ -103,17 +103,28 @@ class TritonOperations(Operations):
         delta_norm: RMSNorm | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Both norms and the sum, but for norms that subtract a mean."""
-        if isinstance(norm, LayerNorm):
+        """Both norms and the sum, but for a delta's norm that subtracts a mean."""
+        if isinstance(delta_norm, LayerNorm):
             return super().norm(hidden, norm, delta, delta_norm, out)
-        weight = None if delta_norm is None else delta_norm.weight
-        return rows.rms_norm(
-            hidden, norm.weight, eps=norm.eps, offset=norm.offset, delta=delta, delta_weight=weight, out=out
+        return rows.norm(
+            hidden,
+            norm.weight,
+            eps=norm.eps,
+            offset=norm.offset,
+            centred=isinstance(norm, LayerNorm),
+            bias=norm.bias,
+            delta=delta,
+            delta_weight=None if delta_norm is None else delta_norm.weight,
+            out=out,
         )
 
     def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
         """The product and the update included."""
         return rows.gated(gate_up, activation, update)
+
+    def activated(self, x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
+        """The update included."""
+        return rows.activated(x, activation, update)
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """Cap the logits in place."""

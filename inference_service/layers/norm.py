@@ -12,6 +12,8 @@ from inference_service.kernels.attention import HeadNorm
 class RMSNorm:
     """x / rms(x) * (offset + weight), over the last axis."""
 
+    bias: Tensor | None = None
+
     def __init__(self, weight: Tensor, eps: float, offset: float = 0.0) -> None:
         """Take a weight [dim], or [heads, dim] where every head has its own."""
         self.weight, self.eps, self.offset = weight, eps, offset
@@ -40,8 +42,8 @@ class LayerNorm(RMSNorm):
     def __init__(self, weight: Tensor, eps: float, bias: Tensor | None = None) -> None:
         """Take a weight [dim] and perhaps a bias [dim]."""
         super().__init__(weight, eps)
-        self._bias = bias
+        self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x [..., dim], normed, in plain torch."""
-        return layer_norm(x, self.weight.shape, self.weight, self._bias, self.eps)
+        return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

@@ -155,7 +155,7 @@ class AttentionBlock:
         queries, keys = qkv[:, :q], qkv[:, q : q + self._spec.kv_features]
         if self._row_norms is not None:
             for rows, norm in zip((queries, keys), self._row_norms, strict=True):
-                rows.copy_(step.operations.norm(rows.contiguous(), norm, None, None))
+                step.operations.norm(rows, norm, None, None, out=rows)
         if step.query_factors is not None:
             queries *= step.query_factors
         return qkv
@@ -225,13 +225,9 @@ class MlpBlock:
 
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
-        if self._gated:
-            gate_up, update = step.begun(self._gate_up, x, self._index, self._up_group)
-            active = step.operations.gated(gate_up, self._activation, update)
-        else:
-            up = step.linear(self._gate_up, x, self._index, self._up_group)
-            active = step.operations.activated(up, self._activation)
-        return step.linear(self._down, active, self._index, self._down_group)
+        up, update = step.begun(self._gate_up, x, self._index, self._up_group)
+        activate = step.operations.gated if self._gated else step.operations.activated
+        return step.linear(self._down, activate(up, self._activation, update), self._index, self._down_group)
 
 
 class Inputs:

@@ -38,14 +38,14 @@ def entries(architecture: int) -> Iterator[Variant]:
     shrinks = tuning.SHRINK[architecture]
     for (phase, itemsize), buckets in shrinks.items():
         for bucket, c in buckets.items():
-            tiles = {"COVERING": tuning.COVERING, "N_SLICES": MAX_SLICES}
+            tiles = {"N_SLICES": MAX_SLICES}
             tiles |= {"BLOCK_T": c.block_t, "BLOCK_R": c.block_r, "BLOCK_K": c.block_k}
             name = f"sgmv.shrink {phase.value} {bucket}"
             yield _variant(name, triton_kernels.shrink_kernel, itemsize, c, tiles)
     for (phase, itemsize), expands in tuning.EXPAND[architecture].items():
         planes = most_planes(itemsize, phase)
         for bucket, e in expands.items():
-            tiles = {"BLOCK_T": e.block_t, "BLOCK_R": e.block_r, "BLOCK_N": e.block_n, "FEW_N": e.few_n}
+            tiles = {"BLOCK_T": e.block_t, "BLOCK_R": e.block_r, "STEP_N": e.step_n, "BLOCK_N": e.block_n}
             name = f"sgmv.expand {phase.value} {bucket}"
             yield _variant(name, triton_kernels.expand_kernel, itemsize, e, GROUP | tiles | {"PLANES": planes})
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.launch import Launch, intercepted
-from inference_service.kernels.rows import Activation, embed, gated, reference, rms_norm, softcap
+from inference_service.kernels.rows import Activation, activated, embed, gated, norm, reference, softcap
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ACTIVATIONS: list[Activation] = ["silu", "gelu_tanh"]
+ACTIVATIONS: list[Activation] = ["silu", "gelu_tanh", "gelu"]
 TOLERANCE = {dtype: max(1e-5, 2 * torch.finfo(dtype).eps) for dtype in DTYPES}
 """Relative, of every element: two roundings, which are truncations in the interpreter."""
 GUARD = 16
@@ -55,9 +55,9 @@ def test_a_norm_adds_to_the_stream_and_norms_the_sum(
     weight = torch.randn(dim).to(device, dtype)
     total = hidden.double() + delta.double()
     with intercepted(poisoned):
-        out = rms_norm(hidden, weight, eps=EPS, offset=offset, delta=delta)
+        out = norm(hidden, weight, eps=EPS, offset=offset, delta=delta)
     assert_close(hidden, total, scale=total.abs().clamp(min=1e-2))
-    expected = reference.rms_norm(hidden, weight, eps=EPS, offset=offset, dtype=torch.float64)
+    expected = reference.norm(hidden, weight, eps=EPS, offset=offset, dtype=torch.float64)
     assert_close(out, expected, scale=expected.abs().clamp(min=1e-2))
     assert out.dtype == dtype
 
@@ -67,7 +67,7 @@ def test_a_norm_is_of_the_sum_as_it_is_stored(device: str) -> None:
     hidden = torch.full((1, 64), 256.0, dtype=torch.bfloat16, device=device)
     delta = torch.full_like(hidden, 0.99)
     delta[0, 0] = 0.0
-    out = rms_norm(hidden, torch.ones_like(hidden[0]), eps=0.0, delta=delta)
+    out = norm(hidden, torch.ones_like(hidden[0]), eps=0.0, delta=delta)
     assert hidden.unique().tolist() == [256.0]
     assert len(out.unique()) == 1
 
@@ -79,17 +79,29 @@ def test_a_delta_may_be_normed_first(dtype: torch.dtype, device: str) -> None:
     first, second = (torch.randn(80).to(device, dtype) for _ in range(2))
     before, launches = hidden.double(), []
     with intercepted(lambda launch: (launches.append(launch), poisoned(launch))[1]):
-        out = rms_norm(hidden, second, eps=EPS, offset=1.0, delta=delta, delta_weight=first)
-    normed = reference.rms_norm(delta, first, eps=EPS, offset=1.0, dtype=torch.float64)
+        out = norm(hidden, second, eps=EPS, offset=1.0, delta=delta, delta_weight=first)
+    normed = reference.norm(delta, first, eps=EPS, offset=1.0, dtype=torch.float64)
     assert len(launches) == 1
     assert_close(hidden, before + normed, scale=before.abs() + normed.abs())
-    expected = reference.rms_norm(hidden, second, eps=EPS, offset=1.0, dtype=torch.float64)
+    expected = reference.norm(hidden, second, eps=EPS, offset=1.0, dtype=torch.float64)
     assert_close(out, expected, scale=expected.abs().clamp(min=1e-2))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [63, 96, 1100])
+@pytest.mark.parametrize("dim", [63, 1000])
+def test_a_layer_norm_subtracts_the_mean_and_may_be_in_place(dim: int, dtype: torch.dtype, device: str) -> None:
+    """Rows far from zero lose nothing to their mean, and the result may take their place."""
+    hidden = guarded(3, dim, dtype=dtype, device=device) + 8
+    weight, bias = torch.randn(2, dim).to(device, dtype)
+    expected = torch.nn.functional.layer_norm(hidden.double(), (dim,), weight.double(), bias.double(), EPS)
+    out = norm(hidden, weight, eps=EPS, centred=True, bias=bias, out=hidden)
+    assert out is hidden
+    assert_close(out, expected, scale=expected.abs().clamp(min=1.0))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[:2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [63, 1100])
 def test_gate_and_up_become_one_row(
     width: int, dtype: torch.dtype, activation: Activation, device: str
 ) -> None:
@@ -108,6 +120,9 @@ def test_activations_survive_large_arguments(activation: Activation, device: str
     gate = torch.tensor([[-1e30, -3e4, -90.0, 0.0, 90.0, 3e4, 1e30]], device=device)
     out = gated(torch.cat([gate, torch.ones_like(gate)], dim=1), activation)
     torch.testing.assert_close(out, gate.clamp(min=0.0), rtol=1e-6, atol=1e-30)
+    near = torch.linspace(-4, 4, 99, device=device)[None]
+    expected = reference.activated(near, activation, torch.float32)
+    torch.testing.assert_close(activated(near, activation), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,12 +162,12 @@ def test_logits_approach_the_cap(dtype: torch.dtype, device: str) -> None:
 
 X, W = torch.zeros(2, 64), torch.zeros(64)
 REFUSALS: dict[str, Callable[[], object]] = {
-    r"weight must be \(64,\), got \(63,\)": lambda: rms_norm(X, W[1:], eps=EPS),
-    "weight must be torch.float32, got torch.float16": lambda: rms_norm(X, W.half(), eps=EPS),
-    r"delta must be \(2, 64\)": lambda: rms_norm(X, W, eps=EPS, delta=X[:1]),
-    "delta_weight needs a delta": lambda: rms_norm(X, W, eps=EPS, delta_weight=W),
-    "hidden must be contiguous in its last": lambda: rms_norm(X.T.contiguous().T, W, eps=EPS),
-    "at most 16384 elements, got 20000": lambda: rms_norm(torch.zeros(1, 20000), torch.zeros(20000), eps=EPS),
+    r"weight must be \(64,\), got \(63,\)": lambda: norm(X, W[1:], eps=EPS),
+    "weight must be torch.float32, got torch.float16": lambda: norm(X, W.half(), eps=EPS),
+    r"delta must be \(2, 64\)": lambda: norm(X, W, eps=EPS, delta=X[:1]),
+    "delta_weight needs a delta": lambda: norm(X, W, eps=EPS, delta_weight=W),
+    "hidden must be contiguous in its last": lambda: norm(X.T.contiguous().T, W, eps=EPS),
+    "at most 16384 elements, got 20000": lambda: norm(torch.zeros(1, 20000), torch.zeros(20000), eps=EPS),
     "an even number of columns, got 63": lambda: gated(X[:, 1:], "silu"),
     "compute in": lambda: gated(X.double(), "silu"),
     "tokens must have 1 dimensions": lambda: embed(X.long(), X),

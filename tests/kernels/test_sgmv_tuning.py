@@ -6,11 +6,11 @@ from inference_service.kernels.launch import ARCHITECTURES, DTYPES
 from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, Slices
 from inference_service.kernels.sgmv.tuning import (
     COVERING,
-    EXPAND_WAVES,
-    SHRINK_WAVES,
+    PLACES,
     expand_config,
     phase_of,
     shrink_config,
+    width_of,
 )
 from loramux_shared.bases.groups import GroupShape, layer_groups
 
@@ -26,7 +26,10 @@ SEGMENTS = (1, 3, 8, 64, 130, 300)
 
 @pytest.mark.parametrize(("model", "shape"), LINEARS, ids=lambda value: getattr(value, "name", value))
 def test_planes_partition_k_and_grids_cover_the_device(model: str, shape: GroupShape) -> None:
-    """No plane is idle; a launch has no more programs than could find work, or than cover the device."""
+    """No plane is idle; a launch has no more programs than could find work, or than cover the device.
+
+    However narrow tiles of expand are, as few of them follow one another as of the widest.
+    """
     slices = Slices(shape.out_offsets, shape.out_features)
     for architecture in ARCHITECTURES:
         for tile in (DECODE_TILE, PREFILL_TILE):
@@ -41,8 +44,10 @@ def test_planes_partition_k_and_grids_cover_the_device(model: str, shape: GroupS
                         planes, per_plane = first.planes(shape.in_features, segments)
                         assert (planes - 1) * per_plane < blocks <= planes * per_plane
                         assert planes <= first.split_k
-                        most = SHRINK_WAVES[phase] * COVERING
-                        assert 1 <= first.grid(shape.in_features, rows, segments) <= most
-                        one = sum(-(-size // second.few_n) for size in slices.sizes)
-                        covering = max(one, EXPAND_WAVES[phase] * COVERING)
-                        assert 1 <= second.grid(slices, segments) <= min(segments * one, covering)
+                        assert 1 <= first.grid(shape.in_features, rows, segments) <= COVERING
+                        programs, widest, step = second.grid(slices, segments), second.block_n, second.step_n
+                        assert 1 <= programs <= min(segments * slices.tiles(step), PLACES)
+                        width = width_of(slices, segments, programs, widest, step)
+                        in_turn = [-(-segments * slices.tiles(each) // programs) for each in (width, widest)]
+                        assert width in range(step, widest + 1, step)
+                        assert in_turn[0] <= in_turn[1]

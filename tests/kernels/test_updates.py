@@ -9,7 +9,7 @@ import torch
 
 from inference_service.kernels.attention import attend
 from inference_service.kernels.launch import intercepted
-from inference_service.kernels.rows import gated
+from inference_service.kernels.rows import activated, gated
 from inference_service.kernels.sgmv import SegmentCapacity, Update, expand, pack_segments, shrink, update
 from tests.kernels.attention_case import Heads, Layout, make_case as attention_case
 from tests.kernels.sgmv_case import Case, make_case
@@ -50,14 +50,17 @@ def expanded(case: Case) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", STEPS)
-def test_gate_and_up_take_their_updates_on_the_way(name: str, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(("name", "halves"), [*((name, 2) for name in STEPS), (next(iter(STEPS)), 1)])
+def test_gate_and_up_take_their_updates_on_the_way(
+    name: str, halves: int, dtype: torch.dtype, device: str
+) -> None:
     """The result is that of expand and the activation, for rows of adapters, of the base, and of padding."""
-    slots, ranks = STEPS[name], [(16, 3), (0, 40), (5, 0)]
-    case, missing = step(slots, ranks, (72, 72), 32, dtype, device)
-    expected = gated(expanded(case), "silu")
+    slots, ranks = STEPS[name], [each[:halves] for each in ((16, 3), (0, 40), (5, 0))]
+    case, missing = step(slots, ranks, (72,) * halves, 32, dtype, device)
+    activate = gated if halves == 2 else activated
+    expected = activate(expanded(case), "silu")
     with intercepted(poisoned):
-        found = gated(case.out, "silu", missing)
+        found = activate(case.out, "silu", missing)
     torch.testing.assert_close(found, expected)
     base = np.setdiff1d(np.arange(32), np.nonzero(np.array(slots) >= 0)[0])
     assert torch.equal(found[base], expected[base])
@@ -85,6 +88,17 @@ def test_heads_take_their_updates_on_the_way(name: str, heads: Heads, dtype: tor
         found.append((attend(inputs, at.tables, at.spec, at.norm, None, missing), keys, values))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, equal_nan=True)
+
+
+@pytest.mark.parametrize("programs", [1, 5, 20])
+def test_programs_share_any_number_of_tiles(programs: int, device: str) -> None:
+    """The fewer programs there are, the wider are their tiles, and the results are the same."""
+    slots, ranks = STEPS["base, adapters and padding"], [(16, 3), (0, 40), (5, 0)]
+    case, missing = step(slots, ranks, (136, 136), 32, torch.float32, device)
+    expected = expanded(case), gated(case.out, "silu", missing)
+    with intercepted(lambda launch: replace(launch, grid=(programs,)).enqueue()):
+        found = expanded(case), gated(case.out, "silu", missing)
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_update_needs_all_rows_in_segments(device: str) -> None:

@@ -94,7 +94,7 @@ def _is_dense(case: Case) -> bool:
 
 NO_PROOFS = pytest.mark.skip(reason="of mixtures there are no proofs")
 DENSE = [name if _is_dense(case) else pytest.param(name, marks=NO_PROOFS) for name, case in CASES.items()]
-KERNELS = _swept_but("gemma4-small", "olmo2", "ministral3", "gpt-oss")
+KERNELS = _swept_but("gemma4-small", "olmo2", "ministral3", "phi2", "gpt-oss")
 """The others have ropes, windows and norms that kernels see in these too."""
 CACHES = _swept_but(
     "llama-dynamic", "mistral", "qwen2-windows", "gemma4-small", "gemma4-images", "phi3-long", "gpt-oss",

@@ -17,7 +17,7 @@ from inference_service.kernels.attention.inputs import HeadNorm, Inputs
 from inference_service.kernels.attention.layout import AttentionTables
 from inference_service.kernels.launch import Launch, kernels_of, require
 from inference_service.kernels.packing import power_of_two
-from inference_service.kernels.sgmv import Slices, Update
+from inference_service.kernels.sgmv import PLACES, Slices, Update
 from loramux_shared.bases.rope import AttentionSpec
 
 LOG2_E = math.log2(math.e)
@@ -115,7 +115,7 @@ class _Planner:
             raise ValueError("keys and values of 8 bits are written without an update")
         if any(size % at.head_dim for size in sizes):
             raise ValueError(f"a head of {at.head_dim} lies in two slices of {update.slices}")
-        grid = min(update.runs * heads, max(heads, tuning.UPDATE_PROGRAMS))
+        grid = min(update.runs * heads, PLACES)
         tiles = {"num_warps": self._config(tuning.ROPE_UPDATE).num_warps, "num_stages": 1}
         return Launch(
             self.kernels.rope_write_update_kernel, (grid,), {**arguments, **update.arguments, **tiles}

@@ -27,9 +27,6 @@ DECODE_BALANCE: Final = Balance(programs=256, min_span=128)
 PREFILL_BALANCE: Final = Balance(programs=128, min_span=512)
 """About one, for it computes; a piece of a tile is up to 128 rows of fp32, written and read again."""
 
-UPDATE_PROGRAMS: Final = 256
-"""Programs that rotate heads with updates, where there are so many heads of runs."""
-
 
 @dataclass(frozen=True)
 class TileConfig:

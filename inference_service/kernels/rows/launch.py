@@ -18,15 +18,17 @@ from inference_service.kernels.rows.tuning import TILE, norm_config
 from inference_service.kernels.sgmv import Slices, Update
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
-"""An activation of an MLP; kernels have those of gated ones, all but the last."""
+"""An activation of an MLP."""
 
 
-def rms_norm(
+def norm(
     hidden: Tensor,
     weight: Tensor,
     *,
     eps: float,
     offset: float = 0.0,
+    centred: bool = False,
+    bias: Tensor | None = None,
     delta: Tensor | None = None,
     delta_weight: Tensor | None = None,
     out: Tensor | None = None,
@@ -40,15 +42,17 @@ def rms_norm(
         weight: [dim]; the offset is added to it in float32.
         eps: added to the mean square, also for ``delta_weight``.
         offset: 1 for Gemma.
+        centred: whether a row's mean is subtracted from it first: a layer norm.
+        bias: [dim], added to the result.
         delta: [T, dim], added to hidden.
         delta_weight: [dim]: delta is normed with it (and the offset) before it is added.
-        out: where the result is written.
+        out: where the result is written; it may be ``hidden``.
 
     Returns:
         [T, dim].
     """
     kernels = kernels_of(__name__, hidden)
-    _check_norm(hidden, weight, delta, delta_weight)
+    _check_norm(hidden, weight, bias, delta, delta_weight)
     dim = hidden.shape[1]
     if out is None:
         out = hidden.new_empty(hidden.shape)
@@ -59,6 +63,7 @@ def rms_norm(
         "p_delta": delta,
         "p_delta_weight": delta_weight,
         "p_weight": weight,
+        "p_bias": bias,
         "p_out": out,
         "dim": dim,
         "stride_hidden": hidden.stride(0),
@@ -66,9 +71,10 @@ def rms_norm(
         "stride_out": out.stride(0),
         "eps": eps,
         "offset": offset,
+        "CENTRED": centred,
         **norm_config(dim).arguments,
     }
-    Launch(kernels.rms_norm_kernel, (len(out),), arguments)()
+    Launch(kernels.norm_kernel, (len(out),), arguments)()
     return out
 
 
@@ -80,19 +86,33 @@ def gated(gate_up: Tensor, activation: Activation, update: Update | None = None)
     Raises:
         ValueError: an odd number of columns, or a tensor that kernels do not take.
     """
-    kernels = kernels_of(__name__, gate_up)
-    out, arguments = halved(gate_up)
-    arguments["GELU"] = activation == "gelu_tanh"
+    return _activated(halved(gate_up)[1], 2, activation, update)
+
+
+def activated(x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
+    """Return activation(x) of x [T, I], to which an update is added."""
+    require(x, "x", dims=2)
+    return _activated(_of_rows(x, x.shape[1])[1], 1, activation, update)
+
+
+def _activated(arguments: dict[str, Any], halves: int, activation: Activation, update: Update | None) -> Tensor:
+    out, columns = arguments["p_out"], arguments["I"]
+    kernels = kernels_of(__name__, out)
+    arguments["ACTIVATION"] = activation
     if update is None:
-        tiled(kernels.gated_kernel, out, arguments)
-        return out
-    half, config = arguments.pop("I"), update.config
-    if update.slices != Slices.consecutive(half, half):
-        raise ValueError(f"the update is of {update.slices}, gate and up have {half} columns each")
-    tiles = {"BLOCK_N": config.block_n, "FEW_N": config.few_n, "num_warps": config.num_warps, "num_stages": 1}
-    grid = config.grid(Slices.consecutive(half), update.runs)
-    Launch(kernels.gated_update_kernel, (grid,), {**arguments, **update.arguments, **tiles})()
-    return out
+        tiled(kernels.activated_kernel, out, arguments | {"HALVES": halves})
+    else:
+        if update.slices != Slices.consecutive(*[columns] * halves):
+            raise ValueError(
+                f"the update is of {update.slices}, and there are {halves} times {columns} columns"
+            )
+        del arguments["I"]
+        config = update.config
+        arguments |= {"STEP_N": config.step_n, "BLOCK_N": config.block_n}
+        options = {"num_warps": config.num_warps, "num_stages": 1}
+        grid = config.grid(Slices.consecutive(columns), update.runs)
+        Launch(kernels.activated_update_kernel, (grid,), {**arguments, **update.arguments, **options})()
+    return out  # type: ignore[no-any-return]
 
 
 def halved(gate_up: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -104,12 +124,16 @@ def halved(gate_up: Tensor) -> tuple[Tensor, dict[str, Any]]:
     require(gate_up, "gate_up", dims=2)
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must have an even number of columns, got {gate_up.shape[1]}")
-    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    return _of_rows(gate_up, gate_up.shape[1] // 2)
+
+
+def _of_rows(x: Tensor, columns: int) -> tuple[Tensor, dict[str, Any]]:
+    out = x.new_empty(len(x), columns)
     return out, {
-        "p_gate_up": gate_up,
+        "p_gate_up": x,
         "p_out": out,
-        "I": out.shape[1],
-        "stride_gate_up": gate_up.stride(0),
+        "I": columns,
+        "stride_gate_up": x.stride(0),
         "stride_out": out.stride(0),
     }
 
@@ -155,10 +179,14 @@ def softcap(logits: Tensor, cap: float) -> None:
     tiled(kernels.softcap_kernel, logits, arguments)
 
 
-def _check_norm(hidden: Tensor, weight: Tensor, delta: Tensor | None, delta_weight: Tensor | None) -> None:
+def _check_norm(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor | None, delta_weight: Tensor | None
+) -> None:
     require(hidden, "hidden", dims=2)
     like = hidden.dtype, hidden.device
     require_shape(weight, "weight", (hidden.shape[1],), *like)
+    if bias is not None:
+        require_shape(bias, "bias", (hidden.shape[1],), *like)
     if delta is not None:
         require_shape(delta, "delta", tuple(hidden.shape), *like)
     if delta_weight is not None:

@@ -8,7 +8,9 @@ import triton.language as tl
 from inference_service.kernels.sgmv.triton_kernels import (
     PLANE_SCALARS,
     SEGMENT_POINTERS,
+    columns_of_tile,
     run_of,
+    shared_tiles,
     slice_of_tile,
     with_update,
 )
@@ -25,11 +27,12 @@ def _normed(b_x, p_weight, o_d, m_d, dim, eps, offset):
 
 
 @triton.jit
-def rms_norm_kernel(
+def norm_kernel(
     p_hidden,  # [T, dim]
     p_delta,  # [T, dim], or None
     p_delta_weight,  # [dim], or None
     p_weight,  # [dim]
+    p_bias,  # [dim], or None
     p_out,  # [T, dim]
     dim,
     stride_hidden,
@@ -37,6 +40,7 @@ def rms_norm_kernel(
     stride_out,
     eps,
     offset,
+    CENTRED: tl.constexpr,  # whether the mean of a row is subtracted
     BLOCK: tl.constexpr,
 ):
     """hidden += delta, or its norm; out = norm(hidden). One program per row."""
@@ -53,28 +57,37 @@ def rms_norm_kernel(
         b_sum = (b_hidden + b_delta).to(p_hidden.dtype.element_ty)
         tl.store(p_row, b_sum, mask=m_d)
         b_hidden = b_sum.to(tl.float32)
+    if CENTRED:
+        b_hidden = tl.where(m_d, b_hidden - tl.sum(b_hidden, axis=0) / dim, 0.0)
     b_out = _normed(b_hidden, p_weight, o_d, m_d, dim, eps, offset)
+    if p_bias is not None:
+        b_out += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     tl.store(p_out + row * stride_out + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
-def _active(b_gate, GELU: tl.constexpr):
+def _active(b_x, ACTIVATION: tl.constexpr):
     """The activation in float32."""
-    b_slope = b_gate
-    if GELU:
-        # (1 + tanh(u)) / 2 is the sigmoid of 2 u, and exp may overflow to infinity there; 2 * sqrt(2 / pi).
-        b_slope = 1.5957691216057308 * (b_gate + 0.044715 * b_gate * b_gate * b_gate)
-    return b_gate / (1.0 + tl.exp(-b_slope))
+    if ACTIVATION == "gelu":
+        b_part = 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
+    else:
+        b_slope = b_x
+        if ACTIVATION == "gelu_tanh":
+            # (1 + tanh(u)) / 2 is the sigmoid of 2 u, and exp may overflow to infinity there; 2 * sqrt(2 / pi).
+            b_slope = 1.5957691216057308 * (b_x + 0.044715 * b_x * b_x * b_x)
+        b_part = 1.0 / (1.0 + tl.exp(-b_slope))
+    return b_x * b_part
 
 
 @triton.jit
-def gated_kernel(
-    p_gate_up,  # [T, 2 * I]
+def activated_kernel(
+    p_gate_up,  # [T, HALVES * I]
     p_out,  # [T, I]
     I,  # noqa: E741 - as the papers name it
     stride_gate_up,
     stride_out,
-    GELU: tl.constexpr,
+    HALVES: tl.constexpr,  # 1: there is no up
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out = activation(gate) * up, each rounded as torch does. One program per (row, tile of columns)."""
@@ -83,30 +96,32 @@ def gated_kernel(
     m_i = o_i < I
     p_gate = p_gate_up + i_t * stride_gate_up + o_i
     b_gate = tl.load(p_gate, mask=m_i, other=0.0).to(tl.float32)
-    b_up = tl.load(p_gate + I, mask=m_i, other=0.0).to(tl.float32)
-    b_active = _active(b_gate, GELU)
-    b_out = b_active.to(p_out.dtype.element_ty).to(tl.float32) * b_up
-    tl.store(p_out + i_t * stride_out + o_i, b_out.to(p_out.dtype.element_ty), mask=m_i)
+    b_out = _active(b_gate, ACTIVATION).to(p_out.dtype.element_ty)
+    if HALVES == 2:
+        b_up = tl.load(p_gate + I, mask=m_i, other=0.0).to(tl.float32)
+        b_out = (b_out.to(tl.float32) * b_up).to(p_out.dtype.element_ty)
+    tl.store(p_out + i_t * stride_out + o_i, b_out, mask=m_i)
 
 
 @triton.jit
-def _gated_tile(
-    i_s, i_n, p_gate_up, p_out, stride_gate_up, stride_out, p_y, p_planes, p_b, p_vectors, p_table, p_token_ids,
-    p_seg_start, p_seg_slot, p_end, stride_table, stride_y, OFFSETS: tl.constexpr, SIZES: tl.constexpr,
-    ALIGNMENT: tl.constexpr, N_SLICES: tl.constexpr, PLANES: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr, UPCAST: tl.constexpr, GELU: tl.constexpr, BLOCK_N: tl.constexpr,
+def _activated_tile(
+    i_s, i_n, width, tiles, p_gate_up, p_out, stride_gate_up, stride_out, p_y, p_planes, p_b, p_vectors,
+    p_table, p_token_ids, p_seg_start, p_seg_slot, p_end, stride_table, stride_y, OFFSETS: tl.constexpr,
+    SIZES: tl.constexpr, ALIGNMENT: tl.constexpr, N_SLICES: tl.constexpr, PLANES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of columns of one run of rows; see ``gated_update_kernel``."""
+    """One tile of columns of one run of rows; see ``activated_update_kernel``."""
     p_slot, adapted, start, end = run_of(i_s, p_table, p_seg_start, p_seg_slot, stride_table)
     gate_rank, of_gate, gate_vectors, _size, _offset, gate_column, _tile = slice_of_tile(
-        i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N
+        i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, width
     )
-    up_rank, of_up, up_vectors, _size, _offset, up_column, _tile = slice_of_tile(
-        i_n + tl.cdiv(SIZES[0], BLOCK_N), p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N
-    )
+    if N_SLICES == 2:
+        up_rank, of_up, up_vectors, _size, _offset, up_column, _tile = slice_of_tile(
+            i_n + tiles, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, width
+        )
     planes, stride_y_plane = tl.load(p_planes), tl.load(p_end + 1).to(tl.int64) * stride_y
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N] column in either slice
-    m_n = o_n < SIZES[0]
+    o_n, m_n = columns_of_tile(i_n, width, SIZES[0], BLOCK_N)  # in either slice
     for i_t in tl.range(start, end, BLOCK_T, num_stages=1):
         o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         m_p = o_p < end
@@ -116,18 +131,20 @@ def _gated_tile(
             p_row, adapted, gate_rank, of_gate, gate_vectors, SIZES[0], gate_column, o_n, m_n, o_p, m_p, planes,
             p_y, p_b, p_vectors, stride_y_plane, stride_y, PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
         )  # fmt: skip
-        b_up = with_update(
-            p_row + SIZES[0], adapted, up_rank, of_up, up_vectors, SIZES[0], up_column, o_n, m_n, o_p, m_p,
-            planes, p_y, p_b, p_vectors, stride_y_plane, stride_y, PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
-        )  # fmt: skip
-        b_out = _active(b_gate, GELU).to(p_out.dtype.element_ty).to(tl.float32) * b_up
-        p_tile = p_out + o_t * stride_out + o_n[None, :]
-        tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_p[:, None] & m_n[None, :])
+        b_out = _active(b_gate, ACTIVATION).to(p_out.dtype.element_ty)
+        if N_SLICES == 2:
+            b_up = with_update(
+                p_row + SIZES[0], adapted, up_rank, of_up, up_vectors, SIZES[0], up_column, o_n, m_n, o_p, m_p,
+                planes, p_y, p_b, p_vectors, stride_y_plane, stride_y, PLANES, BLOCK_T, BLOCK_R, BLOCK_N,
+                UPCAST,
+            )  # fmt: skip
+            b_out = (b_out.to(tl.float32) * b_up).to(p_out.dtype.element_ty)
+        tl.store(p_out + o_t * stride_out + o_n[None, :], b_out, mask=m_p[:, None] & m_n[None, :])
 
 
 @triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
-def gated_update_kernel(
-    p_gate_up,  # [T, 2 * I], of the base alone
+def activated_update_kernel(
+    p_gate_up,  # [T, N_SLICES * I], of the base alone
     p_out,  # [T, I]
     stride_gate_up,
     stride_out,
@@ -144,39 +161,29 @@ def gated_update_kernel(
     stride_table,
     stride_y,
     OFFSETS: tl.constexpr,
-    SIZES: tl.constexpr,  # (I, I)
+    SIZES: tl.constexpr,  # (I, I), or (I,)
     ALIGNMENT: tl.constexpr,
     N_SLICES: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STEP_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FEW_N: tl.constexpr,
 ):
-    """As ``gated_kernel``, of gate and up with the adapters' updates, which are written nowhere.
+    """As ``activated_kernel``, of gate and up with the adapters' updates, which are written nowhere.
 
-    The programs share the (runs of rows, tiles of columns); tiles are narrow where wide ones leave programs
-    idle.
+    The programs share the (runs of rows, tiles of columns).
     """
-    runs, programs = tl.load(p_num_runs), tl.num_programs(0)
-    WIDE: tl.constexpr = (SIZES[0] + BLOCK_N - 1) // BLOCK_N
-    NARROW: tl.constexpr = (SIZES[0] + FEW_N - 1) // FEW_N
-    if runs * WIDE >= programs:
-        for i in tl.range(tl.program_id(0), runs * WIDE, programs, num_stages=1):
-            _gated_tile(
-                i // WIDE, i % WIDE, p_gate_up, p_out, stride_gate_up, stride_out, p_y, p_planes, p_b,
-                p_vectors, p_table, p_token_ids, p_seg_start, p_seg_slot, p_end, stride_table, stride_y,
-                OFFSETS, SIZES, ALIGNMENT, N_SLICES, PLANES, BLOCK_T, BLOCK_R, UPCAST, GELU, BLOCK_N,
-            )  # fmt: skip
-    else:
-        for i in tl.range(tl.program_id(0), runs * NARROW, programs, num_stages=1):
-            _gated_tile(
-                i // NARROW, i % NARROW, p_gate_up, p_out, stride_gate_up, stride_out, p_y, p_planes, p_b,
-                p_vectors, p_table, p_token_ids, p_seg_start, p_seg_slot, p_end, stride_table, stride_y,
-                OFFSETS, SIZES, ALIGNMENT, N_SLICES, PLANES, BLOCK_T, BLOCK_R, UPCAST, GELU, FEW_N,
-            )  # fmt: skip
+    runs = tl.load(p_num_runs)
+    width, tiles = shared_tiles(runs, SIZES, 1, STEP_N, BLOCK_N)
+    for i in tl.range(tl.program_id(0), runs * tiles, tl.num_programs(0), num_stages=1):
+        _activated_tile(
+            i // tiles, i % tiles, width, tiles, p_gate_up, p_out, stride_gate_up, stride_out, p_y, p_planes,
+            p_b, p_vectors, p_table, p_token_ids, p_seg_start, p_seg_slot, p_end, stride_table, stride_y,
+            OFFSETS, SIZES, ALIGNMENT, N_SLICES, PLANES, BLOCK_T, BLOCK_R, UPCAST, ACTIVATION, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -35,10 +35,11 @@ from inference_service.kernels.sgmv.layout import (
     pack_segments,
     pack_table,
 )
-from inference_service.kernels.sgmv.tuning import DECODE_TILE, PREFILL_TILE
+from inference_service.kernels.sgmv.tuning import DECODE_TILE, PLACES, PREFILL_TILE
 
 __all__ = [
     "DECODE_TILE",
+    "PLACES",
     "PREFILL_TILE",
     "Group",
     "Phase",

@@ -16,7 +16,6 @@ from inference_service.kernels.launch import Launch, architecture_of, kernels_of
 from inference_service.kernels.packing import power_of_two
 from inference_service.kernels.sgmv.layout import FIELDS, Group, Segments, Slices
 from inference_service.kernels.sgmv.tuning import (
-    COVERING,
     ExpandConfig,
     ShrinkConfig,
     expand_config,
@@ -100,7 +99,6 @@ def shrink(x: Tensor, group: Group, segments: Segments, workspace: Tensor) -> La
             "K": x.shape[1],
             "blocks": -(-x.shape[1] // config.block_k),
             "split_k": config.split_k,
-            "COVERING": COVERING,
             "stride_x": x.stride(0),
             "stride_a": group.stride_a,
             "stride_table": group.table.stride(0),
@@ -130,8 +128,8 @@ def expand(out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> 
         **_factors(kernels, group, segments, workspace),
         "p_out": out,
         "stride_out": out.stride(0),
+        "STEP_N": config.step_n,
         "BLOCK_N": config.block_n,
-        "FEW_N": config.few_n,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

@@ -55,6 +55,10 @@ class Slices:
         """Slices that follow one another from column 0, as in a fused qkv."""
         return cls(tuple(sum(sizes[:i]) for i in range(len(sizes))), sizes)
 
+    def tiles(self, width: int) -> int:
+        """Return how many tiles of so many columns all slices have."""
+        return sum(-(-size // width) for size in self.sizes)
+
     @property
     def out_features(self) -> int:
         """Columns that the fused output has at least."""

@@ -57,9 +57,9 @@ def segment_of_tile(i, n, p_table, p_seg_slot, stride_table, N_SLICES: tl.conste
 
 
 @triton.jit
-def planes_of(tiles, blocks, split_k, COVERING: tl.constexpr):
-    """(planes, blocks of K that each reduces) of so many tiles; as `ShrinkConfig.planes`."""
-    wanted = tl.cdiv(COVERING, tl.maximum(tiles, 1))
+def planes_of(tiles, blocks, split_k):
+    """(planes, blocks of K that each reduces) of so many tiles; at most what `ShrinkConfig.planes` says."""
+    wanted = tl.cdiv(tl.num_programs(0), tl.maximum(tiles, 1))
     per_plane = tl.maximum(tl.maximum(blocks // wanted, tl.cdiv(blocks, split_k)), 1)
     return tl.cdiv(blocks, per_plane), per_plane
 
@@ -146,7 +146,6 @@ def shrink_kernel(
     stride_a,
     stride_table,
     stride_y,
-    COVERING: tl.constexpr,
     N_SLICES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -163,7 +162,7 @@ def shrink_kernel(
     for first in range(0, n, SCAN):
         tiles += tl.sum(tiles_of(first, n, p_table, p_seg_slot, stride_table, N_SLICES, BLOCK_R), 0)
     # At least a tile for each segment, for y has room for the planes of so many.
-    planes, blocks_k = planes_of(tl.maximum(tiles, n), blocks, split_k, COVERING)
+    planes, blocks_k = planes_of(tl.maximum(tiles, n), blocks, split_k)
     if tl.program_id(0) == 0:
         tl.store(p_planes, planes)
     for i in tl.range(tl.program_id(0), tiles * planes, tl.num_programs(0), num_stages=1):
@@ -195,6 +194,45 @@ def shrink_kernel(
         )
 
 
+@triton.constexpr_function
+def steps_of(sizes, slices, step):
+    """Tiles of so many columns that the first slices have."""
+    return sum(-(-size // step) for size in sizes[:slices])
+
+
+@triton.jit
+def tiles_across(width, SIZES: tl.constexpr, N_SLICES: tl.constexpr):
+    """The same of columns that are no constant."""
+    tiles = tl.cdiv(SIZES[0], width)
+    for i in tl.static_range(1, N_SLICES):
+        tiles += tl.cdiv(SIZES[i], width)
+    return tiles
+
+
+@triton.jit
+def shared_tiles(n, SIZES: tl.constexpr, N_SLICES: tl.constexpr, STEP_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(columns of a tile, tiles of a segment) where the programs share n segments; as `tuning.width_of`.
+
+    A program goes through as few tiles, one after the other, as if they had BLOCK_N columns; they are as narrow
+    as that allows.
+    """
+    STEPS: tl.constexpr = steps_of(SIZES, N_SLICES, STEP_N)
+    programs = tl.num_programs(0)
+    places = programs * tl.maximum(tl.cdiv(n * STEPS, programs * (BLOCK_N // STEP_N)), 1)
+    width = tl.maximum(tl.cdiv(n * STEPS, places), 1) * STEP_N
+    wider = tl.minimum(width + STEP_N, BLOCK_N)  # the last tile of each slice is not full
+    width = tl.where(n * tiles_across(width, SIZES, N_SLICES) > places, wider, width)
+    return width, tiles_across(width, SIZES, N_SLICES)
+
+
+@triton.jit
+def columns_of_tile(i_tile, width, size, BLOCK_N: tl.constexpr):
+    """[BLOCK_N]: the columns in its slice from where a tile begins, and which of them it has."""
+    o_tile = tl.arange(0, BLOCK_N)
+    o_n = i_tile * width + o_tile
+    return o_n, (o_tile < width) & (o_n < size)
+
+
 @triton.jit
 def slice_of_tile(
     i_n,
@@ -203,7 +241,7 @@ def slice_of_tile(
     SIZES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     N_SLICES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    width,
 ):
     """(rank, element in b, vectors / ROW, size, offset, first row, tile) of the slice of a tile of columns."""
     # It is the last slice whose tiles begin at or before the tile.
@@ -211,7 +249,7 @@ def slice_of_tile(
     element = tl.load(p_slot + 2).to(tl.int64)
     vectors = (tl.load(p_slot + 3).to(tl.int64) // ROW).to(tl.int32)
     size, offset = SIZES[0], OFFSETS[0]
-    column, rows, i_tile, tiles = 0, rank, i_n, tl.cdiv(SIZES[0], BLOCK_N)
+    column, rows, i_tile, tiles = 0, rank, i_n, tl.cdiv(SIZES[0], width)
     for i in tl.static_range(1, N_SLICES):
         here = i_n >= tiles
         slice_rank = tl.load(p_slot + FIELDS * i).to(tl.int32)
@@ -221,7 +259,7 @@ def slice_of_tile(
         size, offset = tl.where(here, SIZES[i], size), tl.where(here, OFFSETS[i], offset)
         column, i_tile = tl.where(here, rows, column), tl.where(here, i_n - tiles, i_tile)
         rows += slice_rank
-        tiles += tl.cdiv(SIZES[i], BLOCK_N)
+        tiles += tl.cdiv(SIZES[i], width)
     return rank, tl.multiple_of(element, ALIGNMENT), vectors, size, offset, column, i_tile
 
 
@@ -315,6 +353,7 @@ def product(
 def expand_tile(
     i_s,
     i_n,
+    width,
     planes,
     p_y,
     p_b,
@@ -338,16 +377,15 @@ def expand_tile(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One tile of columns of one segment; a tile lies in one slice."""
+    """One tile of so many columns of one segment; a tile lies in one slice."""
     p_slot = p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * stride_table
     rank, element, vectors, size, offset, column, i_tile = slice_of_tile(
-        i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N
+        i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, width
     )
     start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
     end = tl.where((rank > 0) | (vectors > 0), end, start)  # nothing to do
     stride_y_plane = tl.load(p_end + 1).to(tl.int64) * stride_y
-    o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N] column in the slice
-    m_n = o_n < size
+    o_n, m_n = columns_of_tile(i_tile, width, size, BLOCK_N)
     for i_t in tl.range(start, end, BLOCK_T, num_stages=1):
         o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         m_p = o_p < end
@@ -410,12 +448,6 @@ def with_update(
     return tl.where(m_n[None, :], b_sum, 0.0).to(p_base.dtype.element_ty).to(tl.float32)
 
 
-@triton.constexpr_function
-def tiles_of_columns(sizes, block_n):
-    """Tiles of so many columns that all slices have."""
-    return sum(-(-size // block_n) for size in sizes)
-
-
 @triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
 def expand_kernel(
     p_y,  # fp32 [planes, entries of the step, R]
@@ -439,31 +471,21 @@ def expand_kernel(
     PLANES: tl.constexpr,  # the power of two that holds the most planes
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # columns of a tile where the segments of the pass are many
-    FEW_N: tl.constexpr,  # columns of a tile where they are few
+    STEP_N: tl.constexpr,  # columns of a tile are a multiple of it
+    BLOCK_N: tl.constexpr,  # columns of a tile at most
     UPCAST: tl.constexpr,
 ):
     """out[token(p), offset + n] += sum over r of (sum over planes of y[plane, p, column + r]) * b[r, n].
 
     Where a slot has vectors, that is multiplied by c[n], and d[n] is added, before it is rounded. The programs
-    share the (segments of the pass, tiles of columns); tiles are narrow where wide ones leave programs idle.
+    share the (segments of the pass, tiles of columns); tiles are narrow where segments are few.
     """
-    i_program, programs = tl.program_id(0), tl.num_programs(0)
     first, planes = tl.load(p_pass), tl.load(p_planes)
     n = tl.load(p_pass + 1) - first
-    WIDE: tl.constexpr = tiles_of_columns(SIZES, BLOCK_N)
-    NARROW: tl.constexpr = tiles_of_columns(SIZES, FEW_N)
-    if n * WIDE >= programs or WIDE == NARROW:
-        for i in tl.range(i_program, n * WIDE, programs, num_stages=1):
-            expand_tile(
-                first + i // WIDE, i % WIDE, planes, p_y, p_b, p_vectors, p_out, p_table, p_token_ids,
-                p_seg_start, p_seg_slot, p_end, stride_table, stride_y, stride_out, OFFSETS, SIZES, ALIGNMENT,
-                N_SLICES, PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
-            )  # fmt: skip
-    else:
-        for i in tl.range(i_program, n * NARROW, programs, num_stages=1):
-            expand_tile(
-                first + i // NARROW, i % NARROW, planes, p_y, p_b, p_vectors, p_out, p_table, p_token_ids,
-                p_seg_start, p_seg_slot, p_end, stride_table, stride_y, stride_out, OFFSETS, SIZES, ALIGNMENT,
-                N_SLICES, PLANES, BLOCK_T, BLOCK_R, FEW_N, UPCAST,
-            )  # fmt: skip
+    width, tiles = shared_tiles(n, SIZES, N_SLICES, STEP_N, BLOCK_N)
+    for i in tl.range(tl.program_id(0), n * tiles, tl.num_programs(0), num_stages=1):
+        expand_tile(
+            first + i // tiles, i % tiles, width, planes, p_y, p_b, p_vectors, p_out, p_table, p_token_ids,
+            p_seg_start, p_seg_slot, p_end, stride_table, stride_y, stride_out, OFFSETS, SIZES, ALIGNMENT,
+            N_SLICES, PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
+        )  # fmt: skip

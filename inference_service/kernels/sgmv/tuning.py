@@ -26,11 +26,14 @@ Config = TypeVar("Config")
 DECODE_TILE = 16
 PREFILL_TILE = 64
 COVERING = 128
-"""Programs that cover a device: an A100 has 108 multiprocessors, an H100 132, a B200 148."""
-SHRINK_WAVES = {Phase.DECODE: 1, Phase.PREFILL: 4}
-"""Programs of shrink, in units of COVERING: at decode one reads 48 KB ahead, enough for its processor."""
-EXPAND_WAVES = {Phase.DECODE: 3, Phase.PREFILL: 8}
-"""The same of expand, at least."""
+"""Programs of shrink that cover a device: an A100 has 108 multiprocessors, an H100 132, a B200 148."""
+FEW_SEGMENTS = 16
+"""Segments of a step up to which half of them read as fast as the product beside needs."""
+PLACES = 264
+"""Programs of expand at most, and of the kernels that add updates: an H100 holds two on each multiprocessor.
+
+More would wait for a place, and these can as well take another tile.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,6 @@ class ShrinkConfig:
     num_warps: int
     num_stages: int
 
-    @property
-    def phase(self) -> Phase:
-        """The steps that it is for."""
-        return phase_of(self.block_t)
-
     def planes(self, in_features: int, tiles: int) -> tuple[int, int]:
         """(planes, blocks of K that each reduces): enough to cover the device if allowed, and no idle one."""
         blocks = -(-in_features // self.block_k)
@@ -59,8 +57,8 @@ class ShrinkConfig:
     def grid(self, in_features: int, max_rows: int, segments: int) -> int:
         """Programs of a launch for any step of at most so many segments: no more than may find work."""
         tiles = segments * -(-max_rows // self.block_r)
-        most = SHRINK_WAVES[self.phase] * COVERING
-        return min(most, tiles * self.planes(in_features, 1)[0])
+        covering = COVERING if segments > FEW_SEGMENTS else COVERING // 2
+        return min(covering, tiles * self.planes(in_features, 1)[0])
 
     @cache  # noqa: B019 - the configurations are those of the tables, which stay
     def numel(self, in_features: int, max_rows: int, capacity: SegmentCapacity) -> int:
@@ -79,16 +77,23 @@ class ExpandConfig:
     block_t: int
     block_r: int
     block_n: int
-    few_n: int
-    """Columns of a tile where a step has so few segments that wider ones leave programs idle."""
+    """Columns of a tile at most."""
+    step_n: int
+    """Columns that a tile has more, the more segments a step has."""
     num_warps: int
     num_stages: int
 
     def grid(self, slices: Slices, segments: int) -> int:
-        """Programs of a launch for any step of at most so many segments: as many as one segment keeps busy."""
-        narrow = sum(-(-size // self.few_n) for size in slices.sizes)
-        least = EXPAND_WAVES[phase_of(self.block_t)] * COVERING
-        return min(segments * narrow, max(narrow, least))
+        """Programs of a launch for any step of at most so many segments."""
+        return min(segments * slices.tiles(self.step_n), PLACES)
+
+
+def width_of(slices: Slices, segments: int, programs: int, block_n: int, step_n: int) -> int:
+    """Columns of a tile where programs share so many segments; as `shared_tiles` in triton_kernels."""
+    steps = segments * slices.tiles(step_n)
+    places = programs * max(1, -(-steps * step_n // (programs * block_n)))
+    width = -(-steps // places) * step_n
+    return min(width + step_n, block_n) if segments * slices.tiles(width) > places else width
 
 
 ShrinkTable = Mapping[tuple[Phase, int], Mapping[int, ShrinkConfig]]
@@ -111,19 +116,26 @@ _SHRINK: ShrinkTable = {
 }
 _EXPAND: ExpandTable = {
     (Phase.DECODE, 2): {
-        16: ExpandConfig(DECODE_TILE, 16, 64, 16, num_warps=4, num_stages=1),
-        32: ExpandConfig(DECODE_TILE, 32, 64, 16, num_warps=4, num_stages=1),
+        16: ExpandConfig(DECODE_TILE, 16, 128, 16, num_warps=8, num_stages=1),
+        32: ExpandConfig(DECODE_TILE, 32, 128, 16, num_warps=4, num_stages=1),
     },
     (Phase.PREFILL, 2): {
         16: ExpandConfig(PREFILL_TILE, 16, 128, 64, num_warps=8, num_stages=1),
         32: ExpandConfig(PREFILL_TILE, 32, 128, 64, num_warps=8, num_stages=1),
     },
-    (Phase.DECODE, 4): {16: ExpandConfig(DECODE_TILE, 16, 64, 16, num_warps=4, num_stages=1)},
+    (Phase.DECODE, 4): {16: ExpandConfig(DECODE_TILE, 16, 128, 16, num_warps=8, num_stages=1)},
     (Phase.PREFILL, 4): {16: ExpandConfig(PREFILL_TILE, 16, 64, 32, num_warps=4, num_stages=1)},
 }
 # Nothing timed yet speaks for different tiles on different architectures; only where ptxas spills they differ.
 SHRINK: Mapping[int, ShrinkTable] = dict.fromkeys(ARCHITECTURES, _SHRINK)
-EXPAND: Mapping[int, ExpandTable] = dict.fromkeys(ARCHITECTURES, _EXPAND)
+_EXPAND_120: ExpandTable = {
+    **_EXPAND,
+    (Phase.DECODE, 2): {
+        **_EXPAND[Phase.DECODE, 2],
+        16: ExpandConfig(DECODE_TILE, 16, 64, 16, num_warps=4, num_stages=1),
+    },
+}
+EXPAND: Mapping[int, ExpandTable] = dict.fromkeys(ARCHITECTURES, _EXPAND) | {120: _EXPAND_120}
 
 
 def shrink_config(architecture: int, phase: Phase, dtype: torch.dtype, *, max_rows: int) -> ShrinkConfig:
