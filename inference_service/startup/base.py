@@ -18,6 +18,7 @@ from inference_service.adapters.texts import AdapterTexts, Scorer
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.operations import Backend
 from inference_service.core.computing import Computing
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import BankMemory
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.layers.linear import Linear
@@ -67,8 +68,15 @@ class OtherRanks(Protocol):
         """Open all ranks' banks with sizes of `LoraBackend.open`; return what packs for them, and the bank."""
         ...
 
-    def runner(self, model: Decoder, lora: LoraBackend, num_blocks: int | Blocks, block_size: int) -> Runner:
-        """Return a runner of steps that all ranks compute."""
+    def runner(
+        self,
+        model: Decoder,
+        lora: LoraBackend,
+        num_blocks: int | Blocks,
+        block_size: int,
+        recorded: SchedulerLimits | None,
+    ) -> Runner:
+        """Return a runner of steps that all ranks compute, and record within limits where there are some."""
         ...
 
     def watch(self, on_failure: Callable[[str], None]) -> None:

@@ -306,7 +306,7 @@ def _engine(
         model,
         lora.num_bytes,
         promised=0 if bank is None else bank.promised,
-        graphs=backend.recordable and base.host is None,
+        graphs=backend.recordable,
         measure=measured if model.device.type == "cuda" and not encodes else None,
     )
     limits = replace(limits_of(plan.max_seq_len), max_seqs=plan.seqs)
@@ -315,9 +315,10 @@ def _engine(
     if settings.prefix_host_gb:
         what = f"LORAMUX_PREFIX_HOST_GB={settings.prefix_host_gb:g}"
         need_extension("tier", what).open_tiers(settings, model.config, blocks, runner)
-    if backend.recordable and base.host is None:
+    if backend.recordable:
         _record(runner, model.device)
-        if (proofs := find_extensions(PARTS).get("prove.replay")) is not None:
+        proofs = find_extensions(PARTS).get("prove.replay") if base.host is None else None
+        if proofs is not None:
             load_extension(proofs).rehearse(backend.new_lora(), model, block_size)
     return Engine(runner, limits, blocks, residents), limits
 
@@ -377,7 +378,8 @@ def _runner(
     """Return a runner with a cache of its own; one that can replay steps has recorded none yet."""
     model = base.model
     if base.host is not None:
-        runner = base.host.runner(model, lora, num_blocks, block_size)
+        recorded = limits if base.backend.recordable else None
+        runner = base.host.runner(model, lora, num_blocks, block_size, recorded)
     elif base.backend.recordable:
         segmented = cast(TritonLora, lora)  # what `recordable` promises
         runner = GraphRunner(

@@ -2,9 +2,10 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from inference_service.engine.engine import Engine
+from inference_service.engine.queues import SchedulerLimits
+from inference_service.engine.tape import TapeRecorder
+from inference_service.kernels.launch import Launch
 from inference_service.lora.places import taken_by
 from inference_service.lora.weights import load_adapter, part_of
-from inference_service.models.blocks import CacheSize
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.startup.choose import choose_backend
@@ -30,31 +33,60 @@ work = pytest.importorskip("loramux_ranks.work", reason="the extension ranks is 
 
 
 class _Meeting:
+    """Ranks that compute one at a time: Triton's interpreter is of a process, not of a thread."""
+
     def __init__(self, world: int) -> None:
         self.barrier = threading.Barrier(world)
         self.given: list[Tensor] = [torch.empty(0)] * world
+        self.turn = threading.Lock()
+
+    def wait(self) -> None:
+        """Let others compute until all are here."""
+        self.turn.release()
+        try:
+            self.barrier.wait(BOUND_S)
+        finally:
+            self.turn.acquire()
 
 
 class ThreadRanks:
-    """Exchanges tensors with other threads."""
+    """Exchanges tensors with other threads, as a kernel that graphs repeat."""
+
+    fn = SimpleNamespace(__name__="exchange")
 
     def __init__(self, shard: Shard, meeting: _Meeting) -> None:
         self.shard, self._at = shard, meeting
 
-    def _exchanged(self, own: Tensor) -> list[Tensor]:
-        self._at.given[self.shard.rank] = own.clone()
-        self._at.barrier.wait(BOUND_S)
-        found = [*self._at.given]
-        self._at.barrier.wait(BOUND_S)
-        return found
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Return the kernel, whose grid is how many ranks' rows are summed."""
+
+        def exchange(rows: Tensor) -> None:
+            self._at.given[self.shard.rank] = rows.clone()
+            self._at.wait()
+            found = torch.stack(self._at.given[: grid[0]]).sum(0)
+            self._at.wait()
+            rows.copy_(found)
+
+        return exchange
 
     def share(self, rows: Tensor) -> None:
         """Take the first rank's rows."""
-        rows.copy_(self._exchanged(rows)[0])
+        Launch(self, (1,), {"rows": rows})()
 
     def sum(self, partial: Tensor) -> Tensor:
         """Sum in the order of the ranks."""
-        return partial.copy_(torch.stack(self._exchanged(partial)).sum(0))
+        Launch(self, (self.shard.world,), {"rows": partial})()
+        return partial
+
+
+def in_turn(meeting: _Meeting, step: Callable[[], Any]) -> Callable[[], Any]:
+    """Return what makes a step while no other rank computes."""
+
+    def take() -> Any:
+        with meeting.turn:
+            return step()
+
+    return take
 
 
 class _Threads:
@@ -73,18 +105,24 @@ class _Threads:
 
 
 @contextmanager
-def divided(ready: Ready, folder: Path, store: Store, world: int = 2) -> Iterator[None]:
-    """Let a replica's engine compute with ranks in threads, or raise SettingsInvalid if the base refuses."""
+def divided(
+    ready: Ready, folder: Path, store: Store, world: int = 2, recorded: SchedulerLimits | None = None
+) -> Iterator[None]:
+    """Let a replica's engine compute with ranks in threads, or raise SettingsInvalid if the base refuses.
+
+    Within limits, steps are recorded on tapes.
+    """
     engine = ready.engine._engine
     block_size, parts = engine._blocks.block_size, []
-    settings = InferenceSettings(deployment="tiny", dtype="float32", block_size=block_size)
+    backend = "auto" if recorded is None else "triton"
+    settings = InferenceSettings(deployment="tiny", dtype="float32", block_size=block_size, backend=backend)
     whole, meeting, host = read_config(folder, engine._limits.max_seq_len), _Meeting(world), _Threads()
     for rank in range(world):
         shard = Shard(whole, rank, world, whole.shard(world))
-        backend = choose_backend(settings, shard.config)
-        tensors = Checkpoint(folder, backend.dtype, backend.device)
-        model = Decoder(whole, tensors, backend.operations, ranks=ThreadRanks(shard, meeting))
-        lora = backend.new_lora()
+        chosen = choose_backend(settings, shard.config)
+        tensors = Checkpoint(folder, chosen.dtype, chosen.device)
+        model = Decoder(whole, tensors, chosen.operations, ranks=ThreadRanks(shard, meeting))
+        lora = chosen.new_lora()
         offset = 0
         lora.open(1 << 24, 64, 64)
         for adapter in ready.bank.residency.resident():
@@ -97,27 +135,33 @@ def divided(ready: Ready, folder: Path, store: Store, world: int = 2) -> Iterato
             offset += taken_by(packed.num_bytes)
         parts.append((model, lora))
 
-    def other(model: Decoder, lora: Any, messages: queue.SimpleQueue[Any]) -> None:
-        cache = None
+    blocks = tuple(group.pool.num_blocks for group in engine._blocks.groups)
+
+    def follow(follower: Any, messages: queue.SimpleQueue[Any]) -> None:
         while (message := messages.get()) is not None:
             name, *rest = message
-            if name == "cache":
-                cache = model.new_cache(CacheSize(tuple([number * block_size for number in rest[0]])))
-                continue
             try:
-                work.compute(model, lora, cache, block_size, rest)
+                with meeting.turn:
+                    getattr(follower, name)(*rest)
             except BaseException:
                 meeting.barrier.abort()
                 raise
 
     threads = []
-    for model, lora in parts[1:]:
+    for part in parts[1:]:
         host.queues.append(queue.SimpleQueue())
-        threads.append(threading.Thread(target=other, args=(model, lora, host.queues[-1]), daemon=True))
+        follower = work.Follower(*part, TapeRecorder)
+        threads.append(threading.Thread(target=follow, args=(follower, host.queues[-1]), daemon=True))
         threads[-1].start()
-    blocks = tuple(group.pool.num_blocks for group in engine._blocks.groups)
-    runner = work.RankedRunner(*parts[0], blocks, block_size, host)
-    ready.engine._engine = Engine(runner, engine._limits, engine._blocks, engine._residency)
+    if recorded is None:
+        runner = work.RankedRunner(*parts[0], blocks, block_size, host)
+    else:
+        runner = work.RankedGraphRunner(*parts[0], blocks, block_size, recorded, TapeRecorder(), host)
+        with meeting.turn:
+            runner.capture()
+    first: Any = Engine(runner, recorded or engine._limits, engine._blocks, engine._residency)
+    first.step = in_turn(meeting, first.step)
+    ready.engine._engine = first
     try:
         yield
     finally:

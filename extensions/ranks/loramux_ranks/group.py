@@ -50,6 +50,7 @@ class Group:
         )
         if not chosen:
             del os.environ[INTERFACE]
+        dist.all_reduce(torch.zeros(1, device=device))  # NCCL meets here, and not while steps are recorded
 
     def share(self, rows: Tensor) -> None:
         """Give all ranks the rows [T, hidden] of the first one."""

@@ -25,18 +25,16 @@ from inference_service.adapters.disk import open_disk_tier
 from inference_service.adapters.loader import Packer, one_thread
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.workers import Workers
-from inference_service.backends.base import LoraBackend
 from inference_service.backends.operations import Backend
+from inference_service.engine.graphs import CudaRecorder
 from inference_service.lora.packed import PackedAdapter
-from inference_service.models.blocks import Cache, CacheSize
-from inference_service.models.decoder import Decoder
 from inference_service.startup.base import read_model, set_threads, shard_of
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.memory import bound_arenas, give_back
 from inference_service.store import open_replica_store
 from loramux_ranks.group import SharedMemory, group_of
 from loramux_ranks.host import HEARTBEAT_S
-from loramux_ranks.work import compute
+from loramux_ranks.work import Follower
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import Fault, InternalFault, ResourcesExhausted, fault_to
@@ -83,8 +81,8 @@ class Control:
             os._exit(0)
 
 
-class Rank:
-    """The parts of a rank."""
+class Rank(Follower):
+    """A rank: its part of the base, its bank, and the steps that it follows."""
 
     def __init__(self, shared: int, facts: dict[str, Any]) -> None:
         """Read the rank's part of the base; shared is the descriptor of the memory of all ranks.
@@ -111,15 +109,13 @@ class Rank:
         memory = SharedMemory(shard.world, shared)
         self._ranks = group_of(shard, self._backend.operations, memory)
         self._meeting = Path(facts["meeting"])
-        self._model: Decoder = read_model(placed, config, self._backend, self._ranks)
-        self._lora: LoraBackend = self._backend.new_lora()
+        model = read_model(placed, config, self._backend, self._ranks)
+        super().__init__(model, self._backend.new_lora(), partial(CudaRecorder, model.device))
         store = open_replica_store(settings)
         disk = open_disk_tier(settings.cache_dir, settings.adapter_disk_gb, store.uri)
         self._bundles = BundleReader(store, disk)
         self._packer: Packer | None = None
         self._packed: dict[int, PackedAdapter] = {}
-        self._cache = Cache(())
-        self._block_size = settings.block_size
         give_back()
 
     def meet(self) -> None:
@@ -147,12 +143,6 @@ class Rank:
         for number in numbers:
             self._packed.pop(number, None)
 
-    def cache(self, blocks: list[int], block_size: int) -> None:
-        """Make the cache of the steps that follow."""
-        self._cache = Cache(())
-        size = CacheSize(tuple([number * block_size for number in blocks]))
-        self._cache, self._block_size = self._model.new_cache(size), block_size
-
     def enter(self, slot: int, offset: int, number: int) -> None:
         """Give a slot to what was copied."""
         self._lora.enter(slot, offset, self._packed[number])
@@ -160,10 +150,6 @@ class Rank:
     def leave(self, slot: int) -> None:
         """Empty a slot."""
         self._lora.leave(slot)
-
-    def step(self, *message: Any) -> None:
-        """Compute the rank's part of a step."""
-        compute(self._model, self._lora, self._cache, self._block_size, list(message))
 
     @property
     def threads(self) -> int:

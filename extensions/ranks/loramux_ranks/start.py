@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.operations import Backend
+from inference_service.backends.triton_lora import TritonLora
+from inference_service.engine.graphs import CudaRecorder
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import BankMemory
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.lora.packed import PackedAdapter
@@ -15,7 +19,7 @@ from inference_service.models.decoder import Decoder
 from inference_service.startup.base import read_model
 from loramux_ranks.group import group_of
 from loramux_ranks.host import RankHost
-from loramux_ranks.work import RankedBank, RankedPacker, RankedRunner
+from loramux_ranks.work import RankedBank, RankedGraphRunner, RankedPacker, RankedRunner
 from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import Bundle
@@ -35,9 +39,20 @@ class ReplicaRanks(RankHost):
         others()
         return RankedPacker(pack, self), RankedBank(lora, self)
 
-    def runner(self, model: Decoder, lora: LoraBackend, num_blocks: int | Blocks, block_size: int) -> Runner:
-        """Return a runner of steps that all ranks compute."""
-        return RankedRunner(model, lora, num_blocks, block_size, self)
+    def runner(
+        self,
+        model: Decoder,
+        lora: LoraBackend,
+        num_blocks: int | Blocks,
+        block_size: int,
+        recorded: SchedulerLimits | None,
+    ) -> Runner:
+        """Return a runner of steps that all ranks compute, and record within limits where there are some."""
+        blocks = (num_blocks,) * len(model.config.windows) if isinstance(num_blocks, int) else num_blocks
+        if recorded is None:
+            return RankedRunner(model, lora, blocks, block_size, self)
+        recorder, segmented = CudaRecorder(model.device), cast(TritonLora, lora)
+        return RankedGraphRunner(model, segmented, blocks, block_size, recorded, recorder, self)
 
 
 def read_with_ranks(

@@ -1,24 +1,31 @@
-"""The work of all ranks together: a step as flat arrays; runner, packer and bank that involve the others."""
+"""The work of all ranks together: a step as flat arrays; runners, packer and bank that involve the others."""
 
 from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from inference_service.backends.base import LoraBackend, StepLora
-from inference_service.engine.runner import Blocks, Rows, Runner, Vectors
+from inference_service.backends.triton_lora import TritonLora
+from inference_service.engine.buffers import StepBuffers
+from inference_service.engine.graph_runner import GraphRunner
+from inference_service.engine.graphs import Recorder
+from inference_service.engine.queues import SchedulerLimits
+from inference_service.engine.runner import KNOWN, Blocks, Rows, Runner, Vectors, to_device
 from inference_service.kernels.attention import Context
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement, Segment
-from inference_service.models.blocks import Cache
+from inference_service.lora.vocabulary import StepVocabulary
+from inference_service.models.blocks import Cache, CacheSize
 from inference_service.models.decoder import Decoder
 from loramux_ranks.host import RankHost
 from loramux_shared.bundle.reader import Bundle
@@ -41,48 +48,140 @@ def _bytes(numbers: Any) -> bytes:
     return np.asarray(numbers, dtype=np.int32).tobytes()
 
 
-@torch.inference_mode()
-def compute(model: Decoder, lora: StepLora, cache: Cache, block_size: int, message: list[Any]) -> None:
-    """Compute another rank's part of a step; hidden rows come from the first one."""
+def rows_of(message: Sequence[Any]) -> Rows:
+    """Return the rows of a message, without tokens and draws, which are the first rank's."""
     packed, of_contexts, of_segments = message
-    positions = torch.frombuffer(bytearray(packed), dtype=torch.int32).to(model.device, torch.int64)
+    positions = np.frombuffer(packed, np.int32).tolist()
     contexts = []
     for row, length, end, *tables in of_contexts:
         blocks = tuple([array("i", table) for table in tables])
         contexts.append(Context(row, length, blocks[0], end, blocks))
     plain, mixed = (tuple([Segment(*each) for each in some]) for some in of_segments)
-    arrangement = Arrangement((), plain, mixed)
+    sources = [KNOWN] * len(positions)
+    return Rows(Arrangement((), plain, mixed), {}, [0] * len(positions), sources, positions, contexts)
+
+
+@torch.inference_mode()
+def compute(model: Decoder, lora: StepLora, cache: Cache, block_size: int, rows: Rows) -> None:
+    """Compute another rank's part of a step; hidden rows come from the first one."""
+    positions, arrangement = to_device(rows.positions, model.device), rows.arrangement
     if arrangement.segments:
         lora.begin(arrangement)
     hidden = torch.empty(len(positions), model.config.dims.hidden, dtype=model.dtype, device=model.device)
-    attention = model.attention(contexts, block_size)
+    attention = model.attention(rows.contexts, block_size)
     adding = lora if arrangement.segments else None
     model.hidden(positions, hidden, positions, positions[:1] * 0, attention, cache, adding)
+
+
+class FollowingRunner(GraphRunner):
+    """Another rank's runner: it records and replays what the first one does, and neither embeds nor draws."""
+
+    def follow(self, rows: Rows) -> None:
+        """Compute the rank's part of a step; hidden rows come from the first one."""
+        with torch.inference_mode():
+            self._launch(rows)
+
+    def _embed(self, buffers: StepBuffers, own: StepVocabulary | None = None) -> None:
+        """Do nothing: the first exchange brings the rows."""
+
+    def _draw(self, buffers: StepBuffers, own: StepVocabulary | None = None) -> None:
+        """Do nothing: the head is the first rank's."""
+
+
+class Follower:
+    """The steps of another rank, with its part of a model and of adapters, as the first rank tells it."""
+
+    def __init__(self, model: Decoder, lora: LoraBackend, new_recorder: Callable[[], Recorder]) -> None:
+        self._model, self._lora, self._new_recorder = model, lora, new_recorder
+        self._cache, self._block_size = Cache(()), 0
+        self._runner: FollowingRunner | None = None
+
+    def prepare(self, blocks: Sequence[int], block_size: int, recorded: dict[str, Any] | None) -> None:
+        """Make the cache of the steps that follow, which are recorded within limits where there are some."""
+        self._cache, self._runner, self._block_size = Cache(()), None, block_size
+        if recorded is None:
+            size = CacheSize(tuple([number * block_size for number in blocks]))
+            self._cache = self._model.new_cache(size)
+            return
+        limits, segmented = SchedulerLimits(**recorded), cast(TritonLora, self._lora)
+        recorder = self._new_recorder()
+        self._runner = FollowingRunner(self._model, segmented, tuple(blocks), block_size, limits, recorder)
+
+    def capture(self) -> None:
+        """Record all graphs."""
+        cast(FollowingRunner, self._runner).capture()
+
+    def record_one(self) -> None:
+        """Record one more of the largest decode steps."""
+        cast(FollowingRunner, self._runner).record_one()
+
+    def step(self, *message: Any) -> None:
+        """Compute the rank's part of a step."""
+        rows = rows_of(message)
+        if self._runner is None:
+            compute(self._model, self._lora, self._cache, self._block_size, rows)
+        else:
+            self._runner.follow(rows)
+
+
+class RankedGraphRunner(GraphRunner):
+    """The first rank's runner of steps that all ranks record and replay."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        lora: TritonLora,
+        blocks: Blocks,
+        block_size: int,
+        limits: SchedulerLimits,
+        recorder: Recorder,
+        host: RankHost,
+    ) -> None:
+        host.tell("prepare", blocks, block_size, asdict(limits))
+        super().__init__(model, lora, blocks, block_size, limits, recorder)
+        self._host = host
+
+    def capture(self) -> None:
+        """Record all graphs, on all ranks."""
+        self._host.tell("capture")
+        super().capture()
+
+    def record_one(self) -> None:
+        """Record one more, on all ranks."""
+        self._host.tell("record_one")
+        super().record_one()
+
+    def _launch(self, rows: Rows) -> tuple[Callable[[], Vectors], list[Callable[[], None]]]:
+        """Launch this rank's part, and the rest that no other does."""
+        with _led(self._host, rows):
+            return super()._launch(rows)
 
 
 class RankedRunner(Runner):
     """Runs steps with the other ranks, which have caches of as many blocks."""
 
-    def __init__(
-        self, model: Decoder, lora: StepLora, num_blocks: int | Blocks, block_size: int, host: RankHost
-    ) -> None:
-        super().__init__(model, lora, num_blocks, block_size)
-        windows = len(model.config.windows)
-        blocks = [num_blocks] * windows if isinstance(num_blocks, int) else list(num_blocks)
-        host.tell("cache", blocks, block_size)
+    def __init__(self, model: Decoder, lora: StepLora, blocks: Blocks, block_size: int, host: RankHost) -> None:
+        super().__init__(model, lora, blocks, block_size)
+        host.tell("prepare", blocks, block_size, None)
         self._host = host
 
     def _forward(self, rows: Rows) -> tuple[Tensor, Callable[[], Vectors]]:
         """Compute this rank's part, and the rest that no other does."""
-        self._host.tell("step", *message_of(rows))
-        try:
-            found = super()._forward(rows)
-        except Exception as error:
-            self._host.lose_step(error)
-            raise
-        if self._host.failure:  # exchanges in shared memory end without a result
-            raise self._host.failure
-        return found
+        with _led(self._host, rows):
+            return super()._forward(rows)
+
+
+@contextmanager
+def _led(host: RankHost, rows: Rows) -> Iterator[None]:
+    """Have the other ranks compute a step; where this one's part raises, all are out of step."""
+    host.tell("step", *message_of(rows))
+    try:
+        yield
+    except Exception as error:
+        host.lose_step(error)
+        raise
+    if host.failure:  # exchanges in shared memory end without a result
+        raise host.failure
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, StepOutput
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.serving.request import Request
 from inference_service.startup.load import Ready
 from loramux_ranks.host import RankHost
@@ -26,6 +27,7 @@ from loramux_shared.runtime import Pooling
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
 from tests.support.grammars import only
+from tests.support.ranks import divided
 from tests.support.service import Service
 from tests.support.tiny import VOCAB, World, make_world, run_engine, sequence
 from tests.support.waiting import ended, until
@@ -213,3 +215,16 @@ def test_what_ranks_cannot_compute_is_refused_at_the_start(built: tuple[World, S
             load(built, **settings)
     with pytest.raises(SettingsInvalid, match="needs as many GPUs, found 1"):
         RankHost(2, cards=1)
+
+
+def test_steps_that_all_ranks_record_answer_the_same(built: tuple[World, Store]) -> None:
+    """Two ranks that replay tapes, where CUDA would replay graphs, give the tokens of one process."""
+    requests = [(model, [5, 6, 7 + place]) for place, model in enumerate(MODELS[:3])]
+    one = load(built, tensor_parallel=1, adapter_memory_gb=None, backend="triton")
+    expected = run_engine(one, requests, 3)
+    limits = SchedulerLimits(max_tokens=8, max_seqs=2, max_adapters=1, max_seq_len=16)
+    with divided(one, built[0].base, built[1], recorded=limits):
+        assert run_engine(one, requests, 3) == expected
+        runner: Any = one.engine._engine._runner
+        assert runner._graphs
+    close(one)
