@@ -203,8 +203,8 @@ def read_model(
     """
     tensors = checkpoint(placed, backend.dtype, backend.device, config.quantization)
     if config.encodes:
-        encoder = need_extension("encoders.model", f"a base of architecture {config.architecture}").Encoder
-        return cast(Decoder, encoder(config, tensors, backend.operations, backend.quantization))
+        encoders = need_extension("encoders.model", f"a base of architecture {config.architecture}")
+        return cast(Decoder, encoders.read_encoder(config, tensors, backend.operations, backend.quantization))
     return Decoder(config, tensors, backend.operations, backend.quantization, ranks)
 
 

@@ -1,1 +1,1 @@
-"""Encoders as bases, with adapters: BERT, RoBERTa and XLM-RoBERTa."""
+"""Encoders as bases, with adapters: BERT, RoBERTa, XLM-RoBERTa and ModernBERT."""

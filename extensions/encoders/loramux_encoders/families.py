@@ -1,18 +1,18 @@
-"""The families of encoders: BERT, RoBERTa and XLM-RoBERTa, described by their ``config.json``."""
+"""The families of encoders: BERT, RoBERTa, XLM-RoBERTa and ModernBERT, described by their ``config.json``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import ClassVar, Final
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
-from loramux_shared.bases.family import Architecture, Family, llama_like
+from loramux_shared.bases.family import Architecture, Family, layer_types, llama_like, plain_mlps
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.layers import AttentionLayer, LayerSpec, MlpLayer
-from loramux_shared.bases.rope import AttentionSpec, RopeSpec, Still
+from loramux_shared.bases.rope import RopeSpec, Still, read_rope_of
 from loramux_shared.bundle.manifest import PROBLEM_TYPES
+from loramux_shared.bundle.modules import FUSED, Renamed
 from loramux_shared.faults import CheckpointInvalid
 
 POOLER: Final = "pooler.dense"
@@ -45,11 +45,27 @@ class EncoderConfig(ModelConfig):
     head: str = "classifier"
     """Name of the layer of a score head that gives the scores."""
     dense: str = POOLER
-    """Name of the layer before it, with tanh behind it."""
+    """Name of the layer before it, with tanh behind it; empty where heads are not served."""
     labels: tuple[str, ...] = ()
     """Names of the labels of the base's own head; none where it has no head."""
     problem_type: str | None = None
     """Kind of its scores, as transformers names it."""
+
+
+@dataclass(frozen=True)
+class ModernConfig(EncoderConfig):
+    """An encoder as ModernBERT is: rotated heads, gated MLPs, and norms before attention and MLP."""
+
+    reaches: tuple[int | None, ...] = ()
+    """For each layer, the positions to each side that a row sees; None: all."""
+
+    @cached_property
+    def renamed(self) -> frozenset[Renamed]:
+        """Modules of layers under its own names, also those that are several in one."""
+        names = self.names
+        own = names.qkv[0], names.o, names.gate_up[0], names.down
+        usual = "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"
+        return frozenset(zip(own, usual, strict=True))
 
 
 def _names(prefix: str) -> TensorNames:
@@ -72,29 +88,10 @@ def _read(config: HfConfig, prefix: str, sizes: Mapping[str, int] = SIZES) -> En
     config.require("position_embedding_type", "absolute")
     config.require("pruned_heads", {})
     config.require("hidden_act", *ACTIVATIONS)
-    ignored = {"num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters"}
-    kept = {key: value for key, value in config.fields.items() if key not in ignored}
-    model = llama_like(HfConfig(kept, config.architecture), sizes=sizes, tied=True, rope=_still)
-    dims = model.dims
-    if dims.hidden % dims.num_heads:
-        raise CheckpointInvalid(
-            f"config.json: num_attention_heads: expected a divisor of hidden_size {dims.hidden}, found "
-            f"{dims.num_heads}."
-        )
+    model = _bidirectional(config, sizes)
     rows = config.size("max_position_embeddings", 512)
-    layer = LayerSpec(
-        AttentionLayer(
-            AttentionSpec(dims.head_dim**-0.5),
-            model.ropes[0],
-            dims.num_heads,
-            dims.num_heads,
-            dims.head_dim,
-            bidirectional=True,
-        ),
-        MlpLayer(dims.intermediate, gated=False),
-    )
     own = {
-        "layers": (layer,) * dims.num_layers,
+        "layers": plain_mlps(model),
         "max_positions": rows,
         "norm_eps": config.number("layer_norm_eps", 1e-12),
         "dtype": model.dtype or "float32",
@@ -112,6 +109,20 @@ def _read(config: HfConfig, prefix: str, sizes: Mapping[str, int] = SIZES) -> En
         labels=_labels(config) if config.architecture.endswith(SCORES) else (),
         problem_type=config.text("problem_type", "") or None,
     )
+
+
+def _bidirectional(config: HfConfig, sizes: Mapping[str, int]) -> ModelConfig:
+    """Return layers in which every row sees all others, with gated MLPs, and rotations that turn nothing."""
+    ignored = {"num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters"}
+    kept = {key: value for key, value in config.fields.items() if key not in ignored}
+    model = llama_like(HfConfig(kept, config.architecture), sizes=sizes, tied=True, rope=_still)
+    if model.dims.hidden % model.dims.num_heads:
+        raise CheckpointInvalid(
+            f"config.json: num_attention_heads: expected a divisor of hidden_size {model.dims.hidden}, found "
+            f"{model.dims.num_heads}."
+        )
+    mixer = replace(model.attentions[0], bidirectional=True)
+    return replace(model, layers=tuple(replace(layer, mixer=mixer) for layer in model.layers))
 
 
 def _labels(config: HfConfig) -> tuple[str, ...]:
@@ -163,3 +174,57 @@ ROBERTA: Final = Family(
     _named("Roberta", "roberta", *TASKS), partial(_read_roberta, sizes=SIZES | {"vocab_size": 50265})
 )
 XLM_ROBERTA: Final = Family(_named("XLMRoberta", "xlm-roberta", *TASKS), _read_roberta)
+
+MODERN_NAMES: Final = TensorNames(
+    embedding="embeddings.tok_embeddings",
+    final_norm="final_norm",
+    input_norm="attn_norm",
+    qkv=("attn.Wqkv",),
+    o="attn.Wo",
+    mlp_norm="mlp_norm",
+    gate_up=("mlp.Wi",),
+    down="mlp.Wo",
+)
+MODERN_SIZES: Final = SIZES | {"vocab_size": 50368, "num_hidden_layers": 22, "intermediate_size": 1152}
+THETAS: Final = {
+    "full_attention": ("global_rope_theta", 160_000.0),
+    "sliding_attention": ("local_rope_theta", 10_000.0),
+}
+"""For each type of layer, its key beside the blocks, and the default."""
+
+
+def _read_modern(config: HfConfig) -> ModernConfig:
+    """Return what a ModernBERT is; its score heads, which have a norm, are not served."""
+    config.require("hidden_activation", "gelu")
+    config.require("rope_scaling", None)
+    every = config.size("global_attn_every_n_layers", 3)
+    model = _bidirectional(config, MODERN_SIZES)
+    dims, rows = model.dims, config.size("max_position_embeddings", 8192)
+    types = layer_types(config, dims.num_layers, lambda index: index % every != 0)
+    ropes = {
+        kind: read_rope_of(config, kind, dims.head_dim, rows, config.number(*THETAS[kind]))
+        for kind in dict.fromkeys(types)
+    }
+    bias = config.flag("attention_bias", default=False)
+    own = {
+        "dims": replace(dims, fused=frozenset(FUSED)),
+        "layers": tuple(layer.turning(ropes[kind]) for layer, kind in zip(model.layers, types, strict=True)),
+        "max_positions": rows,
+        "norm_eps": config.number("norm_eps", 1e-5),
+        "layer_norm": True,
+        "norm_bias": config.flag("norm_bias", default=False),
+        "dtype": model.dtype or "float32",
+        "names": MODERN_NAMES,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": config.flag("mlp_bias", default=False),
+        "activation": "gelu",
+    }
+    described = {each.name: getattr(model, each.name) for each in fields(ModelConfig)} | own
+    side = config.size("local_attention", 128) // 2
+    return ModernConfig(
+        **described, dense="", reaches=tuple([side if kind == "sliding_attention" else None for kind in types])
+    )
+
+
+MODERN_BERT: Final = Family(_named("ModernBert", "modernbert", "ForMaskedLM"), _read_modern)

@@ -30,6 +30,7 @@ _KEY: Final = re.compile(
     r"(?:modules_to_save\.(?:[^.]+\.)?)?(?P<what>weight|bias|(?P<lora>lora_[AB])(?:\.[^.]+)?\.weight|lora_.+)"
 )
 _AGAIN: Final = "Save the adapter with the head that it was trained with: PEFT does so for task_type SEQ_CLS."
+_VECTORS: Final = "Score heads of this base are not served: train for vectors."
 NAME: Final = "score head"
 """The name of the tensor that is made; no key of an adapter is so called."""
 
@@ -86,6 +87,15 @@ def take_head(
     )
     if not config.classifies:
         return TakenHead(rest, None, saved, tuple(sorted(of_head)))
+    if not base.dense:
+        report.add(
+            "E_TASK",
+            "task_type SEQ_CLS",
+            expected="FEATURE_EXTRACTION",
+            found=f"a head of {base.architecture}",
+            fix=_VECTORS,
+        )
+        return TakenHead(rest, None, saved, ())
     parts: dict[tuple[str, str], Tensor] = {}
     for name, match in of_head.items():
         module = match["module"].removeprefix("bert.")

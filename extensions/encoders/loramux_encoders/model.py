@@ -20,12 +20,13 @@ from inference_service.kernels.attention import Context
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import LayerNorm, RMSNorm
+from inference_service.layers.rope import Rope, rotate
 from inference_service.lora.vocabulary import StepVocabulary
 from inference_service.models.blocks import Cache, CacheSize
 from inference_service.models.checkpoint import Tensors
 from inference_service.models.decoder import Decoder
 from inference_service.models.reader import LayerReader, Reader
-from loramux_encoders.families import EncoderConfig
+from loramux_encoders.families import EncoderConfig, ModernConfig
 from loramux_shared.bases.rope import AttentionSpec
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
@@ -73,6 +74,7 @@ class SequenceAttention:
         self.spans = [slice(context.row, context.row + context.length) for context in contexts]
         self.seconds = [context.second for context in contexts]
         """Positions from which on tokens are a second text's."""
+        self._seen: dict[tuple[int, int], Tensor] = {}
 
     def turn(self, cos: Tensor, sin: Tensor) -> Turn:
         """Return both unchanged."""
@@ -91,11 +93,25 @@ class SequenceAttention:
         update: Update | None = None,  # noqa: ARG002
     ) -> Tensor:
         """Return [T, heads * d] of the heads of queries, keys and values side by side [T, 3 * heads, d]."""
+        return self.attend(heads, spec.scale)
+
+    def attend(self, heads: Tensor, scale: float, reach: int | None = None) -> Tensor:
+        """Return the same, of rows that see so many positions to each side; None: all."""
         out = heads.new_empty(len(heads), heads.shape[1] // 3, heads.shape[2])
         for span in self.spans:
             q, k, v = heads[span].transpose(0, 1)[None].chunk(3, dim=1)
-            out[span] = scaled_dot_product_attention(q, k, v, scale=spec.scale)[0].transpose(0, 1)
+            seen = None if reach is None else self._near(span.stop - span.start, reach, heads.device)
+            out[span] = scaled_dot_product_attention(q, k, v, seen, scale=scale)[0].transpose(0, 1)
         return out.flatten(1)
+
+    def _near(self, length: int, reach: int, device: torch.device) -> Tensor | None:
+        """Return which positions of a sequence [length, length] each row sees; None: all."""
+        if length <= reach + 1:
+            return None
+        if (length, reach) not in self._seen:
+            rows = torch.arange(length, device=device)
+            self._seen[length, reach] = (rows[:, None] - rows).abs() <= reach
+        return self._seen[length, reach]
 
 
 class EncoderLayer:
@@ -158,16 +174,21 @@ class Encoder(Decoder):
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
         self._operations = operations
         reader = Reader(checkpoint, config, self.dtype, operations, quantization=quantization)
+        words = (config.dims.vocab, config.dims.hidden)
+        self._words = reader.rounded(reader.get(f"{config.names.embedding}.weight", words))
+        self._read(reader, config)
+        self.score = read_score(checkpoint, config) if config.labels else None
+
+    def _read(self, reader: Reader, config: EncoderConfig) -> None:
+        """Read the layers, and what is before and behind them."""
 
         def table(name: str, rows: int) -> Tensor:
             return reader.rounded(reader.get(f"embeddings.{name}.weight", (rows, config.dims.hidden)))
 
-        self._words = table("word_embeddings", config.dims.vocab)
         self._positions = table("position_embeddings", config.table_rows)
         self._types = table("token_type_embeddings", config.token_types)
-        self._embeddings_norm = read_norm(reader, "embeddings.LayerNorm")
+        self._embeddings_norm: RMSNorm = read_norm(reader, "embeddings.LayerNorm")
         self._encoders = [EncoderLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
-        self.score = read_score(checkpoint, config) if config.labels else None
 
     def linears(self) -> Iterator[Linear]:
         """Yield the linears of all layers, in their order."""
@@ -225,3 +246,95 @@ class Encoder(Decoder):
         """Return RoBERTa's positions [T]: of the n-th token of a sequence that is no padding, n + padding."""
         real = (tokens != padding).long()
         return padding + torch.cat([real[span].cumsum(0) for span in spans]) * real
+
+
+class ModernLayer:
+    """Attention of rotated heads and a gated MLP, each of normed rows, and added to these."""
+
+    def __init__(self, reader: LayerReader, config: ModernConfig) -> None:
+        """Read the weights."""
+        names, mixer = config.names, config.attentions[reader.index]
+        self._index, self._heads, self._head_dim = reader.index, mixer.num_heads, mixer.head_dim
+        self._scale, self._reach = mixer.attention.scale, config.reaches[reader.index]
+        self._rope = config.ropes.index(mixer.rope)
+        modules = "attn_q", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h"
+        self._groups = tuple(reader.group(module).name for module in modules)
+        places = zip(modules, (names.qkv, (names.o,), names.gate_up, (names.down,)), strict=True)
+        biases = config.qkv_bias, config.o_bias, config.mlp_bias, config.mlp_bias
+        self.linears = tuple(
+            reader.linear(module, own, bias=bias) for (module, own), bias in zip(places, biases, strict=True)
+        )
+        self._attention_norm = None if reader.index == 0 else reader.optional_norm(names.input_norm)
+        self._norm = reader.optional_norm(names.mlp_norm)
+
+    def __call__(
+        self,
+        ops: Operations,
+        x: Tensor,
+        attention: SequenceAttention,
+        turns: Sequence[Turn],
+        lora: StepLora | None,
+    ) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+
+        def linear(place: int, x: Tensor) -> Tensor:
+            layer, group = self.linears[place], self._groups[place]
+            return ops.linear(layer, x) if lora is None else ops.adapted(layer, x, lora, self._index, group)
+
+        normed = x if self._attention_norm is None else self._attention_norm(x)
+        heads = linear(0, normed).view(len(x), -1, self._head_dim)
+        turned = rotate(heads[:, : 2 * self._heads], *turns[self._rope])
+        heads = torch.cat([turned, heads[:, 2 * self._heads :]], dim=1)
+        x = x + linear(1, attention.attend(heads, self._scale, self._reach))
+        wide = linear(2, x if self._norm is None else self._norm(x))
+        gate, up = wide.chunk(2, dim=1)
+        rows = torch.split(gate, 1) if ops.by_row else (gate,)
+        return x + linear(3, torch.cat([gelu(row) for row in rows]) * up)
+
+
+class ModernEncoder(Encoder):
+    """An encoder whose positions are in rotations, and whose last hidden states are normed."""
+
+    config: ModernConfig
+
+    def _read(self, reader: Reader, config: EncoderConfig) -> None:
+        """Read the layers, and the norms before and behind them."""
+        assert isinstance(config, ModernConfig)  # noqa: S101 - `read_encoder` looked
+        self._embeddings_norm = reader.norm("embeddings.norm")
+        self._modern = [ModernLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
+        self._norm = reader.norm(config.names.final_norm)
+        self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield the linears of all layers, in their order."""
+        for layer in self._modern:
+            yield from layer.linears
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        tokens: Tensor,  # noqa: ARG002 - their embeddings are there
+        hidden: Tensor,
+        positions: Tensor,
+        last_rows: Tensor | None,
+        attention: Attention,
+        cache: Cache,  # noqa: ARG002 - nothing is cached
+        lora: StepLora | None,
+        recurrence: Recurrence = no_recurrence,  # noqa: ARG002
+        out: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """Run embeddings [T, hidden] at positions [T]; return the last hidden states of some or all rows."""
+        assert isinstance(attention, SequenceAttention)  # noqa: S101 - `attention` made it
+        turns = [self._operations.angles(rope, positions) for rope in self._ropes]
+        x = self._embeddings_norm(hidden)
+        for layer in self._modern:
+            x = layer(self._operations, x, attention, turns, lora)
+        return self._norm(x if last_rows is None else x[last_rows])
+
+
+def read_encoder(
+    config: EncoderConfig, checkpoint: Tensors, operations: Operations, quantization: Rounding
+) -> Encoder:
+    """Load the encoder of a config."""
+    kind = ModernEncoder if isinstance(config, ModernConfig) else Encoder
+    return kind(config, checkpoint, operations, quantization)

@@ -13,7 +13,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, XLMRobertaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    ModernBertConfig,
+    XLMRobertaConfig,
+)
 
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
@@ -51,6 +57,21 @@ VECTORS: dict[str, dict[str, Any]] = {
 HEADS: dict[str, dict[str, Any]] = {
     "ranker": {"r": 6, "target_modules": ["query", "output.dense"]},
     "topics": {"r": 3, "lora_alpha": 5, "target_modules": ["value", "dense"]},
+}
+MODERN: dict[str, dict[str, Any]] = {
+    "usual": {"num_hidden_layers": 4},
+    "odd": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_theta": 50.0}},
+        **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias"), True),
+    },
+}
+"""Fields of a ModernBERT beside the sizes."""
+OF_MODERN: dict[str, dict[str, Any]] = {
+    "narrow": {"r": 4, "target_modules": ["Wqkv"]},
+    "wide": {"r": 7, "lora_alpha": 3, "use_rslora": True, "target_modules": "all-linear"},
+    "dora": {"r": 3, "use_dora": True, "target_modules": ["Wi", "attn.Wo", "Wqkv"]},
+    "biased": {"r": 2, "lora_bias": True, "target_modules": ["mlp.Wo"]},
 }
 QUERY, DOCUMENTS = "late <2> order<1>s", ["abc", "a dog"]
 """The query has the token that parts two texts, and the one that has no position in a RoBERTa."""
@@ -94,13 +115,13 @@ async def api(made: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIApi]:
         yield opened
 
 
-def states(world: World, model: str, ids: Sequence[int]) -> torch.Tensor:
-    """Return the last hidden states of transformers and PEFT."""
+def states(world: World, model: str, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Return the last hidden states of transformers and PEFT for each prompt."""
     found = bare(world.base)
-    if model in VECTORS:
+    if model in world.adapters:
         found = PeftModel.from_pretrained(found, world.adapters[model])
     with torch.no_grad():
-        return found.eval()(torch.tensor([list(ids)])).last_hidden_state[0]
+        return [found.eval()(torch.tensor([list(ids)])).last_hidden_state[0] for ids in prompts]
 
 
 @pytest.mark.parametrize("model", ["base", *VECTORS])
@@ -108,7 +129,7 @@ async def test_vectors_equal_those_of_transformers(
     made: tuple[World, MemoryStore], api: OpenAIApi, model: str
 ) -> None:
     """Vectors of every pooling are computed beside each other."""
-    hidden = [states(made[0], model, prompt) for prompt in PROMPTS]
+    hidden = states(made[0], model, PROMPTS)
     required = {
         None: [each.mean(0) for each in hidden],
         "cls": [each[0] for each in hidden],
@@ -142,6 +163,31 @@ async def test_scores_equal_those_of_transformers(
     ranked = await answer_of(api, "/rerank", model=model, query=QUERY, documents=DOCUMENTS)
     best = {each["index"]: each["relevance_score"] for each in ranked["results"]}
     close([best[0], best[1]], torch.cat(pairs))
+
+
+@pytest.mark.parametrize("fields", MODERN.values(), ids=MODERN)
+async def test_a_modern_encoder_equals_transformers(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """Base and adapters are computed in one batch, over texts longer than what local layers see."""
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        **(SIZES | {"local_attention": 16, "cls_token_id": 0, "sep_token_id": 2} | fields)
+    )
+    write_base(AutoModel.from_config(config), base)
+    for seed, (name, settings) in enumerate(OF_MODERN.items()):
+        made = get_peft_model(bare(base), LoraConfig(task_type="FEATURE_EXTRACTION", **settings))
+        save_random(made, tmp_path / name, seed)
+    world = World(base, {name: tmp_path / name for name in OF_MODERN}, tmp_path)
+    models, store = ("base", *OF_MODERN), world.built()
+    expected = torch.stack([each.mean(0) for model in models for each in states(world, model, PROMPTS)])
+    requests = [(model, prompt, Pooling.MEAN) for model in models for prompt in PROMPTS]
+    for options in ({}, {"deterministic": True}):
+        vectors, _ = run_pooled(world.load(store, max_batch_tokens=1024, **options), requests)
+        close(vectors, expected)
+    scoring = get_peft_model(loaded(base, 1), LoraConfig(task_type="SEQ_CLS", target_modules=["Wqkv"]))
+    save_random(scoring, tmp_path / "scoring", 1)
+    with pytest.raises(AdapterInvalid, match="a head of ModernBertModel"):
+        World(base, {"scoring": tmp_path / "scoring"}, tmp_path).build(MemoryStore())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
