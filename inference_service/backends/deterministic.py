@@ -15,8 +15,6 @@ from torch import Tensor
 
 from inference_service.backends.native import NativeLinear, NativeOperations
 from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.kernels.rows import Activation
-from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import SIZES, Linear, in_pieces
 from inference_service.layers.rope import Rope
 from loramux_shared.faults import SettingsInvalid
@@ -69,12 +67,6 @@ class DeterministicOperations(NativeOperations):
         """Row by row."""
         pairs = zip(torch.split(x, 1), torch.split(gate, 1), strict=True)
         return torch.cat([super(DeterministicOperations, self).gate(*pair) for pair in pairs])
-
-    def activated(self, x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
-        """Row by row."""
-        return torch.cat(
-            [super(DeterministicOperations, self).activated(row, activation) for row in torch.split(x, 1)]
-        )
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """Row by row."""

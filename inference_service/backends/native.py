@@ -103,17 +103,35 @@ class NativeOperations(Operations):
         delta_norm: RMSNorm | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The sum and its norm in one pass, but for norms that subtract a mean."""
-        if isinstance(norm, LayerNorm):
-            return super().norm(hidden, norm, delta, delta_norm, out)
+        """The sum and its norm in one pass; rows that may lie apart are normed where they are."""
+        if out is hidden:
+            self.ops.norm_heads(hidden, norm.weight[None], norm.eps, norm.offset)
+            return out
         if delta is not None and delta_norm is not None:
-            delta = self.ops.rms_norm(delta, None, delta_norm.weight, delta_norm.eps, delta_norm.offset)
-        normed = self.ops.rms_norm(hidden.contiguous(), delta, norm.weight, norm.eps, norm.offset)
+            delta = self._normed(delta, delta_norm, None)
+        normed = self._normed(hidden, norm, delta)
         return normed if out is None else out.copy_(normed)
+
+    def _normed(self, rows: Tensor, norm: RMSNorm, delta: Tensor | None) -> Tensor:
+        if isinstance(norm, LayerNorm):
+            return self.ops.layer_norm(rows, delta, norm.weight, norm.bias, norm.eps)
+        return self.ops.rms_norm(rows, delta, norm.weight, norm.eps, norm.offset)
+
+    def add(self, out: Tensor, x: Tensor) -> Tensor:
+        """Compute it in one pass."""
+        return self.ops.add(out, x)
+
+    def scale(self, out: Tensor, factor: float) -> Tensor:
+        """Compute it in one pass."""
+        return self.ops.add(out, None, factor)
 
     def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
         """Compute it in one pass."""
-        return self.ops.gated(gate_up, activation)
+        return self.ops.activated(gate_up, activation, gated=True)
+
+    def activated(self, x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
+        """Compute it in one pass."""
+        return self.ops.activated(x, activation)
 
     def attention(
         self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]

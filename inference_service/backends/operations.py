@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, gelu, silu
+from torch.nn.functional import embedding
 
 from inference_service.backends.base import (
     Attention,
@@ -26,6 +26,7 @@ from inference_service.kernels.blocks import WeightBlocks
 from inference_service.kernels.delta import StateChunk, reference
 from inference_service.kernels.experts import ByExpert, Routed, reference as of_experts
 from inference_service.kernels.rows import Activation
+from inference_service.kernels.rows.reference import ACTIVATIONS
 from inference_service.kernels.sampling import Drawn, RowParams, draw_rows, scores
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
@@ -35,12 +36,6 @@ from inference_service.layers.rope import Rope, rotate
 from loramux_shared.bases.memory import Keeps
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 from loramux_shared.runtime import Rounding
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": silu,
-    "gelu_tanh": partial(gelu, approximate="tanh"),
-    "gelu": gelu,
-}
 
 
 class Operations:
@@ -113,6 +108,14 @@ class Operations:
             hidden += delta if delta_norm is None else delta_norm(delta)
         normed = norm(hidden)
         return normed if out is None else out.copy_(normed)
+
+    def add(self, out: Tensor, x: Tensor) -> Tensor:
+        """Add x [T, dim] to out in place, and return it."""
+        return out.add_(x)
+
+    def scale(self, out: Tensor, factor: float) -> Tensor:
+        """Multiply out [T, dim] by a factor in place, and return it."""
+        return out.mul_(factor)
 
     def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
         """Return activation(gate) * up [T, intermediate] of both side by side; an update is one of `begun`."""

@@ -296,7 +296,7 @@ class Decoder:
             if self.config.parallel:
                 if layer.mlp_norm is not None:
                     x = self._add(hidden, layer.mlp_norm, None, None)
-                delta += layer.mlp(step, x)
+                delta = step.operations.add(delta, layer.mlp(step, x))
             else:
                 x = self._add(hidden, layer.mlp_norm, self._scaled(delta), layer.mixer_out_norm)
                 delta = layer.mlp(step, x)
@@ -323,7 +323,9 @@ class Decoder:
         if norm is not None:
             return self._operations.norm(hidden, norm, delta, delta_norm)
         if delta is not None:
-            hidden += delta if delta_norm is None else self._operations.norm(delta, delta_norm, None, None)
+            if delta_norm is not None:
+                delta = self._operations.norm(delta, delta_norm, None, None)
+            self._operations.add(hidden, delta)
         return hidden
 
     def _scaled(self, delta: Tensor) -> Tensor:
@@ -331,7 +333,7 @@ class Decoder:
         if self.ranks is not None:
             self.ranks.sum(delta)
         scale = self.config.residual_scale
-        return delta if scale == 1.0 else delta.mul_(scale)
+        return delta if scale == 1.0 else self._operations.scale(delta, scale)
 
     def _factors_at(self, positions: Tensor) -> Tensor | None:
         """Return the factors of queries at positions [T], [T, 1]; None: no scaling."""

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.operations import ACTIVATIONS
 from inference_service.core.constraint import packed
 from inference_service.kernels.cpu.compiling import Kind, kinds_that_run
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, adapters_of
 from inference_service.kernels.rows import Activation
+from inference_service.kernels.rows.reference import ACTIVATIONS
 from inference_service.kernels.sampling import Edits, RowParams, draw_rows
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
@@ -310,14 +310,31 @@ def test_heads_are_normed_in_place(ops: CpuOps) -> None:
     _assert_close(heads, expected, ops)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gated(ops: CpuOps, activation: Activation) -> None:
-    """A gate is exact far out on either side, too."""
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(ops: CpuOps, activation: Activation) -> None:
+    """An activation, of a gate or alone, is exact far out on either side, too."""
     for width in (1536, 50):
         gate_up = torch.randn(9, 2 * width).to(ops.dtype) * 3
         gate_up[0, :4] = torch.tensor([200.0, -200.0, 0.0, 88.0])
-        gate, up = gate_up.double().chunk(2, dim=1)
-        _assert_close(ops.gated(gate_up, activation), ACTIVATIONS[activation](gate) * up, ops, width)
+        gate, up = ACTIVATIONS[activation](gate_up.double()).chunk(2, dim=1)
+        _assert_close(ops.activated(gate_up, activation), torch.cat([gate, up], dim=1), ops, width)
+        expected = gate * gate_up[:, width:].double()
+        _assert_close(ops.activated(gate_up, activation, gated=True), expected, ops, width)
+
+
+def test_layer_norms_and_sums(ops: CpuOps) -> None:
+    """Rows beside zero keep their variance; a norm without biases and a factor without a sum are served."""
+    for rows, width, biased in product((2, 33), (48, 50), (True, False)):
+        hidden, delta = ((torch.randn(rows, width) + 3).to(ops.dtype) for _ in range(2))
+        weight, bias = (torch.randn(width).to(ops.dtype) for _ in range(2))
+        total, before = hidden + delta, hidden.clone()
+        found = ops.layer_norm(hidden, delta, weight, bias if biased else None, 1e-5)
+        assert torch.equal(hidden, total)
+        added = bias.double() if biased else None
+        expected = torch.nn.functional.layer_norm(total.double(), (width,), weight.double(), added, 1e-5)
+        _assert_close(found, expected, ops, (rows, width, biased))
+        assert torch.equal(ops.add(before, delta), total)
+        _assert_close(ops.add(total.clone(), None, 0.3), 0.3 * total.double(), ops)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 import random
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, GraniteConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from inference_service.backends import replayed
 from inference_service.core.sampling import SamplingParams
@@ -16,16 +16,8 @@ from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.kernels.cpu.program import Buffers
 from inference_service.startup.load import Ready
-from tests.support.tiny import ADAPTERS, SIZES, VOCAB, make_world_of, sequence
-
-MODELS = ("base", *ADAPTERS)
-WINDOWED = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 24, "tie_word_embeddings": True}
-FAMILIES: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SIZES, attention_bias=True),
-    "qwen3": Qwen3Config(**SIZES | {"head_dim": 16}),
-    "gemma2": Gemma2Config(**SIZES | WINDOWED, attn_logit_softcapping=2.0),
-    "granite": GraniteConfig(**SIZES, residual_multiplier=0.3),
-}
+from tests.models.test_families import CASES
+from tests.support.tiny import VOCAB, make_world_of, sequence
 
 
 class Counted:
@@ -42,14 +34,14 @@ class Counted:
         monkeypatch.setattr(replayed._Replay, "run", counted)
 
 
-def answers(ready: Ready, seed: int) -> dict[str, list[StepOutput]]:
+def answers(ready: Ready, models: Sequence[str], seed: int) -> dict[str, list[StepOutput]]:
     """Run requests to all models, which arrive and end at different steps; return the results."""
     engine, draw = ready.engine._engine, random.Random(seed)
     params = SamplingParams(max_tokens=12, logprobs=3)
     found: dict[str, list[StepOutput]] = {}
     for number in range(24):
         prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(1, 40))]
-        engine.add(sequence(ready, str(number), draw.choice(MODELS), prompt, params))
+        engine.add(sequence(ready, str(number), draw.choice(models), prompt, params))
         for _ in range(draw.randint(0, 6)):
             for output in engine.step():
                 found.setdefault(output.seq_id, []).append(output)
@@ -62,29 +54,34 @@ def answers(ready: Ready, seed: int) -> dict[str, list[StepOutput]]:
 @pytest.mark.parametrize(
     ("family", "settings", "replays"),
     [
-        ("llama", {"dtype": "bfloat16"}, True),
-        ("llama", {"dtype": "bfloat16", "quantization": "int8"}, True),
+        ("mistral", {"dtype": "bfloat16"}, True),
+        ("mistral", {"dtype": "bfloat16", "quantization": "int8"}, True),
         ("qwen3", {"dtype": "float32"}, True),
         ("gemma2", {"dtype": "float32", "deterministic": True}, True),
-        ("granite", {"dtype": "float32"}, False),
+        ("cohere2", {"dtype": "bfloat16"}, True),
+        ("phi2", {"dtype": "float32", "deterministic": True}, True),
+        ("starcoder2-plain", {"dtype": "float32"}, True),
+        ("granite", {"dtype": "float32"}, True),
+        ("olmo2", {"dtype": "float32"}, True),
+        ("mixtral", {"dtype": "float32"}, False),
     ],
-    ids=["llama", "int8", "qwen3", "gemma2", "granite"],
 )
 def test_answers_are_the_same_to_the_last_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any], replays: bool
 ) -> None:
     """Rows and adapters vary from step to step; where layers have operations of torch, there is no program."""
-    world = make_world_of(tmp_path, FAMILIES[family], ADAPTERS)
+    case = CASES[family]
+    world, models = make_world_of(tmp_path, case.config, case.adapters), ("base", *case.adapters)
     store = world.built()
     monkeypatch.setattr(replayed, "RUNS_BEFORE", 0)
     counted = Counted(monkeypatch)
     ready = world.load(store, backend="native", prefix_cache=False, **settings)
-    first, second = answers(ready, 1), answers(ready, 2)
+    first, second = answers(ready, models, 1), answers(ready, models, 2)
     assert (counted.runs > 100) is replays
     monkeypatch.setattr(replayed, "MOST_ROWS", 0)
     usual = world.load(store, backend="native", prefix_cache=False, **settings)
-    assert answers(usual, 1) == first
-    assert answers(usual, 2) == second
+    assert answers(usual, models, 1) == first
+    assert answers(usual, models, 2) == second
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, adapters_of
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights, StateChunk, reference
 from inference_service.kernels.integers import quantize
-from inference_service.kernels.rows import Activation, reference as of_rows
+from inference_service.kernels.rows import Activation
+from inference_service.kernels.rows.reference import ACTIVATIONS, gated
 from inference_service.kernels.sampling import RowParams, draw_rows, scores
 from loramux_shared.runtime import Rounding
 
@@ -33,11 +34,11 @@ Pair = tuple[Tensor, Tensor]
 def first_wrong(library: ctypes.CDLL) -> str | None:
     """Return the name of an operation that is missing or computes something else; None if all are right."""
     checks: dict[str, Callable[[CpuOps, torch.Generator], Pair]] = {
-        "rms_norm": _norm, "norm of heads": _head_norm, "silu": partial(_activated, "silu"),
-        "gelu_tanh": partial(_activated, "gelu_tanh"), "linear": _linear, "compact product": _compact,
-        "product of 8 bits": partial(_integers, Rounding.INT8), "lora": _lora, "attention": _attention,
-        "product of 4 bits": partial(_integers, Rounding.INT4), "delta_rule": _delta_rule, "draw": _draw,
-        "scores": _scores,
+        "rms_norm": _norm, "norm of heads": _head_norm, "layer_norm": _layer_norm, "sum": _sum,
+        **{name: partial(_activated, name) for name in ACTIVATIONS}, "linear": _linear,
+        "compact product": _compact, "product of 8 bits": partial(_integers, Rounding.INT8),
+        "product of 4 bits": partial(_integers, Rounding.INT4), "lora": _lora, "attention": _attention,
+        "delta_rule": _delta_rule, "draw": _draw, "scores": _scores,
     }  # fmt: skip
     for dtype, tolerance in TOLERANCE.items():
         try:
@@ -70,9 +71,24 @@ def _head_norm(ops: CpuOps, generator: torch.Generator) -> Pair:
     return heads, expected
 
 
+def _layer_norm(ops: CpuOps, generator: torch.Generator) -> Pair:
+    hidden, delta = (_random(ops, generator, 4, 40) for _ in range(2))
+    weight, bias = (_random(ops, generator, 40) for _ in range(2))
+    expected = layer_norm((hidden + delta).double(), (40,), weight.double(), bias.double(), 1e-6)
+    return ops.layer_norm(hidden, delta, weight, bias, 1e-6), expected
+
+
+def _sum(ops: CpuOps, generator: torch.Generator) -> Pair:
+    x, y = (_random(ops, generator, 4, 40) for _ in range(2))
+    expected = 0.3 * (x.double() + y.double())
+    return ops.add(x, y, 0.3), expected
+
+
 def _activated(activation: Activation, ops: CpuOps, generator: torch.Generator) -> Pair:
     both = _random(ops, generator, 3, 2 * 40)
-    return ops.gated(both, activation), of_rows.gated(both, activation, torch.float64)
+    found = ops.activated(both, activation), ops.activated(both, activation, gated=True)
+    expected = ACTIVATIONS[activation](both.double()), gated(both, activation, torch.float64)
+    return torch.cat(found, dim=1), torch.cat(expected, dim=1)
 
 
 def _draw(ops: CpuOps, generator: torch.Generator) -> Pair:

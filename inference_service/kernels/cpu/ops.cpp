@@ -8,6 +8,12 @@
 #include "rows.h"
 #include "sampling.h"
 
+#define ACTIVATION(T, SUFFIX, NAME, KIND)                                                                             \
+  extern "C" void NAME##_##SUFFIX(const void* in, void* out, int64_t rows, int64_t width, int64_t gated,              \
+                                  int64_t threads) {                                                                  \
+    activate<T, KIND>((const T*)in, (T*)out, rows, width, gated, threads);                                            \
+  }
+
 #define EXPORT(T, SUFFIX)                                                                                             \
   extern "C" void linear_##SUFFIX(const void* x, int64_t ldx, int64_t rows, int64_t K, const void* w, const void* bias,\
                                   int64_t bits, const void* scales, int64_t group, void* out, int64_t ldo, int64_t N, \
@@ -35,15 +41,20 @@
   extern "C" void rms_norm_##SUFFIX(void* hidden, const void* delta, const void* weight, int64_t weights, void* out,  \
                                     int64_t rows, int64_t width, int64_t ld, float eps, float offset,                 \
                                     int64_t threads) {                                                                \
-    rms_norm<T>((T*)hidden, (const T*)delta, (const T*)weight, weights, (T*)out, rows, width, ld, eps, offset,        \
-                threads);                                                                                             \
+    norm<T, false>((T*)hidden, (const T*)delta, (const T*)weight, nullptr, weights, (T*)out, rows, width, ld, eps,    \
+                   offset, threads);                                                                                  \
   }                                                                                                                   \
-  extern "C" void silu_##SUFFIX(const void* in, void* out, int64_t rows, int64_t width, int64_t threads) {            \
-    gated<T, false>((const T*)in, (T*)out, rows, width, threads);                                                     \
+  extern "C" void layer_norm_##SUFFIX(void* hidden, const void* delta, const void* weight, const void* biases,        \
+                                      void* out, int64_t rows, int64_t width, float eps, int64_t threads) {           \
+    norm<T, true>((T*)hidden, (const T*)delta, (const T*)weight, (const T*)biases, 1, (T*)out, rows, width, width, eps,\
+                  0, threads);                                                                                        \
   }                                                                                                                   \
-  extern "C" void gelu_tanh_##SUFFIX(const void* in, void* out, int64_t rows, int64_t width, int64_t threads) {       \
-    gated<T, true>((const T*)in, (T*)out, rows, width, threads);                                                      \
+  extern "C" void add_##SUFFIX(void* to, const void* x, int64_t rows, int64_t width, float scale, int64_t threads) {  \
+    add<T>((T*)to, (const T*)x, rows, width, scale, threads);                                                         \
   }                                                                                                                   \
+  ACTIVATION(T, SUFFIX, silu, Silu)                                                                                   \
+  ACTIVATION(T, SUFFIX, gelu_tanh, GeluTanh)                                                                          \
+  ACTIVATION(T, SUFFIX, gelu, Gelu)                                                                                   \
   extern "C" void delta_rule_##SUFFIX(const void* qkv, int64_t ld_qkv, const void* z, int64_t ld_z, const void* b,    \
                                       int64_t ld_b, const void* a, int64_t ld_a, const void* conv, const void* decay, \
                                       const void* dt_bias, const void* norm, void* rows, void* states, void* x,       \
@@ -70,7 +81,8 @@
   }                                                                                                                   \
   extern "C" void run_##SUFFIX(const void* words, int64_t count) {                                                    \
     run_program((const int64_t*)words, count, linear_##SUFFIX, attention_##SUFFIX, rope_write_##SUFFIX,               \
-                rms_norm_##SUFFIX, silu_##SUFFIX, gelu_tanh_##SUFFIX, exchange_##SUFFIX);                             \
+                rms_norm_##SUFFIX, layer_norm_##SUFFIX, add_##SUFFIX, silu_##SUFFIX, gelu_tanh_##SUFFIX, gelu_##SUFFIX,\
+                exchange_##SUFFIX);                                                                                   \
   }
 
 // compiling.py compiles each type by itself, and both at the same time.

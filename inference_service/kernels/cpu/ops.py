@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from inference_service.kernels.blocks import WeightBlocks
-from inference_service.kernels.cpu.program import Buffers, Recorder
+from inference_service.kernels.cpu.program import CODES, Buffers, Recorder
 from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.integers import Quantized
 from inference_service.kernels.rows import Activation
@@ -54,8 +54,9 @@ _SIGNATURES = {
     "attention": "pippippiiiiffiip",
     "rope_write": "pppiiiiiipppppii",
     "rms_norm": "pppipiiiffi",
-    "silu": "ppiii",
-    "gelu_tanh": "ppiii",
+    "layer_norm": "pppppiifi",
+    "add": "ppiifi",
+    **dict.fromkeys(get_args(Activation), "ppiiii"),
     "delta_rule": "pipipipippppppppiiiiiifpii",
     "draw": "piipipppi",
     "scores": "piiipippppi",
@@ -167,11 +168,9 @@ class CpuOps:
         self._compact.argtypes, self._compact.restype = [_TYPES[letter] for letter in "pippi"], ctypes.c_int64
         self._pack_blocks = library.pack_blocks
         self._pack_blocks.argtypes, self._pack_blocks.restype = [_TYPES[letter] for letter in "piiipi"], None
-        self._linear, self._pack = functions["linear"], functions["pack"]
-        self._attention = functions["attention"]
-        self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
-        self._delta_rule, self._exchange = functions["delta_rule"], functions["exchange"]
-        self._gated = {"silu": functions["silu"], "gelu_tanh": functions["gelu_tanh"]}
+        self._pack, self._delta_rule = functions["pack"], functions["delta_rule"]
+        self._steps = {name: functions[name] for name in CODES}
+        """The operations that a program may have."""
         self._empty: Callable[..., Tensor] = torch.empty
         self._run = getattr(library, f"run_{DTYPES[dtype]}")
         self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_int64], None
@@ -190,19 +189,13 @@ class CpuOps:
         if not self._recording.acquire(blocking=False):
             yield None
             return
-        names = ("linear", "attention", "rope_write", "rms_norm", "exchange")
-        usual = {name: getattr(self, f"_{name}") for name in names}
-        gated, self.recorder = self._gated, Recorder(buffers, rows, self._run)
+        usual, self.recorder = self._steps, Recorder(buffers, rows, self._run)
         try:
-            for name, function in usual.items():
-                setattr(self, f"_{name}", self.recorder.wrapped(name, function))
-            self._gated = {name: self.recorder.wrapped(name, function) for name, function in gated.items()}
+            self._steps = {name: self.recorder.wrapped(name, function) for name, function in usual.items()}
             self._empty = self.recorder.empty
             yield self.recorder
         finally:
-            for name, function in usual.items():
-                setattr(self, f"_{name}", function)
-            self._gated, self._empty, self.recorder = gated, torch.empty, None
+            self._steps, self._empty, self.recorder = usual, torch.empty, None
             self._recording.release()
 
     def linear(self, x: Tensor, weight: Tiled, adapters: Adapters = NO_ADAPTERS) -> Tensor:
@@ -212,7 +205,7 @@ class CpuOps:
         """
         (rows, width), columns = x.shape, weight.columns
         out = self._empty(rows, columns, dtype=self.dtype)
-        self._linear(
+        self._steps["linear"](
             x.data_ptr(), x.stride(0), rows, width, *weight.arguments, out.data_ptr(), columns, columns,
             *adapters, self.threads,
         )  # fmt: skip
@@ -221,7 +214,7 @@ class CpuOps:
     def lora(self, x: Tensor, out: Tensor, adapters: Adapters) -> None:
         """Add to out [T, N] what adapters make of x [T, K]."""
         rows, width = x.shape
-        self._linear(
+        self._steps["linear"](
             x.data_ptr(), x.stride(0), rows, width, None, None, 0, None, 0, out.data_ptr(), out.stride(0),
             out.shape[1],
             *adapters, self.threads,
@@ -311,7 +304,7 @@ class CpuOps:
         kv_heads, num_blocks = keys.shape[:2]
         rows, heads, dim = q.shape
         out = self._empty(rows, heads * dim, dtype=q.dtype)
-        self._attention(
+        self._steps["attention"](
             q.data_ptr(), q.stride(0), out.data_ptr(), chunks.table.address, len(chunks.table.values),
             keys.data_ptr(), values.data_ptr(), num_blocks, kv_heads, group, dim, scale, softcap, window,
             self.threads, None if sinks is None else sinks.data_ptr(),
@@ -334,7 +327,7 @@ class CpuOps:
         q, k and v have one row stride; cos and sin are float32 [T, rotary], the first half of sin negated.
         """
         rows, heads, dim = q.shape
-        self._rope_write(
+        self._steps["rope_write"](
             q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), rows, heads, k.shape[1], dim, cos.shape[1],
             cos.data_ptr(), sin.data_ptr(), cache_rows.data_ptr(), keys.data_ptr(), values.data_ptr(),
             keys.shape[1], self.threads,
@@ -346,7 +339,7 @@ class CpuOps:
         """Add delta to hidden [T, width] in place; return its norm times (offset + weight [width])."""
         out = self._empty(*hidden.shape, dtype=hidden.dtype)
         rows, width = hidden.shape
-        self._rms_norm(
+        self._steps["rms_norm"](
             hidden.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), 1,
             out.data_ptr(), rows, width, width, eps, offset, self.threads,
         )  # fmt: skip
@@ -356,16 +349,33 @@ class CpuOps:
         """Norm the first of heads [T, heads, d] in place, as many as there are weights [weights, d]."""
         weights, width = weight.shape
         rows, place = len(heads) * weights, heads.data_ptr()
-        self._rms_norm(
+        self._steps["rms_norm"](
             place, None, weight.data_ptr(), weights, place, rows, width, heads.stride(0), eps, offset,
             self.threads,
         )  # fmt: skip
 
-    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """Return activation(gate) * up [T, width] of gate_up [T, 2 * width]."""
-        rows, both = gate_up.shape
-        out = self._empty(rows, both // 2, dtype=gate_up.dtype)
-        self._gated[activation](gate_up.data_ptr(), out.data_ptr(), rows, both // 2, self.threads)
+    def layer_norm(
+        self, hidden: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """Add delta to hidden [T, width] in place; return its layer norm."""
+        out = self._empty(*hidden.shape, dtype=hidden.dtype)
+        self._steps["layer_norm"](
+            hidden.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(),
+            None if bias is None else bias.data_ptr(), out.data_ptr(), *hidden.shape, eps, self.threads,
+        )  # fmt: skip
+        return out
+
+    def add(self, out: Tensor, x: Tensor | None, factor: float = 1.0) -> Tensor:
+        """Add x, if any, to out [T, width], multiply the sum by a factor in place, and return it."""
+        added = None if x is None else x.data_ptr()
+        self._steps["add"](out.data_ptr(), added, *out.shape, factor, self.threads)
+        return out
+
+    def activated(self, x: Tensor, activation: Activation, *, gated: bool = False) -> Tensor:
+        """Return activation(x), or activation(gate) * up [T, width] of x [T, 2 * width]."""
+        rows, width = len(x), x.shape[1] // (2 if gated else 1)
+        out = self._empty(rows, width, dtype=x.dtype)
+        self._steps[activation](x.data_ptr(), out.data_ptr(), rows, width, gated, self.threads)
         return out
 
     def gated_delta(self, inputs: DeltaInputs, chunks: Table) -> Tensor:
@@ -396,7 +406,7 @@ class CpuOps:
         at first: a line of 64 bytes that is not zero once one has failed, which ends every exchange; a line for
         each; and twice as many places of room values as there are processes.
         """
-        self._exchange(rows.data_ptr(), rows.numel(), shared, *place, sources, room)
+        self._steps["exchange"](rows.data_ptr(), rows.numel(), shared, *place, sources, room)
 
     def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
         """Draw a token for each row of logits [N, vocab], as `kernels.sampling.draw_rows` does."""

@@ -13,12 +13,14 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from inference_service.kernels.rows import Activation
 
 Words = npt.NDArray[np.int64]
 Argument = int | float | None
@@ -27,7 +29,16 @@ Place = tuple[int, int]
 CODES: Final = {
     name: code
     for code, name in enumerate(
-        ("linear", "attention", "rope_write", "rms_norm", "silu", "gelu_tanh", "exchange")
+        (
+            "linear",
+            "attention",
+            "rope_write",
+            "rms_norm",
+            "layer_norm",
+            "add",
+            *get_args(Activation),
+            "exchange",
+        )
     )
 }
 """The operations that a program may have, by their places in ``run``."""

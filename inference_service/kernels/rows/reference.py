@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
+
+from inference_service.kernels.rows.launch import Activation
+
+ACTIVATIONS: Final[dict[Activation, Callable[[Tensor], Tensor]]] = {
+    "silu": silu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+    "gelu": gelu,
+}
 
 
 def norm(x: Tensor, weight: Tensor, *, eps: float, offset: float, dtype: torch.dtype) -> Tensor:
@@ -13,20 +25,15 @@ def norm(x: Tensor, weight: Tensor, *, eps: float, offset: float, dtype: torch.d
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.to(dtype) + offset)
 
 
-def activated(x: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+def activated(x: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
     """activation(x)."""
-    wide = x.to(dtype)
-    return (
-        silu(wide)
-        if activation == "silu"
-        else gelu(wide, approximate="tanh" if "tanh" in activation else "none")
-    )
+    return ACTIVATIONS[activation](x.to(dtype))
 
 
-def gated(gate_up: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+def gated(gate_up: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
     """activation(gate) * up [T, I] of both side by side."""
     gate, up = gate_up.to(dtype).chunk(2, dim=-1)
-    return activated(gate, activation, dtype) * up
+    return ACTIVATIONS[activation](gate) * up
 
 
 def embed(tokens: Tensor, table: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
