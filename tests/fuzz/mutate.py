@@ -3,16 +3,19 @@
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+import pytest
 from google.protobuf.json_format import MessageToDict, Parse, ParseError
 from google.protobuf.message import Message
 
+from loramux_shared.codes import CODES
+from loramux_shared.faults import Finding
 from tests.support.waiting import BOUND_S
 
 GROWTH: Final = 64 << 20
@@ -102,6 +105,20 @@ class Watch:
     def note(self, outcome: str) -> None:
         """Count an outcome."""
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+
+
+def runs(count: int) -> list[Any]:
+    """Return the seeds of a test's parameters: so many, and many with --sweep."""
+    marks = (pytest.mark.sweep, pytest.mark.timeout(3600))
+    return [pytest.param(range(count), id="short"), pytest.param(range(10_000, 30_000), marks=marks, id="long")]
+
+
+def check_findings(findings: Iterable[Finding], case: int) -> None:
+    """Check that findings have known codes, and short texts that JSON can hold."""
+    for finding in findings:
+        assert finding.code in CODES, case
+        assert len(str(finding)) < 2000, case
+        json.dumps(finding.model_dump(), ensure_ascii=False).encode()
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Mutated adapter configs are refused by name, or mean what PEFT reads."""
 
-import json
 import math
 from pathlib import Path
 from random import Random
@@ -9,8 +8,7 @@ from typing import Any
 import pytest
 
 from builder_service.domain.rules.adapter import check_adapter
-from loramux_shared.codes import CODES
-from tests.fuzz.mutate import TEXTS, bounded, json_text, mutated_json
+from tests.fuzz.mutate import TEXTS, bounded, check_findings, json_text, mutated_json, runs
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT
 from tests.support.adapters import write_adapter
 from tests.support.cases import cases
@@ -30,32 +28,19 @@ def mutated(rng: Random, *, costly: bool) -> bytes:
     return json_text(value, rng)
 
 
-RUNS = [
-    pytest.param(range(75), id="short"),
-    pytest.param(range(10_000, 30_000), marks=(pytest.mark.sweep, pytest.mark.timeout(3600)), id="long"),
-]
-
-
-def fuzz(folder: Path, cases: range) -> None:
-    """Check so many mutations, each from a seed of its own."""
+@pytest.mark.parametrize("cases", runs(75))
+def test_mutated_configs_are_taken_or_refused_by_name(tmp_path: Path, cases: range) -> None:
+    """Any config gives a named finding or rows with finite scales; never anything else."""
     rules = book()
-    write_adapter(folder)
+    write_adapter(tmp_path)
     with bounded() as watch:
         for case in cases:
-            (folder / "adapter_config.json").write_bytes(mutated(Random(case), costly=case % 500 == 499))
+            (tmp_path / "adapter_config.json").write_bytes(mutated(Random(case), costly=case % 500 == 499))
             with watch.case(f"seed {case}"):
-                checked = check_adapter(folder, rules)
-            assert {finding.code for finding in checked.findings} <= CODES.keys(), case
-            assert max((len(str(finding)) for finding in checked.findings), default=0) < 2000, case
-            json.dumps([item.model_dump() for item in checked.findings], ensure_ascii=False).encode()
+                checked = check_adapter(tmp_path, rules)
+            check_findings(checked.findings, case)
             watch.note("accepted" if checked.rows else "refused")
             assert bool(checked.rows) != bool(checked.errors), case
             assert not checked.errors or not checked.invocation_tokens, case
             assert all(0 <= token < rules.limits.base.dims.vocab for token in checked.invocation_tokens), case
             assert all(math.isfinite(planned.row.scale) for planned in checked.rows), case
-
-
-@pytest.mark.parametrize("cases", RUNS)
-def test_mutated_configs_are_taken_or_refused_by_name(tmp_path: Path, cases: range) -> None:
-    """Any config gives a named finding or rows with finite scales; never anything else."""
-    fuzz(tmp_path, cases)

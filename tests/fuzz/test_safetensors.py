@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from builder_service.domain.rules.adapter import check_adapter
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from loramux_shared.codes import CODES
-from tests.fuzz.mutate import bounded, json_text, mutated_json, mutations
+from tests.fuzz.mutate import bounded, json_text, mutated_json, mutations, runs
 from tests.support.adapters import tensors, write_adapter
 from tests.unit.domain.test_adapter_rules import book
 
@@ -46,32 +46,21 @@ def opened(path: Path) -> TensorFile | None:
         return None
 
 
-RUNS = [
-    pytest.param(range(300), id="short"),
-    pytest.param(range(10_000, 30_000), marks=(pytest.mark.sweep, pytest.mark.timeout(3600)), id="long"),
-]
-
-
-def fuzz(folder: Path, cases: range) -> None:
-    """Check so many mutations, each from a seed of its own."""
-    write_adapter(folder)
-    path, rules = folder / "adapter_model.safetensors", book()
+@pytest.mark.parametrize("cases", runs(300))
+def test_mutated_files_are_read_as_the_library_reads_them(tmp_path: Path, cases: range) -> None:
+    """A file that is accepted is accepted by the library too; one that is refused has a code."""
+    write_adapter(tmp_path)
+    path, rules = tmp_path / "adapter_model.safetensors", book()
     with bounded() as watch:
         for case in cases:
             data = mutated(Random(case))
             path.write_bytes(data)
             with watch.case(f"seed {case}"):
                 file = opened(path)
-                codes = {finding.code for finding in check_adapter(folder, rules).findings}
+                codes = {finding.code for finding in check_adapter(tmp_path, rules).findings}
             assert codes <= CODES.keys()
             assert (file is None) == (codes == {"E_BAD_WEIGHTS"}), case
             watch.note("refused" if file is None else "accepted")
             if file is not None:  # then the library does, and reads the same
                 theirs = {name: tuple(info["shape"]) for name, info in safetensors.deserialize(data)}
                 assert theirs == {name: tensor.shape for name, tensor in file.tensors.items()}, case
-
-
-@pytest.mark.parametrize("cases", RUNS)
-def test_mutated_files_are_read_as_the_library_reads_them(tmp_path: Path, cases: range) -> None:
-    """A file that is accepted is accepted by the library too; one that is refused has a code."""
-    fuzz(tmp_path, cases)
