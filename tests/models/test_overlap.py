@@ -17,9 +17,8 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, lay_out
-from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.tiny import ADAPTERS, VOCAB, World, make_world, run_engine
+from tests.support.tiny import World, make_world, run_engine
 
 BLOCK = 4
 TOKENS = 5
@@ -242,44 +241,6 @@ def test_a_failing_step_loses_no_end_of_the_others() -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
     world = make_world(tmp_path_factory.mktemp("tiny"))
     return world, world.built()
-
-
-def _ready(world: tuple[World, MemoryStore], depth: int, **settings: object) -> Ready:
-    ready = world[0].load(world[1], native=False, **settings)
-    ready.engine._engine._runner.depth = depth
-    return ready
-
-
-@pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "drawn"])
-def test_the_torch_runner_gives_the_same_tokens_at_both_depths(
-    world: tuple[World, MemoryStore], prefix_cache: bool, sampling: dict[str, float]
-) -> None:
-    """Base and adapters, chunks, too few blocks for all, stop tokens; each twice, for the prefix cache."""
-    draw = random.Random(8)
-    models = ("base", *ADAPTERS)
-    requests = [
-        (models[index % 4], [draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 30))])
-        for index in range(12)
-    ]
-    token_bytes = 2 * 2 * 2 * 8 * 4
-    answers = []
-    for depth in (0, 1):
-        ready = _ready(
-            world,
-            depth,
-            prefix_cache=prefix_cache,
-            block_size=8,
-            max_batch_tokens=24,
-            kv_memory_gb=64 * token_bytes / 1e9,
-        )
-        stop = frozenset(range(60, 64))
-        answers += [run_engine(ready, requests, 14, stop_token_ids=stop, **sampling) for _ in range(2)]
-        stats = ready.engine.stats
-        assert stats.preemptions > 0
-        assert stats.blocks_free == stats.blocks_total
-    assert answers[0] == answers[1] == answers[2] == answers[3]
-    assert any(len(answer) < 14 for answer in answers[0])
 
 
 def test_what_shapes_its_logits_is_not_drafted(world: tuple[World, MemoryStore]) -> None:

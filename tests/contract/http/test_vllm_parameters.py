@@ -169,6 +169,7 @@ async def test_an_answer_goes_on_with_the_last_message(api: OpenAIApi) -> None:
     fields = {"messages": turns, "add_generation_prompt": False, "continue_final_message": True}
     expected = await texts(api, prompt="u:Hi;a:i; So ", add_special_tokens=False, n=2)
     assert await texts(api, CHAT, **fields, n=2) == expected
+    assert (await whole(api, CHAT, **fields, request_id="job-1"))["id"] == "chatcmpl-job-1"
     empty = {"messages": [{"role": "user", "content": ""}]}
     assert await refusal(api, CHAT, **fields | empty) == ("messages[0].content", "invalid_value")
 
@@ -300,19 +301,3 @@ async def test_token_ids_of_an_echo_are_the_answers(api: OpenAIApi) -> None:
     parts = [part for chunk in await api.chunks(CHAT, **body(CHAT, **forced)) for part in chunk["choices"]]
     assert choice["finish_reason"] == "tool_calls"
     assert [token for part in parts for token in part["token_ids"]] == choice["token_ids"]
-
-
-async def test_openais_client_sends_them_as_extra_body(api: OpenAIApi) -> None:
-    """OpenAI's client sends several of vLLM's parameters at once, as programs for vLLM do."""
-    extra = {"cache_salt": "team-7", "request_id": "job-1", "bad_words": ["b"], "min_p": None, "top_k": -1}
-    extra |= {"include_stop_str_in_output": True, "allowed_token_ids": ids_of("abc"), "return_token_ids": True}
-    extra |= {"continue_final_message": True, "add_generation_prompt": False, "truncate_prompt_tokens": -1}
-    turns: Any = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]
-    sampled: dict[str, Any] = {"temperature": 2.5, "seed": 1, "stop": ["c"], "max_tokens": 40}
-    answer = await api.openai.chat.completions.create(
-        model="rs", messages=turns, **sampled, extra_body=extra | {"structured_outputs": {"regex": "[abc]*"}}
-    )
-    assert answer.id == "chatcmpl-job-1"
-    assert re.fullmatch("a*c?", answer.choices[0].message.content or "")
-    reported = (answer.model_extra or {})["prompt_token_ids"]
-    assert reported == api.ready.service.text.encode("u:Hi;a:So", add_special_tokens=False)
