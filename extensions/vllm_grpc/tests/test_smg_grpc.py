@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from openai import AsyncOpenAI
 from inference_service.http.server import HttpServer
 from tests.support.served_replicas import Built
 from tests.support.smg import running_smg
-from tests.support.waiting import BOUND_S, bounded, until
+from tests.support.waiting import BOUND_S, bounded
 from tests.vllm_apis import MODEL, VllmApis, open_apis
 
 pytestmark = [pytest.mark.sweep, pytest.mark.asyncio(loop_scope="module")]
@@ -105,30 +104,3 @@ async def test_answers_are_those_of_the_replica(gateway: Gateway, model: str) ->
                     {each.token: each.logprob for each in one.logprobs.content} for one in (theirs, ours)
                 )
                 assert emitted == pytest.approx(real, abs=1e-5)
-
-
-async def test_of_two_replicas_one_drains(chatty: Built, tmp_path: Path) -> None:
-    """No request of 120 around a drain without a delay fails."""
-    async with (
-        open_apis(chatty) as one,
-        open_apis(chatty) as two,
-        running_smg(
-            tmp_path, [f"grpc://{each.addresses[0]}" for each in (one, two)], "--policy", "round_robin"
-        ) as url,
-        httpx.AsyncClient(base_url=url, timeout=BOUND_S) as web,
-        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=BOUND_S) as through,
-    ):
-        await until_known(web, "base", "base")
-
-        numbers, texts = count(), []
-
-        async def ask() -> None:
-            while next(numbers) < 120:
-                chat = await through.chat.completions.create(model="base", messages=HELLO, **GREEDY)
-                texts.append(chat.choices[0].message.content)
-
-        asking = [asyncio.create_task(ask()) for _ in range(8)]
-        await until(lambda: len(texts) > 20, "answers before the drain")
-        assert await one.server.drain(BOUND_S)
-        await asyncio.gather(*asking)
-        assert len(set(texts)) == 1

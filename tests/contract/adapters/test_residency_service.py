@@ -8,14 +8,13 @@ import pytest
 import pytest_asyncio
 
 from inference_service.serving.request import AnswerDelta, AnswerStarted, Request
-from loramux_shared.bundle.deployments import current_generation, publish_generation
+from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.mortal import copied
 from tests.support.service import PROMPT, Service, open_service
 from tests.support.tiny import ADAPTERS, World
-from tests.support.waiting import until
 
 Opened = Callable[..., Awaitable[Service]]
 NAMES = sorted(ADAPTERS)
@@ -92,39 +91,3 @@ async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
         else:
             digest, tokens = await _tokens(service, name)
             assert tokens == expected[digest]
-
-
-async def test_names_switch_under_running_requests(
-    opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
-) -> None:
-    """While names switch, each request is answered to its end by the digest that AnswerStarted names."""
-    store = copied(world[1])
-    service = await opened((world[0], store), adapter_memory_gb=SMALL)
-    generation = current_generation(store, "tiny")
-    digests = {record.digest for record in generation.adapters.values()}
-    going = True
-    answers: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in NAMES}
-
-    async def ask(name: str) -> None:
-        while going:
-            answers[name].append(await _tokens(service, name))
-
-    asking = [asyncio.create_task(ask(name)) for name in NAMES]
-    records = [generation.adapters[name] for name in NAMES]
-    try:
-        for turn in range(1, 7):
-            turned = records[turn % 3 :] + records[: turn % 3]
-            changed = {"adapters": dict(zip(NAMES, turned, strict=True))}
-            generation = publish_generation(store, generation.model_copy(update=changed))
-            service.ready.adapters.apply(generation)
-            for found in answers.values():
-                behind = len(found) + 1  # the next one may have begun before the switch
-                await until(lambda: len(found) > behind, "answers behind the switch", lambda: len(found))  # noqa: B023
-    finally:
-        going = False
-    await asyncio.gather(*asking)
-    for found in answers.values():
-        assert {digest for digest, _ in found} == digests
-        assert all(tokens == expected[digest] for digest, tokens in found)
-    digest, _ = await _tokens(service, NAMES[0])
-    assert digest == generation.adapters[NAMES[0]].digest

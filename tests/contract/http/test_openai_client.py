@@ -1,6 +1,5 @@
 """OpenAI's API through OpenAI's own client, with a tiny real model behind it."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any, Literal
@@ -46,29 +45,6 @@ async def test_models(api: OpenAIApi) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         await api.openai.models.retrieve("org/nope:1")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-
-
-async def test_the_synchronous_client_streams(api: OpenAIApi) -> None:
-    """The same answer comes in pieces: role first, reason last, then the usage."""
-    whole = await api.openai.chat.completions.create(**GREEDY, max_tokens=8)
-
-    def stream() -> list[Any]:
-        with openai.OpenAI(base_url=f"{api.url}/v1", api_key="none", max_retries=0) as client:
-            return list(
-                client.chat.completions.create(
-                    **GREEDY, max_tokens=8, stream=True, stream_options={"include_usage": True}
-                )
-            )
-
-    first, *rest, last, usage = await asyncio.to_thread(stream)
-    assert first.choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in rest) == whole.choices[0].message.content
-    assert last.choices[0].finish_reason == "length"
-    assert usage.choices == []
-    assert usage.usage == whole.usage.model_copy(
-        update={"prompt_tokens_details": usage.usage.prompt_tokens_details}
-    )
-    assert {chunk.id for chunk in [first, *rest, last, usage]} == {first.id}
 
 
 async def test_tokens_are_called_by_their_ids_where_that_is_asked_for(api: OpenAIApi) -> None:

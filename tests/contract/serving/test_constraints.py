@@ -71,24 +71,6 @@ POINT = {
 }
 
 
-async def test_answers_are_of_their_schema(ready: Ready) -> None:
-    """Answers of base and adapters, four draws each in one batch, are valid when they stop."""
-    schemas: list[dict[str, Any]] = [POINT, {"$ref": "#/$defs/p", "$defs": {"p": POINT}}]
-    answers = await asyncio.gather(
-        *(
-            ask(ready, "json_schema", json.dumps(schema), model=model, n=4, seed=seed, **DRAWN)
-            for seed, schema in enumerate(schemas)
-            for model in ("base", "all", "wide")
-        )
-    )
-    stopped = [json.loads(text) for answer in answers for text, end in answer if end is EndReason.STOP]
-    assert len(stopped) > 18
-    for value in stopped:
-        assert set(value) == {"x", "tag"}
-        assert isinstance(value["x"], int)
-        assert value["tag"] in ("a", "b")
-
-
 async def test_the_end_of_sequence_comes_only_where_the_text_may_end(ready: Ready) -> None:
     """The grammar requires three letters before the end, whatever the model and the adapter prefer."""
     fields = DRAWN | {"logit_bias": {2: 100.0}}

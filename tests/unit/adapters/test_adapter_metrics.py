@@ -9,26 +9,20 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Request
+from inference_service.serving.telemetry import model_series
 from inference_service.serving.telemetry.metrics import Metrics
-from inference_service.serving.telemetry.model_series import (
-    LATELY_S,
-    MOST,
-    OTHERS,
-    Counted,
-    ModelSeries,
-    Timed,
-    label,
-)
 from inference_service.serving.telemetry.record import following
 from tests.support.metrics import Scrape
 from tests.support.operated import Operated, operated
 
 STATS = EngineStats(0, 0, 6, 8, 16, 4, 0, 10, 5, 0)
-COUNTED = Counted("loramux_asked", "Asked.", "outcome")
-TOOK = Timed("loramux_took_seconds", "Took.", (0.1, 1.0))
+COUNTED = model_series.Counted("loramux_asked", "Asked.", "outcome")
+TOOK = model_series.Timed("loramux_took_seconds", "Took.", (0.1, 1.0))
 
 
-def metrics_of(replica: Operated, counts: SequenceCounts | None = None, most: int = MOST) -> Metrics:
+def metrics_of(
+    replica: Operated, counts: SequenceCounts | None = None, most: int = model_series.MOST
+) -> Metrics:
     counts = counts or SequenceCounts({}, {})
     engine = cast(EngineThread, SimpleNamespace(stats=STATS, sequence_counts=counts))
     return Metrics(replica.names, engine, replica.manager, most)
@@ -47,7 +41,7 @@ def observe(metrics: Metrics, model: ServedModel) -> None:
         metrics._models.observe(f"loramux_{name}_seconds", model.name, 1.0)
 
 
-def scrape(series: ModelSeries) -> Scrape:
+def scrape(series: model_series.ModelSeries) -> Scrape:
     return Scrape(b"".join(series.parts()).decode())
 
 
@@ -65,32 +59,32 @@ def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
     assert len(scraped.series("vllm:lora_adapter_loaded")) == 19  # and the base
     assert scraped.series("vllm:lora_adapter_loaded")[-1][0]["adapter_name"] == "customer-support-00999"
     counts = {labels["model"]: value for labels, value in scraped.series("loramux_request_seconds_count")}
-    assert counts == {f"customer-support-{number:05}": 1 for number in range(20)} | {OTHERS: 980}
+    assert counts == {f"customer-support-{number:05}": 1 for number in range(20)} | {model_series.OTHERS: 980}
     assert scraped.value("vllm:num_gpu_loaded_lora_adapters") == 1000
 
 
 def test_a_place_that_becomes_free_is_given_away() -> None:
     """A model that finds no room counts for the others until one was not used for an hour."""
     now = [0.0]
-    series = ModelSeries([COUNTED], [TOOK], 2, clock=lambda: now[0])
+    series = model_series.ModelSeries([COUNTED], [TOOK], 2, clock=lambda: now[0])
     for model in ("a", "b", "c", "d", "c"):
         series.count(COUNTED.name, model, label="OK")
         series.observe(TOOK.name, model, 0.5)
     for name in ("loramux_asked_total", "loramux_took_seconds_count"):
         found = {labels["model"]: value for labels, value in scrape(series).series(name)}
-        assert found == {"a": 1, "b": 1, OTHERS: 3}
-    now[0] = LATELY_S
+        assert found == {"a": 1, "b": 1, model_series.OTHERS: 3}
+    now[0] = model_series.LATELY_S
     series.count(COUNTED.name, "b", label="OK")
     series.count(COUNTED.name, "c", label="OK")
     now[0] += 1
     series.count(COUNTED.name, "c", label="OK")
     found = {labels["model"]: value for labels, value in scrape(series).series("loramux_asked_total")}
-    assert found == {"b": 2, OTHERS: 4, "c": 1}
+    assert found == {"b": 2, model_series.OTHERS: 4, "c": 1}
 
 
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "ä"])
 def test_every_name_can_be_read_again(name: str) -> None:
-    series = ModelSeries([COUNTED], [])
+    series = model_series.ModelSeries([COUNTED], [])
     series.count(COUNTED.name, name, label=name)
     assert scrape(series).series("loramux_asked_total") == [({"model": name, "outcome": name}, 1)]
-    assert "\n" not in label(name)
+    assert "\n" not in model_series.label(name)

@@ -6,17 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from builder_service.domain.rules import texts
 from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, check_adapter
 from builder_service.domain.rules.files import file_findings
 from builder_service.domain.rules.tensors import AdapterLimits
-from builder_service.domain.rules.texts import (
-    GENERATION,
-    MAX_BYTES,
-    TEMPLATE,
-    TOKENIZER,
-    check_texts,
-    too_large,
-)
 from loramux_shared.bases.read import read_fields
 from loramux_shared.deployment import Dtype
 from tests.support.adapters import BASE_CONFIG, tensors, write_adapter
@@ -76,7 +69,7 @@ def test_thousands_of_causes_are_few_findings(tmp_path):
 def found(name: str, content: Any) -> list[tuple[str, str]]:
     """Return codes and places of the findings in a file."""
     data = content.encode("latin-1") if isinstance(content, str) else json.dumps(content).encode()
-    return [(finding.code, finding.where) for finding in check_texts({name: data}, vocab=100)]
+    return [(finding.code, finding.where) for finding in texts.check_texts({name: data}, vocab=100)]
 
 
 @pytest.mark.parametrize(("name", "content"), cases(__file__, "test_what_trainers_write_is_accepted"))
@@ -93,15 +86,17 @@ def test_what_cannot_be_used_refuses_the_adapter(name: str, content: Any, field:
 
 
 def test_size_is_looked_at_before_anything_is_fetched() -> None:
-    sizes = dict.fromkeys((TEMPLATE, GENERATION, TOKENIZER, "other.bin"), 1 << 30) | {GENERATION: 10}
-    assert [finding.where for finding in too_large(sizes)] == [TEMPLATE, TOKENIZER]
-    assert too_large(dict(MAX_BYTES)) == []
+    sizes = dict.fromkeys((texts.TEMPLATE, texts.GENERATION, texts.TOKENIZER, "other.bin"), 1 << 30) | {
+        texts.GENERATION: 10
+    }
+    assert [finding.where for finding in texts.too_large(sizes)] == [texts.TEMPLATE, texts.TOKENIZER]
+    assert texts.too_large(dict(texts.MAX_BYTES)) == []
 
 
 def test_what_a_file_says_is_not_repeated_at_length() -> None:
     """Thousands of bad fields, and fields with names of a kilobyte, make few findings and short ones."""
-    tokens = {TOKENIZER: json.dumps({f"{i}_{'x' * 1000}_token": i for i in range(1000)}).encode()}
-    unused = {GENERATION: json.dumps({f"{i}_{'x' * 1000}": i for i in range(30)}).encode()}
-    findings = [*check_texts(tokens, vocab=100), *check_texts(unused, vocab=100)]
+    tokens = {texts.TOKENIZER: json.dumps({f"{i}_{'x' * 1000}_token": i for i in range(1000)}).encode()}
+    unused = {texts.GENERATION: json.dumps({f"{i}_{'x' * 1000}": i for i in range(30)}).encode()}
+    findings = [*texts.check_texts(tokens, vocab=100), *texts.check_texts(unused, vocab=100)]
     assert len(findings) == 33
     assert max(len(str(finding)) for finding in findings) < 1200

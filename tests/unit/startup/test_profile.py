@@ -21,20 +21,9 @@ from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.runner import Pending, Runner
 from inference_service.layers.linear import Linear
-from inference_service.startup import base, memory as heap
+from inference_service.startup import base, memory, memory as heap
 from inference_service.startup.base import BOUND_S, bytes_per_s
 from inference_service.startup.load import Ready
-from inference_service.startup.memory import (
-    LEAST_GRAPH_BYTES,
-    SCRATCH_BLOCKS,
-    TRIED,
-    CudaMemory,
-    Measured,
-    divide_memory,
-    largest_step,
-    measure,
-    measure_graph,
-)
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import STEP_SIZES, InferenceSettings
@@ -50,7 +39,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     return world.load(world.built())
 
 
-class Meter(CudaMemory):
+class Meter(memory.CudaMemory):
     """A device's memory that says what a test scripts, and notes what it is asked."""
 
     def __init__(self, free: list[int], reserved: int = 0, peak: int = 0) -> None:
@@ -86,14 +75,14 @@ class Meter(CudaMemory):
 )
 def test_the_largest_step_fills_every_bound(limits: SchedulerLimits) -> None:
     """The largest step has the most rows and sequences, each at the longest context, with adapters."""
-    batch = largest_step(limits, ADAPTERS, 16)
+    batch = memory.largest_step(limits, ADAPTERS, 16)
     assert len(batch.chunks) == min(limits.max_seqs, limits.max_tokens)
     assert batch.num_tokens == min(limits.max_tokens, limits.max_seqs * limits.max_seq_len)
     assert {chunk.end for chunk in batch.chunks} == {limits.max_seq_len}
     assert all(chunk.samples for chunk in batch.chunks)
     names = {chunk.seq.adapter.digest for chunk in batch.chunks if chunk.seq.adapter}
     assert len(names) == min(limits.max_adapters, len(ADAPTERS), len(batch.chunks))
-    assert all(max(chunk.seq.progress.blocks) < SCRATCH_BLOCKS for chunk in batch.chunks)
+    assert all(max(chunk.seq.progress.blocks) < memory.SCRATCH_BLOCKS for chunk in batch.chunks)
     assert all(len(chunk.seq.progress.blocks) * 16 >= limits.max_seq_len for chunk in batch.chunks)
 
 
@@ -113,12 +102,12 @@ def test_what_a_step_takes_is_what_it_had_at_once(ready: Ready) -> None:
     runner = ready.engine._engine._runner
     assert isinstance(runner, Runner)
     adapters = [model.adapter for model in ready.service.catalog if model.adapter]
-    batch = largest_step(LIMITS, adapters, 16)
+    batch = memory.largest_step(LIMITS, adapters, 16)
     alive: list[weakref.ref[Runner]] = []
     ran: list[list[tuple[Sequence, Token]]] = []
 
     def new_runner() -> Runner:
-        made = Noted(runner._model, runner._lora, SCRATCH_BLOCKS, 16)
+        made = Noted(runner._model, runner._lora, memory.SCRATCH_BLOCKS, 16)
         made.ran = ran
         alive.append(weakref.ref(made))
         return made
@@ -129,8 +118,8 @@ def test_what_a_step_takes_is_what_it_had_at_once(ready: Ready) -> None:
             return super().settled()
 
     meter = Watching([10_000, 9_700], reserved=1_200, peak=3_000)
-    measured = measure(new_runner, batch, meter)
-    assert measured == Measured(steps=1_800, kept=300, free=9_700)
+    measured = memory.measure(new_runner, batch, meter)
+    assert measured == memory.Measured(steps=1_800, kept=300, free=9_700)
     assert meter.asked == ["settled", "watch_peak", "runner went", "settled", "peak", "reserved"]
     assert [len(tokens) for tokens in ran] == [8]
     assert all(token.logprob is not None for _, token in ran[0])
@@ -145,9 +134,9 @@ def test_a_graph_takes_what_those_behind_the_first_take() -> None:
             recorded.append(1)
 
     runner = cast(Runner, Recording())
-    assert measure_graph(lambda: runner, Meter([900 << 20, 860 << 20])) == 10 << 20
-    assert len(recorded) == 1 + TRIED
-    assert measure_graph(lambda: runner, Meter([900, 900])) == LEAST_GRAPH_BYTES
+    assert memory.measure_graph(lambda: runner, Meter([900 << 20, 860 << 20])) == 10 << 20
+    assert len(recorded) == 1 + memory.TRIED
+    assert memory.measure_graph(lambda: runner, Meter([900, 900])) == memory.LEAST_GRAPH_BYTES
 
 
 def test_a_step_that_does_not_fit_is_refused_by_name(ready: Ready) -> None:
@@ -160,7 +149,7 @@ def test_a_step_that_does_not_fit_is_refused_by_name(ready: Ready) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     with pytest.raises(ResourcesExhausted, match=r"100 tokens and 8 sequences.* 3\.00 GB.*MAX_BATCH_TOKENS"):
-        measure(Full, largest_step(LIMITS, [], 16), Meter([3 * 10**9]))
+        memory.measure(Full, memory.largest_step(LIMITS, [], 16), Meter([3 * 10**9]))
 
 
 def test_the_cache_gets_what_the_measured_step_leaves(ready: Ready) -> None:
@@ -168,12 +157,12 @@ def test_the_cache_gets_what_the_measured_step_leaves(ready: Ready) -> None:
     assert isinstance(runner, Runner)
     requests: list[int] = []
 
-    def measured(longest: int) -> Measured:
+    def measured(longest: int) -> memory.Measured:
         requests.append(longest)
-        return Measured(steps=400_000_000, kept=50_000_000, free=1_000_000_000)
+        return memory.Measured(steps=400_000_000, kept=50_000_000, free=1_000_000_000)
 
     settings = InferenceSettings(deployment="tiny", max_batch_seqs=100_000)
-    plan = partial(divide_memory, settings, None, runner._model, 7, graphs=False)
+    plan = partial(memory.divide_memory, settings, None, runner._model, 7, graphs=False)
     with capture_logs() as logs:
         found = plan(measure=measured)
     assert requests == [256]

@@ -8,23 +8,15 @@ import pytest
 import yaml
 
 from tests.support.root import ROOT
-from tests.unit.project.kubernetes.manifests import (
-    KUBERNETES,
-    OVERLAYS,
-    check,
-    of_kind,
-    plain,
-    render,
-    rendered,
-)
+from tests.unit.project.kubernetes import manifests
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", manifests.OVERLAYS)
 def test_every_overlay_is_taken(overlay: str) -> None:
     """An overlay renders without a warning; each resource is unique, and has known fields only."""
-    resources = rendered(overlay)
+    resources = manifests.rendered(overlay)
     for each in resources:
-        check(each)
+        manifests.check(each)
     names = [(each["kind"], each["metadata"]["name"]) for each in resources]
     assert len(set(names)) == len(names)
     if overlay != "base":
@@ -33,22 +25,22 @@ def test_every_overlay_is_taken(overlay: str) -> None:
 
 def test_what_is_applied_as_it_is_is_taken() -> None:
     """KServe's, Ray's and whatever else lies beside the overlays, with the pods in it."""
-    found = plain()
+    found = manifests.plain()
     assert {"LLMInferenceService", "LLMInferenceServiceConfig"} <= {each["kind"] for each in found}
     for each in found:
-        check(each)
+        manifests.check(each)
 
 
 def test_an_overlay_of_ones_own(tmp_path: Path) -> None:
     """The overlay of the page about fleets names its store, images and model."""
     [text] = re.findall(r"```yaml\n(# my-overlay.+?)```", (ROOT / "docs/guides/fleet.md").read_text(), re.S)
     overlay = yaml.safe_load(text)
-    overlay["resources"] = [os.path.relpath(KUBERNETES / "base", tmp_path.resolve())]
+    overlay["resources"] = [os.path.relpath(manifests.KUBERNETES / "base", tmp_path.resolve())]
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
     (tmp_path / "deployment.yaml").write_text("model_name: my-model\n")
-    resources = render(tmp_path)
+    resources = manifests.render(tmp_path)
     for each in resources:
-        check(each)
+        manifests.check(each)
     stated = yaml.safe_dump_all(resources)
     for mine in ("s3://my-bucket/loramux", "LORAMUX_DEPLOYMENT: my-model", "model_name: my-model"):
         assert mine in stated
@@ -59,10 +51,12 @@ def test_the_picker_is_configured() -> None:
     """The picker's file has known fields, and the profile weighs the plugins of the file."""
     [config] = [
         each["data"]["picker-config.yaml"]
-        for name, each in of_kind(rendered("overlays/inference-gateway"), "ConfigMap").items()
+        for name, each in manifests.of_kind(
+            manifests.rendered("overlays/inference-gateway"), "ConfigMap"
+        ).items()
         if name.startswith("loramux-picker")
     ]
     read = yaml.safe_load(config)
-    check(read)
+    manifests.check(read)
     [profile] = read["schedulingProfiles"]
     assert {each["pluginRef"] for each in profile["plugins"]} == {each["type"] for each in read["plugins"]}
