@@ -64,7 +64,7 @@ class Case:
     stepwise: bool = False
     """True if keys are rotated otherwise as the sequence grows, so that only steps of transformers answer."""
     package: str = "inference_service"
-    """The package that has its blocks; without it the case is skipped."""
+    """The package that has the family; without it the case is skipped."""
 
 
 def _fields(written: Mapping[str, Any]) -> dict[str, Any]:

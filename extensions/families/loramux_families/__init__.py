@@ -1,1 +1,1 @@
-"""Families of decoders whose routers or attention the core does not have."""
+"""Families of decoders that few have, or whose routers or attention the core does not have."""

@@ -1,4 +1,4 @@
-"""The families: GLM-4.5, DeepSeek V2 and V3, and Phi-3.5-MoE, described by their ``config.json``."""
+"""The families: GLM-4.5, DeepSeek V2 and V3, and Phi-3.5-MoE by their ``config.json``; and others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
+from loramux_families import gpt_neox, starcoder2
 from loramux_families.layers import LatentLayer, RoutedLayer
 from loramux_shared.bases.config import ModelConfig, TensorNames
 from loramux_shared.bases.families.qwen2 import NAMES as QK_NORMS, read_experts
@@ -262,3 +263,5 @@ PHI = Family(
     models="Phi-3.5-MoE",
     describes=EXPERTS,
 )
+
+NEOX, STARCODER = gpt_neox.FAMILY, starcoder2.FAMILY

@@ -1,4 +1,4 @@
-"""Configs of families with other routers or latent attention; tests of all families have their answers."""
+"""Configs of the families of this extension; tests of all families have their answers."""
 
 import json
 from pathlib import Path
