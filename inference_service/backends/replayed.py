@@ -134,6 +134,11 @@ class _Others(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         super().__init__()  # type: ignore[no-untyped-call]
         self.ran = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: to skip its compiler, torch would import it, in a second of the engine's thread."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: OpOverload,

@@ -66,6 +66,11 @@ class Watching(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  # torc
         super().__init__()  # type: ignore[no-untyped-call]
         self._in_kernel = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: to skip its compiler, torch would import it, in a second of the engine's thread."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

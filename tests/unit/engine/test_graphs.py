@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from inference_service.backends.replayed import _Others
 from inference_service.engine import graphs
 from inference_service.engine.graphs import Recorder
-from inference_service.engine.tape import CaptureRefused, TapeRecorder
+from inference_service.engine.tape import CaptureRefused, TapeRecorder, Watching
 from inference_service.engine.trace import TraceRecorder
 from inference_service.kernels.launch import Launch, stream_of
 
@@ -55,6 +56,12 @@ def test_what_depends_on_the_host_is_refused(recorder: Recorder, name: str) -> N
     work, message = REFUSED[name]
     with pytest.raises(CaptureRefused, match=message):
         recorder.capture(work)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", [Watching, _Others])
+def test_watching_operations_imports_no_compiler(mode: Any) -> None:
+    """Torch wraps what watches operations, unless told not to, and imports its compiler at the first one."""
+    assert inspect.unwrap(mode.__torch_dispatch__) is mode.__torch_dispatch__
 
 
 def test_tensors_that_do_not_outlive_the_recording_are_refused() -> None:
