@@ -43,6 +43,7 @@ from inference_service.kernels.sgmv import PLACES, PREFILL_TILE, Slices
 from inference_service.kernels.sgmv.tuning import width_of
 from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary
 from inference_service.models.decoder import Decoder
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import buckets, mixed_buckets
 from loramux_shared.settings import STEP_SIZES
 
@@ -91,21 +92,30 @@ class Noted:
 class Counted:
     """A runner whose launches are noted."""
 
-    def __init__(self, shape: Mapping[str, Any] = LLAMA_8B, layers: int = LAYERS) -> None:
-        config = config_of({**shape, "num_hidden_layers": layers})
+    def __init__(self, config: ModelConfig) -> None:
         operations = TritonOperations(config.heads, DTYPE, META)
-        self.lora = TritonLora(config.groups, layers, DTYPE, META)
+        self.lora = TritonLora(config.groups, config.dims.num_layers, DTYPE, META)
         self.lora.open(1 << 30, MAX_RANK, MAX_ADAPTERS)
         self.recorder = Noted()
         model = Decoder(config, RandomTensors(DTYPE, META), operations)
-        self.runner = GraphRunner(model, self.lora, LONGEST, BLOCK_SIZE, LIMITS, self.recorder)
-        with intercepted(lambda _: None):
-            self.runner.capture()
+        self.runner = GraphRunner(model, self.lora, LONGEST, BLOCK_SIZE, LIMITS, self.recorder, slots=1)
+
+    @classmethod
+    def of(cls, shape: Mapping[str, Any], layers: int = LAYERS) -> "Counted":
+        """Count the first layers of a model of this shape."""
+        return cls(config_of({**shape, "num_hidden_layers": layers}))
 
     @torch.inference_mode()
-    def launched(self, rows: int, *, mixed: bool, adapters: bool) -> list[Launch | str]:
-        """Return what a step of so many rows launches, be it recorded or not."""
-        return launches_of(self.step(rows, mixed=mixed, adapters=adapters))
+    def launched(self, rows: int, *, mixed: bool, adapters: bool, experts: bool = True) -> list[Launch | str]:
+        """Return what a step of so many rows launches, be it recorded or not.
+
+        Raises:
+            CaptureRefused: a graph cannot hold it.
+        """
+        step = self.step(rows, mixed=mixed, adapters=adapters, experts=experts)
+        with intercepted(lambda _: None):
+            step()  # what is made at first use is there when it is recorded
+        return launches_of(step)
 
     def step(self, rows: int, *, mixed: bool, adapters: bool, experts: bool = True) -> Callable[[], None]:
         """Return what launches such a step, kernel by kernel."""
@@ -138,20 +148,20 @@ def launches(counted: Counted) -> Iterator[str]:
     yield "launches a layer waits for    base  adapters  more"
     for rows, mixed in [*((rows, False) for rows in DECODES), *((rows, True) for rows in PROMPTS)]:
         base, adapted = (
-            per_layer(names_of(_in_line(counted.launched(rows, mixed=mixed, adapters=adapters))))
+            per_layer(names_of(in_line(counted.launched(rows, mixed=mixed, adapters=adapters))))
             for adapters in (False, True)
         )
         kind = f"prompt of {rows}" if mixed else f"decode of {rows}"
         yield f"  {kind:<26}{base:>6}{adapted:>10}{adapted - base:>6}"
-    mixture = Counted(QWEN3_30B_A3B)
-    base = per_layer(names_of(launches_of(mixture.step(8, mixed=False, adapters=False))))
+    mixture = Counted.of(QWEN3_30B_A3B)
+    base = per_layer(names_of(mixture.launched(8, mixed=False, adapters=False)))
     for name, experts in (("adapters", False), ("experts' adapters", True)):
-        step = mixture.step(8, mixed=False, adapters=True, experts=experts)
-        adapted = per_layer(names_of(_in_line(launches_of(step))))
+        launched = mixture.launched(8, mixed=False, adapters=True, experts=experts)
+        adapted = per_layer(names_of(in_line(launched)))
         yield f"  {'decode of 8, ' + name:<26}{base:>6}{adapted:>10}{adapted - base:>6}  30B-A3B"
 
 
-def _in_line(launched: Sequence[Launch | str]) -> list[Launch | str]:
+def in_line(launched: Sequence[Launch | str]) -> list[Launch | str]:
     """Return those that wait for one another: not those that run beside a product."""
     return [each for each in launched if isinstance(each, str) or not each.beside]
 
@@ -273,7 +283,9 @@ def _sequence(
 
 def lines() -> Iterator[str]:
     """Yield the tables."""
-    counted = Counted()
+    counted = Counted.of(LLAMA_8B)
+    with intercepted(lambda _: None):
+        counted.runner.capture()
     for section in (launches, programs, computed, kinds):
         yield from section(counted)
         yield ""

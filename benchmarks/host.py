@@ -213,7 +213,7 @@ def eager_ms(shape: Mapping[str, Any]) -> dict[bool, tuple[float, float]]:
     from triton.runtime import driver
 
     driver.set_active(_Card(EAGER_ARCHITECTURE))
-    counted, took = Counted(shape, shape["num_hidden_layers"]), {}
+    counted, took = Counted.of(shape, shape["num_hidden_layers"]), {}
     with torch.inference_mode(), compiling_for(EAGER_ARCHITECTURE):
         for adapters in (False, True):
             step = counted.step(EAGER_ROWS, mixed=True, adapters=adapters)

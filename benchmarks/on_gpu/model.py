@@ -59,8 +59,9 @@ class RandomTensors:
         return names[0]
 
     def get(self, _name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Weights of norms are about 1, others small."""
-        drawn = torch.randn(shape, dtype=dtype or self.dtype, device=self.device).mul_(SCALE)
+        """Weights of norms are about 1, others small; a number is read on the host."""
+        device = "cpu" if shape == (1,) else self.device
+        drawn = torch.randn(shape, dtype=dtype or self.dtype, device=device).mul_(SCALE)
         return drawn.add_(1.0) if len(shape) == 1 else drawn
 
     def kept(self, _names: Sequence[tuple[str, tuple[int, ...]]], _kind: type[Kept]) -> None:

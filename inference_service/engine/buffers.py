@@ -26,7 +26,7 @@ from loramux_shared.bases.memory import blend_buckets
 PAIR: Final = 2
 """Adapters of a row in most mixtures."""
 FEW_ROWS: Final = 32
-"""Rows of a step up to which the kernels that read an adapted linear's output add what adapters make of it."""
+"""Rows up to which the segments of a step with longer chunks are as short as where it decodes."""
 _PADDING: Final = np.full(FIELDS, Kind.PADDING, np.int32).tobytes()
 
 
@@ -83,8 +83,7 @@ class StepCapacity:
         """Return the capacity of the adapters' segments; None without adapters."""
         if not self.slots:
             return None
-        rows = self.rows if self.rows <= FEW_ROWS else 0
-        return SegmentCapacity(self.rows, self.slots, self.tile, active=self.active, rows=rows)
+        return SegmentCapacity(self.rows, self.slots, self.tile, active=self.active, rows=self.rows)
 
     @property
     def mixed_segments(self) -> tuple[SegmentCapacity, ...]:

@@ -137,7 +137,7 @@ def _words(row: Mapping[str, Any]) -> list[str]:
 
 def _rope_update(row: Mapping[str, Any]) -> Variant:
     dim, itemsize, plain = row["dim"], ITEMSIZES[row["dtype"]], _rope(row)
-    buckets = sgmv.EXPAND[row["architecture"]][Phase.DECODE, itemsize]
+    buckets, config = sgmv.EXPAND[row["architecture"]][Phase.DECODE, itemsize], _bucket(tuning.ROPE_UPDATE, row)
     expand = buckets[min(row["bucket"], max(buckets))]
     sizes = 4 * KV * dim, KV * dim, KV * dim
     left = {name: value for name, value in plain.constants.items() if name not in ("BLOCK_H", "p_scales")}
@@ -147,11 +147,10 @@ def _rope_update(row: Mapping[str, Any]) -> Variant:
         "ALIGNMENT": 16,
         "N_SLICES": 3,
         "PLANES": aot_sgmv.most_planes(itemsize),
-        "BLOCK_T": expand.block_t,
+        "BLOCK_T": config.block,
         "BLOCK_R": expand.block_r,
         "UPCAST": False,
     }
-    config = _bucket(tuning.ROPE_UPDATE, row)
     name = f"rope_update {dim} norm {row['norm']} rank {row['bucket']}"
     variant = _variant(name, triton_kernels.rope_write_update_kernel, row, constants, config)
     return replace(variant, options={**variant.options, "num_stages": 1})

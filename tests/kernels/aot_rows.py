@@ -44,12 +44,13 @@ def _entries(architecture: int) -> Iterator[Variant]:
             yield _variant(
                 f"rows.activated {activated}", triton_kernels.activated_kernel, dtype, tile, constants
             )
-        for bucket, e in sgmv.EXPAND[architecture][Phase.DECODE, itemsize].items():
+        every = sgmv.EXPAND[architecture]
+        for phase, bucket, e in [(p, *each) for p in Phase for each in every[p, itemsize].items()]:
             tiles = {"BLOCK_T": e.block_t, "BLOCK_R": e.block_r, "STEP_N": e.step_n, "BLOCK_N": e.block_n}
-            tiles |= {"PLANES": aot_sgmv.most_planes(itemsize), "UPCAST": False}
+            tiles |= {"PLANES": aot_sgmv.most_planes(itemsize, phase), "UPCAST": False}
             for updated, slices in UPDATED.items():
                 yield Variant(
-                    name=f"rows.activated_update {updated} {bucket}",
+                    name=f"rows.activated_update {phase.value} {updated} {bucket}",
                     kernel=triton_kernels.activated_update_kernel,
                     dtype=dtype,
                     constants={**slices, **tiles, "ACTIVATION": updated},

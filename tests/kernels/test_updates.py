@@ -10,18 +10,30 @@ import torch
 from inference_service.kernels.attention import attend
 from inference_service.kernels.launch import intercepted
 from inference_service.kernels.rows import activated, gated
-from inference_service.kernels.sgmv import SegmentCapacity, Update, expand, pack_segments, shrink, update
+from inference_service.kernels.sgmv import (
+    DECODE_TILE,
+    PREFILL_TILE,
+    SegmentCapacity,
+    Update,
+    expand,
+    pack_segments,
+    shrink,
+    update,
+)
 from tests.kernels.attention_case import Heads, Layout, make_case as attention_case
 from tests.kernels.sgmv_case import Case, make_case
 from tests.kernels.test_rows import poisoned
 
+ROWS = 32
 OWN_NORM = Heads(4, 2, 24, rotary=12, norm="own")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LONG = "tiles of prompts"
 STEPS: dict[str, Sequence[int]] = {
     "base, adapters and padding": [-1, 2, 2, 0, 1, 1, -1],
     "more rows of one than a tile has": [0] * 20 + [1] * 5 + [-1] * 3,
     "no adapter": [-1] * 3,
     "no row of the base": [0, 1, 2, 0],
+    LONG: [0] * 70 + [1] * 5 + [-1] * 3,
 }
 
 
@@ -34,7 +46,8 @@ def step(
     device: str,
 ) -> tuple[Case, Update]:
     """Return a case behind shrink, and its update."""
-    case = make_case(slots=slots, ranks=ranks, K=40, sizes=sizes, dtype=dtype, device=device, rows=rows)
+    tile = DECODE_TILE if rows <= ROWS else PREFILL_TILE
+    case = make_case(slots, ranks, 40, sizes, dtype=dtype, device=device, tile=tile, rows=rows)
     case.x.nan_to_num_()
     shrink(case.x, case.group, case.segments, case.workspace)()
     behind = replace(case, out=torch.randn(rows, sum(sizes)).to(device, dtype))
@@ -56,13 +69,14 @@ def test_gate_and_up_take_their_updates_on_the_way(
 ) -> None:
     """The result is that of expand and the activation, for rows of adapters, of the base, and of padding."""
     slots, ranks = STEPS[name], [each[:halves] for each in ((16, 3), (0, 40), (5, 0))]
-    case, missing = step(slots, ranks, (72,) * halves, 32, dtype, device)
+    rows = max(ROWS, len(slots) + 2)
+    case, missing = step(slots, ranks, (72,) * halves, rows, dtype, device)
     activate = gated if halves == 2 else activated
     expected = activate(expanded(case), "silu")
     with intercepted(poisoned):
         found = activate(case.out, "silu", missing)
     torch.testing.assert_close(found, expected)
-    base = np.setdiff1d(np.arange(32), np.nonzero(np.array(slots) >= 0)[0])
+    base = np.setdiff1d(np.arange(rows), np.nonzero(np.array(slots) >= 0)[0])
     assert torch.equal(found[base], expected[base])
 
 
@@ -73,13 +87,15 @@ def test_gate_and_up_take_their_updates_on_the_way(
         ("more rows of one than a tile has", Heads(2, 1, 16), torch.float16),
         ("no adapter", Heads(4, 1, 16, norm="shared"), torch.bfloat16),
         ("no row of the base", OWN_NORM, torch.float32),
+        (LONG, OWN_NORM, torch.float32),
     ],
 )
 def test_heads_take_their_updates_on_the_way(name: str, heads: Heads, dtype: torch.dtype, device: str) -> None:
     """Outputs and the cache are those of expand and the plain kernel; padding writes nothing."""
     slots, sizes = STEPS[name], [count * heads.dim for count in (heads.queries, heads.kv, heads.kv)]
-    layout = Layout([(1, 3 + i) for i in range(len(slots))], padding=0, spare=32 - len(slots), decode_only=True)
-    at = attention_case(replace(layout, padding=32 - len(slots)), heads, dtype=dtype, device=device)
+    padding = max(ROWS, len(slots) + 2) - len(slots)
+    layout = Layout([(1, 3 + i) for i in range(len(slots))], padding=padding, spare=padding, decode_only=True)
+    at = attention_case(layout, heads, dtype=dtype, device=device)
     case, behind = step(slots, [(16, 3, 0), (0, 0, 40), (5, 0, 8)], sizes, len(at.inputs.heads), dtype, device)
     found = []
     for rows, missing in ((expanded(case), None), (case.out, behind)):

@@ -116,7 +116,8 @@ class _Planner:
         if any(size % at.head_dim for size in sizes):
             raise ValueError(f"a head of {at.head_dim} lies in two slices of {update.slices}")
         grid = min(update.runs * heads, PLACES)
-        tiles = {"num_warps": self._config(tuning.ROPE_UPDATE).num_warps, "num_stages": 1}
+        config = self._config(tuning.ROPE_UPDATE)
+        tiles = {"BLOCK_T": config.block, "num_warps": config.num_warps, "num_stages": 1}
         return Launch(
             self.kernels.rope_write_update_kernel, (grid,), {**arguments, **update.arguments, **tiles}
         )

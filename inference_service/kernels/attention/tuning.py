@@ -17,6 +17,7 @@ import torch
 
 from inference_service.kernels.attention.balance import Balance
 from inference_service.kernels.launch import ARCHITECTURES, RowTile, architecture_of
+from inference_service.kernels.sgmv import DECODE_TILE
 from loramux_shared.bases.rope import HeadCounts
 
 MAX_HEAD_DIM: Final = 512
@@ -89,8 +90,8 @@ _ROPE = {
     512: RowTile(2, num_warps=4),
 }
 _ROPE_UPDATE = {
-    2: {128: RowTile(1, num_warps=4), 256: RowTile(1, num_warps=8)},
-    4: {256: RowTile(1, num_warps=8)},
+    2: {128: RowTile(DECODE_TILE, num_warps=4), 256: RowTile(DECODE_TILE, num_warps=8)},
+    4: {256: RowTile(DECODE_TILE, num_warps=8)},
 }
 _MERGE = {
     128: RowTile(16, num_warps=4),

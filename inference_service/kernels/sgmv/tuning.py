@@ -124,7 +124,7 @@ _EXPAND: ExpandTable = {
         32: ExpandConfig(PREFILL_TILE, 32, 128, 64, num_warps=8, num_stages=1),
     },
     (Phase.DECODE, 4): {16: ExpandConfig(DECODE_TILE, 16, 128, 16, num_warps=8, num_stages=1)},
-    (Phase.PREFILL, 4): {16: ExpandConfig(PREFILL_TILE, 16, 64, 32, num_warps=4, num_stages=1)},
+    (Phase.PREFILL, 4): {16: ExpandConfig(PREFILL_TILE, 16, 64, 32, num_warps=8, num_stages=1)},
 }
 # Nothing timed yet speaks for different tiles on different architectures; only where ptxas spills they differ.
 SHRINK: Mapping[int, ShrinkTable] = dict.fromkeys(ARCHITECTURES, _SHRINK)
@@ -133,6 +133,10 @@ _EXPAND_120: ExpandTable = {
     (Phase.DECODE, 2): {
         **_EXPAND[Phase.DECODE, 2],
         16: ExpandConfig(DECODE_TILE, 16, 64, 16, num_warps=4, num_stages=1),
+    },
+    (Phase.PREFILL, 2): {
+        **_EXPAND[Phase.PREFILL, 2],
+        32: ExpandConfig(PREFILL_TILE, 32, 64, 64, num_warps=8, num_stages=1),
     },
 }
 EXPAND: Mapping[int, ExpandTable] = dict.fromkeys(ARCHITECTURES, _EXPAND) | {120: _EXPAND_120}
