@@ -1,4 +1,4 @@
-"""The families: GLM-4.5, DeepSeek V2 and V3, and Phi-3.5-MoE by their ``config.json``; and others."""
+"""The families: GLM-4.5 to 4.7, DeepSeek V2 and V3, and Phi-3.5-MoE by their ``config.json``; and others."""
 
 from __future__ import annotations
 
@@ -101,13 +101,14 @@ def _read_glm(config: HfConfig) -> ModelConfig:
 GLM = Family(
     (Architecture("Glm4MoeForCausalLM", "glm4_moe"),),
     _read_glm,
-    models="GLM-4.5, 4.6 and Air",
+    models="GLM-4.5 to 4.7, Air",
     describes=ROUTED,
 )
 
 
 def _latent(config: HfConfig, sizes: dict[str, int], max_positions: int) -> ModelConfig:
-    """Return a decoder with latent attention, and dense MLPs."""
+    """Return a decoder with latent attention, and dense MLPs; sizes are those of its class."""
+    config = HfConfig({**sizes, **config.fields}, config.architecture, config.max_seq_len)
     config.require("hidden_act", "silu")
     config.require("attention_bias", False)
     config.require("moe_layer_freq", 1)
@@ -124,7 +125,7 @@ def _latent(config: HfConfig, sizes: dict[str, int], max_positions: int) -> Mode
 
     own = {"head_dim": dim, "num_key_value_heads": None}
     whole = HfConfig({**config.fields, **own}, config.architecture, config.max_seq_len)
-    model = llama_like(whole, max_positions=max_positions, sizes=sizes, rope=rope)
+    model = llama_like(whole, max_positions=max_positions, rope=rope)
     usual = model.attentions[0]
     mixer = LatentLayer(
         replace(usual.attention, scale=dim**-0.5 * _mscale(config) ** 2),
@@ -205,6 +206,43 @@ V2 = Family(
     (Architecture("DeepseekV2ForCausalLM", "deepseek_v2"),),
     _read_v2,
     models="DeepSeek V2 and V2-Lite, Coder V2",
+    describes=LATENT,
+)
+
+LITE_SIZES: Final = {
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 47,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "vocab_size": 154880,
+}
+KINDS: Final = ("dense", "sparse")
+
+
+def _read_glm_lite(config: HfConfig) -> ModelConfig:
+    config.require("first_k_dense_replace", 1)
+    config.require("topk_method", "noaux_tc")
+    model = _latent(config, LITE_SIZES, 202752)
+    spec = _routed(config, RoutedLayer(64, 4, 1536, shared=1, corrected=True, scaling=1.8))
+    num = len(model.layers)
+    kinds = config.array("mlp_layer_types") or ["dense", *["sparse"] * (num - 1)]
+    if len(kinds) != num or not {*kinds} <= {*KINDS}:
+        raise CheckpointInvalid(
+            f"config.json: mlp_layer_types: expected {num} of {', '.join(KINDS)}, found {len(kinds)} of "
+            f"{', '.join(sorted({*map(str, kinds)}))}."
+        )
+    layers = zip(model.layers, kinds, strict=True)
+    mixed = tuple([replace(layer, mlp=spec) if kind == "sparse" else layer for layer, kind in layers])
+    return replace(model, layers=mixed, norm_eps=config.number("rms_norm_eps", 1e-5))
+
+
+GLM_LITE = Family(
+    (Architecture("Glm4MoeLiteForCausalLM", "glm4_moe_lite"),),
+    _read_glm_lite,
+    models="GLM-4.7-Flash",
     describes=LATENT,
 )
 
