@@ -74,6 +74,11 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
         default_limits=_limits_to_message(runtime.limits.default),
         model_limits={name: _limits_to_message(limits) for name, limits in runtime.limits.models.items()},
         resolve=None if runtime.resolve is None else pb.Resolve(**runtime.resolve.model_dump()),
+        speculator=None
+        if runtime.speculator is None
+        else pb.Speculator(
+            model=repository_to_message(runtime.speculator.model), tokens=runtime.speculator.tokens
+        ),
     )
 
 
@@ -127,6 +132,10 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
         runtime["speculative_tokens"] = message.speculative_tokens
     if message.HasField("resolve"):
         runtime["resolve"] = _set_fields(message.resolve) | {"sources": tuple(message.resolve.sources)}
+    if message.HasField("speculator"):
+        runtime["speculator"] = _set_fields(message.speculator) | {
+            "model": _repository_fields(message.speculator.model)
+        }
     data = {"model_name": message.model_name, "build": build, "runtime": runtime}
     return parse_deployment(data).deployment
 
@@ -135,7 +144,7 @@ def _limits_to_message(limits: Limits) -> pb.Limits:
     return pb.Limits(**limits.model_dump())
 
 
-def _set_fields(message: pb.Limits | pb.Resolve) -> dict[str, Any]:
+def _set_fields(message: pb.Limits | pb.Resolve | pb.Speculator) -> dict[str, Any]:
     return {field.name: value for field, value in message.ListFields()}
 
 

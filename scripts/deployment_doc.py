@@ -52,7 +52,10 @@ def page() -> str:
     definitions = schema["$defs"]
     models = {"Deployment": schema} | {
         name: definitions[name]
-        for name in ("Build", "Repository", "LoraConfiguration", "Runtime", "ModelLimits", "Limits", "Resolve")
+        for name in (
+            *("Build", "Repository", "LoraConfiguration", "Runtime"),
+            *("Speculator", "ModelLimits", "Limits", "Resolve"),
+        )
     }
     lines = (ROOT / "examples" / "deployment.yaml").read_text().splitlines(keepends=True)
     example = "".join(

@@ -21,6 +21,7 @@ from loramux_shared.bundle.deployments import (
 )
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation, Recipe
 from loramux_shared.deployment import Deployment, Dtype, Merge, Runtime, SourceKind
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, DeploymentNotFound, Fault, Finding
 from loramux_shared.runtime import Pooling
 from loramux_shared.sources.checkpoint import Base, describe_base
@@ -78,6 +79,9 @@ def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool)
     before = _newest(store, deployment.model_name)
     made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
     draft = _draft(deployment, base.record, made.book.dtype)
+    if (speculator := deployment.runtime.speculator) is not None:
+        record = need_extension("draft.check", "runtime.speculator").record(speculator, base, shop)
+        draft = draft.model_copy(update={"speculator": record})
     same = before if before is not None and same_conditions(before, draft) else None
     named = deployment.build.lora_adapters
     added = {} if exact else added_to(before)

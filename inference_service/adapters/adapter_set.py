@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from inference_service.adapters.catalog import Catalog, NameChanges
 from inference_service.adapters.ports import AdapterResidency
@@ -13,26 +11,6 @@ from inference_service.core.adapter import Adapter
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.bundle.names import OWN_NAME, bad_name
 from loramux_shared.faults import Finding, RequestInvalid
-from loramux_shared.settings import InferenceSettings
-
-if TYPE_CHECKING:  # which would import torch
-    from inference_service.engine.engine import Engine
-
-
-@dataclass(frozen=True)
-class Drafts:
-    """The number of tokens that the engine drafts: that of the settings, else of the generation, else the
-    default.
-    """
-
-    engine: Engine
-    settings: InferenceSettings
-    device: str
-    """Its kind: cpu or cuda."""
-
-    def follow(self, generation: Generation) -> None:
-        """Draft as a generation says, from the next step on; called on the engine's thread."""
-        self.engine.draft(self.settings.sizes(self.device, generation.speculative_tokens).speculative)
 
 
 class AdapterSet:
@@ -48,13 +26,15 @@ class AdapterSet:
         catalog: Catalog,
         residency: AdapterResidency,
         post: Callable[[Callable[[], None]], None],
-        drafts: Drafts | None = None,
+        draft: Callable[[Generation], None] = lambda _: None,
     ) -> None:
-        """Begin with what a catalog lists; post has something called on the engine's thread."""
+        """Begin with what a catalog lists; post has something called on the engine's thread, as draft is, which
+        has it draft as a generation says.
+        """
         self.catalog = catalog
         self.residency = residency
         self._post = post
-        self._drafts = drafts
+        self._draft = draft
         self._generation = catalog.deployed
         self._own: dict[str, AdapterRecord] = {}
         self._before: dict[str, Adapter] = {}
@@ -73,8 +53,7 @@ class AdapterSet:
         self._generation = generation
         self._own = {name: record for name, record in self._own.items() if generation.names.owner(name) is None}
         changes = self._switch()
-        if self._drafts is not None:
-            self._post(partial(self._drafts.follow, generation))
+        self._post(partial(self._draft, generation))
         return changes
 
     def check_own(self, name: str) -> None:

@@ -260,6 +260,8 @@ def needs_restart(old: Generation, new: Generation) -> str | None:
         return f"weights rounded to {new.quantization} instead of {old.quantization}"
     if new.tensor_parallel_count != old.tensor_parallel_count:
         return f"{new.tensor_parallel_count} ranks that compute together instead of {old.tensor_parallel_count}"
+    if new.speculator != old.speculator:
+        return "another draft model, or another number of its tokens"
     return _merging(old, new)
 
 

@@ -15,6 +15,7 @@ import structlog
 from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token, Vector
 from inference_service.engine.block_manager import BlockManager, TierStats
+from inference_service.engine.lookup import Lookup
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, StepRunner
@@ -85,7 +86,7 @@ class EngineStats:
     tokens_generated: int
     """Tokens of answers, those of answers under way included."""
     tokens_drafted: int = 0
-    """Tokens that prompt lookup drafted."""
+    """Tokens that were drafted."""
     tokens_accepted: int = 0
     """Tokens of those that became tokens of answers."""
     left: int = 0
@@ -124,12 +125,15 @@ class Engine:
         blocks: BlockManager,
         residency: Residents,
         clock: Callable[[], float] = time.monotonic,
+        lookup: Lookup | None = None,
     ) -> None:
         self._residency = residency
         self._runner = runner
         self._limits = limits
         self._blocks = blocks
         self._scheduler = Scheduler(limits, blocks, residency)
+        if lookup is not None:
+            self._scheduler.lookup = lookup
         self._seqs: dict[str, Sequence] = {}
         self._under_way: deque[Pending] = deque()
         self._outputs: list[StepOutput] = []  # not handed out yet: a step that raises loses none

@@ -116,11 +116,7 @@ class Lookup:
         limits: SchedulerLimits,
         blocks: BlockManager,
     ) -> None:
-        """Fill a step that only decodes with drafts; they take nobody's rows or blocks.
-
-        What streams gain is the sum of the logarithms of how much faster they are, so that many do not become
-        much slower for one that becomes much faster.
-        """
+        """Fill a step that only decodes with drafts; they take nobody's rows or blocks."""
         decodes = len(plan.lengths)
         room = min(limits.max_seqs - decodes, plan.budget, decodes * limits.speculative_tokens)
         if room <= 0 or any(seq in plan.lengths for seq in plan.prompts):
@@ -128,10 +124,9 @@ class Lookup:
         parts = plan.step_times.draft_rows(decodes, room)
         room = min(room, 2 ** len(parts) - 1)
         costs = [decodes * log1p(rows * parts[rows.bit_length() - 1]) for rows in range(1, room + 1)]
-        least = min((cost / rows for rows, cost in enumerate(costs, 1)), default=math.inf)
-        if least >= log(2):  # what a token gains that is sure to come
-            return
-        gains: list[tuple[float, Sequence]] = []
+        if min((cost / rows for rows, cost in enumerate(costs, 1)), default=math.inf) >= log(2):
+            return  # log(2) is what a token gains that is sure to come
+        most: dict[Sequence, int] = {}
         for seq in running:
             known = self._expected.get(seq)
             if known is not None and known.rest:
@@ -141,18 +136,35 @@ class Lookup:
                     min(seq.sampling.max_tokens - seq.num_known, limits.max_seq_len - len(seq.progress.tokens))
                     - 1
                 )
-                expected = self.expect(seq, min(limits.speculative_tokens, room, left))
-                expected.rest = decodes // STREAMS_OF_REST
-                gains.extend((gain, seq) for gain in expected.gains(least))
-        gains.sort(key=lambda each: each[0], reverse=True)
-        for seq, rows in Counter(_worth_it(gains, costs, LEAST_GAIN * decodes)).items():
-            expected = self._expected[seq]
-            draft, expected.rest = list(expected.tokens[:rows]), 0
+                most[seq] = min(limits.speculative_tokens, room, left)
+        for seq, draft in self.choose(most, costs, plan).items():
             if seq.grammar is not None:
                 draft = draft[: seq.grammar.draft(draft)]
             if draft and blocks.grow(seq, len(seq.progress.tokens) + len(draft), limits.watermark):
                 plan.drafts[seq] = draft
                 plan.lengths[seq] += len(draft)
+
+    def choose(
+        self, most: Mapping[Sequence, int], costs: Seq[float], plan: Plan
+    ) -> Mapping[Sequence, list[int]]:
+        """Return the drafts that gain more than they cost, of sequences that may have so many tokens each.
+
+        What streams gain is the sum of the logarithms of how much faster they are, so that many do not become
+        much slower for one that becomes much faster; costs are as many logarithms, by the rows of all drafts.
+        """
+        decodes = len(plan.lengths)
+        least = min(cost / rows for rows, cost in enumerate(costs, 1))
+        gains: list[tuple[float, Sequence]] = []
+        for seq, room in most.items():
+            expected = self.expect(seq, room)
+            expected.rest = decodes // STREAMS_OF_REST
+            gains.extend((gain, seq) for gain in expected.gains(least))
+        gains.sort(key=lambda each: each[0], reverse=True)
+        drafts: dict[Sequence, list[int]] = {}
+        for seq, rows in Counter(_worth_it(gains, costs, LEAST_GAIN * decodes)).items():
+            expected = self._expected[seq]
+            drafts[seq], expected.rest = list(expected.tokens[:rows]), 0
+        return drafts
 
     def forget(self, seq: Sequence) -> None:
         """Drop what is known of a sequence."""

@@ -309,6 +309,8 @@ class Plan:
     """Under way when the step began, or admitted into it; in the order of those under way."""
     preempted: set[Sequence] = field(default_factory=set)
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
+    drafting_s: float = 0.0
+    """Seconds that a draft model took for them."""
     short: bool = False
     """True if those under way lacked blocks, so that no new sequence may take some."""
     crowded: bool = False
@@ -380,7 +382,8 @@ class Plan:
         chunks = [(self.lengths[seq], seq.progress.num_computed) for seq in self.prompts if seq in self.lengths]
         rows = sum(length for length, _ in chunks)
         area = sum(length * (start + length / 2) for length, start in chunks)
-        return StepLoad(len(self.lengths) - len(chunks), rows, area, sum(map(len, self.drafts.values())))
+        drafted = sum(map(len, self.drafts.values()))
+        return StepLoad(len(self.lengths) - len(chunks), rows, area, drafted, self.drafting_s)
 
     def batch(self, blocks: BlockManager) -> Batch:
         """Return it as it is, with what must be copied in the cache before it."""

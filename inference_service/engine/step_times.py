@@ -72,6 +72,8 @@ class StepLoad(NamedTuple):
     """Sum over these rows of the tokens that each attends to."""
     drafted: int = 0
     """Rows of drafts."""
+    drafting_s: float = 0.0
+    """Seconds that a draft model took before the step."""
 
 
 NOTHING: Final = StepLoad(0, 0, 0.0)
@@ -111,7 +113,7 @@ class _Regression:
         return seconds - slope * context, slope
 
 
-class _StepTimes:
+class TimesByKind:
     """The times of steps, by kind; a first use may take several times as long, and counts with the second."""
 
     def __init__(self) -> None:
@@ -140,11 +142,11 @@ class StepTimes:
         self._resolved_s = -math.inf
         self._steps: Counter[int] = Counter()
         """Steps without prompts, by the number of sequences."""
-        self._decode_s = _StepTimes()
+        self._decode_s = TimesByKind()
         """Time of a step that only decodes, by the bits of the number of its sequences."""
-        self._exactly_s = _StepTimes()
+        self._exactly_s = TimesByKind()
         """The same by the number itself: drafts cost less than what numbers of as many bits differ by."""
-        self._row_parts = _StepTimes()
+        self._row_parts = TimesByKind()
         """Cost of a draft's row, as a part of the step without drafts; by the number of sequences and the bits
         of the number of such rows.
         """
@@ -167,6 +169,10 @@ class StepTimes:
         if decode_s is None or self._since_look >= LOOK:
             return Room(0, 0.0)
         return Room(max(FIRST, GROWTH * self._most), (times - 1) * decode_s)
+
+    def decode_s(self, decodes: int) -> float | None:
+        """Return what a step of so many sequences takes without drafts, where that is known."""
+        return self._exactly_s.known.get(decodes)
 
     def spare_s(self, decodes: int, *, foreground: bool) -> float:
         """Return by how long the background may lengthen a step in which so many others decode."""
@@ -232,8 +238,8 @@ class StepTimes:
         return part and part * FADING ** (self._steps[decodes] - since)
 
     def submitted(self, load: StepLoad, now_s: float) -> None:
-        """Note that a step began."""
-        self._under_way.append((load, now_s))
+        """Note that a step began, and its drafts before it."""
+        self._under_way.append((load, now_s + load.drafting_s))
 
     def resolved(self, now_s: float) -> None:
         """Note that the oldest step that was submitted is over; its time began when the one before ended."""

@@ -18,6 +18,7 @@ from inference_service.adapters.texts import AdapterTexts, Scorer
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.operations import Backend
 from inference_service.core.computing import Computing
+from inference_service.engine.lookup import Lookup
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import BankMemory
 from inference_service.engine.runner import Blocks, Runner
@@ -102,6 +103,8 @@ class LoadedBase:
     """The other ranks that compute it, where there are some."""
     pooling: Pooling | None = Pooling.LAST
     """Pooling with which it was trained to make vectors; None: one that is not served."""
+    lookup: Lookup | None = None
+    """Prompt lookup and a draft model, where the deployment has one."""
 
     def texts(self, reader: BundleReader) -> AdapterTexts:
         """Return what reads the texts and score heads of adapters, beside its own head."""

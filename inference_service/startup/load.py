@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 import structlog
 import torch
 
-from inference_service.adapters.adapter_set import AdapterSet, Drafts
+from inference_service.adapters.adapter_set import AdapterSet
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.changing import StoredBundles
 from inference_service.adapters.fixed import AllResident
@@ -156,6 +156,10 @@ def load(
         settings = settings.model_copy(update={"prefix_cache": False})
         generation = generation.model_copy(update={"merge": Merge.NEVER})
     with nullcontext() if base.host is None else base.host.ending_where_it_raises():
+        if generation.speculator is not None and settings.speculative_tokens != 0:
+            extension = need_extension("draft", "runtime.speculator of the deployment")
+            lookup = extension.open_draft(settings, generation, base, sources, _runner)
+            base = replace(base, lookup=lookup)
         return _begin(settings, store, generation, base, started, watchers, publisher)
 
 
@@ -209,7 +213,12 @@ def _begin(
     ends = base.config.eos_token_ids
     hidden = base.config.dims.hidden
     residency = AllResident(catalog) if bank is None else bank.residency
-    adapters = AdapterSet(catalog, residency, inbox.post, Drafts(engine, settings, base.model.device.type))
+    device = base.model.device.type
+
+    def draft(newer: Generation) -> None:
+        engine.draft(settings.sizes(device, newer.drafted).speculative)
+
+    adapters = AdapterSet(catalog, residency, inbox.post, draft)
     follower = Follower(
         store,
         generation,
@@ -273,7 +282,7 @@ def _engine(
 ) -> tuple[Engine, SchedulerLimits]:
     """Size the cache from what is free, the longest sequence from the cache, and make the engine."""
     model, backend = base.model, base.backend
-    sizes = settings.sizes(model.device.type, generation.speculative_tokens)
+    sizes = settings.sizes(model.device.type, generation.drafted)
     block_size = settings.block_size
     lora = backend.new_lora() if bank is None else bank.lora
     residents: Residents = Residents() if bank is None else bank.residency
@@ -320,7 +329,7 @@ def _engine(
         proofs = find_extensions(PARTS).get("prove.replay") if base.host is None else None
         if proofs is not None:
             load_extension(proofs).rehearse(backend.new_lora(), model, block_size)
-    return Engine(runner, limits, blocks, residents), limits
+    return Engine(runner, limits, blocks, residents, lookup=base.lookup), limits
 
 
 def _run_a_few_tokens(engine: Engine, bank: OpenBank | None, *, encodes: bool) -> None:

@@ -206,6 +206,15 @@ class Resolve(Model):
     """The name of the secret that opens the repositories."""
 
 
+class Speculator(Model):
+    """A smaller base with the same tokenizer, which the extension `draft` lets draft tokens."""
+
+    model: Repository
+    """Its checkpoint. On a CPU it is rounded to int8."""
+    tokens: int = Field(default=8, ge=1, le=64)
+    """Tokens of a request that are drafted in a step, at most, by prompt lookup too."""
+
+
 class Runtime(Model):
     """The serving settings of a deployment."""
 
@@ -217,6 +226,8 @@ class Runtime(Model):
     """Tokens of a request that are guessed from what it said before, and verified, in a step, at most: for
     answers that repeat their prompt. 0: none. A replica's ``LORAMUX_SPECULATIVE_TOKENS`` comes first; where
     neither says it, 8 on a CPU and none on a GPU."""
+    speculator: Speculator | None = None
+    """A draft model, beside prompt lookup; when not given, there is none."""
     serve_base: bool = True
     """False: the adapters only; the base's name is then unknown to clients."""
     merge: Merge = Merge.AUTO
@@ -267,6 +278,12 @@ class Deployment(Model):
         """The name under which the base is served."""
         return self.runtime.served_model_name or self.model_name
 
+    @property
+    def repositories(self) -> tuple[Repository, ...]:
+        """Return all that it names: the base, a draft model, adapters."""
+        draft = () if self.runtime.speculator is None else (self.runtime.speculator.model,)
+        return (self.build.checkpoint_repository, *draft, *self.build.lora_adapters.values())
+
     @model_validator(mode="after")
     def _names_fit_together(self) -> Deployment:
         runtime, merge_always = self.runtime, self.runtime.merge is Merge.ALWAYS
@@ -284,7 +301,9 @@ class Deployment(Model):
         return self
 
     @model_validator(mode="after")
-    def _nothing_is_merged_and_rounded(self) -> Deployment:
+    def _settings_go_together(self) -> Deployment:
+        if self.runtime.speculator is not None and self.runtime.speculative_tokens is not None:
+            raise ValueError("runtime.speculator.tokens in place of runtime.speculative_tokens")
         if self.runtime.merge is Merge.ALWAYS and self.runtime.quantization is not Rounding.NONE:
             raise ValueError("runtime.quantization: none where runtime.merge is always")
         return self

@@ -64,7 +64,7 @@ UNSERVED_KEYS: dict[str, tuple[Any, str]] = {
     "build.max_prompt_embedding_table_size": (0, "Prompt tuning is not served: train a LoRA adapter."),
     "build.pipeline_parallel_count": (1, "Set build.tensor_parallel_count instead."),
     "build.quantization_type": ("no_quant", "Set runtime.quantization; LORAMUX_KV_CACHE_DTYPE for kv."),
-    "build.speculator": (None, "Set runtime.speculative_tokens: drafts come from what a request said before."),
+    "build.speculator": (None, "Set runtime.speculator, or runtime.speculative_tokens for prompt lookup."),
     "runtime.config_kwargs": ({}, "Name what it sets by the keys of this file."),
     "runtime.kv_cache_host_memory_bytes": (0, "The cache is in the device's memory alone."),
     "runtime.patch_kwargs": ({}, "Name what it sets by the keys of this file."),
@@ -320,4 +320,8 @@ def _resolve_local(deployment: Deployment, folder: Path) -> Deployment:
         "signed_by": _signers("signed_by", build.signed_by, folder),
         "base_signed_by": _signers("base_signed_by", build.base_signed_by, folder),
     }
-    return deployment.model_copy(update={"build": build.model_copy(update=update)})
+    runtime = deployment.runtime
+    if (speculator := runtime.speculator) is not None:
+        speculator = speculator.model_copy(update={"model": resolved(speculator.model)})
+    of_runtime = runtime.model_copy(update={"speculator": speculator})
+    return deployment.model_copy(update={"build": build.model_copy(update=update), "runtime": of_runtime})

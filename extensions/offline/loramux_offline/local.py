@@ -98,8 +98,7 @@ async def load(deployment: Deployment, store: str, **settings: Any) -> Replica:
     Raises:
         Fault: what a builder refuses, or what loading raises.
     """
-    named = (deployment.build.checkpoint_repository, *deployment.build.lora_adapters.values())
-    roots = tuple(each.repo for each in named if each.source is SourceKind.LOCAL)
+    roots = tuple(each.repo for each in deployment.repositories if each.source is SourceKind.LOCAL)
     common = {"store": store, "local_roots": roots}
     replica_settings = load_settings(
         InferenceSettings, **common, deployment=deployment.model_name, follow_interval_s=0, **settings

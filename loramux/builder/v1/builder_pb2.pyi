@@ -85,7 +85,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., repository: _Optional[_Union[Repository, _Mapping]] = ...) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove", "hide_base", "merge", "aliases", "default_limits", "model_limits", "speculative_tokens", "quantization", "signed_by", "base_signed_by", "tool_parser", "reasoning_parser", "pooling", "resolve", "tensor_parallel_count")
+    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove", "hide_base", "merge", "aliases", "default_limits", "model_limits", "speculative_tokens", "quantization", "signed_by", "base_signed_by", "tool_parser", "reasoning_parser", "pooling", "resolve", "tensor_parallel_count", "speculator")
     class ModelLimitsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,7 @@ class DeploymentSpec(_message.Message):
     POOLING_FIELD_NUMBER: _ClassVar[int]
     RESOLVE_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SPECULATOR_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     base: Repository
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
@@ -143,7 +144,16 @@ class DeploymentSpec(_message.Message):
     pooling: str
     resolve: Resolve
     tensor_parallel_count: int
-    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: bool = ..., hide_base: bool = ..., merge: _Optional[_Union[Merge, str]] = ..., aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., default_limits: _Optional[_Union[Limits, _Mapping]] = ..., model_limits: _Optional[_Mapping[str, Limits]] = ..., speculative_tokens: _Optional[int] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., signed_by: _Optional[_Iterable[str]] = ..., base_signed_by: _Optional[_Iterable[str]] = ..., tool_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., pooling: _Optional[str] = ..., resolve: _Optional[_Union[Resolve, _Mapping]] = ..., tensor_parallel_count: _Optional[int] = ...) -> None: ...
+    speculator: Speculator
+    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: bool = ..., hide_base: bool = ..., merge: _Optional[_Union[Merge, str]] = ..., aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., default_limits: _Optional[_Union[Limits, _Mapping]] = ..., model_limits: _Optional[_Mapping[str, Limits]] = ..., speculative_tokens: _Optional[int] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., signed_by: _Optional[_Iterable[str]] = ..., base_signed_by: _Optional[_Iterable[str]] = ..., tool_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., pooling: _Optional[str] = ..., resolve: _Optional[_Union[Resolve, _Mapping]] = ..., tensor_parallel_count: _Optional[int] = ..., speculator: _Optional[_Union[Speculator, _Mapping]] = ...) -> None: ...
+
+class Speculator(_message.Message):
+    __slots__ = ("model", "tokens")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    model: Repository
+    tokens: int
+    def __init__(self, model: _Optional[_Union[Repository, _Mapping]] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Resolve(_message.Message):
     __slots__ = ("sources", "max_adapters", "idle_hours", "runtime_secret_name")

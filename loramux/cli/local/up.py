@@ -65,8 +65,7 @@ class UpPlan:
     @property
     def local_roots(self) -> list[Path]:
         """The folders that the services may read."""
-        build = self.deployment.build
-        named = local_roots([build.checkpoint_repository, *build.lora_adapters.values()])
+        named = local_roots(self.deployment.repositories)
         roots = [root.expanduser().resolve() for root in self.roots]
         others = [each for each in named if not any(each.resolve().is_relative_to(root) for root in roots)]
         return list(dict.fromkeys([*others, *roots]))

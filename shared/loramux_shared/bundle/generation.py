@@ -98,6 +98,14 @@ class BaseRecord(Model):
         return sum(file.size for name, file in self.files.items() if name.endswith((".safetensors", ".gguf")))
 
 
+class SpeculatorRecord(Model):
+    """The draft model of a generation."""
+
+    model: BaseRecord
+    tokens: int = Field(ge=1)
+    """Tokens of a request that are drafted in a step, at most."""
+
+
 class Recipe(Model):
     """The settings of a build that a generation does not tell otherwise: what comes in later obeys them too."""
 
@@ -123,6 +131,7 @@ class Generation(Record):
     lora_dtype: Dtype
     request_default_max_tokens: int | None = None
     speculative_tokens: int | None = Field(default=None, ge=0, exclude_if=unset)
+    speculator: SpeculatorRecord | None = Field(default=None, exclude_if=unset)
     quantization: Rounding = Field(default=Rounding.NONE, exclude_if=lambda kind: kind is Rounding.NONE)
     tensor_parallel_count: int = Field(default=1, ge=1, exclude_if=lambda count: count == 1)
     tool_parser: ToolParser = Field(default=ToolParser.AUTO, exclude_if=lambda name: name is ToolParser.AUTO)
@@ -145,6 +154,11 @@ class Generation(Record):
         if len(self.adapters) != 1 or self.serve_base or self.merge is Merge.NEVER:
             return None
         return next((name for name, record in self.adapters.items() if not record.apart), None)
+
+    @property
+    def drafted(self) -> int | None:
+        """Return the tokens of a request that are drafted in a step, at most; None: the device's default."""
+        return self.speculative_tokens if self.speculator is None else self.speculator.tokens
 
     @property
     def names(self) -> ModelNames:

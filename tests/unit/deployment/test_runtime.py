@@ -55,8 +55,11 @@ def test_a_message_says_the_same() -> None:
     drafts = [parsed({"speculative_tokens": tokens}) for tokens in (0, 5, None)]
     assert [deployment.runtime.speculative_tokens for deployment in drafts] == [0, 5, None]
     kinds = [parsed({"quantization": kind}) for kind in ("none", "fp8", "int8", "int4")]
+    draft = parsed(
+        {"speculator": {"model": {"source": "HF", "repo": "org/small", "revision": "a"}, "tokens": 3}}
+    )
     reads = parsed({"tool_parser": "hermes", "reasoning_parser": "none", "pooling": "mean"})
-    for deployment in (parsed(runtime), parsed({}), *drafts, *kinds, reads):
+    for deployment in (parsed(runtime), parsed({}), *drafts, *kinds, draft, reads):
         assert deployment_from_message(deployment_to_message(deployment)) == deployment
 
 

@@ -1,0 +1,89 @@
+"""The check of a draft model when its deployment is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Final
+
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.memory import count_weights
+from loramux_shared.bundle.generation import BaseRecord, SpeculatorRecord
+from loramux_shared.deployment import Speculator
+from loramux_shared.faults import DeploymentInvalid, Fault, Finding
+from loramux_shared.sources.checkpoint import Base, describe_base
+from loramux_shared.sources.files import scratch
+from loramux_shared.sources.open import Sources
+from loramux_shared.wording import listed
+
+if TYPE_CHECKING:
+    from builder_service.pipeline.making import Workshop
+
+TOKENIZER: Final = "tokenizer.json"
+
+
+def record(speculator: Speculator, base: Base, shop: Workshop) -> SpeculatorRecord:
+    """Return the record of a draft model that fits a base.
+
+    Raises:
+        DeploymentInvalid: it does not fit, with every reason.
+        Fault: what its source raises.
+    """
+    sources, check = shop.context.sources, shop.progress.check
+    try:
+        draft = describe_base(sources, speculator.model, lambda _: check(), shop.room)
+        findings = list(_misfits(draft, base, sources))
+    except Fault as fault:
+        raise fault.with_message(f"runtime.speculator: {fault.message}") from fault
+    if findings:
+        raise DeploymentInvalid("the draft model does not fit the base", findings)
+    return SpeculatorRecord(model=draft.record, tokens=speculator.tokens)
+
+
+def _misfits(draft: Base, base: Base, sources: Sources) -> Iterator[Finding]:
+    if not _is_plain(base.model):
+        yield _finding(
+            "", "nothing, for the base is no decoder whose layers all attend", base.model.architecture
+        )
+    if not _is_plain(draft.model):
+        yield _finding("model", "a decoder whose layers all attend", draft.model.architecture)
+    numbers, most = count_weights(draft.model), count_weights(base.model)
+    if numbers > most:
+        yield _finding("model", f"at most the {most:,} weights of the base", f"{numbers:,}")
+    if draft.record.files.get(TOKENIZER) == base.record.files.get(TOKENIZER) is not None:
+        return
+    own, others = (_tokens(record, sources) for record in (draft.record, base.record))
+    if own != others:
+        differing = [token for token, _ in sorted(own.items() ^ others.items(), key=lambda each: each[1])]
+        found = f"others for {listed([repr(token) for token in dict.fromkeys(differing)], 3)}"
+        yield _finding("model", "the tokens of the base, with the same ids", found)
+
+
+def _is_plain(model: ModelConfig) -> bool:
+    return not model.encodes and not model.state_bytes(1)
+
+
+def _finding(field: str, expected: str, found: str) -> Finding:
+    where = f"runtime.speculator.{field}".removesuffix(".")
+    fix = "Name a smaller base of the same family, or leave runtime.speculator out."
+    return Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found, fix=fix)
+
+
+def _tokens(base: BaseRecord, sources: Sources) -> dict[str, int]:
+    """Return the ids of a base's tokens.
+
+    Raises:
+        DeploymentInvalid: it has no tokenizer.json that says them.
+    """
+    source = sources.of(base.source)
+    try:
+        with closing(source.resolve(base.source)) as resolved, scratch(sources.work_dir) as folder:
+            source.fetch(resolved, [TOKENIZER] if TOKENIZER in base.files else [], folder)
+            fields = json.loads((folder / TOKENIZER).read_bytes())
+        vocab = fields["model"]["vocab"]
+        listed_ones = {each[0]: index for index, each in enumerate(vocab)} if isinstance(vocab, list) else vocab
+        return {**listed_ones, **{each["content"]: each["id"] for each in fields.get("added_tokens") or []}}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        what = f"{TOKENIZER} of {base.source.label}: expected a tokenizer, to compare it with the base's"
+        raise DeploymentInvalid(f"{what}; found none that can be read ({type(error).__name__})") from error

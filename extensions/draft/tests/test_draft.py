@@ -1,0 +1,177 @@
+"""A draft model beside adapters: answers stay the same, and what does not fit is refused by name."""
+
+import itertools
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from inference_service.adapters.follower import needs_restart
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence
+from inference_service.startup.load import Ready
+from loramux_draft.choice import DraftChoice
+from loramux_draft.model import DraftModel
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.faults import Fault, SettingsInvalid
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.examples import examples
+from tests.support.grammars import Scripted
+from tests.support.tiny import ADAPTERS, World, make_world, sequence
+
+MODELS = ("base", "base", *ADAPTERS, "wide*0.5+rs*0.5")
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.8, "seed": 7, "top_p": 0.9},
+    {"temperature": 0.0, "presence_penalty": 1.0},
+    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.0, "min_tokens": 6, "stop_token_ids": frozenset(range(3, 40))},
+)
+REQUEST = st.tuples(
+    st.sampled_from(MODELS),
+    st.integers(1, 40),  # tokens of the prompt
+    st.integers(1, 30),  # new tokens at most
+    st.sampled_from(SAMPLINGS),
+    st.booleans(),  # with a grammar
+    st.booleans(),  # one of few prompts, so that prefixes meet
+)
+
+
+def speculator(folder: Path) -> dict[str, Any]:
+    """A draft model for the block `runtime`."""
+    return {"speculator": {"model": {"source": "LOCAL", "repo": str(folder)}, "tokens": 4}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    """A world whose draft model is its base: the base's tokens hold, and of the adapters' few."""
+    world, store = make_world(tmp_path_factory.mktemp("drafts")), MemoryStore()
+    world.build_with(store, runtime=speculator(world.base))
+    return world, store
+
+
+@pytest.fixture(scope="module")
+def replicas(world: tuple[World, MemoryStore]) -> tuple[Ready, Ready]:
+    """A replica with few blocks that drafts whatever it takes, and one that drafts nothing."""
+    drafting = world[0].load(world[1], kv_memory_gb=64e-6, max_batch_tokens=32, max_batch_seqs=16)
+    ticks = itertools.count()
+    drafting.engine._engine._clock = lambda: float(next(ticks))
+    return drafting, world[0].load(world[1], speculative_tokens=0)
+
+
+def draft_model(ready: Ready) -> DraftModel:
+    """Return a replica's draft model."""
+    return cast(DraftChoice, ready.engine._engine._scheduler.lookup)._model
+
+
+def run(ready: Ready, actions: list[Any]) -> dict[str, tuple[list[int], bool]]:
+    """Take in requests, steps, and aborts by place; return each request's tokens, and if it was aborted."""
+    engine, answers, aborted, seeds = ready.engine._engine, {}, set(), itertools.count(1)
+    for action in [*actions, None]:
+        if isinstance(action, tuple):
+            model, length, new, sampling, constrained, common = action
+            seed = 3 if common else next(seeds)
+            prompt = [3 + (seed * place * place + place) % 190 for place in range(length)]
+            seq = sequence(ready, str(len(answers)), model, prompt, SamplingParams(max_tokens=new, **sampling))
+            grammar = Scripted(lambda tokens: range(3 + len(tokens) % 2, 199, 2)) if constrained else None
+            engine.add(replace(seq, grammar=grammar))
+            answers[seq.id] = []
+        elif isinstance(action, int) and str(action) in answers:
+            engine.abort(str(action))
+            aborted.add(str(action))
+        while action in (None, "step") and not engine.idle:
+            for output in engine.step():
+                answers[output.seq_id].append(output.token.id)
+            if action == "step":
+                break
+    return {name: (tokens, name in aborted) for name, tokens in answers.items()}
+
+
+@settings(max_examples=examples(25), deadline=None)
+@given(st.lists(st.one_of(REQUEST, st.just("step"), st.integers(0, 9)), min_size=1, max_size=30))
+def test_every_answer_is_that_without_a_draft_model(replicas: tuple[Ready, Ready], actions: list[Any]) -> None:
+    """Adapters, blends, grammars, penalties, draws, chunks, preemption and aborts change no token."""
+    drafting, plain = replicas
+    found = run(drafting, actions)
+    requests = [action for action in actions if isinstance(action, tuple)]
+    expected = run(plain, requests)
+    for name, (tokens, aborted) in found.items():
+        assert tokens == (expected[name][0][: len(tokens)] if aborted else expected[name][0])
+    model = draft_model(drafting)
+    assert not model._followed
+    assert model._blocks.num_free == model._blocks.num_blocks
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "drawn"])
+def test_drafts_hold(replicas: tuple[Ready, Ready], sampling: dict[str, Any]) -> None:
+    """Most drafts for the base hold, since a draft is drawn as the token is."""
+    engine = replicas[0].engine._engine
+    before = engine.stats
+    run(replicas[0], [("base", 8, 40, sampling, False, False)] * 3)
+    drafted = engine.stats.tokens_drafted - before.tokens_drafted
+    assert engine.stats.tokens_accepted - before.tokens_accepted > 0.7 * drafted > 20
+
+
+def test_a_draft_depends_on_the_tokens_alone(replicas: tuple[Ready, Ready]) -> None:
+    """A draft behind tokens of which some were drafted before, read in parts, is that of a model that read them
+    first.
+    """
+    model, draw = draft_model(replicas[0]), random.Random(1)
+    for _ in range(5):
+        seq, again = (Sequence("s", [5, 6, 7], SamplingParams(temperature=0.0)) for _ in range(2))
+        for _ in range(12):
+            rows = model.rows(seq)
+            if rows > 4:
+                model.catch_up({seq: rows - 2})
+            [draft] = model.propose({seq: 4}).values()
+            again.progress.tokens[:] = seq.progress.tokens
+            assert model.rows(again)
+            assert draft == model.propose({again: 4})[again]
+            model.forget(again)
+            new = [draw.randrange(3, 190) for _ in range(draw.choice([1, 1, 6]))]
+            seq.progress.tokens += draft[: draw.randrange(5)] + new
+        model.forget(seq)
+
+
+def changed(base: Path, folder: Path, name: str, **fields: Any) -> Path:
+    """Return a copy of a checkpoint whose file of JSON has other fields."""
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / name).write_text(json.dumps(json.loads((base / name).read_text()) | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 198, "content": "<new>"}]}, "others for '<new>'"),
+        ("tokenizer.json", {"model": None}, "none that can be read"),
+        ("config.json", {"num_hidden_layers": 3}, "weights of the base"),
+        ("config.json", {"architectures": ["Unknown"]}, "runtime.speculator: "),
+        (None, {}, "runtime.speculator: "),
+    ],
+    ids=["other tokens", "no tokenizer", "larger", "not served", "no folder"],
+)
+def test_what_does_not_fit_is_refused(
+    world: tuple[World, MemoryStore], tmp_path: Path, name: str, fields: Mapping[str, Any], expected: str
+) -> None:
+    """A build refuses a draft model by what it lacks."""
+    base = world[0].base
+    folder = changed(base, world[0].root / tmp_path.name, name, **fields) if name else tmp_path / "absent"
+    with pytest.raises(Fault) as refused:
+        world[0].build_with(MemoryStore(), runtime=speculator(folder))
+    assert expected in f"{refused.value.message} {getattr(refused.value, 'findings', '')}"
+
+
+def test_several_ranks_are_refused(world: tuple[World, MemoryStore]) -> None:
+    """Several ranks are refused with what to set instead, and another draft model needs a restart."""
+    with pytest.raises(SettingsInvalid, match=r"LORAMUX_TENSOR_PARALLEL=2: runtime\.speculator"):
+        world[0].load(world[1], tensor_parallel=2)
+    generation = current_generation(world[1], "tiny")
+    assert "draft model" in str(needs_restart(generation, generation.model_copy(update={"speculator": None})))
