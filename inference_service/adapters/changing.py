@@ -68,10 +68,7 @@ class StoredBundles:
         # No bundle says where it came from, and this record is stored nowhere.
         source = Repository(source=SourceKind.PUSHED, repo=f"bundle:{digest}")
         return AdapterRecord(
-            digest=digest,
-            source=source,
-            summary=manifest.summary,
-            invocation_tokens=manifest.invocation_tokens,
+            digest=digest, source=source, summary=manifest.summary, invocation_tokens=manifest.invocation_tokens
         )
 
 

@@ -165,12 +165,7 @@ class AdapterLoader(Generic[P]):
     """
 
     def __init__(
-        self,
-        reader: BundleReader,
-        pack: Callable[[Bundle], P],
-        *,
-        host_bytes: float = 0,
-        threads: int = 1,
+        self, reader: BundleReader, pack: Callable[[Bundle], P], *, host_bytes: float = 0, threads: int = 1
     ) -> None:
         self._reader = reader
         self._pack = pack

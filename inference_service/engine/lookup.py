@@ -110,11 +110,7 @@ class Lookup:
         return expected
 
     def fill(
-        self,
-        plan: Plan,
-        running: Iterable[Sequence],
-        limits: SchedulerLimits,
-        blocks: BlockManager,
+        self, plan: Plan, running: Iterable[Sequence], limits: SchedulerLimits, blocks: BlockManager
     ) -> None:
         """Fill a step that only decodes with drafts; they take nobody's rows or blocks."""
         decodes = len(plan.lengths)

@@ -215,12 +215,7 @@ class Reading:
     """
 
     def __init__(
-        self,
-        logits: Tensor,
-        ids: Tensor,
-        seqs: Seq[Sequence],
-        shaper: Shaper,
-        ahead: Seq[int] | None = None,
+        self, logits: Tensor, ids: Tensor, seqs: Seq[Sequence], shaper: Shaper, ahead: Seq[int] | None = None
     ) -> None:
         self._logits, self._ids, self._seqs, self._shaper = logits, ids, seqs, shaper
         rows = shaper.rows(seqs, ahead)

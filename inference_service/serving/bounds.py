@@ -229,12 +229,7 @@ def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> Non
         cut = request.prompt.truncate_prompt_tokens is not None
         check_ids(prompt, countable(max_seq_len) if cut else max_seq_len)
     most = {"n": max_queue, "truncate_prompt_tokens": max_seq_len, "logprobs": vocab, "prompt_logprobs": vocab}
-    rules = (
-        _prompt(request, vocab),
-        _numbers(request, most),
-        _lists(request, vocab),
-        _others(request),
-    )
+    rules = (_prompt(request, vocab), _numbers(request, most), _lists(request, vocab), _others(request))
     _judge(chain.from_iterable(rules))
 
 

@@ -26,13 +26,7 @@ from inference_service.serving.delivery import Outputs, Sink
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
-from inference_service.serving.request import (
-    AnswerDelta,
-    AnswerStarted,
-    Event,
-    Request,
-    ResolvedModel,
-)
+from inference_service.serving.request import AnswerDelta, AnswerStarted, Event, Request, ResolvedModel
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.model_series import MOST
 from inference_service.serving.telemetry.record import RequestFollower, Watcher, following
@@ -295,9 +289,7 @@ class GenerationService:
             )
             stops = StopTexts(request.sampling.stop, keep=request.sampling.include_stop_str_in_output)
             detokenizer = terms.text.detokenizer(
-                tokens,
-                skip_special_tokens=output.skip_special_tokens,
-                visible=output.shown_special_tokens,
+                tokens, skip_special_tokens=output.skip_special_tokens, visible=output.shown_special_tokens
             )
             answers[seq.id] = Answer(index, seq, detokenizer, stops, stop_tokens, where)
         return answers

@@ -223,9 +223,7 @@ def first(requested: N | None, adapters: N | None, default: N) -> N:
     return default if chosen is None else chosen
 
 
-def completing(
-    words: Iterable[tuple[int, ...]],
-) -> dict[int, dict[tuple[int, ...], tuple[int, ...]]]:
+def completing(words: Iterable[tuple[int, ...]]) -> dict[int, dict[tuple[int, ...], tuple[int, ...]]]:
     """Return the tokens that complete one of these words, by how many and which stand before them."""
     found: dict[int, dict[tuple[int, ...], tuple[int, ...]]] = {}
     for *before, last in words:

@@ -117,12 +117,7 @@ def open_bank(
     log.info("memory", item="bank of adapters", gb=round(num_bytes / GB, 3), holds_like_the_median=held)
     disk = open_disk_tier(settings.cache_dir, settings.adapter_disk_gb, store.uri)
     reader = BundleReader(store, disk)
-    loader = AdapterLoader(
-        reader,
-        pack,
-        host_bytes=host_bytes,
-        threads=settings.adapter_threads,
-    )
+    loader = AdapterLoader(reader, pack, host_bytes=host_bytes, threads=settings.adapter_threads)
     wait_s = COPY_WAIT_S if device.type == "cpu" else 0.0
     residency = Residency(Places(num_bytes), slots, bank, loader, inbox.post, wait_s=wait_s)
     return OpenBank(lora, residency, loader, base.texts(reader), sizes)

@@ -38,10 +38,7 @@ HEADS: Final = tuple(
         ("loramux_model_load_seconds", "Time to read, check and pack a model."),
         ("loramux_model_info", "1; the digest is empty for the base."),
         ("loramux_model_limit", "Limit of a model."),
-        (
-            "vllm:lora_adapter_loaded",
-            "1; level: gpu for a resident adapter, cpu while it is loaded.",
-        ),
+        ("vllm:lora_adapter_loaded", "1; level: gpu for a resident adapter, cpu while it is loaded."),
     )
 )
 """Heads of the families that have a series for each model; the last name is vLLM's."""
@@ -186,11 +183,7 @@ class AdapterCollector(Collector):
         for name, text, value in (
             ("num_gpu_loaded_lora_adapters", "Resident versions.", view.resident),
             ("num_cpu_loaded_lora_adapters", "Versions that are being loaded.", view.arriving),
-            (
-                "max_gpu_lora_adapters",
-                "Versions of the present mean size that fit.",
-                self._room(view),
-            ),
+            ("max_gpu_lora_adapters", "Versions of the present mean size that fit.", self._room(view)),
         ):
             family = GaugeMetricFamily(f"vllm:{name}", text, labels=[MODEL_LABEL])
             yield of_model(family, self._series.base_name, value)
@@ -220,10 +213,6 @@ def _load_seconds(counts: list[int], total: float) -> Metric:
     for bound, count in zip(bounds_of(LOAD_BUCKETS_S), counts, strict=True):
         added += count
         buckets.append((bound, float(added)))
-    family = HistogramMetricFamily(
-        "vllm:lora_adapter_load_seconds",
-        "Time of a load.",
-        labels=["transition"],
-    )
+    family = HistogramMetricFamily("vllm:lora_adapter_load_seconds", "Time of a load.", labels=["transition"])
     family.add_metric(["load"], buckets, total)
     return family
