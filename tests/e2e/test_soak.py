@@ -38,9 +38,7 @@ ADAPTERS = ("lora0", "lora1", "lora2", "lora3")
 STALL_S = 2
 """Seconds that the replica waits for a client that does not read."""
 KV_GB = 0.1
-"""Size of the cache, so small that every block is used in the first minute: memory counts when it is first
-written to, and a cache of gigabytes would look like a leak for as long as it fills.
-"""
+"""Size of the cache: every block is used in the first minute, so that a cache that fills is no leak."""
 GROWTH_MB = 64
 """Bound of the increase of resident memory after the first minute."""
 PATH = "/v1/completions"

@@ -157,9 +157,7 @@ async def number_each(method: str, requests: Sequence[Message], call: Call) -> N
 
 
 VALID: Mapping[str, str] = cases(__file__, "VALID")
-"""Reasons of valid requests that cannot succeed here: the replica knows no builder, classifier and file, the
-question for a summary is longer than its sequences, and an upload has more than one message.
-"""
+"""Reasons of valid requests that cannot succeed here, for want of a builder, files or longer sequences."""
 
 
 @asynccontextmanager

@@ -38,9 +38,7 @@ class Variant:
     options: Mapping[str, int]
     """num_warps and num_stages."""
     types: Mapping[str, str] = field(default_factory=dict)
-    """Types of the other arguments: ``*fp32``, ``*i32``, ``fp32``, ...; an argument that is no pointer is i32
-    by default.
-    """
+    """Types of the other arguments, as ``*fp32`` or ``fp32``; what is no pointer is i32 by default."""
     unaligned: Collection[str] = ()
     """Arguments that are not known to be multiples of 16."""
 

@@ -26,10 +26,7 @@ SEGMENTS = (1, 3, 8, 64, 130, 300)
 
 @pytest.mark.parametrize(("model", "shape"), LINEARS, ids=lambda value: getattr(value, "name", value))
 def test_planes_partition_k_and_grids_cover_the_device(model: str, shape: GroupShape) -> None:
-    """No plane is idle; a launch has no more programs than could find work, or than cover the device.
-
-    However narrow tiles of expand are, as few of them follow one another as of the widest.
-    """
+    """No plane is idle, and a launch has no more programs than could find work, or than cover the device."""
     slices = Slices(shape.out_offsets, shape.out_features)
     for architecture in ARCHITECTURES:
         for tile in (DECODE_TILE, PREFILL_TILE):

@@ -1,6 +1,4 @@
-"""Recorded steps of small models against transformers, in the interpreter: of layers that differ in their heads
-and windows, of adapters with tables of their own, and of experts, which are routed again at every replay.
-"""
+"""Recorded steps of layers, adapters and experts that differ, against transformers, in the interpreter."""
 
 from typing import Any
 

@@ -29,10 +29,7 @@ _ids = itertools.count()
 
 @dataclass
 class Device:
-    """A runner whose model reads its cache as attention does: the next token is a checksum of what it finds.
-
-    It works in the order of submission. One with a memory draws by the last tokens alone, so that it repeats.
-    """
+    """A runner whose next token is a checksum of its cache, or with a memory of the last tokens alone."""
 
     depth: int
     memory: int = 0

@@ -1,7 +1,4 @@
-"""Chromium without a window, driven through the pipe of its DevTools protocol: no driver, no library.
-
-Protocol: https://chromedevtools.github.io/devtools-protocol/
-"""
+"""Chromium without a window, through its protocol: https://chromedevtools.github.io/devtools-protocol/."""
 
 import asyncio
 import base64

@@ -25,7 +25,4 @@ FAMILIES = {
     for name, (template, tool, reasoning, special, end) in cases(__file__, "FAMILIES").items()
     if tool in FORMATS
 }
-"""Families whose calls are read, by the name of the models.
-
-Sources: their templates as they were published; see the dialects.
-"""
+"""Published templates of families whose calls are read, by the name of the models."""

@@ -108,10 +108,7 @@ class _Threads:
 def divided(
     ready: Ready, folder: Path, store: Store, world: int = 2, recorded: SchedulerLimits | None = None
 ) -> Iterator[None]:
-    """Let a replica's engine compute with ranks in threads, or raise SettingsInvalid if the base refuses.
-
-    Within limits, steps are recorded on tapes.
-    """
+    """Let a replica's engine compute with ranks in threads; within limits, steps are recorded on tapes."""
     engine = ready.engine._engine
     block_size, parts = engine._blocks.block_size, []
     backend = "auto" if recorded is None else "triton"

@@ -1,7 +1,4 @@
-"""Record the output of `benchmarks.counts`.
-
-python -m tests.golden.kernels.counts
-"""
+"""Record the output of `benchmarks.counts`: python -m tests.golden.kernels.counts."""
 
 import os
 from pathlib import Path

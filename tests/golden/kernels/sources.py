@@ -24,9 +24,7 @@ RECORDED = Path(__file__).with_name("sources.txt")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
     "TRITON_DEFAULT_FP_FUSION": "1"
 }
-"""Environment of processes in which kernels are not made for the interpreter, and are compiled as
-everywhere.
-"""
+"""Environment of processes in which kernels are compiled, and not interpreted."""
 
 
 def lines() -> Iterator[str]:
