@@ -7,17 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from inference_service.kernels.attention import (
-    AttentionCapacity,
-    AttentionTables,
-    Context,
-    HeadNorm,
-    Inputs,
-    KeysValues,
-    attend,
-    pack_tables,
-    prefill_tile,
-)
+from inference_service.kernels import attention
 from inference_service.kernels.launch import Launch, planned
 from loramux_shared.bases.rope import AttentionSpec
 
@@ -38,11 +28,11 @@ class Layout:
     """Chunks that the tables have room for beyond those, and blocks per chunk."""
     decode_only: bool = False
 
-    def contexts(self, blocks: int) -> list[Context]:
+    def contexts(self, blocks: int) -> list[attention.Context]:
         """The chunks, with their blocks scattered over the cache's."""
         order, row, contexts = iter(torch.randperm(blocks).tolist()), 0, []
         for index, (length, end) in enumerate(self.chunks):
-            contexts.append(Context(row, length, [next(order) for _ in range(self.needed(end))], end))
+            contexts.append(attention.Context(row, length, [next(order) for _ in range(self.needed(end))], end))
             row += length + (index < self.padding)
         return contexts
 
@@ -69,17 +59,17 @@ class Heads:
 class Case:
     """Arguments of ``attend``, and what is right."""
 
-    inputs: Inputs
-    tables: AttentionTables
-    contexts: list[Context]
+    inputs: attention.Inputs
+    tables: attention.AttentionTables
+    contexts: list[attention.Context]
     spec: AttentionSpec
-    norm: HeadNorm | None
+    norm: attention.HeadNorm | None
     layout: Layout
     sinks: Tensor | None = None
 
     def planned(self) -> tuple[Tensor, list[Launch]]:
         """The launches, with NaN in everything that they write but the cache."""
-        out, launches = planned(attend, self.inputs, self.tables, self.spec, self.norm, self.sinks)
+        out, launches = planned(attention.attend, self.inputs, self.tables, self.spec, self.norm, self.sinks)
         poison(launches)
         return out, launches
 
@@ -103,13 +93,13 @@ class Case:
         turned = torch.cat([high, low], dim=-1) * at.sin[:, None].double()
         return torch.cat([x[..., : at.rotary] * at.cos[:, None].double() + turned, x[..., at.rotary :]], dim=-1)
 
-    def cache_rows(self, context: Context) -> Tensor:
+    def cache_rows(self, context: attention.Context) -> Tensor:
         """[end]: where the positions of a context are."""
         blocks = torch.tensor(list(context.blocks))
         rows = blocks[:, None] * self.layout.block_size + torch.arange(self.layout.block_size)
         return rows.flatten()[: context.end]
 
-    def first_seen(self, context: Context) -> int:
+    def first_seen(self, context: attention.Context) -> int:
         """The first position that any row of a chunk sees."""
         window = self.spec.window
         return 0 if window is None else max(0, context.end - context.length + 1 - window)
@@ -119,7 +109,7 @@ class Case:
         """Return the values of the cache, in fp64 [kv heads, cache rows, d]."""
         at = self.inputs
         every = torch.arange(at.keys.shape[1], device=at.keys.device)
-        return KeysValues(at.keys, at.values, at.scales).read(every, torch.float64)
+        return attention.KeysValues(at.keys, at.values, at.scales).read(every, torch.float64)
 
     def expected(self, keys: Tensor, values: Tensor) -> Tensor:
         """fp64 [T, query heads, d] over the cache before the step, or after it for 8 bits; 0 where padded."""
@@ -164,18 +154,20 @@ def make_case(
     """Random heads and histories; all else in the cache, whose type may be another, and all padding is NaN."""
     torch.manual_seed(sum(end for _, end in layout.chunks) * 100 + heads.dim)
     group = heads.queries // heads.kv
-    capacity = AttentionCapacity(
+    capacity = attention.AttentionCapacity(
         rows=sum(length for length, _ in layout.chunks) + layout.padding,
         chunks=len(layout.chunks) + layout.spare,
         blocks_per_chunk=max(layout.needed(end) for _, end in layout.chunks) + layout.spare,
         block_size=layout.block_size,
-        tile=None if layout.decode_only else prefill_tile(torch.device(device), dtype, heads.dim, group),
+        tile=None
+        if layout.decode_only
+        else attention.prefill_tile(torch.device(device), dtype, heads.dim, group),
         kv_heads=heads.kv,
     )
     blocks = capacity.chunks * capacity.blocks_per_chunk + 1
     contexts = layout.contexts(blocks)
-    tables = AttentionTables.allocate(capacity, device)
-    tables.load(torch.from_numpy(pack_tables(capacity, contexts)))
+    tables = attention.AttentionTables.allocate(capacity, device)
+    tables.load(torch.from_numpy(attention.pack_tables(capacity, contexts)))
     spec = AttentionSpec(heads.dim**-0.5, window, softcap)
     inputs = _inputs(capacity.rows, blocks * layout.block_size, heads, dtype, device, cache)
     beside = (torch.randn(heads.queries) * 3).to(device) if sinks else None
@@ -187,7 +179,7 @@ def make_case(
 def fill(case: Case) -> None:
     """Fill the rows of chunks and their visible past with random values, everything else with NaN."""
     at = case.inputs
-    held = KeysValues(at.keys, at.values, at.scales)
+    held = attention.KeysValues(at.keys, at.values, at.scales)
     at.heads.fill_(torch.nan)
     for poisoned in held.tensors:
         if poisoned.itemsize == 1:
@@ -213,7 +205,7 @@ def poison(launches: Sequence[Launch]) -> None:
 def reloaded(case: Case, layout: Layout) -> Case:
     """The same tensors with another content, as before the next step."""
     contexts = layout.contexts(case.inputs.keys.shape[1] // layout.block_size)
-    case.tables.load(torch.from_numpy(pack_tables(case.tables.capacity, contexts)))
+    case.tables.load(torch.from_numpy(attention.pack_tables(case.tables.capacity, contexts)))
     other = Case(case.inputs, case.tables, contexts, case.spec, case.norm, layout, case.sinks)
     fill(other)
     return other
@@ -245,18 +237,18 @@ def errors(got: Tensor, expected: Tensor) -> Tensor:
 
 def _inputs(
     rows: int, cache_rows: int, heads: Heads, dtype: torch.dtype, device: str, kept: torch.dtype | None
-) -> Inputs:
+) -> attention.Inputs:
     rotary = heads.dim if heads.rotary is None else heads.rotary
     angles = torch.rand(rows, rotary // 2) * 6
     cos, sin = torch.cat([angles.cos()] * 2, dim=1), torch.cat([-angles.sin(), angles.sin()], dim=1)
-    cache = KeysValues.allocate(heads.kv, cache_rows, heads.dim, kept or dtype, torch.device(device))
+    cache = attention.KeysValues.allocate(heads.kv, cache_rows, heads.dim, kept or dtype, torch.device(device))
     fused = torch.empty(rows, heads.queries + 2 * heads.kv, heads.dim)
     fused, cos, sin = (part.to(device, dtype) for part in (fused, cos, sin))
-    return Inputs(fused, cos, sin, cache.keys, cache.values, scales=cache.scales)
+    return attention.Inputs(fused, cos, sin, cache.keys, cache.values, scales=cache.scales)
 
 
-def _norm(heads: Heads, dtype: torch.dtype, device: str) -> HeadNorm | None:
+def _norm(heads: Heads, dtype: torch.dtype, device: str) -> attention.HeadNorm | None:
     if heads.norm is None:
         return None
     shape = (heads.dim,) if heads.norm == "shared" else (heads.queries + heads.kv, heads.dim)
-    return HeadNorm((torch.randn(shape) + 1 - heads.offset).to(device, dtype), 1e-5, heads.offset)
+    return attention.HeadNorm((torch.randn(shape) + 1 - heads.offset).to(device, dtype), 1e-5, heads.offset)

@@ -8,17 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from inference_service.kernels.sgmv import (
-    Group,
-    SegmentCapacity,
-    Segments,
-    Slices,
-    lora_apply,
-    pack_segments,
-    pack_table,
-    reference,
-    workspace_numel,
-)
+from inference_service.kernels import sgmv
+from inference_service.kernels.sgmv import reference
 from inference_service.kernels.sgmv.layout import FIELDS, ROW
 
 GUARD = 16  # NaN elements around the weights, columns beside out
@@ -32,20 +23,20 @@ class Case:
 
     x: Tensor
     out: Tensor
-    group: Group
-    segments: Segments
+    group: sgmv.Group
+    segments: sgmv.Segments
     workspace: Tensor
 
     def run(self) -> None:
         """Launch both kernels."""
-        lora_apply(self.x, self.out, self.group, self.segments, self.workspace)
+        sgmv.lora_apply(self.x, self.out, self.group, self.segments, self.workspace)
 
 
 def make_group(
-    ranks: Sequence[Sequence[int]], K: int, slices: Slices, dtype: torch.dtype, device: str
-) -> Group:
+    ranks: Sequence[Sequence[int]], K: int, slices: sgmv.Slices, dtype: torch.dtype, device: str
+) -> sgmv.Group:
     """Random adapters between guards; of every second slot, each other slice has vectors."""
-    table = pack_table(ranks, slices, K)
+    table = sgmv.pack_table(ranks, slices, K)
     table[..., 1:3] += GUARD
     rank = table[..., 0]
     stride, sizes = -(-K // ROW) * ROW, np.array(slices.sizes)
@@ -66,7 +57,7 @@ def make_group(
         len(table), len(sizes) + 2, FIELDS, dtype=torch.int64
     )  # beside what other linears have
     spread[:, 1:-1] = torch.from_numpy(table)
-    group = Group(
+    group = sgmv.Group(
         with_vectors(weights.to(dtype), table, slices).to(device),
         spread.to(device)[:, 1:-1],
         slices,
@@ -78,7 +69,7 @@ def make_group(
     return group
 
 
-def with_vectors(weights: Tensor, table: npt.NDArray[np.int64], slices: Slices) -> Tensor:
+def with_vectors(weights: Tensor, table: npt.NDArray[np.int64], slices: sgmv.Slices) -> Tensor:
     """Write random vectors to their places."""
     for slot, index in np.argwhere(table[..., 3]):
         size, first = slices.sizes[index], table[slot, index, 3]
@@ -106,19 +97,19 @@ def make_case(
 ) -> Case:
     """``slots`` is per entry; ``spare`` is the room for further entries, or there is room for ``rows``."""
     torch.manual_seed(len(slots) * 1000 + K)
-    slices = Slices.consecutive(*sizes)
+    slices = sgmv.Slices.consecutive(*sizes)
     group = make_group(ranks, K, slices, dtype, device)
     tokens = np.arange(len(slots)) if token_ids is None else np.array(token_ids)
     entries = rows or len(slots) + spare
-    capacity = SegmentCapacity(entries, len(ranks), tile, passes, scaled=scales is not None, rows=rows)
-    segments = Segments.allocate(capacity, device)
-    segments.load(torch.from_numpy(pack_segments(capacity, slots, token_ids=tokens, scales=scales)))
+    capacity = sgmv.SegmentCapacity(entries, len(ranks), tile, passes, scaled=scales is not None, rows=rows)
+    segments = sgmv.Segments.allocate(capacity, device)
+    segments.load(torch.from_numpy(sgmv.pack_segments(capacity, slots, token_ids=tokens, scales=scales)))
 
     x = torch.randn(int(tokens.max()) + 2, K)
     base = np.setdiff1d(np.arange(x.shape[0]), tokens[np.array(slots) >= 0])
     x[base] = torch.nan
     out = torch.randn(x.shape[0], slices.out_features + GUARD)
-    workspace = torch.full((workspace_numel(group, segments),), torch.nan)
+    workspace = torch.full((sgmv.workspace_numel(group, segments),), torch.nan)
     return Case(x.to(device, dtype), out.to(device, dtype), group, segments, workspace.to(device))
 
 

@@ -19,16 +19,8 @@ from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.tape import TapeRecorder
+from inference_service.kernels import delta
 from inference_service.kernels.cpu.ops import CpuOps, Table
-from inference_service.kernels.delta import (
-    DeltaCapacity,
-    DeltaInputs,
-    DeltaTables,
-    StateChunk,
-    delta_tile,
-    gated_delta,
-    pack_delta,
-)
 from inference_service.kernels.launch import Launch, intercepted
 from tests.kernels.delta_case import STEPS, Sizes, case, inputs_of, layer, wrong
 from tests.kernels.test_launch_keys import noted
@@ -39,18 +31,18 @@ SIZES = {"shared": (2, 4, 16, 8), "odd": (3, 3, 24, 40)}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
-def by_kernels(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:
+def by_kernels(inputs: delta.DeltaInputs, chunks: Sequence[delta.StateChunk]) -> Tensor:
     """Compute with tables that have room for more and held other steps, and memory that holds NaN before."""
     rows = len(inputs.qkv)
     if all(chunk.length == 1 and chunk.row == index for index, chunk in enumerate(chunks)):
-        capacity = DeltaCapacity(rows + 2, rows + 2)
+        capacity = delta.DeltaCapacity(rows + 2, rows + 2)
     else:
-        capacity = DeltaCapacity(rows + 3, len(chunks) + 2, delta_tile(inputs.qkv.dtype))
-    tables = DeltaTables.allocate(capacity, inputs.qkv.device)
+        capacity = delta.DeltaCapacity(rows + 3, len(chunks) + 2, delta.delta_tile(inputs.qkv.dtype))
+    tables = delta.DeltaTables.allocate(capacity, inputs.qkv.device)
     stale = np.full(capacity.packed_size, 1, dtype=np.int32)
-    tables.load(torch.from_numpy(pack_delta(capacity, chunks, out=stale)))
+    tables.load(torch.from_numpy(delta.pack_delta(capacity, chunks, out=stale)))
     with intercepted(_poisoned):
-        return gated_delta(inputs, tables)
+        return delta.gated_delta(inputs, tables)
 
 
 def _poisoned(launch: Launch) -> None:
@@ -77,14 +69,14 @@ def test_kernels_compute_the_reference(name: str, sizes: str, dtype: torch.dtype
     assert wrong(name, case(name, SIZES[sizes], width, dtype, device), by_kernels) < TOLERANCE[dtype]
 
 
-DECODES, MIXED = DeltaCapacity(2, 2), DeltaCapacity(8, 2, 16)
+DECODES, MIXED = delta.DeltaCapacity(2, 2), delta.DeltaCapacity(8, 2, 16)
 REFUSALS: dict[str, Callable[[], object]] = {
-    "3 chunks, but room for 2": lambda: pack_delta(MIXED, [StateChunk(0, 1, 0, fresh=True)] * 3),
-    "rows up to 9, but room for 8": lambda: pack_delta(MIXED, [StateChunk(0, 9, 0, fresh=True)]),
-    "a chunk has rows and a slot": lambda: pack_delta(MIXED, [StateChunk(0, 1, -1, fresh=True)]),
-    "chunk 0 has row 0": lambda: pack_delta(DECODES, [StateChunk(1, 1, 0, fresh=True)]),
-    "as many of both": lambda: DeltaCapacity(4, 2),
-    "must be positive": lambda: DeltaCapacity(0, 0),
+    "3 chunks, but room for 2": lambda: delta.pack_delta(MIXED, [delta.StateChunk(0, 1, 0, fresh=True)] * 3),
+    "rows up to 9, but room for 8": lambda: delta.pack_delta(MIXED, [delta.StateChunk(0, 9, 0, fresh=True)]),
+    "a chunk has rows and a slot": lambda: delta.pack_delta(MIXED, [delta.StateChunk(0, 1, -1, fresh=True)]),
+    "chunk 0 has row 0": lambda: delta.pack_delta(DECODES, [delta.StateChunk(1, 1, 0, fresh=True)]),
+    "as many of both": lambda: delta.DeltaCapacity(4, 2),
+    "must be positive": lambda: delta.DeltaCapacity(0, 0),
     "9 rows, but tables for 8": lambda: _refused(rows=9),
     "tiles of torch.float32 have 16 rows, got tables for 32": lambda: _refused(tile=32),
     r"z must be \(4, 32\)": lambda: _refused(z=31),
@@ -100,7 +92,7 @@ def _refused(
     inputs = inputs_of(rows, sizes, *layer(sizes, width, torch.float32, "cpu"))
     if z is not None:
         inputs = replace(inputs, z=inputs.z[:, :z])
-    gated_delta(inputs, DeltaTables.allocate(DeltaCapacity(8, 2, tile), "cpu"))
+    delta.gated_delta(inputs, delta.DeltaTables.allocate(delta.DeltaCapacity(8, 2, tile), "cpu"))
 
 
 @pytest.mark.parametrize("message", REFUSALS)
@@ -121,7 +113,7 @@ def test_the_compiled_operation_computes_the_reference(
     """Outputs and states, over strips that are full and not; other slots are left alone."""
     ops = CpuOps(compiled, dtype)
 
-    def compute(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:
+    def compute(inputs: delta.DeltaInputs, chunks: Sequence[delta.StateChunk]) -> Tensor:
         out = ops.gated_delta(inputs, Table(np.array(chunks, dtype=np.int64)))
         covered = {row for chunk in chunks for row in range(chunk.row, chunk.row + chunk.length)}
         out[[row for row in range(len(out)) if row not in covered]] = 0
@@ -140,13 +132,13 @@ def test_the_compiled_operation_does_not_see_chunks(
     weights, states = layer((8, 16, 32, 80), 4, torch.bfloat16, "cpu")
     inputs = inputs_of(90, (8, 16, 32, 80), weights, states)
 
-    def compute(*chunks: StateChunk) -> Tensor:
+    def compute(*chunks: delta.StateChunk) -> Tensor:
         return ops.gated_delta(inputs, Table(np.array(chunks, dtype=np.int64)))
 
-    whole = compute(StateChunk(10, 80, 3, fresh=True), StateChunk(0, 10, 1, fresh=True))[10:]
+    whole = compute(delta.StateChunk(10, 80, 3, fresh=True), delta.StateChunk(0, 10, 1, fresh=True))[10:]
     after = states.recurrent[3].clone()
-    parts = [compute(StateChunk(10, 66, 2, fresh=True))[10:76]]
-    parts += [compute(StateChunk(row, 1, 2, fresh=False))[row : row + 1] for row in range(76, 90)]
+    parts = [compute(delta.StateChunk(10, 66, 2, fresh=True))[10:76]]
+    parts += [compute(delta.StateChunk(row, 1, 2, fresh=False))[row : row + 1] for row in range(76, 90)]
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(states.recurrent[2], after)
 

@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.deterministic import DeterministicOperations
+from inference_service.kernels import experts
 from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.kernels.experts import (
-    ByExpert,
-    Routed,
-    by_expert,
-    clamped,
-    combine,
-    grouped,
-    reference,
-    route,
-)
 from inference_service.kernels.experts.tuning import TILE, Load, load_of
 from inference_service.kernels.launch import Launch, intercepted
 
@@ -59,8 +50,8 @@ def test_routes_are_those_of_the_reference(
     """The same experts, the largest first, with weights that are exact in float32."""
     logits = (torch.randn(5, num_experts + 3) * 4).to(device)[:, :num_experts]
     with intercepted(poisoned):
-        found = route(logits, top_k, renormalised=renormalised)
-    expected = reference.route(logits, top_k, renormalised=renormalised)
+        found = experts.route(logits, top_k, renormalised=renormalised)
+    expected = experts.reference.route(logits, top_k, renormalised=renormalised)
     assert found.ids.tolist() == expected.ids.tolist()
     torch.testing.assert_close(found.weights, expected.weights, atol=1e-7, rtol=2e-6)
 
@@ -69,10 +60,10 @@ def test_a_row_of_nonsense_is_routed_to_experts_that_there_are(device: str) -> N
     """A padding row may hold anything, and is routed to an expert that exists."""
     logits = torch.randn(3, 6, device=device)
     logits[0], logits[1, 2:] = torch.nan, float("-inf")
-    found = route(logits, 4, renormalised=True)
+    found = experts.route(logits, 4, renormalised=True)
     assert found.ids.min() >= 0
     assert found.ids.max() < 6
-    assert found.ids[2].tolist() == reference.route(logits, 4, renormalised=True).ids[2].tolist()
+    assert found.ids[2].tolist() == experts.reference.route(logits, 4, renormalised=True).ids[2].tolist()
 
 
 def ids_of(tokens: int, num_experts: int, top_k: int, device: str) -> Tensor:
@@ -88,7 +79,7 @@ def test_pairs_are_sorted_by_expert_and_stay_in_order(
     """Each pair has one place; tiles hold the places of one expert each, all of them, and never too many."""
     ids = ids_of(tokens, num_experts, top_k, device)
     with intercepted(poisoned):
-        found = by_expert(ids, num_experts)
+        found = experts.by_expert(ids, num_experts)
     order = torch.sort(ids.flatten(), stable=True).indices
     assert found.tokens.tolist() == (order // top_k).tolist()
     assert found.places[order].tolist() == list(range(ids.numel()))
@@ -101,12 +92,14 @@ def test_pairs_are_sorted_by_expert_and_stay_in_order(
     assert covered == list(range(ids.numel()))
 
 
-def made(tokens: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Routed, ByExpert]:
+def made(
+    tokens: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor, experts.Routed, experts.ByExpert]:
     """x [T, 40], weight [6, 70, 40], bias, and pairs of 6 experts of which each token has 2."""
     x, weight, bias = (torch.randn(shape).to(device, dtype) for shape in ((tokens, 40), (6, 70, 40), (6, 70)))
     ids = ids_of(tokens, 6, 2, device)
-    routed = Routed(ids, torch.rand(tokens, 2, device=device))
-    return x, weight, bias, routed, by_expert(ids, 6)
+    routed = experts.Routed(ids, torch.rand(tokens, 2, device=device))
+    return x, weight, bias, routed, experts.by_expert(ids, 6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,10 +110,10 @@ def test_a_grouped_product_equals_one_product_per_pair(tokens: int, dtype: torch
     assert load_of(2 * tokens, 6) is (Load.MANY if tokens == 70 else Load.FEW)
     each = x[:, None].expand(-1, 2, -1)
     for found, with_bias in (
-        (grouped(x, weight, pairs, bias, of_tokens=True), bias),
-        (grouped(x[pairs.tokens.long()], weight, pairs), None),
+        (experts.grouped(x, weight, pairs, bias, of_tokens=True), bias),
+        (experts.grouped(x[pairs.tokens.long()], weight, pairs), None),
     ):
-        expected = reference.grouped(each, routed.ids, weight, with_bias, torch.float64).flatten(0, 1)
+        expected = experts.reference.grouped(each, routed.ids, weight, with_bias, torch.float64).flatten(0, 1)
         assert _error(found[pairs.places.long()], expected) < TOLERANCE[dtype]
 
 
@@ -129,10 +122,10 @@ def test_a_token_gives_the_same_bits_in_every_batch(device: str) -> None:
     x, weight, bias, routed, pairs = made(9, torch.float32, device)
     if device == "cpu":  # numpy's sums of a row depend on where it lies, but for small integers
         x, weight, bias = ((4 * each).round() for each in (x, weight, bias))
-    together = grouped(x, weight, pairs, bias, of_tokens=True)[pairs.places.long()].view(9, 2, -1)
+    together = experts.grouped(x, weight, pairs, bias, of_tokens=True)[pairs.places.long()].view(9, 2, -1)
     for token in (0, 4, 8):
-        alone = by_expert(routed.ids[token : token + 1], 6)
-        found = grouped(x[token : token + 1], weight, alone, bias, of_tokens=True)[alone.places.long()]
+        alone = experts.by_expert(routed.ids[token : token + 1], 6)
+        found = experts.grouped(x[token : token + 1], weight, alone, bias, of_tokens=True)[alone.places.long()]
         assert torch.equal(found, together[token])
 
 
@@ -142,8 +135,8 @@ def test_pairs_are_combined_by_their_weights(dtype: torch.dtype, device: str) ->
     _, _, _, routed, pairs = made(9, dtype, device)
     y = torch.randn(18, 600).to(device, dtype)
     with intercepted(poisoned):
-        found = combine(y, routed, pairs)
-    expected = reference.combine(y[pairs.places.long()].view(9, 2, -1), routed, torch.float64)
+        found = experts.combine(y, routed, pairs)
+    expected = experts.reference.combine(y[pairs.places.long()].view(9, 2, -1), routed, torch.float64)
     assert _error(found, expected) < TOLERANCE[dtype]
 
 
@@ -153,8 +146,8 @@ def test_gates_are_clamped(dtype: torch.dtype, device: str) -> None:
     both = (torch.randn(3, 2 * 520) * 8).to(device, dtype)
     both[0, :4] = torch.tensor([60.0, -60.0, -2000.0, 2000.0], dtype=dtype)
     with intercepted(poisoned):
-        found = clamped(both, 1.702, 7.0)
-    assert _error(found, reference.clamped(both, 1.702, 7.0, torch.float64)) < TOLERANCE[dtype]
+        found = experts.clamped(both, 1.702, 7.0)
+    assert _error(found, experts.reference.clamped(both, 1.702, 7.0, torch.float64)) < TOLERANCE[dtype]
 
 
 def test_deterministic_operations_of_experts_see_one_row(compiled: ctypes.CDLL) -> None:
@@ -176,16 +169,16 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
     """A shape that does not fit is refused by name, before anything is launched."""
     x, weight, bias, routed, pairs = made(9, torch.float32, device)
     refused: list[tuple[Callable[[], Any], str]] = [
-        (lambda: route(x, 41, renormalised=True), "top_k"),
-        (lambda: route(x.T, 2, renormalised=True), "contiguous"),
-        (lambda: by_expert(routed.ids.long(), 6), "int32"),
-        (lambda: by_expert(routed.ids, 2000), "experts"),
-        (lambda: grouped(x, weight, pairs), "18 rows"),
-        (lambda: grouped(x, weight[:, :, :39], pairs, of_tokens=True), "weight"),
-        (lambda: grouped(x, weight, pairs, bias[:, 1:], of_tokens=True), "bias"),
-        (lambda: grouped(x[:8], weight, pairs, of_tokens=True), "9 rows"),
-        (lambda: clamped(x[:, 1:], 1.0, 1.0), "even"),
-        (lambda: combine(x, routed, pairs), "rows"),
+        (lambda: experts.route(x, 41, renormalised=True), "top_k"),
+        (lambda: experts.route(x.T, 2, renormalised=True), "contiguous"),
+        (lambda: experts.by_expert(routed.ids.long(), 6), "int32"),
+        (lambda: experts.by_expert(routed.ids, 2000), "experts"),
+        (lambda: experts.grouped(x, weight, pairs), "18 rows"),
+        (lambda: experts.grouped(x, weight[:, :, :39], pairs, of_tokens=True), "weight"),
+        (lambda: experts.grouped(x, weight, pairs, bias[:, 1:], of_tokens=True), "bias"),
+        (lambda: experts.grouped(x[:8], weight, pairs, of_tokens=True), "9 rows"),
+        (lambda: experts.clamped(x[:, 1:], 1.0, 1.0), "even"),
+        (lambda: experts.combine(x, routed, pairs), "rows"),
     ]
     for call, message in refused:
         with pytest.raises(ValueError, match=message):

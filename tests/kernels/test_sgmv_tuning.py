@@ -3,15 +3,7 @@
 import pytest
 
 from inference_service.kernels.launch import ARCHITECTURES, DTYPES
-from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, Slices
-from inference_service.kernels.sgmv.tuning import (
-    COVERING,
-    PLACES,
-    expand_config,
-    phase_of,
-    shrink_config,
-    width_of,
-)
+from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, Slices, tuning
 from loramux_shared.bases.groups import GroupShape, layer_groups
 
 MODELS = {
@@ -31,20 +23,20 @@ def test_planes_partition_k_and_grids_cover_the_device(model: str, shape: GroupS
     for architecture in ARCHITECTURES:
         for tile in (DECODE_TILE, PREFILL_TILE):
             for dtype in DTYPES:
-                phase = phase_of(tile)
+                phase = tuning.phase_of(tile)
                 for rank in RANKS:
                     rows = rank * len(shape.modules)
-                    first = shrink_config(architecture, phase, dtype, max_rows=rows)
-                    second = expand_config(architecture, phase, dtype, max_rank=rank)
+                    first = tuning.shrink_config(architecture, phase, dtype, max_rows=rows)
+                    second = tuning.expand_config(architecture, phase, dtype, max_rank=rank)
                     blocks = -(-shape.in_features // first.block_k)
                     for segments in SEGMENTS:
                         planes, per_plane = first.planes(shape.in_features, segments)
                         assert (planes - 1) * per_plane < blocks <= planes * per_plane
                         assert planes <= first.split_k
-                        assert 1 <= first.grid(shape.in_features, rows, segments) <= COVERING
+                        assert 1 <= first.grid(shape.in_features, rows, segments) <= tuning.COVERING
                         programs, widest, step = second.grid(slices, segments), second.block_n, second.step_n
-                        assert 1 <= programs <= min(segments * slices.tiles(step), PLACES)
-                        width = width_of(slices, segments, programs, widest, step)
+                        assert 1 <= programs <= min(segments * slices.tiles(step), tuning.PLACES)
+                        width = tuning.width_of(slices, segments, programs, widest, step)
                         in_turn = [-(-segments * slices.tiles(each) // programs) for each in (width, widest)]
                         assert width in range(step, widest + 1, step)
                         assert in_turn[0] <= in_turn[1]

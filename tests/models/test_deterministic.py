@@ -5,17 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    Gemma2Config,
-    GraniteConfig,
-    LlamaConfig,
-    Olmo2Config,
-    PhiConfig,
-    PreTrainedConfig,
-    Qwen3_5TextConfig,
-    Qwen3Config,
-)
 
 from inference_service.backends.deterministic import agreeing_sizes
 from inference_service.core.sampling import SamplingParams
@@ -31,18 +22,20 @@ NEW, SEQS = 17, 64
 MODELS = ("base", *ADAPTERS)
 DELTA_FIRST = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 WINDOWED = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 24}
-FAMILIES: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen3": Qwen3Config(**SIZES | {"head_dim": 16}),
-    "gemma2": Gemma2Config(
+FAMILIES: dict[str, transformers.PreTrainedConfig] = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "qwen3": transformers.Qwen3Config(**SIZES | {"head_dim": 16}),
+    "gemma2": transformers.Gemma2Config(
         **SIZES | WINDOWED | {"tie_word_embeddings": True},
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
-    "granite": GraniteConfig(**SIZES, residual_multiplier=0.3, embedding_multiplier=3.0, logits_scaling=7.0),
-    "olmo2": Olmo2Config(**SIZES, pad_token_id=0),
-    "phi2": PhiConfig(**SIZES, pad_token_id=0),
-    "qwen3_5": Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"] | DELTA_FIRST, pad_token_id=0),
+    "granite": transformers.GraniteConfig(
+        **SIZES, residual_multiplier=0.3, embedding_multiplier=3.0, logits_scaling=7.0
+    ),
+    "olmo2": transformers.Olmo2Config(**SIZES, pad_token_id=0),
+    "phi2": transformers.PhiConfig(**SIZES, pad_token_id=0),
+    "qwen3_5": transformers.Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"] | DELTA_FIRST, pad_token_id=0),
 }
 SWEPT = [
     ("llama", "bfloat16"), ("qwen3", "float32"), ("gemma2", "float32"), ("granite", "bfloat16"),

@@ -9,7 +9,7 @@ import pytest
 from inference_service.core.sequence import Vector
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.pooled import Query, cached_oracle, expected_of, run_pooled
+from tests.support.pooled import cached_oracle, expected_of, run_pooled
 from tests.support.tiny import World, make_world, oracle_tokens
 
 MODELS = ("base", "all", "rs", "wide")
@@ -55,18 +55,6 @@ def test_vectors_equal_transformers_beside_answers(
         assert answer == oracle_tokens(
             cached_oracle(world[0].base, world[0].adapters.get(model)), PROMPTS[1], NEW
         )
-
-
-def test_a_mixture_pools_what_its_adapters_add(world: tuple[World, MemoryStore]) -> None:
-    """A mixture of one adapter twice, half each, is that adapter; of two it is neither."""
-    ready = world[0].load(world[1])
-    requests: list[Query] = [
-        (model, PROMPTS[1], Pooling.LAST) for model in ("all*0.5+all*0.5", "all*0.5+rs*0.5")
-    ]
-    (same, mixed), _ = run_pooled(ready, requests)
-    alone = {model: expected_of(world[0], model, PROMPTS[1], Pooling.LAST) for model in MODELS}
-    assert_close([same], [alone["all"]])
-    assert all(np.abs(mixed - other).max() > 0.01 for other in alone.values())
 
 
 def test_what_the_prefix_cache_holds_changes_nothing(world: tuple[World, MemoryStore]) -> None:

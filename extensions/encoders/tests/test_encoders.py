@@ -10,16 +10,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModel,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    ModernBertConfig,
-    XLMRobertaConfig,
-)
 
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
@@ -44,8 +38,8 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 FAMILIES = {
-    "bert": BertConfig(**SIZES, hidden_act="gelu"),
-    "roberta": XLMRobertaConfig(**SIZES, hidden_act="gelu_new", layer_norm_eps=1e-5),
+    "bert": transformers.BertConfig(**SIZES, hidden_act="gelu"),
+    "roberta": transformers.XLMRobertaConfig(**SIZES, hidden_act="gelu_new", layer_norm_eps=1e-5),
 }
 LABELS = {"ranker": 1, "topics": 5}
 VECTORS: dict[str, dict[str, Any]] = {
@@ -96,7 +90,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     root = tmp_path_factory.mktemp("encoders")
     base = root / "base"
     torch.manual_seed(0)
-    write_base(AutoModel.from_config(FAMILIES[request.param]), base)
+    write_base(transformers.AutoModel.from_config(FAMILIES[request.param]), base)
     for seed, (name, config) in enumerate(VECTORS.items()):
         made = get_peft_model(bare(base), LoraConfig(task_type="FEATURE_EXTRACTION", **config))
         save_random(made, root / name, seed)
@@ -170,10 +164,10 @@ async def test_a_modern_encoder_equals_transformers(tmp_path: Path, fields: dict
     """Base and adapters are computed in one batch, over texts longer than what local layers see."""
     base = tmp_path / "base"
     torch.manual_seed(0)
-    config = ModernBertConfig(
+    config = transformers.ModernBertConfig(
         **(SIZES | {"local_attention": 16, "cls_token_id": 0, "sep_token_id": 2} | fields)
     )
-    write_base(AutoModel.from_config(config), base)
+    write_base(transformers.AutoModel.from_config(config), base)
     for seed, (name, settings) in enumerate(OF_MODERN.items()):
         made = get_peft_model(bare(base), LoraConfig(task_type="FEATURE_EXTRACTION", **settings))
         save_random(made, tmp_path / name, seed)
@@ -195,7 +189,7 @@ async def test_a_cross_encoder_scores_without_an_adapter(tmp_path: Path, family:
     """The base's own head ranks and names its labels, in texts of at most ``max_seq_length`` tokens."""
     config, base = copy.deepcopy(FAMILIES[family]), tmp_path / "base"
     config.id2label = {0: "relevance"}
-    write_base(AutoModelForSequenceClassification.from_config(config), base)
+    write_base(transformers.AutoModelForSequenceClassification.from_config(config), base)
     (base / "sentence_bert_config.json").write_text('{"max_seq_length": 30}')
     world, whole = World(base, {}, tmp_path), loaded(base, 1).eval()
     async with open_api((world, world.built())) as api:
