@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -48,11 +48,15 @@ class WeightBlocks:
             values += _product(self.offsets, self.offset_parts)[..., None]
         return values.view(rows, -1)
 
-    def rows(self, index: Tensor) -> WeightBlocks:
-        """Return some rows."""
-        beside = (self.offsets, self.parts, self.offset_parts)
-        chosen = (None if each is None else each[index] for each in beside)
-        return WeightBlocks(self.numbers[index], self.bits, self.scales[index], *chosen)
+    def part(self, rows: Tensor, columns: slice | None = None) -> WeightBlocks:
+        """Return some rows and columns.
+
+        Raises:
+            ValueError: columns end within a block.
+        """
+        beside = self.scales, self.offsets, self.parts, self.offset_parts
+        numbers, *found = cut((self.numbers, *beside), rows, columns)
+        return WeightBlocks(numbers, self.bits, *found)
 
     def shared(self, across: int) -> Tensor:
         """Return the bytes of scales and offsets as ``cpu/blocks.h`` reads them, so many columns to a tile."""
@@ -61,6 +65,25 @@ class WeightBlocks:
             return shared
         inner = _by_tile([self.parts, self.offset_parts], across, self.numbers.shape[1] // OF_BLOCK)
         return torch.cat([shared, inner.view(*shared.shape[:2], -1)], dim=2)
+
+
+def cut(tensors: Sequence[Tensor | None], rows: Tensor, columns: slice | None = None) -> list[Any]:
+    """Return rows [n] and columns of tensors [out, groups], whose groups share columns of the first tensor.
+
+    Raises:
+        ValueError: columns begin or end within a group.
+    """
+    found = [None if each is None else each[rows] for each in tensors]
+    if columns is None or found[0] is None:
+        return found
+    width, parts = found[0].shape[1], list[Tensor | None]()
+    for each in found:
+        group = 1 if each is None else width // each.shape[1]
+        if columns.start % group or columns.stop % group:
+            raise ValueError(f"columns {columns.start} to {columns.stop} end within a group of {group}")
+        own = slice(columns.start // group, columns.stop // group)
+        parts.append(None if each is None else each[:, own].contiguous())
+    return parts
 
 
 def _product(whole: Tensor, parts: Tensor | None) -> Tensor:

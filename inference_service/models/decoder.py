@@ -214,7 +214,7 @@ class Decoder:
         known = tokens if own is None else own.known(tokens, self.config.dims.vocab)
         table = self._embedding
         if isinstance(table, WeightBlocks):
-            known, table = torch.arange(len(known)), table.rows(known).widened().to(self.dtype)
+            known, table = torch.arange(len(known)), table.part(known).widened().to(self.dtype)
         hidden = self._operations.embed(known, table, self._scale)
         if own is not None:
             own.embed(tokens, hidden, self._scale, by_row=self._operations.by_row)

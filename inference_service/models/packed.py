@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from inference_service.kernels.blocks import WeightBlocks
+from inference_service.kernels.blocks import WeightBlocks, cut
 from loramux_shared.bases.formats import Numbers, Quantization, WeightScheme
 from loramux_shared.faults import CheckpointInvalid
 
@@ -256,10 +256,13 @@ class Integers(NamedTuple):
         zeros = None if self.zeros is None else self.zeros.to(device)
         return Integers(self.numbers.to(device), self.scales.to(device), zeros)
 
-    def rows(self, index: Tensor) -> Integers:
-        """Return some rows."""
-        zeros = None if self.zeros is None else self.zeros[index]
-        return Integers(self.numbers[index], self.scales[index], zeros)
+    def part(self, rows: Tensor, columns: slice | None = None) -> Integers:
+        """Return some rows and columns.
+
+        Raises:
+            ValueError: columns end within a group.
+        """
+        return Integers(*cut(self, rows, columns))
 
 
 Kept = Integers | WeightBlocks

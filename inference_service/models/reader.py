@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -172,7 +173,7 @@ class LayerReader:
         biases = self.cat([(f"{name}.bias", (out,)) for name, out in parts]) if bias else None
         biases = None if biases is None else _in_order(biases, shape)
         if kept is not None:
-            return self.reader.packed_linear(kept, biases)
+            return self.reader.packed_linear(kept, self._own(biases, shape))
         weight = self.cat([(f"{name}.weight", (out, shape.in_features)) for name, out in parts])
         weight = _in_order(weight, shape)
         weight, biases = self.with_merged(weight, shape), self._with_vectors(biases, weight, shape)
@@ -186,32 +187,43 @@ class LayerReader:
         shard = self.reader.shard
         if shard is None:
             return weight, bias
-        inputs, outputs, _, is_sum = shard.part(shape)
-        slices = [*zip(outputs, shape.out_offsets, shape.out_features, strict=True)]
+        rows = torch.cat(self._rows(shape, shape.out_offsets))
+        return weight[rows, shard.part(shape).inputs], self._own(bias, shape)
 
-        def cut(whole: Tensor) -> Tensor:
-            return torch.cat([whole[at : at + size][own] for own, at, size in slices])
+    def _own(self, bias: Tensor | None, shape: GroupShape) -> Tensor | None:
+        shard = self.reader.shard
+        if bias is None or shard is None:
+            return bias
+        is_sum = shard.part(shape).is_sum
+        return None if is_sum and not shard.is_first else bias[torch.cat(self._rows(shape, shape.out_offsets))]
 
-        if bias is not None:
-            bias = None if is_sum and not shard.is_first else cut(bias)
-        return cut(weight[:, inputs]), bias
+    def _rows(self, shape: GroupShape, offsets: Sequence[int]) -> list[Tensor]:
+        """Return the rank's rows of each slice of a group, which begin at offsets; without ranks all."""
+        shard, sizes = self.reader.shard, shape.out_features
+        every = [torch.arange(at, at + size) for at, size in zip(offsets, sizes, strict=True)]
+        if shard is None:
+            return every
+        return [rows[own] for rows, own in zip(every, shard.part(shape).outputs, strict=True)]
 
     def _packed(self, shape: GroupShape, parts: list[tuple[str, int]]) -> list[Kept] | None:
         """Return the parts of a group that are of few bits, where the device multiplies these."""
-        reader = self.reader
-        whole = (
-            shape.name in self.merged or reader.quantization is not Rounding.NONE or reader.shard is not None
-        )
+        reader, shard = self.reader, self.reader.shard
+        whole = shape.name in self.merged or reader.quantization is not Rounding.NONE
         if whole or self.operations.keeps == "nothing":
             return None
         names = [(f"{name}.weight", (out, shape.in_features)) for name, out in parts]
-        kept = self.reader.kept([(self.at + name, size) for name, size in names])
-        if kept is None or not any(shape.orders):
+        kept = reader.kept([(self.at + name, size) for name, size in names])
+        if kept is None or (shard is None and not any(shape.orders)):
             return kept
-        return [
-            part if order is None else part.rows(torch.tensor(order, device=part.scales.device))
-            for part, order in zip(kept, shape.orders, strict=True)
-        ]
+        places = zip(self._rows(shape, [0] * len(shape.modules)), shape.orders, strict=True)
+        every = [rows if order is None else torch.tensor(order)[rows] for rows, order in places]
+        weights = kept
+        if len(kept) < len(every):  # one for all slices
+            weights, every = kept * len(every), [r + at for r, at in zip(every, shape.out_offsets, strict=True)]
+        inputs = None if shard is None else shard.part(shape).inputs
+        with suppress(ValueError):  # groups of columns that cannot be divided
+            return [each.part(rows, inputs) for each, rows in zip(weights, every, strict=True)]
+        return None
 
     def _with_vectors(self, bias: Tensor | None, weight: Tensor, shape: GroupShape) -> Tensor | None:
         """Return the bias [out] of a group as vectors that are merged make it: one, where there was none."""

@@ -145,7 +145,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         if config.encodes:
             backend = replace(backend, recordable=False)
         dtype = str(backend.dtype).removeprefix("torch.")
-        packed = may_stay_packed(config, backend.operations.keeps) and shard is None
+        packed = may_stay_packed(config, backend.operations.keeps)
         formats = widening(config, placed.record.weights_bytes, dtype, packed=packed)
         if formats and backend.quantization is Rounding.NONE:
             log.info("base has quantized weights", weights=formats)

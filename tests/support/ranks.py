@@ -106,18 +106,22 @@ class _Threads:
 
 @contextmanager
 def divided(
-    ready: Ready, folder: Path, store: Store, world: int = 2, recorded: SchedulerLimits | None = None
+    ready: Ready,
+    folder: Path,
+    store: Store,
+    world: int = 2,
+    recorded: SchedulerLimits | None = None,
+    backend: str = "auto",
 ) -> Iterator[None]:
     """Let a replica's engine compute with ranks in threads; within limits, steps are recorded on tapes."""
     engine = ready.engine._engine
     block_size, parts = engine._blocks.block_size, []
-    backend = "auto" if recorded is None else "triton"
     settings = InferenceSettings(deployment="tiny", dtype="float32", block_size=block_size, backend=backend)
     whole, meeting, host = read_config(folder, engine._limits.max_seq_len), _Meeting(world), _Threads()
     for rank in range(world):
         shard = Shard(whole, rank, world, whole.shard(world))
         chosen = choose_backend(settings, shard.config)
-        tensors = Checkpoint(folder, chosen.dtype, chosen.device)
+        tensors = Checkpoint(folder, chosen.dtype, chosen.device, quantization=whole.quantization)
         model = Decoder(whole, tensors, chosen.operations, ranks=ThreadRanks(shard, meeting))
         lora = chosen.new_lora()
         offset = 0

@@ -32,6 +32,9 @@ def test_products_in_float32_are_those_of_the_dequantised_weights_bit_for_bit(
     raw, weight = both(kind)
     blocks = BLOCK_TYPES[kind].unpack(raw)
     assert torch.equal(blocks.widened(), weight)
+    assert torch.equal(blocks.part(torch.arange(9, 48), slice(256, 768)).widened(), weight[9:48, 256:768])
+    with pytest.raises(ValueError, match="end within a group of"):
+        blocks.part(torch.arange(2), slice(8, 256))
     tiled, whole = ops.tiled_blocks([blocks]), ops.tiled(weight)
     for rows in (1, 9, 70):
         x = torch.randn(rows, WIDTH)

@@ -23,6 +23,7 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support import lowbit, tiny
 from tests.support.lowbit import KINDS, WHOLE_BLOCKS, Kind, keep
+from tests.support.ranks import divided
 
 NEW = 10
 PROMPT = list(range(3, 40))
@@ -92,6 +93,10 @@ def test_weights_of_4_bits_stay_packed_for_the_kernels_of_gpus(
         assert (PackedLinear in linears) == (settings["backend"] == "triton")
         found.append(tiny.run_engine(ready, [("base", PROMPT[:9])], 3))
     assert found[0] == found[1]
+    with divided(ready, world.base, store, backend="triton"):
+        runner = ready.engine._engine._runner
+        assert PackedLinear in [type(each) for each in runner._model.linears()]
+        assert tiny.run_engine(ready, [("base", PROMPT[:9])], 3) == found[0]
 
 
 @pytest.mark.parametrize(

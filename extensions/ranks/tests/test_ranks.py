@@ -223,7 +223,7 @@ def test_steps_that_all_ranks_record_answer_the_same(built: tuple[World, Store])
     one = load(built, tensor_parallel=1, adapter_memory_gb=None, backend="triton")
     expected = run_engine(one, requests, 3)
     limits = SchedulerLimits(max_tokens=8, max_seqs=2, max_adapters=1, max_seq_len=16)
-    with divided(one, built[0].base, built[1], recorded=limits):
+    with divided(one, built[0].base, built[1], recorded=limits, backend="triton"):
         assert run_engine(one, requests, 3) == expected
         runner: Any = one.engine._engine._runner
         assert runner._graphs
