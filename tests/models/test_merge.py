@@ -3,23 +3,19 @@
 import re
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder, Layer
 from inference_service.startup.load import Ready
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, ModelNotFound
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import World, make_world, run_engine
 from tests.support.weights import adapter_of
@@ -33,17 +29,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def ready_of(world: World, name: str, runtime: dict[str, object], **settings: object) -> Ready:
-    data = world.deployment().model_dump(mode="json")
-    data["build"]["lora_adapters"] = {name: data["build"]["lora_adapters"][name]}
-    data["runtime"] |= runtime
-    deployment = Deployment.model_validate(data)
     store = MemoryStore()
-    context = BuildContext(store, open_sources(local_roots=[world.root]))
-    build(deployment, context, Progress(deployment.build.lora_adapters))
-    generation = current_generation(store, "tiny")
-    assert generation.merged == (
-        name if "merge" not in runtime and not runtime.get("serve_base", True) else None
-    )
+    replace(world, adapters={name: world.adapters[name]}).build_with(store, runtime=runtime)
+    merged = "merge" not in runtime and not runtime.get("serve_base", True)
+    assert current_generation(store, "tiny").merged == (name if merged else None)
     return world.load(store, **settings)
 
 

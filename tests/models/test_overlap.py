@@ -18,7 +18,7 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, lay_out
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.tiny import World, make_world, run_engine
+from tests.support.tiny import World, run_engine
 
 BLOCK = 4
 TOKENS = 5
@@ -232,12 +232,6 @@ def test_a_failing_step_loses_no_end_of_the_others() -> None:
         engine.step()
     ends = {output.seq_id: output.finish for output in engine.fail_all()}
     assert ends == {late.id: EndReason.DEADLINE, other.id: EndReason.FAILED}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world = make_world(tmp_path_factory.mktemp("tiny"))
-    return world, world.built()
 
 
 def test_what_shapes_its_logits_is_not_drafted(world: tuple[World, MemoryStore]) -> None:

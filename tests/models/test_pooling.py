@@ -10,7 +10,7 @@ from inference_service.core.sequence import Vector
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.pooled import cached_oracle, expected_of, run_pooled
-from tests.support.tiny import World, make_world, oracle_tokens
+from tests.support.tiny import World, oracle_tokens
 
 MODELS = ("base", "all", "rs", "wide")
 PROMPTS = [[3 + (at * 17 + place * 5) % 190 for at in range(length)] for place, length in enumerate((1, 40, 9))]
@@ -21,12 +21,6 @@ REQUESTS = [
     for pooling in (Pooling.LAST, Pooling.MEAN)
 ]
 NEW = 6
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world = make_world(tmp_path_factory.mktemp("tiny"))
-    return world, world.built()
 
 
 def assert_close(found: Sequence[Vector], required: Sequence[Vector]) -> None:

@@ -8,18 +8,13 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from inference_service.adapters.follower import needs_restart
 from inference_service.kernels.integers import quantize
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
 from loramux_shared.runtime import Rounding
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import VOCAB, World, make_world, next_logprobs, oracle, oracle_tokens, run_engine
 
@@ -34,20 +29,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("tiny"), **sizes)
 
 
-@pytest.fixture(scope="module")
-def store(world: World) -> MemoryStore:
-    """Adapters in float32."""
-    return _built(world, {}, {})
-
-
 def _built(world: World, changes: dict[str, Any], runtime: dict[str, Any]) -> MemoryStore:
-    data = world.deployment().model_dump(mode="json")
-    data["build"] |= changes
-    data["runtime"] |= runtime
-    deployment = Deployment.model_validate(data)
     store = MemoryStore()
-    context = BuildContext(store, open_sources(local_roots=[world.root]))
-    build(deployment, context, Progress(deployment.build.lora_adapters))
+    world.build_with(store, build=changes, runtime=runtime)
     return store
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from loramux import Client, Finished
 from loramux.faults import Fault, ServerUnavailable
-from loramux_shared.storage.local import LocalStore
+from tests.e2e.test_openai_process import world as world
 from tests.fleet import Proxy, Running, fleet_of, proxy, running
-from tests.support.tiny import World, make_world
+from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 
 MODELS = ("base", "all", "rs", "wide")
@@ -33,14 +33,6 @@ class Fleet:
             client.complete("all", "HELLO", max_tokens=1)
         [line] = self.proxy.requests(1)
         return next(each for each in self.replicas if line["replica"] == each.grpc)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A tiny model that is built."""
-    world = make_world(tmp_path_factory.mktemp("envoy"))
-    world.build(LocalStore(world.root / "store"))
-    return world
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,7 @@ from inference_service.serving.telemetry.request_log import open_watchers
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_otel.tracing import Tracing
 from loramux_shared.rpc.server import RpcServer
-from loramux_shared.storage.memory import MemoryStore
-from tests.support.openai_api import openai_world
-from tests.support.tiny import World
+from tests.support.served_replicas import Built
 from tests.support.waiting import BOUND_S, until
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -65,18 +63,13 @@ class Watched:
             return [message async for message in stub.Generate(request, metadata=list(metadata.items()))]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    return openai_world(tmp_path_factory.mktemp("traces"))
-
-
 @pytest_asyncio.fixture(params=[False], ids=["no texts"])
-async def watched(request: pytest.FixtureRequest, world: tuple[World, MemoryStore]) -> AsyncIterator[Watched]:
+async def watched(request: pytest.FixtureRequest, chatty: Built) -> AsyncIterator[Watched]:
     """A server that traces into memory; the parameter says whether it logs texts."""
     exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracing = Tracing(provider)
-    ready = world[0].load(world[1], stream_interval_ms=0)
+    ready = chatty[0].load(chatty[1], stream_interval_ms=0)
     made, watchers = ready.service, open_watchers(tracing, log_prompts=request.param)
     service = GenerationService(made.catalog, made.text, ready.engine, made.limits, watchers)
     http = HttpServer("127.0.0.1:0", service, tracing=tracing)

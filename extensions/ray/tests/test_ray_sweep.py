@@ -13,19 +13,14 @@ import pytest
 import yaml
 
 from loramux.client import Client
-from tests.ray_cluster import NAMES, ray_world
+from tests.ray_cluster import NAMES
 from tests.support.root import ROOT
 from tests.support.s3_gateway import free_port
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S
+from tests.test_ray import world as world
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A tiny model and eight adapters, built."""
-    return ray_world(tmp_path_factory.mktemp("ray"))
 
 
 def test_a_cluster_to_try_is_one_command(world: World, tmp_path: Path) -> None:

@@ -27,16 +27,16 @@ from inference_service.startup.load import Ready
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import STEP_SIZES, InferenceSettings
-from tests.support.tiny import make_world
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.tiny import World
 
 LIMITS = SchedulerLimits(max_tokens=100, max_seqs=8, max_adapters=2, max_seq_len=64)
 ADAPTERS = [Adapter("a", 0), Adapter("b", 1), Adapter("c", 2)]
 
 
 @pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
-    world = make_world(tmp_path_factory.mktemp("tiny"))
-    return world.load(world.built())
+def ready(world: tuple[World, MemoryStore]) -> Ready:
+    return world[0].load(world[1])
 
 
 class Meter(memory.CudaMemory):
