@@ -18,21 +18,21 @@ def legal_findings(
     """Return the warnings about an adapter that can be served."""
     leaves = {pair.key.leaf for pair in pairs}
     return [
-        *_narrow_heads(leaves, base),
+        *_narrow_heads(pairs, base),
         *_no_rank(pairs, config),
         *_alpha_order(pairs, config),
         *_targets(keys, leaves, config),
     ]
 
 
-def _narrow_heads(leaves: set[str], base: ModelConfig) -> list[Finding]:
-    dims = base.dims
-    heads = dims.num_heads * dims.head_dim
-    if "o_proj" not in leaves or heads == dims.hidden:
+def _narrow_heads(pairs: list[Pair], base: ModelConfig) -> list[Finding]:
+    hidden = base.dims.hidden
+    other = {pair.a.shape[1] for pair in pairs if pair.key.leaf == "o_proj"} - {hidden}
+    if not other:
         return []
-    expected = f"heads * head_dim = hidden {dims.hidden}"
+    expected, found = f"heads * head_dim = hidden {hidden}", ", ".join(map(str, sorted(other)))
     fix = "loramux serves it; TensorRT-LLM could not read these rows."
-    return [Finding(code="W_ODENSE", where="o_proj", expected=expected, found=str(heads), fix=fix)]
+    return [Finding(code="W_ODENSE", where="o_proj", expected=expected, found=found, fix=fix)]
 
 
 def _no_rank(pairs: list[Pair], config: AdapterConfig) -> list[Finding]:
