@@ -50,7 +50,7 @@ def open_draft(
     device, size = base.model.device.type, settings.block_size
     own: dict[str, Any] = {"quantization": Rounding.INT8} if device == "cpu" else {}
     settings = settings.model_copy(update=own)
-    report("the draft model:")
+    report("loading the draft model")
     of_draft = generation.model_copy(update={"base": speculator.model, "max_seq_len": None})
     draft = load_base(of_draft, settings, sources)
     config, item_bytes = draft.config, draft.model.dtype.itemsize

@@ -73,7 +73,7 @@ def _memory(stats: EngineStats) -> Iterator[Metric]:
         ("preemptions", "Preempted sequences, which are computed again.", stats.preemptions),
         ("prefix_cache_queried_tokens", "Tokens looked up in the prefix cache.", stats.prefix_tokens_queried),
         ("prefix_cache_hit_tokens", "Tokens found in the prefix cache.", stats.prefix_tokens_hit),
-        ("drafted_tokens", "Tokens drafted by prompt lookup and verified.", stats.tokens_drafted),
+        ("drafted_tokens", "Tokens that were drafted and verified.", stats.tokens_drafted),
         ("accepted_tokens", "Drafted tokens that were accepted.", stats.tokens_accepted),
     ):
         yield CounterMetricFamily(f"loramux_{name}", text, value)
