@@ -1,18 +1,17 @@
 """Summaries of conversations: what the model is asked, what comes back, and how a chat goes on with it."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from inference_service.core.sequence import EndReason
 from inference_service.http.responses.items import uncarried
 from inference_service.http.responses.mapping import SUMMED_UP
 from loramux_compact.summary import ASK, NO_SUMMARY, CompactBody
 from loramux_shared.runtime import ReasoningParser
+from tests.contract.http.test_responses import api as api
 from tests.support.generations import change_deployed
-from tests.support.talker import TalkerApi, open_talker
+from tests.support.talker import TalkerApi
 from tests.unit.project import test_knobs as knobs
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -22,13 +21,6 @@ FIELDS: dict[str, Any] = {"model": "pirate", "input": "Hi"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 HI = {"role": "user", "content": "Hi"}
 COMPACT = f"{PATH}/compact"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def api(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TalkerApi]:
-    """A replica whose model says what a test wants."""
-    async with open_talker(tmp_path_factory.mktemp("talker")) as api:
-        yield api
 
 
 async def test_a_summary_goes_on_in_the_place_of_a_conversation(api: TalkerApi) -> None:

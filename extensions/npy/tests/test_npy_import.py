@@ -1,6 +1,6 @@
 """npy files of another TensorRT-LLM converter: the rules of any adapter, exact rows, the command, mutations."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,17 +10,13 @@ import pytest
 
 from builder_service.domain.rules.adapter import check_tensors
 from builder_service.pipeline.check import CheckedReport, check_one
-from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_npy.reading import FOLDED, NpyAdapter, read_npy_adapter
 from loramux_shared.bundle.reader import Bundle
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
-from tests.contract.cli.test_cli_check import run
+from tests.contract.cli.test_cli_check import folder as folder, run, shared as shared
 from tests.fuzz.mutate import NUMBERS, bounded, check_findings, mutations, runs
 from tests.npy_files import BF16, KV, SIZES, Q, Rows, matrices, write
 from tests.support.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
-from tests.support.builders import in_thread
 from tests.support.fake_services import Fakes
 from tests.support.folders import built, deployment_of, workshop
 from tests.unit.domain.test_adapter_rules import book
@@ -212,28 +208,11 @@ def test_a_zero_b_that_could_be_padding_is_refused(bench: Bench) -> None:
     assert [code for code, _ in bench.errors()] == ["E_RANK_SHAPE"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A base, and an adapter."""
-    write_base(tmp_path / "base")
-    write_adapter(tmp_path / "fine", base_model_name_or_path="base")
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """The flag that names a builder, which may read all that is made here."""
-    folder = tmp_path_factory.mktemp("builder")
-    context = BuildContext(MemoryStore(), open_sources(local_roots=[folder.parent]), folder / "work")
-    with in_thread(context) as address:
-        yield "--builder", address
-
-
-def test_import_bundle_checks_and_says_how_to_publish(folder: Path, builder: tuple[str, str]) -> None:
+def test_import_bundle_checks_and_says_how_to_publish(folder: Path, shared: tuple[str, str]) -> None:
     """An import without a deployment's name is a dry run."""
     write(folder / "npy", [(1, 0, 4), (18, 1, 2)])
     words = ("import-bundle", folder / "npy", "--base", folder / "base", "--name", "lora1")
-    code, text, errors = run(*words, *builder)
+    code, text, errors = run(*words, *shared)
     assert code == 0, errors
     assert "mlp_h_to_4h" in text
     assert "--deployment NAME publishes it" in errors

@@ -1,10 +1,8 @@
 """A replica as Ray's proxies call it, without Ray: keys, the first part, statuses."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 
 from inference_service.http.app import create_app
@@ -16,29 +14,13 @@ from loramux_ray.calls import End, HttpCall, RpcCall
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import KeyEntry, Scope, digest, new_key
-from loramux_shared.storage.memory import MemoryStore
-from tests.support.service import PROMPT, Service, open_service
-from tests.support.tiny import World
+from tests.contract.serving.conftest import service as service, shared as shared
+from tests.support.service import PROMPT, Service
 from tests.support.waiting import BOUND_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 GENERATE = "/loramux.inference.v1.InferenceService/Generate"
 KEY = new_key()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
-    """A loaded service."""
-    opened = await open_service(world)
-    yield opened
-    await opened.close()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def service(opened: Service) -> Service:
-    """The service, which is free."""
-    await opened.until_free()
-    return opened
 
 
 def bridge_of(service: Service, guard: Guard = NOBODY_GUARDS, *, insecure: bool = False) -> Bridge:

@@ -13,22 +13,10 @@ from inference_service.adapters.reading import BundleReader, Tier
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import files_of, parse_manifest
 from loramux_shared.process import YOUNG_S
-from tests.support.bundles import Unsteady, build_bundles, flipped
+from tests.support.bundles import flipped
+from tests.unit.adapters.test_adapter_loader import built as built, store as store
 
 FILES = (MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja")
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A store with three bundles, of which the first has a chat template; no test changes it."""
-    store = Unsteady()
-    store.digests = build_bundles(store, tmp_path_factory.mktemp("inputs"), 3)
-    return store
-
-
-@pytest.fixture
-def store(built):
-    return built.copied()
 
 
 @pytest.fixture
@@ -96,7 +84,7 @@ def test_a_damaged_file_is_found_and_the_bundle_fetched_again(store, folder, tmp
 
 def test_the_oldest_bundles_leave(store, folder):
     """The least recently used bundles leave above the bound, and a bundle that was just read stays."""
-    first, second, third = store.digests
+    first, second, third, _ = store.digests
     room = size_of(store, first) + size_of(store, second) + size_of(store, third) // 2
     disk = DiskTier(folder, room)
     for age, digest in ((300, first), (200, second)):
