@@ -14,9 +14,9 @@ from tests.support.forks import Forked, command_line
 from tests.support.waiting import wait_until
 
 
-def run(*args: str, text: str | None = None) -> tuple[int, str, str]:
+def run(*args: str | Path, text: str | None = None) -> tuple[int, str, str]:
     """Run a command in this process; returns its exit code, stdout and stderr."""
-    result = CliRunner().invoke(app, args, input=text)
+    result = CliRunner().invoke(app, [*map(str, args)], input=text)
     return result.exit_code, result.stdout, result.stderr
 
 

@@ -9,16 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux_bench.drive import LoadPlan, drive
 from loramux_bench.figures import FailureCount, Outcome, report
 from loramux_bench.plot import plot
 from loramux_bench.workload import Workload, arrivals, read_prompts
 from loramux_shared.faults import RequestInvalid
-from tests.support.commands import running
+from tests.support.commands import run, running
 from tests.support.fake_services import Fakes
 from tests.support.waiting import wait_until
 
@@ -81,13 +79,13 @@ def test_bad_prompts_are_named(tmp_path: Path, text: str, expected: str) -> None
 async def test_a_closed_loop_keeps_so_many_open(fakes: Fakes) -> None:
     """A closed loop keeps as many requests open as asked for, and never more."""
     async with AsyncClient(inference=fakes.inference_address) as client:
-        run = await drive(client, Workload(["base", "lora1"], 0, 4), LoadPlan(concurrency=3, requests=12))
-    assert most_open(run.outcomes) == 3
-    assert len(run.outcomes) == 12
+        made = await drive(client, Workload(["base", "lora1"], 0, 4), LoadPlan(concurrency=3, requests=12))
+    assert most_open(made.outcomes) == 3
+    assert len(made.outcomes) == 12
     assert all(
-        each.tokens == 5 and each.prompt_tokens == 7 and each.cached_tokens == 3 for each in run.outcomes
+        each.tokens == 5 and each.prompt_tokens == 7 and each.cached_tokens == 3 for each in made.outcomes
     )
-    assert run.load.cpu > 0
+    assert made.load.cpu > 0
 
 
 def most_open(outcomes: Sequence[Outcome]) -> int:
@@ -100,16 +98,16 @@ async def test_an_open_loop_sends_when_it_is_time(fakes: Fakes) -> None:
     plan = LoadPlan(rate=200.0, duration_s=0.2)
     due = list(itertools.takewhile(lambda at: at <= 0.2, arrivals(200.0, seed=3)))
     async with AsyncClient(inference=fakes.inference_address) as client:
-        run = await drive(client, Workload(["base"], 3, 4), plan)
-    assert sorted(each.begin for each in run.outcomes) == due
-    assert most_open(run.outcomes) > 1
+        made = await drive(client, Workload(["base"], 3, 4), plan)
+    assert sorted(each.begin for each in made.outcomes) == due
+    assert most_open(made.outcomes) > 1
 
 
 async def test_failures_are_outcomes(fakes: Fakes) -> None:
     """A refused request is counted under its reason and does not end the run."""
     async with AsyncClient(inference=fakes.inference_address) as client:
-        run = await drive(client, Workload(["base", "nobody"], 0, 4), LoadPlan(concurrency=2, requests=4))
-    assert sorted(each.error for each in run.outcomes) == ["", "", "MODEL_NOT_FOUND", "MODEL_NOT_FOUND"]
+        made = await drive(client, Workload(["base", "nobody"], 0, 4), LoadPlan(concurrency=2, requests=4))
+    assert sorted(each.error for each in made.outcomes) == ["", "", "MODEL_NOT_FOUND", "MODEL_NOT_FOUND"]
 
 
 def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes, tmp_path: Path) -> None:
@@ -123,8 +121,7 @@ def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes, tmp_path: Path) -> N
 
 def bench(fakes: Fakes, *args: str) -> tuple[int, str, str]:
     """Run the command against the fakes; returns its exit code, stdout and stderr."""
-    result = CliRunner().invoke(app, ["bench", "--grpc", fakes.inference_address, *args])
-    return result.exit_code, result.stdout, result.stderr
+    return run("bench", "--grpc", fakes.inference_address, *args)
 
 
 def test_a_table_for_people(fakes: Fakes) -> None:

@@ -13,10 +13,11 @@ from builder_service.pipeline.check import CheckedReport, check_one
 from builder_service.pipeline.progress import Progress
 from loramux_npy.reading import FOLDED, NpyAdapter, read_npy_adapter
 from loramux_shared.bundle.reader import Bundle
-from tests.contract.cli.test_cli_check import folder as folder, run, shared as shared
+from tests.contract.cli.test_cli_check import folder as folder, shared as shared
 from tests.fuzz.mutate import NUMBERS, bounded, check_findings, mutations, runs
 from tests.npy_files import BF16, KV, SIZES, Q, Rows, matrices, write
 from tests.support.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
+from tests.support.commands import run
 from tests.support.fake_services import Fakes
 from tests.support.folders import built, deployment_of, workshop
 from tests.unit.domain.test_adapter_rules import book

@@ -6,17 +6,17 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.update import Update, update
+from builder_service.pipeline.update import update
 from loramux.cli.main import app
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
+from tests.contract.builds.test_turns import wish
 from tests.support.builders import Builders, ended
 from tests.support.folders import built
 from tests.support.mortal import Killed, Mortal, copied
@@ -29,11 +29,6 @@ async def world(tmp_path: Path) -> AsyncIterator[Builders]:
     built(made.deployment("one"), made.context())
     yield made
     await made.close()
-
-
-def wish(world: Builders, *names: str, **fields: Any) -> Update:
-    """An update that adds adapters of a world."""
-    return Update(name="tiny", add={name: world.repository(name) for name in names}, **fields)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before it took effect", "after it took effect"])

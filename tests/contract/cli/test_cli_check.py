@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from builder_service.pipeline.context import BuildContext
-from loramux.cli.main import app
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.builders import in_thread
+from tests.support.commands import run
 from tests.support.fake_services import Fakes, deployment_text
 from tests.support.hub import serve_hub
 
@@ -35,12 +34,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         sources = open_sources(local_roots=[folder.parent], hub_endpoint=hub.endpoint)
         with in_thread(BuildContext(MemoryStore(), sources, folder / "work")) as address:
             yield "--builder", address
-
-
-def run(*args: str | Path) -> tuple[int, str, str]:
-    """Run a command in this process; returns its exit code, stdout and stderr."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_a_report_for_people(folder: Path) -> None:

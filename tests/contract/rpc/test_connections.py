@@ -17,6 +17,7 @@ from loramux_shared.faults import RequestInvalid
 from loramux_shared.rpc import options
 from loramux_shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
 from loramux_shared.rpc.server import RpcServer
+from tests.contract.rpc.test_drain import apis as apis
 from tests.support import crowded
 from tests.support.endless import BOUND, HEALTH, MODEL, EndlessApis
 from tests.support.fake_services import WORDS, FakeInference, inference_server
@@ -37,13 +38,6 @@ async def server() -> AsyncIterator[RpcServer]:
     await made.start()
     yield made
     await made.drain(BOUND_S)
-
-
-@pytest.fixture
-async def apis(tmp_path: Path) -> AsyncIterator[EndlessApis]:
-    """The endpoints of one service with a low limit of connections."""
-    async with EndlessApis(tmp_path) as made:
-        yield made
 
 
 async def test_a_request_above_the_cap_is_not_sent(server: RpcServer) -> None:
