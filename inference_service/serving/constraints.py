@@ -286,7 +286,8 @@ class _Matcher:
 
     def _look(self, matcher: Any) -> _Look:
         """Look at what may come next, and whether the text is complete, or cannot be continued by any token."""
-        failure = _explained(matcher.get_error())
+        error = matcher.get_error()
+        failure = _explained(error) if error else ""
         may_stop = not failure and matcher.is_accepting()
         mask = bytearray(matcher.compute_bitmask())
         if failure and self._optional:
