@@ -6,6 +6,7 @@ all its operations are compiled ones. Later steps copy what differs into the arr
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
@@ -26,7 +27,7 @@ MOST_ROWS: Final = 64
 RUNS_BEFORE: Final = 2
 """Steps of a shape before one is written down: those that are rare, as in a proof, need no program."""
 MOST_PROGRAMS: Final = 256
-"""Programs of a cache; other shapes run operation by operation."""
+"""Programs of a cache; the one that was used longest ago makes room for another."""
 _ADAPTERS_AT: Final = 12
 """The first argument of `linear` that describes adapters, of seven."""
 
@@ -57,6 +58,7 @@ class Replays:
         shape = len(hidden), attention.num_chunks, lora, self._ops.threads
         program = known.programs.get(shape)
         if program is not None:
+            known.programs.move_to_end(shape)
             return program.run(hidden, attention, turns)
         if known.is_due(shape):
             with self._ops.recorded(known.buffers, len(hidden)) as recorder:
@@ -70,13 +72,13 @@ class _Known:
 
     def __init__(self) -> None:
         self.buffers = Buffers(MOST_ROWS)
-        self.programs: dict[Shape, _Replay] = {}
+        self.programs: OrderedDict[Shape, _Replay] = OrderedDict()
         self._runs: dict[Shape, int] = {}
         self._possible = True
 
     def is_due(self, shape: Shape) -> bool:
         """Count a step, and return True if it is to be written down."""
-        if not self._possible or len(self.programs) >= MOST_PROGRAMS:
+        if not self._possible:
             return False
         self._runs[shape] = self._runs.get(shape, 0) + 1
         return self._runs[shape] > RUNS_BEFORE
@@ -91,6 +93,9 @@ class _Known:
         self._possible = not others.ran
         if self._possible:
             self.programs[shape] = _Replay(hidden, attention, turns, shape[2], recorder, outputs)
+            if len(self.programs) > MOST_PROGRAMS:
+                oldest, _ = self.programs.popitem(last=False)
+                del self._runs[oldest]
         return outputs
 
 
