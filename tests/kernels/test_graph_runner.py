@@ -34,7 +34,8 @@ from tests.support.pooled import run_pooled
 from tests.support.tiny import VOCAB, World, make_world, run_engine
 
 BLOCK, BLOCKS = 16, 16
-LIMITS = SchedulerLimits(max_tokens=32, max_seqs=4, max_adapters=3, max_seq_len=64)
+LIMITS = SchedulerLimits(max_tokens=40, max_seqs=4, max_adapters=3, max_seq_len=64)
+"""The largest steps have the long segments of prompts."""
 LAYERS, LINEARS = 2, 4
 REQUESTS = [
     ("all", [5, 6, 7, 8, 9]),
@@ -46,6 +47,7 @@ REQUESTS = [
     ("wide*0.5", [3, 4, 5]),
     ("base", [3, 4]),
     ("rs*0.5 + all*0.4 + wide*0.3", [6, 7, 8]),
+    ("wide", list(range(3, 40))),
 ]
 
 
