@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +19,10 @@ from inference_service.kernels.attention import MAX_UPDATED_DIM
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
+from inference_service.layers.norm import RMSNorm
 from inference_service.models.reader import LayerReader, Reader
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, InputLayer
+from loramux_shared.bases.shard import Shard
 
 LayerCache = tuple[Tensor, ...]
 """A layer's cache of its sequences, as its mixer made it."""
@@ -49,6 +53,18 @@ class Cache:
             state.index_copy_(0, written, state.index_select(0, read))
 
 
+class Ranks(Protocol):
+    """The ranks that compute a decoder together, as one of them sees the others in a step."""
+
+    shard: Shard
+
+    def share(self, rows: Tensor) -> None:
+        """Give all ranks the rows [T, hidden] of the first one."""
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """Sum what each rank computed, in place; all have the same bits then."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A forward pass under way."""
@@ -62,6 +78,7 @@ class Step:
     query_factors: Tensor | None
     """Factors of the queries, [T, 1]; None: no scaling."""
     recurrence: Recurrence = no_recurrence
+    ranks: Ranks | None = None
 
     def linear(self, layer: Linear, x: Tensor, index: int, group: str) -> Tensor:
         """Return what a fused linear of layer ``index`` makes of x [T, in], adapters included."""
@@ -102,9 +119,10 @@ class AttentionBlock:
             if config.qk_norm_of_heads:
                 self._head_norm = reader.head_norm(names.q_norm, names.k_norm, spec)
             else:
+                q, k, *_ = reader.group(first).out_features
                 self._row_norms = (
-                    reader.norm(names.q_norm, spec.q_features),
-                    reader.norm(names.k_norm, spec.kv_features),
+                    reader.row_norm(names.q_norm, q, spec.q_features),
+                    reader.row_norm(names.k_norm, k, spec.kv_features),
                 )
 
         self._reads_qkv = (
@@ -153,12 +171,22 @@ class AttentionBlock:
             return qkv
         q = self._spec.q_features
         queries, keys = qkv[:, :q], qkv[:, q : q + self._spec.kv_features]
-        if self._row_norms is not None:
+        if self._row_norms is not None and step.ranks is not None:
+            _norm_together(step.ranks, (queries, keys), self._row_norms)
+        elif self._row_norms is not None:
             for rows, norm in zip((queries, keys), self._row_norms, strict=True):
                 step.operations.norm(rows, norm, None, None, out=rows)
         if step.query_factors is not None:
             queries *= step.query_factors
         return qkv
+
+
+def _norm_together(ranks: Ranks, parts: Sequence[Tensor], norms: Sequence[RMSNorm]) -> None:
+    """Norm rows [T, own columns] in place by the size of all ranks' columns, of which each has as many."""
+    squares = ranks.sum(torch.stack([rows.float().square().mean(1) for rows in parts])) / ranks.shard.world
+    for rows, norm, square in zip(parts, norms, squares, strict=True):
+        rows *= torch.rsqrt(square + norm.eps)[:, None]
+        rows *= norm.weight
 
 
 class DeltaBlock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from inference_service.models.blocks import (
     InputBlock,
     Inputs,
     MlpBlock,
+    Ranks,
     Step,
 )
 from inference_service.models.checkpoint import Tensors
@@ -48,7 +49,6 @@ from inference_service.models.reader import LayerReader, Reader
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
 from loramux_shared.bases.rope import QueryScaling
-from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
 from loramux_shared.extensions import need_extension
@@ -112,20 +112,6 @@ def _read_mlp(reader: LayerReader, spec: MlpLayer | ExpertsLayer) -> Mlp:
 def _read_block(reader: LayerReader, spec: AttentionLayer | ExpertsLayer, part: str) -> object:
     """Read a block of an extension."""
     return need_extension(part, f"a base of architecture {reader.config.architecture}").read_block(reader, spec)
-
-
-class Ranks(Protocol):
-    """The ranks that compute a decoder together, as one of them sees the others in a step."""
-
-    shard: Shard
-
-    def share(self, rows: Tensor) -> None:
-        """Give all ranks the rows [T, hidden] of the first one."""
-        ...
-
-    def sum(self, partial: Tensor) -> Tensor:
-        """Sum what each rank computed, in place; all have the same bits then."""
-        ...
 
 
 class Decoder:
@@ -246,7 +232,7 @@ class Decoder:
         factors = self._factors_at(positions)
 
         def run(hidden: Tensor, attention: Attention, turns: tuple[Turn, ...]) -> LayerOutputs:
-            step = Step(ops, attention, cache, lora, turns, factors, recurrence)
+            step = Step(ops, attention, cache, lora, turns, factors, recurrence, self.ranks)
             return self._run_layers(step, hidden, inputs)
 
         if inputs is None and factors is None and not self._stateful:

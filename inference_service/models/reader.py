@@ -245,6 +245,12 @@ class LayerReader:
         """Return a norm."""
         return self.reader.norm(self.at + name, width)
 
+    def row_norm(self, name: str, whole: int, own: int) -> RMSNorm:
+        """Return the norm of rows of whole columns, of which each rank has so many."""
+        norm, shard = self.norm(name, whole), self.reader.shard
+        columns = slice(None) if shard is None else shard.piece(whole, own)
+        return RMSNorm(norm.weight[columns].contiguous(), norm.eps, norm.offset)
+
     def optional_norm(self, name: str | None) -> RMSNorm | None:
         """Return a norm, where there is one."""
         return None if name is None else self.norm(name)

@@ -24,8 +24,9 @@ from inference_service.engine.residents import BankMemory
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.layers.linear import Linear
 from inference_service.lora.packed import PackedAdapter
+from inference_service.models.blocks import Ranks
 from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder, Ranks
+from inference_service.models.decoder import Decoder
 from inference_service.startup.choose import choose_backend
 from inference_service.text.text import Text
 from loramux_shared.bases.config import ModelConfig

@@ -163,9 +163,6 @@ def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
 ONE_RANK = {
     "gemma4-small": "inputs from tokens",
     "gemma4-images": "an MLP beside experts",
-    "olmo2": "norms of queries and keys",
-    "olmo3": "norms of queries and keys",
-    "olmoe": "norms of queries and keys",
     "qwen3_5-images": "a gated delta rule",
     "qwen3_5-moe": "a gated delta rule",
 }

@@ -95,22 +95,26 @@ class MemoryGroup:
     def __init__(self, shard: Shard, ops: CpuOps, memory: SharedMemory) -> None:
         self.shard = shard
         self._ops, self._memory = ops, memory
-        self._place, self._room = (shard.rank, shard.world), PLACE // ops.dtype.itemsize
+        self._place = shard.rank, shard.world
 
     def meet(self, meeting: Path, device: torch.device, timeout_s: float) -> None:
         """Do nothing: the memory is there from the start."""
 
     def share(self, rows: Tensor) -> None:
         """Give all ranks the rows [T, hidden] of the first one."""
-        self._ops.exchange(rows, self._memory.address, self._place, 1, self._room)
+        self._exchange(rows, 1)
 
     def sum(self, partial: Tensor) -> Tensor:
         """Sum what each rank computed, in place; all have the same bits then."""
-        self._ops.exchange(partial, self._memory.address, self._place, self.shard.world, self._room)
+        self._exchange(partial, self.shard.world)
         return partial
 
     def close(self) -> None:
         """Do nothing: there is nothing to leave."""
+
+    def _exchange(self, rows: Tensor, sources: int) -> None:
+        room = PLACE // rows.dtype.itemsize
+        self._ops.exchange(rows, self._memory.address, self._place, sources, room)
 
 
 def group_of(shard: Shard, operations: Operations, memory: SharedMemory) -> Group | MemoryGroup:

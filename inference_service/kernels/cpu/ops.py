@@ -171,6 +171,7 @@ class CpuOps:
         self._pack, self._delta_rule = functions["pack"], functions["delta_rule"]
         self._steps = {name: functions[name] for name in CODES}
         """The operations that a program may have."""
+        self._exchange_wide = _function(library, "exchange", torch.float32)
         self._empty: Callable[..., Tensor] = torch.empty
         self._run = getattr(library, f"run_{DTYPES[dtype]}")
         self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_int64], None
@@ -406,7 +407,8 @@ class CpuOps:
         at first: a line of 64 bytes that is not zero once one has failed, which ends every exchange; a line for
         each; and twice as many places of room values as there are processes.
         """
-        self._steps["exchange"](rows.data_ptr(), rows.numel(), shared, *place, sources, room)
+        run = self._steps["exchange"] if rows.dtype is self.dtype else self._exchange_wide
+        run(rows.data_ptr(), rows.numel(), shared, *place, sources, room)
 
     def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
         """Draw a token for each row of logits [N, vocab], as `kernels.sampling.draw_rows` does."""

@@ -226,7 +226,6 @@ class ModelConfig:
             SettingsInvalid: a part of it cannot be divided; the message names it.
         """
         try:
-            self._require_own_norms()
             layers = {layer: layer.shard(world) for layer in dict.fromkeys(self.layers)}
             config = replace(self, layers=tuple([layers[layer] for layer in self.layers]))
             config._require_names_of(self)
@@ -236,10 +235,6 @@ class ModelConfig:
                 f"has {error}. Set another number, or 1 and more replicas."
             ) from error
         return config
-
-    def _require_own_norms(self) -> None:
-        if not self.qk_norm_of_heads and self.names.q_norm is not None:
-            raise CannotShard("norms of queries and keys over all heads together")
 
     def _require_names_of(self, whole: ModelConfig) -> None:
         for groups in zip(self.layer_groups, whole.layer_groups, strict=True):

@@ -44,10 +44,10 @@ class Shard:
     def part(self, whole: GroupShape) -> Part:
         """Return what the rank has of a fused linear; ranks share pieces where these are fewer."""
         own = self._own[whole.name]
-        columns = self._piece if whole.by_head is None else self._heads
+        columns = self.piece if whole.by_head is None else self._heads
         outputs = zip(whole.out_features, own.out_features, strict=True)
         return Part(
-            self._piece(whole.in_features, own.in_features),
+            self.piece(whole.in_features, own.in_features),
             tuple([columns(*sizes) for sizes in outputs]),
             own.out_features,
             own.in_features != whole.in_features,
@@ -55,9 +55,10 @@ class Shard:
 
     def _heads(self, whole: int, own: int) -> list[int]:
         """Return the columns of some heads' queries, keys and values, each a third of the whole."""
-        third, piece = whole // 3, self._piece(whole // 3, own // 3)
+        third, piece = whole // 3, self.piece(whole // 3, own // 3)
         return [first + column for first in range(0, whole, third) for column in range(whole)[piece]]
 
-    def _piece(self, whole: int, own: int) -> slice:
+    def piece(self, whole: int, own: int) -> slice:
+        """Return the rank's part of whole columns of which each rank has so many."""
         index = self.rank * (whole // own) // self.world
         return slice(index * own, (index + 1) * own)
