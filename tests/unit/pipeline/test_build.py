@@ -11,21 +11,10 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.context import LEFTOVER_S, RESERVE_BYTES, Ledger, Space, claim_identity
 from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
 from builder_service.pipeline.progress import Progress
+from loramux_shared import faults
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import (
-    BuildCancelled,
-    CheckpointInvalid,
-    Fault,
-    RepoGated,
-    ResourcesExhausted,
-    RevisionNotFound,
-    SourceChanged,
-    SourceRefused,
-    SourceUnavailable,
-    StoreUnavailable,
-)
 from loramux_shared.sources.base import Resolved, SourceFile, unwatched
 from loramux_shared.sources.files import content_digest
 from loramux_shared.sources.open import Sources
@@ -71,12 +60,12 @@ def test_local_folders_need_a_root(tmp_path, context):
     """A folder outside the operator's roots is refused, also behind a link."""
     outside = write_adapter(tmp_path.parent / f"{tmp_path.name}-outside")
     (tmp_path / "link").symlink_to(outside)
-    with pytest.raises(SourceRefused, match=r"adapter 'link': LOCAL .* not below a folder"):
+    with pytest.raises(faults.SourceRefused, match=r"adapter 'link': LOCAL .* not below a folder"):
         built(deployment_of(tmp_path, "link"), context)
     write_adapter(tmp_path / "one")
     (tmp_path / "one" / "adapter_model.safetensors").unlink()
     (tmp_path / "one" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
-    with pytest.raises(SourceRefused, match="not below a folder"):
+    with pytest.raises(faults.SourceRefused, match="not below a folder"):
         built(deployment_of(tmp_path, "one"), context)
 
 
@@ -89,7 +78,7 @@ def test_a_pinned_local_adapter_may_not_change(tmp_path, context):
     )
     assert built(expected, context).generation.adapters["one"].source == found
     write_adapter(tmp_path / "one", tensors(seed=1))
-    with pytest.raises(RevisionNotFound, match="expected content"):
+    with pytest.raises(faults.RevisionNotFound, match="expected content"):
         built(expected, context)
 
 
@@ -97,7 +86,7 @@ def test_a_pinned_local_adapter_may_not_change(tmp_path, context):
 def test_a_base_that_is_none(tmp_path, context, missing):
     """A base without config or weights is named before any adapter is fetched."""
     (tmp_path / "base" / missing).unlink()
-    with pytest.raises(CheckpointInvalid, match=f"base checkpoint: .*expected {missing}"):
+    with pytest.raises(faults.CheckpointInvalid, match=f"base checkpoint: .*expected {missing}"):
         built(deployment_of(tmp_path), context)
 
 
@@ -126,16 +115,16 @@ class Archived(Resolved):
 class FakeSource:
     """Repositories in memory; one whose address is a reason fails with it."""
 
-    def __init__(self, faults, sizes=None) -> None:
-        self._faults = faults
+    def __init__(self, broken, sizes=None) -> None:
+        self._broken = broken
         self._sizes = sizes or {name: len(data) for name, data in FILES.items()}
 
     def resolve(self, repository, progress=unwatched, room=unwatched) -> Resolved:
         """List the same files for everyone."""
         room(1000)
         progress(0)
-        if repository.label in self._faults:
-            raise self._faults[repository.label]
+        if repository.label in self._broken:
+            raise self._broken[repository.label]
         Archived.open += 1
         return Archived(repository, {name: SourceFile(size) for name, size in self._sizes.items()})
 
@@ -162,7 +151,7 @@ def fetch(
     try:
         space = Space(folder, Ledger(), max_bytes)
         return progress, fetch_adapters(adapters, sources, space, folder, progress)
-    except Fault as fault:
+    except faults.Fault as fault:
         fault.add_note(",".join(f"{item.name}={item.stage.value}" for item in progress.adapters))
         raise
     finally:
@@ -172,19 +161,21 @@ def fetch(
 def test_archives_count_before_anything_is_taken_out_of_them(tmp_path):
     """Three archives of 1000 bytes exceed a build's limit of 2500 before they are unpacked; two do not."""
     fetch(tmp_path, FakeSource({}), "one", "two", max_bytes=2500)
-    with pytest.raises(ResourcesExhausted, match=r"the archive of adapter .* 2000 were written; .* write 2500"):
+    with pytest.raises(
+        faults.ResourcesExhausted, match=r"the archive of adapter .* 2000 were written; .* write 2500"
+    ):
         fetch(tmp_path, FakeSource({}), "one", "two", "three", max_bytes=2500)
 
 
 def test_every_fault_is_reported(tmp_path):
     """Each of several faults is a finding, and the whole is the first that trying again does not cure."""
-    faults = {
-        "https://h/a": SourceUnavailable("away"),
-        "https://h/b": RepoGated("gated"),
-        "https://h/c": SourceChanged("changed"),
+    broken = {
+        "https://h/a": faults.SourceUnavailable("away"),
+        "https://h/b": faults.RepoGated("gated"),
+        "https://h/c": faults.SourceChanged("changed"),
     }
-    with pytest.raises(RepoGated, match="the sources of 3 adapters failed: a, b, c") as failure:
-        fetch(tmp_path, FakeSource(faults), "a", "b", "c", "d")
+    with pytest.raises(faults.RepoGated, match="the sources of 3 adapters failed: a, b, c") as failure:
+        fetch(tmp_path, FakeSource(broken), "a", "b", "c", "d")
     stated = [(item.code, item.adapter, item.fix) for item in failure.value.findings]
     assert stated == [
         ("SOURCE_UNAVAILABLE", "a", "away"),
@@ -192,15 +183,15 @@ def test_every_fault_is_reported(tmp_path):
         ("SOURCE_CHANGED", "c", "changed"),
     ]
     assert failure.value.retry_after_s is None
-    del faults["https://h/b"]
-    with pytest.raises(SourceUnavailable):
-        fetch(tmp_path, FakeSource(faults), "a", "c")
+    del broken["https://h/b"]
+    with pytest.raises(faults.SourceUnavailable):
+        fetch(tmp_path, FakeSource(broken), "a", "c")
 
 
 def test_an_adapter_has_a_size(tmp_path):
     """A listing of more than an adapter can have is refused before anything is fetched."""
     source = FakeSource({}, {**dict.fromkeys(FILES, 1), "adapter_model.safetensors": 9 << 30})
-    with pytest.raises(SourceRefused, match=r"https://h/one: 9663676417 bytes; an adapter has at most"):
+    with pytest.raises(faults.SourceRefused, match=r"https://h/one: 9663676417 bytes; an adapter has at most"):
         fetch(tmp_path, source, "one")
 
 
@@ -210,10 +201,10 @@ def test_a_build_stays_within_its_room(tmp_path, context):
     size = sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
     seen = []
     progress = Progress("a", lambda: seen.append(progress.adapters[0].bytes_done))
-    with pytest.raises(ResourcesExhausted, match=f"{size} bytes.* may write 1000"):
+    with pytest.raises(faults.ResourcesExhausted, match=f"{size} bytes.* may write 1000"):
         build(deployment_of(tmp_path, "a"), replace(context, max_build_bytes=1000), progress)
     assert set(seen) == {0}
-    with pytest.raises(ResourcesExhausted, match="the bundle of adapter 'a'"):
+    with pytest.raises(faults.ResourcesExhausted, match="the bundle of adapter 'a'"):
         build(deployment_of(tmp_path, "a"), replace(context, max_build_bytes=size + 10), Progress("a"))
     assert not list(context.store.list(""))
     build(deployment_of(tmp_path, "a"), replace(context, max_build_bytes=3 * size), Progress("a"))
@@ -227,7 +218,7 @@ def test_builds_share_the_disk(tmp_path):
     sums = (
         rf"two: {2 * third} bytes; with {2 * third} that running builds are about to write and {RESERVE_BYTES}"
     )
-    with one.writing(2 * third, "one"), pytest.raises(ResourcesExhausted, match=sums) as full:
+    with one.writing(2 * third, "one"), pytest.raises(faults.ResourcesExhausted, match=sums) as full:
         two.check(2 * third, "two")
     needed, has, missing = map(int, re.findall(r"needs (\d+) .* has (\d+)\. Free (\d+)", full.value.message)[0])
     assert (needed, missing) == (4 * third + RESERVE_BYTES, needed - has)
@@ -244,7 +235,7 @@ class Flaky(MemoryStore):
     def put(self, key: str, data: bytes | Path) -> None:
         if self.times:
             self.times -= 1
-            raise StoreUnavailable("the store is away")
+            raise faults.StoreUnavailable("the store is away")
         super().put(key, data)
 
 
@@ -255,7 +246,7 @@ def test_a_store_that_comes_back_is_waited_for(monkeypatch):
     store.put("k", b"x")
     assert list(store.list("")) == ["k"]
     assert time.now_s == pytest.approx(3)
-    with pytest.raises(StoreUnavailable, match="the store is away"):
+    with pytest.raises(faults.StoreUnavailable, match="the store is away"):
         PatientStore(Flaky(3), pauses_s=(1, 2)).put("k", b"x")
 
 
@@ -266,11 +257,11 @@ def test_waiting_for_a_store_can_be_stopped(monkeypatch):
     class Cancelling(OwnTime):
         def sleep(self, seconds: float) -> None:
             super().sleep(seconds)
-            progress.stop(BuildCancelled("enough"))
+            progress.stop(faults.BuildCancelled("enough"))
 
     monkeypatch.setattr(patient, "time", time := Cancelling())
     store = PatientStore(Flaky(10), progress.check, pauses_s=(3600.0,))
-    with pytest.raises(BuildCancelled, match="enough"):
+    with pytest.raises(faults.BuildCancelled, match="enough"):
         store.put("k", b"x")
     assert time.now_s < 1
 
