@@ -39,11 +39,15 @@ static bool answered(const Call& asked, Answer& answer) {
   OF_TYPE(attention);
   OF_TYPE(rope_write);
   OF_TYPE(rms_norm);
+  OF_TYPE(layer_norm);
+  OF_TYPE(add);
   OF_TYPE(silu);
   OF_TYPE(gelu_tanh);
+  OF_TYPE(gelu);
   OF_TYPE(delta_rule);
   OF_TYPE(draw);
   OF_TYPE(scores);
+  OF_TYPE(exchange);
   OF_TYPE(run);
   if (!strcmp(asked.name, "pack_blocks")) return call(pack_blocks, asked.values, answer), true;
   if (!strcmp(asked.name, "compact")) {
