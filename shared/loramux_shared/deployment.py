@@ -227,7 +227,7 @@ class Runtime(Model):
     answers that repeat their prompt. 0: none. A replica's ``LORAMUX_SPECULATIVE_TOKENS`` comes first; where
     neither says it, 8 on a CPU and none on a GPU."""
     speculator: Speculator | None = None
-    """A draft model, beside prompt lookup; when not given, there is none."""
+    """A draft model, beside prompt lookup."""
     serve_base: bool = True
     """False: the adapters only; the base's name is then unknown to clients."""
     merge: Merge = Merge.AUTO
