@@ -7,19 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from inference_service.kernels import sgmv
 from inference_service.kernels.attention import attend
 from inference_service.kernels.launch import intercepted
 from inference_service.kernels.rows import activated, gated
-from inference_service.kernels.sgmv import (
-    DECODE_TILE,
-    PREFILL_TILE,
-    SegmentCapacity,
-    Update,
-    expand,
-    pack_segments,
-    shrink,
-    update,
-)
 from tests.kernels.attention_case import Heads, Layout, make_case as attention_case
 from tests.kernels.sgmv_case import Case, make_case
 from tests.kernels.test_rows import poisoned
@@ -44,20 +35,20 @@ def step(
     rows: int,
     dtype: torch.dtype,
     device: str,
-) -> tuple[Case, Update]:
+) -> tuple[Case, sgmv.Update]:
     """Return a case behind shrink, and its update."""
-    tile = DECODE_TILE if rows <= ROWS else PREFILL_TILE
+    tile = sgmv.DECODE_TILE if rows <= ROWS else sgmv.PREFILL_TILE
     case = make_case(slots, ranks, 40, sizes, dtype=dtype, device=device, tile=tile, rows=rows)
     case.x.nan_to_num_()
-    shrink(case.x, case.group, case.segments, case.workspace)()
+    sgmv.shrink(case.x, case.group, case.segments, case.workspace)()
     behind = replace(case, out=torch.randn(rows, sum(sizes)).to(device, dtype))
-    return behind, update(case.group, case.segments, case.workspace)
+    return behind, sgmv.update(case.group, case.segments, case.workspace)
 
 
 def expanded(case: Case) -> torch.Tensor:
     """Return the result of expand."""
     out = case.out.clone()
-    for launch in expand(out, case.group, case.segments, case.workspace):
+    for launch in sgmv.expand(out, case.group, case.segments, case.workspace):
         launch()
     return out
 
@@ -121,18 +112,18 @@ def test_an_update_needs_all_rows_in_segments(device: str) -> None:
     """A capacity that leaves out rows of the base, or has several passes with them, is refused."""
     case = make_case(slots=[0], ranks=[(4,)], K=40, sizes=(16,), dtype=torch.float32, device=device)
     with pytest.raises(ValueError, match="in no segment"):
-        update(case.group, case.segments, case.workspace)
+        sgmv.update(case.group, case.segments, case.workspace)
     with pytest.raises(ValueError, match="one pass"):
-        SegmentCapacity(8, 1, 16, passes=2, rows=4)
+        sgmv.SegmentCapacity(8, 1, 16, passes=2, rows=4)
 
 
 def test_every_row_is_in_one_run() -> None:
     """Segments of adapters are unchanged by base rows, which follow in tiles."""
     draw = np.random.default_rng(1)
     for rows in range(1, 33):
-        plain, every = SegmentCapacity(rows, 4, 4), SegmentCapacity(rows, 4, 4, rows=rows)
+        plain, every = sgmv.SegmentCapacity(rows, 4, 4), sgmv.SegmentCapacity(rows, 4, 4, rows=rows)
         slots = draw.integers(-1, 4, draw.integers(0, rows + 1))
-        alone, packed = (pack_segments(capacity, slots) for capacity in (plain, every))
+        alone, packed = (sgmv.pack_segments(capacity, slots) for capacity in (plain, every))
         old, new = (
             {name: array[where] for name, where in capacity.sections.items()}
             for capacity, array in ((plain, alone), (every, packed))
