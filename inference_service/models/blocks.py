@@ -92,6 +92,10 @@ class Step:
             return self.operations.linear(layer, x), None
         return self.operations.begun(layer, x, self.lora, index, group)
 
+    def summed(self, partial: Tensor) -> Tensor:
+        """Sum what each rank computed, in place."""
+        return partial if self.ranks is None else self.ranks.sum(partial)
+
 
 class AttentionBlock:
     """Attends over the cache, which it writes."""

@@ -155,7 +155,9 @@ class Decoder:
         else:
             self._head = self._operations.new_linear(head, quantization=quantization.of_head)
         self._head_bias = reader.head_bias() if config.head_bias else None
-        self._inputs = None if config.inputs is None else Inputs(reader, config.inputs)
+        self._inputs = None
+        if config.inputs is not None and (shard is None or shard.is_first):
+            self._inputs = Inputs(reader, config.inputs)
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
         self._scale = float(torch.tensor(config.embedding_scale, dtype=self.dtype))
@@ -229,6 +231,10 @@ class Decoder:
             self.ranks.share(hidden)
         turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
+        if self.ranks is not None and (spec := self.config.inputs) is not None:
+            if inputs is None:
+                inputs = hidden.new_empty(len(hidden), len(self._layers), spec.width)
+            self.ranks.share(inputs)
         factors = self._factors_at(positions)
 
         def run(hidden: Tensor, attention: Attention, turns: tuple[Turn, ...]) -> LayerOutputs:

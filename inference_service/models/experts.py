@@ -159,10 +159,12 @@ class BesideBlock:
         """Return [T, hidden] for hidden rows x [T, hidden]."""
         ops = step.operations
         normed = x if self._norm is None else ops.norm(x, self._norm, None, None)
-        out = ops.norm(self._mlp(step, normed), self._out_norm, None, None)
+        out = ops.norm(step.summed(self._mlp(step, normed)), self._out_norm, None, None)
         logits = ops.linear(self._router, ops.norm(x, self._router_norm, None, None))
         routed = ops.route(logits, self._spec.top_k, renormalised=self._spec.renormalised)
         scale = self._expert_scale.index_select(0, routed.ids.flatten()).view_as(routed.weights)
         routed = Routed(routed.ids, routed.weights * scale)
         of_experts = self._experts(step, ops.norm(x, self._experts_norm, None, None), routed)
-        return out.add_(ops.norm(of_experts, self._experts_out_norm, None, None))
+        out.add_(ops.norm(step.summed(of_experts), self._experts_out_norm, None, None))
+        # What ranks add is summed behind the block, too.
+        return out if step.ranks is None or step.ranks.shard.is_first else out.zero_()

@@ -161,8 +161,6 @@ def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
 
 
 ONE_RANK = {
-    "gemma4-small": "inputs from tokens",
-    "gemma4-images": "an MLP beside experts",
     "qwen3_5-images": "a gated delta rule",
     "qwen3_5-moe": "a gated delta rule",
 }

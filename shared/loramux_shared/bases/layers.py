@@ -221,11 +221,10 @@ class ExpertsLayer:
         Raises:
             CannotShard: a width cannot be divided.
         """
-        if self.beside is not None:
-            raise CannotShard("an MLP beside experts, each with norms of its own")
         own = divided(self.intermediate, world, "columns of an expert")
         shared = None if self.shared is None else divided(self.shared, world, "columns of the shared expert")
-        return replace(self, intermediate=own, shared=shared)
+        beside = None if self.beside is None else divided(self.beside, world, "columns of the MLP")
+        return replace(self, intermediate=own, shared=shared, beside=beside)
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears: two of each expert, and those of the one for all rows."""
@@ -272,8 +271,6 @@ class LayerSpec:
         Raises:
             CannotShard: it cannot be divided.
         """
-        if self.inputs is not None:
-            raise CannotShard("inputs from tokens to each layer, which one rank alone serves")
         return replace(self, mixer=self.mixer.shard(world), mlp=self.mlp.shard(world))
 
     def attending(self, **changes: Any) -> LayerSpec:
