@@ -210,7 +210,7 @@ class Speculator(Model):
     """A smaller base with the same tokenizer, which the extension `draft` lets draft tokens."""
 
     model: Repository
-    """Its checkpoint. On a CPU it is rounded to int8."""
+    """Its checkpoint. Compiled operations of a CPU round it to int8."""
     tokens: int = Field(default=8, ge=1, le=64)
     """Tokens of a request that are drafted in a step, at most, by prompt lookup too."""
 

@@ -32,6 +32,8 @@ NEAR: Final = 8
 """Rows that may come before a draft, in the same step."""
 FADING_S: Final = 0.998
 """Decay of the known time of the draft model's steps, at every step: what took too long is tried again."""
+MOST_RECORDS: Final = 10_000
+"""Adapters and blends with a record, at most: the oldest one makes room."""
 SHARE: Final = 0.005
 """Part of the time that drafts may take without a gain."""
 MOST_SPARE: Final = 8
@@ -189,6 +191,8 @@ class DraftChoice(Lookup):
 
     def _chance_of(self, seq: Sequence) -> Chance:
         digest = "" if seq.adapter is None else seq.adapter.digest
+        if digest not in self._adapters and len(self._adapters) >= MOST_RECORDS:
+            del self._adapters[next(iter(self._adapters))]
         return self._adapters.setdefault(digest, Chance())
 
     def _learn(self, score: Score) -> None:

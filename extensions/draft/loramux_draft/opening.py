@@ -48,7 +48,8 @@ def open_draft(
             "ranks yet. Set 1, or LORAMUX_SPECULATIVE_TOKENS=0, which drafts nothing."
         )
     device, size = base.model.device.type, settings.block_size
-    own: dict[str, Any] = {"quantization": Rounding.INT8} if device == "cpu" else {}
+    compiled = base.backend.computing.backend == "native"  # torch's operations are slower in int8
+    own: dict[str, Any] = {"quantization": Rounding.INT8} if compiled else {}
     settings = settings.model_copy(update=own)
     report("loading the draft model")
     of_draft = generation.model_copy(update={"base": speculator.model, "max_seq_len": None})
