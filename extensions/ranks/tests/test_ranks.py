@@ -9,10 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
+from inference_service.adapters.loader import Packer
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.engine.queues import SchedulerLimits
@@ -22,7 +25,7 @@ from loramux_ranks.host import RankHost
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.faults import BundleCorrupt, InternalFault, ReplicaFailed, SettingsInvalid
+from loramux_shared.faults import BundleCorrupt, InternalFault, ProofFailed, ReplicaFailed, SettingsInvalid
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
@@ -215,6 +218,9 @@ def test_what_ranks_cannot_compute_is_refused_at_the_start(built: tuple[World, S
             load(built, **settings)
     with pytest.raises(SettingsInvalid, match="needs as many GPUs, found 1"):
         RankHost(2, cards=1)
+    model: Any = MagicMock(ranks=SimpleNamespace(shard=SimpleNamespace(world=2)))
+    with pytest.raises(ProofFailed, match="2 tensor-parallel ranks cannot replay"):
+        Packer(model, MagicMock(), MagicMock(), 16)(MagicMock())
 
 
 def test_steps_that_all_ranks_record_answer_the_same(built: tuple[World, Store]) -> None:
