@@ -12,7 +12,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
-from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Current, Descent, Generation, Recipe
+from loramux_shared.bundle.generation import (
+    AdapterRecord,
+    BaseRecord,
+    Current,
+    Descent,
+    Generation,
+    Recipe,
+    SpeculatorRecord,
+)
 from loramux_shared.bundle.manifest import (
     AdapterSummary,
     Coverage,
@@ -244,7 +252,7 @@ def test_a_record_has_the_keys_that_the_page_names(record: type[Model], expected
 INSIDE = (
     AddedToken, AdapterRecord, AdapterSummary, BaseRecord, Coverage, Descent, Effect, FileDigest, Finding,
     Limits, ModelLimits, OwnTokens, Probe, Proof, Recipe, Replaced, Repository, ScoreHead, ProbeLogprob,
-    Truncation, Resolve,
+    SpeculatorRecord, Truncation, Resolve,
 )  # fmt: skip
 
 
