@@ -104,7 +104,7 @@ class NativeOperations(Operations):
         out: Tensor | None = None,
     ) -> Tensor:
         """The sum and its norm in one pass; rows that may lie apart are normed where they are."""
-        if out is hidden:
+        if out is hidden and delta is None and not isinstance(norm, LayerNorm):
             self.ops.norm_heads(hidden, norm.weight[None], norm.eps, norm.offset)
             return out
         if delta is not None and delta_norm is not None:
