@@ -83,7 +83,7 @@ def test_answers_are_the_same_to_the_last_bit(
     first, shapes = answers(ready, models, 1), set(known.programs)
     second = answers(ready, models, 2)
     assert not replays or (len(known.programs) == 20 and set(known.programs) != shapes)
-    assert (counted.runs > 100) is replays
+    assert bool(counted.runs) is replays
     monkeypatch.setattr(replayed, "MOST_ROWS", 0)
     usual = world.load(store, backend="native", prefix_cache=False, **settings)
     assert answers(usual, models, 1) == first
