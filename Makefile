@@ -37,7 +37,7 @@ static: $(VENV)/.test
 	$(if $(EXTENSIONS),$(BIN)/buf lint extensions/vllm_grpc)
 	$(BIN)/python scripts/words.py
 	$(BIN)/python scripts/stubs.py --check
-	$(BIN)/python -m scripts.docs --check
+	$(if $(EXTENSIONS),$(BIN)/python -m scripts.docs --check)
 
 stubs: $(VENV)/.test
 	$(BIN)/python scripts/stubs.py

@@ -83,6 +83,8 @@ def _matches() -> Iterator[Match]:
     for path in listed.stdout.split("\0"):
         if not _covered(path, RULES["files"]) or _covered(path, RULES["skipped"]):
             continue
+        if not (ROOT / path).exists():  # a folder that was deleted, as extensions may be
+            continue
         text = (ROOT / path).read_text()
         yield from words_in(path, text)
         if path.endswith(".py"):
