@@ -257,6 +257,7 @@ def test_mixtures_are_of_plain_adapters(answers: tiny.Answers) -> None:
 
 def test_what_is_cut_keeps_the_rows_of_its_own(answers: tiny.Answers) -> None:
     """Rows of embeddings and head are not of the matrices that a rank is cut in, and stay as they are."""
+    pytest.importorskip("loramux_kinds")
     world = replace(
         answers.world, adapters={name: answers.world.adapters[name] for name in ("head", "everything")}
     )

@@ -274,7 +274,8 @@ def test_references_of_a_schema_are_found_in_every_form() -> None:
         OfferedTool("f", schema),
         OfferedTool("g", {"type": "object", "$defs": {"Days": {"type": "string"}}}),
     ]
-    for name, text in (("Llama 3.2, pythonic", "[f(days=2)]"), ("Qwen 2.5", "")):
+    families = {"Llama 3.2, pythonic": "[f(days=2)]", "Qwen 2.5": ""}
+    for name, text in ((name, text) for name, text in families.items() if name in FAMILIES):
         expected, vocabulary = demand(FAMILIES[name])
         text = text or '<tool_call>\n{"name": "f", "arguments": {"days": 2}}\n</tool_call>'
         constraint = expected.calls(tools, expected.form(tools, several=False), "")
