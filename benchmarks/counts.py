@@ -66,7 +66,7 @@ STEPS: Final = ((8, False), (64, False), (512, True))
 """Rows of steps whose programs are counted, and whether they are of prompts: one for each adapter."""
 ADAPTERS: Final = (1, 4, 8, 64)
 MULTIPROCESSORS: Final = 132
-"""Of an H100."""
+"""The number that an H100 has."""
 RANKS: Final[dict[str, tuple[int, ...]]] = {"8": (8,), "16": (16,), "64": (64,), "8-64": (8, 16, 32, 64)}
 """Adapters have them in turn, in every module."""
 OWN_TOKENS: Final = 8

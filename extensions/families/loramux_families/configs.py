@@ -28,6 +28,7 @@ from loramux_shared.bases.rope import (
     read_longrope,
     read_rope,
     rope_block,
+    rope_kind,
     rope_spec,
     yarn_mscale,
 )
@@ -148,7 +149,7 @@ def _mscale(config: HfConfig) -> float:
     """Return the factor of queries and of keys that a scaled rope asks for."""
     block = rope_block(config)
     all_dim = block.number("mscale_all_dim", 0.0)
-    kind = block.text("rope_type", block.text("type", "default"))
+    kind = rope_kind(block)
     if kind == "default" or not all_dim:
         return 1.0
     return yarn_mscale(block.positive("factor"), all_dim)
@@ -285,7 +286,7 @@ def _read_phi(config: HfConfig) -> ModelConfig:
 def _rope_of_phi(config: HfConfig, head_dim: int, longest: int) -> tuple[RopeSpec, int]:
     """Return the rope; with LongRoPE, magnitudes stand in the config beside the factors."""
     block = rope_block(config)
-    if block.text("rope_type", block.text("type", "default")) != "longrope":
+    if rope_kind(block) != "longrope":
         return read_rope(config, head_dim, longest, 1_000_000.0)
     original = original_positions(config, block, longest)
     scaling, longest = read_longrope(block, head_dim, longest, original)

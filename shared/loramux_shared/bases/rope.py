@@ -168,7 +168,7 @@ def read_rope_of(config: HfConfig, kind: str, dim: int, longest: int, default_th
         fields.update(config.block("rope_scaling").fields)
     fields["truncate"] = blocks.flag("truncate", default=True)  # transformers reads truncate beside the blocks
     block = HfConfig(fields, config.architecture, config.max_seq_len)
-    if _kind_of(block) == "proportional":
+    if rope_kind(block) == "proportional":
         scaling: Scaling = Proportional(
             int(rotated_part(block, config) * dim // 2), block.positive("factor", 1.0)
         )
@@ -230,7 +230,7 @@ def read_scaling(
     block: HfConfig, dim: int, max_positions: int, original: int, kinds: tuple[str, ...] = ROPE_KINDS
 ) -> tuple[Scaling, int]:
     """Return how a block stretches the frequencies, and the longest sequence that it serves."""
-    kind = _kind_of(block)
+    kind = rope_kind(block)
     if kind not in kinds:
         raise CheckpointInvalid(
             f"config.json: rope scaling {kind!r} is not supported; supported: {', '.join(kinds)}."
@@ -247,7 +247,8 @@ def read_scaling(
     return LinearScaling(), max_positions  # "dynamic" changes only sequences longer than max_positions
 
 
-def _kind_of(block: HfConfig) -> str:
+def rope_kind(block: HfConfig) -> str:
+    """Return the kind that a rope block names, under its new or its old key."""
     return block.text("rope_type", block.text("type", "default"))
 
 

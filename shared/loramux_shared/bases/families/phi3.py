@@ -7,7 +7,7 @@ from dataclasses import replace
 from loramux_shared.bases.config import ModelConfig, TensorNames
 from loramux_shared.bases.family import Architecture, Family, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope import RopeSpec, read_scaling, rope_block, rope_spec, rotated_part
+from loramux_shared.bases.rope import RopeSpec, read_scaling, rope_block, rope_kind, rope_spec, rotated_part
 from loramux_shared.bundle.modules import FUSED
 
 OLD_NAMES = ("su", "yarn")
@@ -33,7 +33,7 @@ def _read(config: HfConfig) -> ModelConfig:
 def _rope(config: HfConfig, head_dim: int, max_positions: int) -> tuple[RopeSpec, int]:
     """LongRoPE or plain; the original length stands beside the block, or is the class's own."""
     block = rope_block(config)
-    if block.text("rope_type", block.text("type", "default")) in OLD_NAMES:
+    if rope_kind(block) in OLD_NAMES:
         block = HfConfig({**block.fields, "rope_type": "longrope"}, config.architecture, config.max_seq_len)
     dim = int(head_dim * rotated_part(block, config))
     original = config.size("original_max_position_embeddings", 4096)
