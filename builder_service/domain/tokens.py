@@ -40,7 +40,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     known: dict[str, int] = {}
     for name, path in question["base"].items():
         try:
-            known |= _tokens(name, _read(path))
+            known |= tokens_of(name, read_object(path))
         except NoTokens:
             known = {}
             break
@@ -50,8 +50,8 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     flags: dict[str, dict[str, dict[str, bool]]] = {}
     for name, path in question["adapter"].items():
         try:
-            value = _read(path)
-            tokens = _tokens(name, value)
+            value = read_object(path)
+            tokens = tokens_of(name, value)
         except NoTokens as error:
             found["unreadable"][name] = str(error)[:200]
             continue
@@ -115,7 +115,7 @@ def _text(token: str, most: int = 40) -> str:
     return token[:most].encode("utf-8", "replace").decode()
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_object(path: str) -> dict[str, Any]:
     """Return the object in a file.
 
     Raises:
@@ -132,7 +132,7 @@ def _read(path: str) -> dict[str, Any]:
     return value
 
 
-def _tokens(name: str, value: Mapping[str, Any]) -> dict[str, int]:
+def tokens_of(name: str, value: Mapping[str, Any]) -> dict[str, int]:
     """Return ids by token of one of the files that tokenizers are saved as.
 
     Raises:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
+from builder_service.domain.tokens import NoTokens, read_object, tokens_of
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bundle.generation import BaseRecord, SpeculatorRecord
@@ -77,13 +77,15 @@ def _tokens(base: BaseRecord, sources: Sources) -> dict[str, int]:
         DeploymentInvalid: it has no tokenizer.json that says them.
     """
     source = sources.of(base.source)
+    what = f"{TOKENIZER} of {base.source.label}: expected a tokenizer, to compare it with the base's"
     try:
         with closing(source.resolve(base.source)) as resolved, scratch(sources.work_dir) as folder:
             source.fetch(resolved, [TOKENIZER] if TOKENIZER in base.files else [], folder)
-            fields = json.loads((folder / TOKENIZER).read_bytes())
-        vocab = fields["model"]["vocab"]
-        listed_ones = {each[0]: index for index, each in enumerate(vocab)} if isinstance(vocab, list) else vocab
-        return {**listed_ones, **{each["content"]: each["id"] for each in fields.get("added_tokens") or []}}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        what = f"{TOKENIZER} of {base.source.label}: expected a tokenizer, to compare it with the base's"
-        raise DeploymentInvalid(f"{what}; found none that can be read ({type(error).__name__})") from error
+            fields = read_object(str(folder / TOKENIZER))
+        found, own = (tokens_of(TOKENIZER, each) for each in (fields, fields | {"added_tokens": None}))
+    except (OSError, NoTokens) as error:
+        why = error if isinstance(error, NoTokens) else type(error).__name__
+        raise DeploymentInvalid(f"{what}; found none that can be read ({why})") from error
+    if not own:
+        raise DeploymentInvalid(f"{what}; found none that can be read (it has no vocabulary)")
+    return found
