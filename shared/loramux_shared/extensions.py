@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any, Final
@@ -81,10 +82,16 @@ def need_extension(name: str, what: str) -> Any:
     Raises:
         SettingsInvalid: it is not installed, or cannot be imported.
     """
-    found = find_extensions(PARTS)
-    if name not in found:
-        raise absent(what, name.partition(".")[0])
-    return load_extension(found[name])
+    try:
+        return _part(name)
+    except LookupError:
+        raise absent(what, name.partition(".")[0]) from None
+
+
+@cache
+def _part(name: str) -> Any:
+    """Return a part, which is looked for among all packages once: requests and layers ask for some."""
+    return load_extension(find_extensions(PARTS)[name])
 
 
 def absent(what: str, name: str) -> SettingsInvalid:

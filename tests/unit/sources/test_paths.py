@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loramux.cli.local.services import builder_command
-from loramux_shared import faults
+from loramux_shared import extensions, faults
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.extensions import PARTS
@@ -152,6 +152,7 @@ def test_what_is_missing_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SourceRefused, match="source S3 is not supported here; supported: LOCAL"):
         Sources({SourceKind.LOCAL: LocalSource([])}).of(repository)
 
+    extensions._part.cache_clear()
     point = EntryPoint("s3", "no_such_package_of_amazon", PARTS)
     monkeypatch.setattr("loramux_shared.extensions.find_extensions", lambda _: {"s3": point})
     with pytest.raises(SourceRefused) as refusal:
