@@ -1,7 +1,5 @@
 """The builder service as a process: settings, store, server, drain."""
 
-from __future__ import annotations
-
 import os
 import signal
 

@@ -1,7 +1,5 @@
 """A builder without its APIs: its folder, and the parts that build and check."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import dataclass, replace
 from typing import Self

@@ -3,8 +3,6 @@
 What can be refused is refused before torch is imported, which takes seconds.
 """
 
-from __future__ import annotations
-
 import signal
 
 if __name__ == "__main__":

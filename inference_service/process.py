@@ -1,7 +1,5 @@
 """A replica with its APIs: loaded, listening, and drained at a signal."""
 
-from __future__ import annotations
-
 import asyncio
 import atexit
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """A replica without its APIs: loading, following and computing."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import os

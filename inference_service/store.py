@@ -1,7 +1,5 @@
 """The stores of a replica."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 from loramux_shared.extensions import need_extension

@@ -5,8 +5,6 @@ with ``grpcs://`` before it where it has TLS. Values that are not given come fro
 ``LORAMUX_API_KEY``, ``LORAMUX_TLS_CA``, ``LORAMUX_CLIENT_CERT`` and ``LORAMUX_CLIENT_KEY``.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Messages of the services as records, and the other way round; both clients stand on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import UTC

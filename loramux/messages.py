@@ -1,7 +1,5 @@
 """Deployments and findings as messages of ``loramux.builder.v1``, in both directions."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """The records of the client: events of an answer, models, deployments. Plain and frozen, no protobuf."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime

@@ -1,7 +1,5 @@
 """Requests of the inference service from a caller's arguments."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar, cast

@@ -1,7 +1,5 @@
 """Builds as a service: accepted at once, run in threads, watched by anyone, taken up after a restart."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

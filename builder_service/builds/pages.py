@@ -1,7 +1,5 @@
 """Pages of the names of deployments, and of a deployment's generations with what changed in each."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 from collections.abc import Sequence

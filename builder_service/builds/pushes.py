@@ -1,7 +1,5 @@
 """Adapters that clients push: received into the work folder, made and published while the client waits."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor

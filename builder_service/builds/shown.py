@@ -1,7 +1,5 @@
 """A builder's views of its deployments: from its own builds, from the store, from generations of others."""
 
-from __future__ import annotations
-
 import asyncio
 import builtins
 import time

@@ -3,8 +3,6 @@
 Lives on the event loop.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence

@@ -1,7 +1,5 @@
 """Deployments as the service shows them: from a running build, or from what the store holds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum

@@ -5,8 +5,6 @@ the same. A pattern of fifteen characters keeps `re` busy for years with the int
 want all memory, so neither happens here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Tensors that are not in a file, and are made from those that are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol

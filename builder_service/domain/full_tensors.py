@@ -5,8 +5,6 @@ Of embeddings and head an adapter may have rows of its own; of anything else onl
 accepted.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Final, Protocol

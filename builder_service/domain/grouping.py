@@ -1,7 +1,5 @@
 """One finding per code and cause, however many tensors it is about."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ What they compute is read in PEFT's layers; papers: AdaLoRA 2303.10512, VeRA 231
 LoKr 2309.14859, and IA3 2205.05638, which has scales of outputs and no A and B.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """Warnings about an adapter's origin: the name of its base, and the licences of both."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Final

@@ -1,7 +1,5 @@
 """Kinds that are a LoRA in disguise, and DoRA of embeddings and head: the rules of an extension."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final, Protocol
 

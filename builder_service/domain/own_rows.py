@@ -7,8 +7,6 @@ has others for the head; and with ``ensure_weight_tying``, as for a matrix that 
 does not name it, both stay one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final

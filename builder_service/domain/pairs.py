@@ -1,7 +1,5 @@
 """A and B of a module, and what stands beside them, as they stand in an adapter's file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final

@@ -3,8 +3,6 @@
 `sandbox` asks it about untrusted patterns; it uses nothing but the standard library, see `sandboxed`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias

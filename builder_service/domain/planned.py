@@ -1,7 +1,5 @@
 """The rows that a bundle will have, and what each is made from; an adapter that changes nothing has zeros."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 

@@ -5,8 +5,6 @@ data that follows; the data, without gaps. PEFT writes one file of weights; what
 saves models writes several, and an index that says which tensor is where.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import weakref

@@ -1,7 +1,5 @@
 """Questions about untrusted data, answered by a process that bounds its time and its memory."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

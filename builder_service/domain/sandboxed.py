@@ -4,8 +4,6 @@ The question is JSON on stdin, FILE has the function ``answer``, and what it ret
 but the standard library here and there: the process starts in 25 ms, and needs no installation.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import runpy

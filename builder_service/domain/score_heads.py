@@ -4,8 +4,6 @@
 saves it whole, and names ``classifier`` beside ``score`` in ``modules_to_save``, whichever there is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """Strict reader of untrusted JSON: refuses what two readers could understand differently, and is bounded."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """The map from the key of a tensor to a module of a layer, by a whitelist; other keys are refused by name."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 `sandbox` asks it; it uses nothing but the standard library, see `sandboxed`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,6 @@ DoRA (https://arxiv.org/abs/2402.09353, 4.3) is ``m / |W + sBA| * (W + sBA) x``,
 leaves the base's bias as it is. A trained bias takes the place of the base's, and that of lora_B is added.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final

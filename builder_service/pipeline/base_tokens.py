@@ -1,7 +1,5 @@
 """Adapters' tokenizers beside the base's: they may have more tokens, but none that means something else."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property

@@ -3,8 +3,6 @@
 Bases as they were recorded are read again without a look at their weights.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """A build: describe the base, keep or make its adapters, publish."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime

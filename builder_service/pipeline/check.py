@@ -1,7 +1,5 @@
 """Check: everything that a build would find in one adapter; nothing is written to the store."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor

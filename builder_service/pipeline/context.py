@@ -1,7 +1,5 @@
 """The context that all builds of a process share: its folders, and the room on the disk for what they write."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import re

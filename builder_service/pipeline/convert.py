@@ -1,7 +1,5 @@
 """Convert: an adapter's tensors as the two npy files and the manifest of a bundle, in the work folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Fetch: adapter repositories at their revisions, into the work folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Intake: the adapters of a build fetched and validated, several at once; nothing leaves the work folder."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

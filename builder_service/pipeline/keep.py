@@ -1,7 +1,5 @@
 """Keep: adapters that are what they were in the served generation; they are neither fetched nor converted."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -3,8 +3,6 @@
 Bundles are converted and published several at once, each only once, and with its manifest last.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Validate: every adapter against every rule, before anything is written."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final

@@ -1,7 +1,5 @@
 """The builder's gRPC service, and the map from the pipeline's values to its messages; protobuf ends here."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from datetime import datetime

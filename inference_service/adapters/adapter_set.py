@@ -1,7 +1,5 @@
 """The adapters of a replica as one object: its generation, the bundles of this replica alone, and pins."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 

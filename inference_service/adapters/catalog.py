@@ -1,7 +1,5 @@
 """The served models by name, while generations come and go."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

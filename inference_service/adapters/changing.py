@@ -1,7 +1,5 @@
 """Adapters as an API names them: a repository, or a bundle of the store."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from pathlib import PurePosixPath

@@ -1,7 +1,5 @@
 """The adapters of a replica that has all of them from its start, and for good."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 
 from inference_service.adapters.adapter_set import AdapterSet

@@ -1,7 +1,5 @@
 """Follows a deployment: looks for a newer generation, takes it over, or says why that needs a restart."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

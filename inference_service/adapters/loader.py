@@ -1,7 +1,5 @@
 """Brings adapters from the store, the disk or the host's memory to a backend's bank: packed, and proved."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Operators' calls for adapters: list, pin, load and unload them."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import time

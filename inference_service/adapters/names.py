@@ -1,7 +1,5 @@
 """The names of requests: versions, models of an alias, adapters with scales, and faults of names."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

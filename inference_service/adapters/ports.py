@@ -1,7 +1,5 @@
 """Ports of a replica's adapters to the outside; each has a second implementation, or a fake."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from inference_service.adapters.follower import FollowerStanding

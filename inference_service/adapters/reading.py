@@ -1,7 +1,5 @@
 """Bundles from where they are: the disk, where it has them, else the store; every byte is verified."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """A cache of the most recently used values, up to a bound."""
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict
 from typing import Generic, TypeVar

@@ -1,7 +1,5 @@
 """Texts and score heads that adapters bring beside their weights, read before a request is tokenized."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Future

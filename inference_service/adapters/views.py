@@ -1,7 +1,5 @@
 """Operators' views of adapters and of the replica. Plain and frozen, no protobuf and no JSON."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum

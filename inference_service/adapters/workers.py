@@ -1,7 +1,5 @@
 """Threads for work beside the steps, urgent work first."""
 
-from __future__ import annotations
-
 import itertools
 import queue
 import threading

@@ -3,8 +3,6 @@
 `Demand` makes the constraints of answers: calls that must come or be right, reasoning first.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing

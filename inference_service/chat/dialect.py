@@ -1,7 +1,5 @@
 """The dialect of a model: that of its deployment, else that which its chat template shows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """A conversation, whatever API it came through: turns, tools, what is wanted, and the pieces of its answers."""
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

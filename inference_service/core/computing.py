@@ -1,7 +1,5 @@
 """The device and the operations of a replica, for its operators."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final

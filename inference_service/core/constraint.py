@@ -1,7 +1,5 @@
 """Constraints of an answer's text, and the port to the grammars that enforce them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol

@@ -1,7 +1,5 @@
 """The choice of an answer's tokens: the knobs of a request with their bounds, and those of a sequence."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields

@@ -1,7 +1,5 @@
 """The application: its routes, and how a request gets to them."""
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import chain
 from typing import Final

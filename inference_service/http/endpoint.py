@@ -1,7 +1,5 @@
 """A route with its handler, and all that the OpenAPI document says of both."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The HTTP server, in the event loop of the process."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable
 from typing import Final

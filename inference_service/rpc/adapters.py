@@ -1,7 +1,5 @@
 """The gRPC API for operators' calls about adapters."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from datetime import datetime

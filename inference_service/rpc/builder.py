@@ -1,7 +1,5 @@
 """The builder of a replica's deployment: news of its generations, and changes that a replica asks it for."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import uuid

@@ -1,7 +1,5 @@
 """gRPC services that extensions add to a replica: the entry points `loramux.services`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce

@@ -1,7 +1,5 @@
 """Requests, events and models as messages of ``loramux.inference.v1``, in both directions."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Requests for vectors and scores, and their answers, as messages."""
 
-from __future__ import annotations
-
 import time
 from typing import Final
 

@@ -1,7 +1,5 @@
 """The gRPC servicer of inference."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 

@@ -1,7 +1,5 @@
 """One answer of a request: from tokens to text."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence as Seq
 
 from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token

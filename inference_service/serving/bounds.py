@@ -1,7 +1,5 @@
 """The bounds of a request, for every API: numbers and texts, messages and tools of a chat, sizes of JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

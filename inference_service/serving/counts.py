@@ -1,7 +1,5 @@
 """Counts in constraints: how often parts of patterns and grammars repeat, before a library unfolds them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The models that answer a request's name."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator

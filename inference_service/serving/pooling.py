@@ -1,7 +1,5 @@
 """Vectors of texts for the APIs: several prompts at once, answered by one version, in their order."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Generation for the APIs: a request with text in, a stream of events out."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager

@@ -1,7 +1,5 @@
 """Watches that what a thread does ends in time."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -4,8 +4,6 @@ A template comes with a base or an adapter, so it is untrusted. The sandbox keep
 nothing inside a process can end a loop, a power or a doubled list that never comes back.
 """
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 from collections.abc import Mapping, Sequence

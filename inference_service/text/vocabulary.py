@@ -1,7 +1,5 @@
 """The bytes that each token of a tokenizer stands for."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

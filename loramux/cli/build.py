@@ -1,7 +1,5 @@
 """``loramux build``: a deployment file to the builder, and its progress back."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Annotated

@@ -1,7 +1,5 @@
 """The view of a build: bars on a terminal, else lines or JSON; at the end a table, sums of many adapters."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections import Counter

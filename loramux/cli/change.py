@@ -1,7 +1,5 @@
 """``loramux add``, ``remove`` and ``push``: a deployment changed adapter by adapter."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping

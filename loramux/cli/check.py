@@ -1,7 +1,5 @@
 """``loramux check``: everything that a build would say about an adapter, shown; nothing is written."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Sequence

@@ -1,7 +1,5 @@
 """Records as JSON documents: what ``--json`` prints."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -1,7 +1,5 @@
 """The entry of ``loramux``, before its packages are loaded, which takes a moment in which Ctrl-C can come."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 

@@ -1,7 +1,5 @@
 """The exit codes of the ``loramux`` command."""
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

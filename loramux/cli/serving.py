@@ -1,7 +1,5 @@
 """``loramux models`` and ``health``: what runs, and the model names that are completed."""
 
-from __future__ import annotations
-
 import asyncio
 import difflib
 import time

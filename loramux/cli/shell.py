@@ -1,7 +1,5 @@
 """The parts that all commands share: the two consoles, common flags, tables, and the output of failures."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re

@@ -1,7 +1,5 @@
 """Tables that fit the terminal without cutting words or numbers, and the words for kinds of adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Final
 

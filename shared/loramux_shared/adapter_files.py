@@ -1,7 +1,5 @@
 """The files of an adapter, which builders fetch and clients upload by pieces, and small files of people."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """When the call that is being answered arrived, and what the system holds of a connection."""
 
-from __future__ import annotations
-
 import fcntl
 import socket
 import struct

@@ -1,7 +1,5 @@
 """Every code of a finding, and the cure of every reason of a fault: docs/reference/errors.md is made of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final

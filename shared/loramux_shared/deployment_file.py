@@ -5,8 +5,6 @@ optional, and keys that such files carry and that mean nothing here are reported
 unknown key is a `DeploymentInvalid` that names the key and the nearest known one.
 """
 
-from __future__ import annotations
-
 import re
 import reprlib
 from collections.abc import Hashable, Sequence

@@ -1,7 +1,5 @@
 """Extensions: packages beside the core, found through entry points."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points

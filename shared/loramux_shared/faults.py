@@ -4,8 +4,6 @@ A message says what was expected, what was found and what to do, in one line. It
 secret, a prompt or a stack trace.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from enum import Enum

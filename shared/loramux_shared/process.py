@@ -1,7 +1,5 @@
 """A process: its open files and private folders, its log, and messages to the one that started it."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import resource

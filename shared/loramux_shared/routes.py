@@ -1,7 +1,5 @@
 """The routes of the HTTP API and the gRPC services, as data that servers and proxies read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final

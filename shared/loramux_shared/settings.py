@@ -3,8 +3,6 @@
 S3's endpoint and credentials are no settings of ours: the standard ``AWS_*`` variables hold them.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

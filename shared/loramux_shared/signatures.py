@@ -4,8 +4,6 @@ A signer is a public key (PEM), the authorities of certificates (PEM), or an ide
 vouched for, as Sigstore notes it: ``sigstore:ISSUER#IDENTITY``. People name the first two by their files.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -12,8 +12,6 @@
 ``#folder`` at the end names a folder inside the repository (of a local one, write the longer path).
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """Traces: the standard OTEL_* variables switch them on, and an extension makes them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Words and numbers in messages: short lists, the nearest known name, and numbers as JSON writes them."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Collection, Iterable

@@ -1,7 +1,5 @@
 """Requests of a config that cannot be served as LoRA beside a shared base; each is refused by name."""
 
-from __future__ import annotations
-
 import re
 from typing import Any, Final
 

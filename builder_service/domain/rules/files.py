@@ -1,7 +1,5 @@
 """Required files of an adapter's folder, and signs of others."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from typing import Final

@@ -1,7 +1,5 @@
 """Warnings about what is legal."""
 
-from __future__ import annotations
-
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import FILE
 from builder_service.domain.grouping import Grouping

@@ -6,8 +6,6 @@ other's transposed; shapes tell, and where they do not, it is as PEFT reads it t
 module are adapted, the wrapper of the first is within that of the second.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Keys, pairs and shapes of an adapter's tensors against the base: from a header alone."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass

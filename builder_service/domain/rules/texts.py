@@ -1,7 +1,5 @@
 """Texts that an adapter may bring beside its weights: chat template, sampling defaults, stop tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 

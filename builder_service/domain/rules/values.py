@@ -3,8 +3,6 @@
 Numbers that no type can hold are refused, and so are sizes beyond all reason.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Magnitudes of DoRA and biases: whether they go together with the config, with A and B, and with the base."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Final
 

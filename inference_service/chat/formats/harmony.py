@@ -13,8 +13,6 @@ prompt ends with ``<|start|>assistant``, so that an answer begins within a heade
 https://cookbook.openai.com/articles/openai-harmony, and the chat template of gpt-oss-120b.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final

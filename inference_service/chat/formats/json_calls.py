@@ -4,8 +4,6 @@ Once name and the beginning of the arguments were read, it is a call: its argume
 writes them, wrong ones too. What is no object of this kind, or calls another function, is none.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Final

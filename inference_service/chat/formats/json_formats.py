@@ -15,8 +15,6 @@ Source: chat templates of granite-3.3-2b-instruct, Phi-4-mini-instruct, Llama-3.
 Mistral-Nemo-Instruct-2407, Mistral-Small-3.2-24B-Instruct-2506 and Ministral-3-8B-Instruct-2512.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import secrets

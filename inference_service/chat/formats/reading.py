@@ -6,8 +6,6 @@ it takes nothing that more text could change. Text is said, and a block is what 
 Each format has a file of this room, or shares one with its like.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass

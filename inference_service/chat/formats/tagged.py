@@ -20,8 +20,6 @@ Source: https://github.com/NousResearch/Hermes-Function-Calling, and the chat te
 and Qwen3.5-4B.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 

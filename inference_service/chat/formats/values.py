@@ -1,7 +1,5 @@
 """Arguments of calls: values that a format writes otherwise than as JSON, and what schemas say of them."""
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Routes for operators' changes of adapters: vLLM's two, and ours for the page."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Annotated, ClassVar, Final, Literal, NotRequired
 

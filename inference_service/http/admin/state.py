@@ -1,7 +1,5 @@
 """Routes for monitors and gateways: health, metrics, version and load; `/state` is what the page shows."""
 
-from __future__ import annotations
-
 import asyncio
 from importlib.metadata import version
 from typing import Literal, NotRequired

@@ -3,8 +3,6 @@
 Source: `anthropic.types.Message` and `anthropic.types.RawMessageStreamEvent`
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, NotRequired
 
 from pydantic import ConfigDict, with_config

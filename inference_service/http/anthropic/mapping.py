@@ -1,7 +1,5 @@
 """The map from Anthropic's bodies to conversations, and from contents of blocks to their turns."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

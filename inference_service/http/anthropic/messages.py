@@ -1,7 +1,5 @@
 """``POST /v1/messages``, whole or as the events of a stream, and ``POST /v1/messages/count_tokens``."""
 
-from __future__ import annotations
-
 import time
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Iterable

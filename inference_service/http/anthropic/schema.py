@@ -3,8 +3,6 @@
 As everywhere in this API, a field whose type is None is refused by name, and null is "not set".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, ClassVar, Literal, Self
 

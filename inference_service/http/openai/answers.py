@@ -3,8 +3,6 @@
 Sources: OpenAI's API reference; vLLM's for stop reasons, token ids and log probabilities of prompts.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field

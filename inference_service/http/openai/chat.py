@@ -1,7 +1,5 @@
 """``POST /v1/chat/completions``, and its answers: messages, or chunks of them."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from contextlib import aclosing
 

@@ -1,7 +1,5 @@
 """The body of a chat request; the rules of turns and tools are `serving.bounds`'s."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self

@@ -1,7 +1,5 @@
 """``POST /v1/completions``: plain prompts, and what evaluation harnesses ask."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing

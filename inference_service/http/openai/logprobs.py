@@ -1,7 +1,5 @@
 """Log probabilities in the shapes of chat, of plain completions, and of vLLM's `prompt_logprobs`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The map from the bodies of chats to conversations, and from those of plain completions to requests."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -6,8 +6,6 @@ fields of `SamplingBody` is accepted because clients send them, and none of them
 between fields are as JSON Schema tells them to readers of `openapi`; validators judge them.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, Self
 

@@ -1,7 +1,5 @@
 """The page at ``/``: static files beside this module, and the headers that go with them."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 from typing import Final
 

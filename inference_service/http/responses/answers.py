@@ -3,8 +3,6 @@
 Sources: `openai.types.responses.Response` and https://www.openresponses.org/reference
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, NotRequired
 
 from pydantic import ConfigDict, with_config

@@ -3,8 +3,6 @@
 Source: `openai.types.responses.Response`; which fields there must be, https://www.openresponses.org/reference
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing

@@ -7,8 +7,6 @@ refused by name. Sources: the types of OpenAI's client, `openai.types.responses.
 `NamespaceTool`, and https://www.openresponses.org/specification
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 from collections.abc import Callable, Iterable, Iterator, Mapping

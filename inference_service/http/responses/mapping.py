@@ -5,8 +5,6 @@ the instructions and the messages of systems and developers before all others: t
 message. A compaction is part of that one too, and stands for the conversation before it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile

@@ -5,8 +5,6 @@ Sources of the events: https://www.openresponses.org/specification, and
 `openai.types.responses.ResponseStreamEvent`.
 """
 
-from __future__ import annotations
-
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence

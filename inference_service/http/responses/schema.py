@@ -5,8 +5,6 @@ need a store is refused with what to do instead. Source: the types of OpenAI's c
 `openai.types.responses.ResponseCreateParams`.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired, Self
 
 from pydantic import Field, PlainValidator, model_validator

@@ -1,7 +1,5 @@
 """``POST /v1/embeddings``: texts as vectors; and the bodies of all requests for vectors and scores."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 from collections.abc import Mapping, Sequence

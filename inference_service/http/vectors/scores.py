@@ -1,7 +1,5 @@
 """``POST /score``, ``/rerank`` and ``/classify``: texts as the heads of adapters score them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal, NotRequired
 

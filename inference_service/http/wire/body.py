@@ -5,8 +5,6 @@ request that a field of a body is. From it follow the values that a request take
 faults, and the bounds in `openapi`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager

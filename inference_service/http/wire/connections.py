@@ -1,7 +1,5 @@
 """Accepts connections up to a bound, and keeps the time of those that are open."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math

@@ -1,7 +1,5 @@
 """Faults as OpenAI's clients expect them: a status, and ``{"error": {message, type, param, code}}``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """The first layer of every request: its id, the drain, and the last line of defence."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import uuid

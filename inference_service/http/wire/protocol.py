@@ -5,8 +5,6 @@ could read differently. What is refused here is answered, and the connection clo
 Source of the rules: RFC 9112, sections 2.2, 3.2, 6.1, 6.3, 7.1 and 11.2.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,5 @@
 """The answer to a request that fails, in the form of the API that its path belongs to."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Final, Literal, NotRequired
 

@@ -1,7 +1,5 @@
 """Answers on their way out, while the client is there: one JSON object, or server-sent events."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping

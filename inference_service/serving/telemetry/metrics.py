@@ -1,7 +1,5 @@
 """Metrics of requests, by model, in Prometheus' format."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Final

@@ -1,7 +1,5 @@
 """Counters and histograms of models, of those that were used lately."""
 
-from __future__ import annotations
-
 import threading
 import time
 from bisect import bisect_left

@@ -1,7 +1,5 @@
 """The course of one request, for those who watch."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Iterator, Sequence

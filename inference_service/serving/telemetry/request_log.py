@@ -1,7 +1,5 @@
 """The log of requests, and the other watchers that are opened beside the metrics."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any

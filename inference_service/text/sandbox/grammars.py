@@ -6,8 +6,6 @@ A grammar in GBNF or Lark is asked as ``{"gbnf": ...}`` and answered as ``{"gram
 has no bounds at all. What stands around such a text is ``{"around": ...}`` beside either.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import threading

@@ -1,7 +1,5 @@
 """The inner side: answers questions within limits, one after the other."""
 
-from __future__ import annotations
-
 import json
 import resource
 import select

@@ -1,7 +1,5 @@
 """The outer side: processes that answer questions and are started again after they ended, and pools of them."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

@@ -4,8 +4,6 @@ Question: ``{"source": ..., "variables": {...} or null}`` (null: only compile); 
 ``{"error": why}``.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime

@@ -1,7 +1,5 @@
 """``loramux demo``: everything once, on this machine: one prompt through small adapters side by side."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import sys

@@ -1,7 +1,5 @@
 """``loramux builder`` and ``loramux serve``: become the service's process."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys

@@ -3,8 +3,6 @@
 Certain failures are found before anything is started or built: see `preflight`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import json

@@ -1,7 +1,5 @@
 """The keys in front of an HTTP application."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 

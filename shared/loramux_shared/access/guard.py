@@ -1,7 +1,5 @@
 """The keyring and the TLS files of a service's servers; certificates are renewed while a server runs."""
 
-from __future__ import annotations
-
 import ipaddress
 import ssl
 from collections.abc import Callable

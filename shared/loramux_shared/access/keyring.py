@@ -1,7 +1,5 @@
 """The keys that open a server, read again when their file changes."""
 
-from __future__ import annotations
-
 import hmac
 from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ A key holds 256 random bits, so there is no dictionary to try and a plain sha256
 which would only make every call slow.
 """
 
-from __future__ import annotations
-
 import hashlib
 import secrets
 from collections.abc import Iterable

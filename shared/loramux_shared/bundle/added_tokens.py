@@ -3,8 +3,6 @@
 The flags are those of the tokenizers library's ``AddedToken``.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -5,8 +5,6 @@
     deployments/<name>/claims/<n>-<token>     empty; put before generation n is written, removed after it
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import re

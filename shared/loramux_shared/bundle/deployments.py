@@ -4,8 +4,6 @@ A build says what a deployment is; a change says what is to be otherwise. Two ch
 generation must both be in the end, on a store without conditional writes: docs/decisions/0036.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Callable

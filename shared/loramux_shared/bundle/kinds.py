@@ -4,8 +4,6 @@ The first words say what its rows are, the others where or when it acts. Which m
 keys of its tensors, as PEFT names them; npy files of TensorRT-LLM's converters have none, and are LoRA or DoRA.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Sequence
 from enum import StrEnum

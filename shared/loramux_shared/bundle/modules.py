@@ -4,8 +4,6 @@ Ids and names up to 18 are TensorRT-LLM's; those from 100 on are our own, and ar
 Mind the cross: ``gate_proj`` is ``mlp_h_to_4h`` (5) and ``up_proj`` is ``mlp_gate`` (7).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final

@@ -1,7 +1,5 @@
 """The names of a deployment's models: what a name may be, and which names fit together."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Final

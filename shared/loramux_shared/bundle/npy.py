@@ -4,8 +4,6 @@ Weights are ``(1, R, C)``: one row per (module, layer), right-padded with zeros 
 int32 ``(1, R, 4)``, or ``(1, R, 3)`` from converters older than DoRA.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -1,7 +1,5 @@
 """Expected outputs of an adapter, computed from its own files by a reference, and recorded in its manifest."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final
 
 from pydantic import Field

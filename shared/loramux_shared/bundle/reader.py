@@ -1,7 +1,5 @@
 """Bundles out of a store: nothing is used before it was verified."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """The interceptor of every call of our services: its request in time, the drain, a trace, and one end."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import time

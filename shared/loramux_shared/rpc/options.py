@@ -1,7 +1,5 @@
 """gRPC's options of connections, for servers and for clients."""
 
-from __future__ import annotations
-
 import os
 import socket
 from typing import Final

@@ -3,8 +3,6 @@
 Source of the details: https://google.aip.dev/193 and google/rpc/error_details.proto.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 import grpc

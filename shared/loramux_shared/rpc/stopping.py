@@ -1,7 +1,5 @@
 """SIGTERM and SIGINT: while a service starts they end it at once, afterwards it drains."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

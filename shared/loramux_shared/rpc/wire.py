@@ -1,7 +1,5 @@
 """A bound on the memory of an unpacked message: two bytes on the wire can become a hundred in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Final
 

@@ -1,7 +1,5 @@
 """The interface of every source of repositories."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Folders of fetched files: what they lack, and what stands where a file belongs."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Base checkpoints: which files serving needs, what they are, and how a replica gets them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

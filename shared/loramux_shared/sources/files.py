@@ -1,7 +1,5 @@
 """Writing, copying and hashing of files, in pieces."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

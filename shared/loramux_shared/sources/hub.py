@@ -1,7 +1,5 @@
 """HF: repositories of a Hugging Face hub, at a commit."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import re

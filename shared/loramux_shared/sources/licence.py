@@ -1,7 +1,5 @@
 """Licences: what a repository says of its own, in the front matter of its README."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path

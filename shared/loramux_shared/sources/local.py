@@ -1,7 +1,5 @@
 """LOCAL: folders of this machine, below the roots that the operator allows; a file of GGUF stands for one."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """The sources of this version, by kind."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Secrets by name: a file of the secrets folder, else ``LORAMUX_SECRET_<name>``."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A store need not be trusted: an object of any size can be under any key. No dige
 before the bytes are in memory, so the size is checked first, and while an object is read.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

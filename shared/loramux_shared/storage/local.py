@@ -1,7 +1,5 @@
 """A store in a folder."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """A store in memory: the fake beside the real ones."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from datetime import UTC, datetime

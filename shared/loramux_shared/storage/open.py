@@ -1,7 +1,5 @@
 """Opening a store by its address."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A store that is asked again when it does not answer."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path

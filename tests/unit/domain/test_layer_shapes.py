@@ -1,7 +1,5 @@
 """Adapters of a base whose layers differ."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

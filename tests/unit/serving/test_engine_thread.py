@@ -1,7 +1,5 @@
 """The engine's thread: requests end when steps fail, and none is lost while the engine stands still."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from types import SimpleNamespace
