@@ -35,6 +35,8 @@ PAUSES_S: Final = (0.0, 0.5, 1.0, 2.0)
 """Before each attempt to start a process again; the last one counts for all that follow."""
 ENDED_S: Final = 5.0
 """Above the time that a drain takes, for a process to end by itself."""
+ON_THE_WAY: Final = 16 << 10
+"""Bytes of outputs that a process did not read yet, twice; behind them, an answer of the engine waits."""
 MODULE: Final = "loramux_apis.api"
 PASSED: Final = (
     *("deployment", "batch_store", "keys_file", "tls_cert", "tls_key", "tls_client_ca", "insecure"),
@@ -181,7 +183,9 @@ class _Child:
                 env=environment,
             )
         peer = ApiPeer(self._all.host, lambda: self._on_lost(process))
-        await asyncio.get_running_loop().create_connection(lambda: peer.channel, sock=ours)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ON_THE_WAY)
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: peer.channel, sock=ours)
+        transport.set_write_buffer_limits(ON_THE_WAY)
         try:
             await peer.channel.ask("begin", self._all.facts())
         except ReplicaFailed:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from contextlib import ExitStack, suppress
+from itertools import islice
 from typing import Any, Final
 
 import structlog
@@ -33,6 +34,8 @@ COLLECT_S: Final = 1.0
 """For API processes to hand over their counts, before the sums are reported."""
 MOST_PENDING: Final = 1 << 20
 """Outputs that wait for a process that does not read."""
+TOGETHER: Final = 64
+"""Answers of a message, so that what follows it does not wait for long."""
 SUMMED: Final = (routes.METRICS.path, routes.LOAD.path)
 """Routes whose answers are sums over API processes."""
 
@@ -72,7 +75,7 @@ class RelayedOutputs(Outputs):
 
     def fail(self, fault: Fault) -> None:
         """End with a fault what has not ended yet."""
-        self._peer.flush()
+        self._peer.send_now([(self._number, place) for place in self._places.values()])
         self._peer.channel.say("end", self._number, fault_to(fault))
 
 
@@ -120,18 +123,18 @@ class ApiPeer:
         self._count(*await self.channel.ask("collect"))
 
     def _flush_where_read(self) -> None:
-        if self.channel.writable:
-            self.flush()
+        while self._batch and self.channel.writable:
+            self.send_now(list(islice(self._batch, TOGETHER)))
 
-    def flush(self) -> None:
-        """Send the outputs that wait."""
-        if self._batch:
-            self.channel.say("out", [[*answer, outputs] for answer, outputs in self._batch.items()])
-            self._batch, self._pending = {}, 0
+    def send_now(self, answers: Iterable[tuple[int, int]]) -> None:
+        """Send the outputs of answers that wait."""
+        found = [[*answer, self._batch.pop(answer)] for answer in answers if answer in self._batch]
+        self._pending -= sum(len(outputs) for *_, outputs in found)
+        self.channel.say("out", found)
 
     def _on_lost(self) -> None:
         """Free everything that the process had."""
-        self._batch.clear()
+        self._batch, self._pending = {}, 0
         for number in list(self._open):
             self._drop(number)
         self._service.in_work -= self._in_work

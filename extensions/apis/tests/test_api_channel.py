@@ -87,7 +87,8 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
 
 
 async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path, monkeypatch) -> None:
-    """Outputs of an answer join while the process has much to read, and a process that never reads is lost."""
+    """Outputs of an answer join while the process has much to read, few answers a message; later it is lost."""
+    monkeypatch.setattr(host, "TOGETHER", 2)
     found: list[Any] = []
     lost: list[bool] = []
     peer = ApiPeer(ApiHost(silent_service(tmp_path), keyless=True), lambda: lost.append(True))
@@ -95,13 +96,13 @@ async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path
     peer.send((1, 0), ["a"])
     await until(lambda: found, "the first outputs")
     peer.channel.pause_writing()
-    for answer, outputs in (((1, 0), ["b"]), ((2, 0), ["c"]), ((1, 0), ["d"])):
+    for answer, outputs in (((1, 0), ["b"]), ((2, 0), ["c"]), ((3, 0), ["x"]), ((1, 0), ["d"])):
         peer.send(answer, outputs)
         await asyncio.sleep(0)
     assert len(found) == 1
     peer.channel.resume_writing()
-    await until(lambda: len(found) == 2, "the others")
-    assert found == [[[1, 0, ["a"]]], [[1, 0, ["b", "d"]], [2, 0, ["c"]]]]
+    await until(lambda: len(found) == 3, "the others")
+    assert found == [[[1, 0, ["a"]]], [[1, 0, ["b", "d"]], [2, 0, ["c"]]], [[3, 0, ["x"]]]]
     monkeypatch.setattr(host, "MOST_PENDING", 1)
     peer.channel.pause_writing()
     peer.send((1, 0), ["e", "f"])
