@@ -128,8 +128,11 @@ class ApiPeer:
 
     def send_now(self, answers: Iterable[tuple[int, int]]) -> None:
         """Send the outputs of answers that wait."""
-        found = [[*answer, self._batch.pop(answer)] for answer in answers if answer in self._batch]
-        self._pending -= sum(len(outputs) for *_, outputs in found)
+        found = []
+        for answer in answers:
+            if outputs := self._batch.pop(answer, None):
+                found.append([*answer, outputs])
+                self._pending -= len(outputs)
         self.channel.say("out", found)
 
     def _on_lost(self) -> None:
