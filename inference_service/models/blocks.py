@@ -204,15 +204,16 @@ class DeltaBlock:
         self._index = reader.index
         self._spec = spec
         group, out = reader.group("delta_qkv"), reader.group("delta_out")
-        self._in_group, self._out_group, self._parts = group.name, out.name, list(group.out_features)
+        channels, *_, heads = group.out_features
+        self._in_group, self._out_group = group.name, out.name
+        self._parts = [spec.channels, spec.value_features, spec.value_heads, spec.value_heads]
         self._in = reader.linear("delta_qkv", names.inputs)
         self._out = reader.linear("delta_out", (names.out,))
-        heads = (spec.value_heads,)
-        taps = reader.get(names.conv, (spec.channels, 1, spec.conv_width)).squeeze(1)
+        taps = reader.own("delta_qkv", names.conv, (channels, 1, spec.conv_width)).squeeze(1)
         self._weights = DeltaWeights(
             conv=rounded(taps.t()).contiguous(),
-            decay=-rounded(reader.get(names.decay, heads)).float().exp(),
-            dt_bias=rounded(reader.get(names.dt_bias, heads)).float(),
+            decay=-rounded(reader.own("delta_a", names.decay, (heads,))).float().exp(),
+            dt_bias=rounded(reader.own("delta_a", names.dt_bias, (heads,))).float(),
             norm=rounded(reader.get(f"{names.norm}.weight", (spec.value_dim,))),
             eps=reader.config.norm_eps,
         )

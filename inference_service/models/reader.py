@@ -274,6 +274,11 @@ class LayerReader:
         ranks, rank = (1, 0) if shard is None else (shard.world, shard.rank)
         return self.get(name, (heads * ranks,)).float()[rank * heads :][:heads].contiguous()
 
+    def own(self, module: str, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the rank's rows of a tensor that has one for each output of a module."""
+        group, whole = self.group(module), self.get(name, shape)
+        return whole[self._rows(group, [0] * len(group.modules))[group.modules.index(module)]]
+
     def cat(self, tensors: list[tuple[str, tuple[int, ...]]]) -> Tensor:
         """Return tensors of these names and shapes, one behind the other."""
         parts = [self.get(name, shape) for name, shape in tensors]

@@ -77,6 +77,7 @@ class OtherRanks(Protocol):
         num_blocks: int | Blocks,
         block_size: int,
         recorded: SchedulerLimits | None,
+        slots: int,
     ) -> Runner:
         """Return a runner of steps that all ranks compute, and record within limits where there are some."""
         ...

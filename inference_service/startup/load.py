@@ -388,7 +388,7 @@ def _runner(
     model = base.model
     if base.host is not None:
         recorded = limits if base.backend.recordable else None
-        runner = base.host.runner(model, lora, num_blocks, block_size, recorded)
+        runner = base.host.runner(model, lora, num_blocks, block_size, recorded, slots)
     elif base.backend.recordable:
         segmented = cast(TritonLora, lora)  # what `recordable` promises
         runner = GraphRunner(

@@ -136,7 +136,8 @@ def divided(
             offset += taken_by(packed.num_bytes)
         parts.append((model, lora))
 
-    blocks = tuple(group.pool.num_blocks for group in engine._blocks.groups)
+    blocks, states = tuple(group.pool.num_blocks for group in engine._blocks.groups), engine._blocks.states
+    slots = 0 if states is None else states.num_slots
 
     def follow(follower: Any, messages: queue.SimpleQueue[Any]) -> None:
         while (message := messages.get()) is not None:
@@ -155,9 +156,9 @@ def divided(
         threads.append(threading.Thread(target=follow, args=(follower, host.queues[-1]), daemon=True))
         threads[-1].start()
     if recorded is None:
-        runner = work.RankedRunner(*parts[0], blocks, block_size, host)
+        runner = work.RankedRunner(*parts[0], blocks, block_size, slots, host)
     else:
-        runner = work.RankedGraphRunner(*parts[0], blocks, block_size, recorded, TapeRecorder(), host)
+        runner = work.RankedGraphRunner(*parts[0], blocks, block_size, recorded, TapeRecorder(), slots, host)
         with meeting.turn:
             runner.capture()
     first: Any = Engine(runner, recorded or engine._limits, engine._blocks, engine._residency)

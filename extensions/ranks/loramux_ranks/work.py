@@ -16,11 +16,12 @@ from torch import Tensor
 
 from inference_service.backends.base import LoraBackend, StepLora
 from inference_service.backends.triton_lora import TritonLora
+from inference_service.core.sequence import Batch
 from inference_service.engine.buffers import StepBuffers
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Recorder
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.runner import KNOWN, Blocks, Rows, Runner, Vectors, to_device
+from inference_service.engine.runner import KNOWN, Blocks, Pending, Rows, Runner, Vectors, to_device
 from inference_service.kernels.attention import Context
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement, Segment
@@ -34,7 +35,7 @@ from loramux_shared.bundle.reader import Bundle
 def message_of(rows: Rows) -> list[Any]:
     """Return what another rank needs of a step: positions, contexts, and segments of adapters."""
     contexts = [
-        [each.row, each.length, each.end, *(_bytes(table) for table in each.tables or (each.blocks,))]
+        [each.row, each.length, each.end, each.slot, *map(_bytes, each.tables or (each.blocks,))]
         for each in rows.contexts
     ]
     segments = [
@@ -53,9 +54,9 @@ def rows_of(message: Sequence[Any]) -> Rows:
     packed, of_contexts, of_segments = message
     positions = np.frombuffer(packed, np.int32).tolist()
     contexts = []
-    for row, length, end, *tables in of_contexts:
+    for row, length, end, slot, *tables in of_contexts:
         blocks = tuple([array("i", table) for table in tables])
-        contexts.append(Context(row, length, blocks[0], end, blocks))
+        contexts.append(Context(row, length, blocks[0], end, blocks, slot))
     plain, mixed = (tuple([Segment(*each) for each in some]) for some in of_segments)
     sources = [KNOWN] * len(positions)
     return Rows(Arrangement((), plain, mixed), {}, [0] * len(positions), sources, positions, contexts)
@@ -68,9 +69,9 @@ def compute(model: Decoder, lora: StepLora, cache: Cache, block_size: int, rows:
     if arrangement.segments:
         lora.begin(arrangement)
     hidden = torch.empty(len(positions), model.config.dims.hidden, dtype=model.dtype, device=model.device)
-    attention = model.attention(rows.contexts, block_size)
+    attention, recurrence = model.attention(rows.contexts, block_size), model.recurrence(rows.contexts)
     adding = lora if arrangement.segments else None
-    model.hidden(positions, hidden, positions, positions[:1] * 0, attention, cache, adding)
+    model.hidden(positions, hidden, positions, positions[:1] * 0, attention, cache, adding, recurrence)
 
 
 class FollowingRunner(GraphRunner):
@@ -96,16 +97,24 @@ class Follower:
         self._cache, self._block_size = Cache(()), 0
         self._runner: FollowingRunner | None = None
 
-    def prepare(self, blocks: Sequence[int], block_size: int, recorded: dict[str, Any] | None) -> None:
+    def prepare(
+        self, blocks: Sequence[int], block_size: int, slots: int, recorded: dict[str, Any] | None
+    ) -> None:
         """Make the cache of the steps that follow, which are recorded within limits where there are some."""
         self._cache, self._runner, self._block_size = Cache(()), None, block_size
         if recorded is None:
-            size = CacheSize(tuple([number * block_size for number in blocks]))
+            size = CacheSize(tuple([number * block_size for number in blocks]), slots)
             self._cache = self._model.new_cache(size)
             return
         limits, segmented = SchedulerLimits(**recorded), cast(TritonLora, self._lora)
-        recorder = self._new_recorder()
-        self._runner = FollowingRunner(self._model, segmented, tuple(blocks), block_size, limits, recorder)
+        sizes, recorder = (tuple(blocks), block_size), self._new_recorder()
+        self._runner = FollowingRunner(self._model, segmented, *sizes, limits, recorder, slots)
+        self._cache = self._runner.cache
+
+    @torch.inference_mode()
+    def copy_states(self, read: Sequence[int], written: Sequence[int]) -> None:
+        """Copy states of sequences from slots to others."""
+        self._cache.copy_states(*[to_device(slots, self._model.device) for slots in (read, written)])
 
     def capture(self) -> None:
         """Record all graphs."""
@@ -124,7 +133,19 @@ class Follower:
             self._runner.follow(rows)
 
 
-class RankedGraphRunner(GraphRunner):
+class _LeadingRunner(Runner):
+    """A runner that has the other ranks copy the states that it copies."""
+
+    _host: RankHost
+
+    def submit(self, batch: Batch) -> Pending:
+        """Begin a step."""
+        for copies in batch.copies:
+            self._host.tell("copy_states", [*copies.values()], [*copies])
+        return super().submit(batch)
+
+
+class RankedGraphRunner(_LeadingRunner, GraphRunner):
     """The first rank's runner of steps that all ranks record and replay."""
 
     def __init__(
@@ -135,10 +156,11 @@ class RankedGraphRunner(GraphRunner):
         block_size: int,
         limits: SchedulerLimits,
         recorder: Recorder,
+        slots: int,
         host: RankHost,
     ) -> None:
-        host.tell("prepare", blocks, block_size, asdict(limits))
-        super().__init__(model, lora, blocks, block_size, limits, recorder)
+        host.tell("prepare", blocks, block_size, slots, asdict(limits))
+        super().__init__(model, lora, blocks, block_size, limits, recorder, slots)
         self._host = host
 
     def capture(self) -> None:
@@ -157,12 +179,14 @@ class RankedGraphRunner(GraphRunner):
             return super()._launch(rows)
 
 
-class RankedRunner(Runner):
-    """Runs steps with the other ranks, which have caches of as many blocks."""
+class RankedRunner(_LeadingRunner):
+    """Runs steps with the other ranks, which have caches of as many blocks and slots."""
 
-    def __init__(self, model: Decoder, lora: StepLora, blocks: Blocks, block_size: int, host: RankHost) -> None:
-        super().__init__(model, lora, blocks, block_size)
-        host.tell("prepare", blocks, block_size, None)
+    def __init__(
+        self, model: Decoder, lora: StepLora, blocks: Blocks, block_size: int, slots: int, host: RankHost
+    ) -> None:
+        super().__init__(model, lora, blocks, block_size, slots)
+        host.tell("prepare", blocks, block_size, slots, None)
         self._host = host
 
     def _forward(self, rows: Rows) -> tuple[Tensor, Callable[[], Vectors]]:

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from transformers import Qwen3_5TextConfig
 
 from inference_service.adapters.loader import Packer
 from inference_service.core.sampling import SamplingParams
@@ -22,6 +23,7 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.serving.request import Request
 from inference_service.startup.load import Ready
 from loramux_ranks.host import RankHost
+from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE
 from loramux_shared.bundle.reader import read_bundle
@@ -29,19 +31,29 @@ from loramux_shared.faults import BundleCorrupt, InternalFault, ProofFailed, Rep
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
+from tests.support.cases import cases
 from tests.support.grammars import only
 from tests.support.ranks import divided
 from tests.support.service import Service
-from tests.support.tiny import VOCAB, World, make_world, run_engine, sequence
+from tests.support.root import ROOT
+from tests.support.tiny import SIZES, VOCAB, World, make_world, make_world_of, run_engine, sequence
 from tests.support.waiting import ended, until
 
+FAMILIES = str(ROOT / "tests" / "models" / "test_families.py")
 MODELS = ("base", "wide", "all", "rs", "wide*0.7+rs*-0.5")
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Store]]:
-    """A world in a store that other processes read, too."""
-    world = make_world(tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module", params=["llama"])
+def built(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[World, Store]]:
+    """A world in a store that other processes read, too: a Llama, or one with delta rules."""
+    root = tmp_path_factory.mktemp("ranks")
+    if request.param == "llama":
+        world = make_world(root)
+    else:
+        config = Qwen3_5TextConfig(**SIZES | cases(FAMILIES, "parts")["qwen_delta"], pad_token_id=0)
+        world = make_world_of(root, config, cases(FAMILIES, "adapters")["delta"])
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("LORAMUX_STORE", f"file://{world.root}/store")
         store = open_store(f"file://{world.root}/store")
@@ -81,16 +93,18 @@ def request(ready: Ready, name: str, draw: random.Random) -> Sequence:
 
 
 @pytest.mark.parametrize("requests", [24, pytest.param(300, marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("block", [4, 16])
+@pytest.mark.parametrize(("built", "block"), [("llama", 4), ("llama", 16), ("delta", 16)], indirect=["built"])
 def test_random_steps_give_the_tokens_of_one_process(
     built: tuple[World, Store], requests: int, block: int
 ) -> None:
     """Random requests of every kind, with preemption and changing adapters, get the answers of one process;
     compiled operations, which take blocks of 16, replay steps."""
     found: list[dict[str, list[StepOutput]]] = []
+    states = read_config(built[0].base).state_bytes(4)
+    sizes = {"adapter_memory_gb": 5e-5, "max_batch_seqs": 6} if states else {}
     for ranks in (1, 2):
-        memory = 64 * 2 * 2 * 2 * 8 * 4 * max(1, block // 8) / 1e9 / ranks
-        ready = load(built, tensor_parallel=ranks, kv_memory_gb=memory, block_size=block)
+        memory = (64 * 2 * 2 * 2 * 8 * 4 * max(1, block // 8) + 8 * states) / 1e9 / ranks
+        ready = load(built, tensor_parallel=ranks, kv_memory_gb=memory, block_size=block, **sizes)
         engine, draw, answers = ready.engine._engine, random.Random(3), defaultdict(list)
         for step in range(requests * 4):
             if step % 4 == 0:
@@ -103,7 +117,7 @@ def test_random_steps_give_the_tokens_of_one_process(
         assert ready.bank.residency.stats.evictions
         found.append(answers)
         runner: Any = engine._runner
-        assert block < 16 or runner._model._operations._replays._known[runner.cache].programs
+        assert block < 16 or states or runner._model._operations._replays._known[runner.cache].programs
         close(ready)
     assert found[0].keys() == found[1].keys()
     for name, outputs in found[0].items():

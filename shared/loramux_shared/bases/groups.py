@@ -26,6 +26,8 @@ class GroupShape:
     """Dimensions of each head of queries and keys that a checkpoint rotates in pairs of neighbours, and all."""
     by_head: int | None = None
     """Dimensions of a head, where a checkpoint has the queries, keys and values of each head side by side."""
+    parts: tuple[int, ...] = ()
+    """Columns of queries, keys and values, where the first slice has all of them."""
 
     @property
     def out_offsets(self) -> tuple[int, ...]:
@@ -101,11 +103,11 @@ def input_groups(hidden: int, width: int) -> tuple[GroupShape, ...]:
     )
 
 
-def delta_groups(hidden: int, channels: int, values: int, heads: int) -> tuple[GroupShape, ...]:
-    """Return those of a gated delta rule; channels are those of its convolution, heads those of values."""
-    inputs = "delta_qkv", "delta_z", "delta_b", "delta_a"
+def delta_groups(hidden: int, keys: int, values: int, heads: int) -> tuple[GroupShape, ...]:
+    """Return those of a gated delta rule; keys and values are the widths of all heads, heads those of values."""
+    inputs, parts = ("delta_qkv", "delta_z", "delta_b", "delta_a"), (keys, keys, values)
     return (
-        GroupShape("delta_in", inputs, hidden, (channels, values, heads, heads)),
+        GroupShape("delta_in", inputs, hidden, (sum(parts), values, heads, heads), parts=parts),
         GroupShape("delta_out", ("delta_out",), values, (hidden,)),
     )
 

@@ -33,6 +33,17 @@ def divided(count: int, world: int, what: str) -> int:
     return count // world
 
 
+def own_keys(heads: int, world: int) -> int:
+    """Return the heads of keys of one rank; several ranks have the same one where these are fewer.
+
+    Raises:
+        CannotShard: the ranks would have different numbers.
+    """
+    if heads % world and world % heads:
+        raise CannotShard(f"{heads} heads of keys, which neither divide nor are divided by it")
+    return max(1, heads // world)
+
+
 @dataclass(frozen=True)
 class AttentionLayer:
     """Attention of grouped heads."""
@@ -86,19 +97,15 @@ class AttentionLayer:
         Raises:
             CannotShard: the heads cannot be divided.
         """
-        kv = self.num_kv_heads
-        if kv % world and world % kv:
-            raise CannotShard(f"{kv} heads of keys, which neither divide nor are divided by it")
-        return replace(
-            self, num_heads=divided(self.num_heads, world, "query heads"), num_kv_heads=max(1, kv // world)
-        )
+        heads = divided(self.num_heads, world, "query heads")
+        return replace(self, num_heads=heads, num_kv_heads=own_keys(self.num_kv_heads, world))
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
         if self.by_head:
-            whole = (3 * self.q_features,)
+            parts = (self.q_features,) * 3
             out = GroupShape("o", ("attn_dense",), self.q_features, (hidden,))
-            return GroupShape("qkv", ("attn_heads",), hidden, whole, by_head=self.head_dim), out
+            return GroupShape("qkv", ("attn_heads",), hidden, (sum(parts),), None, None, self.head_dim, parts), out
         slices = 1 if self.attention.keys_of is not None else 2 if self.values_are_keys else 3
         neighbours = (self.rope.dim, self.head_dim) if self.rope.neighbours else None
         return attention_groups(
@@ -121,7 +128,12 @@ class DeltaLayer:
     @property
     def channels(self) -> int:
         """Width of the queries, keys and values of all heads together."""
-        return 2 * self.key_heads * self.key_dim + self.value_features
+        return 2 * self.key_features + self.value_features
+
+    @property
+    def key_features(self) -> int:
+        """Width of the keys of all heads together."""
+        return self.key_heads * self.key_dim
 
     @property
     def value_features(self) -> int:
@@ -147,17 +159,18 @@ class DeltaLayer:
         """Return what it keeps of a sequence however long that is, where numbers take item_bytes."""
         return math.prod(self.conv_shape) * item_bytes + math.prod(self.state_shape) * 4
 
-    def shard(self, world: int) -> DeltaLayer:  # noqa: ARG002 - as the others
-        """Refuse to be divided.
+    def shard(self, world: int) -> DeltaLayer:
+        """Return the part of one of several ranks: heads of keys are replicated where they are fewer.
 
         Raises:
-            CannotShard: always.
+            CannotShard: the heads cannot be divided.
         """
-        raise CannotShard("a gated delta rule, which is served by one rank alone")
+        values = divided(self.value_heads, world, "heads of values of a delta rule")
+        return replace(self, key_heads=own_keys(self.key_heads, world), value_heads=values)
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
-        return delta_groups(hidden, self.channels, self.value_features, self.value_heads)
+        return delta_groups(hidden, self.key_features, self.value_features, self.value_heads)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from loramux_shared.bases.config import ModelConfig
@@ -44,19 +45,16 @@ class Shard:
     def part(self, whole: GroupShape) -> Part:
         """Return what the rank has of a fused linear; ranks share pieces where these are fewer."""
         own = self._own[whole.name]
-        columns = self.piece if whole.by_head is None else self._heads
-        outputs = zip(whole.out_features, own.out_features, strict=True)
+        outputs: list[slice | list[int]] = [*map(self.piece, whole.out_features, own.out_features)]
+        if whole.parts:
+            pieces = zip(accumulate(whole.parts, initial=0), whole.parts, own.parts, strict=False)
+            outputs[0] = [at + column for at, *sizes in pieces for column in range(sizes[0])[self.piece(*sizes)]]
         return Part(
             self.piece(whole.in_features, own.in_features),
-            tuple([columns(*sizes) for sizes in outputs]),
+            tuple(outputs),
             own.out_features,
             own.in_features != whole.in_features,
         )
-
-    def _heads(self, whole: int, own: int) -> list[int]:
-        """Return the columns of some heads' queries, keys and values, each a third of the whole."""
-        third, piece = whole // 3, self.piece(whole // 3, own // 3)
-        return [first + column for first in range(0, whole, third) for column in range(whole)[piece]]
 
     def piece(self, whole: int, own: int) -> slice:
         """Return the rank's part of whole columns of which each rank has so many."""
