@@ -73,8 +73,8 @@ class Packer:
         self._arranged: Recent[AdapterWeights] = Recent(ARRANGED_BYTES)
         self._proving = threading.Lock()  # operations may cache what a step of one thread prepared
 
-    def __call__(self, bundle: Bundle) -> PackedAdapter:
-        """Pack a bundle.
+    def __call__(self, bundle: Bundle, name: str | None = None) -> PackedAdapter:
+        """Pack a bundle; a proof that fails names the adapter so, or by its digest.
 
         Raises:
             BundleCorrupt: it has rows that the base has no place for.
@@ -96,7 +96,7 @@ class Packer:
         weights = self._weights(bundle)
         packed = self._lora.pack(weights if ranks is None else part_of(weights, ranks.shard))
         if bundle.digest not in self._proved:
-            self.prove(bundle, packed, bundle.digest[:DIGEST_DIGITS])
+            self.prove(bundle, packed, name or bundle.digest[:DIGEST_DIGITS])
             self._proved.add(bundle.digest)
         return packed
 

@@ -68,6 +68,10 @@ class DeterministicOperations(NativeOperations):
         pairs = zip(torch.split(x, 1), torch.split(gate, 1), strict=True)
         return torch.cat([super(DeterministicOperations, self).gate(*pair) for pair in pairs])
 
+    def squares(self, x: Tensor) -> Tensor:
+        """Row by row."""
+        return torch.cat([super(DeterministicOperations, self).squares(row) for row in torch.split(x, 1)])
+
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """Row by row."""
         return torch.cat(

@@ -181,6 +181,10 @@ class Operations:
         """Return x [T, N] times the sigmoid of gate [T, N]."""
         return x * torch.sigmoid(gate)
 
+    def squares(self, x: Tensor) -> Tensor:
+        """Return the mean square [T] of each row of x [T, N], in float32."""
+        return x.float().square().mean(1)
+
     def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
         """Plan how a step takes the states of its sequences on."""
         return partial(reference.gated_delta, chunks=[StateChunk.of(context) for context in contexts])

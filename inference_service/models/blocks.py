@@ -176,7 +176,7 @@ class AttentionBlock:
         q = self._spec.q_features
         queries, keys = qkv[:, :q], qkv[:, q : q + self._spec.kv_features]
         if self._row_norms is not None and step.ranks is not None:
-            _norm_together(step.ranks, (queries, keys), self._row_norms)
+            _norm_together(step, step.ranks, (queries, keys), self._row_norms)
         elif self._row_norms is not None:
             for rows, norm in zip((queries, keys), self._row_norms, strict=True):
                 step.operations.norm(rows, norm, None, None, out=rows)
@@ -185,9 +185,9 @@ class AttentionBlock:
         return qkv
 
 
-def _norm_together(ranks: Ranks, parts: Sequence[Tensor], norms: Sequence[RMSNorm]) -> None:
+def _norm_together(step: Step, ranks: Ranks, parts: Sequence[Tensor], norms: Sequence[RMSNorm]) -> None:
     """Norm rows [T, own columns] in place by the size of all ranks' columns, of which each has as many."""
-    squares = ranks.sum(torch.stack([rows.float().square().mean(1) for rows in parts])) / ranks.shard.world
+    squares = ranks.sum(torch.stack([*map(step.operations.squares, parts)])) / ranks.shard.world
     for rows, norm, square in zip(parts, norms, squares, strict=True):
         rows *= torch.rsqrt(square + norm.eps)[:, None]
         rows *= norm.weight

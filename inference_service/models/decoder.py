@@ -168,10 +168,11 @@ class Decoder:
     def merge(self, checkpoint: Tensors, adapter: AdapterWeights) -> None:
         """Add an adapter to the weights for good; the checkpoint, in float32, is the one that they came from.
 
-        W + BA is summed in float32 and rounded once. The old layers go first: a file of the checkpoint, which
-        may be all of it, is in memory while it is read.
+        W + BA is summed in float32 and rounded once; ranks take parts of it. The old layers go first: a file of
+        the checkpoint, which may be all of it, is in memory while it is read.
         """
-        reader = Reader(checkpoint, self.config, self.dtype, self._operations, adapter)
+        shard = None if self.ranks is None else self.ranks.shard
+        reader = Reader(checkpoint, self.config, self.dtype, self._operations, adapter, shard=shard)
         self._layers.clear()
         for index in range(self.config.dims.num_layers):
             self._layers.append(read_layer(reader.layer(index)))

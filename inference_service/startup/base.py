@@ -66,6 +66,10 @@ class OtherRanks(Protocol):
         """End the ranks where the block raises: with the failure of one, where one has failed."""
         ...
 
+    def ask(self, name: str, *arguments: Any) -> Callable[[], list[Any]]:
+        """Ask every rank for something; the result waits for all answers, and raises the first fault."""
+        ...
+
     def open_bank(self, lora: LoraBackend, pack: Pack, *sizes: int) -> tuple[Pack, BankMemory[PackedAdapter]]:
         """Open all ranks' banks with sizes of `LoraBackend.open`; return what packs for them, and the bank."""
         ...
@@ -184,17 +188,10 @@ def shard_of(settings: InferenceSettings, config: ModelConfig, rank: int) -> Sha
     """Return what a rank has of a base; None where one process computes all of it.
 
     Raises:
-        SettingsInvalid: the base cannot be divided so, or its answers would depend on the batch.
+        SettingsInvalid: the base cannot be divided so.
     """
     world = settings.tensor_parallel or 1
-    if world == 1:
-        return None
-    if settings.deterministic:
-        raise SettingsInvalid(
-            f"LORAMUX_DETERMINISTIC=true, and LORAMUX_TENSOR_PARALLEL={world}: the order in which ranks are "
-            "summed may depend on the batch. Set it to false, or compute with one rank."
-        )
-    return Shard(config, rank, world, config.shard(world))
+    return None if world == 1 else Shard(config, rank, world, config.shard(world))
 
 
 def read_model(
@@ -246,7 +243,7 @@ def _cache_name(generation: Generation) -> str:
 def agree(settings: InferenceSettings, generation: Generation) -> tuple[InferenceSettings, Generation]:
     """Return the settings with what weights are rounded to and how many ranks compute, and the generation.
 
-    Rounded weights, and those of several ranks, take in no adapter; blocks do where the deployment says always.
+    Rounded weights take in no adapter; blocks do where the deployment says always.
 
     Raises:
         SettingsInvalid: the deployment asks for that.
@@ -255,22 +252,15 @@ def agree(settings: InferenceSettings, generation: Generation) -> tuple[Inferenc
     ranks = settings.tensor_parallel or generation.tensor_parallel_count
     settings = settings.model_copy(update={"quantization": quantization, "tensor_parallel": ranks})
     blocks = GGUF in generation.base.files
-    stays = quantization is Rounding.NONE and ranks == 1 and not blocks
+    stays = quantization is Rounding.NONE and not blocks
     if stays or generation.merged is None or (blocks and generation.merge is Merge.ALWAYS):
         return settings, generation
     if generation.merge is Merge.ALWAYS:
-        has, would, cure = f"LORAMUX_TENSOR_PARALLEL={ranks}", "could not be proved by several ranks", "1"
-        if ranks == 1:
-            has, would, cure = (
-                f"LORAMUX_QUANTIZATION={quantization}",
-                "would be rounded with the weights",
-                "none",
-            )
         raise SettingsInvalid(
-            f"{has}, but runtime.merge of the deployment is always, and a merged adapter {would}. Set {cure}, "
-            "or build it with merge: auto."
+            f"LORAMUX_QUANTIZATION={quantization}, but runtime.merge of the deployment is always, and a merged "
+            "adapter would be rounded with the weights. Set none, or build it with merge: auto."
         )
-    log.info("adapter is not merged", weights=quantization, ranks=ranks, adapter=generation.merged)
+    log.info("adapter is not merged", weights=quantization, adapter=generation.merged)
     return settings, generation.model_copy(update={"merge": Merge.NEVER})
 
 

@@ -11,9 +11,11 @@ from inference_service.adapters.served_model import ServedModel, display_source,
 from inference_service.backends.base import LoraBackend
 from inference_service.lora.places import taken_by
 from inference_service.lora.weights import AdapterWeights, load_adapter
+from inference_service.models.decoder import Decoder
 from inference_service.startup.base import LoadedBase, checkpoint
 from loramux_shared.bundle.generation import Generation
-from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.bundle.reader import Bundle, read_bundle
+from loramux_shared.sources.checkpoint import PlacedBase
 from loramux_shared.storage.base import Store
 
 
@@ -29,14 +31,13 @@ def merge(generation: Generation, base: LoadedBase, store: Store, block_size: in
     [(name, record)] = generation.adapters.items()
     began = time.monotonic()
     bundle = read_bundle(store, record.digest)
-    config, model = base.model.config, base.model
+    new_lora = base.backend.new_lora
     if bundle.manifest.proof is not None:
-        lora = base.backend.new_lora()
-        packed = lora.pack(load_adapter(bundle, config.layer_groups, model.dtype, lora.home))
-        Packer(model, lora, base.backend.new_lora, block_size).prove(bundle, packed, name)
-    exact = load_adapter(bundle, config.layer_groups, torch.float32, model.device)
-    tensors = checkpoint(base.placed, torch.float32, model.device, config.quantization)
-    model.merge(tensors, exact)
+        Packer(base.model, new_lora(), new_lora, block_size)(bundle, name)
+    others = None if base.host is None else base.host.ask("merge", record.digest)
+    merge_into(base.model, base.placed, bundle)
+    if others is not None:
+        others()
     summary = bundle.manifest.summary
     return ServedModel(
         name,
@@ -53,6 +54,13 @@ def merge(generation: Generation, base: LoadedBase, store: Store, block_size: in
         replaced=tuple(summary.replaced.items()),
         licence=record.licence,
     )
+
+
+def merge_into(model: Decoder, placed: PlacedBase, bundle: Bundle) -> None:
+    """Merge an adapter into the weights of a base, or of a rank's part of it."""
+    config = model.config if model.ranks is None else model.ranks.shard.whole
+    exact = load_adapter(bundle, config.layer_groups, torch.float32, model.device)
+    model.merge(checkpoint(placed, torch.float32, model.device, config.quantization), exact)
 
 
 def hold(lora: LoraBackend, *weights: AdapterWeights) -> list[int]:

@@ -31,6 +31,7 @@ from inference_service.lora.packed import PackedAdapter
 from inference_service.startup.base import read_model, set_threads, shard_of
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.memory import bound_arenas, give_back
+from inference_service.startup.merged import merge_into
 from inference_service.store import open_replica_store
 from loramux_ranks.group import SharedMemory, group_of
 from loramux_ranks.host import HEARTBEAT_S
@@ -108,7 +109,7 @@ class Rank(Follower):
             )
         memory = SharedMemory(shard.world, shared)
         self._ranks = group_of(shard, self._backend.operations, memory)
-        self._meeting = Path(facts["meeting"])
+        self._meeting, self._placed = Path(facts["meeting"]), placed
         model = read_model(placed, config, self._backend, self._ranks)
         super().__init__(model, self._backend.new_lora(), partial(CudaRecorder, model.device))
         store = open_replica_store(settings)
@@ -133,6 +134,11 @@ class Rank(Follower):
         assert self._packer is not None  # noqa: S101 - the bank is open
         with self._bundles.reading(digest) as found:
             self._packed[number] = self._packer(found.bundle)
+
+    def merge(self, digest: str) -> None:
+        """Merge an adapter into the rank's part of the base."""
+        with self._bundles.reading(digest) as found:
+            merge_into(self._model, self._placed, found.bundle)
 
     def copy(self, number: int, offset: int) -> None:
         """Copy what was packed into the bank."""

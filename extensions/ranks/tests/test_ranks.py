@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from transformers import Qwen3_5TextConfig
+from transformers import LlamaConfig, Olmo2Config, PreTrainedConfig, Qwen3_5TextConfig
 
 from inference_service.adapters.loader import Packer
 from inference_service.core.sampling import SamplingParams
@@ -31,15 +31,27 @@ from loramux_shared.faults import BundleCorrupt, InternalFault, ProofFailed, Rep
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
-from tests.support.cases import cases
+from tests.models.test_deterministic import answers as with_logprobs
+from tests.models.test_families import PARTS, SETS
 from tests.support.grammars import only
 from tests.support.ranks import divided
 from tests.support.service import Service
-from tests.support.root import ROOT
-from tests.support.tiny import SIZES, VOCAB, World, make_world, make_world_of, run_engine, sequence
+from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, run_engine, sequence
 from tests.support.waiting import ended, until
 
-FAMILIES = str(ROOT / "tests" / "models" / "test_families.py")
+DELTA = Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"], pad_token_id=0)
+BIASED = LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)
+WORLDS: dict[str, tuple[PreTrainedConfig, dict[str, Any], dict[str, Any]]] = {
+    "llama": (LlamaConfig(**SIZES), ADAPTERS, {}),
+    "delta": (DELTA, SETS["delta"], {}),
+    "olmo2": (Olmo2Config(**SIZES, pad_token_id=0), ADAPTERS, {}),
+    "merged": (
+        BIASED,
+        {"all": ADAPTERS["all"] | {"use_dora": True, "bias": "lora_only"}},
+        {"serve_base": False, "merge": "always"},
+    ),
+}
+"""Bases, adapters, and what their deployment says."""
 MODELS = ("base", "wide", "all", "rs", "wide*0.7+rs*-0.5")
 
 
@@ -47,17 +59,13 @@ MODELS = ("base", "wide", "all", "rs", "wide*0.7+rs*-0.5")
 def built(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[World, Store]]:
-    """A world in a store that other processes read, too: a Llama, or one with delta rules."""
-    root = tmp_path_factory.mktemp("ranks")
-    if request.param == "llama":
-        world = make_world(root)
-    else:
-        config = Qwen3_5TextConfig(**SIZES | cases(FAMILIES, "parts")["qwen_delta"], pad_token_id=0)
-        world = make_world_of(root, config, cases(FAMILIES, "adapters")["delta"])
+    """A world in a store that other processes read, too."""
+    config, adapters, runtime = WORLDS[request.param]
+    world = make_world_of(tmp_path_factory.mktemp("ranks"), config, adapters)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("LORAMUX_STORE", f"file://{world.root}/store")
         store = open_store(f"file://{world.root}/store")
-        world.build(store)
+        world.build_with(store, runtime=runtime)
         yield world, store
 
 
@@ -67,7 +75,8 @@ def load(built: tuple[World, Store], **settings: Any) -> Ready:
 
 
 def close(ready: Ready) -> None:
-    ready.bank.close()
+    if ready.bank is not None:
+        ready.bank.close()
     if isinstance(ready.host, RankHost):
         ready.host.close()
         assert all(not Path(f"/proc/{pid}").exists() for pid in ready.host.pids)
@@ -138,6 +147,36 @@ def take(ready: Ready, answers: dict[str, list[StepOutput]]) -> None:
     for output in ready.engine._engine.step():
         assert output.fault is None
         answers[output.seq_id].append(output)
+
+
+@pytest.mark.parametrize("built", ["merged"], indirect=True)
+def test_ranks_merge_their_parts(built: tuple[World, Store]) -> None:
+    """A merged adapter, with magnitudes and biases of sums, answers as in one process."""
+    found = []
+    for ranks in (1, 2):
+        ready = load(built, tensor_parallel=ranks, adapter_memory_gb=None)
+        assert ready.service.catalog.get("all").adapter is None
+        found.append(run_engine(ready, [("all", [5, 6, 7 + place]) for place in range(4)], 16))
+        close(ready)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("built", "dtype"), [("llama", "bfloat16"), ("olmo2", "float32")], indirect=["built"])
+def test_nothing_around_a_request_changes_a_bit(built: tuple[World, Store], dtype: str) -> None:
+    """Alone, in a crowd, in chunks and after prefix hits, ranks give the same tokens and log probabilities."""
+    draw, settings = random.Random(5), {"deterministic": True, "dtype": dtype, "adapter_memory_gb": None}
+    requests = [
+        (MODELS[place % 4], draw.choices(range(3, VOCAB), k=draw.randrange(1, 70))) for place in range(6)
+    ]
+    quiet = load(built, **settings, max_batch_tokens=512, prefix_cache=False)
+    alone = [with_logprobs(quiet, [each])[0] for each in requests]
+    assert with_logprobs(quiet, requests) == alone
+    close(quiet)
+    chunked = load(built, **settings)
+    for _ in range(2):
+        assert with_logprobs(chunked, requests) == alone
+    assert chunked.engine.stats.prefix_tokens_hit
+    close(chunked)
 
 
 async def test_adapters_come_leave_and_change_while_others_stream(built: tuple[World, Store]) -> None:
@@ -223,13 +262,9 @@ def test_a_rank_that_begins_late_is_waited_for() -> None:
 
 
 def test_what_ranks_cannot_compute_is_refused_at_the_start(built: tuple[World, Store]) -> None:
-    """Heads, settings, GPUs and adapters that ranks cannot divide are refused before any process is started."""
-    for settings, found in (
-        ({"tensor_parallel": 4}, "6 query heads, which it does not divide"),
-        ({"deterministic": True}, "the order in which ranks are summed"),
-    ):
-        with pytest.raises(SettingsInvalid, match=found):
-            load(built, **settings)
+    """Heads, GPUs and adapters that ranks cannot divide are refused before any process is started."""
+    with pytest.raises(SettingsInvalid, match="6 query heads, which it does not divide"):
+        load(built, tensor_parallel=4)
     with pytest.raises(SettingsInvalid, match="needs as many GPUs, found 1"):
         RankHost(2, cards=1)
     model: Any = MagicMock(ranks=SimpleNamespace(shard=SimpleNamespace(world=2)))

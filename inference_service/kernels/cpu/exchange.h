@@ -57,7 +57,8 @@ inline bool wait_for(Counter& counter, uint32_t number, const Counter& failed) {
 
 // Counters, the first of which is not 0 once a process has failed; then, for even and for odd exchanges, a place of
 // room values for each process. A place is written again only after all have begun the exchange between, and so have
-// read it. Returns at once where a process has failed.
+// read it. Sums are float32, in the order of the processes, and every value is rounded alike, wherever it stands.
+// Returns at once where a process has failed.
 template <class T>
 void exchange(T* rows, int64_t count, void* shared, int64_t rank, int64_t world, int64_t sources, int64_t room) {
   Counter *failed = (Counter*)shared, *counters = failed + 1;
@@ -70,16 +71,13 @@ void exchange(T* rows, int64_t count, void* shared, int64_t rank, int64_t world,
     advance(counters[rank], number);
     for (int64_t other = 0; other < world; ++other)
       if (!wait_for(counters[other], number, *failed)) return;
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
+    for (int64_t i = 0; i < size; i += LANES) {  // a room has whole vectors
       vf sum = load16(places + i);
       for (int64_t source = 1; source < sources; ++source) sum += load16(places + source * room + i);
-      store16(mine + i, sum);
-    }
-    for (; i < size; ++i) {
-      float sum = widen(places[i]);
-      for (int64_t source = 1; source < sources; ++source) sum += widen(places[source * room + i]);
-      narrow(mine[i], sum);
+      T last[LANES];
+      const bool whole = i + LANES <= size;
+      store16(whole ? mine + i : last, sum);
+      if (!whole) std::memcpy(mine + i, last, (size - i) * sizeof(T));
     }
   }
 }

@@ -104,7 +104,7 @@ def input_groups(hidden: int, width: int) -> tuple[GroupShape, ...]:
 
 
 def delta_groups(hidden: int, keys: int, values: int, heads: int) -> tuple[GroupShape, ...]:
-    """Return those of a gated delta rule; keys and values are the widths of all heads, heads those of values."""
+    """Return those of a gated delta rule; keys and values are widths of all heads, heads those of values."""
     inputs, parts = ("delta_qkv", "delta_z", "delta_b", "delta_a"), (keys, keys, values)
     return (
         GroupShape("delta_in", inputs, hidden, (sum(parts), values, heads, heads), parts=parts),

@@ -92,11 +92,7 @@ class AttentionLayer:
         return 0
 
     def shard(self, world: int) -> AttentionLayer:
-        """Return the part of one of several ranks: heads of keys are replicated where they are fewer.
-
-        Raises:
-            CannotShard: the heads cannot be divided.
-        """
+        """Return the part of one of several ranks, as `LayerSpec.shard` does."""
         heads = divided(self.num_heads, world, "query heads")
         return replace(self, num_heads=heads, num_kv_heads=own_keys(self.num_kv_heads, world))
 
@@ -105,7 +101,9 @@ class AttentionLayer:
         if self.by_head:
             parts = (self.q_features,) * 3
             out = GroupShape("o", ("attn_dense",), self.q_features, (hidden,))
-            return GroupShape("qkv", ("attn_heads",), hidden, (sum(parts),), None, None, self.head_dim, parts), out
+            return GroupShape(
+                "qkv", ("attn_heads",), hidden, (sum(parts),), None, None, self.head_dim, parts
+            ), out
         slices = 1 if self.attention.keys_of is not None else 2 if self.values_are_keys else 3
         neighbours = (self.rope.dim, self.head_dim) if self.rope.neighbours else None
         return attention_groups(
@@ -160,11 +158,7 @@ class DeltaLayer:
         return math.prod(self.conv_shape) * item_bytes + math.prod(self.state_shape) * 4
 
     def shard(self, world: int) -> DeltaLayer:
-        """Return the part of one of several ranks: heads of keys are replicated where they are fewer.
-
-        Raises:
-            CannotShard: the heads cannot be divided.
-        """
+        """Return the part of one of several ranks, as `LayerSpec.shard` does."""
         values = divided(self.value_heads, world, "heads of values of a delta rule")
         return replace(self, key_heads=own_keys(self.key_heads, world), value_heads=values)
 
@@ -182,11 +176,7 @@ class MlpLayer:
     """False if its one input is activated, instead of multiplied with an activated gate."""
 
     def shard(self, world: int) -> MlpLayer:
-        """Return the part of one of several ranks.
-
-        Raises:
-            CannotShard: the width cannot be divided.
-        """
+        """Return the part of one of several ranks, as `LayerSpec.shard` does."""
         return replace(self, intermediate=divided(self.intermediate, world, "columns of the MLP"))
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
@@ -229,11 +219,7 @@ class ExpertsLayer:
     """Width of an MLP that all rows have as well; both have norms of their own then."""
 
     def shard(self, world: int) -> ExpertsLayer:
-        """Return the part of one of several ranks: some columns of each expert.
-
-        Raises:
-            CannotShard: a width cannot be divided.
-        """
+        """Return the part of one of several ranks: some columns of each expert."""
         own = divided(self.intermediate, world, "columns of an expert")
         shared = None if self.shared is None else divided(self.shared, world, "columns of the shared expert")
         beside = None if self.beside is None else divided(self.beside, world, "columns of the MLP")
@@ -282,7 +268,7 @@ class LayerSpec:
         """Return the part of one of several ranks.
 
         Raises:
-            CannotShard: it cannot be divided.
+            CannotShard: heads, or a width, cannot be divided.
         """
         return replace(self, mixer=self.mixer.shard(world), mlp=self.mlp.shard(world))
 

@@ -48,7 +48,9 @@ class Shard:
         outputs: list[slice | list[int]] = [*map(self.piece, whole.out_features, own.out_features)]
         if whole.parts:
             pieces = zip(accumulate(whole.parts, initial=0), whole.parts, own.parts, strict=False)
-            outputs[0] = [at + column for at, *sizes in pieces for column in range(sizes[0])[self.piece(*sizes)]]
+            outputs[0] = [
+                at + column for at, *sizes in pieces for column in range(sizes[0])[self.piece(*sizes)]
+            ]
         return Part(
             self.piece(whole.in_features, own.in_features),
             tuple(outputs),
