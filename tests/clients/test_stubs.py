@@ -24,7 +24,6 @@ GO_PACKAGES = Path("/usr/share/gocode")
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the gRPC address of the served demo."""
     with up(tmp_path_factory.mktemp("stubs")) as served:
         yield served.grpc
 
@@ -46,7 +45,6 @@ def run(folder: Path, *arguments: str, **settings: str) -> tuple[int, str, str]:
 
 
 def needs(*commands: str) -> None:
-    """Skip a test where a command is not installed."""
     if lost := [name for name in commands if not shutil.which(name)]:
         pytest.skip(f"needs the command {lost[0]}")
 

@@ -50,7 +50,6 @@ def scripted(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def family(command: Command) -> list[psutil.Process]:
-    """Return the two children of a command, once it has them."""
     parent = psutil.Process(command.process.pid)
     return wait_until(
         lambda: found if len(found := parent.children(recursive=True)) == 2 else [],
@@ -60,7 +59,6 @@ def family(command: Command) -> list[psutil.Process]:
 
 
 def assert_gone(processes: Sequence[psutil.Process]) -> None:
-    """Wait until none of the processes runs."""
     wait_until(lambda: not any(map(_runs, processes)), "the end of processes", lambda: processes)
 
 

@@ -21,7 +21,6 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 
 def brought(extra: str) -> list[str]:
-    """Return the extras that an extra is made of."""
     found = [re.match(r"loramux\[(.*?)\]", each) for each in EXTRAS[extra]]
     return [name for each in found if each for name in each[1].split(",")]
 
@@ -150,7 +149,6 @@ def run(*command: str | Path) -> str:
 
 
 def environment_in(folder: Path) -> Path:
-    """Make an empty environment; returns its Python."""
     venv.create(folder, with_pip=True)
     return folder / "bin" / "python"
 

@@ -26,8 +26,6 @@ STALE, LONG = timedelta(milliseconds=1), timedelta(seconds=15)
 
 
 def adding(name: str) -> Callable[[Generation], Generation]:
-    """The change that an adapter comes in."""
-
     def change(before: Generation) -> Generation:
         adapters = {**before.adapters, name: record(name)}
         return before.model_copy(update={"adapters": dict(sorted(adapters.items()))})
@@ -46,14 +44,12 @@ def rebuild(name: str, store: Store) -> int:
 
 
 def started() -> MemoryStore:
-    """A store with one generation."""
     store = MemoryStore()
     publish_generation(store, generation("first"))
     return store
 
 
 def served(store: Store) -> Generation:
-    """Return the generation that a replica would serve."""
     found = current_generation(store, "tiny")
     assert found is not None
     return found
@@ -84,7 +80,6 @@ def race(*names: str, dies_at: int | None = None, stale: timedelta = LONG) -> Ra
 
 
 def operations_of_one() -> int:
-    """Return the number of operations of a change that is alone."""
     alone = race("one")
     alone.run([])
     return alone.turns[0].count

@@ -48,7 +48,6 @@ def built(tmp_path: Path, beforehand: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def wheel(into: Path) -> Path:
-    """Build a wheel of this tree."""
     [path] = WheelBuilder(str(ROOT)).build(directory=str(into), versions=["standard"])
     return Path(path)
 

@@ -103,7 +103,6 @@ class Watch:
         assert self.peak <= self.growth, f"{label}: {self.peak >> 20} MB more than at the start"
 
     def note(self, outcome: str) -> None:
-        """Count an outcome."""
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
 
 
@@ -198,7 +197,6 @@ _BYTE_CHANGES: Final[tuple[Callable[[bytearray, Random], None], ...]] = (
 
 
 def _change(value: Any, rng: Random) -> Any:
-    """Change one place of a value, at any depth."""
     if isinstance(value, dict) and value and rng.random() < 0.75:
         name = rng.choice(list(value))
         match rng.randrange(10):

@@ -26,7 +26,6 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def apis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FuzzedApis]:
-    """All servers."""
     pytest.importorskip("loramux_kinds")
     async with open_apis(tmp_path_factory.mktemp("apis")) as opened:
         # What a process makes once, at the first long text, is no leak.
@@ -99,12 +98,10 @@ GROWTH = 96 << 20
 
 
 def chat(**fields: Any) -> bytes:
-    """A chat's body."""
     return json.dumps({"model": "base", "messages": [{"role": "user", "content": "x"}]} | fields).encode()
 
 
 def filled(before: str, element: str, after: str = "}") -> bytes:
-    """A body full of an element."""
     count = (ROOM - len(before) - len(after)) // (len(element) + 1)
     return (before + ",".join([element] * count) + after).encode()
 
@@ -138,7 +135,6 @@ async def test_large_bodies(apis: FuzzedApis, name: str) -> None:
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A field of bytes on the wire."""
     size, made = len(content), bytearray([number << 3 | 2])
     while size > 0x7F:
         made.append(size & 0x7F | 0x80)

@@ -61,7 +61,6 @@ def judged(shape: Shape, folder: Path) -> tuple[list[str], Deltas]:
 
 @cache
 def model_of(base: str) -> Any:
-    """Return the base as a model of transformers."""
     fields = BASES[base]
     config = transformers.AutoConfig.for_model(**fields)
     return getattr(transformers, fields["architectures"][0])(config)

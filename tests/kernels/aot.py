@@ -70,7 +70,6 @@ class Line:
 
     @classmethod
     def parse(cls, text: str) -> "Line":
-        """Read a line back."""
         *name, dtype, architecture, registers, stack, shared = text.split()
         return cls(
             " ".join(name),
@@ -117,7 +116,6 @@ def covering(
 
 
 def source_of(variant: Variant) -> Any:
-    """Return the source that Triton compiles for one variant."""
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
@@ -138,7 +136,6 @@ def source_of(variant: Variant) -> Any:
 
 
 def compiled(architecture: int, variant: Variant) -> Any:
-    """Compile one variant."""
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -91,13 +91,11 @@ def _possible(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _configs(row: Mapping[str, Any]) -> list[tuning.TileConfig]:
-    """The tiles of decode and prefill."""
     eight = row["cache"] != "own"
     return [_bucket(tuning.tiles(decodes=decodes, eight_bits=eight), row) for decodes in (True, False)]
 
 
 def attends(row: Mapping[str, Any]) -> Iterator[Variant]:
-    """Yield decode and prefill of one of `LAYERS`."""
     absent = [name for name in ("softcap", "window") if not row[name]]
     absent += () if row["pieces"] else ("p_partial", "p_lse")
     absent += () if row["sinks"] else ("p_sinks",)

@@ -27,7 +27,6 @@ NORMS: dict[str, dict[str, Any]] = {
 
 
 def variants(architecture: int) -> Iterator[Variant]:
-    """Yield every entry of all tables."""
     yield from with_halves(architecture, _entries(architecture))
 
 

@@ -34,7 +34,6 @@ def variants(architecture: int) -> Iterator[Variant]:
 
 
 def entries(architecture: int) -> Iterator[Variant]:
-    """Yield the entries for bf16 and fp32."""
     shrinks = tuning.SHRINK[architecture]
     for (phase, itemsize), buckets in shrinks.items():
         for bucket, c in buckets.items():

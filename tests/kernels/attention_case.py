@@ -37,7 +37,6 @@ class Layout:
         return contexts
 
     def needed(self, end: int) -> int:
-        """Blocks of a context."""
         return -(-end // self.block_size)
 
 

@@ -38,7 +38,6 @@ def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def compiled(native_folder: Path) -> ctypes.CDLL:
-    """The compiled operations of this machine."""
     built = load(native_folder)
     if built.library is None:
         pytest.skip(built.how)

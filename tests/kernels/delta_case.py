@@ -82,7 +82,6 @@ def run_steps(name: str, inputs: list[DeltaInputs], compute: Compute) -> list[Te
 
 
 def case(name: str, sizes: Sizes, width: int, dtype: torch.dtype, device: str) -> list[DeltaInputs]:
-    """The inputs of the steps of a case."""
     torch.manual_seed(0)
     weights, states = layer(sizes, width, dtype, device)
     ends = [max(chunk.row + chunk.length for chunk in chunks) for chunks in STEPS[name]]

@@ -134,7 +134,6 @@ class Resident:
         return slot
 
     def send_away(self, slot: int) -> None:
-        """Let an adapter leave."""
         self.lora.leave(slot)
         self.places.give_back(slot)
         del self.held[slot]

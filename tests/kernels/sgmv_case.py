@@ -28,7 +28,6 @@ class Case:
     workspace: Tensor
 
     def run(self) -> None:
-        """Launch both kernels."""
         sgmv.lora_apply(self.x, self.out, self.group, self.segments, self.workspace)
 
 
@@ -70,7 +69,6 @@ def make_group(
 
 
 def with_vectors(weights: Tensor, table: npt.NDArray[np.int64], slices: sgmv.Slices) -> Tensor:
-    """Write random vectors to their places."""
     for slot, index in np.argwhere(table[..., 3]):
         size, first = slices.sizes[index], table[slot, index, 3]
         values = torch.full((2, -(-size // ROW) * ROW), torch.nan)

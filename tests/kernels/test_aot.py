@@ -23,7 +23,6 @@ def assert_equal(found: list[str], golden: list[str]) -> None:
 
 
 def assert_as_kept(found: list[Line]) -> None:
-    """The table has these lines, each once."""
     names = {(line.name, line.dtype, line.architecture) for line in found}
     assert len(found) == len(names)
     golden = [str(line) for line in recorded() if (line.name, line.dtype, line.architecture) in names]

@@ -52,7 +52,6 @@ def compiler(native_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def first_start(compiler: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a first start leaves."""
     folder = tmp_path_factory.mktemp("first") / "native"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", str(compiler))
@@ -83,7 +82,6 @@ def canary(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
 
 
 def assert_works(built: Built) -> None:
-    """Check that the operations work and are right."""
     assert built.library is not None, built.how
     assert first_wrong(built.library) is None
 
@@ -94,7 +92,6 @@ def sealed(code: bytes) -> bytes:
 
 
 def script(path: Path, *lines: str) -> Path:
-    """Write a compiler as a shell script."""
     path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     path.chmod(0o755)
     return path

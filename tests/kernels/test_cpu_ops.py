@@ -26,7 +26,6 @@ V4 = "avx512f avx512bw avx512cd avx512dq avx512vl"
 
 @pytest.fixture(params=DTYPES, ids=["float32", "bfloat16"])
 def ops(library: ctypes.CDLL, request: pytest.FixtureRequest) -> CpuOps:
-    """The operations of a type."""
     torch.manual_seed(0)
     return CpuOps(library, request.param)
 

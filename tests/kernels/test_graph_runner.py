@@ -60,7 +60,6 @@ class Counted:
     replays: list[int]
 
     def replay(self) -> None:
-        """Note, and replay."""
         self.replays.append(self.number)
         self.graph.replay()
 
@@ -76,7 +75,6 @@ class CountingRecorder:
         )
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record, and note replays from then on."""
         self.graphs.append(self._inner.capture(work))
         return Counted(self.graphs[-1], len(self.graphs) - 1, self.replays)
 

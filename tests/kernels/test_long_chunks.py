@@ -99,7 +99,6 @@ class Clock:
         self.now = 0.0
 
     def thread_time(self) -> float:
-        """Return the fake thread time."""
         return self.now
 
 
@@ -111,7 +110,6 @@ class Paced(CpuOps):
         self._clock, self._seconds = clock, seconds
 
     def attention(self, q: Tensor, *_args: Any, **_fields: Any) -> Tensor:
-        """Take the time."""
         self._clock.now += self._seconds[len(q)]
         return q
 

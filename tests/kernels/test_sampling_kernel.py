@@ -42,7 +42,6 @@ def guarded(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Tensor:
 def tables_of(
     rows: Sequence[RowParams], vocab: int, device: str, capacity: int | None = None
 ) -> SamplingTables:
-    """Tables that hold the rows."""
     tables = SamplingTables.allocate(capacity or len(rows), vocab, device)
     tables.load(torch.from_numpy(pack_rows(len(tables.rows), rows)))
     return tables
@@ -195,7 +194,6 @@ def test_the_reference_counts_as_philox_does() -> None:
 
 @triton.jit
 def noise_kernel(p_rows, p_out, first, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store the noise of a tile of tokens, by row."""
     i_n = tl.program_id(0)
     tl.store(p_out + i_n * BLOCK + tl.arange(0, BLOCK), _noise(p_rows + i_n * 8, first, BLOCK))
 

@@ -32,7 +32,6 @@ def shifting(tokens: Sequence[int]) -> Scripted:
 
 
 def words_of(words: Sequence[Sequence[int]]) -> dict[int, dict[tuple[int, ...], tuple[int, ...]]]:
-    """Bad words as a request has them."""
     table: dict[int, dict[tuple[int, ...], tuple[int, ...]]] = {}
     for *before, last in words:
         lasts = table.setdefault(len(before), {})
@@ -72,7 +71,6 @@ TRIED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck
 
 
 def seq_of(request: dict[str, Any]) -> EngineSequence:
-    """Return a sequence with an answer so far."""
     grammar = None if request["grammar"] is None else shifting(request["grammar"])
     params = SamplingParams(**request["sampling"])
     seq = EngineSequence("s", list(request["prompt"]), params, grammar=grammar)
@@ -175,14 +173,12 @@ def test_processed_log_probabilities_are_those_of_the_host(device: str, own: dic
 
 
 def append(seq: EngineSequence, token: int) -> None:
-    """Append a token as the engine does."""
     seq.progress.tokens.append(token)
     if seq.grammar is not None:
         seq.grammar.accept(token)
 
 
 def resolve(seqs: Sequence[EngineSequence], reading: Reading) -> None:
-    """Resolve a step as the engine does."""
     for seq, token in zip(seqs, reading.wait(), strict=True):
         seq.progress.in_flight -= 1
         append(seq, token.id)

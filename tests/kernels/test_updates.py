@@ -46,7 +46,6 @@ def step(
 
 
 def expanded(case: Case) -> torch.Tensor:
-    """Return the result of expand."""
     out = case.out.clone()
     for launch in sgmv.expand(out, case.group, case.segments, case.workspace):
         launch()

@@ -20,13 +20,11 @@ counts: Counter[tuple[Any, ...]] = Counter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --parity."""
     parser.addoption("--parity", type=Path, help="write what was tried and exact to this file")
 
 
 @pytest.fixture(scope="module")
 def store(world: World) -> MemoryStore:
-    """A store with the built world of a module."""
     made = MemoryStore()
     world.build(made)
     return made

@@ -39,7 +39,6 @@ MODELS = ("base", *ADAPTERS)
 
 
 def tokenizer_of(base: Path) -> PreTrainedTokenizerFast:
-    """Return the base's."""
     return PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
 
 

@@ -37,7 +37,6 @@ def prompts() -> list[list[int]]:
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> None:
-    """Save tensors with a config."""
     folder.mkdir()
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"

@@ -89,7 +89,6 @@ def save(base: Path, folder: Path, config: Any, seed: int) -> Path:
 
 
 def peft_answers(world: tiny.World, requests: Sequence[tuple[str, list[int]]]) -> list[list[int]]:
-    """Greedy tokens of PEFT."""
     models = {name: tiny.oracle(world.base, world.adapters.get(name)) for name in ("base", *KINDS)}
     both = tiny.oracle(world.base, world.adapters["plain"])
     for name in ("plain", "other"):
@@ -107,7 +106,6 @@ def peft_answers(world: tiny.World, requests: Sequence[tuple[str, list[int]]]) -
 
 
 def records(store: MemoryStore) -> dict[str, AdapterRecord]:
-    """Return the records of the adapters in the served generation."""
     generation = current_generation(store, "tiny")
     return generation.adapters
 

@@ -68,7 +68,6 @@ class Watched:
         self.alive: dict[int, int] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Note, and give."""
         if found := re.search(r"layers\.(\d+)\.", name):
             self.alive[int(found[1])] = sum(ref() is not None for ref in self._old)
         return self._inner.get(name, shape, dtype)

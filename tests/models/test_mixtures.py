@@ -23,7 +23,6 @@ EIGHT: Parts = (("wide", 0.5), ("all", -0.25), ("wide", -0.75), ("rs", 0.5), ("a
 
 
 def text(parts: Parts) -> str:
-    """Return the blend as a request writes it."""
     return " + ".join(f"{name}*{scale}" for name, scale in parts)
 
 
@@ -76,7 +75,6 @@ def drawn(seed: int, count: int) -> list[tuple[Parts, list[int]]]:
 
 
 def answers(ready: Ready, requests: Sequence[tuple[Parts, list[int]]]) -> list[list[int]]:
-    """Return the engine's answers, all in one batch."""
     return tiny.run_engine(ready, [(text(parts) or "base", prompt) for parts, prompt in requests], NEW)
 
 

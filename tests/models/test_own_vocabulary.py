@@ -55,7 +55,6 @@ def make(base: Path, folder: Path, seed: int, touched: list[int] | None = None, 
 
 
 def made(root: Path, config: Any, adapters: Mapping[str, Mapping[str, Any]]) -> World:
-    """Return a checkpoint and its adapters."""
     make_checkpoint(root / "base", config)
     for seed, (name, settings) in enumerate(adapters.items()):
         make(root / "base", root / name, seed, **settings)
@@ -73,7 +72,6 @@ def requests_of(models: tuple[str, ...]) -> list[tuple[str, list[int]]]:
 
 
 def answers(world: World, requests: list[tuple[str, list[int]]]) -> list[list[int]]:
-    """Return the answers of transformers and PEFT."""
     models = {name: oracle(world.base, world.adapters.get(name)) for name in dict(requests)}
     return [oracle_tokens(models[name], prompt, NEW) for name, prompt in requests]
 

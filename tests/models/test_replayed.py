@@ -93,7 +93,6 @@ def test_answers_are_the_same_to_the_last_bit(
 
 @pytest.fixture
 def ops(native_folder: Path) -> CpuOps:
-    """Compiled operations."""
     library = build.load(native_folder).library
     if library is None:
         pytest.skip("no C++ compiler")

@@ -40,7 +40,6 @@ def _requests() -> list[tuple[str, list[int]]]:
 
 
 def _loaded(world: World, store: MemoryStore, **settings: object) -> tuple[Ready, dict[str, Any]]:
-    """Return a replica, and its log line when ready."""
     with capture_logs() as logs:
         ready = world.load(store, **settings)
     return ready, next(entry for entry in logs if entry["event"] == "loaded")

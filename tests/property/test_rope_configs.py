@@ -35,12 +35,10 @@ OF_LAYERS = ("gemma3_text", "gemma4_text", "olmo3")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for configs."""
     return tmp_path_factory.mktemp("rope")
 
 
 def write(folder: Path, model_type: str, fields: Mapping[str, Any]) -> None:
-    """Write the config of a small model of a family."""
     sizes = {**SIZES, "head_dim": 8, "pad_token_id": 0}
     sizes |= {"model_type": model_type, "architectures": [f"{FAMILIES[model_type]}ForCausalLM"]}
     (folder / "config.json").write_text(json.dumps({**sizes, **fields}))

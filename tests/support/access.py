@@ -64,7 +64,6 @@ class Certificates:
         return TlsFiles(self.server.cert, self.server.key, self.folder / "other.pem")
 
     def client(self, authority: trustme.CA) -> dict[str, Path]:
-        """The credentials of a client with a certificate of an authority."""
         files = self.issue("client", authority, "client")
         return {"client_cert": files.cert, "client_key": files.key}
 

@@ -32,7 +32,6 @@ Tensors = dict[str, np.ndarray[Any, Any]]
 
 
 def key(layer: int, module: str, side: str, prefix: str = "base_model.model.model.") -> str:
-    """Return the key that PEFT gives a tensor."""
     group = "mlp" if module in {"gate_proj", "up_proj", "down_proj"} else "self_attn"
     return f"{prefix}layers.{layer}.{group}.{module}.lora_{side}.weight"
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 
 def pack(files: dict[str, bytes]) -> bytes:
-    """Return a tar.gz of these files."""
     return pack_members((member(name, len(data)), data) for name, data in files.items())
 
 
@@ -18,7 +17,6 @@ def member(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, target: str 
 
 
 def pack_members(members: Iterable[tuple[tarfile.TarInfo, bytes]]) -> bytes:
-    """Return a tar.gz of headers and contents."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
         for info, data in members:

@@ -93,11 +93,9 @@ class Page:
             await asyncio.sleep(0.02)
 
     async def text(self, selector: str) -> str:
-        """Return the text of the first element that a selector finds."""
         return str(await self.eval(f"document.querySelector({json.dumps(selector)}).textContent"))
 
     async def texts(self, selector: str) -> list[str]:
-        """Return the text of everything that a selector finds."""
         found = f"[...document.querySelectorAll({json.dumps(selector)})]"
         return list(await self.eval(f"{found}.map((each) => each.textContent)"))
 

@@ -97,7 +97,6 @@ class Builders:
 
     @property
     def generation(self) -> Generation:
-        """Return the generation that a replica reads."""
         found = current_generation(self.store, "tiny")
         assert found is not None
         return found

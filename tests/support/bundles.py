@@ -51,13 +51,11 @@ class Loaded:
 
 
 def flipped(data: bytes) -> bytes:
-    """Return bytes with another bit in the middle."""
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
 
 
 def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = BOUND_S) -> Loaded | Fault:
-    """Load an adapter and wait for the outcome."""
     return waiting(loader, digest)(timeout_s)
 
 
@@ -94,7 +92,6 @@ class Unsteady(MemoryStore):
         self._lock = threading.Lock()
 
     def copied(self) -> Unsteady:
-        """Return another store with the same objects."""
         other = Unsteady()
         other.objects.update(self.objects)
         other.digests = list(self.digests)

@@ -37,7 +37,6 @@ def nothing_stays_open() -> Iterator[list[Fault]]:
 
 
 def failing(call: Callable[[], object], retained: list[Fault]) -> None:
-    """Keep the fault that a call ends with."""
     try:
         call()
     except Fault as fault:

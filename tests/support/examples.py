@@ -12,7 +12,6 @@ MORE: Final = 30
 
 
 def examples(in_ci: int) -> int:
-    """Return the number for this run."""
     return in_ci * MORE if os.environ.get(SWEEPING) else in_ci
 
 

@@ -27,7 +27,6 @@ DIGEST = "0123456789abcdef" * 4
 
 
 def deployment_text(name: str, *adapters: str) -> str:
-    """Return a deployment file."""
     lines = "".join(f"    {each}: {{source: HF, repo: org/{each}}}\n" for each in adapters)
     base = "checkpoint_repository: {source: HF, repo: org/base}"
     return f"model_name: {name}\nbuild:\n  {base}\n  lora_adapters:\n{lines}"
@@ -152,12 +151,10 @@ class FakeInference(inference_grpc.InferenceServiceServicer):
 
 
 def builder_server(address: str, servicer: FakeBuilder, guard: Guard = NOBODY_GUARDS) -> RpcServer:
-    """Return a server of a fake builder."""
     return _server(address, "loramux.builder.v1.BuilderService", builder_grpc, servicer, guard)
 
 
 def inference_server(address: str, servicer: FakeInference, guard: Guard = NOBODY_GUARDS) -> RpcServer:
-    """Return a server of a fake inference service."""
     return _server(address, "loramux.inference.v1.InferenceService", inference_grpc, servicer, guard)
 
 
@@ -187,7 +184,6 @@ class Fakes:
         return servers
 
     def close(self) -> None:
-        """Stop both."""
         self._running.close()
 
 

@@ -18,12 +18,10 @@ from loramux_shared.storage.memory import MemoryStore
 
 
 def local(folder: Path) -> dict[str, str]:
-    """A folder as a repository of a file."""
     return {"source": "LOCAL", "repo": str(folder)}
 
 
 def local_repository(folder: Path) -> Repository:
-    """A folder as a repository."""
     return Repository.model_validate(local(folder))
 
 
@@ -56,7 +54,6 @@ class Built:
         return read_bundle(self.store, self.generation.adapters[name].digest)
 
     def warnings(self, name: str = "one") -> tuple[Finding, ...]:
-        """Return the warnings about an adapter."""
         return next(each.warnings for each in self.progress.adapters if each.name == name)
 
 

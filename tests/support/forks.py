@@ -44,7 +44,6 @@ class Forked:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Return the exit status, or None while it runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float = BOUND_S) -> int:
@@ -77,7 +76,6 @@ def inference_service(
 
 
 def builder_service(flags: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ) -> Forked:
-    """Run the service with flags; the log is appended to a file."""
     return Forked(_run, "builder_service", list(flags), str(log), dict(environment))
 
 

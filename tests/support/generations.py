@@ -24,7 +24,6 @@ def record(name: str, **fields: Any) -> AdapterRecord:
 
 
 def generation(*names: str, **fields: Any) -> Generation:
-    """Return the generation of a build with these adapters and no others."""
     values = {
         "deployment": "tiny", "number": 1, "create_time": datetime(2026, 1, 1, tzinfo=UTC),
         "served_model_name": "tiny", "base": BaseRecord(source=_source("base"), files={}),

@@ -20,7 +20,6 @@ class Scripted:
         return mask_of(self._allowed([*self._tokens, *self._drafted[:ahead]]))
 
     def forced(self) -> list[int]:
-        """Nothing is known of that."""
         return []
 
     def draft(self, tokens: Sequence[int]) -> int:
@@ -39,7 +38,6 @@ class Scripted:
 
 
 def only(*tokens: int) -> Scripted:
-    """Return the grammar of these tokens."""
     return Scripted(lambda _: tokens)
 
 

@@ -79,7 +79,6 @@ def serve_https(folder: Path, *hosts: str) -> Iterator[Site]:
 
 
 def redirect(to: str, status: int = 302) -> Route:
-    """A route that leads elsewhere."""
     return lambda handler: handler.answer(status, Location=to)
 
 

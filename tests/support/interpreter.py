@@ -63,7 +63,6 @@ class _Patch:
         return self
 
     def restore(self) -> None:
-        """Restore the language's builtins."""
         while self._under_way:
             for place, name, original, _ in self._known[self._under_way.pop()]:
                 if original is interpreter._MISSING:

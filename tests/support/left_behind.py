@@ -86,7 +86,6 @@ class LeftBehind:
             self._started = True
 
     def _alive(self) -> set[Alive]:
-        """Return the threads and processes that there are."""
         alive: set[Alive] = {
             each for each in threading.enumerate() if not each.daemon and not each.name.startswith(POOLS)
         }

@@ -15,7 +15,6 @@ class Scrape:
         assert list(text_string_to_metric_families(self.text))
 
     def series(self, name: str) -> list[tuple[dict[str, str], float]]:
-        """The series of a name: labels and value."""
         return [
             (sample.labels, sample.value)
             for family in text_string_to_metric_families(self.text)
@@ -30,7 +29,6 @@ class Scrape:
         return found[0] if found else 0.0
 
     def names(self) -> list[str]:
-        """A line for each name: its type and its labels."""
         lines = {
             f"{sample.name} {family.type} {{{','.join(sorted(sample.labels))}}}"
             for family in text_string_to_metric_families(self.text)

@@ -27,7 +27,6 @@ class Through:
         self.store, self.uri = store, store.uri
 
     def act(self, operation: Callable[[], T]) -> T:
-        """Do an operation."""
         return operation()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:

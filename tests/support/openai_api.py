@@ -86,7 +86,6 @@ def openai_world(folder: Path, *, built: bool = True) -> tuple[World, MemoryStor
 async def open_api(
     world: tuple[World, MemoryStore], guard: Guard = NOBODY_GUARDS, **settings: Any
 ) -> AsyncIterator[OpenAIApi]:
-    """Serve a world on a free port."""
     ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
     server = HttpServer("127.0.0.1:0", ready.service, guard)
     await server.start()
@@ -106,7 +105,6 @@ def close(found: Any, required: Any) -> None:
 
 
 async def answer_of(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
-    """Return the body of an answer with status 200."""
     answer = await api.post(path, **body)
     assert answer.status_code == 200, answer.text
     return dict(answer.json())

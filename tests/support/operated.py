@@ -24,17 +24,14 @@ SUMMARY = AdapterSummary(
 
 
 def digest_of(number: int) -> str:
-    """Return the digest of a number."""
     return f"{number:064x}"
 
 
 def record(number: int) -> AdapterRecord:
-    """A version."""
     return generations.record(f"lora-{number}", digest=digest_of(number), summary=SUMMARY)
 
 
 def generation(number: int, adapters: Mapping[str, int]) -> Generation:
-    """A generation whose adapters have numbered versions."""
     records = {name: record(version) for name, version in adapters.items()}
     fields = {"deployment": "demo", "served_model_name": "base", "max_lora_rank": 64}
     return generations.generation(number=number, adapters=records, **fields)
@@ -55,11 +52,9 @@ class FakeResidency:
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes of resident adapters."""
         return sum(each.num_bytes for each in self.known.values() if each.state is AdapterState.RESIDENT)
 
     def standing(self, adapter: Adapter) -> Standing:
-        """Return the standing of an adapter."""
         self.looked_at += 1
         return self.known.get(adapter, Standing(adapter))
 
@@ -67,7 +62,6 @@ class FakeResidency:
         return list(self.known.values())
 
     def hold(self, adapter: Adapter, *, in_flight: int = 0, used_s: float | None = None) -> None:
-        """Have an adapter resident."""
         adapter.slot = len(self.known)
         self.stats.loads += 1
         self.known[adapter] = Standing(adapter, AdapterState.RESIDENT, 100, in_flight, last_used_s=used_s)
@@ -113,7 +107,6 @@ class FakeDeployment:
 
     @property
     def newest(self) -> Generation:
-        """The one that is served."""
         return self.history[-1]
 
     def publish(self, adapters: Mapping[str, AdapterRecord]) -> int:
@@ -124,7 +117,6 @@ class FakeDeployment:
         return number
 
     async def add(self, name: str, repository: Repository, *, must_be_new: bool) -> int:
-        """Publish one more, or another version."""
         self.asked.append((name, repository, must_be_new))
         self._race()
         if must_be_new and name in self.newest.adapters:
@@ -132,21 +124,18 @@ class FakeDeployment:
         return self.publish(self.newest.adapters | {name: record(1000 + len(self.history))})
 
     async def remove(self, name: str) -> int:
-        """Publish one less."""
         self._race()
         if name not in self.newest.adapters:
             raise faults.ModelNotFound(f"no adapter {name!r} in the deployment")
         return self.publish({other: each for other, each in self.newest.adapters.items() if other != name})
 
     async def roll_back(self, to: int | None) -> int:
-        """Publish an older one."""
         self._race()
         if len(self.history) < (2 if to is None else to):
             raise faults.GenerationNotFound(f"no generation {to} among {len(self.history)}")
         return self.publish(self.history[-2 if to is None else to - 1].adapters)
 
     async def catch_up(self, number: int) -> None:
-        """Take the newest over."""
         if self.newest.number < number:
             raise faults.ReplicaBehind(f"expected {number}, found {self.newest.number}")
         self.adapters.apply(self.newest)

@@ -8,9 +8,7 @@ class OwnTime:
         self.now_s = 0.0
 
     def monotonic(self) -> float:
-        """The time."""
         return self.now_s
 
     def sleep(self, seconds: float) -> None:
-        """Advance the clock."""
         self.now_s += seconds

@@ -32,7 +32,6 @@ def states(world: World, model: str, prompt: Sequence[int]) -> torch.Tensor:
 
 
 def expected_of(world: World, model: str, prompt: Sequence[int], pooling: Pooling) -> Vector:
-    """The vector of a prompt."""
     hidden = states(world, model, prompt)
     return (hidden[-1] if pooling is Pooling.LAST else hidden.double().mean(0).float()).numpy()
 

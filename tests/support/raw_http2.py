@@ -12,7 +12,6 @@ CANCEL = struct.pack(">I", 8)
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """Return the bytes of an HTTP/2 frame."""
     return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
 
@@ -23,7 +22,6 @@ def hello(window: int = 65535) -> bytes:
 
 
 def call(stream: int, path: bytes = GENERATE) -> bytes:
-    """The head of a call."""
     fields = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"x"}
     fields |= {b"te": b"trailers", b"content-type": b"application/grpc"}
     packed = [b"\0%c%s%c%s" % (len(name), name, len(value), value) for name, value in fields.items()]
@@ -37,7 +35,6 @@ def message(stream: int, request: pb.GenerateRequest) -> bytes:
 
 
 async def connect(address: str, window: int = 65535) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect, and say hello."""
     reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
     writer.write(hello(window))
     return reader, writer

@@ -30,7 +30,6 @@ class Scripted(FakeInference):
         self.open = 0
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Do what the test scripts."""
         self.headers += [value for name, value in context.invocation_metadata() if name == "x-loramux-model"]
         if self.refuses is not None:
             self.requests.append(request)
@@ -65,7 +64,6 @@ class Wire:
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def cut(self) -> None:
-        """Close everything at once."""
         self._server.close()
         for writer in self._writers:
             writer.transport.abort()
@@ -103,7 +101,6 @@ class Replicas:
 
     @property
     def counts(self) -> list[int]:
-        """Requests that each has had."""
         return [len(service.requests) for service in self.services]
 
     def serving(self, address: str, ready: bool) -> None:
@@ -118,7 +115,6 @@ class Replicas:
             service.held.set()
 
     def release(self) -> None:
-        """Let all continue that are held."""
         self._do(self._release())
 
     def cut(self, address: str) -> None:

@@ -63,7 +63,6 @@ class S3Server:
         )
 
     def new_bucket(self) -> str:
-        """Make an empty bucket and return its name."""
         name = f"test-{uuid.uuid4().hex[:16]}"
         self.client().create_bucket(Bucket=name)
         return name

@@ -40,7 +40,6 @@ STATS = replace(
 
 
 def models(adapters: Sequence[str]) -> list[ServedModel]:
-    """The base and adapters of some ranks."""
     made = [ServedModel("base")]
     for nth, name in enumerate(adapters, start=1):
         made.append(ServedModel(name, Adapter(f"{nth:064x}", 0), digest=f"{nth:064x}", ranks=(4, 5 + nth % 3)))

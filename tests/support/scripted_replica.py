@@ -70,7 +70,6 @@ class ScriptedReplica:
 
     @property
     def apis(self) -> tuple[str, str]:
-        """Return the replica's addresses."""
         return self.grpc.address, self.http.address
 
     async def start(self) -> None:
@@ -83,5 +82,4 @@ class ScriptedReplica:
         await asyncio.gather(self.http.leave(), self.grpc.leave())
 
     async def drain(self, timeout_s: float = 0.0) -> None:
-        """Close both APIs."""
         await asyncio.gather(self.http.drain(timeout_s), self.grpc.drain(timeout_s))

@@ -51,7 +51,6 @@ async def open_replica(world: Built, guard: Guard = NOBODY_GUARDS, **settings: A
 
 @asynccontextmanager
 async def open_fleet(world: Built, count: int, **settings: Any) -> AsyncIterator[list[OpenAIApi]]:
-    """Serve a world with several replicas."""
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(open_replica(world, **settings)) for _ in range(count)]
 

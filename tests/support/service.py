@@ -30,11 +30,9 @@ class Service:
         self.ready = ready
 
     async def events(self, prompt: Any = PROMPT, model: str = "base", **fields: Any) -> list[Event]:
-        """All events of a request."""
         return [event async for event in self.ready.service.generate(Request.of(model, prompt, **fields))]
 
     async def answers(self, prompt: Any = PROMPT, **fields: Any) -> list[list[int]]:
-        """The tokens of each answer."""
         found: dict[int, list[int]] = {}
         for event in await self.events(prompt, **fields):
             if isinstance(event, AnswerDelta):
@@ -50,7 +48,6 @@ class Service:
 
 
 async def open_service(world: tuple[World, MemoryStore], **settings: Any) -> Service:
-    """Load and start a built world."""
     ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
     ready.engine.start()
     return Service(ready)

@@ -32,14 +32,12 @@ class SilentEngine(SimpleNamespace):
     paused = False
 
     async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
-        """Note the pause."""
         self.paused, self.mode = True, mode
 
     def cut(self) -> None:
         """Do nothing: no stream is open."""
 
     def resume(self) -> None:
-        """Note the resume."""
         self.paused = False
 
 

@@ -28,7 +28,6 @@ class Talker(Scripted):
         self._cases += (Case("chat", {}, [answer], reason, failure) for answer in answers)
 
     async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
-        """Stream the scripted answer."""
         self.asked.append(request)
         self._case = self._cases.pop(0)
         async for event in super().generate(request):
@@ -36,7 +35,6 @@ class Talker(Scripted):
 
     @property
     def last(self) -> Sequence[Any]:
-        """The messages of the last request."""
         [*_, request] = self.asked
         return request.prompt.content
 

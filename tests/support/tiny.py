@@ -96,7 +96,6 @@ def oracle(base: Path, adapter: Path | None) -> Any:
 
 
 def oracle_tokens(model: Any, prompt: Sequence[int], new: int) -> list[int]:
-    """Greedy tokens of transformers."""
     ids = torch.tensor([list(prompt)])
     out = model.generate(
         input_ids=ids,
@@ -135,7 +134,6 @@ class World:
         return parse_deployment(data).deployment
 
     def build(self, store: Store, **lora: Any) -> None:
-        """Build the world's deployment into a store."""
         self._build(store, self.deployment(**lora))
 
     def built(self, **lora: Any) -> MemoryStore:
@@ -156,7 +154,6 @@ class World:
         build(deployment, BuildContext(store, sources), Progress(deployment.build.lora_adapters))
 
     def load(self, store: Store, publisher: Publisher | None = None, **settings: Any) -> Ready:
-        """Load the built deployment."""
         values = {
             "deployment": "tiny",
             "dtype": "float32",
@@ -187,7 +184,6 @@ def make_world_of(
     adapters: Mapping[str, Mapping[str, Any]],
     max_seq_len: int | None = None,
 ) -> World:
-    """Make the checkpoint of a config and adapters below a folder."""
     base = root / "base"
     make_checkpoint(base, config)
     folders = {}

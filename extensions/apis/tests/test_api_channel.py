@@ -17,7 +17,6 @@ from tests.support.waiting import until
 
 
 async def passed(value: Any) -> Any:
-    """Return the value as the peer gets it."""
     found: list[Any] = []
     one, other = Channel({}, {}, lambda: None), Channel({"value": found.append}, {}, lambda: None)
     connect(one, other)

@@ -60,7 +60,6 @@ class Replica:
         return client
 
     def pid_of(self, client: RawClient) -> int:
-        """The process that has a connection."""
         return self.pid_at(client.writer.get_extra_info("sockname")[1])
 
     def pid_at(self, port: int) -> int:
@@ -114,7 +113,6 @@ async def replica(
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Replica]:
-    """A replica that tests share."""
     async with replica(tmp_path_factory.mktemp("apis")) as made:
         yield made
 

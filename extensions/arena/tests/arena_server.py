@@ -89,7 +89,6 @@ class Versions(inference_grpc.InferenceServiceServicer):
 
 @asynccontextmanager
 async def serving(service: Versions) -> AsyncIterator[str]:
-    """Serve the service on loopback; yields the address."""
     server = inference_server("127.0.0.1:0", service)
     address = await server.start()
     await server.set_serving(True)

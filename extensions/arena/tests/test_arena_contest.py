@@ -43,7 +43,6 @@ async def hold(
     judge: str = "",
     patience: Patience = PATIENT,
 ) -> tuple[Found, Standings]:
-    """Run a whole contest."""
     async with serving(service) as address, AsyncClient(inference=address) as client:
         with AnswerFile(path) as retained:
             contest = Contest(client, plan, questions, retained, patience=patience)

@@ -69,7 +69,6 @@ def test_an_interval_is_as_wide_as_theory_says() -> None:
 
 
 def token(text: str, logprob: float | None) -> PromptToken:
-    """A token of a prompt."""
     return PromptToken(1, None if logprob is None else TokenLogprobs(logprob, (), text.encode()))
 
 

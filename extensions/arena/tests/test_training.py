@@ -49,7 +49,6 @@ async def test_each_checkpoint_of_a_trainer_is_a_version(world: Built, tmp_path:
 
 
 def at(step: int) -> tuple[TrainerState, TrainerControl]:
-    """The state of a trainer at a step."""
     return TrainerState(global_step=step, is_world_process_zero=True), TrainerControl()
 
 

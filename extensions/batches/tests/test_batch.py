@@ -18,7 +18,6 @@ CHAT = "/v1/chat/completions"
 
 
 def request(number: int, **fields: Any) -> dict[str, Any]:
-    """A line of a batch."""
     return {"custom_id": f"r{number}", "method": "POST", "url": CHAT, "body": {"n": number}} | fields
 
 

@@ -38,7 +38,6 @@ CHAT = "/v1/chat/completions"
 
 
 def line(custom_id: str, **body: Any) -> str:
-    """A line of a batch of chats."""
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body}) + "\n"
 
 
@@ -60,7 +59,6 @@ class Echo:
 
 @asynccontextmanager
 async def working(*workers: BatchWorker) -> AsyncIterator[list[asyncio.Task[None]]]:
-    """Let workers work."""
     tasks = [asyncio.create_task(worker.run()) for worker in workers]
     try:
         yield tasks
@@ -79,7 +77,6 @@ def openai_of(folder: Path, batches: BatchStore, ring: Keyring | None = None, ke
 
 
 async def created(client: AsyncOpenAI, text: str, **more: Any) -> Any:
-    """A batch of these lines."""
     file = await client.files.create(file=("in.jsonl", text.encode()), purpose="batch")
     fields = {"endpoint": CHAT, "completion_window": "24h"} | more
     return await client.batches.create(input_file_id=file.id, **fields)

@@ -33,7 +33,6 @@ class Azure:
     account_key: str
 
     def client(self) -> BlobServiceClient:
-        """A client that is independent of the product."""
         credential = {"account_name": ACCOUNT, "account_key": self.account_key}
         return BlobServiceClient(self.endpoint_url, credential, retry_total=0)
 

@@ -15,7 +15,6 @@ class FakeBucket:
         self.failures: list[SourceUnavailable] = []
 
     def list(self, prefix: str) -> Iterator[tuple[str, SourceFile]]:
-        """Yield the files."""
         if self.failures:
             raise self.failures.pop()
         for name, data in self.files.items():

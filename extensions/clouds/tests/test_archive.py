@@ -19,7 +19,6 @@ FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(
 
 
 def opened(data: bytes, max_unpacked: int = MAX_UNPACKED) -> Archive:
-    """An archive with this content."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the archive
     file.write(data)
     file.flush()

@@ -19,7 +19,6 @@ QUICK = RetryPolicy(attempts=3, wait_s=0.01)
 
 
 def source(bucket: FakeBucket, patience: RetryPolicy = QUICK) -> BucketSource:
-    """A source of one bucket."""
     return BucketSource(lambda _repository, _secrets: (bucket, "/one/"), Secrets(None, {}), patience)
 
 

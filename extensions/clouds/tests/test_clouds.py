@@ -69,7 +69,6 @@ def blobs(emulated: Any) -> Cloud:
 
 @pytest.fixture(params=["google", "blobs"])
 def cloud(request: pytest.FixtureRequest) -> Cloud:
-    """Each cloud in turn."""
     made: Cloud = request.getfixturevalue(request.param)
     return made
 

@@ -70,7 +70,6 @@ class Tracking:
     def read(
         self, word: str, into: Path, revision: str = "", **environment: str
     ) -> tuple[str, dict[str, bytes]]:
-        """Return the revision and the files of an address."""
         source = self.source(**environment)
         repository = parse_repository(word).model_copy(update={"revision": revision})
         resolved = source.resolve(repository)

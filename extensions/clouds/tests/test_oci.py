@@ -56,7 +56,6 @@ class Registry:
         return [self.layer(data, kind, **{names: name}) for name, data in FILES.items()]
 
     def repository(self, reference: str = ":v1") -> Repository:
-        """Return the repository at a reference."""
         return parse_repository(f"oci://{self.host}/lab/a{reference}")
 
     def source(self, auth: Mapping[str, str] | None = None) -> OciSource:
@@ -65,7 +64,6 @@ class Registry:
         return OciSource(Https(AddressGuard((self.host,))), Secrets(None, environment), None, PATIENCE)
 
     def read(self, reference: str = ":v1", into: Path | None = None) -> tuple[str, dict[str, bytes]]:
-        """Return the revision and the files of a reference."""
         source = self.source()
         with closing(source.resolve(self.repository(reference))) as resolved:
             fetched = source.fetch(resolved, resolved.files, into)
@@ -76,7 +74,6 @@ class Registry:
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
-    """A registry behind https."""
     with serve_https(tmp_path, "127.0.0.1") as site:
         monkeypatch.setenv("SSL_CERT_FILE", str(site.ca_file))
         yield Registry(site)
@@ -105,7 +102,6 @@ def as_model(registry: Registry) -> str:
 
 
 def as_folder(registry: Registry) -> str:
-    """A folder, as ORAS packs one."""
     packed = pack({f"ad/{name}": data for name, data in FILES.items()})
     notes = {TITLE: "ad", "io.deis.oras.content.unpack": "true"}
     return registry.tag(registry.layer(packed, f"{OCI}.layer.v1.tar+gzip", **notes))
@@ -179,7 +175,6 @@ def test_a_password_of_dockers_config_opens_a_registry(registry: Registry, beare
 
 
 def mislabelled(registry: Registry) -> Any:
-    """A layer that is not what its manifest says."""
     layer = registry.layer(b"content", "text", **{TITLE: "a"})
     registry.site.routes[f"/v2/lab/a/blobs/{layer['digest']}"] = b"another"
     return layer

@@ -56,14 +56,12 @@ def https_of(allowed: tuple[str, ...]) -> Https:
 def source(
     allowed: tuple[str, ...] = ("files.test",), patience: RetryPolicy | None = None, **secrets
 ) -> UrlSource:
-    """The source as a service opens it."""
     environment = {f"LORAMUX_SECRET_{name}": json.dumps(value) for name, value in secrets.items()}
     patience = patience or RetryPolicy(attempts=2, wait_s=0.01)
     return UrlSource(https_of(allowed), Secrets(None, environment), patience=patience)
 
 
 def repo(site: Site, path: str = "/a.tar.gz", host: str = "files.test", **fields: str) -> Repository:
-    """An archive of the server."""
     return Repository(source=SourceKind.REMOTE_URL, repo=f"https://{host}:{site.port}{path}{QUERY}", **fields)
 
 
@@ -314,7 +312,6 @@ def test_a_build_does_not_download_more_than_it_may_write(site, tmp_path, of_bas
 
 
 def url_source(secret: dict[str, str] | str = "", allowed: tuple[str, ...] = ("files.test",)) -> UrlSource:
-    """The source, with the text of a secret."""
     return UrlSource(https_of(allowed), secrets_of(secret), patience=PATIENCE)
 
 

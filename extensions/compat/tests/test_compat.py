@@ -38,7 +38,6 @@ def replica() -> Operated:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the replica's HTTP API."""
     silent = silent_service(tmp_path)
     limits = ServingLimits(64, frozenset({2}))
     service = GenerationService(replica.names, silent.text, silent.engine, limits)

@@ -41,11 +41,9 @@ class Machine:
         self.noted(rows, took_s)
 
     def rows(self, seq: Sequence) -> int:
-        """Return the rows that were not read."""
         return len(seq.progress.tokens) - self.read.get(seq, 0)
 
     def catch_up(self, lengths: Mapping[Sequence, int]) -> None:
-        """Read rows."""
         for seq, rows in lengths.items():
             self.read[seq] = self.read.get(seq, 0) + rows
         self._took(rows := sum(lengths.values()), self.draft_s * (1 + rows / 16))
@@ -63,7 +61,6 @@ class Machine:
         }
 
     def forget(self, seq: Sequence) -> None:
-        """Forget what was read."""
         self.read.pop(seq, None)
 
 

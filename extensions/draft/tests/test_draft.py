@@ -71,7 +71,6 @@ def replicas(world: tuple[World, MemoryStore]) -> tuple[Ready, Ready]:
 
 
 def draft_model(ready: Ready) -> DraftModel:
-    """Return a replica's draft model."""
     return cast(DraftChoice, ready.engine._engine._scheduler.lookup)._model
 
 

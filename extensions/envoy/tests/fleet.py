@@ -64,11 +64,9 @@ class Running:
 
     @property
     def apis(self) -> tuple[str, str]:
-        """Return the replica's addresses."""
         return self.grpc, self.http
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal."""
         os.kill(self.process.pid, number)
 
 
@@ -128,7 +126,6 @@ class Proxy:
         self.until_healthy(2 * len(self.fleet.replicas) if healthy else 0)
 
     def stop(self) -> None:
-        """End the process."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(BOUND_S)
@@ -189,7 +186,6 @@ def fleet_of(apis: Iterable[tuple[str, str]], **options: Any) -> Fleet:
 
 @contextmanager
 def proxy(fleet: Fleet, folder: Path) -> Iterator[Proxy]:
-    """Run Envoy."""
     made = Proxy(fleet, folder)
     try:
         made.start()

@@ -37,7 +37,6 @@ class Fleet:
         await asyncio.to_thread(self.proxy.start)
 
     async def stop(self) -> None:
-        """End everything."""
         for replica in self.replicas.values():
             replica.service.tokens.set()
             replica.service.ends.set()
@@ -77,7 +76,6 @@ class Fleet:
 
 @asynccontextmanager
 async def behind_envoy(made: Fleet, **options: Any) -> AsyncIterator[Fleet]:
-    """Start a fleet, and stop it."""
     try:
         await made.start(**options)
         yield made

@@ -255,7 +255,6 @@ async def test_a_certificate_of_another_name_is_no_replica(tmp_path: Path) -> No
 
 
 def refused(envoy: Proxy) -> int:
-    """Return the number of certificates that Envoy refused for their names."""
     return envoy.counter("ssl.fail_verify_san")
 
 

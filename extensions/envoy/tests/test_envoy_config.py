@@ -28,20 +28,17 @@ KEPT_S = 65
 
 @cache
 def printed(*words: str) -> str:
-    """Return the output of the command."""
     result = CliRunner().invoke(app, ["envoy", *words])
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def configured(*words: str) -> dict[str, Any]:
-    """The same, read."""
     found: dict[str, Any] = yaml.load(printed(*words), yaml.CSafeLoader)
     return found
 
 
 def values(tree: Any, name: str) -> Iterator[Any]:
-    """Every value of a name, at any depth."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             if key == name:

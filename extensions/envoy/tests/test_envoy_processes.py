@@ -37,7 +37,6 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def started(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Three replicas."""
     folder = tmp_path_factory.mktemp("fleet")
     with (
         running(world, folder, 3) as replicas,

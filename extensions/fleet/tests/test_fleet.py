@@ -29,14 +29,12 @@ TEXT = "the grey sea sings (0)"
 
 @pytest.fixture
 def three() -> Iterator[Replicas]:
-    """Three replicas."""
     with replicas(3) as made:
         yield made
 
 
 @pytest.fixture
 def client(three: Replicas) -> Iterator[Client]:
-    """A client of all replicas."""
     with Client(three.addresses, timeout_s=BOUND_S) as made:
         yield made
 
@@ -62,7 +60,6 @@ class Reading:
             self.seen.append(fault)
 
     def ended(self) -> list[Any]:
-        """Return the events, once it has ended."""
         self._thread.join(BOUND_S)
         assert not self._thread.is_alive()
         return self.seen

@@ -31,7 +31,6 @@ class Names:
         self.members = Members(["dns:///replicas:1"], self.look, lambda: self.now)
 
     def look(self, part: str) -> list[Address]:
-        """Answer."""
         self.asked.release()
         if self.answers is None:
             raise faults.SettingsInvalid(f"{part}: gone")

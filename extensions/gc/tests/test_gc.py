@@ -42,7 +42,6 @@ def publish(folder: Path, store: Store, *names: str, deployment: str = "tiny") -
 
 
 def published(folder: Path, *generations: str) -> MemoryStore:
-    """A store with generations of the adapters that each names."""
     store = MemoryStore()
     for names in generations:
         publish(folder, store, *names.split())
@@ -50,7 +49,6 @@ def published(folder: Path, *generations: str) -> MemoryStore:
 
 
 def digest(store: Store, name: str) -> str:
-    """The digest of an adapter that is served."""
     generation = current_generation(store, "tiny")
     return generation.adapters[name].digest
 

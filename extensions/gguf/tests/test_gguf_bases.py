@@ -60,7 +60,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tiny.World:
 
 
 def answers(world: tiny.World, models: list[str], **settings: Any) -> list[list[int]]:
-    """Return what a deployment of the file answers."""
     return tiny.run_engine(world.load(world.built(), **settings), [(name, PROMPT) for name in models], NEW)
 
 

@@ -25,7 +25,6 @@ Change = Callable[[gguf.GGUFWriter], None]
 def write(
     path: Path, *changes: Change, arch: str = "llama", tokens: int = VOCAB, kind: str = "F32", without: str = ""
 ) -> Path:
-    """Write a file of embeddings alone."""
     writer = gguf.GGUFWriter(path, arch)
     sizes = {"block_count": 1, "context_length": 64, "embedding_length": 64, "feed_forward_length": 64}
     for key, size in (sizes | {"attention.head_count": 4}).items():

@@ -28,7 +28,6 @@ def card(relation: str, parent: str) -> HubRepo:
 
 
 def content(folder: Path) -> HubRepo:
-    """A repository with the files of a folder."""
     return HubRepo({"main": COMMIT}, {path.name: path.read_bytes() for path in folder.iterdir()})
 
 

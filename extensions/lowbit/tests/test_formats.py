@@ -35,7 +35,6 @@ def described(config: dict[str, Any]) -> Any:
 def checkpoint(
     folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], dtype: torch.dtype
 ) -> Checkpoint:
-    """A checkpoint of these tensors."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return Checkpoint(folder, dtype, CPU, quantization=described(config))
 
@@ -185,8 +184,6 @@ def test_what_is_kept_as_it_is_is_served_as_it_is(tmp_path: Path) -> None:
 
 
 def _to(name: str, value: Any = None) -> Any:
-    """Give a tensor another value, or one that is made of its own; None removes it."""
-
     def change(tensors: dict[str, Tensor]) -> None:
         own = tensors.pop(name, None)
         if value is not None:

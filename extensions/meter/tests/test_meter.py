@@ -22,7 +22,6 @@ from tests.support.waiting import BOUND_S, wait_until
 
 
 async def scrape(address: str) -> Scrape:
-    """The metrics at an address."""
     async with httpx.AsyncClient(timeout=BOUND_S) as web:
         return Scrape((await web.get(f"http://{address}/metrics")).text)
 
@@ -71,7 +70,6 @@ class Clocks(list[Callable[[], None]]):
     """The timers of a module: each fires when the test fires it."""
 
     def timer(self, _: float, fire: Callable[..., None], provided: tuple[object, ...]) -> threading.Thread:
-        """Stand for threading.Timer."""
         self.append(partial(fire, *provided))
         made = threading.Thread()
         made.cancel = lambda: None  # type: ignore[attr-defined]
@@ -104,7 +102,6 @@ def test_silent_clients_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def closed_of(connections: list[socket.socket]) -> list[socket.socket]:
-    """The connections that the other end has closed."""
     return select.select(connections, [], [], 0)[0]
 
 

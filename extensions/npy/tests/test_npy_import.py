@@ -32,12 +32,10 @@ class Bench:
         self.context = workshop(root)
 
     def check(self, **lora: Any) -> CheckedReport:
-        """Check the adapter."""
         required = deployment_of(self.root, "npy", lora_configuration=lora)
         return check_one(required, self.context, Progress(["npy"]))
 
     def build(self, **lora: Any) -> Bundle:
-        """Build the bundle, and read it as a replica does."""
         return built(deployment_of(self.root, "npy", lora_configuration=lora), self.context).bundle("npy")
 
     def errors(self, **lora: Any) -> list[tuple[str, str]]:

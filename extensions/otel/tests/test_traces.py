@@ -39,7 +39,6 @@ class Watched:
         self._exporter = exporter
 
     def all_spans(self) -> tuple[ReadableSpan, ...]:
-        """The spans that have ended."""
         return self._exporter.get_finished_spans()
 
     async def spans(self, api: str) -> dict[str, ReadableSpan]:
@@ -55,7 +54,6 @@ class Watched:
         return spans
 
     async def generate(self, **metadata: str) -> list[pb.GenerateResponse]:
-        """Ask over gRPC."""
         sampling = pb.SamplingParams(max_tokens=4, ignore_eos=True)
         request = pb.GenerateRequest(model="rs", text="Hi", sampling=sampling)
         async with grpc.aio.insecure_channel(self.rpc) as channel:
@@ -86,7 +84,6 @@ async def watched(request: pytest.FixtureRequest, chatty: Built) -> AsyncIterato
 
 @pytest.fixture
 def lines() -> Iterator[list[Any]]:
-    """The log."""
     with structlog.testing.capture_logs([merge_contextvars]) as lines:
         yield lines
 

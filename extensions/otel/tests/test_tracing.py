@@ -24,7 +24,6 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, **variables: str) -> tuple[Tracing | None, list[Any]]:
-    """Tracing as an environment asks for it, and the log."""
     for name, value in variables.items():
         monkeypatch.setenv(f"OTEL_{name}", value)
     with structlog.testing.capture_logs() as lines:

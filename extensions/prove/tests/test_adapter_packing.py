@@ -29,7 +29,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
 
 @pytest.fixture(params=["native", "torch"])
 def loader_of(request, world):
-    """Makes loaders of a store, for a backend."""
     base = world[0].base
     config = read_config(base)
     settings = InferenceSettings(deployment="tiny", dtype="float32", backend=request.param, device="cpu")

@@ -70,12 +70,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def proved(deployment: Deployment) -> Deployment:
-    """The deployment, with proofs."""
     return deployment.model_copy(update={"build": deployment.build.model_copy(update={"prove": True})})
 
 
 def build_into(store: MemoryStore, world: World, **lora: Any) -> None:
-    """Build with proofs."""
     deployment = proved(world.deployment(**lora))
     context = BuildContext(store, open_sources(local_roots=[world.root]))
     with proved_here():
@@ -93,7 +91,6 @@ def float32(world: World) -> MemoryStore:
 
 @pytest.fixture(scope="module")
 def bfloat16(world: World) -> MemoryStore:
-    """A store with bundles in bfloat16."""
     store = MemoryStore()
     build_into(store, world, dtype="bfloat16")
     return store
@@ -141,7 +138,6 @@ def tampered(store: MemoryStore, name: str, change: Change, file: str = WEIGHTS_
 
 
 def b_of(rows: Any, manifest: Manifest, index: int) -> Any:
-    """B of a row, as a view."""
     row = manifest.rows[index]
     return rows[index, row.rank * row.in_features : row.rank * (row.in_features + row.out_features)]
 

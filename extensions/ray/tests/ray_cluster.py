@@ -129,12 +129,10 @@ class RayFleet:
 
     @property
     def rpc(self) -> str:
-        """Return the gRPC address."""
         return f"127.0.0.1:{self.grpc}"
 
     @property
     def url(self) -> str:
-        """Return the HTTP address."""
         return f"http://127.0.0.1:{self.http}"
 
     def run(
@@ -169,11 +167,9 @@ class RayFleet:
         return [answer for answer in answers if answer is not None]
 
     def until(self, true: Callable[[], bool], what: str) -> None:
-        """Wait until something is true."""
         wait_until(true, what, lambda: serve.status().applications)
 
     def close(self) -> None:
-        """End all."""
         self._ends.close()
 
 
@@ -187,7 +183,6 @@ def ray_world(root: Path) -> World:
 
 
 def settings_of(world: World) -> dict[str, Any]:
-    """Return the settings of a replica."""
     return {
         "deployment": "tiny",
         "store": f"file://{world.root}/store",

@@ -39,7 +39,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def cluster(world: World) -> Iterator[RayFleet]:
-    """The cluster, with all that runs on it."""
     running = RayFleet()
     try:
         builder = {"store": f"file://{world.root}/store", "local_roots": [str(world.root)]}
@@ -57,13 +56,11 @@ def fleet(cluster: RayFleet) -> RayFleet:
 
 
 def in_work(engine: Any) -> int:
-    """The requests that a replica has."""
     return int(engine._replica.ready.service.in_work)
 
 
 @pytest.fixture
 def client(fleet: RayFleet) -> Iterator[Client]:
-    """A client of ours at Ray's proxy."""
     with Client(fleet.rpc, fleet.rpc, timeout_s=BOUND_S) as opened:
         yield opened
 
@@ -244,7 +241,6 @@ def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: 
 
 
 def end_of(events: Generator[Event, None, None]) -> str:
-    """Return the end of a stream."""
     try:
         list(events)
     except ReplicaFailed as fault:

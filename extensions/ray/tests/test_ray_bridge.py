@@ -24,7 +24,6 @@ KEY = new_key()
 
 
 def bridge_of(service: Service, guard: Guard = NOBODY_GUARDS, *, insecure: bool = False) -> Bridge:
-    """The services of a replica."""
     servicer = InferenceServicer(service.ready.service)
     return Bridge([servicer.register], guard, None, insecure=insecure)
 
@@ -32,7 +31,6 @@ def bridge_of(service: Service, guard: Guard = NOBODY_GUARDS, *, insecure: bool 
 async def call(
     bridge: Bridge, method: str = GENERATE, key: str = "", peer: str = "127.0.0.1", **fields: Any
 ) -> list[list[bytes] | End]:
-    """The parts of an answer."""
     tokens = pb.TokenIds(ids=PROMPT)
     request = pb.GenerateRequest(**({"model": "base", "token_ids": tokens} | fields))
     metadata = (("authorization", f"Bearer {key}"),) if key else ()
@@ -41,7 +39,6 @@ async def call(
 
 
 def reason_of(end: list[bytes] | End) -> str:
-    """Why a call ended."""
     assert isinstance(end, End)
     [details] = [value for name, value in end.trailing if name == "grpc-status-details-bin"]
     info = error_details_pb2.ErrorInfo()

@@ -44,23 +44,19 @@ class Replica:
 
     @property
     def names(self) -> set[str]:
-        """The served names."""
         return {model.name for model in self.operated.names.everything}
 
     @property
     def marks(self) -> set[str]:
-        """The marks in the store."""
         prefix = resolved_key("demo")
         return {key.removeprefix(prefix) for key in self.store.list(prefix)}
 
     def wait(self, **time: float) -> None:
-        """Let time pass."""
         self.now += timedelta(**time)
 
 
 @pytest.fixture
 def replica() -> Replica:
-    """A replica that allows some sources."""
     return Replica(MemoryStore())
 
 

@@ -59,7 +59,6 @@ class World:
         return BuildContext(store, open_sources(local_roots=[self.folder]), self.folder / "work")
 
     def build(self, store, *names, **settings) -> Generation:
-        """Build a deployment."""
         adapters = {name: self.repository(name) for name in names}
         data = {"checkpoint_repository": self.repository("base"), "lora_adapters": adapters} | settings
         deployment = parse_deployment({"model_name": "tiny", "build": data}).deployment

@@ -41,12 +41,10 @@ class Rows:
     slots: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
 
     def write(self, blocks: Mapping[int, int]) -> None:
-        """Keep the rows of blocks."""
         for slot, block in blocks.items():
             self.slots[slot] = {at: self.cache[block * BLOCK + at] for at in range(BLOCK)}
 
     def read(self, slots: Mapping[int, int]) -> None:
-        """Give blocks the rows of slots."""
         for block, slot in slots.items():
             self.cache |= {block * BLOCK + at: row for at, row in self.slots[slot].items()}
 

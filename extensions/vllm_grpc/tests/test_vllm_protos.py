@@ -53,7 +53,6 @@ def shape(field: FieldDescriptor) -> tuple[object, ...]:
 
 
 def messages_of(file: FileDescriptor) -> list[Descriptor]:
-    """All messages of a file that have fields here."""
     return [message for message in file.message_types_by_name.values() if message.fields]
 
 
@@ -130,7 +129,6 @@ def engine_of_all(tmp_path: Path) -> SilentEngine:
 
 @pytest.fixture
 def services(replica: Operated, engine_of_all: SilentEngine, tmp_path: Path) -> VllmServices:
-    """vLLM's services of a replica with keys."""
     text, limits = Text.load(tmp_path, VOCAB), ServingLimits(64, frozenset({2}))
     service = GenerationService(replica.names, text, cast(EngineThread, engine_of_all), limits)
     return VllmServices(service, replica.manager)

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[VllmApis]:
-    """The ports of both services."""
     async with open_apis(world) as apis:
         yield apis
 

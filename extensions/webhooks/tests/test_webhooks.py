@@ -25,7 +25,6 @@ SECRET = "a secret"  # noqa: S105 - of a test
 
 
 def hf(repo: str, revision: str = "") -> Repository:
-    """A repository of the hub."""
     return Repository(source=SourceKind.HF, repo=repo, revision=revision)
 
 
@@ -74,7 +73,6 @@ class Fake:
         self.updates: list[list[str]] = []
 
     def update(self, deployment: str, adapters: Any) -> None:
-        """Note an update, or fail."""
         assert deployment == "tiny"
         if self.faults:
             raise self.faults.pop(0)

@@ -55,7 +55,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> GenerationService:
 
 
 def builder_servicer(folder: Path) -> BuilderServicer:
-    """A builder that has nothing."""
     context = BuildContext(MemoryStore(), open_sources(local_roots=[]), folder)
     return BuilderServicer(Builds(context, BuildLimits(running=1)), Checks(context))
 
@@ -78,7 +77,6 @@ async def guarded(
 
 
 def bearer(key: str | None) -> list[tuple[str, str]]:
-    """The metadata of a call."""
     return [] if key is None else [("authorization", f"Bearer {key}")]
 
 

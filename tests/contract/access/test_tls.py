@@ -76,7 +76,6 @@ async def open_apis(tmp_path: Path, certificates: Certificates) -> AsyncIterator
 
 
 async def refusal(apis: GuardedApis, **fields: Any) -> str:
-    """Return the one line with which a client is refused."""
     with pytest.raises(ServerUnavailable) as caught:
         await apis.ask(**fields)
     assert "\n" not in str(caught.value)

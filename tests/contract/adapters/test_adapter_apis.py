@@ -30,7 +30,6 @@ def replica() -> Operated:
 
 @pytest.fixture
 async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
-    """A client of the replica's gRPC API."""
     servicer = AdapterServicer(replica.manager)
     server = RpcServer("127.0.0.1:0", {SERVICE_NAME: servicer.register})
     async with AsyncClient(await server.start()) as client:
@@ -40,7 +39,6 @@ async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
 
 @pytest.fixture
 async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the replica's HTTP API."""
     silent = silent_service(tmp_path)
     limits = ServingLimits(64, frozenset({2}))
     service = GenerationService(replica.names, silent.text, silent.engine, limits)

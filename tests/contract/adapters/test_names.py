@@ -73,7 +73,6 @@ class ReplicaApis:
     generation: Generation
 
     def digest(self, name: str) -> str:
-        """The digest that a name had at the start."""
         return self.generation.adapters[name].digest
 
     def later(self, number: int, **digests: str) -> Generation:
@@ -96,7 +95,6 @@ class ReplicaApis:
 
 @asynccontextmanager
 async def opened(world: World, store: MemoryStore, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[ReplicaApis]:
-    """Serve a store over both APIs."""
     generation = current_generation(store, "tiny")
     async with (
         open_api((world, store), guard) as api,
@@ -110,7 +108,6 @@ async def opened(world: World, store: MemoryStore, guard: Guard = NOBODY_GUARDS)
 async def apis(
     world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
 ) -> AsyncIterator[ReplicaApis]:
-    """The APIs of a replica of the deployment."""
     async with opened(world[0], built[0]) as apis:
         yield apis
 

@@ -36,7 +36,6 @@ async def _tokens(service: Service, model: str, **fields: Any) -> tuple[str, lis
 
 @pytest_asyncio.fixture
 async def opened() -> AsyncIterator[Opened]:
-    """Opens services that close with the test."""
     made: list[Service] = []
 
     async def opened(world: tuple[World, MemoryStore], **settings: Any) -> Service:

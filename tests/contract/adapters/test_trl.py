@@ -85,7 +85,6 @@ def url(world: World) -> Iterator[str]:
 
 @contextmanager
 def _process(folder: Path, module: str, *flags: str) -> Iterator[None]:
-    """Run a service."""
     usual = {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_")}
     settings = SETTINGS if module == "inference_service" else {}
     with (folder / f"{module}.log").open("w") as log:
@@ -133,12 +132,10 @@ def open_loop(url: str, version: Any) -> Any:
 
 
 def no_reward(**_: Any) -> list[float]:
-    """Nothing is scored here."""
     return []
 
 
 def digest_of(url: str, name: str) -> str:
-    """The digest of a name, as operators are reported it."""
     listed = requests.get(f"{url}/v1/adapters", params={"page_size": 100}, timeout=BOUND_S).json()["data"]
     [found] = [each for each in listed if each["id"] == name]
     return str(found["digest"])

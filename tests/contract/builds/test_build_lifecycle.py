@@ -158,7 +158,6 @@ class Beats:
 
 @pytest.fixture
 async def beats(world: Builders, monkeypatch: pytest.MonkeyPatch) -> Beats:
-    """The beats of the world's builders."""
     return Beats(world, monkeypatch)
 
 

@@ -51,7 +51,6 @@ class Replica:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
-        """Listen while the block runs."""
         task = asyncio.create_task(BuilderNews(f"127.0.0.1:{self.port}", "d", self.hears).run())
         try:
             yield
@@ -71,7 +70,6 @@ class Replica:
             await server.drain(0)
 
     def hears(self) -> None:
-        """Count another generation."""
         self.heard += 1
 
 

@@ -38,7 +38,6 @@ class Served(Builders):
         self.stub: Any = None
 
     async def build(self, deployment: Deployment, request_id: str = "") -> pb.Deployment:
-        """Call BuildDeployment."""
         request = pb.BuildDeploymentRequest(deployment=deployment_to_message(deployment), request_id=request_id)
         return (await self.stub.BuildDeployment(request)).deployment
 
@@ -48,7 +47,6 @@ class Served(Builders):
         return [item.deployment async for item in calls]
 
     async def get(self, name: str = "tiny") -> pb.Deployment:
-        """Call GetDeployment."""
         return (await self.stub.GetDeployment(pb.GetDeploymentRequest(name=name))).deployment
 
 
@@ -62,7 +60,6 @@ async def world(tmp_path: Path) -> AsyncIterator[Served]:
 
 
 async def failure(call: Any) -> Fault:
-    """The fault that a call fails with."""
     with pytest.raises(grpc.RpcError) as error:
         await call
     return fault_of(error.value)

@@ -25,7 +25,6 @@ class Served(Builders):
     client: AsyncClient
 
     async def check(self, adapter: str, *required: LoraConfiguration, **more: object) -> AdapterReport:
-        """Check a folder against the base."""
         return await self.client.check(str(self.folder / adapter), str(self.folder / "base"), *required, **more)
 
 

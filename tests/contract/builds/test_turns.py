@@ -37,12 +37,10 @@ async def started(world: Builders) -> Builds:
 
 
 def wish(world: Builders, *names: str, **fields: Any) -> Update:
-    """Adapters that come in."""
     return Update(name="tiny", add={name: world.repository(name) for name in names}, **fields)
 
 
 async def end_of(builds: Builds, request_id: str) -> DeploymentView:
-    """Return how the build of a request ended."""
     async with bounded(f"the end of {request_id}"):
         return [view async for view in builds.watch("tiny", request_id=request_id)][-1]
 

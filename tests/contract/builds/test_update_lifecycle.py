@@ -24,7 +24,6 @@ from tests.support.mortal import Killed, Mortal, copied
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[Builders]:
-    """A world that serves one adapter."""
     made = Builders(tmp_path)
     built(made.deployment("one"), made.context())
     yield made

@@ -37,12 +37,10 @@ class World(Builders):
     channel: grpc.aio.Channel
 
     async def build(self, deployment: Deployment, *, exact: bool = False) -> DeploymentInfo:
-        """Build to the end."""
         await self.client.build(deployment, exact=exact)
         return await self.ended()
 
     async def update(self, *names: str, remove: Iterable[str] = (), **fields: Any) -> DeploymentInfo:
-        """Update to the end."""
         await self.client.update("tiny", {name: self.repository(name) for name in names}, remove, **fields)
         return await self.ended()
 
@@ -142,7 +140,6 @@ class Overtaken(Gated):
     """Another builder publishes generation 3 in the moment in which generation 2 is there."""
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Store, and be overtaken."""
         super().put(key, data)
         if key == generation_key("tiny", 2) and isinstance(data, bytes):
             change = {"number": 3, "request_default_max_tokens": 7}
@@ -318,7 +315,6 @@ NAMED = pb.PutAdapterRequest(
 
 
 def chunk(file: str, data: bytes = b"x") -> pb.PutAdapterRequest:
-    """A piece of a file."""
     return pb.PutAdapterRequest(chunk=pb.FileChunk(file=file, data=data))
 
 

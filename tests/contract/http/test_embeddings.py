@@ -32,7 +32,6 @@ async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIApi]:
 
 
 async def made(api: OpenAIApi, **fields: Any) -> list[np.ndarray[Any, Any]]:
-    """The vectors of a request."""
     answer = await api.post(PATH, **{"model": "base", "input": IDS} | fields)
     assert answer.status_code == 200, answer.text
     data = answer.json()["data"]
@@ -41,7 +40,6 @@ async def made(api: OpenAIApi, **fields: Any) -> list[np.ndarray[Any, Any]]:
 
 
 def unit(vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the vector at length 1."""
     return vector / np.linalg.norm(vector)
 
 

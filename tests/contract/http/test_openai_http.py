@@ -234,7 +234,6 @@ async def test_health_and_version(api: OpenAIApi, monkeypatch: pytest.MonkeyPatc
 
 
 def _sent(body: dict[str, Any]) -> bytes:
-    """A request as bytes."""
     content = json.dumps(body).encode()
     return (
         b"POST %s HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n" % (COMPLETIONS.encode(), JSON, len(content))

@@ -40,7 +40,6 @@ def make_classifier(base: Path, folder: Path, labels: int, seed: int, **config: 
 
 
 def bare(base: Path) -> Any:
-    """The base without a head."""
     return AutoModel.from_pretrained(base, dtype=torch.float32)
 
 

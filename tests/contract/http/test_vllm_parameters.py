@@ -48,7 +48,6 @@ def body(path: str, **fields: Any) -> dict[str, Any]:
 
 
 async def whole(api: OpenAIApi, path: str = PLAIN, **fields: Any) -> dict[str, Any]:
-    """An answer that is one object."""
     answer = await api.post(path, **body(path, **fields))
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
@@ -72,7 +71,6 @@ async def streamed(api: OpenAIApi, path: str, count: int, **fields: Any) -> list
 
 
 async def refusal(api: OpenAIApi, path: str = PLAIN, **fields: Any) -> tuple[str, str]:
-    """The parameter and the code of a refusal."""
     answer = await api.post(path, **body(path, **fields))
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]

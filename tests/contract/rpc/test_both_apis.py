@@ -24,7 +24,6 @@ LOOK = {"type": "function", "function": {"name": "look"}}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def apis(api_processes: int, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FuzzedApis]:
-    """The endpoints of an inference service."""
     async with (
         open_api(openai_world(tmp_path_factory.mktemp("both"))) as http,
         open_rpc(http.ready.service) as server,

@@ -53,7 +53,6 @@ async def apis(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> 
 
 
 def patience(limit: str = "", *, keys: bool = False) -> pytest.MarkDecorator:
-    """Endpoints with a limit, and with API keys."""
     return pytest.mark.parametrize("apis", [(limit, keys)], indirect=True, ids=[""])
 
 

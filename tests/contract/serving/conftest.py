@@ -11,7 +11,6 @@ from tests.support.tiny import World
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
-    """A loaded service for all tests."""
     service = await open_service(world)
     yield service
     await service.close()

@@ -52,7 +52,6 @@ def ready(service: Service) -> Ready:
 
 
 async def ask(ready: Ready, kind: Kind, text: str = "", **fields: Any) -> list[tuple[str, EndReason]]:
-    """Text and end of every answer."""
     request = Request.of(fields.pop("model", "base"), PROMPT, constraint=Constraint(kind, text), **fields)
     texts, ends = ["" for _ in range(request.output.n)], {}
     async for event in ready.service.generate(request):

@@ -30,7 +30,6 @@ async def api(chatty: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIApi]:
 
 
 async def scrape(api: OpenAIApi) -> Scrape:
-    """Return a scrape of /metrics."""
     response = await api.http.get("/metrics")
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"

@@ -69,8 +69,6 @@ def started(module: str, endpoint: str, folder: Path) -> Iterator[tuple[Forked, 
 
 
 def logged(process: Forked, log: Path, event: str) -> dict[str, str]:
-    """Read a log until an event."""
-
     def found() -> list[dict[str, str]]:
         assert process.poll() is None, log.read_text()
         lines = [line for line in log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]

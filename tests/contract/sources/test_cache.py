@@ -36,13 +36,11 @@ class Remote:
         self.record: BaseRecord = describe_base(sources, repository).record
 
     def fetch(self, cache: Path) -> Path:
-        """Fetch the base as a replica does."""
         return fetch_base(self.record, cache, self.sources)
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    """A hub."""
     with serve_hub() as hub:
         yield hub
 

@@ -25,7 +25,6 @@ TOKEN = "hf_not_a_real_one"  # noqa: S105 - of the small hub
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The files of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -52,7 +51,6 @@ def source(hub: Hub, **environment: str) -> HubSource:
 
 
 def repo(name: str, **fields: str) -> Repository:
-    """A repository of the hub."""
     return Repository(source=SourceKind.HF, repo=name, **fields)
 
 

@@ -34,7 +34,6 @@ def silence(caplog: pytest.LogCaptureFixture, *secrets: str) -> Iterator[None]:
 
 
 def secrets_of(value: dict[str, str] | str) -> Secrets:
-    """The secret `key`."""
     return Secrets(None, {"LORAMUX_SECRET_key": value if isinstance(value, str) else json.dumps(value)})
 
 

@@ -310,7 +310,6 @@ class _Answers(socketserver.StreamRequestHandler):
 
 @contextmanager
 def _answering(head: str, bodies: Callable[[int], Iterable[bytes]]) -> Iterator[tuple[type[_Answers], S3Store]]:
-    """A server of our own, and a store there."""
     handler = type("Handler", (_Answers,), {"head": head.encode(), "bodies": staticmethod(bodies)})
     with served(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)) as address:
         yield handler, S3Store("bucket", endpoint_url=f"http://{address}")

@@ -36,7 +36,6 @@ class Exhibit:
 
     @property
     def refused(self) -> bool:
-        """True when a code refuses the exhibit."""
         return any(code.startswith("E_") for code in self.codes)
 
 
@@ -51,12 +50,10 @@ def of_config(name: str, codes: str, **config: Any) -> Exhibit:
 
 
 def of_tensors(name: str, codes: str, values: Callable[[], Tensors], **settings: Any) -> Exhibit:
-    """An exhibit of a good config with these tensors."""
     return exhibit(name, codes, lambda folder: adapter(folder, values()), **settings)
 
 
 def of_config_text(name: str, codes: str, text: Callable[[], str]) -> Exhibit:
-    """An exhibit of good tensors whose config is this text."""
     return exhibit(name, codes, lambda folder: (adapter(folder) / CONFIG).write_text(text()))
 
 
@@ -92,7 +89,6 @@ def base(folder: Path, config: dict[str, Any]) -> None:
 
 
 def embeddings() -> np.ndarray[Any, Any]:
-    """Return the museum's embeddings."""
     return np.random.default_rng(7).normal(size=(VOCAB, HIDDEN)).astype(ml_dtypes.bfloat16)
 
 

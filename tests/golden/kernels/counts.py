@@ -7,7 +7,6 @@ TABLE = Path(__file__).with_name("counts.txt")
 
 
 def text() -> str:
-    """Return the counts."""
     from benchmarks import counts  # its kernels are not to be compiled
 
     return "\n".join(counts.lines()).rstrip("\n") + "\n"

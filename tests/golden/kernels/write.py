@@ -26,12 +26,10 @@ def printed(
 
 
 def recorded() -> list[Line]:
-    """Read the table."""
     return [Line.parse(line) for line in TABLE.read_text().splitlines()[1:]]
 
 
 def package_of(line: Line) -> str:
-    """The package that a line is about."""
     return line.name.partition(".")[0]
 
 

@@ -46,7 +46,6 @@ def replica(sequences: SequenceCounts, models: tuple[ServedModel, ...] = MODELS)
 
 
 def everything() -> Scrape:
-    """Serve one request, and scrape."""
     metrics = replica(SequenceCounts({}, {}))
     with following(Request.of("pirate", "Hi"), [metrics]) as follower:
         follower.record.model = MODELS[1]

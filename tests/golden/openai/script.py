@@ -82,7 +82,6 @@ class Scripted(GenerationService):
         self._case = case
 
     async def generate(self, request: Request, sink: Sink[AnswerDelta] | None = None) -> AsyncGenerator[Event]:
-        """Stream the answer of the case."""
         check(request, self.text.vocab, max_queue=16, max_seq_len=self.limits.max_seq_len)
         prompt = request.prompt.content if isinstance(request.prompt.content, str) else "??"
         yield AnswerStarted(request.id, self.catalog.get(request.model.name), 7, len(prompt), self.text)
@@ -153,5 +152,4 @@ def pretty(body: bytes) -> bytes:
 
 
 def path_of(name: str) -> Path:
-    """Return where the transcript of a case is kept."""
     return FOLDER / f"{name}.{'sse' if CASES[name].body.get('stream') else 'json'}"

@@ -67,16 +67,13 @@ class Shape:
 
     @property
     def refused(self) -> bool:
-        """Return True if a code refuses it."""
         return any(code.startswith("E_") for code in self.codes.split())
 
     @property
     def name(self) -> str:
-        """The unique name of a shape."""
         return f"{self.writer} {self.release} {self.what}"
 
     def write(self, folder: Path) -> Path:
-        """Write the folder as the program does."""
         folder.mkdir(parents=True)
         for name in self.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,6 @@ SUMMARY = AdapterSummary(
 
 
 def digest(text: str) -> str:
-    """A digest that begins with a text."""
     return generations.record(text).digest
 
 
@@ -44,7 +43,6 @@ def catalog(adapters: Mapping[str, str], **fields: Any) -> Catalog:
 
 @contextmanager
 def caller(*models: str) -> Iterator[None]:
-    """Limit the caller to these models."""
     token = ACCESS.set(Access("ann", frozenset({Scope.INFER}), frozenset(models)))
     try:
         yield

@@ -28,7 +28,6 @@ def generation(*names, **fields):
 
 
 def other_base(file="b", revision="1"):
-    """The fields of a generation with a base of one file."""
     source = Repository(source=SourceKind.HF, repo="org/base", revision=revision)
     return {"base": BaseRecord(source=source, files={"x": FileDigest(size=1, sha256=file * 64)})}
 

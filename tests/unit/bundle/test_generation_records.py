@@ -38,7 +38,6 @@ IN, OUT = 6, 10
 
 
 def row(layer: int, rank: int, vectors: int = 0) -> ModuleRow:
-    """A row of one module."""
     norms = {"norm_a": 1.0, "norm_b": 1.0, "norm_ba": 1.0}
     sizes = {"rank": rank, "in_features": IN, "out_features": OUT, "vectors": vectors}
     return ModuleRow(layer=layer, module_id=1, module="attn_q", scale=1.0, **norms, **sizes)
@@ -95,7 +94,6 @@ FILES = ("model.lora_weights.npy", "model.lora_config.npy", "manifest.json")
 
 @pytest.fixture
 def store(tmp_path):
-    """A store with one deployment of one adapter."""
     store = MemoryStore()
     write_base(tmp_path / "base")
     write_adapter(tmp_path / "one")

@@ -107,7 +107,6 @@ def as_models_write(family: Family, call: str) -> str:
 
 
 def head_of(family: Family) -> str:
-    """Return the text before an answer."""
     return "<|channel|>final<|message|>" if family.tool is T.HARMONY else ""
 
 

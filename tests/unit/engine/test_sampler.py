@@ -76,7 +76,6 @@ def seq(tokens, answer=None, grammar: Grammar | None = None, **sampling: Any) ->
 
 
 def logits(seed: int, rows: int = 1) -> torch.Tensor:
-    """Random logits [rows, vocab]."""
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 

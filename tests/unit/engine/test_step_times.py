@@ -54,7 +54,6 @@ class Machine:
     took_s: list[float] = field(default_factory=list)
 
     def submit(self, batch: Batch) -> Pending:
-        """Be at work on a batch, behind the one before."""
         prompts = [chunk for chunk in batch.chunks if chunk.seq.progress.num_pending > 1]
         rows = sum(chunk.length * self.row_s for chunk in prompts)
         area = sum(chunk.length * (chunk.start + chunk.end) / 2 for chunk in prompts)
@@ -229,7 +228,6 @@ def _drafting(machine: Machine, streams: int) -> Engine:
 
 
 def _token_s(machine: Machine, engine: Engine, steps: int) -> float:
-    """Return the seconds of a token, over steps to come."""
     began_s, before = machine.now_s, engine.stats.tokens_generated
     _run(engine, steps)
     return (machine.now_s - began_s) / (engine.stats.tokens_generated - before)

@@ -131,7 +131,6 @@ PACKAGES = ("shared/loramux_shared", "builder_service", "loramux", "inference_se
 
 
 def codes_in(path: Path) -> list[str]:
-    """The strings of a module that are codes."""
     return re.findall(r'"([EW]_[A-Z0-9]+(?:_[A-Z0-9]+)*)"', path.read_text(encoding="utf-8"))
 
 

@@ -24,7 +24,6 @@ def _tuple(value: Any) -> Any:
 
 
 def named(fields: dict[str, Any]) -> list[str]:
-    """Return the names of the fields out of bounds in a request."""
     fields = {"prompt": (5, 6)} | {name: _tuple(value) for name, value in fields.items()}
     try:
         check(Request.of("base", **fields), VOCAB, QUEUE, LENGTH)

@@ -22,12 +22,10 @@ class Client:
         self.sent: list[bytes] = []
 
     async def receive(self) -> Message:
-        """Return when the client is gone."""
         await self.gone.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Note a part of the body."""
         if body := message.get("body"):
             self.sent.append(body)
             self.heard.set()

@@ -11,7 +11,6 @@ from loramux_shared.faults import ResourcesExhausted
 
 
 def slab(pages: int) -> Slab:
-    """Return memory that nothing locks."""
     return Slab(pages * ALIGNMENT, lambda _address, _num_bytes: 0)
 
 

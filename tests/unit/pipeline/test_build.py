@@ -129,7 +129,6 @@ class FakeSource:
         return Archived(repository, {name: SourceFile(size) for name, size in self._sizes.items()})
 
     def fetch(self, resolved, names, into, progress=unwatched) -> dict[str, FileDigest]:
-        """Write nothing."""
         del into, progress
         return {name: FileDigest(size=resolved.files[name].size, sha256="0" * 64) for name in names}
 
@@ -142,7 +141,6 @@ class FakeSource:
 def fetch(
     folder: Path, source: FakeSource, *names: str, max_bytes=None
 ) -> tuple[Progress, list[FetchedAdapter]]:
-    """Fetch adapters whose addresses are their names."""
     adapters = {
         name: Repository(source=SourceKind.REMOTE_URL, repo=f"https://h/{name}?sig=canary") for name in names
     }

@@ -38,7 +38,6 @@ def sharded_base(folder: Path) -> None:
 
 
 def manifest_of(folder: Path) -> Manifest:
-    """Build the adapter of a folder and return its manifest."""
     return built(deployment_of(folder, "one"), workshop(folder)).bundle().manifest
 
 

@@ -51,7 +51,6 @@ class Errors:
         self.passed = 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note the report."""
         self.passed += report.when == "call" and report.passed
         if report.when == "teardown" and report.failed:
             self.found[report.nodeid.partition("::test_")[2]] = str(report.longrepr)

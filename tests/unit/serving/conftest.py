@@ -9,7 +9,6 @@ from tests.unit.serving.threads import Threads
 
 @pytest_asyncio.fixture
 async def threads() -> AsyncIterator[Threads]:
-    """Makes threads that end with the test."""
     made = Threads()
     yield made
     await made.end()

@@ -24,12 +24,10 @@ HERE = Path(__file__).parent
 
 @cache
 def rendered(overlay: str) -> list[Resource]:
-    """Return the resources of `kubectl apply -k`."""
     return render(KUBERNETES / overlay)
 
 
 def render(folder: Path) -> list[Resource]:
-    """Have kubectl make the resources of a kustomization."""
     kubectl = str(Path(sys.executable).with_name("kubectl"))
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
@@ -81,7 +79,6 @@ def custom_pods(resource: Resource) -> Iterator[Resource]:
 
 
 def pods(resources: list[Resource]) -> Iterator[tuple[dict[str, str], Resource]]:
-    """Labels and spec of every pod that resources make."""
     for each in resources:
         if each["kind"] in ("Deployment", "Job"):
             template = each["spec"]["template"]
