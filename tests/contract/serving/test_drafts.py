@@ -1,4 +1,4 @@
-"""The number of drafted tokens: the deployment's current value, unless the replica has its own."""
+"""Drafts of a replica: how many tokens they have, and which requests have none."""
 
 import pytest
 
@@ -6,8 +6,9 @@ from inference_service.replica import Operators
 from inference_service.serving.request import Request
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.memory import MemoryStore
 from tests.support.metrics import Scrape
-from tests.support.tiny import make_world
+from tests.support.tiny import World, make_world, run_engine
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,14 @@ async def test_a_deployment_says_how_many_unless_the_replica_does(
     await operators.end()
     await ready.engine.stop()
     assert tuple(found) == drafts
+
+
+def test_what_shapes_its_logits_is_not_drafted(world: tuple[World, MemoryStore]) -> None:
+    """A penalty looks at the tokens in between; the answer is that of a replica without drafts."""
+    requests = [("base", [5, 6, 7, 8] * 4)]
+    answers = []
+    for drafts in (0, 6):
+        ready = world[0].load(world[1], native=False, speculative_tokens=drafts)
+        answers.append(run_engine(ready, requests, 30, presence_penalty=-2.0))
+        assert ready.engine.stats.tokens_drafted == 0
+    assert answers[0] == answers[1]

@@ -1,4 +1,7 @@
-"""Cache blocks, found again by their content; by kind: of layers that see only so far, and carried states."""
+"""Cache blocks, found again by their content; by kind: of layers that see only so far, and carried states.
+
+An engine one step ahead uses a token before it is known, and may draft: nothing changes but when one is seen.
+"""
 
 import itertools
 import random
@@ -6,11 +9,12 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings, strategies as st
 
 from inference_service.core.adapter import Adapter, activation
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import GONE, Batch, Sequence, StepOutput, Token
+from inference_service.core.sequence import GONE, Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.blocks import StateSlots, prefix_key
 from inference_service.engine.engine import Engine
@@ -34,7 +38,10 @@ _ids = itertools.count()
 
 @dataclass
 class Device:
-    """A runner whose layers read caches as attention and a recurrence do; tokens are checksums of them."""
+    """A runner whose layers read caches as attention and a recurrence do; tokens are checksums of them.
+
+    A window of few tokens makes it a model that repeats itself.
+    """
 
     depth: int
     windows: Windows
@@ -43,6 +50,9 @@ class Device:
     states: dict[int, int] = field(default_factory=dict)
     drawn: dict[Sequence, int] = field(default_factory=dict)
     ids: list[int] = field(default_factory=list)
+    lengths: list[dict[str, int]] = field(default_factory=list)
+    """Rows of each sequence, by step."""
+    broken: bool = False
 
     def submit(self, batch: Batch) -> Pending:
         """Copy states, write the rows' tokens, read the visible rows of the last ones."""
@@ -63,18 +73,30 @@ class Device:
                 for token in own:
                     state = _next_state(state, token, uid)
                 self.states[context.slot] = state
-            seen[chunk.seq] = context
-        self.ids = [self._draw(seen[seq], ahead) for seq, ahead in zip(rows.sampled, rows.ahead, strict=True)]
+            seen[chunk.seq] = context, context.end - chunk.drafted
+        ids = self.ids = []
+        for seq, ahead in zip(rows.sampled, rows.ahead, strict=True):
+            known = [*seq.progress.tokens, *batch.drafts.get(seq, [])[:ahead]]
+            ids.append(self._draw(seen[seq][0], seen[seq][1] + ahead, known))
         self.drawn = {seq: place for place, seq in enumerate(rows.sampled)}
-        ids = self.ids
-        return Pending(tuple(rows.sampled), lambda: [Token(token) for token in ids], drafts=rows.drafts)
+        self.lengths.append({chunk.seq.id: chunk.length for chunk in batch.chunks})
+        broken = self.broken
 
-    def _draw(self, context: Context, ahead: int) -> int:
-        del ahead  # nothing is drafted here
+        def wait() -> list[Token]:
+            if broken:
+                raise RuntimeError
+            return [Token(token) for token in ids]
+
+        return Pending(tuple(rows.sampled), wait, drafts=rows.drafts)
+
+    def _draw(self, context: Context, end: int, known: list[int]) -> int:
         found = [
-            tuple(self.caches[group][_place(context, group, at)] for at in _seen(context.end, window))
+            tuple(self.caches[group][_place(context, group, at)] for at in _seen(end, window))
             for group, window in enumerate(self.windows)
         ]
+        for window, content in zip(self.windows, found, strict=True):
+            pairs = zip(content, known[_seen(end, window).start :], strict=False)
+            assert all(token == expected for (token, _), expected in pairs)
         return _checksum(found, self.states[context.slot] if self.stateful else 0)
 
 
@@ -126,6 +148,8 @@ class Base:
     prefix_cache: bool = True
     spacing: int = 2
     seqs: int = SEQS
+    drafted: int = 0
+    """Most tokens of a draft; with states nothing is drafted."""
 
     def engine(self) -> tuple[Engine, Device, BlockManager]:
         sizes = [
@@ -138,14 +162,15 @@ class Base:
             states = StateSlots(self.seqs + self.snapshots, BLOCK, spacing)
         manager = BlockManager(sizes, BLOCK, self.windows, states=states, prefix_cache=self.prefix_cache)
         device = Device(self.depth, self.windows, self.snapshots is not None)
-        limits = SchedulerLimits(self.rows, self.seqs, 2, LONGEST)
+        drafted = 0 if states is not None else self.drafted
+        limits = SchedulerLimits(self.rows, self.seqs, 2, LONGEST, speculative_tokens=drafted)
         engine = Engine(device, limits, manager, Residents(), clock=lambda: 0.0)
         return engine, device, manager
 
 
 BASES = st.builds(
     Base,
-    windows=st.sampled_from([(None,), (5,), (None, 6), (3, None), (9, None, 2), (1, 8)]),
+    windows=st.sampled_from([(None,), (5,), (None, 6), (3, None), (9, None, 2), (1, 8), (1,), (2,)]),
     snapshots=st.sampled_from([None, 0, 1, 3, 9]),
     blocks=st.integers(16, 30),
     sliding=st.integers(0, 24),
@@ -153,6 +178,7 @@ BASES = st.builds(
     depth=st.integers(0, 1),
     prefix_cache=st.booleans(),
     spacing=st.integers(1, 4),
+    drafted=st.sampled_from([0, 0, 1, 3, 9]),
 )
 REQUESTS = st.tuples(
     st.integers(1, 50),  # tokens of the prompt
@@ -193,10 +219,10 @@ def _expect_sound(engine: Engine, manager: BlockManager) -> None:
         assert sorted(slots + others) == list(range(manager.states.num_slots))
 
 
-@settings(max_examples=examples(70), deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(BASES, st.lists(st.one_of(REQUESTS, st.just("step"), st.integers(0, 9)), min_size=1, max_size=30))
 def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) -> None:
-    """Answers equal those of the request alone, for all layers and any memory; no block leaks."""
+    """Answers equal those of the request alone, for all layers and any memory, with drafts or a step ahead."""
     engine, _, manager = base.engine()
     added: dict[str, tuple[list[int], SamplingParams, int]] = {}
     outputs: list[StepOutput] = []
@@ -225,6 +251,7 @@ def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) 
         answer = [output.token.id for output in mine if output.token]
         expected = _expected(prompt, sampling, uid, base.windows, base.snapshots is not None)
         assert answer == (expected[: len(answer)] if seq_id in aborted else expected)
+        assert [output.first for output in mine] == [True, *[False] * (len(mine) - 1)][: len(mine)]
         assert sum(output.finish is not None for output in mine) == (seq_id not in aborted)
     assert all(group.pool.num_free == group.pool.num_blocks for group in manager.groups)
     if manager.states is not None:
@@ -260,19 +287,64 @@ def test_a_prefix_is_found_where_a_window_can_still_see_what_it_needs() -> None:
     assert all(manager.groups[0].knows(again, index) for index in range(10))
 
 
-def test_after_a_failed_step_no_state_is_trusted() -> None:
-    engine, _, manager = Base(snapshots=3, spacing=1).engine()
+@pytest.mark.parametrize("snapshots", [None, 3])
+def test_after_a_failed_step_nothing_is_trusted(snapshots: int | None) -> None:
+    """All sequences end once as FAILED, steps under way are dropped, and nothing of theirs is found."""
+    engine, device, manager = Base(snapshots=snapshots, spacing=1, depth=1).engine()
     prompt = list(range(20))
-    _run(engine, manager, prompt)
+    if manager.states is not None:
+        _run(engine, manager, prompt)
     failing = Sequence("failing", [*prompt, *range(30, 40)], SamplingParams(max_tokens=9))
+    device.broken = True
     engine.add(failing)
     engine.step()
-    engine.fail_all()
-    manager.keep()
-    assert manager.states.longest(failing, 7) == 0
-    assert manager.states.num_free == manager.states.num_slots
-    assert manager.copies() == ()
-    assert _run(engine, manager, prompt).progress.num_cached == 0
+    device.broken = False
+    assert [output.finish for output in engine.fail_all()] == [EndReason.FAILED]
+    if manager.states is not None:
+        manager.keep()
+        assert manager.states.longest(failing, 7) == 0
+        assert manager.states.num_free == manager.states.num_slots
+        assert manager.copies() == ()
+    again = _run(engine, manager, prompt, new=2)
+    assert again.progress.num_cached == 0
+    assert again.progress.tokens[20:] == _expected(prompt, again.sampling, 0, (None,), snapshots is not None)
+
+
+def test_a_failing_step_loses_no_end_of_the_others() -> None:
+    """A sequence whose deadline passed before a step that raised ends with it, the others as FAILED."""
+    engine, device, _ = Base().engine()
+    late, other = (
+        Sequence(name, [1], SamplingParams(), deadline_s=at) for name, at in (("late", -1.0), ("other", None))
+    )
+    device.broken = True
+    engine.add(late)
+    engine.add(other)
+    with pytest.raises(RuntimeError):
+        engine.step()
+    ends = {output.seq_id: output.finish for output in engine.fail_all()}
+    assert ends == {"late": EndReason.DEADLINE, "other": EndReason.FAILED}
+
+
+def test_a_deadline_ends_a_sequence_with_a_token_in_flight() -> None:
+    """A token that was drawn for an expired sequence is dropped, and its blocks come back."""
+    engine, _, manager = Base(depth=1).engine()
+    engine.add(Sequence("late", [1, 2], SamplingParams(max_tokens=9), deadline_s=1.0))
+    engine.step()
+    engine._clock = lambda: 2.0
+    assert [(output.seq_id, output.finish) for output in engine.step()] == [("late", EndReason.DEADLINE)]
+    assert engine.idle
+    assert manager.groups[0].pool.num_free == manager.groups[0].pool.num_blocks
+
+
+def test_repeated_text_comes_in_few_steps() -> None:
+    """Steps after the first round of a model that goes in a circle give as many tokens as a draft allows."""
+    engine, device, manager = Base((1,), drafted=3).engine()
+    seq = _run(engine, manager, [1, 2], new=30)
+    assert seq.progress.tokens[2:] == _expected([1, 2], seq.sampling, 0, (1,), stateful=False)
+    stats = engine.stats
+    assert len(device.lengths) + stats.tokens_accepted == stats.tokens_generated == 30
+    assert stats.tokens_accepted > 15
+    assert max(lengths[seq.id] for lengths in device.lengths[1:]) == 4
 
 
 def test_who_was_called_elsewhere_in_a_block_has_another_block() -> None:
