@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 from transformers import LlamaConfig, Olmo2Config, PreTrainedConfig, Qwen3_5TextConfig
 
 from inference_service.adapters.loader import Packer
@@ -36,7 +37,7 @@ from tests.models.test_families import PARTS, SETS
 from tests.support.grammars import only
 from tests.support.ranks import divided
 from tests.support.service import Service
-from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, run_engine, sequence
+from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, next_logprobs, run_engine, sequence
 from tests.support.waiting import ended, until
 
 DELTA = Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"], pad_token_id=0)
@@ -177,6 +178,22 @@ def test_nothing_around_a_request_changes_a_bit(built: tuple[World, Store], dtyp
         assert with_logprobs(chunked, requests) == alone
     assert chunked.engine.stats.prefix_tokens_hit
     close(chunked)
+
+
+def test_rounded_parts_are_as_close_to_the_base(built: tuple[World, Store]) -> None:
+    """Ranks round the part of a row that each has by itself, and lose as much of answers as one process."""
+    found, requests = [], [(name, [5, 6, 7 + place]) for place, name in enumerate(MODELS * 3)]
+    for settings in (
+        {"tensor_parallel": 1},
+        {"tensor_parallel": 1, "quantization": "int8"},
+        {"quantization": "int8"},
+    ):
+        ready = load(built, adapter_memory_gb=None, **settings)
+        answers = next_logprobs(ready, requests)
+        found.append(torch.tensor([[each[token] for token in range(VOCAB)] for each in answers]))
+        close(ready)
+    exact, one, ranks = found
+    assert 0.8 < (ranks - exact).norm() / (one - exact).norm() < 1.2
 
 
 async def test_adapters_come_leave_and_change_while_others_stream(built: tuple[World, Store]) -> None:
