@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from inference_service.kernels.delta import DeltaInputs
+from inference_service.kernels.delta import DeltaInputs, StateChunk
 from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.norm import RMSNorm
@@ -25,11 +25,19 @@ Turn = tuple[Tensor, Tensor]
 """cos and sin of the step's rows, in the form that an `Attention` made them."""
 
 
-Recurrence = Callable[[DeltaInputs], Tensor]
-"""A function that advances the states of a step's sequences in a layer that carries one.
+Delta = Callable[[DeltaInputs], Tensor]
+"""A function that advances the states of a gated delta rule behind a step's rows.
 
-Returns [T, value heads * value dim] of a gated delta rule, whose states are behind the step's rows then.
+Returns [T, value heads * value dim].
 """
+
+
+class Recurrence(NamedTuple):
+    """The means by which layers advance the states of a step's sequences."""
+
+    delta: Delta
+    chunks: Sequence[StateChunk] = ()
+    """The step's rows, for layers of extensions; none where a step is recorded."""
 
 
 class Attention(Protocol):
@@ -61,13 +69,12 @@ class Attention(Protocol):
         ...
 
 
-def no_recurrence(_inputs: DeltaInputs) -> Tensor:
-    """Stand for what a step has no states for.
-
-    Raises:
-        InternalFault: a layer carries one.
-    """
+def _unplanned(_inputs: DeltaInputs) -> Tensor:
     raise InternalFault("a layer carries a state, and the step has planned for none")
+
+
+no_recurrence: Final = Recurrence(_unplanned)
+"""That of a step without states."""
 
 
 LayerOutputs: TypeAlias = tuple[Tensor, Tensor | None]

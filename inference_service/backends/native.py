@@ -9,14 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import (
-    Attention,
-    LayerInputs,
-    LayerOutputs,
-    Layers,
-    Recurrence,
-    StepLora,
-)
+from inference_service.backends.base import Attention, Delta, LayerInputs, LayerOutputs, Layers, StepLora
 from inference_service.backends.native_attention import NativeAttention
 from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.operations import Operations
@@ -143,10 +136,9 @@ class NativeOperations(Operations):
         """Replay what ran before for a step of the same shape."""
         return self._replays(layers, inputs)
 
-    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
+    def recurrence(self, chunks: Sequence[StateChunk]) -> Delta:
         """Return a recurrence with one call for each layer."""
-        chunks = np.array([StateChunk.of(context) for context in contexts], dtype=np.int64)
-        return partial(self.ops.gated_delta, chunks=Table(chunks))
+        return partial(self.ops.gated_delta, chunks=Table(np.array(chunks, dtype=np.int64)))
 
     def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
         """Draw all rows in one call."""

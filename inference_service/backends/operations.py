@@ -12,11 +12,11 @@ from torch.nn.functional import embedding
 
 from inference_service.backends.base import (
     Attention,
+    Delta,
     LayerInputs,
     LayerOutputs,
     Layers,
     LoraBackend,
-    Recurrence,
     StepLora,
     Turn,
 )
@@ -185,9 +185,9 @@ class Operations:
         """Return the mean square [T] of each row of x [T, N], in float32."""
         return x.float().square().mean(1)
 
-    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
+    def recurrence(self, chunks: Sequence[StateChunk]) -> Delta:
         """Plan how a step takes the states of its sequences on."""
-        return partial(reference.gated_delta, chunks=[StateChunk.of(context) for context in contexts])
+        return partial(reference.gated_delta, chunks=chunks)
 
     def attention(
         self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]

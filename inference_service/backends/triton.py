@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Recurrence, StepLora, Turn
+from inference_service.backends.base import Attention, Delta, StepLora, Turn
 from inference_service.backends.operations import Grouped, Operations
 from inference_service.backends.triton_lora import TritonLora
 from inference_service.kernels import experts, rows
@@ -156,9 +156,8 @@ class TritonOperations(Operations):
         """Compute the clamped gate in one launch."""
         return experts.clamped(gate_up, alpha, limit)
 
-    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
+    def recurrence(self, chunks: Sequence[StateChunk]) -> Delta:
         """Return a recurrence of kernels, with tables that are reused for steps of the same size class."""
-        chunks = [StateChunk.of(context) for context in contexts]
         size = power_of_two(len(chunks))
         capacity = DeltaCapacity(size, size)
         if any(chunk.length > 1 for chunk in chunks):

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from inference_service.backends.base import no_recurrence
+from inference_service.backends.base import Recurrence, no_recurrence
 from inference_service.backends.triton import TritonAttention
 from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.sequence import Batch, Token
@@ -196,7 +196,7 @@ class GraphRunner(Runner):
             TritonAttention(tables, self._model.config.windows),
             self.cache,
             self._lora if segments is not None else None,
-            no_recurrence if buffers.delta is None else partial(gated_delta, tables=buffers.delta),
+            no_recurrence if buffers.delta is None else Recurrence(partial(gated_delta, tables=buffers.delta)),
             self._hidden[:rows],
         )
         self._draw(buffers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -44,12 +45,12 @@ class Cache:
     """The caches of all layers."""
 
     layers: tuple[LayerCache, ...]
-    states: tuple[Tensor, ...] = ()
-    """Those of their tensors that are states [slots, ...]."""
+    states: tuple[LayerCache, ...] = ()
+    """The states [slots, ...] of each layer."""
 
     def copy_states(self, read: Tensor, written: Tensor) -> None:
         """Copy states from slots [n] to others [n]; all are read before any is written."""
-        for state in self.states:
+        for state in chain.from_iterable(self.states):
             state.index_copy_(0, written, state.index_select(0, read))
 
 
@@ -97,10 +98,24 @@ class Step:
         return partial if self.ranks is None else self.ranks.sum(partial)
 
 
-class AttentionBlock:
-    """Attends over the cache, which it writes."""
+class MixerBlock:
+    """The part of a layer that mixes the rows of a sequence, and keeps what later rows need; here nothing."""
 
-    stateful = False
+    def new_cache(self, operations: Operations, size: CacheSize) -> LayerCache:  # noqa: ARG002
+        """Return an empty cache of what it keeps of every token."""
+        return ()
+
+    def new_states(self, size: CacheSize) -> LayerCache:  # noqa: ARG002
+        """Return the states of every slot."""
+        return ()
+
+    def __call__(self, step: Step, x: Tensor) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        raise NotImplementedError
+
+
+class AttentionBlock(MixerBlock):
+    """Attends over the cache, which it writes."""
 
     def __init__(self, reader: LayerReader, spec: AttentionLayer) -> None:
         """Read the weights."""
@@ -193,10 +208,8 @@ def _norm_together(step: Step, ranks: Ranks, parts: Sequence[Tensor], norms: Seq
         rows *= norm.weight
 
 
-class DeltaBlock:
+class DeltaBlock(MixerBlock):
     """Reads each sequence's state, and takes it behind the step's rows."""
-
-    stateful = True
 
     def __init__(self, reader: LayerReader, spec: DeltaLayer) -> None:
         """Read the weights."""
@@ -218,7 +231,7 @@ class DeltaBlock:
             eps=reader.config.norm_eps,
         )
 
-    def new_cache(self, operations: Operations, size: CacheSize) -> LayerCache:  # noqa: ARG002 - states are alike everywhere
+    def new_states(self, size: CacheSize) -> LayerCache:
         """Return the rows that the convolution keeps, and the states: of every slot."""
         spec = self._spec
         states = DeltaStates.allocate(size.slots, spec.conv_shape, spec.state_shape, like=self._weights.conv)
@@ -228,8 +241,8 @@ class DeltaBlock:
         """Return [T, hidden] for x [T, hidden]."""
         fused = step.linear(self._in, x, self._index, self._in_group)
         qkv, z, b, a = torch.split(fused, self._parts, dim=1)
-        states = DeltaStates(*step.cache.layers[self._index])
-        mixed = step.recurrence(DeltaInputs(qkv, z, b, a, self._weights, states))
+        states = DeltaStates(*step.cache.states[self._index])
+        mixed = step.recurrence.delta(DeltaInputs(qkv, z, b, a, self._weights, states))
         return step.linear(self._out, mixed, self._index, self._out_group)
 
 

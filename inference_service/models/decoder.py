@@ -26,6 +26,7 @@ from inference_service.backends.base import (
 from inference_service.backends.operations import Operations
 from inference_service.kernels.attention import Context
 from inference_service.kernels.blocks import WeightBlocks
+from inference_service.kernels.delta import StateChunk
 from inference_service.kernels.sampling import Drawn, RowParams
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
@@ -39,6 +40,7 @@ from inference_service.models.blocks import (
     DeltaBlock,
     InputBlock,
     Inputs,
+    MixerBlock,
     MlpBlock,
     Ranks,
     Step,
@@ -47,15 +49,13 @@ from inference_service.models.checkpoint import Tensors
 from inference_service.models.experts import BesideBlock, ExpertsBlock
 from inference_service.models.reader import LayerReader, Reader
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
+from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MixerLayer, MlpLayer
 from loramux_shared.bases.rope import QueryScaling
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
 from loramux_shared.extensions import need_extension
 from loramux_shared.runtime import Rounding
 
-Mixer = AttentionBlock | DeltaBlock
-"""The part of a layer that mixes the rows of a sequence, and keeps what later rows need."""
 Mlp = MlpBlock | ExpertsBlock | BesideBlock
 
 
@@ -64,7 +64,7 @@ class Layer:
     """A mixer and what follows it, with norms before or behind them, or both."""
 
     input_norm: RMSNorm | None
-    mixer: Mixer
+    mixer: MixerBlock
     mixer_out_norm: RMSNorm | None
     mlp_norm: RMSNorm | None
     mlp: Mlp
@@ -95,21 +95,23 @@ def read_layer(reader: LayerReader) -> Layer:
     )
 
 
-def _read_mixer(reader: LayerReader, spec: AttentionLayer | DeltaLayer) -> Mixer:
-    if isinstance(spec, AttentionLayer) and spec.part is not None:
-        return cast(AttentionBlock, _read_block(reader, spec, spec.part))
-    return DeltaBlock(reader, spec) if isinstance(spec, DeltaLayer) else AttentionBlock(reader, spec)
+def _read_mixer(reader: LayerReader, spec: MixerLayer) -> MixerBlock:
+    if spec.part is not None:
+        return cast(MixerBlock, _read_block(reader, spec, spec.part))
+    if isinstance(spec, DeltaLayer):
+        return DeltaBlock(reader, spec)
+    return AttentionBlock(reader, cast(AttentionLayer, spec))
 
 
 def _read_mlp(reader: LayerReader, spec: MlpLayer | ExpertsLayer) -> Mlp:
-    if isinstance(spec, MlpLayer):
-        return MlpBlock.of_layer(reader)
     if spec.part is not None:
         return cast(ExpertsBlock, _read_block(reader, spec, spec.part))
+    if isinstance(spec, MlpLayer):
+        return MlpBlock.of_layer(reader)
     return ExpertsBlock(reader, spec) if spec.beside is None else BesideBlock(reader, spec)
 
 
-def _read_block(reader: LayerReader, spec: AttentionLayer | ExpertsLayer, part: str) -> object:
+def _read_block(reader: LayerReader, spec: MixerLayer | MlpLayer | ExpertsLayer, part: str) -> object:
     """Read a block of an extension."""
     return need_extension(part, f"a base of architecture {reader.config.architecture}").read_block(reader, spec)
 
@@ -185,9 +187,8 @@ class Decoder:
     def new_cache(self, size: CacheSize) -> Cache:
         """Return an empty cache."""
         mixers = [layer.mixer for layer in self._layers]
-        caches = [mixer.new_cache(self._operations, size) for mixer in mixers]
-        states = [cache for mixer, cache in zip(mixers, caches, strict=True) if mixer.stateful]
-        return Cache(tuple(caches), tuple(chain.from_iterable(states)))
+        caches = tuple([mixer.new_cache(self._operations, size) for mixer in mixers])
+        return Cache(caches, tuple([mixer.new_states(size) for mixer in mixers]))
 
     def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
         """Plan the attention of a step."""
@@ -195,7 +196,8 @@ class Decoder:
 
     def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
         """Plan how a step takes states of its sequences on."""
-        return self._operations.recurrence(contexts) if self._stateful else no_recurrence
+        chunks = [StateChunk.of(context) for context in contexts] if self._stateful else []
+        return Recurrence(self._operations.recurrence(chunks), chunks) if chunks else no_recurrence
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor, own: StepVocabulary | None = None) -> Tensor:

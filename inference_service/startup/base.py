@@ -148,7 +148,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
             pooling = pooling_in(folder, encodes=config.encodes)
         shard = shard_of(settings, config, 0)
         backend = choose_backend(settings, config if shard is None else shard.config)
-        if config.encodes:
+        if config.encodes or not all(layer.mixer.recorded for layer in config.layers):
             backend = replace(backend, recordable=False)
         dtype = str(backend.dtype).removeprefix("torch.")
         packed = may_stay_packed(config, backend.operations.keeps)

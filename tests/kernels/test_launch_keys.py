@@ -94,7 +94,7 @@ def run(ready: Ready, runner: GraphRunner, requests: list[tuple[str, int, Sampli
 
 def replace_first(lora: TritonLora, config: ModelConfig) -> None:
     """Let the adapter in the first slot leave, for one of another rank and another module."""
-    hidden, kv = config.dims.hidden, config.layers[0].mixer.kv_features
+    hidden, kv = config.dims.hidden, config.attentions[0].kv_features
     rows = [(1, "attn_k", torch.ones(1, hidden), torch.ones(kv, 1))]
     packed = lora.pack(adapter_of(rows, config.layer_groups))
     lora.leave(0)

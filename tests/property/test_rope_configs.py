@@ -74,10 +74,10 @@ def transformers_ropes(folder: Path, long: bool) -> dict[str, tuple[torch.Tensor
 def our_ropes(model: ModelConfig) -> dict[str, tuple[torch.Tensor, float]]:
     """The same, as a replica computes them."""
     ropes = {}
-    for layer in model.layers:
-        kind = "full_attention" if layer.mixer.attention.window is None else "sliding_attention"
+    for mixer in model.attentions:
+        kind = "full_attention" if mixer.attention.window is None else "sliding_attention"
         kind = kind if model.architecture in [f"{FAMILIES[name]}ForCausalLM" for name in OF_LAYERS] else ""
-        ropes[kind] = (frequencies(layer.mixer.rope), layer.mixer.rope.scaling.magnitude)
+        ropes[kind] = (frequencies(mixer.rope), mixer.rope.scaling.magnitude)
     return ropes
 
 

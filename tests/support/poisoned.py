@@ -1,6 +1,7 @@
 """Caches that hold NaN where no sequence and no known prefix has anything."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def poison(ready: Ready) -> None:
         pending: Pending = submit(batch)
         if engine._blocks.states is not None:
             free = torch.tensor(engine._blocks.states._free, dtype=torch.int64)
-            for state in runner.cache.states:
+            for state in chain.from_iterable(runner.cache.states):
                 state[free] = torch.nan
         return pending
 
@@ -40,7 +41,7 @@ def _fill_blocks(engine: Any, group: int, batch: Batch) -> None:
         unused |= {block for block in chunk.seq.progress.tables[group][first:] if block >= 0}
     index = torch.tensor(sorted(unused), dtype=torch.int64)
     for layer, cache in zip(model._layers, engine._runner.cache.layers, strict=True):
-        if cache and not layer.mixer.stateful and layer.mixer._window == group:
+        if cache and layer.mixer._window == group:
             # keys and values, of each head block by block; of 8 bits their scales
             for tensor in cache if len(cache) == 2 else [cache[2].flatten(0, 1)]:
                 tensor.view(len(tensor), pool.num_blocks, -1)[:, index] = torch.nan

@@ -208,7 +208,9 @@ def _read_modern(config: HfConfig) -> ModernConfig:
     bias = config.flag("attention_bias", default=False)
     own = {
         "dims": replace(dims, fused=frozenset(FUSED)),
-        "layers": tuple(layer.turning(ropes[kind]) for layer, kind in zip(model.layers, types, strict=True)),
+        "layers": tuple(
+            layer.changing(rope=ropes[kind]) for layer, kind in zip(model.layers, types, strict=True)
+        ),
         "max_positions": rows,
         "norm_eps": config.number("norm_eps", 1e-5),
         "layer_norm": True,

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from inference_service.backends.operations import Operations
 from inference_service.kernels.experts import Routed
 from inference_service.layers.norm import RMSNorm
-from inference_service.models.blocks import CacheSize, LayerCache, MlpBlock, Step
+from inference_service.models.blocks import CacheSize, LayerCache, MixerBlock, MlpBlock, Step
 from inference_service.models.experts import Experts
 from inference_service.models.reader import LayerReader
 from loramux_families.layers import LatentLayer, RoutedLayer
@@ -23,10 +23,8 @@ def read_block(reader: LayerReader, spec: LatentLayer | RoutedLayer) -> LatentBl
     return LatentBlock(reader, spec) if isinstance(spec, LatentLayer) else RoutedBlock(reader, spec)
 
 
-class LatentBlock:
+class LatentBlock(MixerBlock):
     """Attends over a cache of whole keys and values, each made of its token's few numbers once."""
-
-    stateful = False
 
     def __init__(self, reader: LayerReader, spec: LatentLayer) -> None:
         """Read the weights."""

@@ -44,6 +44,7 @@ class LatentLayer(AttentionLayer):
     """
 
     part: ClassVar[str | None] = BLOCKS
+    label: ClassVar[str] = "latent attention"
 
     q_rank: int | None = None
     """Numbers of which queries are made; None: of the hidden rows."""

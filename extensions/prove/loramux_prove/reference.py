@@ -65,8 +65,11 @@ class Reference:
             CheckpointInvalid: it has layers that are not written a second time.
         """
         self._config = config
-        if any(mixer.part is not None for mixer in config.attentions):
-            raise CheckpointInvalid("the base has latent attention, which has no proofs. Build without prove.")
+        for mixer in dict.fromkeys(layer.mixer for layer in config.layers):
+            if mixer.part is not None:
+                raise CheckpointInvalid(
+                    f"the base has {mixer.label}, which has no proofs. Build without prove."
+                )
         self._mlps = [_dense(layer.mlp) for layer in config.layers]
         self._checkpoint = Checkpoint(
             folder, torch.float32, torch.device("cpu"), quantization=config.quantization
@@ -99,7 +102,7 @@ class Reference:
                 run.entered = run.hidden
             if isinstance(spec.mixer, DeltaLayer):
                 self._delta(index, at, spec.mixer, everyone)
-            else:
+            elif isinstance(spec.mixer, AttentionLayer):
                 self._attention(index, at, spec.mixer, everyone)
             self._mlp(index, at, self._mlps[index], everyone)
             self._let_inputs_in(index, at, spec.inputs, everyone)

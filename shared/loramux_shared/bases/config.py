@@ -100,6 +100,8 @@ class TensorNames:
     scalar: str | None = None
     """The whole name of [1]: what hidden rows are multiplied with behind a layer."""
     inputs: InputNames = InputNames()
+    modules: tuple[Renamed, ...] = ()
+    """Modules of layers with other names than most bases', beside those that follow from the names above."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class ModelConfig:
         for module in ("shared_h_to_4h", "shared_4h_to_h", "shared_gate"):
             own[module] = f"{self.names.shared_expert}.{BY_NAME[module].hf}"
         usual = {module: BY_NAME[module].path for module in own}
-        return frozenset((name, usual[module]) for module, name in own.items() if name != usual[module])
+        pairs = ((name, usual[module]) for module, name in own.items() if name != usual[module])
+        return frozenset((*pairs, *self.names.modules))
 
     def path(self, module: str) -> str:
         """Return a module's name within a layer of the base, by its bundle name."""

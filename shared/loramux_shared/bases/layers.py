@@ -44,12 +44,40 @@ def own_keys(heads: int, world: int) -> int:
     return max(1, heads // world)
 
 
-@dataclass(frozen=True)
-class AttentionLayer:
-    """Attention of grouped heads."""
+class MixerLayer:
+    """The part of a layer that mixes a sequence's rows; here one that keeps nothing and cannot be divided."""
 
     part: ClassVar[str | None] = None
     """The part of an extension that reads its weights, for a kind that is no block of the core's."""
+    label: ClassVar[str] = "a mixer"
+    recorded: ClassVar[bool] = True
+    """False if it has no launches that a GPU could record and repeat."""
+
+    @property
+    def cached_features(self) -> int:
+        """Numbers that it keeps of a token, for later ones to see."""
+        return 0
+
+    def state_bytes(self, item_bytes: int) -> int:  # noqa: ARG002 - mixers that carry a state have some
+        """Return what it keeps of a sequence however long that is, where numbers take item_bytes."""
+        return 0
+
+    def shard(self, world: int) -> MixerLayer:  # noqa: ARG002 - those that can be divided need it
+        """Return the part of one of several ranks.
+
+        Raises:
+            CannotShard: it cannot be divided.
+        """
+        raise CannotShard(f"{self.label}, which is served by one rank alone")
+
+    def groups(self, hidden: int) -> tuple[GroupShape, ...]:
+        """Return its fused linears."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AttentionLayer(MixerLayer):
+    """Attention of grouped heads."""
 
     attention: AttentionSpec
     rope: RopeSpec
@@ -87,10 +115,6 @@ class AttentionLayer:
         """Numbers that it keeps of a token, for later ones to see."""
         return 0 if self.attention.keys_of is not None or self.bidirectional else 2 * self.kv_features
 
-    def state_bytes(self, item_bytes: int) -> int:  # noqa: ARG002 - mixers that carry a state have some
-        """Return what it keeps of a sequence however long that is, where numbers take item_bytes."""
-        return 0
-
     def shard(self, world: int) -> AttentionLayer:
         """Return the part of one of several ranks, as `LayerSpec.shard` does."""
         heads = divided(self.num_heads, world, "query heads")
@@ -112,7 +136,7 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
-class DeltaLayer:
+class DeltaLayer(MixerLayer):
     """A gated delta rule: a convolution over a few rows, then a state of each value head."""
 
     key_heads: int
@@ -148,11 +172,6 @@ class DeltaLayer:
         """Return the shape of a sequence's state."""
         return self.value_heads, self.key_dim, self.value_dim
 
-    @property
-    def cached_features(self) -> int:
-        """Numbers that it keeps of a token, for later ones to see."""
-        return 0
-
     def state_bytes(self, item_bytes: int) -> int:
         """Return what it keeps of a sequence however long that is, where numbers take item_bytes."""
         return math.prod(self.conv_shape) * item_bytes + math.prod(self.state_shape) * 4
@@ -170,6 +189,9 @@ class DeltaLayer:
 @dataclass(frozen=True)
 class MlpLayer:
     """An MLP."""
+
+    part: ClassVar[str | None] = None
+    """As of `MixerLayer`."""
 
     intermediate: int
     gated: bool = True
@@ -197,7 +219,7 @@ class ExpertsLayer:
     """Gated MLPs of which a router chooses a few for every row, and perhaps one that all rows have."""
 
     part: ClassVar[str | None] = None
-    """As of `AttentionLayer`."""
+    """As of `MixerLayer`."""
 
     num: int
     top_k: int
@@ -255,7 +277,7 @@ class InputLayer:
 class LayerSpec:
     """A decoder layer: the mixer of a sequence's rows, and the MLP of each row."""
 
-    mixer: AttentionLayer | DeltaLayer
+    mixer: MixerLayer
     mlp: MlpLayer | ExpertsLayer
     inputs: InputLayer | None = None
 
@@ -276,17 +298,10 @@ class LayerSpec:
         """Return the layer with other fields of its `AttentionSpec`, if it attends."""
         if not isinstance(self.mixer, AttentionLayer):
             return self
-        attention = replace(self.mixer.attention, **changes)
-        return replace(self, mixer=replace(self.mixer, attention=attention))
+        return self.changing(attention=replace(self.mixer.attention, **changes))
 
-    def gated(self) -> LayerSpec:
-        """Return the layer with a gate for what each head attends to, if it attends."""
+    def changing(self, **changes: Any) -> LayerSpec:
+        """Return the layer with other fields of its mixer, if it attends."""
         if not isinstance(self.mixer, AttentionLayer):
             return self
-        return replace(self, mixer=replace(self.mixer, gated=True))
-
-    def turning(self, rope: RopeSpec) -> LayerSpec:
-        """Return the layer with another rotation, if it attends."""
-        if not isinstance(self.mixer, AttentionLayer):
-            return self
-        return replace(self, mixer=replace(self.mixer, rope=rope))
+        return replace(self, mixer=replace(self.mixer, **changes))

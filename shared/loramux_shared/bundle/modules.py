@@ -68,6 +68,8 @@ MODULES = (
     Module(131, "latent_q_b", "q_b_proj", "self_attn"),
     Module(132, "latent_kv_a", "kv_a_proj_with_mqa", "self_attn"),
     Module(133, "latent_kv_b", "kv_b_proj", "self_attn"),
+    Module(140, "mamba_in", "in_proj", "mamba"),
+    Module(141, "mamba_out", "out_proj", "mamba"),
 )
 BY_ID = {module.id: module for module in MODULES}
 BY_NAME = {module.name: module for module in MODULES}

@@ -30,7 +30,7 @@ def _cohere_like(config: HfConfig) -> ModelConfig:
     bias = config.flag("attention_bias", default=False)
     return replace(
         model,
-        layers=tuple(layer.turning(rope) for layer in model.layers),
+        layers=tuple(layer.changing(rope=rope) for layer in model.layers),
         names=TensorNames(mlp_norm=None),
         norm_eps=config.number("layer_norm_eps", 1e-5),
         layer_norm=True,
@@ -66,7 +66,7 @@ def _read_2(config: HfConfig) -> ModelConfig:
     still = replace(model.ropes[0], scaling=Still())
     types = layer_types(config, len(model.layers), slides)
     layers = tuple(
-        layer if kind == "sliding_attention" and window is not None else layer.turning(still)
+        layer if kind == "sliding_attention" and window is not None else layer.changing(rope=still)
         for layer, kind in zip(model.layers, types, strict=True)
     )
     return replace(model, layers=windowed(layers, config, window, slides))

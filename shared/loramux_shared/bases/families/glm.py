@@ -31,7 +31,7 @@ def _read(config: HfConfig) -> ModelConfig:
     return replace(
         model,
         dims=replace(model.dims, fused=frozenset({"gate_up_proj"})),
-        layers=tuple(layer.turning(rope) for layer in model.layers),
+        layers=tuple(layer.changing(rope=rope) for layer in model.layers),
         names=NAMES,
         norm_eps=config.number("rms_norm_eps", 1.5625e-07),
         qkv_bias=config.flag("attention_bias", default=True),

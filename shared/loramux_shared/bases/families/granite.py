@@ -10,7 +10,7 @@ from loramux_shared.bases.family import EXPERTS, Architecture, Family, llama_lik
 from loramux_shared.bases.hf_config import HfConfig
 
 
-def _granite_like(config: HfConfig) -> ModelConfig:
+def granite_like(config: HfConfig) -> ModelConfig:
     """Return what both kinds have in common."""
     config.require("hidden_act", "silu")
     model = llama_like(config)
@@ -29,7 +29,7 @@ def _granite_like(config: HfConfig) -> ModelConfig:
 
 
 def _read(config: HfConfig) -> ModelConfig:
-    return replace(_granite_like(config), mlp_bias=config.flag("mlp_bias", default=False))
+    return replace(granite_like(config), mlp_bias=config.flag("mlp_bias", default=False))
 
 
 FAMILY = Family(
@@ -47,7 +47,7 @@ NAMES = TensorNames(
 
 
 def _read_moe(config: HfConfig) -> ModelConfig:
-    model = _granite_like(config)
+    model = granite_like(config)
     experts = read_experts(config, renormalised=True, num=8, top_k=2)
     experts = replace(experts, intermediate=model.dims.intermediate)
     return replace(model, layers=tuple(replace(layer, mlp=experts) for layer in model.layers), names=NAMES)

@@ -69,7 +69,7 @@ def _read_3(config: HfConfig) -> ModelConfig:
     types = layer_types(config, len(model.layers), _slides)
     sliding = read_rope_of(config, "sliding_attention", model.dims.head_dim, model.max_positions, THETA)
     layers = tuple(
-        layer.turning(sliding) if kind == "sliding_attention" else layer
+        layer.changing(rope=sliding) if kind == "sliding_attention" else layer
         for layer, kind in zip(model.layers, types, strict=True)
     )
     window = config.integer_or_none("sliding_window", 4096)

@@ -49,7 +49,7 @@ def qwen35_like(config: HfConfig, sizes: Mapping[str, int] = SIZES) -> ModelConf
     delta = _delta(config)
     bias = config.flag("attention_bias", default=False)
     layers = [
-        replace(layer, mixer=delta) if kind == "linear_attention" else layer.gated()
+        replace(layer, mixer=delta) if kind == "linear_attention" else layer.changing(gated=True)
         for layer, kind in zip(model.layers, _kinds(config, len(model.layers)), strict=True)
     ]
     return replace(model, layers=tuple(layers), names=NAMES, norm_offset=1.0, qkv_bias=bias, o_bias=bias)

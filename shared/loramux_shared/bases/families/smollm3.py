@@ -19,7 +19,7 @@ def _read(config: HfConfig) -> ModelConfig:
     model = llama_like(config, max_positions=32768, tied=True, sizes={"num_key_value_heads": 4}, rope=ROPE)
     turned = _turned(config, len(model.layers))
     layers = tuple(
-        layer if turns else layer.turning(replace(model.ropes[0], scaling=Still()))
+        layer if turns else layer.changing(rope=replace(model.ropes[0], scaling=Still()))
         for layer, turns in zip(model.layers, turned, strict=True)
     )
     if config.flag("use_sliding_window", default=False):
