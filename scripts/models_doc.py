@@ -30,6 +30,13 @@ SIZES: Final = {
     "vocab_size": 32,
 }
 """Sizes of a config with nothing else: all else is as in the family's class."""
+KINDS: Final = ("linear_attention", "full_attention") * 4
+LAYERS: Final[dict[str, dict[str, Any]]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": [*KINDS]},
+    "nemotron_h": {"layers_block_type": ["mlp", *KINDS]},
+}
+"""Kinds of layers, where those of the class are not served."""
 
 
 def page() -> str:
@@ -101,13 +108,15 @@ def _decoders() -> list[tuple[Architecture, Family]]:
 def small(architecture: Architecture) -> ModelConfig:
     """Return a small decoder of an architecture, as its family reads it."""
     fields: dict[str, Any] = {"architectures": [architecture.name], "model_type": architecture.model_type}
+    fields |= LAYERS.get(architecture.model_type, {})
     return read_fields(fields | ({"text_config": SIZES} if architecture.nested else SIZES))
 
 
 def _modules(model: ModelConfig) -> tuple[str, ...]:
     """Return what adapters of a base may have, in the order of computation; what is fused comes last."""
     named = dict.fromkeys(name for group in model.groups for name in group.modules)
-    fused = [path for path in FUSED_PATHS if path.rpartition(".")[2] in model.dims.fused]
+    own = {usual: name for name, usual in model.renamed}
+    fused = [own.get(path, path) for path in FUSED_PATHS if path.rpartition(".")[2] in model.dims.fused]
     return (*(model.path(name) for name in named), *fused)
 
 

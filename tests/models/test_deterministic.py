@@ -15,7 +15,7 @@ from inference_service.layers.linear import SIZES as ROWS, in_pieces
 from inference_service.startup.load import Ready
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.models.test_families import PARTS, SETS
+from tests.models.test_families import CASES, PARTS, SETS
 from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
 
 NEW, SEQS = 17, 64
@@ -36,10 +36,11 @@ FAMILIES: dict[str, transformers.PreTrainedConfig] = {
     "olmo2": transformers.Olmo2Config(**SIZES, pad_token_id=0),
     "phi2": transformers.PhiConfig(**SIZES, pad_token_id=0),
     "qwen3_5": transformers.Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"] | DELTA_FIRST, pad_token_id=0),
+    "granite 4": CASES["granite-4"].config,
 }
 SWEPT = [
     ("llama", "bfloat16"), ("qwen3", "float32"), ("gemma2", "float32"), ("granite", "bfloat16"),
-    ("olmo2", "float32"),
+    ("olmo2", "float32"), ("granite 4", "float32"),
 ]  # fmt: skip
 """Families in a type whose operations others have in it."""
 
@@ -59,6 +60,8 @@ def world(
 ) -> tuple[World, MemoryStore]:
     """Return a family with every operation through which rows could affect each other."""
     adapters = SETS.get(request.param, ADAPTERS)
+    if request.param == "granite 4":
+        pytest.importorskip("loramux_mamba")
     world = make_world_of(tmp_path_factory.mktemp("world"), FAMILIES[request.param], adapters)
     return world, world.built()
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from inference_service.models.decoder import Decoder
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config, read_fields
-from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.faults import CheckpointInvalid, SettingsInvalid
 from tests.models.test_merge import ready_of
 from tests.support import tiny
 from tests.support.cases import cases
@@ -88,21 +89,22 @@ def _swept_but(*names: str) -> list[Any]:
 
 def _is_dense(case: Case) -> bool:
     text = case.config.get_text_config()
-    return not (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None))
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
+    return not experts and case.package != "loramux_mamba"
 
 
-NO_PROOFS = pytest.mark.skip(reason="of mixtures there are no proofs")
+NO_PROOFS = pytest.mark.skip(reason="of mixtures and Mamba-2 mixers there are no proofs")
 DENSE = [name if _is_dense(case) else pytest.param(name, marks=NO_PROOFS) for name, case in CASES.items()]
-KERNELS = _swept_but("gemma4-small", "olmo2", "ministral3", "phi2", "gpt-oss")
+KERNELS = _swept_but("gemma4-small", "olmo2", "ministral3", "phi2", "gpt-oss", "falcon-h1")
 """The others have ropes, windows and norms that kernels see in these too."""
 CACHES = _swept_but(
     "llama-dynamic", "mistral", "qwen2-windows", "gemma4-small", "gemma4-images", "phi3-long", "gpt-oss",
-    "qwen3_5-images",
+    "qwen3_5-images", "granite-4", "falcon-h1",
 )  # fmt: skip
 """One case of those whose caches keep the same of a token."""
 HALVES = _swept_but(
     "qwen2", "gemma2", "gemma4-small", "gemma4-images", "phi4-mini", "granite", "olmo2", "gpt-oss",
-    "qwen3_5-moe",
+    "qwen3_5-moe", "granite-4",
 )  # fmt: skip
 """One case of those whose sums, norms and caps are the same."""
 
@@ -159,11 +161,13 @@ def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
     assert run_engine(ready, answers.requests, NEW) == answers.expected
 
 
-def test_two_ranks_answer_the_same(answers: Answers) -> None:
-    """Two ranks give the tokens of one."""
+def test_two_ranks_answer_the_same(answers: Answers, request: pytest.FixtureRequest) -> None:
+    """Two ranks give the tokens of one, or refuse Mamba-2 mixers by name."""
+    refused = CASES[request.node.callspec.params["answers"]].package == "loramux_mamba"
     divided = pytest.importorskip("tests.support.ranks").divided
     ready = answers.world.load(answers.store, max_batch_tokens=16)
-    with divided(ready, answers.world.base, answers.store):
+    expected = pytest.raises(SettingsInvalid, match="a Mamba-2 mixer|an MLP alone") if refused else nullcontext()
+    with expected, divided(ready, answers.world.base, answers.store):
         assert run_engine(ready, answers.requests, NEW) == answers.expected
 
 
@@ -269,7 +273,7 @@ def test_undescribed_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> 
         Decoder(read_config(tmp_path), Checkpoint(tmp_path, torch.float32, device))
 
 
-@pytest.mark.parametrize("answers", _swept_but("qwen3_5-images"), indirect=True)
+@pytest.mark.parametrize("answers", _swept_but("qwen3_5-images", "granite-4"), indirect=True)
 def test_a_merged_adapter_equals_transformers(answers: Answers) -> None:
     """Merged weights answer as the adapter does, also in delta rules' slices and queries with gates."""
     pairs = zip(answers.requests, answers.expected, strict=True)
