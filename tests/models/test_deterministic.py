@@ -60,8 +60,7 @@ def world(
 ) -> tuple[World, MemoryStore]:
     """Return a family with every operation through which rows could affect each other."""
     adapters = SETS.get(request.param, ADAPTERS)
-    if request.param == "granite 4":
-        pytest.importorskip("loramux_mamba")
+    pytest.importorskip("loramux_mamba" if request.param == "granite 4" else "inference_service")
     world = make_world_of(tmp_path_factory.mktemp("world"), FAMILIES[request.param], adapters)
     return world, world.built()
 

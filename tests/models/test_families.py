@@ -87,14 +87,12 @@ def _swept_but(*names: str) -> list[Any]:
     return [name if name in names else pytest.param(name, marks=pytest.mark.sweep) for name in CASES]
 
 
-def _is_dense(case: Case) -> bool:
-    text = case.config.get_text_config()
-    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
-    return not experts and case.package != "loramux_mamba"
+def _may_be_proved(case: Case) -> bool:
+    text, experts = case.config.get_text_config(), ("num_experts", "num_local_experts")
+    return case.package != "loramux_mamba" and not any(getattr(text, key, None) for key in experts)
 
 
-NO_PROOFS = pytest.mark.skip(reason="of mixtures and Mamba-2 mixers there are no proofs")
-DENSE = [name if _is_dense(case) else pytest.param(name, marks=NO_PROOFS) for name, case in CASES.items()]
+PROVED = [name for name, case in CASES.items() if _may_be_proved(case)]
 KERNELS = _swept_but("gemma4-small", "olmo2", "ministral3", "phi2", "gpt-oss", "falcon-h1")
 """The others have ropes, windows and norms that kernels see in these too."""
 CACHES = _swept_but(

@@ -1,7 +1,6 @@
 """Caches that hold NaN where no sequence and no known prefix has anything."""
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ def poison(ready: Ready) -> None:
         pending: Pending = submit(batch)
         if engine._blocks.states is not None:
             free = torch.tensor(engine._blocks.states._free, dtype=torch.int64)
-            for state in chain.from_iterable(runner.cache.states):
+            for state in sum(runner.cache.states, ()):
                 state[free] = torch.nan
         return pending
 

@@ -17,7 +17,7 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.models.test_families import CASES, DENSE
+from tests.models.test_families import CASES, PROVED
 from tests.support import lowbit
 from tests.support.tiny import World, make_world, make_world_of, oracle
 from tests.test_disguised import make_saved
@@ -49,7 +49,7 @@ def proved(world: World) -> MemoryStore:
     return store
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", PROVED)
 def test_the_reference_is_transformers_and_peft(name: str, tmp_path: Path) -> None:
     """Every family without experts, fused or not."""
     case = CASES[name]
