@@ -23,7 +23,7 @@ from torch.nn.functional import silu, softplus
 from inference_service.kernels.delta import DeltaStates, StateChunk
 from loramux_mamba.layers import MambaLayer
 
-TILE: Final = 128
+TILE: Final = 64
 """Rows that are computed together."""
 
 
@@ -101,9 +101,10 @@ def _advance(
     """Yield the output [N, some, features] of chunks of the same length, and its place in rows [N, L]."""
     device, width = rows.device, spec.conv_width
     slots = torch.tensor([chunk.slot for chunk in chunks], device=device)
-    going = torch.tensor([not chunk.fresh for chunk in chunks], device=device)
-    before = torch.where(going[:, None, None], states.conv[slots], 0)  # a slot that is fresh may hold NaN
-    state = torch.where(going[:, None, None, None], states.recurrent[slots], 0)
+    before, state = states.conv[slots], states.recurrent[slots]
+    for place, chunk in enumerate(chunks):
+        if chunk.fresh:  # its slot may hold NaN
+            before[place] = state[place] = 0
     state = state.view(len(chunks), spec.num_groups, -1, *state.shape[2:])
     gate, convolving, steps = torch.split(rows, [spec.features, spec.channels, spec.heads], dim=2)
     convolving = torch.cat([before, convolving], dim=1)
@@ -134,12 +135,13 @@ def _convolved(rows: Tensor, spec: MambaLayer, weights: MambaWeights) -> tuple[T
 
 
 def recurrent(heads: Heads, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the output as x, and the state [N, g, r, head dim, state dim] behind the last row, row by row."""
+    """Return the output as x, and the state [N, g, r, head dim, state dim], taken on in place, row by row."""
     outs = []
     for at in range(heads.x.shape[1]):
         x, b, c, left = (part[:, at] for part in heads)
-        state = state * left.exp()[..., None, None] + x[..., None] * b[:, :, None, None, :]
-        outs.append((state * c[:, :, None, None, :]).sum(-1))
+        state *= left.exp()[..., None, None]
+        state.addcmul_(x[..., None], b[:, :, None, None, :])
+        outs.append((state @ c[:, :, None, :, None]).squeeze(-1))
     return torch.stack(outs, dim=1), state
 
 

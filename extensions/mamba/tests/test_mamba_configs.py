@@ -46,7 +46,7 @@ def test_bounds_of_steps_hold_in_every_row(tmp_path: Path) -> None:
 
 
 def test_tiles_of_rows_compute_what_rows_do() -> None:
-    """Chunks of three tiles, of one row and of a new sequence, in a slot with NaN, are those of their rows."""
+    """Chunks of some tiles, of one row and of a new sequence, in a slot with NaN, are those of their rows."""
     spec = MambaLayer(6, 10, 2, 12, 4, gating="behind norm")
     torch.manual_seed(0)
     shapes = (4, 108), 108, 6, 6, 6, 60, (306, 174), (3, 3, 108), (3, 6, 10, 12)
