@@ -93,21 +93,6 @@ class RollbackInfo:
     """The older generation whose content it is; None: the builder is older, and does not say."""
 
 
-def generation_of(message: pb.Generation) -> GenerationInfo:
-    """Return a generation."""
-    return record_of(GenerationInfo, message, changes=tuple(map(_change, message.changes)))
-
-
-def push_of(message: pb.PutAdapterResponse) -> PushInfo:
-    """Return what came of a push."""
-    return record_of(PushInfo, message, adapter=adapter_of(message.adapter))
-
-
-def rollback_of(message: pb.RollbackDeploymentResponse) -> RollbackInfo:
-    """Return what came of a rollback."""
-    return RollbackInfo(message.generation, message.unchanged, message.restored or None)
-
-
 def _change(message: pb.AdapterChange) -> AdapterChange:
     if not message.digest_before:
         kind = ChangeKind.ADDED
@@ -229,7 +214,8 @@ class Changes:
     ) -> Steps[PushInfo]:
         """Upload an adapter; returns when its generation is published."""
         messages = _messages(deployment, name, expected_generation, files)
-        return push_of((yield Ask("builder", "PutAdapter", messages, timeout_s)))
+        answer = yield Ask("builder", "PutAdapter", messages, timeout_s)
+        return record_of(PushInfo, answer, adapter=adapter_of(answer.adapter))
 
     def rollback(
         self, name: str, to: int | None = None, *, expected_generation: int | None = None
@@ -238,7 +224,8 @@ class Changes:
         request = fitted(
             pb.RollbackDeploymentRequest, name=name, to=to or 0, expected_generation=expected_generation or 0
         )
-        return rollback_of((yield Ask("builder", "RollbackDeployment", request, self.timeout_s)))
+        answer = yield Ask("builder", "RollbackDeployment", request, self.timeout_s)
+        return record_of(RollbackInfo, answer, restored=answer.restored or None)
 
     def history(self, name: str, limit: int | None = None) -> Steps[list[GenerationInfo]]:
         """Return the generations of a deployment, the newest first; at most so many."""
@@ -249,7 +236,10 @@ class Changes:
             size = min(left or 0, 100)
             request = fitted(pb.ListGenerationsRequest, name=name, page_token=token, page_size=size)
             answer = yield Ask("builder", "ListGenerations", request, self.timeout_s)
-            found += map(generation_of, answer.generations)
+            found += [
+                record_of(GenerationInfo, each, changes=tuple(map(_change, each.changes)))
+                for each in answer.generations
+            ]
             token = answer.next_page_token
             if not token:
                 break

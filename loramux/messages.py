@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.requests import fitted
@@ -39,7 +41,16 @@ _M = TypeVar("_M", bound=Message)
 def message_of(kind: type[_M], record: object, **others: Any) -> _M:
     """Return a message whose fields are a record's, by their names, apart from the others."""
     names = [name for name in kind.DESCRIPTOR.fields_by_name if name not in others]
-    return kind(**{name: getattr(record, name) for name in names}, **others)
+    fields = {name: getattr(record, name) for name in names} | others
+    times = {name: stamp(value) for name, value in fields.items() if isinstance(value, datetime)}
+    return kind(**fields | times)
+
+
+def stamp(moment: datetime) -> Timestamp:
+    """Return a time as a message."""
+    message = Timestamp()
+    message.FromDatetime(moment)
+    return message
 
 
 def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:

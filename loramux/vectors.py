@@ -139,11 +139,6 @@ def _input(explicit: TextInput) -> pb.TextInput:
     return pb.TextInput(token_ids=pb.TokenIds(ids=cast(list[int], items)))
 
 
-def embeddings_of(messages: Sequence[pb.EmbedResponse]) -> Embeddings:
-    """Return the vectors of a stream."""
-    return Embeddings(tuple(tuple(each.values) for each in messages), **_conversation(messages))
-
-
 def classifications_of(messages: Sequence[pb.ClassifyResponse]) -> Classifications:
     """Return the scores of a stream."""
     labels = tuple(messages[0].labels) if messages else ()
@@ -181,7 +176,8 @@ class VectorMethods:
     ) -> Steps[Embeddings]:
         """Return the vector of each input, by the base, an adapter or a blend."""
         request = embed_request(model, inputs, options)
-        return embeddings_of((yield Stream("inference", "Embed", request, timeout_s, _message)))
+        messages = yield Stream("inference", "Embed", request, timeout_s, lambda message: message)
+        return Embeddings(tuple(tuple(each.values) for each in messages), **_conversation(messages))
 
     def classify(
         self,
@@ -193,8 +189,5 @@ class VectorMethods:
     ) -> Steps[Classifications]:
         """Return the scores of each input by an adapter with a score head."""
         request = classify_request(model, inputs, options)
-        return classifications_of((yield Stream("inference", "Classify", request, timeout_s, _message)))
-
-
-def _message(message: Any) -> Any:
-    return message
+        messages = yield Stream("inference", "Classify", request, timeout_s, lambda message: message)
+        return classifications_of(messages)

@@ -69,7 +69,6 @@ def read_names(names: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Mod
 
 
 def _patterns(question: Mapping[str, Any]) -> Iterator[str]:
-    """Yield every text of a question that is compiled."""
     for field in _FIELDS:
         value = question[field] or ()
         yield from [value] if isinstance(value, str) else value if field != "exclude_modules" else ()

@@ -11,7 +11,7 @@ from builder_service.domain.safetensors_header import Tensor, TensorFile
 from builder_service.domain.vectors import AdapterVectors, VectorRow
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import ModuleRow
-from loramux_shared.bundle.modules import BY_NAME
+from loramux_shared.bundle.modules import BY_NAME, Module
 from loramux_shared.bundle.npy import Array
 from loramux_shared.faults import Finding
 
@@ -38,21 +38,28 @@ def planned_rows(parts: list[Part], vectors: AdapterVectors, base: ModelConfig) 
 
 
 def _planned_vectors(own: VectorRow, base: ModelConfig) -> PlannedRow:
-    inside, out = base.features(own.module.name, own.key.layer) or (0, 0)
-    row = ModuleRow(
-        layer=own.key.layer,
-        module_id=own.module.id,
-        module=own.module.name,
-        rank=0,
-        in_features=inside,
-        out_features=out,
+    features = base.features(own.module.name, own.key.layer) or (0, 0)
+    row = _row_of_nothing(own.module, own.key.layer, 0, features, len(own.vectors))
+    return PlannedRow(row, "", "", (0, 0), own.vectors)
+
+
+def _row_of_nothing(
+    module: Module, layer: int, rank: int, features: tuple[int, int], vectors: int = 0
+) -> ModuleRow:
+    """Return the row of a module that has no A and B, or has zeros."""
+    return ModuleRow(
+        layer=layer,
+        module_id=module.id,
+        module=module.name,
+        rank=rank,
+        in_features=features[0],
+        out_features=features[1],
         scale=1.0,
         norm_a=0.0,
         norm_b=0.0,
         norm_ba=0.0,
-        vectors=len(own.vectors),
+        vectors=vectors,
     )
-    return PlannedRow(row, "", "", (0, 0), own.vectors)
 
 
 def _planned(part: Part, own: VectorRow | None) -> PlannedRow:
@@ -88,18 +95,7 @@ def unchanged(file: TensorFile, base: ModelConfig) -> tuple[TensorFile, PlannedR
         size = 4 * shape[0] * shape[1]
         tensors[name] = Tensor(name, "F32", shape, 0, size)
         recipes[name] = _zeros(shape)
-    row = ModuleRow(
-        layer=0,
-        module_id=BY_NAME[module].id,
-        module=module,
-        rank=1,
-        in_features=inside,
-        out_features=out,
-        scale=1.0,
-        norm_a=0.0,
-        norm_b=0.0,
-        norm_ba=0.0,
-    )
+    row = _row_of_nothing(BY_NAME[module], 0, 1, (inside, out))
     return Derived(file.path, tensors, file, recipes), PlannedRow(row, *_NAMES, (0, out))
 
 

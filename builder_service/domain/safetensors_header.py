@@ -245,7 +245,6 @@ def read_weights(folder: Path, max_tensors: int) -> TensorFile:
 
 
 def _index(path: Path) -> dict[str, str]:
-    """Return the file of each tensor."""
     if (size := path.stat().st_size) > MAX_INDEX:
         raise HeaderInvalid(f"{INDEX}: {size} bytes, at most {MAX_INDEX}")
     try:

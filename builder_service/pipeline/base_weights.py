@@ -98,7 +98,6 @@ class BaseWeights:
             return self._widener
 
     def _beside(self, prefix: str) -> list[str]:
-        """Return the tensors of a linear."""
         with self._lock:
             self._shard_of("")
             if self._shards is None:

@@ -235,7 +235,6 @@ def _describe_base(deployment: Deployment, shop: Workshop) -> Base:
 
 
 def _draft(deployment: Deployment, base: BaseRecord, dtype: Dtype) -> Generation:
-    """Return the generation without its adapters."""
     lora, runtime = deployment.build.lora_configuration, deployment.runtime
     return Generation(
         deployment=deployment.model_name,

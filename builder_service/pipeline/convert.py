@@ -127,7 +127,6 @@ def columns_of(checked: CheckedAdapter) -> Literal[4, 5]:
 
 
 def _width(rows: Iterable[ModuleRow]) -> int:
-    """Return the elements of a row of the weights file."""
     return max((row.elements for row in rows if row.layer != NO_LAYER), default=0)
 
 

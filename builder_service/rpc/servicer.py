@@ -2,11 +2,9 @@
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from datetime import datetime
 from typing import Final
 
 import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
 from builder_service.builds.builds import Builds
@@ -28,7 +26,7 @@ from loramux.messages import (
 from loramux_shared.bundle.manifest import ModuleRow
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import findings_of
-from loramux_shared.faults import DeploymentInvalid, Fault, RequestInvalid
+from loramux_shared.faults import DeploymentInvalid, RequestInvalid
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["BuilderService"].full_name
 
@@ -45,10 +43,9 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         builder_pb2_grpc.add_BuilderServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
     async def BuildDeployment(  # noqa: N802 - the rpc's name
-        self, request: pb.BuildDeploymentRequest, context: grpc.aio.ServicerContext
+        self, request: pb.BuildDeploymentRequest, _context: grpc.aio.ServicerContext
     ) -> pb.BuildDeploymentResponse:
         """Accept a build."""
-        del context
         deployment = deployment_from_message(request.deployment)
         view = await self._builds.build(
             deployment, request.request_id, verify=request.verify, exact=request.exact
@@ -56,18 +53,16 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         return pb.BuildDeploymentResponse(deployment=deployment_message(view))
 
     async def UpdateDeployment(  # noqa: N802 - the rpc's name
-        self, request: pb.UpdateDeploymentRequest, context: grpc.aio.ServicerContext
+        self, request: pb.UpdateDeploymentRequest, _context: grpc.aio.ServicerContext
     ) -> pb.UpdateDeploymentResponse:
         """Accept an update."""
-        del context
         view = await self._builds.update(update_of(request), request.request_id)
         return pb.UpdateDeploymentResponse(deployment=deployment_message(view))
 
     async def RollbackDeployment(  # noqa: N802 - the rpc's name
-        self, request: pb.RollbackDeploymentRequest, context: grpc.aio.ServicerContext
+        self, request: pb.RollbackDeploymentRequest, _context: grpc.aio.ServicerContext
     ) -> pb.RollbackDeploymentResponse:
         """Publish an older generation's content."""
-        del context
         to, expected = request.to or None, request.expected_generation or None
         result = await self._builds.rollback(request.name, to, expected)
         return pb.RollbackDeploymentResponse(
@@ -75,45 +70,40 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         )
 
     async def ListGenerations(  # noqa: N802 - the rpc's name
-        self, request: pb.ListGenerationsRequest, context: grpc.aio.ServicerContext
+        self, request: pb.ListGenerationsRequest, _context: grpc.aio.ServicerContext
     ) -> pb.ListGenerationsResponse:
         """Return a page of generations."""
-        del context
         found = await self._builds.history(request.name, request.page_size, request.page_token)
         return pb.ListGenerationsResponse(
             generations=map(generation_message, found.items), next_page_token=found.next_token
         )
 
     async def PutAdapter(  # noqa: N802 - the rpc's name
-        self, requests: AsyncIterator[pb.PutAdapterRequest], context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[pb.PutAdapterRequest], _context: grpc.aio.ServicerContext
     ) -> pb.PutAdapterResponse:
         """Take a pushed adapter."""
-        del context
         return pushed_message(await self._builds.pushes.put(parts_of(requests)))
 
     async def GetDeployment(  # noqa: N802 - the rpc's name
-        self, request: pb.GetDeploymentRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GetDeploymentRequest, _context: grpc.aio.ServicerContext
     ) -> pb.GetDeploymentResponse:
         """Return a deployment."""
-        del context
         view = await self._builds.get(request.name)
         return pb.GetDeploymentResponse(deployment=deployment_message(view))
 
     async def ListDeployments(  # noqa: N802 - the rpc's name
-        self, request: pb.ListDeploymentsRequest, context: grpc.aio.ServicerContext
+        self, request: pb.ListDeploymentsRequest, _context: grpc.aio.ServicerContext
     ) -> pb.ListDeploymentsResponse:
         """Return a page of deployments."""
-        del context
         page = await self._builds.list(request.page_size, request.page_token)
         return pb.ListDeploymentsResponse(
             deployments=map(deployment_message, page.items), next_page_token=page.next_token
         )
 
     async def WatchDeployment(  # noqa: N802 - the rpc's name
-        self, request: pb.WatchDeploymentRequest, context: grpc.aio.ServicerContext
+        self, request: pb.WatchDeploymentRequest, _context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WatchDeploymentResponse]:
         """Stream a deployment's states."""
-        del context
         known: Mapping[str, AdapterProgress] = {}
         async for view in self._builds.watch(
             request.name, follow=request.follow, request_id=request.request_id
@@ -127,18 +117,16 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
             yield pb.WatchDeploymentResponse(deployment=deployment_message(visible))
 
     async def CancelBuild(  # noqa: N802 - the rpc's name
-        self, request: pb.CancelBuildRequest, context: grpc.aio.ServicerContext
+        self, request: pb.CancelBuildRequest, _context: grpc.aio.ServicerContext
     ) -> pb.CancelBuildResponse:
         """Ask a build to end."""
-        del context
         view = await self._builds.cancel(request.name)
         return pb.CancelBuildResponse(deployment=deployment_message(view))
 
     async def CheckAdapter(  # noqa: N802 - the rpc's name
-        self, request: pb.CheckAdapterRequest, context: grpc.aio.ServicerContext
+        self, request: pb.CheckAdapterRequest, _context: grpc.aio.ServicerContext
     ) -> pb.CheckAdapterResponse:
         """Check an adapter."""
-        del context
         report = await self._checks.check(checked_deployment(request))
         return pb.CheckAdapterResponse(report=report_message(report))
 
@@ -153,10 +141,9 @@ def deployment_message(view: DeploymentView) -> pb.Deployment:
         pb.Deployment,
         view,
         state=f"STATE_{view.state}",
-        create_time=_timestamp(view.create_time),
-        update_time=_timestamp(view.update_time),
         adapters=map(_adapter_message, view.adapters),
-        failure=view.failure and _failure_message(view.failure),
+        failure=view.failure
+        and message_of(pb.Failure, view.failure, findings=map(finding_to_message, view.failure.findings)),
     )
 
 
@@ -211,8 +198,7 @@ def generation_message(view: GenerationView) -> pb.Generation:
         pb.AdapterChange(name=change.name, digest=change.digest, digest_before=change.before)
         for change in view.changes
     ]
-    moment = view.create_time and _timestamp(view.create_time)
-    return message_of(pb.Generation, view, create_time=moment, changes=changes)
+    return message_of(pb.Generation, view, changes=changes)
 
 
 def checked_deployment(request: pb.CheckAdapterRequest) -> Deployment:
@@ -262,13 +248,3 @@ def _row_message(row: ModuleRow) -> pb.AdapterRow:
 def _adapter_message(adapter: AdapterProgress) -> pb.AdapterBuild:
     warnings = map(finding_to_message, adapter.warnings)
     return message_of(pb.AdapterBuild, adapter, stage=f"STAGE_{adapter.stage}", warnings=warnings)
-
-
-def _failure_message(fault: Fault) -> pb.Failure:
-    return message_of(pb.Failure, fault, findings=map(finding_to_message, fault.findings))
-
-
-def _timestamp(moment: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(moment)
-    return message

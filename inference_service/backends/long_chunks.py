@@ -84,7 +84,6 @@ def _is_faster(ops: CpuOps, heads: HeadCounts, rows: int) -> bool:
 
 
 def _least_s(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of some rounds."""
     times = []
     for _ in range(ROUNDS):
         began = time.thread_time()

@@ -140,7 +140,6 @@ class TorchLora(LoraBackend):
         self._forget(slot)
 
     def _forget(self, slot: int) -> None:
-        """Forget what was packed of a slot that changed."""
         if slot in self._slots:
             self._slots = ()
             self._packs.clear()

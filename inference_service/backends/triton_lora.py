@@ -121,7 +121,6 @@ class TritonLora(Bank, LoraBackend):
         self._step, self._owners, self._by_expert = segments, None, None
 
     def _new_workspace(self, segments: Segments, groups: Iterable[Group]) -> Tensor:
-        """Memory for any of these linears."""
         needed = self._numels.get(segments.capacity)
         if needed is None:
             needed = max(workspace_numel(group, segments) for group in groups)

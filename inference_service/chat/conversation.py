@@ -140,7 +140,6 @@ class Demand:
 
     @property
     def _form(self) -> ToolParser:
-        """The form in which calls are read."""
         return ToolParser.HERMES if self.dialect.tool is ToolParser.AUTO else self.dialect.tool
 
     @property
@@ -352,7 +351,6 @@ class Conversation:
         return self._dialect.reading(AnswerCalls(offered, self._dialect.form.new_id), opened)
 
     def _released(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """Return the pieces that the client asks for."""
         return [piece for piece in pieces if self._wants(piece)]
 
     def _wants(self, piece: Piece) -> bool:

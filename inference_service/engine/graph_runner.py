@@ -215,7 +215,6 @@ class GraphRunner(Runner):
         return self._buffers[capacity]
 
     def _capacity_of(self, rows: Rows) -> StepCapacity:
-        """The smallest that holds a step."""
         num = len(rows.tokens)
         decodes = num == len(rows.contexts)
         sizes = buckets(self._limits.max_seqs) if decodes else mixed_buckets(self._limits.max_tokens)
@@ -224,7 +223,6 @@ class GraphRunner(Runner):
         return self._capacity(next(size for size in sizes if size >= num), mixed=not decodes)
 
     def _capacities(self) -> list[StepCapacity]:
-        """All that steps may need."""
         decodes = [self._capacity(rows, mixed=False) for rows in buckets(self._limits.max_seqs)]
         return decodes + [self._capacity(rows, mixed=True) for rows in mixed_buckets(self._limits.max_tokens)]
 

@@ -293,7 +293,6 @@ class Residency(Residents, Generic[P]):
         self._reconsider(entry)
 
     def _give_place(self, entry: Standing, ranks: Mapping[Adapter, Rank]) -> None:
-        """Give a held adapter a place, or note that it needs one."""
         rank = ranks.get(entry.adapter, _NOBODY)
         alone = entry.prefetched and not entry.waiting and not entry.pinned
         ages = {} if alone else self._ages(rank, ranks)

@@ -2,16 +2,15 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from datetime import datetime
 from typing import Final
 
 import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.views import AdapterPlace, AdapterView, ReplicaView
 from inference_service.engine.residents import AdapterState
 from loramux.inference.v1 import adapters_pb2 as pb, adapters_pb2_grpc
+from loramux.messages import message_of
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdapterService"].full_name
 TIERS: Final = {
@@ -101,51 +100,23 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
 def adapter_message(view: AdapterView) -> pb.AdapterState:
     """Return an adapter as a message."""
-    failure = view.failure
-    return pb.AdapterState(
-        name=view.name,
-        digest=view.digest,
-        resident_digest=view.resident_digest,
-        generation=view.generation,
+    return message_of(
+        pb.AdapterState,
+        view,
         tier=TIERS[view.place],
         residency=RESIDENCIES[view.state],
-        pinned=view.pinned,
-        in_flight=view.in_flight,
-        waiting=view.waiting,
         bytes=view.num_bytes,
-        last_used=_time(view.last_used),
-        last_failure=pb.LoadFailure(reason=failure.reason, message=failure.message) if failure else None,
-        only_here=view.only_here,
-        kinds=view.kinds,
+        last_failure=message_of(pb.LoadFailure, view.failure) if view.failure else None,
     )
 
 
 def replica_message(view: ReplicaView) -> pb.ReplicaState:
     """Return a replica as a message."""
-    return pb.ReplicaState(
-        deployment=view.deployment,
-        generation=view.generation,
+    return message_of(
+        pb.ReplicaState,
+        view,
         newest_generation=view.newest,
-        state=view.state,
-        reason=view.reason,
-        paused=view.paused,
-        bank_bytes=view.bank_bytes,
         bank_bytes_used=view.bank_used,
-        registered=view.registered,
-        resident=view.resident,
-        arriving=view.arriving,
-        pinned=view.pinned,
-        loads=view.loads,
         load_failures=view.failures,
-        evictions=view.evictions,
-        start_time=_time(view.started),
-        version=view.version,
+        start_time=view.started,
     )
-
-
-def _time(moment: datetime | None) -> Timestamp | None:
-    if moment is None:
-        return None
-    message = Timestamp()
-    message.FromDatetime(moment)
-    return message

@@ -36,6 +36,7 @@ from inference_service.serving.request import (
 from inference_service.serving.service import GenerationService
 from inference_service.text.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
+from loramux.messages import stamp
 from loramux_shared.faults import Finding, RequestInvalid
 
 # With 20 alternatives each, a message stays below 1 MB: clients take 4 MB by default.
@@ -309,7 +310,7 @@ def model_to_message(model: ServedModel, service: GenerationService) -> pb.Model
     """Return a served model as a message."""
     catalog, dialect = service.catalog, dialect_of_model(service, model)
     base = model.name == catalog.base_name
-    message = pb.Model(
+    return pb.Model(
         name=model.name,
         parent="" if base else catalog.base_name,
         digest=model.digest,
@@ -326,6 +327,5 @@ def model_to_message(model: ServedModel, service: GenerationService) -> pb.Model
         tool_parser=dialect.tool if dialect else "",
         reasoning_parser=dialect.reasoning if dialect else "",
         num_labels=model.num_labels or 0,
+        load_time=stamp(model.load_time),
     )
-    message.load_time.FromDatetime(model.load_time)
-    return message

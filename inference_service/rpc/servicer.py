@@ -58,10 +58,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.EmbedResponse]:
         """Stream vectors."""
-        limits, dimensions = (
-            self._service.limits,
-            request.dimensions if request.HasField("dimensions") else None,
-        )
+        limits = self._service.limits
+        dimensions = request.dimensions if request.HasField("dimensions") else None
         pooling = pooling_of(requested_pooling(request), self._service.usual_pooling, self._service.poolings)
         check_dimensions(dimensions, limits.hidden_size)
         parsed = requests_from_message(request, context, pooling, limits.max_seq_len)
@@ -86,9 +84,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 index += 1
 
     async def ListModels(  # noqa: N802 - grpc's name
-        self,
-        request: pb.ListModelsRequest,  # noqa: ARG002 - it has no fields
-        context: grpc.aio.ServicerContext,  # noqa: ARG002 - grpc passes it
+        self, _request: pb.ListModelsRequest, _context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         """List what is served."""
         models = [model_to_message(model, self._service) for model in self._service.catalog]

@@ -243,7 +243,6 @@ class GenerationService:
         seqs: Seq[Sequence],
         ticket: Ticket,
     ) -> Outputs:
-        """Give the engine the answers of a request."""
         ticket.check_tokens()
         outputs = self.engine.submit(seqs)
         ticket.submitted(seqs[0])

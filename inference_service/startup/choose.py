@@ -60,7 +60,6 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
 
 
 def _product(chosen: Backend, config: ModelConfig) -> str:
-    """Return how weights are multiplied."""
     operations, rounding = chosen.operations, chosen.quantization
     dtype = _name(chosen.dtype)
     integers = rounding is not Rounding.NONE
@@ -83,7 +82,6 @@ def _product(chosen: Backend, config: ModelConfig) -> str:
 
 
 def _why(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> str:
-    """Return why it is computed in a type."""
     if settings.dtype != "auto":
         return f"LORAMUX_DTYPE={settings.dtype}"
     if config.dtype == _name(dtype):

@@ -402,7 +402,6 @@ def _runner(
 
 
 def _record(runner: Runner, device: torch.device) -> None:
-    """Record the steps, and log what that took."""
     memory = CudaMemory(device)
     before = memory.settled()
     report("recording steps")

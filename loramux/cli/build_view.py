@@ -225,7 +225,7 @@ class BuildLines:
 
     def tell(self, info: DeploymentInfo) -> None:
         """Print the changes in a state."""
-        changed = tuple(adapter for adapter in info.adapters if self._is_new(adapter))
+        changed = tuple(each for each in info.adapters if each != self._adapters.get(each.name))
         rest = replace(info, adapters=())
         if rest == self._last and not changed:
             return
@@ -234,7 +234,3 @@ class BuildLines:
         ended = info.state is not DeploymentState.BUILDING
         stages = Counter(adapter.stage.value for adapter in info.adapters)
         emit_line({"deployment": info if ended else replace(info, adapters=changed), "stages": stages})
-
-    def _is_new(self, adapter: AdapterInfo) -> bool:
-        reported = self._adapters.get(adapter.name)
-        return adapter is not reported and adapter != reported

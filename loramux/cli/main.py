@@ -44,8 +44,6 @@ for name, extension in load_extensions(COMMANDS, unusable.__setitem__).items():
 
 
 def _refusing(fault: SettingsInvalid) -> Callable[[], None]:
-    """Return a command that fails."""
-
     @shell.command
     def command() -> None:
         raise fault

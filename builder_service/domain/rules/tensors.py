@@ -192,7 +192,6 @@ def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> 
 
 
 def _example(base: ModelConfig) -> str:
-    """Return the key of an A of the base."""
     before = (*base.layer_names, "model.layers.")[0]
     return f"base_model.model.{before}0.{base.path('attn_q')}.lora_A.weight"
 
@@ -357,6 +356,5 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
 
 
 def _listed(groups: tuple[GroupShape, ...], base: ModelConfig) -> str:
-    """Name modules as the base does."""
     names = dict.fromkeys(label(base.path(module)) for group in groups for module in group.modules)
     return ", ".join(names)

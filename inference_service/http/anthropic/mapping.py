@@ -169,7 +169,6 @@ def chat_of(body: PromptBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRe
 
 
 def _rest(body: PromptBody, headers: Mapping[str, str]) -> Request:
-    """Return what is asked beside the conversation."""
     own: dict[str, Any] = {"prompt": "", "usual_temperature": DEFAULT_TEMPERATURE}
     user = None
     if isinstance(body, MessagesBody):

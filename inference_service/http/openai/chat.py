@@ -179,7 +179,6 @@ class ChatChoice:
 
 
 def _delta(piece: Piece) -> MessagePart:
-    """Return the part of a message that a piece is."""
     call: CallPart
     match piece:
         case TextPiece():
@@ -250,7 +249,6 @@ class Chat:
             yield {**self._chunk([]), "usage": self._usage()}
 
     def _written(self, part: AnswerPart) -> bytes:
-        """Return more of an answer as events."""
         index = part.event.index
         choice = self._choices[index]
         if self._prompt or self._body.continuous_usage or (text := choice.text_alone(part)) is None:
@@ -285,7 +283,6 @@ class Chat:
                         yield event
 
     def _begin(self, started: AnswerStarted) -> None:
-        """Begin the answers to a request that was accepted."""
         self.head.begin(started)
         self._text = started.text
         self._tally.see(started)

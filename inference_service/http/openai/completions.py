@@ -230,7 +230,6 @@ class CompletionAnswer:
             yield {**self._chunk([]), "usage": usage(self._ends)}
 
     def _written(self, delta: AnswerDelta) -> bytes:
-        """Return more of an answer to the only prompt as events."""
         choice = self._choices[0][delta.index]
         if self._body.continuous_usage or (text := choice.text_alone(delta)) is None:
             return encoded(map(self._chunk_of, self._read(0, delta)))

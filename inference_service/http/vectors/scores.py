@@ -20,7 +20,7 @@ from inference_service.http.wire.body import in_words_of, read_body
 from inference_service.http.wire.reply import Reply, while_connected
 from inference_service.serving.bounds import refused
 from inference_service.serving.pooling import ScoredPrompt, scored
-from inference_service.serving.request import PromptContent, Request, TextPair
+from inference_service.serving.request import PromptContent, TextPair
 from inference_service.serving.service import GenerationService
 
 
@@ -152,13 +152,11 @@ async def _scored(
     labels: int | None = None,
 ) -> list[ScoredPrompt]:
     requests = pooling_requests(body, prompts, service.score_pooling, http.headers)
-    return await while_connected(http.receive, _everything(service, requests, labels))
 
+    async def everything() -> list[ScoredPrompt]:
+        return [each async for each in scored(service, requests, labels=labels)]
 
-async def _everything(
-    service: GenerationService, requests: Sequence[Request], labels: int | None
-) -> list[ScoredPrompt]:
-    return [each async for each in scored(service, requests, labels=labels)]
+    return await while_connected(http.receive, everything())
 
 
 def _pairs(body: ScoreBody) -> list[TextPair]:

@@ -118,7 +118,6 @@ class Connections:
             asyncio.get_running_loop().add_reader(self._listener, self._take, self._listener)
 
     def _take(self, listener: socket.socket) -> None:
-        """Accept some of those that wait."""
         try:
             for _ in range(ACCEPTS):
                 if not self._accept(listener):

@@ -497,7 +497,6 @@ class BoundedHttp(HttpToolsProtocol):
 
     @property
     def _path(self) -> str:
-        """Return the path of that request."""
         return self.url.partition(b"?")[0].decode("latin-1")
 
     def _refuse(self, status: int, code: str, message: str) -> None:

@@ -178,12 +178,6 @@ def read_fp8(config: HfConfig) -> Quantization:
     return Quantization("fp8", tuple(schemes), rounds_activations=True)
 
 
-def read_fbgemm(config: HfConfig) -> Quantization:
-    """Read FP8 with a scale for each row."""
-    del config
-    return Quantization("fp8", (WeightScheme("fp8", rows=1),), rounds_activations=True)
-
-
 def read_gptq(config: HfConfig) -> Quantization:
     """Read GPTQ, also where ``dynamic`` gives some linears other sizes."""
     config.require("pack_dtype", "int32")
@@ -242,12 +236,6 @@ def read_bitsandbytes(config: HfConfig) -> Quantization:
     return Quantization("bitsandbytes", (WeightScheme(numbers),))
 
 
-def read_mxfp4(config: HfConfig) -> Quantization:
-    """Read the experts of gpt-oss."""
-    del config
-    return Quantization("mxfp4", (WeightScheme("mxfp4", 1, MXFP4_COLUMNS),))
-
-
 def read_gguf(config: HfConfig) -> Quantization:
     """Read what the extension gguf writes of a file."""
     sizes, types = config.block("bytes"), config.array("types") or []
@@ -260,9 +248,11 @@ QUANTIZE: Final = "quantize_config.json"
 """The file in which AutoGPTQ said how weights are kept, before ``config.json`` did."""
 KEYS: Final = ("quantization_config", "compression_config", QUANTIZE)
 """The second is what compressed-tensors wrote first; under the third `with_quantize` puts that file."""
+FBGEMM: Final = Quantization("fp8", (WeightScheme("fp8", rows=1),), rounds_activations=True)
+MXFP4: Final = Quantization("mxfp4", (WeightScheme("mxfp4", 1, MXFP4_COLUMNS),))
 FORMATS: Final = (
     Format("fp8", ("fp8",), "e4m3 or e5m2 with scales per block, row or tensor", read_fp8),
-    Format("fp8", ("fbgemm_fp8",), "e4m3 with scales per row", read_fbgemm),
+    Format("fp8", ("fbgemm_fp8",), "e4m3 with scales per row", lambda _: FBGEMM),
     Format(
         "compressed-tensors",
         ("compressed-tensors",),
@@ -280,7 +270,7 @@ FORMATS: Final = (
     Format(
         "bitsandbytes", ("bitsandbytes",), "nf4, fp4, with double quantisation or not; int8", read_bitsandbytes
     ),
-    Format("mxfp4", ("mxfp4",), "experts in 3-D, as gpt-oss has them", read_mxfp4),
+    Format("mxfp4", ("mxfp4",), "experts in 3-D, as gpt-oss has them", lambda _: MXFP4),
     Format("gguf", ("gguf",), "blocks of llama.cpp, of a file of GGUF", read_gguf),
 )
 

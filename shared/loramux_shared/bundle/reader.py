@@ -156,7 +156,6 @@ def read_score(head: ScoreHead, data: Bytes, digest: str) -> Array:
 
 
 def _layers(manifest: Manifest, files: Mapping[str, Bytes], what: str, *, checked: bool) -> Array:
-    """Return the table of the rows of layers."""
     table = read_weights(files[WEIGHTS_FILE], manifest.dtype, f"{what}: {WEIGHTS_FILE}")
     columns, rows = read_config(files[CONFIG_FILE], f"{what}: {CONFIG_FILE}"), manifest.layer_rows
     _expect(table.shape, (len(rows), manifest.row_width), f"{what}: shape of {WEIGHTS_FILE}")
@@ -167,7 +166,6 @@ def _layers(manifest: Manifest, files: Mapping[str, Bytes], what: str, *, checke
 
 
 def _vocabulary(manifest: Manifest, files: Mapping[str, Bytes], what: str) -> Array:
-    """Return what is of no layer."""
     values = read_weights(files[VOCABULARY_FILE], manifest.dtype, f"{what}: {VOCABULARY_FILE}")
     elements = sum(row.elements for row in manifest.vocabulary_rows)
     elements += sum(part.elements for part in manifest.replaced)
@@ -193,7 +191,6 @@ def _expected(files: Mapping[str, FileDigest], name: str, digest: str) -> FileDi
 
 
 def _check_manifest(manifest: Manifest, what: str) -> None:
-    """Check what a manifest says against itself."""
     places = [row.place for row in manifest.rows]
     if places != sorted(set(places)):
         raise BundleCorrupt(f"{what}: expected rows sorted by (layer, module, expert), each once")

@@ -219,7 +219,7 @@ def _expect_sound(engine: Engine, manager: BlockManager) -> None:
         assert sorted(slots + others) == list(range(manager.states.num_slots))
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(BASES, st.lists(st.one_of(REQUESTS, st.just("step"), st.integers(0, 9)), min_size=1, max_size=30))
 def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) -> None:
     """Answers equal those of the request alone, for all layers and any memory, with drafts or a step ahead."""
