@@ -115,7 +115,7 @@ def _pooled(chunk: Chunk, row: int, pooling: Pooling) -> list[PooledRows]:
     if pooling is Pooling.CLS:
         return [PooledRows(seq, range(row, row + 1), ends=True)]
     if pooling is Pooling.MEAN:
-        first = row + max(0, seq.progress.num_pooled - chunk.start)
+        first = row + seq.progress.num_pooled - chunk.start
     elif not chunk.samples:
         return []
     return [PooledRows(seq, range(first, end), chunk.samples)] if first < end else []

@@ -1,12 +1,14 @@
 """Vectors of texts against transformers and PEFT in float32, while others are answered in the same batches."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
 import pytest
 
-from inference_service.core.sequence import Vector
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Batch, Chunk, Sequence, Vector
+from inference_service.engine.runner import lay_out
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.pooled import cached_oracle, expected_of, run_pooled
@@ -23,7 +25,7 @@ REQUESTS = [
 NEW = 6
 
 
-def assert_close(found: Sequence[Vector], required: Sequence[Vector]) -> None:
+def assert_close(found: Seq[Vector], required: Seq[Vector]) -> None:
     for one, other in zip(found, required, strict=True):
         assert one.dtype == np.float32
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
@@ -70,3 +72,9 @@ def test_a_preemption_changes_nothing(world: tuple[World, MemoryStore]) -> None:
     assert ready.engine.stats.preemptions > 0
     assert_close(vectors, [expected_of(world[0], "base", PROMPTS[1], Pooling.MEAN)])
     assert answer == oracle_tokens(cached_oracle(world[0].base, None), PROMPTS[2], 20)
+    last, mean = (
+        Sequence(kind, [1] * 6, SamplingParams(max_tokens=0), pooling=kind)
+        for kind in (Pooling.LAST, Pooling.MEAN)
+    )
+    mean.progress.num_pooled = 4
+    assert lay_out(Batch((Chunk(last, 4), Chunk(mean, 4))), {}).pooled == []  # neither has a row of the vector
