@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import torch
@@ -75,19 +76,40 @@ def mamba(
     the state before it.
     """
     out = rows.new_zeros(len(rows), spec.features)
-    if by_row:
-        groups = [[each] for chunk in chunks for each in _single(chunk)]
-    else:  # all single rows together, every longer chunk alone
-        single = [chunk for chunk in chunks if chunk.length == 1]
-        groups = [single] if single else []
-        groups += [[chunk] for chunk in chunks if chunk.length > 1]
-    for group in groups:
-        index = torch.tensor(
-            [[*range(chunk.row, chunk.row + chunk.length)] for chunk in group], device=rows.device
-        )
-        for at, computed in _advance(rows[index], spec, weights, states, group):
-            out[index[:, at : at + computed.shape[1]]] = computed.to(out.dtype)
+    for group in _groups(tuple(chunks), rows.device, by_row):
+        for at, computed in _advance(rows[group.rows], spec, weights, states, group):
+            out[group.rows[:, at : at + computed.shape[1]]] = computed.to(out.dtype)
     return out
+
+
+class _Group(NamedTuple):
+    """Chunks of the same length, on the device."""
+
+    rows: Tensor
+    """[N, L]"""
+    slots: Tensor
+    """[N]"""
+    fresh: tuple[int, ...]
+    """Places of those that begin a sequence."""
+
+
+@lru_cache(maxsize=2)  # all layers of a step have the same
+def _groups(chunks: tuple[StateChunk, ...], device: torch.device, by_row: bool) -> list[_Group]:
+    """Return single rows together, and every longer chunk alone; by row, each row alone, in their order."""
+    if by_row:
+        parted = [[each] for chunk in chunks for each in _single(chunk)]
+    else:
+        single = [chunk for chunk in chunks if chunk.length == 1]
+        parted = [single] if single else []
+        parted += [[chunk] for chunk in chunks if chunk.length > 1]
+    return [
+        _Group(
+            torch.tensor([[*range(each.row, each.row + each.length)] for each in group], device=device),
+            torch.tensor([each.slot for each in group], device=device),
+            tuple([place for place, each in enumerate(group) if each.fresh]),
+        )
+        for group in parted
+    ]
 
 
 def _single(chunk: StateChunk) -> Iterable[StateChunk]:
@@ -96,16 +118,14 @@ def _single(chunk: StateChunk) -> Iterable[StateChunk]:
 
 
 def _advance(
-    rows: Tensor, spec: MambaLayer, weights: MambaWeights, states: DeltaStates, chunks: list[StateChunk]
+    rows: Tensor, spec: MambaLayer, weights: MambaWeights, states: DeltaStates, group: _Group
 ) -> Iterable[tuple[int, Tensor]]:
     """Yield the output [N, some, features] of chunks of the same length, and its place in rows [N, L]."""
-    device, width = rows.device, spec.conv_width
-    slots = torch.tensor([chunk.slot for chunk in chunks], device=device)
+    slots, width = group.slots, spec.conv_width
     before, state = states.conv[slots], states.recurrent[slots]
-    for place, chunk in enumerate(chunks):
-        if chunk.fresh:  # its slot may hold NaN
-            before[place] = state[place] = 0
-    state = state.view(len(chunks), spec.num_groups, -1, *state.shape[2:])
+    for place in group.fresh:  # whose slots may hold NaN
+        before[place] = state[place] = 0
+    state = state.view(len(slots), spec.num_groups, -1, *state.shape[2:])
     gate, convolving, steps = torch.split(rows, [spec.features, spec.channels, spec.heads], dim=2)
     convolving = torch.cat([before, convolving], dim=1)
     states.conv[slots] = convolving[:, convolving.shape[1] - (width - 1) :]
