@@ -71,8 +71,8 @@ class TritonLora(Bank, LoraBackend):
         """Those that are launched; None: all."""
         self._numels: dict[SegmentCapacity, int] = {}
         """Elements of the workspace of a capacity."""
-        self._records = False
-        """Whether the step may be recorded: then one stream beside the steps' is its own."""
+        self._forks = False
+        """Whether shrink runs beside the base's product: not in proofs, which have another thread."""
         self._side: SideStream | None = None
         self._step: Segments | None = None
         self._touched = 0
@@ -100,7 +100,7 @@ class TritonLora(Bank, LoraBackend):
         pack_segments(capacity, entries.slots, token_ids=entries.rows, scales=scales, out=host.numpy())
         self._segments[capacity].load(host)
         self.use(self._segments[capacity])
-        self._touched, self._records = touched, False
+        self._touched, self._forks = touched, False
 
     def use(self, segments: Segments, passes: int | None = None, *, experts: bool = True) -> None:
         """Compute the next passes with segments that the caller fills, for instance between replays.
@@ -117,7 +117,7 @@ class TritonLora(Bank, LoraBackend):
             self._workspace = self._new_workspace(segments, self.groups.values())
             if passes is None:
                 self._workspaces[capacity] = self._workspace
-        self._passes, self._records = passes, passes is None
+        self._passes, self._forks = passes, True
         self._step, self._owners, self._by_expert = segments, None, None
 
     def _new_workspace(self, segments: Segments, groups: Iterable[Group]) -> Tensor:
@@ -154,7 +154,7 @@ class TritonLora(Bank, LoraBackend):
         if self._step is None or not self._touched >> self._linears[linear] & 1:
             return base(), None
         first = shrink(x, self.groups[linear], self._step, self._workspace)
-        if self._records:
+        if self._forks:
             self._side = self._side or SideStream(self._device)
             self._side.launch(first)
             out = base()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inference_service.engine.tape import UNINITIALIZED, Watching, tensors_of
-from inference_service.kernels.launch import Launch, intercepted, taker
+from inference_service.kernels.launch import Launch, SideStream, intercepted, taker
 
 Made: TypeAlias = list[Any]
 """Tensors that a replay has made, by their numbers; None before the first use and behind the last."""
@@ -51,7 +51,7 @@ class TraceRecorder:
             CaptureRefused: the work depends on values, or takes some from the host.
         """
         tracing = _Tracing(taker())
-        with tracing, intercepted(tracing.launch):
+        with tracing, intercepted(tracing.launch, tracing.join):
             work()
         last = {number: place for place, used in enumerate(tracing.used) for number in used}
         ends: list[list[int]] = [[] for _ in tracing.steps]
@@ -72,6 +72,8 @@ class _Tracing(Watching):  # type: ignore[no-untyped-call]  # torch leaves its b
         self._numbers: dict[int, tuple[ref[Tensor], int]] = {}
         """Numbers of tensors by their identity; that of one that is gone may come again."""
         self._enqueue = enqueue
+        self._beside: list[int] = []
+        """Numbers of the tensors that launches on another stream use, until that is waited for."""
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> Any:
         """Do it, and keep what repeats it with new tensors."""
@@ -95,15 +97,28 @@ class _Tracing(Watching):  # type: ignore[no-untyped-call]  # torch leaves its b
 
     def launch(self, launch: Launch) -> None:
         """Take a kernel launch; what the interpreter does within it is not recorded."""
-        compiled = self.unseen(lambda: self._enqueue(launch))
+        compiled, side = self.unseen(lambda: self._enqueue(launch)), launch.beside
         if compiled is None:
             names, kernel, grid = tuple(launch.arguments), launch.kernel, launch.grid
             bind, known = self._bind(list(launch.arguments.values()))
-            self._add(lambda made: Launch(kernel, grid, dict(zip(names, bind(made), strict=True)))(), known)
+            self._add(
+                lambda made: Launch(kernel, grid, dict(zip(names, bind(made), strict=True)), side)(), known
+            )
         else:
             run = compiled[(*launch.grid, 1, 1)[:3]]
             bind, known = self._bind(launch.positional())
-            self._add(lambda made: run(*bind(made)), known)
+            if side is None:
+                self._add(lambda made: run(*bind(made)), known)
+            else:
+                self._add(lambda _: side.fork(), [])
+                self._add(lambda made: run(*bind(made), stream=side.handle), known)
+        self._beside += known if side is not None else []
+
+    def join(self, side: SideStream) -> None:
+        """Wait for what was launched beside; until then no tensor of it is given back."""
+        side.wait()
+        self._add(lambda _: side.wait(), self._beside)
+        self._beside = []
 
     def _add(self, step: Callable[[Made], None], used: list[int]) -> None:
         self.steps.append(step)

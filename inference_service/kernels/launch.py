@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -29,8 +29,8 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    beside: bool = False
-    """Whether it runs on a `SideStream`, so that what the current stream is given next does not wait for it."""
+    beside: SideStream | None = None
+    """Stream on which it runs, so that what the current stream is given next does not wait for it."""
 
     def positional(self) -> list[Any]:
         """Return the arguments in the kernel's order, as a compiled kernel takes them."""
@@ -42,8 +42,9 @@ class Launch:
         taker()(self)
 
     def enqueue(self) -> Any:
-        """Enqueue it on the current stream; return the compiled kernel, which the interpreter has none of."""
-        return self.kernel[self.grid](**self.arguments)
+        """Enqueue it on its stream; return the compiled kernel, which the interpreter has none of."""
+        with nullcontext() if self.beside is None else self.beside.forked():
+            return self.kernel[self.grid](**self.arguments)
 
 
 @dataclass(frozen=True)
@@ -80,39 +81,58 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self._stream = stream_of("beside", device) if device.type == "cuda" else None
 
+    @property
+    def handle(self) -> int | None:
+        """CUDA's own of the stream, as a compiled kernel takes it; None: the current one."""
+        return None if self._stream is None else self._stream.cuda_stream
+
+    def fork(self) -> None:
+        """Let what comes here wait for what the current stream was given so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    @contextmanager
+    def forked(self) -> Iterator[None]:
+        """Make it the current stream, behind what that was given so far."""
+        self.fork()
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            yield
+
     def launch(self, launch: Launch) -> None:
-        """Enqueue a launch behind what the current stream was given so far."""
-        if self._stream is None:
-            replace(launch, beside=True)()
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            launch()
+        """Launch behind what the current stream was given so far, or hand it to who intercepts launches."""
+        replace(launch, beside=self)()
 
     def join(self) -> None:
+        """Let the current stream wait for what was launched here, or hand that to who intercepts launches."""
+        _thread.join(self)
+
+    def wait(self) -> None:
         """Let the current stream wait for what was launched here."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
-class _Interceptors(threading.local):
-    """The functions that take the launches of a thread: proofs launch beside the steps."""
+class _Thread(threading.local):
+    """What takes launches and joins of a thread: proofs launch beside the steps."""
 
-    def __init__(self) -> None:
-        self.stack: list[Callable[[Launch], Any]] = []
+    take: Callable[[Launch], Any] = staticmethod(lambda launch: launch.enqueue())
+    join: Callable[[SideStream], None] = staticmethod(SideStream.wait)
 
 
-_interceptors = _Interceptors()
+_thread = _Thread()
 
 
 @contextmanager
-def intercepted(take: Callable[[Launch], Any]) -> Iterator[None]:
-    """Hand every launch of this thread to a function, which enqueues it or does not."""
-    _interceptors.stack.append(take)
+def intercepted(
+    take: Callable[[Launch], Any], join: Callable[[SideStream], None] = SideStream.wait
+) -> Iterator[None]:
+    """Hand launches of this thread to a function, which enqueues them or does not, and joins to another."""
+    before = _thread.take, _thread.join
+    _thread.take, _thread.join = take, join
     try:
         yield
     finally:
-        _interceptors.stack.pop()
+        _thread.take, _thread.join = before
 
 
 def planned(launcher: Callable[..., T], *arguments: Any) -> tuple[T, list[Launch]]:
@@ -124,7 +144,7 @@ def planned(launcher: Callable[..., T], *arguments: Any) -> tuple[T, list[Launch
 
 def taker() -> Callable[[Launch], Any]:
     """Return what takes launches of this thread now."""
-    return _interceptors.stack[-1] if _interceptors.stack else Launch.enqueue
+    return _thread.take
 
 
 _compiled_for: list[int] = []

@@ -22,7 +22,7 @@ from inference_service.engine import graphs
 from inference_service.engine.graphs import Recorder
 from inference_service.engine.tape import CaptureRefused, TapeRecorder, Watching
 from inference_service.engine.trace import TraceRecorder
-from inference_service.kernels.launch import Launch, stream_of
+from inference_service.kernels.launch import Launch, SideStream, stream_of
 
 STATIC = torch.zeros(4, 6)
 INDEX = torch.tensor([2, 0])
@@ -84,8 +84,9 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Kernel]:
 
-        def launch(*args: Any, **arguments: Any) -> Kernel:
+        def launch(*args: Any, stream: int | None = None, **arguments: Any) -> Kernel:
             self.calls.append((grid, args))
+            self.stream = stream
             x, out, factor = args or (arguments["p_x"], arguments["p_out"], 2)
             torch.mul(x, factor, out=out)
             self.seen = [weakref.ref(x), weakref.ref(out)]
@@ -110,6 +111,73 @@ def test_a_trace_launches_by_position_and_holds_no_tensor_of_its_work() -> None:
         assert [(grid, args[2]) for grid, args in kernel.calls[1:]] == [((5, 1, 1), 2)]
         del kernel.calls[1:]
         assert [each() for each in kernel.seen] == [None, None]
+
+
+class Beside(SideStream):
+    """Another stream, which notes how many launches, and how many living tensors of theirs, each call meets."""
+
+    handle = 7
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(torch.device("cpu"))
+        self.kernel = kernel
+        self.refs: list[weakref.ref[Tensor]] = []
+        self.calls: list[tuple[str, int, int]] = []
+
+    def fork(self) -> None:
+        self._note("fork")
+
+    def wait(self) -> None:
+        self.refs += self.kernel.seen
+        self._note("wait")
+
+    def _note(self, name: str) -> None:
+        launched = len(self.kernel.calls)
+        self.kernel.calls.clear()
+        self.calls.append((name, launched, sum(each() is not None for each in self.refs)))
+
+
+def test_a_trace_holds_what_is_used_beside_until_it_waits() -> None:
+    """A kernel beside a product reads memory that nothing else may be given before the two come together."""
+    x, total, kernel = torch.ones(3), torch.zeros(3), Kernel()
+    side = Beside(kernel)
+
+    def work() -> None:
+        for _ in range(2):
+            doubled, read = x.new_empty(3), x + 1
+            side.launch(Launch(kernel, (5,), {"p_x": read, "p_out": doubled}))
+            product = x * 3
+            side.join()
+            total.add_(product)
+
+    trace = TraceRecorder().capture(work)
+    assert kernel.stream is None
+    for _ in range(2):
+        side.calls.clear()
+        side.refs.clear()
+        trace.replay()
+        assert side.calls == 2 * [("fork", 0, 0), ("wait", 1, 2)]
+        assert kernel.stream == 7
+    assert torch.equal(total, torch.full((3,), 18.0))
+
+
+def test_a_stream_beside_waits_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched beside comes behind what the current stream has, and before what follows the join."""
+    cuda = MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    stream_of.cache_clear()
+    side = SideStream(torch.device("cuda"))
+    side.launch(Launch(cuda.kernel, (1,), {}))
+    side.join()
+    stream_of.cache_clear()
+    beside, current = cuda.Stream.return_value, cuda.current_stream.return_value
+    calls = [name for name, *_ in cuda.mock_calls if "stream" in name or "kernel" in name]
+    waits = "current_stream", "Stream().wait_stream", "stream", "stream().__enter__", "kernel.__getitem__"
+    assert calls[:5] == [*waits]
+    assert calls[6:] == ["stream().__exit__", "current_stream", "current_stream().wait_stream"]
+    beside.wait_stream.assert_called_once_with(current)
+    cuda.stream.assert_called_once_with(beside)
+    current.wait_stream.assert_called_once_with(beside)
 
 
 def test_a_trace_waits_for_exchanges_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
