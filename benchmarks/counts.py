@@ -7,8 +7,8 @@ serves. Sizes are the defaults: adapters of rank 64 at most, 64 of them in a ste
     python -m benchmarks.counts
 
 1. Launches that a layer waits for, one after the other, with adapters and without.
-2. Programs of shrink and expand that are launched, and those with work; how many are launched for each with
-   work, and for each with work or first on its multiprocessor; tiles of expand that follow one another.
+2. Programs of shrink and expand that are launched, and those with work, on rows of adapters or of the base; how
+   many are launched for each with work; tiles of expand that follow one another.
 3. Rows that a step computes, and rows that it was asked for.
 4. Kinds of requests, and whether their steps are replayed from a recorded graph, or from a trace on the host.
 """
@@ -39,7 +39,7 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.runner import lay_out
 from inference_service.engine.tape import launches_of, names_of
 from inference_service.kernels.launch import Launch, intercepted
-from inference_service.kernels.sgmv import PLACES, PREFILL_TILE, Slices
+from inference_service.kernels.sgmv import DECODE_TILE, PLACES, PREFILL_TILE, Slices
 from inference_service.kernels.sgmv.tuning import width_of
 from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary
 from inference_service.models.decoder import Decoder
@@ -62,11 +62,12 @@ ONCE_PER_LAYER: Final = ("rope_write_kernel", "rope_write_update_kernel")
 EXPANDING: Final = ("expand_kernel", "rope_write_update_kernel", "activated_update_kernel")
 DECODES: Final = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS: Final = (64, 512, 1100)
-STEPS: Final = ((8, False), (64, False), (512, True))
-"""Rows of steps whose programs are counted, and whether they are of prompts: one for each adapter."""
-ADAPTERS: Final = (1, 4, 8, 64)
-MULTIPROCESSORS: Final = 132
-"""The number that an H100 has."""
+STEPS: Final = ((8, False), (32, False), (64, False), (512, True))
+"""Rows of steps whose programs are counted, and whether these are prompts, one for each adapter.
+
+In others each adapter has one row, which is the least, and the base has the rest.
+"""
+ADAPTERS: Final = (1, 2, 4, 8, 64)
 RANKS: Final[dict[str, tuple[int, ...]]] = {"8": (8,), "16": (16,), "64": (64,), "8-64": (8, 16, 32, 64)}
 """Adapters have them in turn, in every module."""
 OWN_TOKENS: Final = 8
@@ -168,25 +169,29 @@ def in_line(launched: Sequence[Launch | str]) -> list[Launch | str]:
 
 def programs(counted: Counted) -> Iterator[str]:
     """Yield the programs of one layer: launched, with work, and the longest row of tiles of one program."""
-    columns = "    shrink  with work    expand  with work  ratio  first  in turn"
+    columns = "    shrink  with work    expand  with work  ratio  in turn"
     yield f"programs of a layer         adapters  ranks{columns}"
     for (rows, mixed), adapters, (name, ranks) in product(STEPS, ADAPTERS, RANKS.items()):
         if adapters > rows:
             continue
         every = counted.launched(rows, mixed=mixed, adapters=True)
         first = [each for each in every if isinstance(each, Launch)]
-        tile = PREFILL_TILE if mixed else rows
-        own = [ranks[index % len(ranks)] for index in range(adapters) for _ in range(0, rows // adapters, tile)]
-        shrinks = [(math.prod(each.grid), _shrinking(each, own)) for each in _of_kernel(first, "shrink_kernel")]
-        expands = [(math.prod(each.grid), _expanding(each, own)) for each in _of_kernel(first, *EXPANDING)]
-        halves = [(sum(grid for grid, _ in half), _working(half)) for half in (shrinks, expands)]
+        each, tile = (rows // adapters, PREFILL_TILE) if mixed else (1, DECODE_TILE)
+        cut = _cut(each, tile)
+        own = [ranks[index % len(ranks)] for index in range(adapters) for _ in cut]
+        runs = [*adapters * cut, *_cut(rows - adapters * each, tile)]
+        shrinks = [(math.prod(one.grid), _shrinking(one, own)) for one in _of_kernel(first, "shrink_kernel")]
+        expands = [
+            (math.prod(one.grid), _expanding(one, len(own), runs)) for one in _of_kernel(first, *EXPANDING)
+        ]
+        halves = [
+            (sum(grid for grid, _ in half), sum(min(each) for each in half)) for half in (shrinks, expands)
+        ]
         launched, working = (sum(each) for each in zip(*halves, strict=True))
-        first_too = launched / _working([*shrinks, *expands], MULTIPROCESSORS)
         in_turn = sum(-(-tiles // min(grid, PLACES)) for grid, tiles in expands)
         printed = "".join(f"{most:>10}{some:>11}" for most, some in halves)
-        printed += f"{launched / working:>7.2f}{first_too:>7.2f}{in_turn:>9}"
         kind = f"{'prompt' if mixed else 'decode'} of {rows}"
-        yield f"  {kind:<26}{adapters:>8}  {name:<5}{printed}"
+        yield f"  {kind:<26}{adapters:>8}  {name:<5}{printed}{launched / working:>7.2f}{in_turn:>9}"
 
 
 def _of_kernel(every: Sequence[Launch], *names: str) -> list[Launch]:
@@ -195,9 +200,9 @@ def _of_kernel(every: Sequence[Launch], *names: str) -> list[Launch]:
     return found[: len(found) // LAYERS]
 
 
-def _working(launches: Sequence[tuple[int, int]], least: int = 0) -> int:
-    """Return how many programs of grids have one of these tiles, or are among so many of their launch."""
-    return sum(min(grid, max(tiles, least)) for grid, tiles in launches)
+def _cut(rows: int, tile: int) -> list[int]:
+    """Return the rows of each segment of an adapter, or of each run of the base."""
+    return [min(tile, rows - first) for first in range(0, rows, tile)]
 
 
 def _shrinking(launch: Launch, ranks: Sequence[int]) -> int:
@@ -209,13 +214,17 @@ def _shrinking(launch: Launch, ranks: Sequence[int]) -> int:
     return int(tiles * -(-provided["blocks"] // per_plane))
 
 
-def _expanding(launch: Launch, ranks: Sequence[int]) -> int:
-    provided = launch.arguments
+def _expanding(launch: Launch, segments: int, runs: Sequence[int]) -> int:
+    """Return the tiles of segments, or of runs of all rows, which have so many."""
+    provided, programs = launch.arguments, math.prod(launch.grid)
     sizes = provided["SIZES"][: 1 if "p_gate_up" in provided else None]
     if "p_heads" in provided:
-        return int(len(ranks) * sum(sizes) / provided["D"])
+        heads = sum(sizes) // provided["D"]
+        parts = max(programs // (len(runs) * heads), 1)
+        return int(heads * sum(-(-rows // -(-rows // parts)) for rows in runs))
+    count = len(runs) if "p_gate_up" in provided else segments
     slices, steps = Slices.consecutive(*sizes), (provided["BLOCK_N"], provided["STEP_N"])
-    return len(ranks) * slices.tiles(width_of(slices, len(ranks), math.prod(launch.grid), *steps))
+    return count * slices.tiles(width_of(slices, count, programs, *steps))
 
 
 def computed(_: Counted) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import pytest
 
 from inference_service.kernels.launch import ARCHITECTURES, DTYPES
-from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, Slices, tuning
+from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, SegmentCapacity, Slices, tuning
 from loramux_shared.bases.groups import GroupShape, layer_groups
 
 MODELS = {
@@ -33,7 +33,11 @@ def test_planes_partition_k_and_grids_cover_the_device(model: str, shape: GroupS
                         planes, per_plane = first.planes(shape.in_features, segments)
                         assert (planes - 1) * per_plane < blocks <= planes * per_plane
                         assert planes <= first.split_k
-                        assert 1 <= first.grid(shape.in_features, rows, segments) <= tuning.COVERING
+                        beside, alone = (
+                            first.grid(shape.in_features, rows, SegmentCapacity(segments, 300, tile, rows=each))
+                            for each in (segments, 0)
+                        )
+                        assert 1 <= beside <= alone <= tuning.COVERING
                         programs, widest, step = second.grid(slices, segments), second.block_n, second.step_n
                         assert 1 <= programs <= min(segments * slices.tiles(step), tuning.PLACES)
                         width = tuning.width_of(slices, segments, programs, widest, step)

@@ -190,16 +190,22 @@ def rope_write_update_kernel(
 ):
     """As ``rope_write_kernel``, of heads with the adapters' updates.
 
-    The programs share the (runs of rows, heads).
+    The programs share the (runs of rows, heads); where these are fewer, parts of the runs.
     """
     dtype: tl.constexpr = p_heads.dtype.element_ty
     HALF: tl.constexpr = ROTARY // 2
     HEADS: tl.constexpr = H + 2 * KV
     o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     o_pair = tl.where(o_d < HALF, o_d + HALF, o_d - HALF)  # [BLOCK_D] what o_d is turned with
-    for i in tl.range(tl.program_id(0), tl.load(p_num_runs) * HEADS, tl.num_programs(0), num_stages=1):
+    runs = tl.load(p_num_runs) * HEADS
+    parts = tl.maximum(tl.num_programs(0) // tl.maximum(runs, 1), 1)
+    for i in tl.range(tl.program_id(0), runs * parts, tl.num_programs(0), num_stages=1):
         i_h = i % HEADS
-        p_slot, adapted, start, end = run_of(i // HEADS, p_table, p_seg_start, p_seg_slot, stride_table)
+        i_s = i // HEADS // parts
+        p_slot, adapted, start, end = run_of(i_s, p_table, p_seg_start, p_seg_slot, stride_table)
+        rows = tl.cdiv(end - start, parts)
+        start += i // HEADS % parts * rows
+        end = tl.minimum(start + rows, end)
         rank, element, vectors, size, _offset, column, i_tile = slice_of_tile(
             i_h, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, D
         )

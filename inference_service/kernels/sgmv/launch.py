@@ -86,7 +86,7 @@ def shrink(x: Tensor, group: Group, segments: Segments, workspace: Tensor) -> La
         raise ValueError(f"A and x must have the same K, got {group.in_features} and {x.shape[1]}")
     return Launch(
         kernels.shrink_kernel,
-        (config.grid(x.shape[1], group.max_rows, segments.capacity.segments),),
+        (config.grid(x.shape[1], group.max_rows, segments.capacity),),
         {
             **_planes(group, segments, workspace),
             "p_x": x,

@@ -27,8 +27,8 @@ DECODE_TILE = 16
 PREFILL_TILE = 64
 COVERING = 128
 """Programs of shrink that cover a device: an A100 has 108 multiprocessors, an H100 132, a B200 148."""
-FEW_SEGMENTS = 16
-"""Segments of a step up to which half of them read as fast as the product beside needs."""
+BESIDE = {16: 32, 32: 40, 48: 56, 80: 64}
+"""Programs by the most segments of a step, that read as fast as the product needs which they run beside."""
 PLACES = 264
 """Programs of expand at most, and of the kernels that add updates: an H100 holds two on each multiprocessor.
 
@@ -54,10 +54,11 @@ class ShrinkConfig:
         per_plane = max(1, blocks // programs, -(-blocks // self.split_k))
         return -(-blocks // per_plane), per_plane  # as `planes_of` in triton_kernels
 
-    def grid(self, in_features: int, max_rows: int, segments: int) -> int:
-        """Programs of a launch for any step of at most so many segments: no more than may find work."""
-        tiles = segments * -(-max_rows // self.block_r)
-        covering = COVERING if segments > FEW_SEGMENTS else COVERING // 2
+    def grid(self, in_features: int, max_rows: int, capacity: SegmentCapacity) -> int:
+        """Programs of a launch for any step of a capacity: no more than may find work."""
+        most = capacity.segments if capacity.rows else max(BESIDE) + 1  # experts' have nothing beside them
+        covering = next((programs for segments, programs in BESIDE.items() if most <= segments), COVERING)
+        tiles = capacity.segments * -(-max_rows // self.block_r)
         return min(covering, tiles * self.planes(in_features, 1)[0])
 
     @cache  # noqa: B019 - the configurations are those of the tables, which stay
@@ -101,11 +102,16 @@ ShrinkTable = Mapping[tuple[Phase, int], Mapping[int, ShrinkConfig]]
 ExpandTable = Mapping[tuple[Phase, int], Mapping[int, ExpandConfig]]
 """The same."""
 
-# Decode: 16 planes are two blocks of K = 8192 each, and 16 KB of y for a tile of expand to sum.
+# Decode: 16 planes are 16 KB of y for a tile of expand to sum. A program has 48 KB of A under way, so that 40
+# read as fast as memory is.
 # Prefill: 64 rows on 4 warps are one wgmma on sm_90; planes only for chunks too short to cover the device.
 # fp32 uses no tensor cores: small tiles.
 _SHRINK: ShrinkTable = {
-    (Phase.DECODE, 2): {16: ShrinkConfig(DECODE_TILE, 16, 256, 16, num_warps=4, num_stages=3)},
+    (Phase.DECODE, 2): {
+        16: ShrinkConfig(DECODE_TILE, 16, 256, 16, num_warps=4, num_stages=4),
+        32: ShrinkConfig(DECODE_TILE, 32, 128, 16, num_warps=4, num_stages=4),
+        64: ShrinkConfig(DECODE_TILE, 64, 128, 16, num_warps=4, num_stages=4),
+    },
     (Phase.PREFILL, 2): {
         16: ShrinkConfig(PREFILL_TILE, 16, 128, 4, num_warps=4, num_stages=4),
         32: ShrinkConfig(PREFILL_TILE, 32, 64, 4, num_warps=4, num_stages=4),
@@ -139,7 +145,17 @@ _EXPAND_120: ExpandTable = {
         32: ExpandConfig(PREFILL_TILE, 32, 64, 64, num_warps=8, num_stages=1),
     },
 }
-EXPAND: Mapping[int, ExpandTable] = dict.fromkeys(ARCHITECTURES, _EXPAND) | {120: _EXPAND_120}
+_EXPAND_100: ExpandTable = {
+    **_EXPAND,
+    (Phase.PREFILL, 2): {
+        **_EXPAND[Phase.PREFILL, 2],
+        16: ExpandConfig(PREFILL_TILE, 32, 128, 64, num_warps=8, num_stages=1),
+    },
+}
+EXPAND: Mapping[int, ExpandTable] = dict.fromkeys(ARCHITECTURES, _EXPAND) | {
+    100: _EXPAND_100,
+    120: _EXPAND_120,
+}
 
 
 def shrink_config(architecture: int, phase: Phase, dtype: torch.dtype, *, max_rows: int) -> ShrinkConfig:
