@@ -9,7 +9,7 @@ SILENT := $(if $(QUIET),; without a terminal pip is silent until it is done)
 # What there is only where the folder extensions/ was not deleted.
 EXTENSIONS := $(wildcard extensions)
 
-.PHONY: azurite demo test test-extensions check static stubs docs site images golden clean
+.PHONY: azurite demo test test-extensions check static stubs docs site images golden tritons clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
@@ -41,6 +41,10 @@ static: $(VENV)/.test
 
 stubs: $(VENV)/.test
 	$(BIN)/python scripts/stubs.py
+
+# Minutes of a core for each Triton, and gigabytes of them.
+tritons: $(VENV)/.test
+	$(BIN)/python -m tests.golden.kernels.tritons
 
 # Read the diff before you commit it.
 golden: $(VENV)/.test

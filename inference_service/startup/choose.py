@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Final
 
@@ -35,7 +35,7 @@ TRITONS: Final = {
     "3.5": "torch 2.9",
     "3.6": "torch 2.10 and 2.11",
     "3.7": "torch 2.12 and 2.13",
-    "3.9": "no torch yet",
+    "3.9": "torch 2.15",
 }
 """Triton's versions that all kernels compile with, and the torch that brings each."""
 
@@ -237,7 +237,10 @@ def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
             f"LORAMUX_BLOCK_SIZE={settings.block_size}: the triton backend takes {MIN_BLOCK_SIZE} or more."
         )
     if requested and device.type == "cuda":
-        check_triton(version("triton"))
+        names = packages_distributions().get(
+            "triton", ["triton"]
+        )  # torch's nightly builds bring one of their own
+        check_triton(version(names[0]))
         check_triton_cache()
     return requested
 
@@ -248,7 +251,7 @@ def check_triton(installed: str) -> None:
     Raises:
         SettingsInvalid: it is none of `TRITONS`.
     """
-    if installed.rpartition(".")[0] not in TRITONS:
+    if ".".join(installed.split(".")[:2]) not in TRITONS:
         known = ", ".join(f"{each} ({torches})" for each, torches in TRITONS.items())
         raise SettingsInvalid(
             f"Triton {installed} is installed, and the kernels are compiled and checked with {known}. Install "

@@ -15,6 +15,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import InferenceSettings
+from tests.support.root import ROOT
 from tests.support.tiny import SIZES
 
 
@@ -108,5 +109,8 @@ def test_a_triton_that_the_kernels_were_not_compiled_with_is_refused_by_name() -
     """Patches of known versions are served; the refusal names the installed version and the cure."""
     for each in TRITONS:
         check_triton(f"{each}.1")
+        check_triton(f"{each}.0+git8a.1")
+    first, *_, last = (int(each.removeprefix("3.")) for each in TRITONS)
+    assert f'"triton>=3.{first},<3.{last + 1}"' in (ROOT / "pyproject.toml").read_text()
     with pytest.raises(SettingsInvalid, match=r"Triton 3\.10\.0 is installed.*3\.7 \(torch 2\.12 and 2\.13\)"):
         check_triton("3.10.0")
