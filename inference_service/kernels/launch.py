@@ -113,7 +113,7 @@ class SideStream:
 
 
 class _Thread(threading.local):
-    """What takes launches and joins of a thread: proofs launch beside the steps."""
+    """Functions that take launches and joins of a thread: proofs launch beside the steps."""
 
     take: Callable[[Launch], Any] = staticmethod(lambda launch: launch.enqueue())
     join: Callable[[SideStream], None] = staticmethod(SideStream.wait)

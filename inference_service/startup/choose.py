@@ -35,6 +35,7 @@ TRITONS: Final = {
     "3.5": "torch 2.9",
     "3.6": "torch 2.10 and 2.11",
     "3.7": "torch 2.12 and 2.13",
+    "3.8": "torch 2.14",
     "3.9": "torch 2.15",
 }
 """Triton's versions that all kernels compile with, and the torch that brings each."""

@@ -18,7 +18,7 @@ from tests.golden.kernels.sources import ENVIRONMENT
 from tests.kernels.aot import Line
 from tests.support.root import ROOT
 
-SHOWN = 8
+LISTED = 8
 """Names of variants that spill, at most."""
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{line.name} {line.dtype} sm_{line.architecture}: {line.stack}" for line in lines if line.stack
         ]
         sys.stdout.write(f"Triton {version}: {len(lines)} variants compiled, {len(spills)} spill\n")
-        sys.stdout.write("".join(f"  {each} bytes\n" for each in spills[:SHOWN]))
+        sys.stdout.write("".join(f"  {each} bytes\n" for each in spills[:LISTED]))
     return status
 
 

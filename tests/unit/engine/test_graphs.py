@@ -154,7 +154,7 @@ def test_a_trace_holds_what_is_used_beside_until_it_waits() -> None:
 
 
 def test_a_stream_beside_waits_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is launched beside comes behind what the current stream has, and before what follows the join."""
+    """A launch beside comes behind what the current stream has, and before what follows the join."""
     cuda = MagicMock()
     monkeypatch.setattr(torch, "cuda", cuda)
     stream_of.cache_clear()
