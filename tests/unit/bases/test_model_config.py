@@ -11,7 +11,8 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats import Quantization, WeightScheme
 from loramux_shared.bases.memory import widening
 from loramux_shared.bases.read import read_config, read_fields
-from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.bases.shard import Shard
+from loramux_shared.faults import CheckpointInvalid, SettingsInvalid
 from tests.support.adapters import BASE_CONFIG
 from tests.support.cases import cases
 from tests.support.hub_configs import HUB_CONFIGS
@@ -32,6 +33,18 @@ def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str,
     _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | unnamed | change)
     with pytest.raises(CheckpointInvalid, match=expected):
         read_config(tmp_path)
+
+
+def test_ranks_beside_each_other_share_a_head_of_keys() -> None:
+    """Ranks 0 and 1 of 4 have the first of 2 heads of keys, which their heads of values share."""
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    dims = {"linear_key_head_dim": 1, "linear_value_head_dim": 1}
+    whole = read_fields(HUB_CONFIGS["Qwen3.5-text"] | sizes | dims)
+    shared = next(group for group in whole.groups if "delta_qkv" in group.modules)
+    parts = [Shard(whole, rank, 4, whole.shard(4)).part(shared) for rank in range(4)]
+    assert [part.outputs[0] for part in parts] == [[0, 2, 4], [0, 2, 5], [1, 3, 6], [1, 3, 7]]
+    with pytest.raises(SettingsInvalid, match="4 heads of values of a delta rule, which it does not divide"):
+        whole.shard(8)
 
 
 def _write_config(folder: Path, **fields: Any) -> None:
