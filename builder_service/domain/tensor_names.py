@@ -95,7 +95,7 @@ _MIXTURE: Final = re.compile(
     r"\.experts?\.|\.shared_experts?\.|block_sparse_moe|\.mlp\.(gate|router)\.|\.router\."
 )
 _OF_EXPERTS: Final = re.compile(
-    r"(?:mlp\.|(?P<mixtral>block_sparse_moe\.))?experts"
+    r"(?:mlp\.|feed_forward\.|(?P<mixtral>block_sparse_moe\.))?experts"
     r"(?:\.(?P<expert>0|[1-9][0-9]{0,4}))?(?:\.(?P<leaf>\w+))?"
 )
 """Modules of single experts, and what PEFT wraps around the parameters of all."""

@@ -148,7 +148,7 @@ class NativeAttention:
             queries // len(keys),
             spec.scale,
             spec.softcap or 0.0,
-            spec.window or 0,
+            (spec.window or 0) * (-1 if spec.tumbling else 1),
             sinks,
         )
         for chunk in long:

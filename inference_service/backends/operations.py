@@ -43,6 +43,8 @@ class Operations:
 
     by_row = False
     """True if a row's results depend on nothing but the row, to the last bit."""
+    tumbles = True
+    """True if attention knows windows that stand one behind the other."""
     keeps: Keeps = "nothing"
     """Weights of few bits that are multiplied as checkpoints keep them, instead of widened at load."""
 

@@ -47,6 +47,8 @@ from loramux_shared.runtime import Rounding
 class TritonOperations(Operations):
     """One launch each, on a GPU or in Triton's interpreter."""
 
+    tumbles = False
+
     keeps: Keeps = "int4"
 
     def __init__(

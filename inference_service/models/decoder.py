@@ -333,10 +333,12 @@ class Decoder:
     def _factors_at(self, positions: Tensor) -> Tensor | None:
         """Return the factors of queries at positions [T], [T, 1]; None: no scaling."""
         spec = self.config.query_scaling
-        return None if spec is None else self._query_factors.index_select(0, positions // spec.length)[:, None]
+        if spec is None:
+            return None
+        return self._query_factors.index_select(0, (positions + spec.ahead) // spec.length)[:, None]
 
 
 def _query_factors(spec: QueryScaling | None, max_positions: int) -> Tensor:
     """Return what queries are multiplied with, by their position // length."""
-    steps = 0 if spec is None else (max_positions - 1) // spec.length + 1
+    steps = 0 if spec is None else (max_positions - 1 + spec.ahead) // spec.length + 1
     return 1 + (0.0 if spec is None else spec.beta) * torch.log1p(torch.arange(steps).float())

@@ -112,9 +112,9 @@ def _weights(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
     of_all = _name_of_all(reader, group)
     leaves = reader.config.names.expert[:2] if group == EXPERTS_GATE_UP else reader.config.names.expert[2:]
     every: Iterable[Tensor]
-    if spec.in_turns:
+    if spec.in_turns or spec.transposed:
         columns = reader.get(of_all, (len(shapes), inside, sum(outs)))
-        every = (_in_order(weight.t(), len(outs)) for weight in columns)
+        every = (_in_order(weight.t(), len(outs) if spec.in_turns else 1) for weight in columns)
     elif reader.has(of_all):
         every = reader.get(of_all, (len(shapes), sum(outs), inside)).unbind()
     else:

@@ -214,7 +214,7 @@ def test_a_row_of_a_linear_and_its_adapters_depends_on_no_other(
 @pytest.mark.parametrize(("heads", "kv", "dim"), [(9, 3, 64), (6, 2, 8), (4, 4, 80), (8, 1, 256)])
 def test_attention_over_a_paged_cache(ops: CpuOps, heads: int, kv: int, dim: int) -> None:
     """Decode rows and chunks of prompts in one call, written through rope, over blocks between NaN."""
-    for window, softcap, sunk in [(0, 0.0, False), (24, 0.0, True), (0, 5.0, False), (0, 0.0, True)]:
+    for window, softcap, sunk in [(0, 0.0, False), (24, 0.0, True), (0, 5.0, True), (-24, 0.0, False)]:
         _check_attention(ops, heads, kv, dim, window, softcap, sunk)
 
 
@@ -257,7 +257,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks:
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(len(k) - len(q), len(k))[:, None]
     seen = torch.arange(len(k))[None, :]
-    hidden = (seen > at) | ((seen <= at - window) if window else torch.zeros(1, 1, dtype=torch.bool))
+    hidden = (seen > at) | (seen < (at // -window * -window if window < 0 else at - (window or len(k)) + 1))
     scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, len(q), 1)], dim=-1)

@@ -59,8 +59,7 @@ def query(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ]
     oracles = {name: oracle(world.base, world.adapters.get(name)) for name in models}
     expected = [oracle_tokens(oracles[name], prompt, NEW) for name, prompt in requests[:CHECKED]]
-    [architecture] = oracles["base"].config.architectures
-    return Query(architecture, world, world.built(), requests, expected)
+    return Query(read_config(world.base).architecture, world, world.built(), requests, expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Llama4ForConditionalGeneration,
     LlamaConfig,
     PreTrainedConfig,
 )
@@ -57,7 +58,8 @@ def make_checkpoint(
                 buffer.add_(torch.randn(buffer.shape) * 0.2)
         table = model.get_input_embeddings()
         table.weight.div_(getattr(table, "scalar_embed_scale", 1.0))  # else Gemma repeats the last token
-    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    written = model if dtype == torch.float32 else model.to(dtype)  # towers may have complex buffers
+    written.save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
 
 
@@ -92,7 +94,9 @@ def _read(base: Path, _files: tuple[tuple[Any, ...], ...]) -> Any:
 def oracle(base: Path, adapter: Path | None) -> Any:
     """The model as transformers and PEFT run it, in float32."""
     model = _loaded(base).eval()
-    return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+    whole = model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+    # transformers 5.24 fails to run Llama 4 with its tower, and runs the decoder in it
+    return model.language_model if isinstance(model, Llama4ForConditionalGeneration) else whole
 
 
 def oracle_tokens(model: Any, prompt: Sequence[int], new: int) -> list[int]:

@@ -83,7 +83,7 @@ def unstack(
     features = [base.features(module.name, key.layer) for module in key.modules]
     there = [each for each in features if each is not None]
     inside, out = there[0][0], sum(each[1] for each in there)
-    by_position = (a.shape[1], b.shape[0]) == (out, inside) != (inside, out)
+    by_position = (a.shape[1], b.shape[0]) == (out, inside) and (spec.transposed or out != inside)
     first, second = (b, a) if by_position else (a, b)
     turns = spec.in_turns and len(key.modules) > 1
     width, height = (b.shape[0], a.shape[1]) if by_position else (a.shape[1], b.shape[0])

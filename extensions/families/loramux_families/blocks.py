@@ -9,17 +9,22 @@ from torch.nn.functional import pad
 from inference_service.backends.operations import Operations
 from inference_service.kernels.experts import Routed
 from inference_service.layers.norm import RMSNorm
-from inference_service.models.blocks import CacheSize, LayerCache, MixerBlock, MlpBlock, Step
+from inference_service.models.blocks import AttentionBlock, CacheSize, LayerCache, MixerBlock, MlpBlock, Step
 from inference_service.models.experts import Experts
 from inference_service.models.reader import LayerReader
-from loramux_families.layers import LatentLayer, RoutedLayer
+from loramux_families.layers import LatentLayer, RoutedLayer, TemperedLayer
+from loramux_shared.faults import SettingsInvalid
 
 LATENT_EPS = 1e-6
 """Epsilon of the norms of what queries, keys and values are made of, whatever the config has for others."""
 
 
-def read_block(reader: LayerReader, spec: LatentLayer | RoutedLayer) -> LatentBlock | RoutedBlock:
+def read_block(
+    reader: LayerReader, spec: LatentLayer | TemperedLayer | RoutedLayer
+) -> LatentBlock | TemperedBlock | RoutedBlock:
     """Read the block of a part of a layer."""
+    if isinstance(spec, TemperedLayer):
+        return TemperedBlock(reader, spec)
     return LatentBlock(reader, spec) if isinstance(spec, LatentLayer) else RoutedBlock(reader, spec)
 
 
@@ -89,6 +94,28 @@ def _norm(reader: LayerReader, name: str, width: int) -> RMSNorm:
     return RMSNorm(reader.norm(name, width).weight, LATENT_EPS)
 
 
+class TemperedBlock(AttentionBlock):
+    """Norms the heads of queries and keys by their size, before they are rotated, or scales queries."""
+
+    def __init__(self, reader: LayerReader, spec: TemperedLayer) -> None:
+        """Read the weights."""
+        super().__init__(reader, spec)
+        window = spec.attention.window
+        if spec.attention.tumbling and not reader.operations.tumbles:
+            raise SettingsInvalid(
+                f"{reader.config.architecture}: layers attend in chunks of {window} positions, which no kernel "
+                f"of a GPU knows. Set build.max_seq_len to at most {window}, or serve it on a CPU."
+            )
+        self._tempered = spec.tempered
+        if spec.normed:
+            like = reader.norm(reader.config.names.input_norm or "")
+            shape = spec.num_heads + spec.num_kv_heads, spec.head_dim
+            self._head_norm = RMSNorm(like.weight.new_ones(shape), like.eps)
+
+    def _prepared(self, step: Step, qkv: Tensor) -> Tensor:
+        return super()._prepared(step, qkv) if self._tempered else qkv
+
+
 class RoutedBlock:
     """A router in float32, its experts, and perhaps an MLP of those that all rows have."""
 
@@ -112,8 +139,20 @@ class RoutedBlock:
         """Return [T, hidden] for x [T, hidden]."""
         rows = x.float()
         each = torch.split(rows, 1) if step.operations.by_row else (rows,)
-        out = self._experts(step, x, self._route(torch.cat([part @ self._router for part in each])))
+        routed = self._route(torch.cat([part @ self._router for part in each]))
+        out = self._scaled(step, x, routed) if self._spec.scales_inputs else self._experts(step, x, routed)
         return out if self._shared is None else out.add_(self._shared(step, x))
+
+    def _scaled(self, step: Step, x: Tensor, routed: Routed) -> Tensor:
+        """Return what experts make of x [T, hidden], each of its input times its weight."""
+        pairs = zip(torch.split(routed.ids, 1, dim=1), torch.split(routed.weights, 1, dim=1), strict=True)
+        first, *others = [
+            self._experts(step, x * weights.to(x.dtype), Routed(ids.contiguous(), torch.ones_like(weights)))
+            for ids, weights in pairs
+        ]
+        for other in others:
+            first += other
+        return first
 
     def _route(self, logits: Tensor) -> Routed:
         """Return the experts of each row of logits [T, E], and their weights."""
@@ -122,6 +161,8 @@ class RoutedBlock:
             return sparsemixer(logits, spec.jitter)
         scores = logits.sigmoid() if spec.scores == "sigmoid" else logits.softmax(dim=-1)
         chosen = scores if self._correction is None else scores + self._correction
+        if spec.scales_inputs:
+            chosen = logits  # of which no two become the same where a sigmoid is nearly 1
         if spec.num_groups > 1:
             chosen = best_groups(chosen, spec.num_groups, spec.top_groups, 2 if spec.corrected else 1)
         ids = chosen.topk(spec.top_k, dim=-1).indices

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from loramux_families import gpt_neox, starcoder2
+from loramux_families import gpt_neox, llama4, llamas, starcoder2
 from loramux_families.layers import LatentLayer, RoutedLayer
 from loramux_shared.bases.config import ModelConfig, TensorNames
 from loramux_shared.bases.families.qwen2 import NAMES as QK_NORMS, read_experts
@@ -107,6 +107,41 @@ GLM = Family(
 )
 
 
+DOTS_SIZES: Final = {
+    "hidden_size": 4608,
+    "intermediate_size": 10944,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 32,
+    "vocab_size": 152064,
+}
+
+
+def _read_dots(config: HfConfig) -> ModelConfig:
+    config.require("hidden_act", "silu")
+    model = llama_like(config, sizes=DOTS_SIZES)
+    top_k = config.size("num_experts_per_tok")
+    usual = RoutedLayer(128, top_k, 1408, shared=2, corrected=True, renormalised=False)
+    window, first = config.integer_or_none("sliding_window", 4096), config.integer("max_window_layers", 62)
+    layers = windowed(model.layers, config, window, lambda index: index >= first)
+    bias = config.flag("attention_bias", default=False)
+    return replace(
+        model,
+        layers=tuple(_with_experts(config, layers, _routed(config, usual), 0)),
+        names=replace(QK_NORMS, shared_expert=SHARED),
+        qkv_bias=bias,
+        o_bias=bias,
+    )
+
+
+DOTS = Family(
+    (Architecture("Dots1ForCausalLM", "dots1"),),
+    _read_dots,
+    models="dots.llm1",
+    describes=ROUTED,
+)
+
+
 def _latent(config: HfConfig, sizes: dict[str, int], max_positions: int) -> ModelConfig:
     """Return a decoder with latent attention, and dense MLPs; sizes are those of its class."""
     config = HfConfig({**sizes, **config.fields}, config.architecture, config.max_seq_len)
@@ -175,9 +210,9 @@ def _read_v3(config: HfConfig) -> ModelConfig:
 
 LATENT: Final = ROUTED | {"kv_lora_rank", "q_lora_rank"}
 V3 = Family(
-    (Architecture("DeepseekV3ForCausalLM", "deepseek_v3"),),
+    (Architecture("DeepseekV3ForCausalLM", "deepseek_v3", also="kimi_k2"),),
     _read_v3,
-    models="DeepSeek V3 and R1, Moonlight",
+    models="DeepSeek V3 and R1, Kimi K2, Moonlight",
     describes=LATENT,
 )
 
@@ -303,4 +338,5 @@ PHI = Family(
     describes=EXPERTS,
 )
 
-NEOX, STARCODER = gpt_neox.FAMILY, starcoder2.FAMILY
+NEOX, STARCODER, LLAMA_4 = gpt_neox.FAMILY, starcoder2.FAMILY, llama4.FAMILY
+SEED, ERNIE, EXAONE = llamas.SEED, llamas.ERNIE, llamas.EXAONE

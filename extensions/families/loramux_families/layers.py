@@ -29,11 +29,25 @@ class RoutedLayer(ExpertsLayer):
     """Factor of the weights."""
     jitter: float = 0.0
     """Distance, relative to a sparsemixer's choice, within which others count: twice this."""
+    scales_inputs: bool = False
+    """True if the weight of an expert multiplies its input, and not its output."""
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears: two of each expert, and two of those for all rows."""
         routed = expert_groups(self.num, hidden, self.intermediate)
         return routed if self.shared is None else (*routed, *shared_groups(hidden, self.shared)[:2])
+
+
+@dataclass(frozen=True)
+class TemperedLayer(AttentionLayer):
+    """Attention of which some layers norm heads by their size alone, and some scale queries by position."""
+
+    part: ClassVar[str | None] = BLOCKS
+
+    normed: bool = False
+    """True if each head of queries and keys is normed."""
+    tempered: bool = False
+    """True if queries have the factors of the decoder's `QueryScaling`."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, DeepseekV3Config
 
 from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder
+from inference_service.models.decoder import Decoder, _query_factors
 from loramux_families.blocks import RoutedBlock
+from loramux_families.layers import RoutedLayer
 from loramux_shared.bases.read import read_config, read_fields
+from loramux_shared.bases.rope import QueryScaling
 from loramux_shared.faults import CheckpointInvalid
 from tests.models.test_families import CASES
 from tests.support.cases import cases
@@ -28,6 +30,23 @@ def test_configs_mean_what_transformers_takes_them_for(tmp_path: Path, name: str
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "full")
     for max_seq_len in (None, 8192):
         assert read_config(tmp_path, max_seq_len) == read_config(tmp_path / "full", max_seq_len)
+
+
+def test_kimi_k2_is_a_deepseek_v3_under_another_name() -> None:
+    """Checkpoints bring code of their own for a type that transformers takes for DeepSeek V3."""
+    assert read_fields(HUB["Kimi-K2"] | {"model_type": "kimi_k2"}) == read_fields(HUB["Kimi-K2"])
+
+
+def test_llama_4_chooses_before_a_sigmoid_and_scales_behind_the_last_position() -> None:
+    """Close scores far above 0 are apart, and the last position may begin another step of the scaling."""
+    block = object.__new__(RoutedBlock)
+    block._spec, block._correction = RoutedLayer(2, 1, 8, renormalised=False, scales_inputs=True), None
+    assert block._route(torch.tensor([[40.0, 41.0]])).ids.tolist() == [[1]]
+    assert [read_fields(HUB["Llama-4-Scout"], {}, longest).windows[0] for longest in (8192, 8193)] == [
+        None,
+        8192,
+    ]
+    assert len(_query_factors(QueryScaling(0.1, 8, ahead=1), 16)) == 3
 
 
 @pytest.mark.parametrize(("name", "change", "expected"), cases(__file__, "REFUSED"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ MOST: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 LEAST_SCALE: Final = 1e-30
 LOW_BITS: Final = 0xFFFF
 """Bits of a float32 that bfloat16 does not have."""
+At = TypeVar("At", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -158,15 +159,12 @@ class PagedAttention:
         windows: Sequence[int | None] = (None,),
     ) -> None:
         """Plan a step; windows are those of the groups of layers, whose blocks are apart."""
+        self._step = contexts, block_size, dtype, device
         decodes = [context.row for context in contexts if context.length == 1]
         self._decode_rows = torch.tensor(decodes, dtype=torch.int64, device=device)
         self._all_decode = len(decodes) == len(contexts)
-        longest = max(context.end for context in contexts)
-        self._plans: dict[int | None, _Plan] = {}
-        for group, window in enumerate(windows):
-            outgrown = window if window is not None and window < longest else None
-            rows = [_cache_rows(context, group, block_size) for context in contexts]
-            self._plans[window] = _plan(contexts, rows, outgrown, dtype, device)
+        self._groups = {window: group for group, window in enumerate(windows)}
+        self._plans: dict[tuple[int | None, bool], _Plan] = {}
 
     def __call__(
         self,
@@ -182,7 +180,12 @@ class PagedAttention:
         Of a layer that reads another's, k and v are not looked at. sinks [heads] are scores of what every row
         sees besides, and which has no value.
         """
-        plan = self._plans[spec.window]
+        kind = spec.window, spec.tumbling
+        if kind not in self._plans:
+            contexts, block_size, dtype, device = self._step
+            cached = [_cache_rows(context, self._groups[spec.window], block_size) for context in contexts]
+            self._plans[kind] = _plan(contexts, cached, spec, dtype, device)
+        plan = self._plans[kind]
         if spec.keys_of is None:
             cache.write(plan.write_rows, k, v)
         out = torch.empty_like(q) if plan.prefills else q
@@ -199,12 +202,7 @@ class PagedAttention:
         return out
 
     def _decode(
-        self,
-        q: Tensor,
-        cache: KeysValues,
-        spec: AttentionSpec,
-        plan: _Decode,
-        sinks: Tensor | None,
+        self, q: Tensor, cache: KeysValues, spec: AttentionSpec, plan: _Decode, sinks: Tensor | None
     ) -> Tensor:
         """One query row per sequence: [D, heads, d]."""
         num, heads, dim = q.shape
@@ -224,12 +222,7 @@ class PagedAttention:
         return out.view(kv, num, group, dim).transpose(0, 1).reshape(num, heads, dim)
 
     def _prefill(
-        self,
-        q: Tensor,
-        cache: KeysValues,
-        spec: AttentionSpec,
-        plan: _Prefill,
-        sinks: Tensor | None,
+        self, q: Tensor, cache: KeysValues, spec: AttentionSpec, plan: _Prefill, sinks: Tensor | None
     ) -> Tensor:
         """A chunk of one sequence: [length, heads, d]."""
         keys, values = cache.read(plan.index, q.dtype)
@@ -260,18 +253,19 @@ def attend_chunk(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
 def _plan(
     contexts: Sequence[Context],
     rows: Sequence[Tensor],
-    window: int | None,
+    spec: AttentionSpec,
     dtype: torch.dtype,
     device: torch.device,
 ) -> _Plan:
-    """Plan for one window; rows are the cache rows of every context."""
-    seen = [index[_first_seen(context, window) :] for context, index in zip(contexts, rows, strict=True)]
+    """Plan for layers of one window; rows are the cache rows of every context."""
+    firsts = [_first_seen(context.end - context.length, spec) for context in contexts]
+    seen = [index[max(0, first) :] for first, index in zip(firsts, rows, strict=True)]
     decodes = [index for context, index in zip(contexts, seen, strict=True) if context.length == 1]
     prefills = tuple(
         _Prefill(
             rows=slice(context.row, context.row + context.length),
             index=index.to(device),
-            mask=_mask(context, window, device),
+            mask=_mask(context, spec, device),
         )
         for context, index in zip(contexts, seen, strict=True)
         if context.length > 1
@@ -291,9 +285,11 @@ def _decode(seen: Sequence[Tensor], dtype: torch.dtype, device: torch.device) ->
     return _Decode(table.to(device), mask.to(device))
 
 
-def _first_seen(context: Context, window: int | None) -> int:
-    """The first position that the chunk's first row sees."""
-    return 0 if window is None else max(0, context.end - context.length - window + 1)
+def _first_seen(at: At, spec: AttentionSpec) -> At:
+    """Return the first positions that rows at these positions see; those below 0 do not exist."""
+    if spec.window is None:
+        return at * 0
+    return at // spec.window * spec.window if spec.tumbling else at - spec.window + 1
 
 
 def _cache_rows(context: Context, group: int, block_size: int) -> Tensor:
@@ -302,15 +298,14 @@ def _cache_rows(context: Context, group: int, block_size: int) -> Tensor:
     return (blocks[:, None] * block_size + torch.arange(block_size)).view(-1)[: context.end]
 
 
-def _mask(context: Context, window: int | None, device: torch.device) -> Tensor | None:
+def _mask(context: Context, spec: AttentionSpec, device: torch.device) -> Tensor | None:
     """[length, seen]: True where a row may look; None where that is plain causality within the chunk."""
-    whole = context.end == context.length
-    if whole and (window is None or window >= context.length):
+    start = context.end - context.length
+    if start == 0 and (spec.window is None or spec.window >= context.length):
         return None
-    rows = torch.arange(context.end - context.length, context.end, device=device)[:, None]
-    columns = torch.arange(_first_seen(context, window), context.end, device=device)
-    causal = rows >= columns
-    return causal if window is None else causal & (columns > rows - window)
+    rows = torch.arange(start, context.end, device=device)[:, None]
+    columns = torch.arange(max(0, _first_seen(start, spec)), context.end, device=device)
+    return (rows >= columns) & (columns >= _first_seen(rows, spec))
 
 
 def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -193,7 +193,7 @@ void attention(const T* q, int64_t ldq, T* out, const Chunk* chunks, int64_t cou
       from_q[i] = q + (chunk.row + token) * ldq + head * dim;
       to_out[i] = out + ((chunk.row + token) * heads + head) * dim;
       to[i] = chunk.end - chunk.length + token + 1;
-      from[i] = window > 0 ? std::max<int64_t>(0, to[i] - window) : 0;
+      from[i] = window > 0 ? std::max<int64_t>(0, to[i] - window) : window < 0 ? (to[i] - 1) / -window * -window : 0;
       if (sinks) sink[i] = sinks[head];
     }
     const T *k = keys + task.head * k_head, *v = values + task.head * v_head;

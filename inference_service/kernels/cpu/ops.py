@@ -298,6 +298,8 @@ class CpuOps:
     ) -> Tensor:
         """Return what q [T, heads, d] attends to, [T, heads * d]; window 0 is all, softcap 0 is none.
 
+        Windows below 0 stand one behind the other.
+
         sinks, float32 [heads], are scores of what every row sees besides, and which has no value.
 
         Rows of no chunk are not written.

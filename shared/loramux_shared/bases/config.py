@@ -183,8 +183,9 @@ class ModelConfig:
         own = {"attn_dense": self.names.o, "mlp_4h_to_h": self.names.down}
         if len(self.names.qkv) == 3:
             own |= zip(("attn_q", "attn_k", "attn_v"), self.names.qkv, strict=True)
-        if any(isinstance(layer.mlp, MlpLayer) and not layer.mlp.gated for layer in self.layers):
-            [own["mlp_h_to_4h"]] = self.names.gate_up
+        plain = any(isinstance(layer.mlp, MlpLayer) and not layer.mlp.gated for layer in self.layers)
+        if plain or len(self.names.gate_up) == 2:
+            own |= zip(("mlp_h_to_4h", "mlp_gate"), self.names.gate_up, strict=False)
         for module in ("shared_h_to_4h", "shared_4h_to_h", "shared_gate"):
             own[module] = f"{self.names.shared_expert}.{BY_NAME[module].hf}"
         usual = {module: BY_NAME[module].path for module in own}

@@ -237,6 +237,8 @@ class ExpertsLayer:
     """True if a checkpoint has weights [experts, in, out], with the columns of gate and up interleaved, as the
     rows of an adapter's B are.
     """
+    transposed: bool = False
+    """True if a checkpoint has weights [experts, in, out], and adapters have A and B in each other's place."""
     beside: int | None = None
     """Width of an MLP that all rows have as well; both have norms of their own then."""
 

@@ -75,7 +75,7 @@ def _named(fields: Mapping[str, Any]) -> tuple[Architecture, Family]:
         )
     architecture, family = families[name]
     model_type = fields.get("model_type")
-    if model_type is not None and model_type != architecture.model_type:
+    if model_type not in (None, architecture.model_type, architecture.also):
         raise CheckpointInvalid(
             f"config.json: architectures names {name}, whose model_type is {architecture.model_type!r}, and "
             f"model_type is {model_type!r}: they contradict each other. Correct the one that is wrong."

@@ -112,6 +112,8 @@ class AttentionSpec:
     """Factor of the products of queries and keys."""
     window: int | None = None
     """Positions that a row sees, its own included; None: all."""
+    tumbling: bool = False
+    """True if windows stand one behind the other, so that a row sees its own from the first position on."""
     softcap: float | None = None
     """Bound that the scaled products approach, by tanh."""
     keys_of: int | None = None
@@ -120,10 +122,11 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class QueryScaling:
-    """Queries that are multiplied with 1 + beta * log(1 + position // length)."""
+    """Queries that are multiplied with 1 + beta * log(1 + (position + ahead) // length)."""
 
     beta: float
     length: int
+    ahead: int = 0
 
 
 ROPE_KINDS: Final = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
