@@ -259,17 +259,20 @@ Targets = tuple[str, ...] | str
 
 _QUERY_VALUE: Final[Mapping[str, Targets]] = {
     **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+        ("llama", "llama4", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
         ("q_proj", "v_proj"),
     ),
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
     "gpt_neox": ("query_key_value",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "phi": ("q_proj", "v_proj", "fc1", "fc2"),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
 }
 _IA3: Final[Mapping[str, Targets]] = {
     **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
-    **dict.fromkeys(("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), ("q_proj", "v_proj", "down_proj")),
+    **dict.fromkeys(
+        ("llama4", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), ("q_proj", "v_proj", "down_proj")
+    ),
     "mixtral": ("k_proj", "v_proj", "w2"),
     "gpt_neox": ("query_key_value", "dense_4h_to_h"),
     "phi": ("q_proj", "v_proj", "fc2"),

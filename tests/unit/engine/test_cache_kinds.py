@@ -201,7 +201,7 @@ def _drain(engine: Engine, manager: BlockManager) -> list[StepOutput]:
 
 def _expect_sound(engine: Engine, manager: BlockManager) -> None:
     """Every block is free or held as often as tables have it; exactly those that later rows see are there."""
-    running = engine._scheduler.running
+    running, drafted = engine._scheduler.running, engine._scheduler.limits.speculative_tokens
     for place, group in enumerate(manager.groups):
         pool = group.pool
         held = Counter(block for seq in running for block in seq.progress.tables[place] if block != GONE)
@@ -211,7 +211,7 @@ def _expect_sound(engine: Engine, manager: BlockManager) -> None:
             known = min(seq.progress.num_computed, len(seq.progress.tokens))
             gone = [index for index, block in enumerate(seq.progress.tables[place]) if block == GONE]
             assert gone == list(range(len(gone)))
-            least = group.first_seen(max(0, known - 1) // BLOCK * BLOCK)
+            least = group.first_seen(max(0, known - 1 - drafted) // BLOCK * BLOCK)  # known before the last step
             assert least <= len(gone) <= group.first_seen(known)
     if manager.states is not None:
         slots = [seq.progress.state_slot for seq in running]
