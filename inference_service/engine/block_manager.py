@@ -49,6 +49,8 @@ class _Refusal:
     """Number of times that blocks of it had become free by then."""
     missing: tuple[BlockPool, int] | None
     """A pool without the block behind those that were found, and its key; None where all have it."""
+    spare: float | None
+    """Part of each pool that had to stay spare."""
 
 
 class BlockManager:
@@ -118,7 +120,7 @@ class BlockManager:
         progress.num_full, progress.num_computed = found, found * self.block_size
         lacking = self._lacking(seq, spare)
         if lacking is not None:
-            self._refuse(seq, lacking, found, usable)
+            self._refuse(seq, lacking, found, usable, spare)
             return False
         restored = 0
         for group, table in zip(self.groups, progress.tables, strict=True):
@@ -134,10 +136,10 @@ class BlockManager:
         self.stats.restored += restored * self.block_size
         return True
 
-    def still_refused(self, seq: Sequence) -> bool:
+    def still_refused(self, seq: Sequence, spare: float | None = None) -> bool:
         """True when this sequence was refused last, and since then no block became free or known for it."""
         last = self._refused
-        if last is None or last.seq is not seq or last.releases != last.lacking.releases:
+        if last is None or (last.seq, last.spare) != (seq, spare) or last.releases != last.lacking.releases:
             return False
         return last.missing is None or last.missing[1] not in last.missing[0]
 
@@ -256,7 +258,7 @@ class BlockManager:
                 return group.pool
         return None
 
-    def _refuse(self, seq: Sequence, lacking: BlockPool, found: int, usable: int) -> None:
+    def _refuse(self, seq: Sequence, lacking: BlockPool, found: int, usable: int, spare: float | None) -> None:
         """Take back what a sequence was given that does not fit, and remember that it did not."""
         progress = seq.progress
         unknown = (group.pool for group in self.groups if found < usable and not group.knows(seq, found))
@@ -265,7 +267,7 @@ class BlockManager:
             group.release(table)
         progress.num_computed = progress.num_full = 0
         missing = None if pool is None else (pool, prefix_key(seq, found, self.block_size))
-        self._refused = _Refusal(seq, lacking, lacking.releases, missing)
+        self._refused = _Refusal(seq, lacking, lacking.releases, missing, spare)
 
     def _usable(self, seq: Sequence) -> int:
         """Leading blocks that a sequence may take from the prefix cache."""

@@ -505,9 +505,9 @@ class Scheduler:
 
     def _start(self, seq: Sequence) -> bool:
         """Give a sequence room for its whole context; False, with nothing changed, when it does not fit."""
-        if self.blocks.still_refused(seq):
-            return False
         spare = self.limits.watermark if self.running else None
+        if self.blocks.still_refused(seq, spare):
+            return False
         if not self.blocks.start(seq, spare):
             return False
         if not seq.num_generated:
