@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -98,7 +99,7 @@ class Step:
         return partial if self.ranks is None else self.ranks.sum(partial)
 
 
-class MixerBlock:
+class MixerBlock(ABC):
     """The part of a layer that mixes the rows of a sequence, and keeps what later rows need; here nothing."""
 
     def new_cache(self, operations: Operations, size: CacheSize) -> LayerCache:  # noqa: ARG002
@@ -109,9 +110,9 @@ class MixerBlock:
         """Return the states of every slot."""
         return ()
 
+    @abstractmethod
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
-        raise NotImplementedError
 
 
 class AttentionBlock(MixerBlock):
@@ -191,7 +192,7 @@ class AttentionBlock(MixerBlock):
         q = self._spec.q_features
         queries, keys = qkv[:, :q], qkv[:, q : q + self._spec.kv_features]
         if self._row_norms is not None and step.ranks is not None:
-            _norm_together(step, step.ranks, (queries, keys), self._row_norms)
+            _norm_together(step.operations, step.ranks, (queries, keys), self._row_norms)
         elif self._row_norms is not None:
             for rows, norm in zip((queries, keys), self._row_norms, strict=True):
                 step.operations.norm(rows, norm, None, None, out=rows)
@@ -200,9 +201,11 @@ class AttentionBlock(MixerBlock):
         return qkv
 
 
-def _norm_together(step: Step, ranks: Ranks, parts: Sequence[Tensor], norms: Sequence[RMSNorm]) -> None:
+def _norm_together(
+    operations: Operations, ranks: Ranks, parts: Sequence[Tensor], norms: Sequence[RMSNorm]
+) -> None:
     """Norm rows [T, own columns] in place by the size of all ranks' columns, of which each has as many."""
-    squares = ranks.sum(torch.stack([*map(step.operations.squares, parts)])) / ranks.shard.world
+    squares = ranks.sum(torch.stack([*map(operations.squares, parts)])) / ranks.shard.world
     for rows, norm, square in zip(parts, norms, squares, strict=True):
         rows *= torch.rsqrt(square + norm.eps)[:, None]
         rows *= norm.weight

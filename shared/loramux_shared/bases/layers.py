@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -44,7 +45,7 @@ def own_keys(heads: int, world: int) -> int:
     return max(1, heads // world)
 
 
-class MixerLayer:
+class MixerLayer(ABC):
     """The part of a layer that mixes a sequence's rows; here one that keeps nothing and cannot be divided."""
 
     part: ClassVar[str | None] = None
@@ -70,9 +71,9 @@ class MixerLayer:
         """
         raise CannotShard(f"{self.label}, which is served by one rank alone")
 
+    @abstractmethod
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
