@@ -171,7 +171,8 @@ def test_a_batch_runs_on_a_deployment_that_is_loaded_for_it(
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, value in {"DTYPE": "float32", "KV_MEMORY_GB": "0.01", "ADAPTER_DISK_GB": "0"}.items():
         monkeypatch.setenv(f"LORAMUX_{name}", value)
-    body = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+    message = {"role": "user", "content": "hello"}
+    body = {"model": "base", "messages": [message], "max_tokens": 3, "ignore_eos": True}
     lines = [request(0, body=body), request(1, body=body | {"model": "nobody"})]
     source, output = written(tmp_path / "in", *lines), tmp_path / "out"
     ran = CliRunner().invoke(app, ["run-batch", str(source), str(output), "--deployment", str(file), "--json"])

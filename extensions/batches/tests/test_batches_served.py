@@ -108,7 +108,8 @@ async def test_openais_client_has_a_file_of_requests_answered(tmp_path: Path, st
         batches = api.ready.service.batches = BatchStore(store)
         app, client = create_app(api.ready.service), api.openai
         async with working(BatchWorker(batches, app, None, beat_s=0.01)):
-            hello = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+            message = {"role": "user", "content": "hello"}
+            hello = {"messages": [message], "max_tokens": 3, "ignore_eos": True}
             text = (
                 line("a", model="base", **hello)
                 + line("b", model="wide", **hello)
