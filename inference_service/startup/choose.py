@@ -22,7 +22,7 @@ from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.computing import Computing, Lack
 from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
-from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
+from inference_service.kernels.cpu.ops import BLOCK, DTYPES, FEW_ROWS, MAX_HEAD_DIM, NEVER, CpuOps
 from inference_service.layers.quantized import require_able
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import may_stay_packed
@@ -77,9 +77,12 @@ def _product(chosen: Backend, config: ModelConfig) -> str:
     if few_bits:
         how = "times rows of 8 bits" if chosen.dtype is torch.bfloat16 else "widened in registers"
         return f"{few_bits} {how} ({instructions})"
-    widened = chosen.dtype is torch.bfloat16 and "bfloat16" not in instructions
+    widened = ""
+    if chosen.dtype is torch.bfloat16 and operations.ops.widened_from.value < NEVER:
+        few = f" from {FEW_ROWS} rows on, which is faster here" if "bfloat16" in instructions else ""
+        widened = f" widened in registers{few}"
     held = " held in 12 bits" if operations.ops.compacts else ""
-    return f"{dtype}{held}{' widened in registers' if widened else ''} ({instructions})"
+    return f"{dtype}{held}{widened} ({instructions})"
 
 
 def _why(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> str:

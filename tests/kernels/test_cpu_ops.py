@@ -5,6 +5,7 @@ import math
 from array import array
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from torch import Tensor
 
 from inference_service.core.constraint import packed
 from inference_service.kernels.cpu.compiling import Kind, kinds_that_run
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, adapters_of
+from inference_service.kernels.cpu.ops import (
+    ADAPTER_FIELDS,
+    BLOCK,
+    FEW_ROWS,
+    NEVER,
+    Chunks,
+    CpuOps,
+    Table,
+    adapters_of,
+)
 from inference_service.kernels.rows import Activation
 from inference_service.kernels.rows.reference import ACTIVATIONS
 from inference_service.kernels.sampling import Edits, RowParams, draw_rows
@@ -133,21 +143,43 @@ def test_a_linear_multiplies(ops: CpuOps) -> None:
         _assert_close(ops.linear(x, tiled), expected, ops, (rows, width, columns, biased))
 
 
-WIDENING = [kind for kind in kinds_that_run() if "avx512_bf16" not in kind.needs]
+@pytest.mark.parametrize("kind", kinds_that_run(), ids=lambda kind: kind.name)
+def test_bfloat16_has_the_bits_of_float32_sums_in_order(beforehand: Path, kind: Kind) -> None:
+    """A product of two values is exact in float32, and each sum is rounded once, the second of two first.
 
-
-@pytest.mark.parametrize("kind", WIDENING, ids=lambda kind: kind.name)
-def test_bfloat16_that_is_widened_has_the_bits_of_float32_sums_in_order(beforehand: Path, kind: Kind) -> None:
-    """A product of two values is exact in float32: each sum is rounded once, whatever the number of rows."""
+    So it is for any number of rows, widened or not; subnormals are the same zeros for both.
+    """
     (path,) = beforehand.glob(f"ops-{kind.name}-*.so")
     ops = CpuOps(ctypes.CDLL(str(path)), torch.bfloat16)
     x, weight = torch.randn(70, 2050).bfloat16(), torch.randn(49, 2050).bfloat16()
+    tiny = torch.ldexp(x[:9].float(), torch.tensor(-125)).bfloat16()
     expected = torch.zeros(70, 49)
     for k in range(2050):
-        expected += x[:, k, None].float() * weight[:, k].float()
-    tiled = ops.tiled(weight)
-    for rows in (1, 5, 8, 9, 70):
-        assert torch.equal(ops.linear(x[:rows], tiled), expected[:rows].bfloat16())
+        expected += x[:, k ^ 1, None].float() * weight[:, k ^ 1].float()
+    found = []
+    for ops.widened_from.value in (1, NEVER) if "avx512_bf16" in kind.needs else (1,):
+        tiled, compact = ops.tiled(weight), ops.compact(weight[:, :2048])
+        for rows in (1, 5, 8, 9, 70):
+            assert torch.equal(ops.linear(x[:rows], tiled), expected[:rows].bfloat16())
+        of_compact = [] if compact is None else [ops.linear(x[:, :2048], compact)]
+        found.append(torch.cat([ops.linear(tiny, tiled), *of_compact]))
+    assert torch.equal(found[0], found[-1])
+
+
+@pytest.mark.parametrize(("widened", "pairs", "start"), [(10, 20, FEW_ROWS), (20, 10, NEVER), (19, 20, NEVER)])
+def test_many_rows_of_bfloat16_are_widened_where_that_is_faster(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, widened: int, pairs: int, start: int
+) -> None:
+    """Both ways are measured, as processors differ; a processor that has but one way takes it."""
+    now, usual = [0], CpuOps(library, torch.bfloat16)
+
+    def linear(ops: CpuOps, *_: Any) -> None:
+        now[0] += widened if ops.widened_from.value == 1 else pairs
+
+    monkeypatch.setattr(CpuOps, "linear", linear)
+    monkeypatch.setattr("inference_service.kernels.cpu.ops.perf_counter", lambda: now[0])
+    chosen = CpuOps(library, torch.bfloat16).widened_from.value
+    assert chosen == (start if "bfloat16" in usual.instructions else 1)
 
 
 def test_compact_weights_have_the_bits_of_whole_ones(library: ctypes.CDLL) -> None:

@@ -7,6 +7,9 @@
 #include "lora.h"
 #include "product.h"
 
+// Rows from which on whole bfloat16 weights are multiplied as float32.
+extern "C" int64_t widened_from;
+
 namespace {
 
 constexpr double WORK_OF_ONE_THREAD = 60000;  // products; less is done before a second thread has woken up
@@ -82,7 +85,8 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
   if constexpr (Unit<T>::P > 1) {
     if (base.bits && base.bits != COMPACT)
       rounding.round(base.x, base.ldx, base.rows, base.K, base.bits == BLOCKS ? 0 : base.bits, threads), base.rounded = &rounding;
-    else if (base.w && !Unit<T>::multiplied) base.widened = widening.widen(base.x, base.ldx, base.rows, base.K);
+    else if (base.w && base.rows >= widened_from)
+      base.widened = widening.widen(base.x, base.ldx, base.rows, base.K, threads);
   }
   const int64_t tiles = base.w ? (base.N + LANES - 1) / LANES : 0;
   const int64_t wide = tiles / WIDE_PRODUCT >= 2 * threads ? WIDE_PRODUCT : 1;

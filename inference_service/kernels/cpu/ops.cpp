@@ -111,6 +111,7 @@ extern "C" const char* instructions() {
 }
 #endif
 #ifndef ONLY_FLOAT32
+int64_t widened_from = Unit<bf16>::multiplied ? INT64_MAX : 1;
 EXPORT(bf16, bfloat16)
 
 extern "C" int64_t compact(const void* values, int64_t count, void* to, void* beside, int64_t threads) {

@@ -6,6 +6,7 @@ Every operation is in place or writes its whole output, takes contiguous rows, a
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 import threading
 from array import array
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from time import perf_counter
 from typing import Any, Final, get_args
 
 import numpy as np
@@ -38,6 +40,8 @@ BLOCKS, OFFSET, IN_PARTS = 16, 16, 32
 """Bits that stand for blocks (blocks.h), and what the kind of a tile of them has beside its bits."""
 OF_GRANULE = 8
 """Values of K of a tile that are compact together."""
+FEW_ROWS, NEVER = 3, 2**62
+"""Rows of x for which widening bfloat16 weights pays, where it does, and more than there are."""
 SPARSE = 512
 """Weights for each that no table holds: with more of them, compact ones are not read faster."""
 ROUNDED = 32
@@ -180,6 +184,24 @@ class CpuOps:
         """Set while operations are written down."""
         self.compacts = self.compact(torch.zeros(LANES, OF_GRANULE, dtype=dtype)) is not None
         """True if this processor multiplies compact weights."""
+        self.widened_from = ctypes.c_int64.in_dll(library, "widened_from")
+        """Rows from which on `linear` multiplies whole bfloat16 weights as float32: all where it has to."""
+        if self.units == 2 and "bfloat16" in self.instructions:
+            self.widened_from.value = FEW_ROWS if self._widened_is_faster() else NEVER
+
+    def _widened_is_faster(self) -> bool:
+        """Return whether this processor has half as fast instructions for bfloat16 as for float32.
+
+        Intel's have: theirs are for AMX, which virtual machines hide.
+        """
+        x, weight = torch.ones(64, 512, dtype=self.dtype), torch.ones(6 * LANES, 512, dtype=self.dtype)
+        tiled, took = Tiled(weight, None, len(weight)), {1: math.inf, NEVER: math.inf}
+        for start in [*took] * 9:
+            self.widened_from.value = start
+            began = perf_counter()
+            self.linear(x, tiled)
+            took[start] = min(took[start], perf_counter() - began)
+        return took[1] < 0.9 * took[NEVER]
 
     @contextmanager
     def recorded(self, buffers: Buffers, rows: int) -> Iterator[Recorder | None]:

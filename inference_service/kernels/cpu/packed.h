@@ -19,7 +19,7 @@ namespace {
 typedef int8_t rb __attribute__((vector_size(REGISTER / 4)));
 
 constexpr int64_t ROUNDED = 32;             // values of x with one step
-constexpr int64_t ROWS_OF_ONE_THREAD = 16;  // fewer are rounded before a second thread has woken up
+constexpr int64_t ROWS_OF_ONE_THREAD = 16;  // fewer are prepared before a second thread has woken up
 
 // Weights as they are multiplied: part of a lane vector of units, of which a vector has so many.
 struct Whole {
@@ -27,12 +27,12 @@ struct Whole {
   static inline ru unit(const uint8_t* vector, int, int part) { return load<ru>(vector + part * REGISTER); }
 };
 
-// bfloat16, in float32.
+// bfloat16, in float32: the second value of a pair first, as vdpbf16ps adds them.
 struct Pairs {
   static constexpr int UNITS = 2;
   static inline ru unit(const uint8_t* vector, int index, int part) {
     const ru both = load<ru>(vector + part * REGISTER);
-    if (index == 0) return both << 16;
+    if (index == 1) return both << 16;
 #if defined(__AVX__) && !defined(__AVX512F__)  // which have no register left for a mask
     return held(both >> 16) << 16;
 #else
@@ -108,16 +108,21 @@ template <int BITS> struct Exact {
 };
 #endif
 
-// Rows of x in float32, one after the other.
+// Rows of x in float32, one after the other, each pair in the order of Pairs.
 class WidenedRows {
-  std::vector<float> values;
+  std::vector<uint64_t> pairs;
 
  public:
-  const float* widen(const bf16* x, int64_t ldx, int64_t rows, int64_t K) {
-    values.resize(rows * K);
-    for (int64_t t = 0; t < rows; ++t)
-      for (int64_t k = 0; k < K; ++k) values[t * K + k] = ::widen(x[t * ldx + k]);
-    return values.data();
+  const float* widen(const bf16* x, int64_t ldx, int64_t rows, int64_t K, int64_t threads) {
+    if (int64_t(pairs.size()) < rows * K / 2) pairs.resize(rows * K / 2);
+    each(rows, rows < ROWS_OF_ONE_THREAD ? 1 : int(threads), [&](int64_t row) {
+      for (int64_t i = 0; i < K / 2; ++i) {
+        uint32_t both;
+        std::memcpy(&both, x + row * ldx + 2 * i, sizeof both);
+        pairs[row * (K / 2) + i] = (both & 0xffff0000u) | uint64_t(both) << 48;
+      }
+    });
+    return reinterpret_cast<const float*>(pairs.data());
   }
 };
 

@@ -39,6 +39,15 @@ struct Bfloats {
   static inline rf fma(rf acc, ru a, ru b) { return Unit<bf16>::fma(acc, a, b); }
   static inline const bf16* row(const Product<bf16>& p, int64_t t) { return p.x + t * p.ldx; }
 };
+
+// While it lives, float32 takes subnormals for zeros, as vdpbf16ps does: sums have the same bits.
+class Flushing {
+  const unsigned before = _mm_getcsr();
+
+ public:
+  Flushing() { _mm_setcsr(before | 0x8040); }
+  ~Flushing() { _mm_setcsr(before); }
+};
 #endif
 
 // The vectors of WIDE tiles as they lie.
@@ -121,8 +130,8 @@ template <class T, class U, class W, int WIDE> struct Panel {
 };
 
 #ifdef __AVX512BF16__
-// The same of compact ones: the first rows decode them, for those that come after.
-template <int WIDE> struct CompactPanel {
+// The same of compact ones, as U multiplies W: the first rows decode them, for those that come after.
+template <class U, class W, int WIDE> struct CompactPanel {
   static constexpr int64_t BLOCK = UNITS_OF_BLOCK * 2, TALL = TALL_PRODUCT;
   const Product<bf16>& p; int64_t column;
   Compact<WIDE> from = begin();
@@ -134,15 +143,16 @@ template <int WIDE> struct CompactPanel {
     static thread_local std::vector<vu> room;
     room.resize(WIDE * std::min(BLOCK, p.K) / 2);
     uint8_t* decoded = reinterpret_cast<uint8_t*>(room.data());
-    const bf16* x = p.x + t * p.ldx + k;
+    const auto x = U::row(p, t) + k;
+    const int64_t ldx = U::row(p, 1) - U::row(p, 0);
     if (t == 0 || (t % ROWS_KEPT == 0 && p.K > BLOCK)) {
       if (k == 0) from = begin();
       from.write(decoded, some, t + rows < p.rows);
-      return sum_rows<Bfloats, Whole, TALL, WIDE>(rows, x, p.ldx, from, some / 2, sums, k == 0);
+      return sum_rows<U, W, TALL, WIDE>(rows, x, ldx, from, some / U::P, sums, k == 0);
     }
     const int64_t apart = some / 2 * sizeof(vu);
     Stored<WIDE> all{decoded, apart, apart};
-    sum_rows<Bfloats, Whole, TALL, WIDE>(rows, x, p.ldx, all, some / 2, sums, k == 0);
+    sum_rows<U, W, TALL, WIDE>(rows, x, ldx, all, some / U::P, sums, k == 0);
   }
 };
 #endif
@@ -405,7 +415,11 @@ template <int WIDE> void product_panel(const Product<bf16>& p, int64_t column) {
   else if (p.bits == 8) product_panel<WIDE>(p, column, RoundedPanel<8, WIDE>{p, column});
   else if (p.bits == 4) product_panel<WIDE>(p, column, RoundedPanel<4, WIDE>{p, column});
 #ifdef __AVX512BF16__
-  else if (p.bits) product_panel<WIDE>(p, column, CompactPanel<WIDE>{p, column});
+  else if (p.widened) {
+    const Flushing as_pairs;
+    if (p.bits) product_panel<WIDE>(p, column, CompactPanel<Floats, Pairs, WIDE>{p, column});
+    else product_panel<WIDE>(p, column, Panel<bf16, Floats, Pairs, WIDE>{p, column});
+  } else if (p.bits) product_panel<WIDE>(p, column, CompactPanel<Bfloats, Whole, WIDE>{p, column});
   else product_panel<WIDE>(p, column, Panel<bf16, Bfloats, Whole, WIDE>{p, column});
 #else
   else product_panel<WIDE>(p, column, Panel<bf16, Floats, Pairs, WIDE>{p, column});

@@ -127,8 +127,8 @@ template <> struct Unit<bf16> {
     std::memcpy(&acc, &r, 64);
     return acc;
 #else
-    acc = multiply_add(acc, floats(a << 16), floats(b << 16));
-    return multiply_add(acc, floats(a & 0xffff0000u), floats(b & 0xffff0000u));
+    acc = multiply_add(acc, floats(a & 0xffff0000u), floats(b & 0xffff0000u));  // the second value first, as vdpbf16ps does
+    return multiply_add(acc, floats(a << 16), floats(b << 16));
 #endif
   }
 };
