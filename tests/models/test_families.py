@@ -1,15 +1,19 @@
 """Every family of decoders against transformers and PEFT, token for token in float32, on tiny random models."""
 
+import copy
+import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -21,9 +25,12 @@ from inference_service.engine.runner import Runner
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.startup.load import Ready
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.families import load_families
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid, SettingsInvalid
+from scripts.models_doc import COUNTED
 from tests.models.test_merge import ready_of
 from tests.support import tiny
 from tests.support.cases import cases
@@ -57,6 +64,8 @@ class Case:
     """A checkpoint of a family."""
 
     config: PreTrainedConfig
+    written: dict[str, Any]
+    """The fields that the config was made of."""
     adapters: Mapping[str, Mapping[str, Any]]
     max_seq_len: int | None = None
     shortest: int = 1
@@ -74,12 +83,70 @@ def _fields(written: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in (fields | own).items() if key != "parts"}
 
 
-CASES = {
-    name: Case(
-        getattr(transformers, row.pop("class"))(**_fields(row.pop("config"))), SETS[row.pop("adapters")], **row
-    )
-    for name, row in cases(__file__, "cases").items()
-}
+def _case(row: dict[str, Any]) -> Case:
+    written = _fields(row.pop("config"))
+    config = getattr(transformers, row.pop("class"))(**copy.deepcopy(written))
+    return Case(config, written, SETS[row.pop("adapters")], **row)
+
+
+CASES = {name: _case(row) for name, row in cases(__file__, "cases").items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fields_that_are_left_out_mean_what_transformers_takes_them_for(name: str) -> None:
+    """Fields that no case has, each that this one has, and all have the values of the class, or are missed."""
+    case = CASES[name]
+    pytest.importorskip(case.package)
+    named = {"architectures": [_architecture(case)], "model_type": case.config.model_type}
+    written = named | case.written
+    assert isinstance(_read(written), ModelConfig)
+    for fields in (named, written, *(_without(written, path) for path in _paths(case.written))):
+        try:
+            whole = type(case.config)(**copy.deepcopy(fields)).to_dict()
+        except (StrictDataclassError, LookupError, ArithmeticError):
+            continue  # transformers does not read the others without it
+        found = _read(fields)
+        assert found == _read(whole) or str(found).startswith("None"), fields
+
+
+def test_answers_of_every_family_are_counted() -> None:
+    """The counts on the page of models are of all families that have a case here."""
+    counted = {row[0] for row in json.loads(COUNTED.read_text())["counts"]}
+    families = load_families()
+    for case in CASES.values():
+        if find_spec(case.package):
+            _, family = families[_architecture(case)]
+            assert counted & {architecture.name for architecture in family.architectures}
+
+
+def _architecture(case: Case) -> str:
+    found = load_families().items()
+    return next(name for name, (each, _) in found if each.model_type == case.config.model_type)
+
+
+def _paths(fields: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the keys of each field, and of those within it."""
+    for key, value in fields.items():
+        yield (key,)
+        if isinstance(value, dict) and key != "vision_config":
+            yield from ((key, *path) for path in _paths(value))
+
+
+def _without(fields: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    first, rest = path[:1], path[1:]
+    return {
+        key: _without(value, rest) if rest and (key,) == first else value
+        for key, value in fields.items()
+        if rest or (key,) != first
+    }
+
+
+def _read(fields: Mapping[str, Any]) -> ModelConfig | str:
+    """Return a base without its ends, which no class decides, or the end of what it is refused for."""
+    try:
+        return replace(read_fields(json.loads(json.dumps(fields))), eos_token_ids=frozenset())
+    except CheckpointInvalid as refused:
+        return refused.message.rpartition("found ")[2]
 
 
 def _swept_but(*names: str) -> list[Any]:

@@ -9,7 +9,15 @@ from dataclasses import replace
 from functools import partial
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
-from loramux_shared.bases.family import Architecture, Family, layer_types, llama_like, refuse_windows, windowed
+from loramux_shared.bases.family import (
+    Architecture,
+    Family,
+    ReadRope,
+    layer_types,
+    llama_like,
+    refuse_windows,
+    windowed,
+)
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.rope import Still, read_rope
 
@@ -23,14 +31,14 @@ SIZES = {
 ROPE = partial(read_rope, default_theta=500_000.0)
 
 
-def _cohere_like(config: HfConfig) -> ModelConfig:
+def _cohere_like(config: HfConfig, rope: ReadRope) -> ModelConfig:
     config.require("hidden_act", "silu")
-    model = llama_like(config, max_positions=8192, tied=True, sizes=SIZES, rope=ROPE)
-    rope = replace(model.ropes[0], neighbours=True)
+    model = llama_like(config, max_positions=8192, tied=True, sizes=SIZES, rope=rope)
+    turned = replace(model.ropes[0], neighbours=True)
     bias = config.flag("attention_bias", default=False)
     return replace(
         model,
-        layers=tuple(layer.changing(rope=rope) for layer in model.layers),
+        layers=tuple(layer.changing(rope=turned) for layer in model.layers),
         names=TensorNames(mlp_norm=None),
         norm_eps=config.number("layer_norm_eps", 1e-5),
         layer_norm=True,
@@ -43,7 +51,7 @@ def _cohere_like(config: HfConfig) -> ModelConfig:
 
 def _read(config: HfConfig) -> ModelConfig:
     config.require("use_qk_norm", False)
-    model = _cohere_like(config)
+    model = _cohere_like(config, ROPE)
     refuse_windows(config, model)
     return model
 
@@ -56,7 +64,7 @@ FAMILY = Family(
 
 
 def _read_2(config: HfConfig) -> ModelConfig:
-    model, pattern = _cohere_like(config), config.size("sliding_window_pattern", 4)
+    model, pattern = _cohere_like(config, read_rope), config.size("sliding_window_pattern", 4)
     config.require("head_dim", model.dims.hidden // model.dims.num_heads)  # transformers takes no other
 
     def slides(index: int) -> bool:
