@@ -34,9 +34,10 @@ KINDS: Final = ("linear_attention", "full_attention") * 4
 LAYERS: Final[dict[str, dict[str, Any]]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": [*KINDS]},
+    "helium": {"head_dim": 16},
     "nemotron_h": {"layers_block_type": ["mlp", *KINDS]},
 }
-"""Kinds of layers, where those of the class are not served."""
+"""Kinds of layers and sizes of heads, where those of the class are not served."""
 
 
 def page() -> str:
@@ -67,7 +68,8 @@ def modules() -> str:
     for each in others:
         lost = _by_parent(name for name in usual if name not in each)
         more = _by_parent(name for name in each if name not in usual)
-        lines.append(f"- {', '.join(having[each])}: {f'without {lost}; ' if lost else ''}also {more}\n")
+        differs = [f"without {lost}"] * bool(lost) + [f"also {more}"] * bool(more)
+        lines.append(f"- {', '.join(having[each])}: {'; '.join(differs)}\n")
     return "".join(lines)
 
 

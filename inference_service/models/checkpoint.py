@@ -35,6 +35,10 @@ class Tensors(Protocol):
         """Return True if there is such a tensor."""
         ...
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor that is not of few bits; None where there is none."""
+        ...
+
     def first(self, names: Sequence[str]) -> str:
         """Return the first name that is there; the first at all when none is, for the message of `get`."""
         ...
@@ -106,6 +110,14 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         """Return True if there is such a tensor, whole or of few bits."""
         return name in self._where or (self._found is not None and name in self._found)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor that is not of few bits; None where there is none."""
+        path = self._where.get(name)
+        if path is None or path.name == GGUF:
+            return None
+        with safe_open(path, framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
 
     def first(self, names: Sequence[str]) -> str:
         """Return the first name that is there; the first at all when none is, for the message of `get`."""

@@ -112,11 +112,13 @@ def _weights(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
     of_all = _name_of_all(reader, group)
     leaves = reader.config.names.expert[:2] if group == EXPERTS_GATE_UP else reader.config.names.expert[2:]
     every: Iterable[Tensor]
-    if spec.in_turns or spec.transposed:
-        columns = reader.get(of_all, (len(shapes), inside, sum(outs)))
-        every = (_in_order(weight.t(), len(outs) if spec.in_turns else 1) for weight in columns)
+    rows, columns = (len(shapes), sum(outs), inside), (len(shapes), inside, sum(outs))
+    found = reader.reader.shape(reader.at + of_all) if spec.either else None
+    if spec.in_turns or spec.transposed or found == columns != rows:
+        turned = reader.get(of_all, columns)
+        every = (_in_order(weight.t(), len(outs) if spec.in_turns else 1) for weight in turned)
     elif reader.has(of_all):
-        every = reader.get(of_all, (len(shapes), sum(outs), inside)).unbind()
+        every = reader.get(of_all, rows).unbind()
     else:
         parts = [(leaf, (out, inside)) for leaf, out in zip(leaves, outs, strict=True)]
         every = (

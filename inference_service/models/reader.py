@@ -101,6 +101,10 @@ class Reader:
         """Return True if there is a tensor behind the prefix."""
         return self._checkpoint.has(self._prefix + name)
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor behind the prefix that is not of few bits; None where there is none."""
+        return self._checkpoint.shape(self._prefix + name)
+
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Return a tensor behind the prefix, in the type of the checkpoint's reader or another."""
         return self._checkpoint.get(self._prefix + name, shape, dtype)

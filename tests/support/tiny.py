@@ -54,7 +54,7 @@ def make_checkpoint(
             if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
         for name, buffer in model.named_buffers():
-            if name.endswith(("layer_scalar", "e_score_correction_bias")):  # and so do these
+            if name.endswith(("layer_scalar", "e_score_correction_bias", "act_fn.beta")):  # and so do these
                 buffer.add_(torch.randn(buffer.shape) * 0.2)
         table = model.get_input_embeddings()
         table.weight.div_(getattr(table, "scalar_embed_scale", 1.0))  # else Gemma repeats the last token

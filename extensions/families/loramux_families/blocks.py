@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, softplus
 
 from inference_service.backends.operations import Operations
 from inference_service.kernels.experts import Routed
@@ -12,7 +14,7 @@ from inference_service.layers.norm import RMSNorm
 from inference_service.models.blocks import AttentionBlock, CacheSize, LayerCache, MixerBlock, MlpBlock, Step
 from inference_service.models.experts import Experts
 from inference_service.models.reader import LayerReader
-from loramux_families.layers import LatentLayer, RoutedLayer, TemperedLayer
+from loramux_families.layers import LatentLayer, PlainLayer, RoutedLayer, TemperedLayer
 from loramux_shared.faults import SettingsInvalid
 
 LATENT_EPS = 1e-6
@@ -20,9 +22,11 @@ LATENT_EPS = 1e-6
 
 
 def read_block(
-    reader: LayerReader, spec: LatentLayer | TemperedLayer | RoutedLayer
-) -> LatentBlock | TemperedBlock | RoutedBlock:
+    reader: LayerReader, spec: LatentLayer | TemperedLayer | RoutedLayer | PlainLayer
+) -> LatentBlock | TemperedBlock | RoutedBlock | PlainBlock:
     """Read the block of a part of a layer."""
+    if isinstance(spec, PlainLayer):
+        return PlainBlock(reader, spec)
     if isinstance(spec, TemperedLayer):
         return TemperedBlock(reader, spec)
     return LatentBlock(reader, spec) if isinstance(spec, LatentLayer) else RoutedBlock(reader, spec)
@@ -114,6 +118,44 @@ class TemperedBlock(AttentionBlock):
 
     def _prepared(self, step: Step, qkv: Tensor) -> Tensor:
         return super()._prepared(step, qkv) if self._tempered else qkv
+
+
+class PlainBlock(MlpBlock):
+    """max(0, up x)^2 or xIELU(up x), and down again."""
+
+    def __init__(self, reader: LayerReader, spec: PlainLayer) -> None:
+        """Read the weights."""
+        names, bias = reader.config.names, reader.config.mlp_bias
+        super().__init__(reader, ("mlp_h_to_4h", names.gate_up), ("mlp_4h_to_h", (names.down,)), bias=bias)
+        self._curve = Curve.of_layer(reader) if spec.activation == "xielu" else None
+
+    def __call__(self, step: Step, x: Tensor) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        up = step.linear(self._gate_up, x, self._index, self._up_group)
+        activated = up.relu().square() if self._curve is None else self._curve(up)
+        return step.linear(self._down, activated, self._index, self._down_group)
+
+
+class Curve(NamedTuple):
+    """The xIELU of a layer, https://arxiv.org/abs/2411.13010; all are scalars."""
+
+    above: Tensor
+    below: Tensor
+    slope: Tensor
+    least: Tensor
+
+    @classmethod
+    def of_layer(cls, reader: LayerReader) -> Curve:
+        """Read that of a layer."""
+        at, rounded = "mlp.act_fn.", reader.reader.rounded
+        above, below = (rounded(reader.get(f"{at}{name}", (1,))) for name in ("alpha_p", "alpha_n"))
+        slope, least = (rounded(reader.get(f"{at}{name}", ())) for name in ("beta", "eps"))
+        return cls(softplus(above), slope + softplus(below), slope, least)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return a number of each of x."""
+        negative = (torch.expm1(torch.minimum(x, self.least)) - x) * self.below
+        return torch.where(x > 0, self.above * x * x, negative) + self.slope * x
 
 
 class RoutedBlock:

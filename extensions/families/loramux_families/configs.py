@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from loramux_families import gpt_neox, llama4, llamas, starcoder2
+from loramux_families import gpt_neox, llama4, llamas, plain, qwen, starcoder2
 from loramux_families.layers import LatentLayer, RoutedLayer
 from loramux_shared.bases.config import ModelConfig, TensorNames
 from loramux_shared.bases.families.qwen2 import NAMES as QK_NORMS, read_experts
@@ -340,3 +340,6 @@ PHI = Family(
 
 NEOX, STARCODER, LLAMA_4 = gpt_neox.FAMILY, starcoder2.FAMILY, llama4.FAMILY
 SEED, ERNIE, EXAONE = llamas.SEED, llamas.ERNIE, llamas.EXAONE
+HELIUM, STABLE = llamas.HELIUM, llamas.STABLE
+ARCEE, APERTUS = plain.ARCEE, plain.APERTUS
+QWEN_2_MOE, QWEN_3_VL_MOE = qwen.FAMILY_2, qwen.FAMILY_VL

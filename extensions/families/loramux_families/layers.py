@@ -1,4 +1,4 @@
-"""The parts of decoder layers that the core does not have: other routers, and latent attention."""
+"""The parts of decoder layers that the core does not have: other routers, activations and latent attention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from loramux_shared.bases.groups import GroupShape, expert_groups, shared_groups
-from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer
+from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, MlpLayer
 
 BLOCKS = "families.blocks"
 """The part of this extension that reads the weights of such layers."""
@@ -36,6 +36,17 @@ class RoutedLayer(ExpertsLayer):
         """Return its fused linears: two of each expert, and two of those for all rows."""
         routed = expert_groups(self.num, hidden, self.intermediate)
         return routed if self.shared is None else (*routed, *shared_groups(hidden, self.shared)[:2])
+
+
+@dataclass(frozen=True)
+class PlainLayer(MlpLayer):
+    """An MLP without a gate, with an activation that the core does not have."""
+
+    part: ClassVar[str | None] = BLOCKS
+
+    gated: bool = False
+    activation: Literal["relu2", "xielu"] = "relu2"
+    """max(0, x)^2, or xIELU, whose curve each layer has learned."""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DeepseekV3Config
 
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder, _query_factors
+from inference_service.models.experts import ExpertsBlock
 from loramux_families.blocks import RoutedBlock
 from loramux_families.layers import RoutedLayer
 from loramux_shared.bases.read import read_config, read_fields
@@ -47,6 +48,24 @@ def test_llama_4_chooses_before_a_sigmoid_and_scales_behind_the_last_position() 
         8192,
     ]
     assert len(_query_factors(QueryScaling(0.1, 8, ahead=1), 16)) == 3
+
+
+def test_experts_of_qwen_3_vl_are_read_as_the_hub_has_them(tmp_path: Path) -> None:
+    """The hub's files have weights [experts, in, out], those of transformers 5 [experts, out, in]."""
+    config = CASES["qwen3-vl-moe"].config
+    make_checkpoint(tmp_path, config)
+    file, base, answers = tmp_path / "model.safetensors", read_config(tmp_path), []
+    for _ in range(2):
+        block = Decoder(base, Checkpoint(tmp_path, torch.float32, torch.device("cpu")))._layers[0].mlp
+        assert isinstance(block, ExpertsBlock)
+        linears = *block._experts._gate_up._linears, *block._experts._down._linears
+        answers.append([linear(torch.eye(linear.in_features)) for linear in linears])
+        turned = {
+            name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
+            for name, tensor in load_file(file).items()
+        }
+        save_file(turned, file)
+    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
 
 
 @pytest.mark.parametrize(("name", "change", "expected"), cases(__file__, "REFUSED"))

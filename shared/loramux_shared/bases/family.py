@@ -34,6 +34,8 @@ class Architecture:
     """True where the decoder's fields may stand outside of ``text_config`` too, and a head is tied only if the
     config says so in either place.
     """
+    untied: bool = False
+    """True where a head is tied only if the config says so outside of ``text_config``."""
     also: str | None = None
     """The ``model_type`` of checkpoints that have the same decoder under another name."""
 

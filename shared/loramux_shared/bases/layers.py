@@ -240,6 +240,8 @@ class ExpertsLayer:
     """
     transposed: bool = False
     """True if a checkpoint has weights [experts, in, out], and adapters have A and B in each other's place."""
+    either: bool = False
+    """True if a checkpoint has weights [experts, in, out] or [experts, out, in], as their shape tells."""
     beside: int | None = None
     """Width of an MLP that all rows have as well; both have norms of their own then."""
 

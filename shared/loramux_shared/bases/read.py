@@ -55,7 +55,7 @@ def read_fields(
     text = fields.get("text_config")
     levels = fields, text if isinstance(text, dict) else {}
     quantization = read_quantization(*levels, architecture=architecture.name)
-    decoder = _decoder(fields, flat=architecture.flat) if architecture.nested else dict(fields)
+    decoder = _decoder(fields, architecture) if architecture.nested else dict(fields)
     refuse_other_geometry(decoder, family.describes)
     model = family.read(HfConfig(decoder, architecture.name, max_seq_len))
     ends = token_ids((generation or {}).get("eos_token_id"))
@@ -83,18 +83,20 @@ def _named(fields: Mapping[str, Any]) -> tuple[Architecture, Family]:
     return architecture, family
 
 
-def _decoder(fields: Mapping[str, Any], *, flat: bool) -> dict[str, Any]:
+def _decoder(fields: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Return the fields of the decoder of a model of more than text, as transformers takes them.
 
     They stand in ``text_config``, or, of a flat one without it, outside. Whether the head is tied stands
-    outside alone, and means true where it is not said, except for a flat one; the type of the weights and the
-    end of sequences are looked for outside first.
+    outside alone, except for a flat one, and means true unless the architecture says otherwise; the type of
+    the weights and the end of sequences are looked for outside first.
     """
+    flat, untied = architecture.flat, architecture.untied
     text = fields.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise CheckpointInvalid(f"config.json: text_config: expected an object, found {type(text).__name__}.")
     decoder = dict(fields) if flat and text is None else dict(text or {})
-    tied = fields.get("tie_word_embeddings", not flat) or (flat and decoder.get("tie_word_embeddings", False))
+    tied = fields.get("tie_word_embeddings", not (flat or untied))
+    tied = tied or (flat and not untied and decoder.get("tie_word_embeddings", False))
     decoder["tie_word_embeddings"] = False if tied is None else tied
     for keys in (("dtype", "torch_dtype"), ("eos_token_id",)):
         outside = {key: fields[key] for key in keys if fields.get(key) is not None}

@@ -15,16 +15,15 @@ from loramux_shared.bases.rope import QueryScaling, original_positions, read_rop
 
 def _read(config: HfConfig) -> ModelConfig:
     config.require("hidden_act", "silu")
-    config.require("layer_types", None)  # transformers reads a config with layer types as Ministral
     model = llama_like(config, max_positions=131072, sizes={"num_key_value_heads": 8})
     window = config.integer_or_none("sliding_window", 4096)
     return replace(model, layers=windowed(model.layers, config, window, lambda _: True))
 
 
 MISTRAL = Family(
-    (Architecture("MistralForCausalLM", "mistral"),),
+    (Architecture("MistralForCausalLM", "mistral"), Architecture("MinistralForCausalLM", "ministral")),
     _read,
-    models="Mistral 7B, Nemo",
+    models="Mistral 7B, Nemo, Ministral 8B of 2024",
 )
 
 
@@ -102,6 +101,7 @@ DECODERS = {"mistral": MISTRAL, "ministral3": MINISTRAL}
 
 def _read_nested(config: HfConfig) -> ModelConfig:
     config.require("model_type", *DECODERS)
+    config.require("layer_types", None)
     model = DECODERS[config.text("model_type", "mistral")].read(config)
     prefixes = "language_model.model.", "model.language_model."
     return replace(

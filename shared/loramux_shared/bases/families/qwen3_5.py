@@ -91,7 +91,7 @@ def _delta(config: HfConfig) -> DeltaLayer:
 FAMILY = Family(
     (
         Architecture("Qwen3_5ForCausalLM", "qwen3_5_text"),
-        Architecture("Qwen3_5ForConditionalGeneration", "qwen3_5", nested=True, flat=True),
+        Architecture("Qwen3_5ForConditionalGeneration", "qwen3_5", nested=True, untied=True),
     ),
     qwen35_like,
     models="Qwen 3.5, dense",
@@ -117,7 +117,7 @@ def _read_moe(config: HfConfig) -> ModelConfig:
 FAMILY_MOE = Family(
     (
         Architecture("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text"),
-        Architecture("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", nested=True, flat=True),
+        Architecture("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", nested=True, untied=True),
     ),
     _read_moe,
     models="Qwen 3.5, mixtures of experts",

@@ -5,6 +5,7 @@ For text, all sections of their rope turn alike: it is that of Qwen 2 and 3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
@@ -56,16 +57,20 @@ FAMILY_2 = Family(
 )
 
 
-def _read_3(config: HfConfig) -> ModelConfig:
+def qwen3_vl_like(config: HfConfig, sizes: Mapping[str, int]) -> ModelConfig:
+    """Return a decoder of Qwen 3 VL with dense MLPs; sizes are those of its class."""
     config.require("hidden_act", "silu")
-    sizes = {"num_key_value_heads": 32, "head_dim": 128}
     model = llama_like(config, max_positions=128000, sizes=sizes, rope=_rope_3)
     bias = config.flag("attention_bias", default=False)
     return replace(model, names=replace(NAMES_3, prefixes=PREFIXES), qkv_bias=bias, o_bias=bias)
 
 
+def _read_3(config: HfConfig) -> ModelConfig:
+    return qwen3_vl_like(config, {"num_key_value_heads": 32, "head_dim": 128})
+
+
 FAMILY_3 = Family(
-    (Architecture("Qwen3VLForConditionalGeneration", "qwen3_vl", nested=True, flat=True),),
+    (Architecture("Qwen3VLForConditionalGeneration", "qwen3_vl", nested=True, flat=True, untied=True),),
     _read_3,
     models="Qwen 3 VL, dense",
 )
