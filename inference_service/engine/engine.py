@@ -346,7 +346,7 @@ class Engine:
                 return EndReason.FAILED
             if seq.grammar.complete:
                 return EndReason.STOP
-        return EndReason.LENGTH if self._limits.reached(seq, len(seq.progress.tokens)) else None
+        return None if self._limits.left(seq, len(seq.progress.tokens)) > 0 else EndReason.LENGTH
 
     def _expire(self) -> float:
         """End those whose deadline has passed; return the time."""

@@ -112,7 +112,7 @@ class Lookup:
     def fill(
         self, plan: Plan, running: Iterable[Sequence], limits: SchedulerLimits, blocks: BlockManager
     ) -> None:
-        """Fill a step that only decodes with drafts; they take nobody's rows or blocks."""
+        """Fill a step that only decodes, of known tokens, with drafts; they take nobody's rows or blocks."""
         decodes = len(plan.lengths)
         room = min(limits.max_seqs - decodes, plan.budget, decodes * limits.speculative_tokens)
         if room <= 0 or any(seq in plan.lengths for seq in plan.prompts):
@@ -127,12 +127,9 @@ class Lookup:
             known = self._expected.get(seq)
             if known is not None and known.rest:
                 known.rest -= 1
-            elif plan.lengths.get(seq) == 1 and _may_draft(seq):
-                left = (
-                    min(seq.sampling.max_tokens - seq.num_known, limits.max_seq_len - len(seq.progress.tokens))
-                    - 1
-                )
-                most[seq] = min(limits.speculative_tokens, room, left)
+            elif plan.lengths.get(seq) == 1 and not looks_back(seq, seq.num_known):
+                left = limits.left(seq, len(seq.progress.tokens))
+                most[seq] = min(limits.speculative_tokens, room, left - 1)  # the step draws one more
         for seq, draft in self.choose(most, costs, plan).items():
             if seq.grammar is not None:
                 draft = draft[: seq.grammar.draft(draft)]
@@ -183,11 +180,6 @@ def verified(
             continue
         yield seq, token
         held[seq] = place + 1 if place < len(draft) and token.id == draft[place] else -1
-
-
-def _may_draft(seq: Sequence) -> bool:
-    """Return True if all tokens of a sequence that decodes are known, and draws look at no others."""
-    return seq.progress.num_pending == 1 and not seq.progress.in_flight and not looks_back(seq, seq.num_known)
 
 
 def _worth_it(gains: Seq[tuple[float, Sequence]], costs: Seq[float], least: float) -> list[Sequence]:

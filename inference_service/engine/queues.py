@@ -288,9 +288,9 @@ class SchedulerLimits:
     whole: bool = False
     """True if one step computes all of a prompt, as an encoder must; each fits a step."""
 
-    def reached(self, seq: Sequence, length: int) -> bool:
-        """True when a sequence ends by its limit at so many tokens of prompt and answer."""
-        return length - seq.num_prompt >= seq.sampling.max_tokens or length >= self.max_seq_len
+    def left(self, seq: Sequence, length: int) -> int:
+        """Tokens that a sequence of so many of prompt and answer may still have; it ends by its limit at 0."""
+        return min(seq.num_prompt + seq.sampling.max_tokens, self.max_seq_len) - length
 
 
 @dataclass

@@ -271,12 +271,12 @@ class Scheduler:
 
     def _decode(self, decodes: list[Sequence], plan: Plan) -> None:
         """Give those that decode their row; who is furthest ahead gives up the blocks that they lack."""
-        lengths, reached = plan.lengths, self.limits.reached
+        lengths, left = plan.lengths, self.limits.left
         for seq in decodes:
             if not plan.budget:
                 return
             progress = seq.progress
-            if seq in plan.preempted or (progress.in_flight and reached(seq, progress.length)):
+            if seq in plan.preempted or (progress.in_flight and left(seq, progress.length) <= 0):
                 continue
             lengths[seq] = 1
             plan.budget -= 1

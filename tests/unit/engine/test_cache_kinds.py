@@ -64,6 +64,7 @@ class Device:
         seen = {}
         for chunk, context in zip(rows.arrangement.chunks, rows.contexts, strict=True):
             uid, start = chunk.seq.slot + 1, context.end - context.length
+            assert context.end < min(LONGEST, chunk.seq.num_prompt + chunk.seq.sampling.max_tokens)
             own = tokens[context.row : context.row + context.length]
             for group, cache in zip(range(len(self.windows)), self.caches, strict=False):
                 cache |= {_place(context, group, start + at): (token, uid) for at, token in enumerate(own)}
