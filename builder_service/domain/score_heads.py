@@ -4,9 +4,8 @@
 saves it whole, and names ``classifier`` beside ``score`` in ``modules_to_save``, whichever there is.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -18,13 +17,11 @@ from builder_service.domain.safetensors_header import READABLE, TensorFile
 from builder_service.domain.strict_json import JsonInvalid, excerpt, parse
 from loramux_shared.adapter_files import MODEL_CONFIG
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bundle.manifest import MAX_LABELS, PROBLEM_TYPES, ScoreHead
+from loramux_shared.bundle.manifest import MAX_LABEL, MAX_LABELS, PROBLEM_TYPES, ScoreHead, names_of_labels
 from loramux_shared.faults import Finding
 
 SCORE: Final = "score"
 SAVED: Final = (SCORE, "classifier")
-MAX_LABEL: Final = 256
-"""Characters of the name of a label."""
 PIECE: Final = 1 << 18
 _AGAIN: Final = "Save the adapter with the head that it was trained with: PEFT does so for task_type SEQ_CLS."
 
@@ -90,20 +87,11 @@ def with_labels(planned: PlannedScore, data: bytes) -> tuple[PlannedScore, list[
         findings.append(
             bad_text(MODEL_CONFIG, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}", excerpt(kind))
         )
-    names = None if labels is None else _names(labels, count)
-    if labels is not None and names is None:
+    names = () if labels is None else names_of_labels(labels, count)
+    if names is None:
         expected = f"an object with a name of at most {MAX_LABEL} characters for each of 0 to {count - 1}"
         findings.append(bad_text(MODEL_CONFIG, "id2label", expected, excerpt(labels)))
     if findings:
         return planned, findings
-    head = planned.head.model_copy(update={"problem_type": kind, "id2label": names or ()})
+    head = planned.head.model_copy(update={"problem_type": kind, "id2label": names})
     return replace(planned, head=head), []
-
-
-def _names(labels: Any, count: int) -> tuple[str, ...] | None:
-    """Return the names of all labels in their order; None where they are not those of so many."""
-    if not isinstance(labels, Mapping) or set(labels) != {str(number) for number in range(count)}:
-        return None
-    names = [labels[str(number)] for number in range(count)]
-    fits = all(isinstance(name, str) and len(name) <= MAX_LABEL for name in names)
-    return tuple(names) if fits else None

@@ -11,7 +11,7 @@ from loramux_shared.bases.config import ModelConfig, TensorNames
 from loramux_shared.bases.family import Architecture, Family, layer_types, llama_like, plain_mlps
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.rope import RopeSpec, Still, read_rope_of
-from loramux_shared.bundle.manifest import PROBLEM_TYPES
+from loramux_shared.bundle.manifest import MAX_LABEL, PROBLEM_TYPES, names_of_labels
 from loramux_shared.bundle.modules import FUSED, Renamed
 from loramux_shared.faults import CheckpointInvalid
 
@@ -134,10 +134,11 @@ def _labels(config: HfConfig) -> tuple[str, ...]:
     config.require("problem_type", None, *PROBLEM_TYPES)
     names = config.block("id2label").fields
     count = len(names) or config.size("num_labels", 2)
-    labels = tuple([names.get(str(number), f"LABEL_{number}") for number in range(count)])
-    if {*names} - {*map(str, range(count))} or not all(isinstance(label, str) for label in labels):
+    labels = names_of_labels(names or {str(number): f"LABEL_{number}" for number in range(count)}, count)
+    if labels is None:
         raise CheckpointInvalid(
-            f"config.json: id2label: expected names of labels 0 to {count - 1}, found {dict(names)!r}."
+            f"config.json: id2label: expected a name of at most {MAX_LABEL} characters for each of 0 to "
+            f"{count - 1}, found {dict(names)!r}."
         )
     return labels
 

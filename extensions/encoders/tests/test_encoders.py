@@ -293,11 +293,16 @@ async def test_a_deployment_that_asks_for_tokens_or_merged_weights_is_refused(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("is_decoder", True), ("position_embedding_type", "relative_key"), ("hidden_act", "quick_gelu")],
+    [
+        ("is_decoder", True),
+        ("position_embedding_type", "relative_key"),
+        ("hidden_act", "quick_gelu"),
+        ("id2label", {"1": "no number 0"}),
+    ],
 )
 async def test_switches_of_a_config_that_are_not_served_are_refused(field: str, value: Any) -> None:
     """A switch that would change vectors is named."""
-    fields = FAMILIES["bert"].to_dict() | {"architectures": ["BertModel"]}
+    fields = FAMILIES["bert"].to_dict() | {"architectures": ["BertForSequenceClassification"], "id2label": {}}
     assert read_fields(fields).encodes
     with pytest.raises(CheckpointInvalid, match=field):
         read_fields(fields | {field: value})

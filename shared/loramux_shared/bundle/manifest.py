@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
-from typing import Annotated, Final, Literal, Self
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError
 
@@ -52,6 +52,8 @@ ALL_TEXTS: Final = (*TEXT_FILES, OWN_TOKENS_FILE)
 """Files of a bundle that are for text, and not for the device."""
 
 MAX_LABELS: Final = 1024
+MAX_LABEL: Final = 256
+"""Characters of the name of a label."""
 """Largest number of labels of a score head."""
 PROBLEM_TYPES: Final = ("regression", "single_label_classification", "multi_label_classification")
 """Problem types that transformers knows."""
@@ -204,6 +206,15 @@ class ScoreHead(Model):
     def label_names(self) -> tuple[str, ...]:
         """Return the names of all labels; as transformers calls those that have no name."""
         return self.id2label or tuple(f"LABEL_{number}" for number in range(self.num_labels))
+
+
+def names_of_labels(labels: Any, count: int) -> tuple[str, ...] | None:
+    """Return the names of an ``id2label`` in the order of the labels; None where it does not name so many."""
+    if not isinstance(labels, Mapping) or set(labels) != {str(number) for number in range(count)}:
+        return None
+    names = [labels[str(number)] for number in range(count)]
+    fits = all(isinstance(name, str) and len(name) <= MAX_LABEL for name in names)
+    return tuple(names) if fits else None
 
 
 class Manifest(Record):
