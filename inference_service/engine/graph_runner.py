@@ -46,13 +46,13 @@ class GraphRunner(Runner):
         self,
         model: Decoder,
         lora: TritonLora,
-        num_blocks: int | Blocks,
+        blocks: Blocks,
         block_size: int,
         limits: SchedulerLimits,
         recorder: Recorder,
         slots: int = 0,
     ) -> None:
-        super().__init__(model, lora, num_blocks, block_size, slots)
+        super().__init__(model, lora, blocks, block_size, slots)
         self.depth = 1
         self._segmented = lora
         self._limits = limits

@@ -18,7 +18,7 @@ from inference_service.engine.lookup import verified
 from inference_service.engine.sampler import SCORED_ROWS, Score, sample, tokens_of
 from inference_service.kernels.attention import Context
 from inference_service.lora.segments import Arrangement, Segment, arrange
-from inference_service.models.blocks import CacheSize
+from inference_service.models.blocks import Cache, CacheSize
 from inference_service.models.decoder import Decoder
 from loramux_shared.runtime import Pooling
 
@@ -248,24 +248,25 @@ def pool(chunks: Iterable[PooledRows], hidden: Seq[Tensor]) -> Callable[[], Vect
     return lambda: list(zip(seqs, done().numpy(), strict=True))
 
 
-Blocks = tuple[int, ...]
-"""Blocks of each group of layers that see equally far."""
+Blocks: TypeAlias = int | Seq[int]
+"""Blocks of each group of layers that see equally far, or one number for all of them."""
+
+
+def new_cache(model: Decoder, blocks: Blocks, block_size: int, slots: int) -> Cache:
+    """Return a cache of blocks, and of slots of states."""
+    each = [blocks] * len(model.config.windows) if isinstance(blocks, int) else blocks
+    return model.new_cache(CacheSize(tuple([number * block_size for number in each]), slots))
 
 
 class Runner:
     """Runs batches through a model and its cache, operation by operation."""
 
-    def __init__(
-        self, model: Decoder, lora: StepLora, num_blocks: int | Blocks, block_size: int, slots: int = 0
-    ) -> None:
-        """Make a cache: blocks of every group of layers, one number for all of them, and slots of states."""
-        windows = len(model.config.windows)
-        blocks = (num_blocks,) * windows if isinstance(num_blocks, int) else num_blocks
+    def __init__(self, model: Decoder, lora: StepLora, blocks: Blocks, block_size: int, slots: int = 0) -> None:
         self.depth = 1 if model.device.type == "cuda" else 0
         self._model = model
         self._lora = lora
         self._block_size = block_size
-        self.cache = model.new_cache(CacheSize(tuple([number * block_size for number in blocks]), slots))
+        self.cache = new_cache(model, blocks, block_size, slots)
         self._drawn: dict[Sequence, int] = {}
         self._ids = torch.empty(0, dtype=torch.int64, device=model.device)
 

@@ -78,7 +78,7 @@ class OtherRanks(Protocol):
         self,
         model: Decoder,
         lora: LoraBackend,
-        num_blocks: int | Blocks,
+        blocks: Blocks,
         block_size: int,
         recorded: SchedulerLimits | None,
         slots: int,

@@ -379,7 +379,7 @@ def _log_loaded(
 def _runner(
     base: LoadedBase,
     lora: LoraBackend,
-    num_blocks: int | Blocks,
+    blocks: Blocks,
     block_size: int,
     limits: SchedulerLimits,
     slots: int = 1,
@@ -388,14 +388,13 @@ def _runner(
     model = base.model
     if base.host is not None:
         recorded = limits if base.backend.recordable else None
-        runner = base.host.runner(model, lora, num_blocks, block_size, recorded, slots)
+        runner = base.host.runner(model, lora, blocks, block_size, recorded, slots)
     elif base.backend.recordable:
         segmented = cast(TritonLora, lora)  # what `recordable` promises
-        runner = GraphRunner(
-            model, segmented, num_blocks, block_size, limits, CudaRecorder(model.device), slots
-        )
+        recorder = CudaRecorder(model.device)
+        runner = GraphRunner(model, segmented, blocks, block_size, limits, recorder, slots)
     else:
-        runner = Runner(model, lora, num_blocks, block_size, slots)
+        runner = Runner(model, lora, blocks, block_size, slots)
     if limits.speculative_tokens:
         runner.depth = 0  # a draft follows tokens that are known
     return runner

@@ -43,13 +43,12 @@ class ReplicaRanks(RankHost):
         self,
         model: Decoder,
         lora: LoraBackend,
-        num_blocks: int | Blocks,
+        blocks: Blocks,
         block_size: int,
         recorded: SchedulerLimits | None,
         slots: int,
     ) -> Runner:
         """Return a runner of steps that all ranks compute, and record within limits where there are some."""
-        blocks = (num_blocks,) * len(model.config.windows) if isinstance(num_blocks, int) else num_blocks
         if recorded is None:
             return RankedRunner(model, lora, blocks, block_size, slots, self)
         recorder, segmented = CudaRecorder(model.device), cast(TritonLora, lora)

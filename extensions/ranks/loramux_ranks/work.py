@@ -21,12 +21,12 @@ from inference_service.engine.buffers import StepBuffers
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Recorder
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.runner import KNOWN, Blocks, Pending, Rows, Runner, Vectors, to_device
+from inference_service.engine.runner import KNOWN, Blocks, Pending, Rows, Runner, Vectors, new_cache, to_device
 from inference_service.kernels.attention import Context
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement, Segment
 from inference_service.lora.vocabulary import StepVocabulary
-from inference_service.models.blocks import Cache, CacheSize
+from inference_service.models.blocks import Cache
 from inference_service.models.decoder import Decoder
 from loramux_ranks.host import RankHost
 from loramux_shared.bundle.reader import Bundle
@@ -97,18 +97,15 @@ class Follower:
         self._cache, self._block_size = Cache(()), 0
         self._runner: FollowingRunner | None = None
 
-    def prepare(
-        self, blocks: Sequence[int], block_size: int, slots: int, recorded: dict[str, Any] | None
-    ) -> None:
+    def prepare(self, blocks: Blocks, block_size: int, slots: int, recorded: dict[str, Any] | None) -> None:
         """Make the cache of the steps that follow, which are recorded within limits where there are some."""
         self._cache, self._runner, self._block_size = Cache(()), None, block_size
         if recorded is None:
-            size = CacheSize(tuple([number * block_size for number in blocks]), slots)
-            self._cache = self._model.new_cache(size)
+            self._cache = new_cache(self._model, blocks, block_size, slots)
             return
         limits, segmented = SchedulerLimits(**recorded), cast(TritonLora, self._lora)
-        sizes, recorder = (tuple(blocks), block_size), self._new_recorder()
-        self._runner = FollowingRunner(self._model, segmented, *sizes, limits, recorder, slots)
+        recorder = self._new_recorder()
+        self._runner = FollowingRunner(self._model, segmented, blocks, block_size, limits, recorder, slots)
         self._cache = self._runner.cache
 
     @torch.inference_mode()
