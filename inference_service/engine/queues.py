@@ -98,9 +98,7 @@ class SequenceQueues:
         """Return the queues with a waiting sequence whose adapters are all under way."""
         found = (self._by_adapter.get(adapter, ()) for adapter in (None, *self.active))
         waiting = [queue for queue in chain.from_iterable(found) if queue.waiting]
-        joining = (
-            queue for queue in waiting if len(queue.adapters) < 2 or self.active.keys() >= set(queue.adapters)
-        )
+        joining = (queue for queue in waiting if all(adapter in self.active for adapter in queue.adapters))
         return list(dict.fromkeys(joining))
 
     def look_through(self) -> list[SequenceQueue]:

@@ -308,10 +308,10 @@ class Residency(Residents, Generic[P]):
             oldest = min(ages, key=lambda slot: ages[slot], default=None)
             spot, leaving = (None, []) if oldest is None else (spot, [oldest])
         if spot is None:
+            entry.starved = True
             if alone:
                 entry.prefetched = False
                 self._reconsider(entry)
-            entry.starved = not alone
             return
         for slot in leaving:
             self._evict(self._by_slot[slot])
@@ -390,15 +390,14 @@ class Residency(Residents, Generic[P]):
                 self._copied(*ended)
 
     def _copied(self, entry: Standing, fault: Fault | None) -> None:
+        if fault is None:
+            try:
+                self._bank.enter(entry.slot, entry.offset, self._packed[entry])
+            except Fault as refusal:
+                fault = refusal
         if fault is not None:
             self._vacate(entry)
             self._fail(entry, fault)
-            return
-        try:
-            self._bank.enter(entry.slot, entry.offset, self._packed[entry])
-        except Fault as refusal:
-            self._vacate(entry)
-            self._fail(entry, refusal)
             return
         del self._packed[entry]
         entry.state, entry.adapter.slot = AdapterState.RESIDENT, entry.slot

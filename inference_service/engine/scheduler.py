@@ -460,10 +460,7 @@ class Scheduler:
     def _make_room(self, queue: SequenceQueue, plan: Plan) -> bool:
         """Preempt one sequence of the queue that is furthest ahead of this one, if any is far enough."""
         quantum = 0.0 if self._comes_first(queue) else QUANTUM
-        behind = not queue.share.background
-        ahead = self._far_ahead(
-            queue, plan, quantum, lambda other: not other.is_new or (behind and other.share.background)
-        )
+        ahead = self._far_ahead(queue, plan, quantum, lambda other: not other.is_new)
         if ahead:
             self._preempt(ahead[0].running[-1], plan)
         return bool(ahead)

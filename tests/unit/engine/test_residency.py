@@ -1,6 +1,7 @@
 """Residency: which adapters are in the bank. No model: loads end when the test ends them."""
 
 import itertools
+import math
 import sys
 import threading
 from collections import Counter, deque
@@ -16,7 +17,7 @@ from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutp
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residency import FIRST_PAUSE_S, Residency
+from inference_service.engine.residency import FIRST_PAUSE_S, LAST_PAUSE_S, LOADS, Residency
 from inference_service.engine.runner import Pending
 from inference_service.lora.places import Places
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted
@@ -43,10 +44,12 @@ class FakeBank:
     bytes_of: dict[int, str] = field(default_factory=dict)
     """Owner of each unit of memory."""
     slots: dict[int, tuple[str, int, int]] = field(default_factory=dict)
-    refuses: set[str] = field(default_factory=set)
+    refuses: set[tuple[str, str]] = field(default_factory=set)
+    """What it does not do with which digest."""
 
     def copy(self, packed: Matrices, offset: int) -> None:
         """Write; the bytes of slots in use are not touched."""
+        self._expect("copy", packed)
         units = range(offset // UNIT, -(-(offset + packed.num_bytes) // UNIT))
         assert units.stop <= self.size // UNIT
         for _, start, size in self.slots.values():
@@ -55,12 +58,15 @@ class FakeBank:
 
     def enter(self, slot: int, offset: int, packed: Matrices) -> None:
         assert slot not in self.slots
-        if packed.digest in self.refuses:
-            raise InternalFault("not this one")
+        self._expect("enter", packed)
         self.slots[slot] = packed.digest, offset, packed.num_bytes
 
     def leave(self, slot: int) -> None:
         del self.slots[slot]
+
+    def _expect(self, what: str, packed: Matrices) -> None:
+        if (what, packed.digest) in self.refuses:
+            raise InternalFault("not this one")
 
     def read(self, slot: int, digest: str) -> None:
         """Read as a step does: all bytes are the adapter's."""
@@ -94,8 +100,12 @@ class FakeLoader:
         """Begin to copy: the bytes are written when it ends."""
 
         def end() -> None:
-            work()
-            done(None)
+            try:
+                work()
+            except Fault as fault:
+                done(fault)
+            else:
+                done(None)
 
         self.begun.append(end)
 
@@ -266,10 +276,10 @@ def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
     assert world.residency.stats.evictions == 0
 
 
-def test_a_bank_that_refuses_an_adapter_fails_that_one_alone() -> None:
+@pytest.mark.parametrize("what", ["copy", "enter"])
+def test_a_bank_that_refuses_an_adapter_fails_that_one_alone(what: str) -> None:
     world = World(4, [1, 1])
-    refused = world.adapters[0].digest
-    world.bank.refuses = {refused}
+    world.bank.refuses = {(what, world.adapters[0].digest)}
     bad, good = world.ask(0), world.ask(1)
     world.settle()
     assert world.ends[bad.id].fault is not None
@@ -305,11 +315,44 @@ def test_a_pinned_adapter_that_failed_is_tried_again_when_nobody_asks() -> None:
     world.step()
     world.loader.end_one()
     world.step()
-    assert world.engine.idle_until_s == pytest.approx(FIRST_PAUSE_S)
+    for pause_s in (FIRST_PAUSE_S, 2.0, 4.0, 8.0, 16.0, 32.0, LAST_PAUSE_S, LAST_PAUSE_S):
+        assert world.engine.idle_until_s == pytest.approx(world.now_s + pause_s)
+        world.now_s += pause_s
+        world.step()
+        world.loader.end_one()
+        world.step()
     world.loader.broken = set()
-    world.now_s = FIRST_PAUSE_S + 0.1
+    world.now_s += LAST_PAUSE_S
     world.settle()
     assert world.resident() == {0}
+
+
+def test_an_adapter_that_is_no_longer_wanted_takes_no_place() -> None:
+    """A request is aborted while its adapter loads, whose prefetch had failed before: nothing is left."""
+    world = World(4, [1])
+    world.loader.broken = {world.adapters[0].digest}
+    world.residency.prefetch(world.adapters[0])
+    world.settle()
+    world.loader.broken = set()
+    world.now_s += FIRST_PAUSE_S
+    seq = world.ask(0)
+    world.step()
+    world.abort(seq)
+    world.settle()
+    assert not world.resident()
+    assert world.residency.settled
+
+
+def test_a_model_that_waited_for_its_adapter_has_saved_nothing() -> None:
+    """Once it is there, the model has as many rows as the other one."""
+    world = World(4, [1], seqs=2)
+    for numbers in ((), (), (), (0,), (0,), (0,)):
+        world.ask(*numbers, new=300)
+    world.step(100)
+    world.runner.batches.clear()
+    world.run(100)
+    rows = Counter(chunk.seq.flow for batch in world.runner.batches for chunk in batch.chunks)
+    assert rows["(0,)"] == pytest.approx(rows["()"], rel=0.25)
 
 
 def test_mixtures_that_want_the_same_places_take_turns() -> None:
@@ -332,11 +375,46 @@ def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() 
     assert {world.ends[each.id].finish for each in (one, other)} == {EndReason.LENGTH}
 
 
+def test_no_stream_makes_room_while_an_adapter_leaves() -> None:
+    """A step still reads the adapter of a stream that has ended: it will leave, and no other needs to."""
+    world = World(2, [1] * 3, depth=1, seqs=9)
+    streams = [world.ask(*numbers, new=99) for numbers in ((0,), (1,), (1,), ())]
+    world.run(20)
+    world.ask(2)
+    world.step()
+    world.loader.end_one()
+    world.abort(streams[0])
+    world.settle()
+    assert world.engine.stats.preemptions == 0
+
+
 def test_slots_are_as_many_as_there_are() -> None:
     """A full table of slots evicts one even where bytes are free."""
     world = World(10, [1, 1, 1], slots=2)
-    world.answer(0, 1, 2)
+    world.answer(0, 1, 2, 2)
     assert world.resident() == {1, 2}
+    counted = {"loads": 3, "loads_by_tier": {"store": 3}, "load_counts": [3, *[0] * 12], "load_seconds": 0.0}
+    assert vars(world.residency.stats) == counted | {"failures": 0, "evictions": 1, "waits": 3}
+
+
+def test_an_adapter_that_is_waited_for_is_not_dropped() -> None:
+    world = World(4, [1], seqs=1)
+    world.answer(0)
+    world.ask(new=50)
+    world.step()
+    world.ask(0)
+    world.residency.drop(world.adapters[0])
+    assert world.resident() == {0}
+
+
+def test_an_engine_sleeps_while_loads_are_on_their_way() -> None:
+    """A load that waits for others is nothing to wake up for."""
+    world = World(20, [1] * (LOADS + 1))
+    for number in range(LOADS + 1):
+        world.ask(number)
+    world.step()
+    assert len(world.loader.begun) == LOADS
+    assert world.engine.idle_until_s == math.inf
 
 
 ASK = st.tuples(

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from inference_service.core.adapter import Adapter
+from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, Share, Token
+from inference_service.engine import queues
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits
+from inference_service.engine.queues import BACKGROUND, SchedulerLimits, SequenceQueues
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
 from inference_service.engine.scheduler import MOST_CREDIT, TWICE
@@ -20,6 +21,8 @@ from inference_service.engine.step_times import StepTimes
 from tests.support.examples import examples
 
 ADAPTERS = [Adapter(f"{number:064x}", slot=number) for number in range(40)]
+BLENDS = 100
+"""From here on, numbers are of an adapter and the next one together."""
 _ids = itertools.count()
 
 
@@ -52,7 +55,8 @@ def _engine(*, blocks=64, max_tokens=16, max_seqs=4, max_adapters=2, depth=0):
 def _seq(prompt: int, new: int, uid: int = 0, priority: int = 0, **fields: Any) -> Sequence:
     number = next(_ids)
     tokens = [number * 1000 + index for index in range(prompt)]  # no shared prefixes by accident
-    adapter = ADAPTERS[uid - 1] if uid else None
+    parts = ADAPTERS[uid - 1 : uid] if uid < BLENDS else ADAPTERS[uid - BLENDS :][:2]
+    adapter = Mixture.of([(part, 1 / len(parts)) for part in parts]) if uid else None
     return Sequence(str(number), tokens, SamplingParams(max_tokens=new), adapter, priority, **fields)
 
 
@@ -110,7 +114,7 @@ def test_a_higher_priority_is_admitted_first() -> None:
 REQUEST = st.tuples(
     st.integers(1, 30),
     st.integers(1, 12),
-    st.integers(0, 4),
+    st.sampled_from([0, 1, 2, 3, 4, BLENDS, BLENDS + 1]),
     st.integers(0, 2),
     st.sampled_from([None, None, None, -1.0]),
 )
@@ -145,7 +149,7 @@ def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blo
     for batch in runner.batches:
         assert batch.num_tokens <= 16
         assert len(batch.chunks) <= 4
-        assert len({chunk.seq.adapter for chunk in batch.chunks} - {None}) <= 2
+        assert len({adapter for chunk in batch.chunks for adapter in chunk.seq.adapters}) <= 2
         assert len({chunk.seq.id for chunk in batch.chunks}) == len(batch.chunks)
 
 
@@ -180,7 +184,8 @@ def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
     """Models that ask once preempt an endless stream, each time at its cost, until the credit is used up."""
     engine, runner, _ = _engine(max_seqs=1, blocks=4000)
     _add(engine, _seq(2, 8000, flow="endless"))
-    _run(engine, 5)
+    _run(engine, 3000)  # credit has a bound
+    runner.batches.clear()
     for number in range(2000):
         if number % 3 == 0:
             engine.add(_seq(2, 1, flow=f"once {number}"))
@@ -199,6 +204,46 @@ def test_a_queue_runs_at_most_its_share() -> None:
     for batch in runner.batches:
         assert sum(chunk.seq.flow == "bounded" for chunk in batch.chunks) <= 1
     assert {chunk.seq.flow for chunk in runner.batches[0].chunks} == {"bounded", "free"}
+
+
+def test_the_newest_share_of_a_queue_counts() -> None:
+    engine, runner, _ = _engine()
+    _add(engine, *(_seq(2, 5, share=Share(max_running=most)) for most in (1, 1, 3)))
+    engine.step()
+    assert len(runner.batches[0].chunks) == 3
+
+
+def test_counters_begin_where_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue that comes back is as far ahead as it was; those that are gone do not count."""
+    monkeypatch.setattr(queues, "MOST_REMEMBERED", 4)
+    every = SequenceQueues()
+
+    def served(flow: str, rows: int = 0, **fields: Any) -> tuple[Sequence, float]:
+        seq = _seq(2, 1, flow=flow, **fields)
+        queue = every.add(seq)
+        began = queue.served
+        every.charge(queue, rows)
+        every.changed()
+        return seq, began
+
+    low, _ = served("low")
+    gone = [served(f"flow {rows}", rows)[0] for rows in range(1, 6)]
+    for seq in gone:
+        every.remove(seq)
+    assert [served(f"flow {rows}")[1] for rows in (1, 5)] == [0.0, 5.0]
+    assert served("behind", share=Share(background=True))[1] == BACKGROUND
+    high = every.of(served("high", 9)[0])
+    for seq in [seq for queue in every for seq in queue.waiting if queue.flow not in ("low", "high")]:
+        every.remove(seq)
+    for counted in (False, True):
+        every.count(high, counted=counted)
+    every.remove(low)
+    last, began = served("last")
+    assert began == 9.0
+    every.charge(high, 1)
+    for seq in (*high.waiting, last):
+        every.remove(seq)
+    assert served("high")[1] == 0.0
 
 
 def test_a_queue_at_its_share_delays_no_other() -> None:
@@ -224,36 +269,73 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
     assert rows["back"] / rows["steady"] == pytest.approx(1.0, rel=0.25)
 
 
+def test_a_blend_keeps_free_places_from_those_behind_it() -> None:
+    engine, _, _ = _engine()
+    engine.add(_seq(2, 50, 1))
+    engine.step()
+    blend, behind = _seq(2, 5, BLENDS + 1), _seq(2, 5, 4)
+    _add(engine, blend, behind)
+    while not blend.num_known:
+        engine.step()
+        assert blend.num_known or not behind.num_known
+
+
+def test_a_blend_takes_no_place_of_its_own_adapters() -> None:
+    """The stream that is furthest ahead has one of its adapters, and goes on; the other one makes room."""
+    engine, runner, _ = _engine()
+    _add(engine, _seq(9, 300, 2), _seq(2, 300, 4))
+    _run(engine, 20)
+    blend = _seq(2, 5, BLENDS + 1)
+    engine.add(blend)
+    assert _steps(engine, blend, 20)
+    for batch in runner.batches:
+        assert len({adapter for chunk in batch.chunks for adapter in chunk.seq.adapters}) <= 2
+
+
 class Costly(StepTimes):
     """Says that a second sequence would lengthen a step too much, unless nobody else is there."""
 
     def spare_s(self, decodes: int, *, foreground: bool) -> float:
         return 0.0 if foreground or decodes else 1.0
 
-    def beside(self, decodes: int, spare_s: float) -> int:
-        return 100 if spare_s and not decodes else 0
+    def beside(self, decodes: int, spare_s: float) -> int:  # noqa: ARG002 - as the real one
+        return 0 if decodes else 100
 
     def cost_s(self, context: int, rows: int) -> float:
         return 0.1 * (context + rows)
+
+    def may_part(self, decodes: int) -> bool:  # noqa: ARG002 - as the real one
+        return False
 
 
 BEHIND = {"share": Share(background=True), "flow": "background"}
 
 
-@pytest.mark.parametrize("uid", [0, 2])
-def test_the_background_steps_back_at_once(uid: int) -> None:
+@pytest.mark.parametrize(("uid", "seats"), [(0, 2), (2, 2), (0, 9)])
+def test_the_background_steps_back_at_once(uid: int, seats: int) -> None:
     """A request gets a seat, a place of an adapter and steps of its own; the background goes on behind it."""
-    engine, runner, _ = _engine(max_seqs=2, max_adapters=1)
+    engine, runner, _ = _engine(max_seqs=seats, max_adapters=1)
     engine._scheduler.step_times = Costly()
-    behind = [_seq(4, 40, 1, **BEHIND) for _ in range(3)]
-    _add(engine, *behind)
+    behind = [_seq(4, 40, 1, **BEHIND) for _ in range(4)]
+    _add(engine, *behind[1:])
     _run(engine, 5)
     request = _seq(4, 8, uid)
-    _add(engine, request)
+    _add(engine, request, behind[0])
     before = len(runner.batches)
     assert _steps(engine, request, 8) == 8
     assert all([chunk.seq for chunk in batch.chunks] == [request] for batch in runner.batches[before:])
     assert set(_drain(engine)) == {seq.id for seq in behind}
+
+
+def test_the_background_takes_no_row_of_others() -> None:
+    """A step with fewer rows than sequences that decode leaves out the background."""
+    engine, _, _ = _engine(max_tokens=3)
+    engine._scheduler.step_times.beside = lambda *_: 100  # type: ignore[method-assign]
+    _add(engine, *(_seq(2, 40, **BEHIND) for _ in range(3)))
+    _run(engine, 6)
+    request = _seq(2, 8)
+    _add(engine, request)
+    assert _steps(engine, request, 8) == 8
 
 
 def test_the_background_has_what_a_step_leaves() -> None:
