@@ -168,7 +168,9 @@ class RoutedBlock:
         shape = spec.num, reader.config.dims.hidden
         self._router = reader.get(f"{names.router}.weight", shape, exact).t().contiguous()
         self._correction = None
-        if spec.corrected:
+        if spec.correction is not None:
+            self._correction = reader.get(spec.correction, (1, spec.num), exact)[0]
+        elif spec.corrected:
             self._correction = reader.get(f"{names.router}.e_score_correction_bias", (spec.num,), exact)
         self._experts = Experts(reader, spec)
         self._shared = None

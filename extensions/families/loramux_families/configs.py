@@ -341,5 +341,6 @@ PHI = Family(
 NEOX, STARCODER, LLAMA_4 = gpt_neox.FAMILY, starcoder2.FAMILY, llama4.FAMILY
 SEED, ERNIE, EXAONE = llamas.SEED, llamas.ERNIE, llamas.EXAONE
 HELIUM, STABLE = llamas.HELIUM, llamas.STABLE
+ERNIE_MOE, GLM_4_V = llamas.ERNIE_MOE, llamas.GLM_4_V
 ARCEE, APERTUS = plain.ARCEE, plain.APERTUS
 QWEN_2_MOE, QWEN_3_VL_MOE = qwen.FAMILY_2, qwen.FAMILY_VL

@@ -22,6 +22,8 @@ class RoutedLayer(ExpertsLayer):
     """Function of the router's outputs; a sparsemixer weighs each choice among those that come close to it."""
     corrected: bool = False
     """True if a bias of each expert is added to the scores for the choice, and not for the weights."""
+    correction: str | None = None
+    """Name of the tensor [1, experts] of these biases; None: they are the router's, [experts]."""
     num_groups: int = 1
     """Groups of consecutive experts, of which a row first chooses the best ones."""
     top_groups: int = 1

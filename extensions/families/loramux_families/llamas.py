@@ -1,14 +1,27 @@
-"""Decoders that are Llama with few switches: Seed-OSS, ERNIE 4.5, EXAONE 4, Helium and StableLM."""
+"""Decoders that are Llama or another one with few switches, as Seed-OSS, ERNIE 4.5, Helium and GLM-4.1V."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Final
 
+from loramux_families.layers import RoutedLayer
 from loramux_shared.bases.config import ModelConfig, TensorNames
+from loramux_shared.bases.families.glm import FAMILY_4 as GLM_4
 from loramux_shared.bases.families.olmo2 import NAMES as EXAONE_NAMES
-from loramux_shared.bases.family import Architecture, Family, layer_types, llama_like, refuse_windows, windowed
+from loramux_shared.bases.families.qwen2 import read_experts
+from loramux_shared.bases.families.qwen_vl import PREFIXES
+from loramux_shared.bases.family import (
+    EXPERTS,
+    Architecture,
+    Family,
+    layer_types,
+    llama_like,
+    refuse_windows,
+    windowed,
+)
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.rope import Still, read_rope
 from loramux_shared.faults import CheckpointInvalid
@@ -50,9 +63,10 @@ ERNIE_SIZES: Final = {
 ERNIE_ROPE: Final = partial(read_rope, default_theta=500_000.0)
 
 
-def _read_ernie(config: HfConfig) -> ModelConfig:
+def _ernie_like(config: HfConfig, sizes: Mapping[str, int]) -> ModelConfig:
+    """Return a decoder with dense MLPs; sizes are those of its class."""
     config.require("hidden_act", "silu")
-    model = llama_like(config, max_positions=131072, tied=True, sizes=ERNIE_SIZES, rope=ERNIE_ROPE)
+    model = llama_like(config, max_positions=131072, tied=True, sizes=sizes, rope=ERNIE_ROPE)
     refuse_windows(config, model)
     rope = replace(model.ropes[0], neighbours=True)
     bias = config.flag("use_bias", default=False)
@@ -66,7 +80,55 @@ def _read_ernie(config: HfConfig) -> ModelConfig:
     )
 
 
+def _read_ernie(config: HfConfig) -> ModelConfig:
+    return _ernie_like(config, ERNIE_SIZES)
+
+
 ERNIE = Family((Architecture("Ernie4_5ForCausalLM", "ernie4_5"),), _read_ernie, models="ERNIE 4.5, dense")
+
+ERNIE_MOE_SIZES: Final = {
+    "hidden_size": 2560,
+    "intermediate_size": 12288,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 103424,
+}
+
+
+def _read_ernie_moe(config: HfConfig) -> ModelConfig:
+    config.require("use_bias", False)
+    config.require("moe_use_aux_free", True)
+    model = _ernie_like(config, ERNIE_MOE_SIZES)
+    own = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
+    known = {key: config.fields.get(name) for key, name in own.items()}
+    named = HfConfig({**config.fields, **known}, config.architecture)
+    sizes = read_experts(named, renormalised=True, num=64, top_k=6, intermediate=1536)
+    spec = RoutedLayer(
+        sizes.num,
+        sizes.top_k,
+        sizes.intermediate,
+        shared=sizes.intermediate * config.integer("moe_num_shared_experts", 2) or None,
+        scores="softmax",
+        corrected=True,
+        correction="mlp.moe_statics.e_score_correction_bias",
+    )
+    every = config.size("moe_layer_interval", 1)
+    first, last = config.integer("moe_layer_start_index", 1), config.integer("moe_layer_end_index", -1)
+    last = len(model.layers) - 1 if last == -1 else last
+    layers = tuple(
+        replace(layer, mlp=spec) if first <= index <= last and (index + 1) % every == 0 else layer
+        for index, layer in enumerate(model.layers)
+    )
+    return replace(model, layers=layers, names=TensorNames(shared_expert="mlp.shared_experts"))
+
+
+ERNIE_MOE = Family(
+    (Architecture("Ernie4_5_MoeForCausalLM", "ernie4_5_moe"),),
+    _read_ernie_moe,
+    models="ERNIE 4.5, mixtures of experts",
+    describes=EXPERTS | {"moe_num_experts"},
+)
 
 EXAONE_SIZES: Final = {
     "hidden_size": 4096,
@@ -165,4 +227,26 @@ STABLE = Family(
     (Architecture("StableLmForCausalLM", "stablelm"),),
     _read_stable,
     models="StableLM 3B, StableLM 2 1.6B and Zephyr",
+)
+
+GLM_V: Final = {
+    "max_position_embeddings": 32768,
+    "partial_rotary_factor": 1.0,
+    "rms_norm_eps": 1e-5,
+}
+"""Fields of the class of GLM-4.1V whose values are others than those of GLM-4."""
+
+
+def _read_glm_v(config: HfConfig) -> ModelConfig:
+    config.require("attention_bias", True)
+    own = {key: value for key, value in config.fields.items() if value is not None}
+    fields = {"head_dim": None, "num_key_value_heads": config.fields.get("num_key_value_heads", 2)}
+    model = GLM_4.read(HfConfig({**GLM_V, **fields, **own}, config.architecture, config.max_seq_len))
+    return replace(model, names=replace(model.names, prefixes=PREFIXES))
+
+
+GLM_4_V = Family(
+    (Architecture("Glm4vForConditionalGeneration", "glm4v", nested=True, flat=True),),
+    _read_glm_v,
+    models="GLM-4.1V",
 )

@@ -15,7 +15,7 @@ from inference_service.models.experts import ExpertsBlock
 from loramux_families.blocks import RoutedBlock
 from loramux_families.layers import RoutedLayer
 from loramux_shared.bases.read import read_config, read_fields
-from loramux_shared.bases.rope import QueryScaling
+from loramux_shared.bases.rope import LongRope, QueryScaling
 from loramux_shared.faults import CheckpointInvalid
 from tests.models.test_families import CASES
 from tests.support.cases import cases
@@ -48,6 +48,14 @@ def test_llama_4_chooses_before_a_sigmoid_and_scales_behind_the_last_position() 
         8192,
     ]
     assert len(_query_factors(QueryScaling(0.1, 8, ahead=1), 16)) == 3
+
+
+def test_phi_has_its_long_factors_beyond_its_first_length() -> None:
+    """A deployment of longer sequences has the long factors, and their magnitude."""
+    block = HUB["Phi-3.5-MoE"]["rope_scaling"]
+    for longest, kind in ((4096, "short"), (4097, "long")):
+        rope = read_fields(HUB["Phi-3.5-MoE"], {}, longest).ropes[0]
+        assert rope.scaling == LongRope(tuple(block[f"{kind}_factor"]), block[f"{kind}_mscale"])
 
 
 def test_experts_of_qwen_3_vl_are_read_as_the_hub_has_them(tmp_path: Path) -> None:

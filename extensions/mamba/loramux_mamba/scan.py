@@ -171,7 +171,7 @@ def tiled(heads: Heads, state: Tensor) -> tuple[Tensor, Tensor]:
     b, c = (part.transpose(1, 2)[:, :, None] for part in (heads.b, heads.c))  # [N, g, 1, L, state dim]
     total = heads.left.permute(0, 2, 3, 1).cumsum(-1)
     # what is left at row i of what row j wrote; 0 above the diagonal
-    left = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
+    left = (total[..., :, None] - total[..., None, :]).exp().tril()
     out = (c @ b.mT * left) @ x + (c @ state.mT) * total.exp()[..., None]
     kept = x * (total[..., -1:] - total).exp()[..., None]
     return out.permute(0, 3, 1, 2, 4), state * total[..., -1:, None].exp() + kept.mT @ b
