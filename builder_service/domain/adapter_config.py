@@ -262,6 +262,7 @@ _QUERY_VALUE: Final[Mapping[str, Targets]] = {
         ("llama", "llama4", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
         ("q_proj", "v_proj"),
     ),
+    "stablelm": ("q_proj", "v_proj"),
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
     "gpt_neox": ("query_key_value",),
     "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -282,7 +283,7 @@ _IA3: Final[Mapping[str, Targets]] = {
 
 def default_targets(kind: Kind, model_type: str) -> Targets | None:
     """Return what PEFT 0.21 adapts of a base; None where it wants the config to say it."""
-    if kind is Kind.ADALORA and model_type in ("mistral", "mixtral", "phi", "xlm-roberta"):
+    if kind is Kind.ADALORA and model_type in ("mistral", "mixtral", "phi", "stablelm", "xlm-roberta"):
         return None
     if kind is Kind.ADALORA and model_type == "roberta":
         return "query", "key", "value", "dense"

@@ -68,11 +68,8 @@ def test_experts_of_qwen_3_vl_are_read_as_the_hub_has_them(tmp_path: Path) -> No
         assert isinstance(block, ExpertsBlock)
         linears = *block._experts._gate_up._linears, *block._experts._down._linears
         answers.append([linear(torch.eye(linear.in_features)) for linear in linears])
-        turned = {
-            name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
-            for name, tensor in load_file(file).items()
-        }
-        save_file(turned, file)
+        tensors = {n: t.mT.contiguous() if ".experts." in n else t for n, t in load_file(file).items()}
+        save_file(tensors, file)
     assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
 
 

@@ -54,11 +54,11 @@ def prove(
         CheckpointInvalid: the base cannot be served.
     """
     config = read_config(base, max_seq_len)
+    reference = Reference(config, base)
     read = {
         name: read_adapter(Path(each["folder"]), config, each.get("truncate_to"), base)
         for name, each in adapters.items()
     }
-    reference = Reference(config, base)
     probes = {name: probe_tokens(config, reference.replaced(adapter)) for name, adapter in read.items()}
     runs = reference.run(probes, read)
     return {name: _proof(probes[name], runs[name]) for name in adapters}

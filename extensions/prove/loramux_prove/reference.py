@@ -312,6 +312,10 @@ def _dense(spec: MlpLayer | ExpertsLayer) -> MlpLayer:
             "the base is a mixture of experts: which of them a row has may change by rounding alone, so a "
             "replica could not be held to a proof. Build without prove."
         )
+    if spec.part is not None:
+        raise CheckpointInvalid(
+            "the base has MLPs with an activation of their own, which have no proofs. Build without prove."
+        )
     return spec
 
 

@@ -15,11 +15,11 @@ from loramux_prove.reference import Reference, Run
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.faults import AdapterInvalid
+from loramux_shared.faults import AdapterInvalid, CheckpointInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import CASES, PROVED
 from tests.support import lowbit
-from tests.support.tiny import World, make_world, make_world_of, oracle
+from tests.support.tiny import World, make_checkpoint, make_world, make_world_of, oracle
 from tests.test_disguised import make_saved
 from tests.test_proof import build_into
 from tests.unit.bases.test_base_weights import other_head, rewrite
@@ -55,6 +55,13 @@ def test_the_reference_is_transformers_and_peft(name: str, tmp_path: Path) -> No
     case = CASES[name]
     world = make_world_of(tmp_path, case.config, {"all": case.adapters["all"]}, max_seq_len=case.max_seq_len)
     expect_peft(world, case.max_seq_len)
+
+
+def test_an_activation_without_a_second_reading_is_refused(tmp_path: Path) -> None:
+    """The refusal names the part of layers that is not written a second time."""
+    make_checkpoint(tmp_path, CASES["arcee"].config)
+    with pytest.raises(CheckpointInvalid, match="MLPs with an activation of their own"):
+        Reference(read_config(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("kind", lowbit.KINDS)

@@ -61,16 +61,7 @@ def test_other_geometries_are_refused_by_name(word, config):
         read_fields(BASE_CONFIG | config)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"num_local_experts": 0, "num_experts": None, "kv_lora_rank": None, "is_encoder_decoder": False},
-        {"layer_types": ["full_attention", "full_attention"]},
-        {"head_dim": None},
-        {"text_config": {"hidden_size": 9}},
-    ],
-    ids=["counts", "layer_types", "head_dim", "text_config"],
-)
+@pytest.mark.parametrize("config", cases(__file__, "test_words_that_say_nothing"))
 def test_words_that_say_nothing(config):
     """Counts of zero, nulls, and the decoder of a model without images have no effect."""
     assert read_fields(BASE_CONFIG | config) == read_fields(BASE_CONFIG)
