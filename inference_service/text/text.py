@@ -270,16 +270,20 @@ class Detokenizer:
         context = [token for token in prompt[-self.CONTEXT :] if token not in special]
         if pieces is None:
             stream = DecodeStream(ids=context, skip_special_tokens=False)
-            self._decode: Callable[[int], str] = lambda token: stream.step(tokenizer, token) or ""
+            self._decode: Callable[[Sequence[int]], str] = lambda tokens: "".join(
+                [stream.step(tokenizer, token) or "" for token in tokens]
+            )
         else:
             decoder = getincrementaldecoder("utf-8")("replace")
-            decoder.decode(b"".join(pieces[token] for token in context))
-            self._decode = lambda token: decoder.decode(pieces[token])
+            self._decode = lambda tokens: decoder.decode(b"".join([pieces[token] for token in tokens]))
+            self._decode(context)
 
     def push(self, tokens: Sequence[int]) -> str:
         """Return the text that became certain with these tokens; often, but not always, their own."""
         special, decode = self._special, self._decode
-        return "".join([special[token] if token in special else decode(token) for token in tokens])
+        if special.keys().isdisjoint(tokens):
+            return decode(tokens)
+        return "".join([special[token] if token in special else decode((token,)) for token in tokens])
 
 
 class StopTexts:
