@@ -265,7 +265,8 @@ class Conversation:
                 if self._tools:
                     self._dialect.require_form()
                 constraint = self._constraint(begin)
-            request = replace(request, output=replace(request.output, constraint_by_ending=constraint))
+            if constraint is not None:
+                request = replace(request, output=replace(request.output, constraint_by_ending=constraint))
             async with aclosing(self._service.generate(request, deltas)) as events:
                 async for event in events:
                     match event:
@@ -297,17 +298,18 @@ class Conversation:
         self._dialect = dialect_of(text, defaults.template, self._service.parsers)
         begin = self._demanded(text)
         end = self._dialect.form.end if self._chat.one_call and not self._chat.forced else ""
-        original, sampling = self.request, self.request.sampling
+        original, sampling, output = self.request, self.request.sampling, self.request.output
         messages: list[Message] = [turn for turn in original.prompt.content if isinstance(turn, Mapping)]
         if end:
             sampling = replace(sampling, stop=(*sampling.stop, end))
-        special = self._dialect.tokens if self._tools else self._dialect.thinking_tokens
+        if special := self._dialect.tokens if self._tools else self._dialect.thinking_tokens:
+            output = replace(output, shown_special_tokens=special)
         request = replace(
             original,
             model=replace(original.model, served=served),
             prompt=replace(original.prompt, content=self._dialect.turns(messages)),
             sampling=sampling,
-            output=replace(original.output, shown_special_tokens=special),
+            output=output,
         )
         return request, begin
 

@@ -138,8 +138,8 @@ class ChatRequest:
     goes_on: bool = False
     """The answer continues with the last turn."""
     shows_thoughts: bool = True
-    names: Mapping[str, str] = field(default_factory=dict)
-    """The client's names of fields of requests, where it has other names for them."""
+    names: Callable[[], Mapping[str, str]] = dict
+    """Returns the client's names of fields of requests, where it has other names for them."""
 
     @property
     def forced(self) -> bool:
@@ -166,8 +166,9 @@ class ChatRequest:
             add_generation_prompt=self.starts,
             continue_final_message=self.goes_on,
         )
-        output = replace(self.rest.output, constraint=None if self.forced else self.constraint)
-        return replace(self.rest, prompt=prompt, output=output)
+        if self.constraint is None or self.forced:
+            return replace(self.rest, prompt=prompt)
+        return replace(self.rest, prompt=prompt, output=replace(self.rest.output, constraint=self.constraint))
 
     def place(self, where: str) -> str:
         """Return what the client calls a field of the request, or a part of it."""
@@ -179,7 +180,7 @@ class ChatRequest:
         if tool and int(tool[1]) < len(self.tools):
             place = self.tools[int(tool[1])].place
             return place + where[tool.end() :] if place else where
-        return self.names.get(where, where)
+        return self.names().get(where, where)
 
 
 def _is_forced(choice: ToolChoice | None) -> bool:

@@ -284,22 +284,24 @@ def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
 
 
 def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
-    for name, usual in NUMBERS.items():
-        value = request.value_of(name)
-        if value is not None:
-            bound = replace(usual, high=min(usual.high, most[name])) if name in most else usual
-            yield not bound.low <= value <= bound.high, name, str(bound), value
+    for name, bound in NUMBERS.items():
+        value, high = request.value_of(name), min(bound.high, most.get(name, math.inf))
+        if value is not None and not bound.low <= value <= high:
+            yield True, name, str(replace(bound, high=high)), value
 
 
 def _lists(request: Request, vocab: int) -> Iterator[Rule]:
     for name, (most, longest) in TEXTS.items():
-        value = request.value_of(name)
-        texts = (value,) if isinstance(value, str) else value or ()
+        if not (value := request.value_of(name)) and value != "":
+            continue
+        texts = (value,) if isinstance(value, str) else value
         yield len(texts) > most, name, f"at most {most} texts", len(texts)
         wrong = sorted({len(text) for text in texts if not 0 < len(text) <= longest})
         yield bool(wrong), name, f"texts of 1 to {longest} characters", wrong
     for name, few in IDS.items():
-        most, ids = few or vocab, request.value_of(name) or ()
+        if not (ids := request.value_of(name)):
+            continue
+        most = few or vocab
         yield len(ids) > most, name, f"at most {most} tokens", len(ids)
         foreign = [token for token in ids if not 0 <= token < vocab]
         yield bool(foreign), name, f"ids from 0 to {vocab - 1}", foreign[:5]

@@ -90,7 +90,7 @@ class Terms:
             second = types.index(1) if 1 in types else NEVER
         elif isinstance(prompt, str):
             special = source.add_special_tokens is not False
-            tokens = await asyncio.to_thread(text.encode_prompt, prompt, most, add_special_tokens=special)
+            tokens = await text.encoded(prompt, most, add_special_tokens=special)
         elif prompt and isinstance(prompt[0], Mapping):
             tokens = await text.encode_messages(
                 [item for item in prompt if isinstance(item, Mapping)],

@@ -22,6 +22,8 @@ from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
 
 SLICE_CHARS: Final = 32 * 1024
+SHORT_CHARS: Final = 512
+"""A text up to here is tokenized at once, in 0.3 ms at most; a thread costs as much as 200 characters."""
 END_TOKENS: Final = 32
 """Tokens at the end of a prompt in which a template begins the answer."""
 CUT_TOKENS: Final = 256
@@ -223,8 +225,14 @@ class Text:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
+        return await self.encoded(rendered, max_seq_len, add_special_tokens=add_special_tokens)
+
+    async def encoded(self, text: str, max_seq_len: int, *, add_special_tokens: bool) -> list[int]:
+        """Tokenize a text as `encode_prompt` does, on another thread unless it is short."""
+        if len(text) <= SHORT_CHARS:
+            return self.encode_prompt(text, max_seq_len, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(
-            self.encode_prompt, rendered, max_seq_len, add_special_tokens=add_special_tokens
+            self.encode_prompt, text, max_seq_len, add_special_tokens=add_special_tokens
         )
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:

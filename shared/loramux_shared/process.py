@@ -95,7 +95,7 @@ def log_to_stderr(form: LogFormat = "auto") -> None:
             structlog.processors.format_exc_info,
             lines,
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )
 
 

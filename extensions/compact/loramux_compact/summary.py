@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, ClassVar, Final, Literal
 
 from starlette.requests import Request as HttpRequest
@@ -194,7 +195,7 @@ def chat_to_sum_up(body: CompactBody, headers: Mapping[str, str] = NO_HEADERS) -
             constraint=one_constraint(None, body.structured_outputs),
             rest=request_of(body, headers, temperature=temperature),
             variables=dict.fromkeys(SWITCHES, False),  # reasoning would be lost, and takes the room
-            names=names(body),
+            names=partial(names, body),
         )
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Final
 
@@ -164,7 +165,7 @@ def chat_of(body: PromptBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRe
         variables=with_effort(thinks, _effort(body)),
         starts=not goes_on,
         goes_on=goes_on,
-        names=names(body),
+        names=partial(names, body),
     )
 
 

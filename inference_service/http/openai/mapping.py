@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from inference_service.chat.request import (
@@ -62,7 +63,7 @@ def chat_of(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequ
         starts=body.add_generation_prompt is not False,
         goes_on=bool(body.continue_final_message),
         shows_thoughts=body.include_reasoning is not False,
-        names=names(body),
+        names=partial(names, body),
     )
 
 

@@ -7,6 +7,7 @@ message. A compaction is part of that one too, and stands for the conversation b
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Final
 
@@ -161,7 +162,7 @@ def chat_of(body: ResponsesBody, headers: Mapping[str, str] = NO_HEADERS) -> Cha
             parallel=body.parallel_tool_calls is not False,
             constraint=constraint,
             variables=with_effort(body.chat_template_kwargs, effort),
-            names=names(body),
+            names=partial(names, body),
         )
 
 

@@ -236,5 +236,4 @@ def names(body: Body) -> dict[str, str]:
 
 def in_words_of(body: Body) -> AbstractContextManager[None]:
     """Name fields in faults as a body does."""
-    known = names(body)
-    return naming(lambda where: known.get(where, where))
+    return naming(lambda where: names(body).get(where, where))

@@ -5,6 +5,7 @@ could read differently. What is refused here is answered, and the connection clo
 Source of the rules: RFC 9112, sections 2.2, 3.2, 6.1, 6.3, 7.1 and 11.2.
 """
 
+import asyncio
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,9 @@ from inference_service.serving.request import MIN_GENERATION, STICKY_KEY
 from loramux_shared.arrival import arrived_at, unread_bytes, unsent_bytes
 from loramux_shared.faults import ShuttingDown
 
+LARGE_BYTES, MOST_PARTS = 16 * 1024, 16
+"""Bytes of a part that is written at once, and parts that wait for the end of a turn of the loop."""
+
 
 class StagedTransport:
     """A transport that closes in stages.
@@ -38,7 +42,7 @@ class StagedTransport:
         self._transport = transport
         self._closed = closed
         self._said_all = False
-        self.write = transport.write
+        self._turn: list[bytes] = []
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the transport's."""
@@ -48,15 +52,29 @@ class StagedTransport:
         """True when nothing more can be said; what comes is to be dropped."""
         return self._said_all or bool(self._transport.is_closing())
 
+    def write(self, data: bytes) -> None:
+        """Write with all else of this turn of the loop: each call of the system wakes the client too."""
+        if not self._turn:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._turn.append(data)
+        if len(data) > LARGE_BYTES or len(self._turn) > MOST_PARTS:
+            self.flush()  # so that the transport tells when the client does not read
+
+    def flush(self, *last: bytes) -> None:
+        """Write what waits, and more, now."""
+        parts, self._turn = (*self._turn, *last), []
+        if parts and not self._said_all:
+            self._transport.write(b"".join(parts))
+
     def close(self) -> None:
         """Say nothing more."""
         if self.is_closing():
             return
+        self.flush()
         if not self._transport.can_write_eof():
             self._transport.close()
             return
         self._said_all = True
-        self.write = _drop
         try:
             self._transport.write_eof()
         except OSError:  # the client was faster
@@ -64,10 +82,6 @@ class StagedTransport:
             return
         self._transport.resume_reading()
         self._closed()
-
-
-def _drop(data: bytes) -> None:
-    """Discard what is left."""
 
 
 HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(:[0-9]*)?")
@@ -238,7 +252,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def write_part(self, data: bytes) -> None:
         """Write a part of that stream, as its `send` does."""
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self.transport.flush(b"%x\r\n%b\r\n" % (len(data), data))
 
     @property
     def unused_since(self) -> float | None:

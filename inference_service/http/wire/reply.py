@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NoReturn, TypeVar
 
@@ -112,16 +112,40 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientDisconnect: the client went away.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_until_gone(receive))
+    async with _until(asyncio.ensure_future(_until_gone(receive))):
+        return await work
+
+
+@asynccontextmanager
+async def _until(gone: asyncio.Future[NoReturn]) -> AsyncGenerator[None]:
+    """Cancel the block as soon as the client goes away, which nobody waits for behind it.
+
+    Raises:
+        ClientDisconnect: the client went away.
+    """
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - a coroutine runs in one
+    before, left = task.cancelling(), False
+
+    def leave(_: object) -> None:
+        nonlocal left
+        left = task.cancel()
+
+    gone.add_done_callback(leave)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        yield
+    except asyncio.CancelledError:
+        if left and task.uncancel() <= before:
             gone.result()
-        return task.result()
+        raise
     finally:
-        await _ended(task)
-        await _ended(gone)
+        gone.remove_done_callback(leave)
+        _let_go(gone)
+
+
+def _let_go(gone: asyncio.Future[NoReturn]) -> None:
+    if not gone.cancel() and not gone.cancelled():
+        gone.exception()  # asyncio logs one that nobody retrieves
 
 
 async def _until_gone(receive: Receive) -> NoReturn:
@@ -159,6 +183,7 @@ class EventStream(Response, Generic[E_co]):
     def __init__(
         self,
         first: asyncio.Future[E_co],
+        gone: asyncio.Future[NoReturn],
         rest: AsyncGenerator[E_co],
         headers: Mapping[str, str],
         framing: Framing = UNNAMED,
@@ -167,19 +192,19 @@ class EventStream(Response, Generic[E_co]):
         super().__init__()
         self._framing = framing
         self._head = [*HEADERS, *((name.encode(), value.encode()) for name, value in headers.items())]
-        self._first = first
+        self._first, self._gone = first, gone
         self._rest = rest
         self._heartbeat_s = heartbeat_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's
         """Send everything; what produces it is closed in every case."""
-        await send({"type": "http.response.start", "status": 200, "headers": self._head})
-        async with aclosing(self._rest):
-            await while_connected(receive, self._send(send))
+        async with _until(self._gone), aclosing(self._rest):
+            await self._send(send)
 
     async def _send(self, send: Send) -> None:
         framing, first = self._framing, self._first
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self._head})
             while not first.done():
                 if not (await asyncio.wait((first,), timeout=self._heartbeat_s))[0]:
                     await send(_part(HEARTBEAT))
@@ -231,9 +256,8 @@ async def open_stream(
         elif gone.done():
             gone.result()
     except BaseException:
+        _let_go(gone)
         await _ended(first)
         await bodies.aclose()
         raise
-    finally:
-        await _ended(gone)
-    return EventStream(first, bodies, head.headers, framing, heartbeat_s)
+    return EventStream(first, gone, bodies, head.headers, framing, heartbeat_s)

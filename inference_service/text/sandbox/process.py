@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,8 @@ from typing import Any, Final
 from inference_service.text.sandbox.loop import CPU_S, TOO_DEEP
 
 IDLE_S: Final = 60.0
+TURN_S: Final = 0.01
+"""Questions of one kind are answered for so long while others wait; a thread for each costs more than most."""
 
 
 class SandboxProcess:
@@ -98,20 +101,20 @@ class SandboxPool:
         return answer
 
     def _next(self, kind: str) -> None:
-        """Answer the first question of a kind, and put the next one of it after those of others."""
-        with self._lock:
-            question, answer = self._waiting[kind].popleft()
-        if answer.set_running_or_notify_cancel():
-            process = self._idle.pop()
-            try:
-                answer.set_result(process.ask(question))
-            except Exception as error:  # noqa: BLE001 - raised to the caller
-                answer.set_exception(error)
-            finally:
-                self._idle.append(process)
-        with self._lock:
-            more = bool(self._waiting[kind])
-            if not more:
-                del self._waiting[kind]
+        """Answer the first questions of a kind, and put the next one of it after those of others."""
+        process, until_s, more = self._idle.pop(), time.monotonic() + TURN_S, True
+        while more and time.monotonic() < until_s:
+            with self._lock:
+                question, answer = self._waiting[kind].popleft()
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(process.ask(question))
+                except Exception as error:  # noqa: BLE001 - raised to the caller
+                    answer.set_exception(error)
+            with self._lock:
+                more = bool(self._waiting[kind])
+                if not more:
+                    del self._waiting[kind]
+        self._idle.append(process)
         if more:
             self._threads.submit(self._next, kind)
