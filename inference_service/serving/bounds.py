@@ -151,6 +151,8 @@ def rules_of_the_end(messages: Sequence[Mapping[str, Any]], *, goes_on: bool, st
 def rules_of_variables(variables: Mapping[str, Any]) -> Iterator[Rule]:
     """Yield the rules of what a template reads beside messages, tools and the like."""
     where = "chat_template_kwargs"
+    if not variables:
+        return
     yield len(variables) > MAX_VARIABLES, where, f"at most {MAX_VARIABLES} names", len(variables)
     for name in islice(variables, MAX_VARIABLES):
         yield not _VARIABLE.fullmatch(name), where, EXPECTED_VARIABLE, repr(name)
@@ -285,9 +287,10 @@ def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
 
 def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
     for name, bound in NUMBERS.items():
-        value, high = request.value_of(name), min(bound.high, most.get(name, math.inf))
-        if value is not None and not bound.low <= value <= high:
-            yield True, name, str(replace(bound, high=high)), value
+        if (value := request.value_of(name)) is not None:
+            high = min(bound.high, most.get(name, math.inf))
+            if not bound.low <= value <= high:
+                yield True, name, str(replace(bound, high=high)), value
 
 
 def _lists(request: Request, vocab: int) -> Iterator[Rule]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, Generic, TypeVar
 
 from inference_service.core.sequence import Sequence, StepOutput
@@ -123,18 +124,19 @@ class Outputs:
 
 
 class Delivery:
-    """Wakes streams in slices, first and last tokens before the others; between two slices it rests.
+    """Wakes streams in slices: those with first and last tokens in every turn, the others between rests.
 
     A stream that is woken costs the loop some 100 us, and gRPC takes one new call in two turns of the loop. So
     it rests as long as a slice took, and up to YIELDS times longer while requests come: whatever else there is
     has at least half of the loop, and what comes together at a stream meanwhile is one message. The interval
-    follows the number of streams by itself.
+    follows the number of streams by itself. A first token comes once, and waits for no rest: where others keep
+    turns of the loop long, rests would be seconds.
     """
 
     def __init__(self) -> None:
         self._urgent: dict[Outputs, None] = {}
         self._others: dict[Outputs, None] = {}
-        self._resting = False
+        self._hurrying = self._resting = False
         self.came = False
         """True if a request came since the last slice."""
 
@@ -147,16 +149,19 @@ class Delivery:
             self._others[stream] = None
 
     def begin(self) -> None:
-        """Wake the first slice, unless one was woken a moment ago."""
-        if not self._resting and (self._urgent or self._others):
+        """Wake the first slices, unless some were woken a moment ago."""
+        if self._urgent and not self._hurrying:
+            self._hurrying = True
+            _wake(self._urgent)
+            asyncio.get_running_loop().call_soon(self._hurry)
+        if self._others and not self._resting and not self._urgent:
             self._resting = True
-            loop = asyncio.get_running_loop()
-            for _ in range(SLICE):
-                if streams := self._urgent or self._others:
-                    stream = next(iter(streams))
-                    del streams[stream]
-                    stream.wake()
-            self._rest(loop.time(), TURNS)
+            _wake(self._others)
+            self._rest(asyncio.get_running_loop().time(), TURNS)
+
+    def _hurry(self) -> None:
+        self._hurrying = False
+        self.begin()
 
     def _rest(self, began_s: float, turns: int) -> None:
         loop = asyncio.get_running_loop()
@@ -167,9 +172,15 @@ class Delivery:
         loop.call_later(took_s, self._go_on, took_s, YIELDS)
 
     def _go_on(self, took_s: float, yields: int) -> None:
-        if self.came and yields and not self._urgent:
+        if self.came and yields:
             self.came = False
             asyncio.get_running_loop().call_later(took_s, self._go_on, took_s, yields - 1)
         else:
             self._resting = False
             self.begin()
+
+
+def _wake(streams: dict[Outputs, None]) -> None:
+    for stream in tuple(islice(streams, SLICE)):
+        del streams[stream]
+        stream.wake()

@@ -66,8 +66,9 @@ class RelayedOutputs(Outputs):
         if self._ticket.bounds:
             self._ticket.take(sum(output.token is not None for output in outputs))
         found = [messages.output_to(output, seq) for output in outputs]
-        self._peer.send((self._number, self._places[seq_id]), found)
-        if outputs[-1].finish is not None:
+        ends = outputs[-1].finish is not None
+        self._peer.send((self._number, self._places[seq_id]), found, urgent=outputs[0].first or ends)
+        if ends:
             self._peer.drop(self._number, self._places[seq_id])
         later, self._later = self._later, ()
         return later
@@ -91,6 +92,8 @@ class ApiPeer:
         self._open: dict[int, RelayedOutputs] = {}
         self._batch: dict[tuple[int, int], list[Any]] = {}
         """Outputs that were not sent yet, by request and place."""
+        self._urgent: dict[tuple[int, int], list[Any]] = {}
+        """The same of answers that begin or end, which go before the others."""
         self._pending = 0
         self._in_work = 0
         self.channel = Channel(
@@ -106,15 +109,18 @@ class ApiPeer:
             self._flush_where_read,
         )
 
-    def send(self, answer: tuple[int, int], outputs: list[Any]) -> None:
+    def send(self, answer: tuple[int, int], outputs: list[Any], *, urgent: bool = False) -> None:
         """Let outputs leave with the others of this turn of the event loop, in one message.
 
         While the process has much to read, they wait for more of the same answer: a process that is behind gets
         fewer and larger parts.
         """
-        if not self._batch:
+        if not self._batch and not self._urgent:
             asyncio.get_running_loop().call_soon(self._flush_where_read)
-        self._batch.setdefault(answer, []).extend(outputs)
+        if urgent or answer in self._urgent:
+            self._urgent.setdefault(answer, self._batch.pop(answer, [])).extend(outputs)
+        else:
+            self._batch.setdefault(answer, []).extend(outputs)
         self._pending += len(outputs)
         if self._pending > MOST_PENDING:
             log.error("API process does not read: its channel is closed", pending=self._pending)
@@ -125,21 +131,21 @@ class ApiPeer:
         self._count(*await self.channel.ask("collect"))
 
     def _flush_where_read(self) -> None:
-        while self._batch and self.channel.writable:
-            self.send_now(list(islice(self._batch, TOGETHER)))
+        while self.channel.writable and (waiting := self._urgent or self._batch):
+            self.send_now(list(islice(waiting, TOGETHER)))
 
     def send_now(self, answers: Iterable[tuple[int, int]]) -> None:
         """Send the outputs of answers that wait."""
         found = []
         for answer in answers:
-            if outputs := self._batch.pop(answer, None):
+            if outputs := self._urgent.pop(answer, None) or self._batch.pop(answer, None):
                 found.append([*answer, outputs])
                 self._pending -= len(outputs)
         self.channel.say("out", found)
 
     def _on_lost(self) -> None:
         """Free everything that the process had."""
-        self._batch, self._pending = {}, 0
+        self._batch, self._urgent, self._pending = {}, {}, 0
         for number in list(self._open):
             self.drop(number)
         self._service.in_work -= self._in_work

@@ -86,7 +86,9 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
 
 
 async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path, monkeypatch) -> None:
-    """Outputs of an answer join while the process has much to read, few answers a message; later it is lost."""
+    """Outputs of an answer join while the process has much to read, few answers a message, first and last ones
+    before others; later it is lost.
+    """
     monkeypatch.setattr(host, "TOGETHER", 2)
     found: list[Any] = []
     lost: list[bool] = []
@@ -95,13 +97,13 @@ async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path
     peer.send((1, 0), ["a"])
     await until(lambda: found, "the first outputs")
     peer.channel.pause_writing()
-    for answer, outputs in (((1, 0), ["b"]), ((2, 0), ["c"]), ((3, 0), ["x"]), ((1, 0), ["d"])):
-        peer.send(answer, outputs)
+    for number, output, urgent in ((1, "b", False), (2, "c", False), (3, "x", True), (1, "d", True)):
+        peer.send((number, 0), [output], urgent=urgent)
         await asyncio.sleep(0)
     assert len(found) == 1
     peer.channel.resume_writing()
     await until(lambda: len(found) == 3, "the others")
-    assert found == [[[1, 0, ["a"]]], [[1, 0, ["b", "d"]], [2, 0, ["c"]]], [[3, 0, ["x"]]]]
+    assert found == [[[1, 0, ["a"]]], [[3, 0, ["x"]], [1, 0, ["b", "d"]]], [[2, 0, ["c"]]]]
     monkeypatch.setattr(host, "MOST_PENDING", 1)
     peer.channel.pause_writing()
     peer.send((1, 0), ["e", "f"])

@@ -220,8 +220,9 @@ def _rows(kind: type[BaseModel]) -> Iterator[FieldRow]:
 
 def request_fields(body: Body) -> dict[str, Any]:
     """Return what a request takes over from a body, by its own fields; what is not set is left out."""
-    rows = ((row.noun, row.value(body)) for row in table(type(body)) if row.taken)
-    return {noun: value for noun, value in rows if value is not None}
+    rows = table(type(body))
+    known = ((row.noun, row.value(body)) for row in rows if row.taken and row.path[0] in body.model_fields_set)
+    return {noun: value for noun, value in known if value is not None}
 
 
 def names(body: Body) -> dict[str, str]:

@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 from inference_service.http.wire.protocol import LINGER_S, BoundedHttp, ClientTimeouts
 from loramux_shared.arrival import unread_bytes
 
-ACCEPTS: Final = 16
+ACCEPTS: Final = 64
 """Connections that are taken at a time; in between those that are open have their turn."""
 RETRY_S: Final = 1.0
 """Between attempts to accept, when the system has no descriptor left."""

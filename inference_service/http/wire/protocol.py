@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, Self
+from typing import Any, Final, NoReturn, Self, cast
 
 import httptools
 from pydantic_core import to_json
@@ -252,7 +252,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def write_part(self, data: bytes) -> None:
         """Write a part of that stream, as its `send` does."""
-        self.transport.flush(b"%x\r\n%b\r\n" % (len(data), data))
+        self._staged.flush(b"%x\r\n%b\r\n" % (len(data), data))
 
     @property
     def unused_since(self) -> float | None:
@@ -305,8 +305,8 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request."""
         self._sock = transport.get_extra_info("socket")
-        staged: Any = StagedTransport(transport, self._linger)
-        super().connection_made(staged)
+        self._staged = StagedTransport(transport, self._linger)
+        super().connection_made(cast(asyncio.Transport, self._staged))
         self._unused_since = self.loop.time()
         self._waits = (self.loop.time(), 0)
         self._wait(self._patience.head_s)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
 from inference_service.serving.answer import Answer
-from inference_service.serving.delivery import Delivery, Outputs
+from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.faults import InternalFault, ReplicaFailed
@@ -33,6 +33,19 @@ async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
     stream.put("0", [StepOutput("0", Token(9), EndReason.LENGTH)])
     delivery.add(stream, urgent=True)
     assert [output.token for output in await following(stream)] == [Token(9)]
+
+
+async def test_first_tokens_wait_for_no_rest() -> None:
+    """Each turn of the loop wakes a slice of streams with a first token, however many there are."""
+    delivery, streams = Delivery(), [_stream(number) for number in range(3 * SLICE)]
+    readers = [asyncio.ensure_future(stream.get()) for stream in streams]
+    await asyncio.sleep(0)
+    for stream in streams:
+        delivery.add(stream, urgent=True)
+    delivery.begin()
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert all(reader.done() for reader in readers)
 
 
 @pytest.mark.parametrize("takes", [True, False, ReplicaFailed("the sink broke")])
