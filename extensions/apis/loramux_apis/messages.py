@@ -175,7 +175,7 @@ def output_to(output: StepOutput, seq: EngineSequence) -> int | list[Any]:
 def plain(token: int) -> StepOutput:
     """Return an output of no certain sequence that has a token and nothing else.
 
-    Two objects made anew for each of them were half of the work of a process with 1,000 streams.
+    Two objects for each of them were half of the work of a process with 1,000 streams.
     """
     return StepOutput("", Token(token))
 
