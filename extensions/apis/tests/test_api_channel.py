@@ -86,9 +86,7 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
 
 
 async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path, monkeypatch) -> None:
-    """Outputs of an answer join while the process has much to read, few answers a message, first and last ones
-    before others; later it is lost.
-    """
+    """Outputs join while a process has much to read; those that begin or end go first; later it is lost."""
     monkeypatch.setattr(host, "TOGETHER", 2)
     found: list[Any] = []
     lost: list[bool] = []

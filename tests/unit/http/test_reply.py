@@ -17,8 +17,7 @@ class Client:
     """Notes what a server sends, and is gone when it says so."""
 
     def __init__(self) -> None:
-        self.gone = asyncio.Event()
-        self.heard = asyncio.Event()
+        self.gone, self.heard = asyncio.Event(), asyncio.Event()
         self.sent: list[bytes] = []
 
     async def receive(self) -> Message:
@@ -35,15 +34,12 @@ class Late:
     """A body that waits, and whether it was closed."""
 
     def __init__(self, fault: Exception | None = None) -> None:
-        self.ready = asyncio.Event()
-        self.closed = False
-        self._fault = fault
+        self.ready, self.closed, self._fault = asyncio.Event(), False, fault
 
     async def bodies(self) -> AsyncGenerator[dict[str, Any]]:
         """Yield one event, or raise a fault."""
         try:
-            await self.ready.wait()
-            if self._fault is not None:
+            if await self.ready.wait() and self._fault is not None:
                 raise self._fault
             yield {"n": 1}
         finally:
