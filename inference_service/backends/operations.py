@@ -85,6 +85,31 @@ class Operations:
         """Return [T, out] as `adapted` does, or of the base alone, and what is to be added by what reads it."""
         return self.adapted(layer, x, lora, index, group), None
 
+    def adapted_experts(
+        self,
+        layer: Grouped,
+        x: Tensor,
+        lora: StepLora,
+        index: int,
+        group: str,
+        pairs: ByExpert,
+        *,
+        of_tokens: bool = False,
+    ) -> Tensor:
+        """Return [pairs, out] of a group of all experts as `adapted` does; x is by place, or by token."""
+        if not lora.adapts_experts(index):
+            return layer(x, pairs, of_tokens=of_tokens)
+        rows = x.index_select(0, pairs.tokens) if of_tokens else x
+        out = layer(rows, pairs)
+        lora.apply_experts(rows, out, index, group, pairs)
+        return out
+
+    def begun_experts(
+        self, layer: Grouped, x: Tensor, lora: StepLora, index: int, group: str, pairs: ByExpert
+    ) -> tuple[Tensor, Update | None]:
+        """Return the same of x [T, in] by token, or as `begun` does."""
+        return self.adapted_experts(layer, x, lora, index, group, pairs, of_tokens=True), None
+
     def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of `Rope.at` [T, 1, dim] for positions [T]."""
         return rope.at(positions)

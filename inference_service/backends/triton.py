@@ -93,6 +93,31 @@ class TritonOperations(Operations):
             return lora.begun(partial(self.linear, layer, x), x, index, group)
         return super().begun(layer, x, lora, index, group)
 
+    def adapted_experts(
+        self,
+        layer: Grouped,
+        x: Tensor,
+        lora: StepLora,
+        index: int,
+        group: str,
+        pairs: ByExpert,
+        *,
+        of_tokens: bool = False,
+    ) -> Tensor:
+        """As `adapted`, and x is not laid out by place."""
+        if isinstance(lora, TritonLora):
+            base = partial(layer, x, pairs, of_tokens=of_tokens)
+            return lora.adapted_experts(base, x, index, group, pairs, of_tokens=of_tokens)
+        return super().adapted_experts(layer, x, lora, index, group, pairs, of_tokens=of_tokens)
+
+    def begun_experts(
+        self, layer: Grouped, x: Tensor, lora: StepLora, index: int, group: str, pairs: ByExpert
+    ) -> tuple[Tensor, Update | None]:
+        """As `begun`."""
+        if isinstance(lora, TritonLora):
+            return lora.begun_experts(partial(layer, x, pairs, of_tokens=True), x, index, group, pairs)
+        return super().begun_experts(layer, x, lora, index, group, pairs)
+
     def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
         """The scale included."""
         return rows.embed(tokens, table, scale)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from inference_service.backends.base import LoraBackend
 from inference_service.kernels.experts import ByExpert
-from inference_service.kernels.experts.segments import Owners, capacity_of, fill, owners_of
-from inference_service.kernels.launch import SideStream
+from inference_service.kernels.experts.segments import Owners, PairSegments, capacity_of, owners_of
+from inference_service.kernels.launch import Launch, SideStream
 from inference_service.kernels.packing import power_of_two
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
@@ -21,7 +22,6 @@ from inference_service.kernels.sgmv import (
     Segments,
     Update,
     expand,
-    lora_apply,
     pack_segments,
     shrink,
     update,
@@ -61,7 +61,7 @@ class TritonLora(Bank, LoraBackend):
         self._by_expert: tuple[ByExpert, list[Segments]] | None = None
         """Experts of the layer that asked last, in each pass."""
         self._segments: dict[SegmentCapacity, Segments] = {}
-        self._of_passes: dict[SegmentCapacity, list[Segments]] = {}
+        self._of_passes: dict[SegmentCapacity, list[PairSegments]] = {}
         """Those of experts' pairs."""
         self._workspaces: dict[SegmentCapacity, Tensor] = {}
         """Workspaces by capacity: a graph would not notice that larger memory took the place of one."""
@@ -154,15 +154,20 @@ class TritonLora(Bank, LoraBackend):
         if self._step is None or not self._touched >> self._linears[linear] & 1:
             return base(), None
         first = shrink(x, self.groups[linear], self._step, self._workspace)
-        if self._forks:
-            self._side = self._side or SideStream(self._device)
-            self._side.launch(first)
-            out = base()
-            self._side.join()
-        else:
-            first()
-            out = base()
-        return out, self._step
+        return self._beside([first], base), self._step
+
+    def _beside(self, launches: Sequence[Launch], base: Callable[[], Tensor]) -> Tensor:
+        """Return the base's product, beside which a step runs launches; a proof runs them before."""
+        if not self._forks:
+            for launch in launches:
+                launch()
+            return base()
+        self._side = self._side or SideStream(self._device)
+        for launch in launches:
+            self._side.launch(launch)
+        out = base()
+        self._side.join()
+        return out
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
@@ -182,30 +187,76 @@ class TritonLora(Bank, LoraBackend):
         return self.touched(slots) & sum(self._of_experts) != 0
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
-        """The same of each place's expert, with segments that are made on the device once per layer."""
-        if self._step is None or not self.adapts_experts(layer):
-            return
-        of_experts = self.experts[layer, group]
-        for segments in self._segments_of(pairs, self._step):
-            lora_apply(x, out, of_experts, segments, self._workspaces[segments.capacity])
+        """The same of each place's expert."""
+        self.adapted_experts(lambda: out, x, layer, group, pairs, of_tokens=False)
 
-    def _segments_of(self, pairs: ByExpert, step: Segments) -> list[Segments]:
-        """The segments of a layer's pairs, pass by pass: of the first adapters of tokens, of the second, ..."""
+    def adapted_experts(
+        self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str, pairs: ByExpert, *, of_tokens: bool
+    ) -> Tensor:
+        """Return what `adapted` does of each place's expert, [pairs, all slices]; x is by place or by token."""
+        out, passes, others = self._shrunk_experts(base, x, layer, group, pairs, of_tokens=of_tokens)
+        for index, segments in enumerate(passes):
+            if index:
+                others[index - 1]()
+            for launch in expand(
+                out, self.experts[layer, group], segments, self._workspaces[segments.capacity]
+            ):
+                launch()
+        return out
+
+    def begun_experts(
+        self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str, pairs: ByExpert
+    ) -> tuple[Tensor, Update | None]:
+        """Return what `begun` does of each place's expert; x is by token."""
+        if self._step is None or self._step.capacity.passes > 1:
+            return self.adapted_experts(base, x, layer, group, pairs, of_tokens=True), None
+        out, passes, _ = self._shrunk_experts(base, x, layer, group, pairs, of_tokens=True)
+        if not passes:
+            return out, None
+        (segments,) = passes
+        return out, update(self.experts[layer, group], segments, self._workspaces[segments.capacity])
+
+    def _shrunk_experts(
+        self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str, pairs: ByExpert, *, of_tokens: bool
+    ) -> tuple[Tensor, list[Segments], list[Launch]]:
+        """Return the base's product, the passes' segments to expand, and what shrinks for all but the first."""
+        if self._step is None or not self.adapts_experts(layer):
+            return base(), [], []
+        passes, filling = self._segments_of(pairs, self._step)
+        workspace = self._workspaces[passes[0].capacity]
+        first, *others = (
+            shrink(
+                x,
+                self.experts[layer, group],
+                replace(segments, token_ids=pairs.tokens) if of_tokens else segments,
+                workspace,
+            )
+            for segments in passes
+        )
+        return self._beside([*filling, first], base), passes, others
+
+    def _segments_of(self, pairs: ByExpert, step: Segments) -> tuple[list[Segments], list[Launch]]:
+        """Return the segments of a layer's pairs, of the first adapters of tokens, of the second, ...
+
+        And what makes them, where the layer has not asked before.
+        """
         if self._by_expert is not None and self._by_expert[0] is pairs:
-            return self._by_expert[1]
-        places = len(pairs.tokens)
+            return self._by_expert[1], []
+        places, launches = len(pairs.tokens), list[Launch]()
         if self._owners is None:
-            self._owners = owners_of(step, places // pairs.top_k, self.num_slots, self._passes)
+            tokens = places // pairs.top_k
+            self._owners, launches = owners_of(step, tokens, self.num_slots, self._passes)
         numbers = self.num_slots * self.slot_stride + (self.num_experts - 1) * MODULES_APART + 1
         capacity = capacity_of(step.capacity, places, self.num_experts, numbers)
         made = self._of_passes.setdefault(capacity, [])
         while len(made) < len(self._owners):
-            packed = torch.empty(capacity.packed_size, dtype=torch.int32, device=self._device)
-            made.append(Segments.over(capacity, packed))
+            made.append(PairSegments.allocate(capacity, self._device))
+        used = made[: len(self._owners)]
+        segments = [each.segments for each in used]
         if capacity not in self._workspaces:
-            self._workspaces[capacity] = self._new_workspace(made[0], self.experts.values())
-        segments = made[: len(self._owners)]
-        for each, owners in zip(segments, self._owners, strict=True):
-            fill(each, pairs, owners, slot_stride=self.slot_stride, expert_stride=MODULES_APART)
+            self._workspaces[capacity] = self._new_workspace(segments[0], self.experts.values())
         self._by_expert = pairs, segments
-        return segments
+        strides = {"slot_stride": self.slot_stride, "expert_stride": MODULES_APART}
+        for each, owners in zip(used, self._owners, strict=True):
+            launches += each.fill(pairs, owners, **strides)
+        return segments, launches

@@ -1,31 +1,46 @@
 """Steps without a graph, written down once and repeated without the code that planned them.
 
 A trace has the operations and launches of a step in their order. It holds tensors from before as they are, and
-numbers those that the work makes: each replay makes them again, and gives them back behind their last use. A
-compiled kernel is launched by position, so that Triton looks nothing up.
+numbers those that the work makes: each replay makes them again, and gives them back behind their last use.
+Compiled kernels are launched as Triton launches them when it has looked everything up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from inference_service.engine.tape import UNINITIALIZED, Watching, tensors_of
-from inference_service.kernels.launch import Launch, SideStream, intercepted, taker
+from inference_service.kernels.launch import Launch, SideStream, current_stream, intercepted, taker
 
 Made: TypeAlias = list[Any]
-"""Tensors that a replay has made, by their numbers; None before the first use and behind the last."""
+"""Tensors that a replay has made, by their numbers; None before the first use and behind the last.
+
+The first is CUDA's handle of the current stream.
+"""
+Step: TypeAlias = Callable[[Made], None]
+STREAM: Final = 0
+CURRENT: Final = object()
+"""Stands for that handle among the arguments of a launch."""
+SHORTER: Final[dict[Any, Callable[..., Tensor]]] = {
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.addmm.default: torch.addmm,
+    torch.ops.aten.view.default: Tensor.view,
+}
+"""Functions that do what operations do, and that are called faster."""
+REUSED_BYTES: Final = 1 << 20
+"""Most bytes of a tensor that is not given back where a later one of the same kind takes its place."""
 
 
 class Trace:
     """Work that can be repeated over the same static tensors."""
 
-    def __init__(self, steps: Sequence[tuple[Callable[[Made], None], tuple[int, ...]]], made: int) -> None:
+    def __init__(self, steps: Sequence[tuple[Step, tuple[int, ...]]], made: int) -> None:
         """Take the steps, each with the tensors that it is the last to use, and how many tensors are made."""
         self._steps = steps
         self._made = made
@@ -34,6 +49,7 @@ class Trace:
     def replay(self) -> None:
         """Do it again."""
         made: Made = [None] * self._made
+        made[STREAM] = current_stream()
         for step, last in self._steps:
             step(made)
             for number in last:
@@ -65,15 +81,21 @@ class _Tracing(Watching):  # type: ignore[no-untyped-call]  # torch leaves its b
 
     def __init__(self, enqueue: Callable[[Launch], Any]) -> None:
         super().__init__()
-        self.steps: list[Callable[[Made], None]] = []
+        self.steps: list[Step] = []
         self.used: list[list[int]] = []
         """Numbers of the tensors that each step makes or reads."""
-        self.made = 0
+        self.made = STREAM + 1
         self._numbers: dict[int, tuple[ref[Tensor], int]] = {}
         """Numbers of tensors by their identity; that of one that is gone may come again."""
         self._enqueue = enqueue
+        self._small: dict[Any, list[tuple[ref[Tensor], int]]] = {}
+        """Small tensors that were allocated, by their shapes, types and devices."""
+        self._read: set[int] = set()
+        """Numbers of tensors that operations use, which may be views of them."""
         self._beside: list[int] = []
         """Numbers of the tensors that launches on another stream use, until that is waited for."""
+        self._forked = False
+        """Whether that waits for all that the current stream was given."""
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> Any:
         """Do it, and keep what repeats it with new tensors."""
@@ -81,19 +103,41 @@ class _Tracing(Watching):  # type: ignore[no-untyped-call]  # torch leaves its b
         out = func(*args, **kwargs)
         if func.is_view and not known:
             return out  # of a tensor from before: as lasting as that
-        results: list[tuple[int, int]] = []
-        for place, result in enumerate(tensors_of(out)):
-            if not any(result is each for each in inputs):
-                self._numbers[id(result)] = ref(result), self.made
-                results.append((place, self.made))
-                self.made += 1
         if func._schema.name.removeprefix("aten::") in UNINITIALIZED and out.is_contiguous():
-            step = _allocation(out, self.made - 1)
+            self._allocate(out)
+            return out
+        self._read.update(known)
+        self._forked = False
+        results = [
+            (place, self._new(result))
+            for place, result in enumerate(tensors_of(out))
+            if not any(result is each for each in inputs)
+        ]
+        one = isinstance(out, Tensor)
+        if one and results and not kwargs:
+            step = _function(SHORTER.get(func, func), bind, results[0][1])
         else:
-            one = isinstance(out, Tensor)
             step = _operation(func, bind, tuple(kwargs), results, one=one)
         self._add(step, [*known, *(number for _, number in results)])
         return out
+
+    def _new(self, tensor: Tensor) -> int:
+        number = self.made
+        self._numbers[id(tensor)] = ref(tensor), number
+        self.made += 1
+        return number
+
+    def _allocate(self, like: Tensor) -> None:
+        """Make room for a tensor, or let it take the place of one that nothing uses any more."""
+        kind, small = (like.shape, like.dtype, like.device), like.nbytes <= REUSED_BYTES
+        places = self._small.setdefault(kind, []) if small else []
+        for place, (known, number) in enumerate(places):
+            if known() is None and number not in self._read and number not in self._beside:
+                places[place] = self._numbers[id(like)] = ref(like), number
+                return
+        number = self._new(like)
+        places.append((ref(like), number))
+        self._add(_allocation(like, number), [number])
 
     def launch(self, launch: Launch) -> None:
         """Take a kernel launch; what the interpreter does within it is not recorded."""
@@ -105,22 +149,23 @@ class _Tracing(Watching):  # type: ignore[no-untyped-call]  # torch leaves its b
                 lambda made: Launch(kernel, grid, dict(zip(names, bind(made), strict=True)), side)(), known
             )
         else:
-            run = compiled[(*launch.grid, 1, 1)[:3]]
-            bind, known = self._bind(launch.positional())
-            if side is None:
-                self._add(lambda made: run(*bind(made)), known)
-            else:
+            if side is not None and not self._forked:
                 self._add(lambda _: side.fork(), [])
-                self._add(lambda made: run(*bind(made), stream=side.handle), known)
+            grid, stream = (*launch.grid, 1, 1)[:3], CURRENT if side is None else side.handle
+            none = None, None, None  # neither hooks nor what they would be called with
+            first = *grid, stream, compiled.function, compiled.packed_metadata, *none
+            run, (bind, known) = compiled.run, self._bind([*first, *launch.positional()])
+            self._add(lambda made: run(*bind(made)), known)
+        self._forked = side is not None
         self._beside += known if side is not None else []
 
     def join(self, side: SideStream) -> None:
         """Wait for what was launched beside; until then no tensor of it is given back."""
         side.wait()
         self._add(lambda _: side.wait(), self._beside)
-        self._beside = []
+        self._beside, self._forked = [], False
 
-    def _add(self, step: Callable[[Made], None], used: list[int]) -> None:
+    def _add(self, step: Step, used: list[int]) -> None:
         self.steps.append(step)
         self.used.append(used)
 
@@ -139,6 +184,8 @@ class _Tracing(Watching):  # type: ignore[no-untyped-call]  # torch leaves its b
                     holes.append((place, number))
                     used.append(number)
                     fixed[place] = None
+            elif each is CURRENT:
+                holes.append((place, STREAM))
             elif isinstance(each, list | tuple) and tensors_of(each):
                 inner, more = self._bind(list(each))
                 nested.append((place, inner))
@@ -156,12 +203,21 @@ class _Tracing(Watching):  # type: ignore[no-untyped-call]  # torch leaves its b
         return bind, used
 
 
-def _allocation(like: Tensor, number: int) -> Callable[[Made], None]:
-    """Return what makes a tensor of this shape, by the shortest way."""
-    make = partial(torch.empty, like.shape, dtype=like.dtype, device=like.device)
+def _allocation(like: Tensor, number: int) -> Step:
+    """Return what makes a contiguous tensor of this shape, by the shortest way."""
+    make = partial(torch.empty_strided, tuple(like.shape), like.stride(), dtype=like.dtype, device=like.device)
 
     def step(made: Made) -> None:
         made[number] = make()
+
+    return step
+
+
+def _function(func: Callable[..., Tensor], bind: Callable[[Made], list[Any]], number: int) -> Step:
+    """Return what makes a tensor of arguments that have no names."""
+
+    def step(made: Made) -> None:
+        made[number] = func(*bind(made))
 
     return step
 
@@ -173,7 +229,7 @@ def _operation(
     results: list[tuple[int, int]],
     *,
     one: bool,
-) -> Callable[[Made], None]:
+) -> Step:
     """Return what repeats an operation of torch, whose last arguments have names."""
 
     def step(made: Made) -> None:

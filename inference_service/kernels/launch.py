@@ -72,6 +72,11 @@ def stream_of(
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
+def current_stream() -> int | None:
+    """Return CUDA's own handle of the current stream, as a compiled kernel takes it; None: there is no CUDA."""
+    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else None
+
+
 class SideStream:
     """A stream beside the current one, for launches that a later one of that stream waits for.
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.base import Attention, Recurrence, StepLora, Turn, no_recurrence
-from inference_service.backends.operations import Operations
+from inference_service.backends.operations import Grouped, Operations
 from inference_service.kernels.attention import MAX_UPDATED_DIM
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights
+from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
@@ -93,6 +94,22 @@ class Step:
         if self.lora is None:
             return self.operations.linear(layer, x), None
         return self.operations.begun(layer, x, self.lora, index, group)
+
+    def experts(
+        self, layer: Grouped, x: Tensor, index: int, group: str, pairs: ByExpert, *, of_tokens: bool = False
+    ) -> Tensor:
+        """Return what the experts of layer ``index`` make of x by place, or by token; adapters included."""
+        if self.lora is None:
+            return layer(x, pairs, of_tokens=of_tokens)
+        return self.operations.adapted_experts(layer, x, self.lora, index, group, pairs, of_tokens=of_tokens)
+
+    def begun_experts(
+        self, layer: Grouped, x: Tensor, index: int, group: str, pairs: ByExpert
+    ) -> tuple[Tensor, Update | None]:
+        """Return the same of x by token, as `begun` does."""
+        if self.lora is None:
+            return layer(x, pairs, of_tokens=True), None
+        return self.operations.begun_experts(layer, x, self.lora, index, group, pairs)
 
     def summed(self, partial: Tensor) -> Tensor:
         """Sum what each rank computed, in place."""

@@ -31,22 +31,15 @@ class Experts:
 
     def __call__(self, step: Step, x: Tensor, routed: Routed) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
-        ops, lora, gate = step.operations, step.lora, self._spec.gate
-        if lora is not None and not lora.adapts_experts(self._index):
-            lora = None
-        pairs = ops.by_expert(routed, self._spec.num)
-        rows = x if lora is None else x.index_select(0, pairs.tokens)
-        gate_up = self._gate_up(rows, pairs, of_tokens=lora is None)
-        if lora is not None:
-            lora.apply_experts(rows, gate_up, self._index, self._up_group, pairs)
+        ops, gate, pairs = step.operations, self._spec.gate, step.operations.by_expert(routed, self._spec.num)
+        of_up = self._index, self._up_group, pairs
         if gate is None:
-            gated = ops.gated(gate_up, self._activation)
+            gate_up, update = step.begun_experts(self._gate_up, x, *of_up)
+            gated = ops.gated(gate_up, self._activation, update)
         else:
+            gate_up = step.experts(self._gate_up, x, *of_up, of_tokens=True)
             gated = ops.clamped(gate_up, gate.alpha, gate.limit)
-        y = self._down(gated, pairs)
-        if lora is not None:
-            lora.apply_experts(gated, y, self._index, self._down_group, pairs)
-        return ops.combine(y, routed, pairs)
+        return ops.combine(step.experts(self._down, gated, self._index, self._down_group, pairs), routed, pairs)
 
 
 class ExpertsBlock:

@@ -13,14 +13,14 @@ DTYPES = {2: "bf16", 4: "fp32"}
 TYPES = typed(
     {
         "*i32": "p_ids p_tokens p_experts p_places p_tiles p_rows p_slots p_counts p_token_ids p_seg_start "
-        "p_seg_slot p_pass_start p_pass",
+        "p_seg_slot p_pass_start p_pass p_num_runs",
         "*fp32": "p_weights p_entry_scales p_scales p_place_scales",
         "fp32": "alpha limit",
     }
 )
 UNALIGNED = {
-    *("E", "P", "k", "tiles", "slot_stride", "expert_stride"),
-    *("p_tiles", "p_rows", "p_seg_start", "p_seg_slot", "p_pass"),
+    *("E", "P", "k", "tiles", "slot_stride", "expert_stride", "nobody"),
+    *("p_tiles", "p_rows", "p_seg_start", "p_seg_slot", "p_pass", "p_num_runs"),
 }
 COUNTS = {"usual": (128, 8), "most": (tuning.MAX_EXPERTS, 16)}
 """Experts, and those of a token."""
@@ -63,8 +63,8 @@ def _sorts() -> Iterator[Variant]:
     for name, constants in {"": plain, " scaled": sizes}.items():
         yield _variant(f"experts.segments{name}", triton_kernels.segments_kernel, "bf16", constants, options)
     sizes, options = {"BLOCK": tuning.SLOT_BLOCK}, {"num_warps": 1}
-    plain = sizes | dict.fromkeys(("p_entry_scales", "p_scales"))
-    for name, constants in {"": plain, " scaled": sizes}.items():
+    absent = {"": ("p_entry_scales", "p_scales"), " scaled": ("p_num_runs",)}
+    for name, constants in {name: sizes | dict.fromkeys(each) for name, each in absent.items()}.items():
         yield _variant(f"experts.slots{name}", triton_kernels.slots_kernel, "bf16", constants, options)
 
 

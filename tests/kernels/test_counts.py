@@ -29,7 +29,7 @@ def shallow(fields: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", HUB_CONFIGS)
 def test_a_decode_of_any_family_is_recorded(name: str) -> None:
-    """A graph may hold it, and for adapters of no expert a layer waits for two launches more than without."""
+    """A graph may hold it, and a layer waits for two launches more than without adapters, of experts too."""
     fields = HUB_CONFIGS[name]
     whole = (
         fields | {"text_config": shallow(fields["text_config"])} if "text_config" in fields else shallow(fields)

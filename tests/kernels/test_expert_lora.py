@@ -14,7 +14,7 @@ from inference_service.backends.triton import TritonOperations
 from inference_service.backends.triton_lora import TritonLora
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.kernels.experts import Routed, segments as of_pairs
-from inference_service.kernels.sgmv import SegmentCapacity, Segments
+from inference_service.kernels.sgmv import SegmentCapacity
 from inference_service.lora.segments import Arrangement, Segment
 from inference_service.lora.weights import AdapterWeights, Placed, arrange
 from inference_service.startup.merged import hold
@@ -132,10 +132,11 @@ def test_programs_share_the_segments_of_many_pairs(device: str, monkeypatch: pyt
     for span in (4096, 1024):
         monkeypatch.setattr(of_pairs, "SPAN", span)
         capacity = SegmentCapacity(len(pairs.tokens), 10**6, tile)
-        packed = torch.full((capacity.packed_size,), -1, dtype=torch.int32, device=device)
-        each = Segments.over(capacity, packed)
-        of_pairs.fill(each, pairs, owners, slot_stride=10, expert_stride=1)
-        made.append(each)
+        each = of_pairs.PairSegments.allocate(capacity, torch.device(device))
+        each.segments.packed.fill_(-1)
+        for launch in each.fill(pairs, owners, slot_stride=10, expert_stride=1):
+            launch()
+        made.append(each.segments)
     assert torch.equal(made[0].packed, made[1].packed)
     starts, last = made[1].seg_start.tolist(), int(made[1].pass_start[1])
     numbers = owners.slots[pairs.tokens.long()] * 10 + pairs.experts

@@ -193,25 +193,31 @@ def combine_kernel(
     tl.store(p_out + i_t * stride_out + o_n, b_out.to(p_out.dtype.element_ty), mask=m_n)
 
 
-@triton.jit(do_not_specialize_on_alignment=["p_seg_start", "p_seg_slot", "p_pass"])
+@triton.jit(
+    do_not_specialize=["nobody"],
+    do_not_specialize_on_alignment=["p_seg_start", "p_seg_slot", "p_pass", "p_num_runs"],
+)
 def slots_kernel(
     p_token_ids,  # int32 [entries of the step]
     p_seg_start,  # int32 [segments + 1]
     p_seg_slot,  # int32 [segments]
     p_pass,  # int32 [2]: the first segment of this pass, and the first behind it
+    p_num_runs,  # int32 [1]: segments with those of the base, where all tokens are in one; or None
     p_entry_scales,  # fp32 [entries of the step], or None
     p_slots,  # int32 [T]
     p_scales,  # fp32 [T], or None
+    nobody,
     BLOCK: tl.constexpr,
 ):
-    """slots[token] = its adapter's slot in one pass, of tokens that have one, and scales its scale.
+    """slots[token] = its adapter's slot in one pass, of tokens in segments, and scales its scale.
 
-    One program per segment of the pass.
+    The base's is nobody's. One program per segment of the pass.
     """
     i_s = tl.load(p_pass) + tl.program_id(0)
-    if i_s >= tl.load(p_pass + 1):
+    if i_s >= tl.load(p_pass + 1 if p_num_runs is None else p_num_runs):
         return
     start, end, slot = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1), tl.load(p_seg_slot + i_s)
+    slot = tl.where(slot < 0, nobody, slot)
     for i in range(start, end, BLOCK):
         o_entry = i + tl.arange(0, BLOCK)
         o_t = tl.load(p_token_ids + o_entry, mask=o_entry < end, other=0)

@@ -141,8 +141,8 @@ def expand(out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> 
 
 
 def update(group: Group, segments: Segments, workspace: Tensor) -> Update:
-    """Return what ``expand`` would add behind ``shrink``, of segments whose capacity has rows."""
-    if not segments.capacity.rows:
+    """Return what ``expand`` would add behind ``shrink``, where all rows are in segments."""
+    if not len(segments.num_runs):
         raise ValueError(f"the rows without an adapter are in no segment of {segments.capacity}")
     arguments = _factors(kernels_of(__name__, group.weights), group, segments, workspace)
     arguments["p_num_runs"] = segments.num_runs

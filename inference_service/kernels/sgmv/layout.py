@@ -326,7 +326,7 @@ class Segments:
     pass_start: Tensor
     """int32 [passes + 2]: pass i has segments pass_start[i] to pass_start[i + 1]; the last is the entries."""
     num_runs: Tensor
-    """int32 [1]: segments with those of BASE; empty where these are left out."""
+    """int32 [1]: segments with those of BASE; empty where rows without an adapter are in none."""
     scales: Tensor | None
     """fp32 [entries]"""
     planes: Tensor = field(repr=False)

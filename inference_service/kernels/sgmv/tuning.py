@@ -56,7 +56,7 @@ class ShrinkConfig:
 
     def grid(self, in_features: int, max_rows: int, capacity: SegmentCapacity) -> int:
         """Programs of a launch for any step of a capacity: no more than may find work."""
-        most = capacity.segments if capacity.rows else max(BESIDE) + 1  # experts' have nothing beside them
+        most = capacity.segments
         covering = next((programs for segments, programs in BESIDE.items() if most <= segments), COVERING)
         tiles = capacity.segments * -(-max_rows // self.block_r)
         return min(covering, tiles * self.planes(in_features, 1)[0])

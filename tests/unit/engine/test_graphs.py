@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from inference_service.backends.replayed import _Others
-from inference_service.engine import graphs
+from inference_service.engine import graphs, trace
 from inference_service.engine.graphs import Recorder
 from inference_service.engine.tape import CaptureRefused, TapeRecorder, Watching
 from inference_service.engine.trace import TraceRecorder
@@ -76,7 +76,9 @@ def test_tensors_that_do_not_outlive_the_recording_are_refused() -> None:
 
 
 class Kernel:
-    """A compiled kernel, which doubles; Triton launches it by keyword, a trace by position."""
+    """A compiled kernel, which doubles; Triton launches it by keyword, a trace as Triton does behind that."""
+
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self) -> None:
         self.signature = inspect.signature(lambda p_x, p_out, FACTOR=2: None)  # noqa: ARG005 - names alone count
@@ -85,15 +87,20 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Kernel]:
 
-        def launch(*args: Any, stream: int | None = None, **arguments: Any) -> Kernel:
+        def launch(*args: Any, **arguments: Any) -> Kernel:
             self.calls.append((grid, args))
-            self.stream = stream
             x, out, factor = args or (arguments["p_x"], arguments["p_out"], 2)
             torch.mul(x, factor, out=out)
             self.seen = [weakref.ref(x), weakref.ref(out)]
             return self
 
         return launch
+
+    def run(self, x: int, y: int, z: int, stream: int | None, *rest: Any) -> None:
+        """Launch it on a stream."""
+        assert rest[:5] == (self.function, self.packed_metadata, None, None, None)
+        self.stream = stream
+        self[x, y, z](*rest[5:])
 
 
 def test_a_trace_launches_by_position_and_holds_no_tensor_of_its_work() -> None:
@@ -112,6 +119,22 @@ def test_a_trace_launches_by_position_and_holds_no_tensor_of_its_work() -> None:
         assert [(grid, args[2]) for grid, args in kernel.calls[1:]] == [((5, 1, 1), 2)]
         del kernel.calls[1:]
         assert [each() for each in kernel.seen] == [None, None]
+
+
+def test_a_trace_launches_as_triton_does() -> None:
+    """Triton's own launch of a compiled kernel gives its launcher the same, and hooks that do nothing."""
+    compiler, x = pytest.importorskip("triton.compiler.compiler"), torch.ones(3)
+    kernel, stands_in = Kernel(), MagicMock()
+    stands_in.launch_metadata.return_value = None
+    stands_in.function, stands_in.packed_metadata = kernel.function, kernel.packed_metadata
+    compiler.CompiledKernel.__getitem__(stands_in, (5, 1, 1))(x, x, 2, stream=7)
+    with patch.object(Kernel, "run") as run, patch.object(trace, "current_stream", lambda: 7):
+        TraceRecorder().capture(Launch(kernel, (5,), {"p_x": x, "p_out": x})).replay()
+    ours, theirs = list(run.call_args.args), list(stands_in.run.call_args.args)
+    hooks = theirs[7:9]
+    assert [hook.calls for hook in hooks] == [[], []]
+    theirs[7:9] = [None, None]
+    assert ours == theirs
 
 
 class Beside(SideStream):
@@ -140,7 +163,7 @@ def test_a_trace_holds_what_is_used_beside_until_it_waits() -> None:
 
     def work() -> None:
         for _ in range(2):
-            Launch(kernel, (5,), {"p_x": x + 1, "p_out": x.new_empty(3)}, side)()
+            Launch(kernel, (5,), {"p_x": x + 1, "p_out": x + 2}, side)()
             _ = x + 3  # the product
             side.join()
 
@@ -151,6 +174,36 @@ def test_a_trace_holds_what_is_used_beside_until_it_waits() -> None:
         trace.replay()
         assert side.met == 2 * [(0, 0), (1, 2)]
     assert kernel.stream == 7
+
+
+def test_a_small_tensor_takes_the_place_of_one_that_nothing_uses() -> None:
+    """Kernels alone have used that, and none beside still does; no other tensor is in its memory."""
+    x, total, kernel = torch.ones(3), torch.zeros(3), Kernel()
+    side = Beside(Kernel())
+
+    def launched(beside: SideStream | None = None) -> Tensor:
+        out = x.new_empty(3)
+        Launch(kernel, (5,), {"p_x": x, "p_out": out}, beside)()
+        return out
+
+    def work() -> None:
+        launched()
+        launched()  # where the first was
+        held = launched()  # there too, until the end
+        launched().view(3)  # elsewhere, for a view may outlive it
+        launched(side)  # so this is elsewhere again
+        launched()  # and this, while that one may be written
+        side.join()
+        launched()
+        total.add_(held)
+
+    with patch.object(Beside, "forked", nullcontext):
+        trace = TraceRecorder().capture(work)
+    kernel.calls.clear()
+    trace.replay()
+    places = [args[1].data_ptr() for _, args in kernel.calls]
+    assert [places.index(each) for each in places] == [0, 0, 0, 3, 4, 5, 4]
+    assert torch.equal(total, torch.full((3,), 4.0))
 
 
 def test_a_stream_beside_waits_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
