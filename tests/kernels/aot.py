@@ -71,14 +71,8 @@ class Line:
     @classmethod
     def parse(cls, text: str) -> "Line":
         *name, dtype, architecture, registers, stack, shared = text.split()
-        return cls(
-            " ".join(name),
-            dtype,
-            int(architecture.removeprefix("sm_")),
-            int(registers),
-            int(stack),
-            int(shared),
-        )
+        numbers = map(int, (architecture.removeprefix("sm_"), registers, stack, shared))
+        return cls(" ".join(name), dtype, *numbers)
 
     def order(self) -> tuple[list[str], str, int]:
         """Return the sorting key: by name, numbers by their value; then by dtype and architecture."""

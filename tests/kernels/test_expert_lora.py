@@ -64,20 +64,14 @@ def added(x: Tensor, experts: list[int], owners: Owners, name: str) -> Tensor:
 @pytest.fixture(params=["native", "torch", "triton"])
 def backend(request: pytest.FixtureRequest, device: str) -> tuple[LoraBackend, Operations, str]:
     """Each backend, the operations that sort pairs for it, and the device."""
-    if request.param == "native":
-        ops = CpuOps(request.getfixturevalue("compiled"), torch.float32)
-        return NativeLora(ops, GROUPS, LAYERS), Operations(torch.float32, torch.device("cpu")), "cpu"
+    if request.param == "triton":
+        types = torch.float32, torch.device(device)
+        return TritonLora(GROUPS, LAYERS, *types), TritonOperations([], *types), device
+    types = torch.float32, torch.device("cpu")
     if request.param == "torch":
-        return (
-            TorchLora(GROUPS, torch.float32, torch.device("cpu")),
-            Operations(torch.float32, torch.device("cpu")),
-            "cpu",
-        )
-    return (
-        TritonLora(GROUPS, LAYERS, torch.float32, torch.device(device)),
-        TritonOperations([], torch.float32, torch.device(device)),
-        device,
-    )
+        return TorchLora(GROUPS, *types), Operations(*types), "cpu"
+    ops = CpuOps(request.getfixturevalue("compiled"), torch.float32)
+    return NativeLora(ops, GROUPS, LAYERS), Operations(*types), "cpu"
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,14 @@ from benchmarks.on_gpu.sgmv import Linear, Point
 from benchmarks.on_gpu.tune import candidates
 from tests.kernels import sgmv_case
 
+SWEPT = pytest.mark.sweep
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
 
 
 @without_gpu
 @pytest.mark.parametrize(
     "section",
-    [
-        pytest.param(name, marks=[pytest.mark.sweep] if name in ("step", "serving") else [])
-        for name in gpu.SECTIONS
-    ],
+    [pytest.param(name, marks=[SWEPT] if name in ("step", "serving") else []) for name in gpu.SECTIONS],
 )
 def test_every_section_runs_to_its_end(section: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every section runs at tiny sizes in the interpreter; what a card would time is "rehearsal"."""
@@ -40,24 +38,17 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.splitlines() == [gpu.NO_GPU]
 
 
-def _rehearsal() -> Run:
-    return Run(Device())
-
-
-def _measures(run: Run) -> None:
-    run.add({"point": 1}, {"us": math.nan})
-
-
 @pytest.mark.parametrize("error", [0.5, math.nan])
 def test_red_stops_the_run(error: float) -> None:
     """A kernel that is wrong, or gives no number, is named with its error; nothing is timed; exit status 1."""
     checks: dict[str, correctness.Check] = {"off": lambda _: (error, 0.1), "next": lambda _: (0.0, 0.1)}
-    run = _rehearsal()
+    run, late = Run(Device()), list[Run]()
     sections = {
         "correctness": (lambda run: correctness.run_checks(run, checks), 60.0),
-        "sgmv": (_measures, 60.0),
+        "sgmv": (late.append, 60.0),
     }
     assert gpu.measure(run, sections) == 1
+    assert not late
     assert run.notes == [f"correctness: FAILED: Red: off: error {error:.3g}, at most 0.1 is right"]
     assert [row.point for row in run.rows] == [{"check": "off"}]
 
@@ -68,17 +59,9 @@ def _row(section: str, figure: str, value: float, **point: int) -> Row:
 
 def test_the_worst_row_decides_a_target() -> None:
     """Each target reads its own rows alone, and names the worst one."""
-    rows = [
-        _row("step", OF_BASE, 0.97, loaded=64, active=1),
-        _row("step", OF_BASE, 0.96, loaded=64, active=8),
-        _row("step", OF_BASE, 0.79, loaded=64, active=16),
-        _row("step", OF_BASE, 0.2, loaded=64, active=64),
-        _row("step", OF_BASE, 0.995, loaded=64, active=0),
-        _row("step", OF_BASE, math.nan, loaded=64, active=8),
-        _row("sgmv", OF_FLOOR, 9.0, hidden=9),
-        _row("sgmv", OF_FLOOR, 1.6, hidden=10),
-        _row("sgmv", OF_FLOOR, 1.2, hidden=11),
-    ]
+    of_base = (1, 0.97), (8, 0.96), (16, 0.79), (64, 0.2), (0, 0.995), (8, math.nan)
+    rows = [_row("step", OF_BASE, value, loaded=64, active=active) for active, value in of_base]
+    rows += [_row("sgmv", OF_FLOOR, value, hidden=hidden) for hidden, value in ((9, 9.0), (10, 1.6), (11, 1.2))]
     run = Run(Device(), rows=rows)
     assert [each["met"] for each in run.verdicts()] == [True, False, True, None, None, False]
     assert [each["worst"] for each in run.verdicts()] == [0.96, 0.79, 0.995, None, None, 1.6]

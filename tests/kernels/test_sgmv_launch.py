@@ -1,6 +1,6 @@
 """SGMV's launcher: which changes a captured launch survives, and which are refused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +10,6 @@ from inference_service.kernels.sgmv import Slices
 from tests.kernels.sgmv_case import Case, make_case
 
 RANKS = [(4, 8), (12, 0), (16, 16), (8, 5), (4, 4)]
-
-
-def small_case(device: str, slots: Sequence[int] = (0,) * 20) -> Case:
-    """Five adapters of two slices, room for 25 entries."""
-    return make_case(slots, RANKS, 100, (64, 33), device=device)
-
-
 REFUSALS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "the same rows": lambda case: {"out": case.out[1:]},
     "the same K": lambda case: {"x": case.x[:, 1:]},
@@ -38,7 +31,7 @@ REFUSALS: dict[str, Callable[[Case], dict[str, Any]]] = {
 @pytest.mark.parametrize("message", REFUSALS)
 def test_what_does_not_fit_is_refused(message: str, device: str) -> None:
     """A ValueError names the tensor, the expected shape or type, and the actual one."""
-    case = small_case(device)
+    case = make_case([0] * 20, RANKS, 100, (64, 33), device=device)
     with pytest.raises(ValueError, match=message):
         replace(case, **REFUSALS[message](case)).run()
 
