@@ -9,11 +9,34 @@
 
 namespace {
 
-constexpr int BLOCK = 16;  // positions of a cache block
-constexpr int TILE = 8;    // query rows that are computed together
-constexpr int SPAN = 64;   // positions between two rescalings of the softmax
+constexpr int MAX_DIM = 512;  // of a head
+constexpr int BLOCK = 16;     // positions of a cache block
+constexpr int TILE = 8;       // query rows that are computed together
+constexpr int SPAN = 64;      // positions between two rescalings of the softmax
 
 struct Chunk { int64_t row, length, end; const int32_t* blocks; };
+
+// How a unit of a row is multiplied with a vector of units: as it is, or both as float32.
+template <class T> struct Units {
+  typedef uint32_t Unit;
+  struct Scope {};
+  static inline Unit of(uint32_t unit) { return unit; }
+  static inline vu repeated(const Unit& unit) { return broadcast(&unit); }
+  static inline vf fma(vf acc, vu unit, vu w) { return ::Unit<T>::fma(acc, unit, w); }
+};
+struct WidenedUnits {
+  typedef uint64_t Unit;
+  typedef Flushing Scope;
+  static inline Unit of(uint32_t unit) { return widened(unit); }
+  struct Two { vf second, first; };
+  static inline Two repeated(const Unit& unit) {
+    const char* values = reinterpret_cast<const char*>(&unit);
+    return {floats(broadcast(values)), floats(broadcast(values + 4))};
+  }
+  static inline vf fma(vf acc, Two unit, vu w) {
+    return multiply_add(multiply_add(acc, unit.second, floats(w & 0xffff0000u)), unit.first, floats(w << 16));
+  }
+};
 
 // The block that is fetched line by line while block b is read: the one that is read a span later, or itself near the end of
 // `left` blocks. Blocks lie anywhere, and are too short for the processor to see by itself what comes; all lines at once would
@@ -22,20 +45,21 @@ inline int64_t later(const int32_t* blocks, int64_t b, int64_t left) {
   return blocks[b + SPAN / BLOCK < left ? b + SPAN / BLOCK : b];
 }
 
-// s[row][position] = q[row] . k[position] of WIDE blocks of `left`, for the TALL rows of a tile.
-template <class T, int TALL, int WIDE>
-inline void score(const T* const* q, const T* keys, const int32_t* blocks, int64_t left, int64_t k_block, int units,
-                  float (*s)[SPAN]) {
+// s[row][position] = q[.][row] . k[position] of WIDE blocks of `left`, for the TALL rows of a tile.
+template <class T, class M, int TALL, int WIDE>
+inline void score(const typename M::Unit (*q)[TALL], const T* keys, const int32_t* blocks, int64_t left, int64_t k_block,
+                  int units, float (*s)[SPAN]) {
   constexpr int P = Unit<T>::P;
   const T *k[WIDE], *next[WIDE];
   vf sums[WIDE][TALL] = {};
+  [[maybe_unused]] const typename M::Scope scope;
   for (int b = 0; b < WIDE; ++b) k[b] = keys + blocks[b] * k_block, next[b] = keys + later(blocks, b, left) * k_block;
   for (int d = 0; d < units; ++d) {
     vu w[WIDE];
     for (int b = 0; b < WIDE; ++b) w[b] = load<vu>(k[b] + d * LANES * P), __builtin_prefetch(next[b] + d * LANES * P);
     for (int i = 0; i < TALL; ++i) {
-      const vu each = broadcast(q[i] + d * P);
-      for (int b = 0; b < WIDE; ++b) sums[b][i] = Unit<T>::fma(sums[b][i], each, w[b]);
+      const auto each = M::repeated(q[d][i]);
+      for (int b = 0; b < WIDE; ++b) sums[b][i] = M::fma(sums[b][i], each, w[b]);
     }
   }
   for (int b = 0; b < WIDE; ++b)
@@ -78,16 +102,18 @@ inline float weigh(float* s, int count, int low, int high, float scale, float so
 // whatever was written there, by another sequence too: 0 times infinity or NaN would be NaN.
 inline uint32_t weighted(uint32_t weight, float*) { return weight ? ~0u : 0u; }
 inline uint32_t weighted(uint32_t weight, bf16*) { return (weight & 0xffffu ? 0xffffu : 0u) | (weight >> 16 ? 0xffff0000u : 0u); }
+inline uint32_t weighted(uint64_t weight, bf16*) { return (weight >> 32 ? 0xffffu : 0u) | (uint32_t(weight) ? 0xffff0000u : 0u); }
 
 // Units of positions that some row of a tile sees, and among them those that all rows see whole.
 struct Seen { int first, whole, rest, last; };
 
 // acc[row][WIDE * LANES] += weights . values of the first of `left` blocks, for the TALL rows of a tile.
-template <class T, int TALL, int WIDE>
-inline void gather(const uint32_t (*p)[SPAN], const T* values, const int32_t* blocks, int64_t left, const Seen& seen,
-                   int64_t v_block, int padded, float (*acc)[512], int column) {
+template <class T, class M, int TALL, int WIDE>
+inline void gather(const typename M::Unit (*p)[SPAN], const T* values, const int32_t* blocks, int64_t left, const Seen& seen,
+                   int64_t v_block, int padded, float (*acc)[MAX_DIM], int column) {
   constexpr int P = Unit<T>::P, UNITS = BLOCK / P;
   vf part[TALL][WIDE];
+  [[maybe_unused]] const typename M::Scope scope;
   for (int i = 0; i < TALL; ++i)
     for (int c = 0; c < WIDE; ++c) part[i][c] = load<vf>(acc[i] + column + c * LANES);
   auto add = [&](int first, int last, auto whole) __attribute__((always_inline)) {
@@ -98,8 +124,9 @@ inline void gather(const uint32_t (*p)[SPAN], const T* values, const int32_t* bl
         vu w[WIDE];
         for (int c = 0; c < WIDE; ++c) w[c] = load<vu>(v + c * LANES * P), __builtin_prefetch(next + c * LANES * P);
         for (int i = 0; i < TALL; ++i) {
-          const vu weight = broadcast(&p[i][u]), mask = whole ? ~vu{} : vu{} + weighted(p[i][u], static_cast<T*>(nullptr));
-          for (int c = 0; c < WIDE; ++c) part[i][c] = Unit<T>::fma(part[i][c], weight, w[c] & mask);
+          const vu mask = whole ? ~vu{} : vu{} + weighted(p[i][u], static_cast<T*>(nullptr));
+          const auto weight = M::repeated(p[i][u]);
+          for (int c = 0; c < WIDE; ++c) part[i][c] = M::fma(part[i][c], weight, w[c] & mask);
         }
       }
     }
@@ -120,17 +147,19 @@ template <class T> inline void announce(const T* data, const int32_t* blocks, in
 // One kv head, up to TALL query rows that share it; row i of the tile may see positions [from[i], to[i]). Where there are
 // fewer rows, q[i] of the others is any row, and their results are not read. Where there are sinks, sink[i] is the score
 // of what row i sees besides, and which has no value.
-template <class T, int TALL>
-void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to, const T* keys, const T* values,
+template <class T, class M, int TALL>
+void attend(const T* const* q_rows, int rows, const int64_t* from, const int64_t* to, const T* keys, const T* values,
             const int32_t* blocks, int dim, float scale, float softcap, const float* sink, T* const* out) {
   constexpr int P = Unit<T>::P;
   const int padded = round_up(dim, LANES);
   const int64_t k_block = int64_t(dim) * BLOCK, v_block = int64_t(padded) * BLOCK;
-  float acc[TALL][512], s[TALL][SPAN], best[TALL], total[TALL];
-  uint32_t p[TALL][SPAN] = {};
+  float acc[TALL][MAX_DIM], s[TALL][SPAN], best[TALL], total[TALL];
+  uint32_t weights[SPAN];
+  typename M::Unit q[MAX_DIM][TALL], p[TALL][SPAN] = {};
   int64_t first = to[0], last = 0;
   for (int i = 0; i < TALL; ++i) {
     best[i] = sink ? sink[i] : -INFINITY; total[i] = sink ? 1 : 0;
+    for (int d = 0; d < dim / P; ++d) q[d][i] = M::of(load<uint32_t>(q_rows[i] + d * P));
     std::memset(acc[i], 0, padded * sizeof(float));
     if (i < rows) { first = std::min(first, from[i]); last = std::max(last, to[i]); }
   }
@@ -142,23 +171,24 @@ void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to,
     if (start <= first) announce(keys, here, spans, k_block), announce(values, here, spans, v_block);
     int b = 0;
     auto at = [&](int block) { return reinterpret_cast<float(*)[SPAN]>(s[0] + block * BLOCK); };
-    for (; b + 2 <= spans; b += 2) score<T, TALL, 2>(q, keys, here + b, left - b, k_block, dim / P, at(b));
-    if (b < spans) score<T, TALL, 1>(q, keys, here + b, left - b, k_block, dim / P, at(b));
+    for (; b + 2 <= spans; b += 2) score<T, M, TALL, 2>(q, keys, here + b, left - b, k_block, dim / P, at(b));
+    if (b < spans) score<T, M, TALL, 1>(q, keys, here + b, left - b, k_block, dim / P, at(b));
     Seen seen = {SPAN, 0, SPAN, 0};
     for (int i = 0; i < rows; ++i) {
       const int low = int(std::max<int64_t>(0, from[i] - start)), high = int(std::min<int64_t>(spans * BLOCK, to[i] - start));
       if (low < high) seen.first = std::min(seen.first, low / P), seen.last = std::max(seen.last, (high + P - 1) / P);
       seen.whole = std::max(seen.whole, (low + P - 1) / P), seen.rest = std::min(seen.rest, std::max(high, 0) / P);
-      const float shrink = weigh<T>(s[i], spans * BLOCK, low, high, scale, softcap, best[i], total[i], p[i]);
+      const float shrink = weigh<T>(s[i], spans * BLOCK, low, high, scale, softcap, best[i], total[i], weights);
+      for (int u = 0; u < spans * BLOCK / P; ++u) p[i][u] = M::of(weights[u]);
       if (shrink != 1.0f)
         for (int d = 0; d < padded; d += LANES) store(acc[i] + d, load<vf>(acc[i] + d) * shrink);
     }
     if (seen.whole >= seen.rest) seen.whole = seen.rest = seen.last;  // no unit that all see
     int d = 0;
     if (TALL < TILE)
-      for (; d + 4 * LANES <= padded; d += 4 * LANES) gather<T, TALL, 4>(p, values, here, left, seen, v_block, padded, acc, d);
-    for (; d + 2 * LANES <= padded; d += 2 * LANES) gather<T, TALL, 2>(p, values, here, left, seen, v_block, padded, acc, d);
-    if (d < padded) gather<T, TALL, 1>(p, values, here, left, seen, v_block, padded, acc, d);
+      for (; d + 4 * LANES <= padded; d += 4 * LANES) gather<T, M, TALL, 4>(p, values, here, left, seen, v_block, padded, acc, d);
+    for (; d + 2 * LANES <= padded; d += 2 * LANES) gather<T, M, TALL, 2>(p, values, here, left, seen, v_block, padded, acc, d);
+    if (d < padded) gather<T, M, TALL, 1>(p, values, here, left, seen, v_block, padded, acc, d);
   }
   for (int i = 0; i < rows; ++i)
     for (int d = 0; d < dim; ++d) narrow(out[i][d], acc[i][d] / total[i]);
@@ -198,8 +228,14 @@ void attention(const T* q, int64_t ldq, T* out, const Chunk* chunks, int64_t cou
     }
     const T *k = keys + task.head * k_head, *v = values + task.head * v_head;
     const float* own = sinks ? sink : nullptr;
-    if (rows > 4) attend<T, 8>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, own, to_out);
-    else attend<T, 4>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, own, to_out);
+    const auto attend_as = [&](auto how) {
+      typedef decltype(how) M;
+      if (rows > 4) attend<T, M, 8>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, own, to_out);
+      else attend<T, M, 4>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, own, to_out);
+    };
+    if constexpr (Unit<T>::P > 1 && SPLIT == 1)  // smaller registers are too few for it
+      if (rows >= widened_from) return attend_as(WidenedUnits());
+    attend_as(Units<T>());
   });
   delete[] list;
 }

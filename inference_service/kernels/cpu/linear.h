@@ -7,9 +7,6 @@
 #include "lora.h"
 #include "product.h"
 
-// Rows from which on whole bfloat16 weights are multiplied as float32.
-extern "C" int64_t widened_from;
-
 namespace {
 
 constexpr double WORK_OF_ONE_THREAD = 60000;  // products; less is done before a second thread has woken up

@@ -119,7 +119,7 @@ class WidenedRows {
       for (int64_t i = 0; i < K / 2; ++i) {
         uint32_t both;
         std::memcpy(&both, x + row * ldx + 2 * i, sizeof both);
-        pairs[row * (K / 2) + i] = (both & 0xffff0000u) | uint64_t(both) << 48;
+        pairs[row * (K / 2) + i] = widened(both);
       }
     });
     return reinterpret_cast<const float*>(pairs.data());

@@ -39,15 +39,6 @@ struct Bfloats {
   static inline rf fma(rf acc, ru a, ru b) { return Unit<bf16>::fma(acc, a, b); }
   static inline const bf16* row(const Product<bf16>& p, int64_t t) { return p.x + t * p.ldx; }
 };
-
-// While it lives, float32 takes subnormals for zeros, as vdpbf16ps does: sums have the same bits.
-class Flushing {
-  const unsigned before = _mm_getcsr();
-
- public:
-  Flushing() { _mm_setcsr(before | 0x8040); }
-  ~Flushing() { _mm_setcsr(before); }
-};
 #endif
 
 // The vectors of WIDE tiles as they lie.

@@ -19,6 +19,8 @@ typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 
+extern "C" int64_t widened_from;  // rows from which on bfloat16 is multiplied as float32
+
 namespace {
 
 constexpr int LANES = 16;
@@ -131,6 +133,18 @@ template <> struct Unit<bf16> {
     return multiply_add(acc, floats(a << 16), floats(b << 16));
 #endif
   }
+};
+
+// Two bfloat16 as float32, the second one first.
+inline uint64_t widened(uint32_t unit) { return (unit & 0xffff0000u) | uint64_t(unit) << 48; }
+
+// While it lives, float32 takes subnormals for zeros, as vdpbf16ps does: sums have the same bits.
+struct Flushing {
+#ifdef __AVX512BF16__
+  const unsigned before = _mm_getcsr();
+  Flushing() { _mm_setcsr(before | 0x8040); }
+  ~Flushing() { _mm_setcsr(before); }
+#endif
 };
 inline vu broadcast(const void* unit) { uint32_t u; std::memcpy(&u, unit, 4); return vu{} + u; }
 inline ru repeated(const void* unit) { uint32_t u; std::memcpy(&u, unit, 4); return ru{} + u; }  // the same in a register
