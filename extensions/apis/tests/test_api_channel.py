@@ -102,6 +102,7 @@ async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path
     peer.channel.resume_writing()
     await until(lambda: len(found) == 3, "the others")
     assert found == [[[1, 0, ["a"]]], [[3, 0, ["x"]], [1, 0, ["b", "d"]]], [[2, 0, ["c"]]]]
+    assert peer._pending == 0
     monkeypatch.setattr(host, "MOST_PENDING", 1)
     peer.channel.pause_writing()
     peer.send((1, 0), ["e", "f"])

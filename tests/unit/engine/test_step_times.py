@@ -14,7 +14,14 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
-from inference_service.engine.step_times import LOOK, LOOK_WITHOUT_DRAFTS, TIMES, TRY_AGAIN, StepTimes
+from inference_service.engine.step_times import (
+    LONGEST_S,
+    LOOK,
+    LOOK_WITHOUT_DRAFTS,
+    TIMES,
+    TRY_AGAIN,
+    StepTimes,
+)
 
 STREAMS = 8
 LONG = 2000
@@ -178,6 +185,17 @@ def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
     assert long.num_known
 
 
+def test_prompts_that_are_computed_whole_share_a_step_as_far_as_they_fit() -> None:
+    """Once it is known what rows cost, a step has as many of such prompts as its time allows."""
+    machine = Machine(row_s=0.002)
+    limits = SchedulerLimits(1024, 64, max_adapters=2, max_seq_len=8192, whole=True)
+    engine = Engine(machine, limits, BlockManager(8192, 16), Residents(), clock=lambda: machine.now_s)
+    _add(engine, *(_seq(64) for _ in range(40)))
+    while not engine.idle:
+        engine.step()
+    assert {len(batch.chunks) for batch in machine.batches[1:-1]} == {int(LONGEST_S / 0.128)}
+
+
 def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:
     """Four long prompts are under way, or wait before it: its first token comes all the same."""
     machine = Machine()
@@ -245,6 +263,8 @@ def test_drafts_never_cost(text: Text, part: float, streams: int) -> None:
     assert _token_s(machine, engine, 200) < machine.step_s / streams / 0.98
     [queue] = engine._scheduler.queues  # drafts that held are charged as other tokens are
     assert queue.served == sum(seq.progress.num_computed for seq in queue.running)
+    drafted = sum(chunk.drafted for batch in machine.batches for chunk in batch.chunks)
+    assert engine.stats.tokens_drafted == drafted
 
 
 @pytest.mark.parametrize("streams", [1, 8])
