@@ -17,6 +17,7 @@ from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.kernels.cpu.program import Buffers
 from inference_service.startup.load import Ready
 from tests.models.test_families import CASES
+from tests.support.cases import cases
 from tests.support.tiny import VOCAB, make_world_of, sequence
 
 
@@ -51,21 +52,7 @@ def answers(ready: Ready, models: Sequence[str], seed: int) -> dict[str, list[St
     return found
 
 
-@pytest.mark.parametrize(
-    ("family", "settings", "replays"),
-    [
-        ("mistral", {"dtype": "bfloat16"}, True),
-        ("mistral", {"dtype": "bfloat16", "quantization": "int8"}, True),
-        ("qwen3", {"dtype": "float32"}, True),
-        ("gemma2", {"dtype": "float32", "deterministic": True}, True),
-        ("cohere2", {"dtype": "bfloat16"}, True),
-        ("phi2", {"dtype": "float32", "deterministic": True}, True),
-        ("starcoder2-plain", {"dtype": "float32"}, True),
-        ("granite", {"dtype": "float32"}, True),
-        ("olmo2", {"dtype": "float32"}, True),
-        ("mixtral", {"dtype": "float32"}, False),
-    ],
-)
+@pytest.mark.parametrize(("family", "settings", "replays"), cases(__file__, "BASES"))
 def test_answers_are_the_same_to_the_last_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any], replays: bool
 ) -> None:

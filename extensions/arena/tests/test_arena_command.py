@@ -12,6 +12,7 @@ from loramux.cli.main import app
 from loramux_arena.command import named
 from loramux_shared.faults import ModelNotFound, RequestInvalid, SettingsInvalid
 from tests.arena_server import Versions, serving
+from tests.support.cases import cases
 from tests.support.waiting import loop_in_thread
 
 HOSTILE = "</script><script>document.title='owned'</script>\x1b[2J"
@@ -99,21 +100,7 @@ def test_rows_that_fail_are_named(served: tuple[Versions, str], prompts: Path) -
     assert len(service.heard) == 3
 
 
-REFUSED: list[tuple[list[str], int, str]] = [
-    (["--models", "base,nobody"], 1, "MODEL_NOT_FOUND: nobody: no model 'nobody'"),
-    (["--models", "x-*"], 1, "no model 'x-*'; served are base, a, b"),
-    (["--models", ","], 2, "--models: expected names"),
-    (["--score", "fuzzy"], 2, "--score fuzzy: expected one of exact, strip"),
-    (["--samples", "2"], 2, "Set --temperature"),
-    (["--judge-url", "http://127.0.0.1:1/v1"], 2, "--judge-url needs --judge"),
-    (["--judge", "base", "--judge-url", "ftp://x"], 2, "--judge-url: expected http://"),
-    (["--judge", "nobody"], 1, "no model 'nobody'"),
-    (["--max-tokens", "0"], 2, "--score likelihood alone"),
-    (["--output", "/none/such.html"], 2, "expected a file in a folder"),
-]
-
-
-@pytest.mark.parametrize(("args", "code", "expected"), REFUSED)
+@pytest.mark.parametrize(("args", "code", "expected"), cases(__file__, "REFUSED"))
 def test_what_cannot_be_done_is_reported_before_anything(
     args: list[str], code: int, expected: str, served: tuple[Versions, str], prompts: Path
 ) -> None:

@@ -14,6 +14,7 @@ from inference_service.startup.load import Ready
 from loramux import AsyncClient, Delta, FinishReason, faults
 from loramux.records import Finished, Started
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.cases import cases
 from tests.support.grpc_api import open_client, open_rpc
 from tests.support.service import PROMPT, until_free
 from tests.support.tiny import World
@@ -78,23 +79,7 @@ async def test_constraints_reach_the_model(
     assert (await api[1].complete("base", PROMPT, max_tokens=9, **options)).text == text
 
 
-@pytest.mark.parametrize(
-    ("prompt", "options", "named"),
-    [
-        (
-            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}],
-            {},
-            "messages.messages[0].tool_calls.arguments",
-        ),
-        (
-            [{"role": "user", "content": "x"}],
-            {"tools": [{"function": {"name": "f", "parameters": "{"}}]},
-            "messages.tools[0].parameters",
-        ),
-        ("x", {"regex": "a", "json_object": True}, "constraint"),
-        ("x", {"regex": "("}, "constraint.regex"),
-    ],
-)
+@pytest.mark.parametrize(("prompt", "options", "named"), cases(__file__, "REFUSED"))
 async def test_what_is_refused_is_named(
     api: tuple[Ready, AsyncClient], prompt: Any, options: dict[str, Any], named: str
 ) -> None:

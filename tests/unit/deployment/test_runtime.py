@@ -98,20 +98,7 @@ def test_a_folder_that_exists_comes_before_the_hub(word: str, tmp_path: Path) ->
     assert Path(found.repo).is_absolute()
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "",
-        "a/b/c",
-        "ftp://host/x",
-        "http://host/x?sig=SECRET",
-        "s3://",
-        "org/name#../up",
-        "a b",
-        "org/x@",
-        "a\0b",
-    ],
-)
+@pytest.mark.parametrize("word", cases(__file__, "WORDS_REFUSED"))
 def test_other_words_are_refused_with_the_grammar(word: str, tmp_path: Path) -> None:
     with pytest.raises(DeploymentInvalid) as error:
         parse_repository(word, tmp_path)
