@@ -194,7 +194,7 @@ class CpuOps:
 
         Intel's have: theirs are for AMX, which virtual machines hide.
         """
-        x, weight = torch.ones(64, 512, dtype=self.dtype), torch.ones(6 * LANES, 512, dtype=self.dtype)
+        x, weight = torch.ones(64, 512, dtype=self.dtype), torch.ones(36 * LANES, 512, dtype=self.dtype)
         tiled, took = Tiled(weight, None, len(weight)), {1: math.inf, NEVER: math.inf}
         for start in [*took] * 9:
             self.widened_from.value = start
