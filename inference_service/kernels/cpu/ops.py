@@ -40,8 +40,10 @@ BLOCKS, OFFSET, IN_PARTS = 16, 16, 32
 """Bits that stand for blocks (blocks.h), and what the kind of a tile of them has beside its bits."""
 OF_GRANULE = 8
 """Values of K of a tile that are compact together."""
-FEW_ROWS, NEVER = 3, 2**62
-"""Rows of x for which widening bfloat16 weights pays, where it does, and more than there are."""
+FEW_ROWS, NEVER, NOT_TIMED = 3, 2**62, 2**63 - 1
+"""Rows of x from which on widening bfloat16 weights pays, where it does; more than there are; and what a
+library says that can multiply them in two ways, until they were timed.
+"""
 SPARSE = 512
 """Weights for each that no table holds: with more of them, compact ones are not read faster."""
 ROUNDED = 32
@@ -186,14 +188,11 @@ class CpuOps:
         """True if this processor multiplies compact weights."""
         self.widened_from = ctypes.c_int64.in_dll(library, "widened_from")
         """Rows from which on `linear` multiplies whole bfloat16 weights as float32: all where it has to."""
-        if self.units == 2 and "bfloat16" in self.instructions:
+        if self.units == 2 and self.widened_from.value == NOT_TIMED:
             self.widened_from.value = FEW_ROWS if self._widened_is_faster() else NEVER
 
     def _widened_is_faster(self) -> bool:
-        """Return whether this processor has half as fast instructions for bfloat16 as for float32.
-
-        Intel's have: theirs are for AMX, which virtual machines hide.
-        """
+        """Return whether float32 is multiplied faster than bfloat16 here, as by Intel's AVX-512."""
         x, weight = torch.ones(64, 512, dtype=self.dtype), torch.ones(36 * LANES, 512, dtype=self.dtype)
         tiled, took = Tiled(weight, None, len(weight)), {1: math.inf, NEVER: math.inf}
         for start in [*took] * 9:

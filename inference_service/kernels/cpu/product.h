@@ -20,7 +20,7 @@ template <class T> struct Product {
   const uint8_t* w; const T* bias;
   int64_t bits; const bf16* scales; int64_t group;
   T* out; int64_t ldo, N;
-  const float* widened;  // x [T][K], where bfloat16 is multiplied so
+  const float* widened;  // x [T][K] in the order of Pairs, where bfloat16 is multiplied so
   const RoundedRows* rounded;
 };
 

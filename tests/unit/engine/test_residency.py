@@ -45,7 +45,7 @@ class FakeBank:
     """Owner of each unit of memory."""
     slots: dict[int, tuple[str, int, int]] = field(default_factory=dict)
     refuses: set[tuple[str, str]] = field(default_factory=set)
-    """What it does not do with which digest."""
+    """Operations and digests for which it refuses them."""
 
     def copy(self, packed: Matrices, offset: int) -> None:
         """Write; the bytes of slots in use are not touched."""
