@@ -1,5 +1,6 @@
 """Adapters of all kinds together, one of each beside all others, against PEFT token for token in float32."""
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -76,9 +77,15 @@ APART = ("dora", "lora-bias", "biases", "all-biases", "called", "called-bias", "
 """Those that no mixture has."""
 
 
+def fresh(base: Path, config: Any) -> Any:
+    """Return a model with an adapter; PEFT writes into the copy of its config."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return peft.get_peft_model(model, copy.deepcopy(config))
+
+
 def save(base: Path, folder: Path, config: Any, seed: int) -> Path:
     """Save an adapter that moved away from its initialisation."""
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model = fresh(base, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -121,9 +128,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tiny.Answers:
         test_own_vocabulary.make(base, root / name, seed, **settings)
     for seed, (name, config) in enumerate(DISGUISED.items()):
         save(base, root / name, config, seed)
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), DISGUISED["ia3"]).save_pretrained(
-        root / UNTRAINED
-    )
+    fresh(base, DISGUISED["ia3"]).save_pretrained(root / UNTRAINED)
     world = tiny.World(base, {name: root / name for name in (*KINDS, UNTRAINED)}, root)
     draw = random.Random(5)
     requests = []

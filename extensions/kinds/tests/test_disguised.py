@@ -62,7 +62,6 @@ def make_saved(root: Path) -> World:
     return World(root / "base", folders, root)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_amounts_to_lora_answers_as_peft_does(world: World) -> None:
     """All kinds, a plain adapter and the base in one batch, as the files are that PEFT saved."""
     expected = [oracle_tokens(oracle(world.base, path), PROMPT, NEW) for path in world.adapters.values()]
@@ -72,7 +71,6 @@ def test_what_amounts_to_lora_answers_as_peft_does(world: World) -> None:
     assert run_engine(ready, [(name, PROMPT) for name in (*KINDS, "base")], NEW) == expected
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
     """VeRA of a shared expert is cut to the expert's width, beside other experts of the base."""
     make_checkpoint(tmp_path / "base", CASES["qwen3_5-moe"].config)
@@ -93,7 +91,6 @@ def test_modules_that_a_config_does_not_name_are_those_of_peft(kind: Kind) -> No
         assert found == (tuple(expected) if isinstance(expected, list) else expected), architecture
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_adalora_left_is_what_an_alpha_of_zero_means(world: World) -> None:
     """A pruned AdaLoRA module has its remaining rank as alpha where the config's alpha is 0, as in PEFT."""
     folder = save(
