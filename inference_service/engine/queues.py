@@ -300,8 +300,6 @@ class Plan:
     step_times: StepTimes
     seconds: float = math.inf
     """Seconds that are left for prompts."""
-    bound: float = math.inf
-    """The counter from which on nobody begins on an adapter."""
     lengths: dict[Sequence, int] = field(default_factory=dict)
     prompts: list[Sequence] = field(default_factory=list)
     """Under way when the step began, or admitted into it; in the order of those under way."""

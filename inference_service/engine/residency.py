@@ -110,7 +110,8 @@ class Residency(Residents, Generic[P]):
     @property
     def retry_s(self) -> float:
         """When a load that failed is to be tried again, on the clock of ``time.monotonic``; infinite: never."""
-        return min((entry.retry_s for entry in self._absent if entry.fault is not None), default=math.inf)
+        failed = (entry.retry_s for entry in self._absent if entry.fault is not None)
+        return min(failed, default=math.inf) if self._on_the_way < LOADS else math.inf
 
     @property
     def releasing(self) -> bool:
@@ -219,6 +220,7 @@ class Residency(Residents, Generic[P]):
         self._resolved = self._submitted if everything else self._resolved + 1
         while self._released and self._released[0][0] <= self._resolved:
             self._released.popleft()[1].reading -= 1
+            self.changes += self.wanting
 
     def bring_in(self, ranks: Mapping[Adapter, Rank], together: Iterable[tuple[Adapter, ...]] = ()) -> None:
         """Begin loads and give places, in the order of the waiting sequences.
@@ -263,15 +265,15 @@ class Residency(Residents, Generic[P]):
             self._absent[entry] = None
 
     def _reconsider(self, entry: Standing) -> None:
-        """Forget what was wanted and is not any more."""
-        if self._is_wanted(entry):
-            return
-        if entry.state is AdapterState.HELD:
-            self._let_fall(entry)
-        if entry.state is AdapterState.ABSENT:
-            self._absent.pop(entry, None)
-            if entry.fault is None:
-                self._entries.pop(entry.adapter, None)
+        """Forget what was wanted and is not any more; another may find its place."""
+        if not self._is_wanted(entry):
+            if entry.state is AdapterState.HELD:
+                self._let_fall(entry)
+            if entry.state is AdapterState.ABSENT:
+                self._absent.pop(entry, None)
+                if entry.fault is None:
+                    self._entries.pop(entry.adapter, None)
+        self.changes += self.wanting
 
     def _load(self, entry: Standing) -> None:
         del self._absent[entry]
@@ -430,13 +432,13 @@ class Residency(Residents, Generic[P]):
         """Forget the matrices of an adapter on its way."""
         if entry in self._held:
             self._held.remove(entry)
+        self.changes += 1
         self._packed.pop(entry, None)
         entry.state, entry.starved = AdapterState.ABSENT, False
         self._on_the_way -= 1
 
     def _fail(self, entry: Standing, fault: Fault) -> None:
         """Note why a load failed; sequences that wait for it end, and a retry waits for a while."""
-        self.changes += 1
         self._let_fall(entry)
         entry.fault, entry.prefetched = fault, False
         entry.pause_s = min(max(FIRST_PAUSE_S, 2 * entry.pause_s), LAST_PAUSE_S)

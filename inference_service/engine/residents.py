@@ -87,7 +87,7 @@ class Residents:
     """The residency of adapters, as engine and scheduler ask it: here of those that keep their slots."""
 
     changes = 0
-    """A number that grows whenever an adapter is wanted, arrives, leaves or fails."""
+    """A number that grows whenever an adapter is wanted, arrives, leaves, fails, or may leave for another."""
 
     def __init__(self) -> None:
         self.failures: deque[tuple[tuple[Adapter, ...], Fault]] = deque()

@@ -96,6 +96,8 @@ class Scheduler:
         self._credit = MOST_CREDIT
         """Rows that may be computed twice now; below 0 only those that are a QUANTUM behind find room."""
         self._seen = -1
+        self._bound = math.inf
+        """The counter from which on no queue begins on an adapter."""
         self._starved: list[SequenceQueue] = []
         self._numbers = itertools.count()
 
@@ -106,8 +108,8 @@ class Scheduler:
 
     @property
     def may_begin(self) -> bool:
-        """Return True if a sequence waits whose adapter is in the bank."""
-        return any(queue.resident for queue in self.queues.waiting)
+        """Return True if a sequence that waits may begin, or an adapter may find its place by now."""
+        return self._residents.changes != self._seen or any(map(self._may_use, self.queues.waiting))
 
     def waiting_for(self, adapters: Iterable[Adapter]) -> list[Sequence]:
         """Return those that wait for all of these adapters."""
@@ -132,7 +134,7 @@ class Scheduler:
         """Choose the chunks of the next step; empty when there is nothing to do."""
         self.blocks.keep()
         plan = Plan(self.limits.max_tokens, self.step_times)
-        plan.bound = self._bring_in(plan)
+        self._bound = self._bring_in(plan)
         decodes: list[Sequence] = []
         for seq in self.running:
             progress = seq.progress
@@ -248,6 +250,7 @@ class Scheduler:
 
     def _look_for_adapters(self) -> None:
         """Say who waits for which adapter, and note who can be served now."""
+        self._seen = self._residents.changes
         waiting = [queue for queue in self.queues.waiting if queue.adapters]
         ranks: dict[Adapter, Rank] = {}
         for queue in waiting:
@@ -261,7 +264,6 @@ class Scheduler:
             self.queues.count(queue, counted=presence is not Presence.ABSENT)
             if presence is Presence.STARVED:
                 self._starved.append(queue)
-        self._seen = self._residents.changes
 
     def _presence(self, queue: SequenceQueue) -> Presence:
         """Return the presence of a queue's adapters: that of the one that is furthest from the bank."""
@@ -413,7 +415,11 @@ class Scheduler:
             return False
         if queue.share.background and not plan.admits_background:
             return False
-        return not queue.adapters or (queue.resident and queue.served < plan.bound)
+        return self._may_use(queue)
+
+    def _may_use(self, queue: SequenceQueue) -> bool:
+        """Return True if the adapters of a queue are there, and are not to leave for one that waits."""
+        return not queue.adapters or (queue.resident and queue.served < self._bound)
 
     def _admit(self, seq: Sequence, plan: Plan) -> _Outcome:
         """Begin with one that waits, if everything that it needs is there or is made room for."""

@@ -175,6 +175,11 @@ class World:
         self.engine.add(seq)
         return seq
 
+    @property
+    def is_awake(self) -> bool:
+        """Return True if the engine's thread does not sleep."""
+        return bool(self.commands) or self.engine.idle_until_s <= self.now_s
+
     def step(self, times: int = 1) -> None:
         """Run the engine's thread: posted commands, then a step."""
         for _ in range(times):
@@ -186,13 +191,16 @@ class World:
                     self.ends[output.seq_id] = output
 
     def settle(self, steps: int = 5000) -> None:
-        """Step until the engine is idle, and end every load that has begun."""
+        """Step as the engine's thread does, which sleeps, and end what has begun, until nothing is left."""
+        self.step()
         for _ in range(steps):
-            self.step()
-            if self.engine.idle and not self.loader.begun and not self.commands:
-                return
-            if self.loader.begun:
+            if self.is_awake:
+                self.step()
+            elif self.loader.begun:
                 self.loader.end_one()
+            else:
+                assert self.engine.idle, "requests wait and the engine sleeps"
+                return
         raise AssertionError("requests never end")
 
     def answer(self, *numbers: int) -> None:
@@ -266,8 +274,10 @@ def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
 def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
     world = World(3, [1] * 8)
     world.residency.prefetch_later(world.adapters)
+    world.step()
     for _ in range(40):
-        world.step()
+        if world.is_awake:
+            world.step()
         assert len(world.loader.begun) <= 1
         if world.loader.begun:
             world.loader.end_one()
@@ -375,6 +385,16 @@ def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() 
     assert {world.ends[each.id].finish for each in (one, other)} == {EndReason.LENGTH}
 
 
+def test_users_far_ahead_do_not_take_a_place_in_turns_that_another_waits_for() -> None:
+    world = World(1, [1, 1], seqs=2)
+    for user in "abcdef":
+        world.ask(0, new=300, flow=user)
+    world.run(100)
+    late = world.ask(1)
+    world.run(30)
+    assert late.id in world.ends
+
+
 def test_no_stream_makes_room_while_an_adapter_leaves() -> None:
     """A step still reads the adapter of a stream that has ended: it will leave, and no other needs to."""
     world = World(2, [1] * 3, depth=1, seqs=9)
@@ -408,10 +428,14 @@ def test_an_adapter_that_is_waited_for_is_not_dropped() -> None:
 
 
 def test_an_engine_sleeps_while_loads_are_on_their_way() -> None:
-    """A load that waits for others is nothing to wake up for."""
-    world = World(20, [1] * (LOADS + 1))
+    """A load that waits for others is nothing to wake up for, nor is one that is to be tried again."""
+    world = World(20, [1] * (LOADS + 2))
+    world.loader.broken = {world.adapters[-1].digest}
+    world.residency.pin(world.adapters[-1])
+    world.settle()
     for number in range(LOADS + 1):
         world.ask(number)
+    world.now_s += FIRST_PAUSE_S
     world.step()
     assert len(world.loader.begun) == LOADS
     assert world.engine.idle_until_s == math.inf
