@@ -26,7 +26,7 @@ from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop, leave
-from loramux_shared.settings import BuilderSettings, load_settings
+from loramux_shared.settings import BuilderSettings, read_flags
 from loramux_shared.tracing import open_tracing
 
 log = structlog.get_logger()
@@ -113,28 +113,8 @@ def _settings(arguments: Sequence[str] | None) -> BuilderSettings:
         description="Turns adapter repositories into bundles in an object store. "
         "Every setting is also a variable LORAMUX_<NAME>; a flag comes first.",
     )
-    fields = BuilderSettings.model_fields
-    for name in FLAGS:
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, dest=name, help=(fields[name].description or "").replace("%", "%%"))
-    parser.add_argument(
-        "--local-root",
-        dest="local_roots",
-        action="append",
-        help="Folder from which LOCAL repositories may be read; repeatable.",
-    )
-    parser.add_argument(
-        "--allow-host",
-        dest="allowed_hosts",
-        action="append",
-        help="Host that REMOTE_URL and OCI may reach though its address is not public; repeatable.",
-    )
-    parser.add_argument("--insecure", action="store_true", default=None, help=fields["insecure"].description)
-    flags = vars(parser.parse_args(arguments))
-    for name in ("local_roots", "allowed_hosts"):
-        if flags[name] is not None:
-            flags[name] = tuple(flags[name])
-    return load_settings(BuilderSettings, **flags)
+    texts = {name: BuilderSettings.model_fields[name].description or "" for name in FLAGS}
+    return read_flags(BuilderSettings, parser, texts, arguments)
 
 
 def _say(fault: Fault) -> None:

@@ -22,7 +22,7 @@ from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.process import log_to_stderr, raise_limit, report
 from loramux_shared.rpc.options import require_free
 from loramux_shared.rpc.stopping import Stop
-from loramux_shared.settings import InferenceSettings, load_settings, require_triton, variable
+from loramux_shared.settings import InferenceSettings, read_flags, require_triton, variable
 
 log = structlog.get_logger()
 
@@ -53,28 +53,9 @@ def main() -> int:
     and BROKEN when the engine failed.
     """
     parser = argparse.ArgumentParser(prog="inference_service", description=__doc__.partition("\n")[0])
-    for name, text in FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", help=text)
-    parser.add_argument("--local-root", action="append", dest="local_roots", help="folder that LOCAL may read")
-    parser.add_argument(
-        "--allow-host",
-        action="append",
-        dest="allowed_hosts",
-        help="host that REMOTE_URL and OCI may reach though its address is not public",
-    )
-    parser.add_argument(
-        "--insecure",
-        action="store_true",
-        default=None,
-        help="listen beyond this machine without keys",
-    )
-    flags = vars(parser.parse_args())
-    for name in ("local_roots", "allowed_hosts"):
-        if flags[name]:
-            flags[name] = tuple(flags[name])
     log_to_stderr()
     try:
-        settings = load_settings(InferenceSettings, **flags)
+        settings = read_flags(InferenceSettings, parser, FLAGS)
         log_to_stderr(settings.log_format)
         return asyncio.run(serve(settings))
     except Fault as fault:

@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Generic, TypeVar
 
+from builder_service.builds.views import served_number
 from loramux_shared.bundle.claims import generation_numbers
-from loramux_shared.bundle.deployments import (
-    is_deployment_name,
-    read_generation,
-    read_pointer,
-    stored_deployments,
-)
+from loramux_shared.bundle.deployments import is_deployment_name, read_generation, stored_deployments
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import BundleCorrupt, DeploymentNotFound, PageTokenInvalid
 from loramux_shared.storage.base import Store
@@ -105,7 +101,7 @@ def history(store: Store, name: str, page_size: int, page_token: str) -> Page[Ge
         raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {stored_deployments(store)}")
     left = [number for number in reversed(numbers) if not page_token or number < int(page_token)]
     page = left[: min(page_size or GENERATIONS, MAX_GENERATIONS)]
-    served = _served(store, name)
+    served = served_number(store, name)
     views, after = list[GenerationView](), _read(store, name, page[0]) if page else None
     for number, below in zip(page, [*left[1:], None], strict=False):
         before = _read(store, name, below) if below is not None else None
@@ -149,11 +145,3 @@ def _read(store: Store, name: str, number: int) -> Generation | str:
         return read_generation(store, name, number)
     except BundleCorrupt as damage:
         return damage.message
-
-
-def _served(store: Store, name: str) -> int:
-    try:
-        pointer = read_pointer(store, name)
-    except BundleCorrupt:
-        return 0
-    return pointer.generation if pointer else 0

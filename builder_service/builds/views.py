@@ -43,8 +43,7 @@ def stored_view(store: Store, name: str) -> DeploymentView | None:
         generation = current_generation(store, name)
         return None if generation is None else _view(store, generation)
     except BundleCorrupt as damage:
-        now = datetime.now(UTC)
-        return DeploymentView(name, BuildState.FAILED, 0, now, now, failure=damage)
+        return _damaged(name, damage)
 
 
 def stored_light(store: Store, name: str, known: DeploymentView | None = None) -> DeploymentView | None:
@@ -61,12 +60,16 @@ def stored_light(store: Store, name: str, known: DeploymentView | None = None) -
             return known
         generation = current_generation(store, name)
     except BundleCorrupt as damage:
-        now = datetime.now(UTC)
-        return DeploymentView(name, BuildState.FAILED, 0, now, now, failure=damage)
+        return _damaged(name, damage)
     if generation is None:
         return None
     time = generation.create_time
     return DeploymentView(name, BuildState.ACTIVE, generation.number, time, time)
+
+
+def _damaged(name: str, damage: BundleCorrupt) -> DeploymentView:
+    now = datetime.now(UTC)
+    return DeploymentView(name, BuildState.FAILED, 0, now, now, failure=damage)
 
 
 def served_number(store: Store, name: str) -> int:

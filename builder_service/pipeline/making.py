@@ -29,7 +29,7 @@ from loramux_shared.bundle.proof import Proof
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Build, Dtype, Merge, Repository
 from loramux_shared.extensions import need_extension
-from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, Finding
+from loramux_shared.faults import BundleCorrupt, DeploymentInvalid
 from loramux_shared.sources.base import Room
 from loramux_shared.sources.checkpoint import Base
 from loramux_shared.sources.open import Sources
@@ -296,14 +296,13 @@ class Making:
         """Refuse to merge an adapter that is more, or at times less, than layers' weights; values say why."""
         whys = [(name, why) for name, why in apart.items() if why] if self.merge is Merge.ALWAYS else []
         for name, why in whys[:1]:
-            finding = Finding(
-                code="E_BAD_FIELD",
-                where="runtime.merge",
-                expected=f"auto or never: {name} {why}",
-                found=self.merge,
-                fix="Set runtime.merge to auto; it is served beside the weights.",
+            expected, fix = (
+                f"auto or never: {name} {why}",
+                "Set runtime.merge to auto; it is served beside the weights.",
             )
-            raise DeploymentInvalid("the adapter cannot be merged", [finding])
+            raise DeploymentInvalid.of_field(
+                "the adapter cannot be merged", "runtime.merge", expected, self.merge, fix
+            )
 
     def _intake(self) -> Intake:
         shop = self.shop

@@ -85,14 +85,13 @@ def check_deployment(deployment: Deployment) -> None:
         raise DeploymentInvalid("lora_target_modules names modules that do not exist", findings)
     lora = deployment.build.lora_configuration
     if lora.truncate_to_rank and lora.truncate_to_rank > lora.max_lora_rank:
-        finding = Finding(
-            code="E_BAD_FIELD",
-            where="build.lora_configuration.truncate_to_rank",
-            expected=f"at most max_lora_rank {lora.max_lora_rank}",
-            found=str(lora.truncate_to_rank),
-            fix="Lower it, or raise max_lora_rank.",
+        raise DeploymentInvalid.of_field(
+            "truncate_to_rank is above the ceiling",
+            "build.lora_configuration.truncate_to_rank",
+            f"at most max_lora_rank {lora.max_lora_rank}",
+            str(lora.truncate_to_rank),
+            "Lower it, or raise max_lora_rank.",
         )
-        raise DeploymentInvalid("truncate_to_rank is above the ceiling", [finding])
 
 
 def refuse_any(checked: Mapping[str, CheckedAdapter]) -> None:

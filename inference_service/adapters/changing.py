@@ -14,7 +14,6 @@ from loramux_shared.faults import (
     BundleCorrupt,
     BundleNotFound,
     DeploymentInvalid,
-    Finding,
     RequestInvalid,
     StoreUnavailable,
 )
@@ -40,14 +39,13 @@ class StoredBundles:
             StoreUnavailable: the store does not answer.
         """
         if self._refused:
-            finding = Finding(
-                code="E_BAD_FIELD",
-                where="lora_path",
-                expected="an adapter that comes with a signed generation",
-                found=f"bundle:{digest[:12]}...",
-                fix="Add the adapter through a builder that signs.",
+            raise RequestInvalid.of_field(
+                "this replica serves only signed bundles.",
+                "lora_path",
+                "an adapter that comes with a signed generation",
+                f"bundle:{digest[:12]}...",
+                "Add the adapter through a builder that signs.",
             )
-            raise RequestInvalid("this replica serves only signed bundles.", [finding])
         try:
             data = await asyncio.to_thread(self._store.get, bundle_key(digest, MANIFEST_FILE))
             manifest = parse_manifest(data, digest)
@@ -116,8 +114,7 @@ def repository_of(path: str) -> Repository:
 
 def _invalid(path: str, expected: str) -> RequestInvalid:
     masked = re.sub(r"\?.*", "?***", path)[:120]
-    finding = Finding(code="E_BAD_FIELD", where="lora_path", expected=expected, found=repr(masked))
-    return RequestInvalid("the path names no adapter.", [finding])
+    return RequestInvalid.of_field("the path names no adapter.", "lora_path", expected, repr(masked))
 
 
 def already_loaded(name: str) -> AdapterExists:

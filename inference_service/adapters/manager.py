@@ -12,7 +12,7 @@ from typing import Final
 
 from inference_service.adapters.adapter_set import AdapterSet
 from inference_service.adapters.changing import already_loaded, digest_of, repository_of
-from inference_service.adapters.ports import AdapterResidency, Bundles, GenerationFollower, Publisher
+from inference_service.adapters.ports import Bundles, GenerationFollower, Publisher
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import (
     PLACES,
@@ -66,7 +66,7 @@ class AdapterManager:
         """Manage what is there; bundles is None where names never change, publisher without a builder."""
         self._adapters = adapters
         self._catalog = adapters.catalog
-        self._residency = adapters.residency
+        self.residency = adapters.residency
         self._follower = follower
         self.facts = facts
         self._bundles = bundles
@@ -74,20 +74,15 @@ class AdapterManager:
         self._paused = paused
         self._version = version("loramux")
 
-    @property
-    def residency(self) -> AdapterResidency:
-        """Return the residency, which knows the adapters in the bank."""
-        return self._residency
-
     def place_of(self, model: ServedModel) -> AdapterPlace:
         """Say where a model's matrices are; costs next to nothing."""
         if model.adapter is None:
             return AdapterPlace.DEVICE
-        return PLACES[self._residency.standing(model.adapter).state]
+        return PLACES[self.residency.standing(model.adapter).state]
 
     def failure_of(self, model: ServedModel) -> Fault | None:
         """Return why a model is no longer served, or why its last load failed; None where neither is so."""
-        return None if model.adapter is None else self._residency.standing(model.adapter).failure
+        return None if model.adapter is None else self.residency.standing(model.adapter).failure
 
     def is_pinned(self, name: str) -> bool:
         """True for a name that is pinned."""
@@ -202,19 +197,19 @@ class AdapterManager:
 
     def replica(self) -> ReplicaView:
         """Return the state of the replica; costs at most a look at the adapters in the bank or on their way."""
-        standing, stats = self._follower.standing, self._residency.stats
-        states = [each.state for each in self._residency.standings()]
+        standing, stats = self._follower.standing, self.residency.stats
+        states = [each.state for each in self.residency.standings()]
         resident = states.count(AdapterState.RESIDENT)
         served_base = any(model.name == self._catalog.base_name for model in self._catalog.everything[:1])
         return ReplicaView(
             deployment=self.facts.deployment,
             generation=standing.generation,
-            newest=standing.newest,
+            newest_generation=standing.newest,
             state=str(standing.state),
             reason=standing.stale or (BLIND if str(standing.state) == "blind" else ""),
             paused=self._paused(),
-            bank_bytes=self._residency.capacity,
-            bank_used=self._residency.num_bytes,
+            bank_bytes=self.residency.capacity,
+            bank_bytes_used=self.residency.num_bytes,
             registered=len(self._catalog.everything) - served_base,
             resident=resident,
             arriving=len(states) - resident - states.count(AdapterState.ABSENT),
@@ -288,15 +283,10 @@ class AdapterManager:
                 AdapterPlace.DEVICE,
                 AdapterState.RESIDENT,
                 pinned=True,
-                in_flight=0,
-                waiting=0,
-                num_bytes=0,
-                last_used=None,
-                failure=None,
                 only_here=own,
                 kinds=model.kinds,
             )
-        standing = self._residency.standing(model.adapter)
+        standing = self.residency.standing(model.adapter)
         return AdapterView(
             model.name,
             model.digest,
@@ -305,13 +295,13 @@ class AdapterManager:
             PLACES[standing.state],
             standing.state,
             pinned=self._adapters.is_pinned(model.name),
+            only_here=own,
+            kinds=model.kinds,
             in_flight=standing.in_flight,
             waiting=standing.waiting,
             num_bytes=standing.num_bytes,
             last_used=_wall_time(standing.last_used_s),
             failure=standing.failure,
-            only_here=own,
-            kinds=model.kinds,
         )
 
     def _resident_digest(self, name: str, adapter: Adapter) -> str:

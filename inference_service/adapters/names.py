@@ -13,7 +13,7 @@ from typing import Final
 from inference_service.adapters.served_model import AdapterDefaults, ServedModel
 from inference_service.core.adapter import MOST_PARTS, Adapter, Mixture
 from loramux_shared.bundle.manifest import apart
-from loramux_shared.faults import Finding, ModelNotFound, RequestInvalid
+from loramux_shared.faults import ModelNotFound, RequestInvalid
 from loramux_shared.wording import is_number, listed
 
 MOST_SCALE: Final = 8.0
@@ -161,8 +161,8 @@ def agreed(defaults: Sequence[AdapterDefaults]) -> AdapterDefaults:
 
 
 def _refused(where: str, expected: str, found: str, fix: str = "") -> RequestInvalid:
-    finding = Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found[:FOUND_CHARS], fix=fix)
-    return RequestInvalid("the request names adapters that cannot be blended.", [finding])
+    problem = "the request names adapters that cannot be blended."
+    return RequestInvalid.of_field(problem, where, expected, found[:FOUND_CHARS], fix)
 
 
 _DRAWS: Final = 2**64
@@ -212,25 +212,16 @@ def version_not_found(name: str, prefix: str, digests: Collection[str]) -> Model
 
 def ambiguous_version(name: str, prefix: str, digests: Collection[str]) -> RequestInvalid:
     """Return the fault of digits with which several versions begin."""
-    finding = Finding(
-        code="E_BAD_FIELD",
-        where="model",
-        expected="the first digits of one version",
-        found=f"{prefix}, with which {len(digests)} of {name} begin: {listed(sorted(digests))}",
-        fix="Give more digits.",
-    )
-    return RequestInvalid("the request names an ambiguous version.", [finding])
+    problem, expected = "the request names an ambiguous version.", "the first digits of one version"
+    found = f"{prefix}, with which {len(digests)} of {name} begin: {listed(sorted(digests))}"
+    return RequestInvalid.of_field(problem, "model", expected, found, "Give more digits.")
 
 
 def bad_version(name: str, prefix: str) -> RequestInvalid:
     """Return the fault of what stands behind a name and is no beginning of a digest."""
-    finding = Finding(
-        code="E_BAD_FIELD",
-        where="model",
-        expected=f"{name}@ and {LEAST_DIGITS} to 64 hex digits of its digest",
-        found=repr(prefix[:EXCERPT]),
-    )
-    return RequestInvalid("the request names a version that is not valid.", [finding])
+    expected = f"{name}@ and {LEAST_DIGITS} to 64 hex digits of its digest"
+    problem = "the request names a version that is not valid."
+    return RequestInvalid.of_field(problem, "model", expected, repr(prefix[:EXCERPT]))
 
 
 def _around(name: str, names: Sequence[str]) -> Sequence[str]:

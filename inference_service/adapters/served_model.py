@@ -190,5 +190,5 @@ def require_text(model: ServedModel) -> None:
 
 def refused_model(name: str, expected: str, found: str, fix: str = "") -> RequestInvalid:
     """Return the fault of a model that does something else than it is asked for."""
-    finding = Finding(code="E_BAD_FIELD", where="model", expected=expected, found=f"{name}, {found}", fix=fix)
-    return RequestInvalid("the model does not support this API.", [finding])
+    problem = "the model does not support this API."
+    return RequestInvalid.of_field(problem, "model", expected, f"{name}, {found}", fix)

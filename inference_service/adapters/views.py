@@ -44,19 +44,19 @@ class AdapterView:
     place: AdapterPlace
     state: AdapterState
     pinned: bool
-    in_flight: int
-    """Sequences under way on the version."""
-    waiting: int
-    """Sequences that wait for it or for a seat."""
-    num_bytes: int
-    """Bytes of the bank; 0 where it was never loaded."""
-    last_used: datetime | None
-    failure: Fault | None
-    """Why it is no longer served, or why its last load failed."""
     only_here: bool
     """True where it was loaded into this replica alone, and no generation has it."""
     kinds: tuple[str, ...]
     """Kinds of the adapter; empty while they are not known."""
+    in_flight: int = 0
+    """Sequences under way on the version."""
+    waiting: int = 0
+    """Sequences that wait for it or for a seat."""
+    num_bytes: int = 0
+    """Bytes of the bank; 0 where it was never loaded."""
+    last_used: datetime | None = None
+    failure: Fault | None = None
+    """Why it is no longer served, or why its last load failed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ReplicaView:
     deployment: str
     generation: int
     """Served."""
-    newest: int
+    newest_generation: int
     """Newest generation that the replica saw."""
     state: str
     """Relation to its deployment: fixed, current, stale or blind."""
@@ -83,7 +83,7 @@ class ReplicaView:
     """Why it is stale or blind."""
     paused: bool
     bank_bytes: int
-    bank_used: int
+    bank_bytes_used: int
     registered: int
     """Adapters by name."""
     resident: int
@@ -103,7 +103,7 @@ class ReplicaView:
     def standing(self) -> tuple[object, ...]:
         """Return the values whose change a watcher is notified of; uses of adapters change much more often."""
         counts = (self.registered, self.pinned, self.loads, self.failures, self.evictions)
-        return (self.generation, self.newest, self.state, self.reason, self.paused, *counts)
+        return (self.generation, self.newest_generation, self.state, self.reason, self.paused, *counts)
 
 
 @dataclass(frozen=True)

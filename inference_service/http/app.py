@@ -33,19 +33,14 @@ from inference_service.http.vectors.embeddings import (
     embeddings,
 )
 from inference_service.http.wire.front import Front
-from inference_service.http.wire.refusals import (
-    MessageError,
-    failure_response,
-    fault_response,
-    http_error_response,
-)
+from inference_service.http.wire.refusals import FAILED, MessageError, fault_response, http_error_response
 from inference_service.serving.service import GenerationService
 from loramux_shared import routes
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import Scope as AccessScope
 from loramux_shared.extensions import HTTP_ROUTES, load_extensions
-from loramux_shared.faults import Fault
+from loramux_shared.faults import Fault, InternalFault
 from loramux_shared.routes import ROUTES
 from loramux_shared.tracing import Tracing
 
@@ -162,7 +157,7 @@ class Resource:
         except (HTTPException, ClientDisconnect):
             raise
         except Exception:
-            await failure_response(scope)(scope, receive, send)
+            await fault_response(scope, InternalFault(FAILED))(scope, receive, send)
             raise  # `front` logs the error
         await response(scope, receive, send)
 

@@ -112,11 +112,4 @@ def adapter_message(view: AdapterView) -> pb.AdapterState:
 
 def replica_message(view: ReplicaView) -> pb.ReplicaState:
     """Return a replica as a message."""
-    return message_of(
-        pb.ReplicaState,
-        view,
-        newest_generation=view.newest,
-        bank_bytes_used=view.bank_used,
-        load_failures=view.failures,
-        start_time=view.started,
-    )
+    return message_of(pb.ReplicaState, view, load_failures=view.failures, start_time=view.started)

@@ -221,8 +221,8 @@ def _object(where: str, text: str) -> Mapping[str, Any]:
         if isinstance(value, dict):
             return value
         found = type(value).__name__
-    finding = Finding(code="E_BAD_FIELD", where=where, expected="a JSON object as text", found=found)
-    raise RequestInvalid(f"the request has a field that is no JSON object: {where}.", [finding])
+    problem = f"the request has a field that is no JSON object: {where}."
+    raise RequestInvalid.of_field(problem, where, "a JSON object as text", found)
 
 
 def adapters_of(message: pb.GenerateRequest | pb.EmbedRequest) -> tuple[ScaledAdapter, ...]:

@@ -112,11 +112,10 @@ class Answer:
 
     def _dead_end(self) -> RequestInvalid:
         bounded = self.seq.sampling.allowed_token_ids is not None
-        finding = Finding(
-            code="E_BAD_FIELD",
-            where="allowed_token_ids" if bounded else "bad_words",
-            expected="a token that allowed_token_ids, bad_words and the constraint allow",
-            found=f"none after {self.seq.num_known - 1} tokens of the answer",
-            fix="Allow more tokens, or forbid fewer words.",
+        return RequestInvalid.of_field(
+            "no token is allowed next in the answer.",
+            "allowed_token_ids" if bounded else "bad_words",
+            "a token that allowed_token_ids, bad_words and the constraint allow",
+            f"none after {self.seq.num_known - 1} tokens of the answer",
+            "Allow more tokens, or forbid fewer words.",
         )
-        return RequestInvalid("no token is allowed next in the answer.", [finding])

@@ -211,8 +211,7 @@ MAX_FOUND: Final = 80
 
 def refused(where: str, expected: str, found: object) -> RequestInvalid:
     """Return the fault of a field that cannot be taken with the others."""
-    finding = Finding(code="E_BAD_FIELD", where=where, expected=expected, found=str(found))
-    return RequestInvalid("the request is not valid.", [finding])
+    return RequestInvalid.of_field("the request is not valid.", where, expected, str(found))
 
 
 def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> None:

@@ -11,7 +11,7 @@ from inference_service.adapters.ports import GenerationFollower, Resolver
 from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults, ServedModel
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.serving.request import ModelReference, Request, ResolvedModel
-from loramux_shared.faults import DeadlineExceeded, Finding, ModelNotFound, ReplicaBehind, RequestInvalid
+from loramux_shared.faults import DeadlineExceeded, ModelNotFound, ReplicaBehind, RequestInvalid
 
 
 class Naming:
@@ -78,14 +78,13 @@ class Naming:
     def _mix(self, reference: ModelReference) -> ServedModel:
         """Return the blend of the adapters that a request names; its model may name the base beside them."""
         if reference.name and self._catalog.resolve(reference.name).name != self._catalog.base_name:
-            finding = Finding(
-                code="E_BAD_FIELD",
-                where="adapters",
-                expected="none together with a model other than the base",
-                found=repr(reference.name[:80]),
-                fix="Name all of them in adapters, or all in model, as in a*0.7+b*0.5.",
+            raise RequestInvalid.of_field(
+                "the request names adapters twice.",
+                "adapters",
+                "none together with a model other than the base",
+                repr(reference.name[:80]),
+                "Name all of them in adapters, or all in model, as in a*0.7+b*0.5.",
             )
-            raise RequestInvalid("the request names adapters twice.", [finding])
         return self._catalog.mix(reference.adapters, reference.sticky_key, "adapters")
 
     def _beside(self, model: ServedModel, path: str, reference: ModelReference) -> ServedModel:
@@ -94,14 +93,13 @@ class Naming:
             return model
         found = self._catalog.resolve(path, reference.sticky_key)
         if model.name != self._catalog.base_name and (found.name, found.digest) != (model.name, model.digest):
-            finding = Finding(
-                code="E_BAD_FIELD",
-                where="lora_path",
-                expected=f"the adapter that model names, {model.name}",
-                found=repr(path[:80]),
-                fix="Set model to the adapter, and leave lora_path out.",
+            raise RequestInvalid.of_field(
+                "the request names two models.",
+                "lora_path",
+                f"the adapter that model names, {model.name}",
+                repr(path[:80]),
+                "Set model to the adapter, and leave lora_path out.",
             )
-            raise RequestInvalid("the request names two models.", [finding])
         return found
 
     async def defaults(self, model: ServedModel) -> AdapterDefaults:

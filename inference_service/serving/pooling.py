@@ -133,8 +133,8 @@ def pooling_of(
         return Pooling(requested)
     expected = " or ".join(served)
     if requested is not None:
-        finding = Finding(code="E_BAD_FIELD", where="pooling", expected=expected, found=repr(requested[:80]))
-        raise RequestInvalid("the pooling is not supported.", [finding])
+        problem = "the pooling is not supported."
+        raise RequestInvalid.of_field(problem, "pooling", expected, repr(requested[:80]))
     if usual is None:
         fix = "Set it in the request, or as runtime.pooling in the deployment file."
         finding = Finding(code="E_MISSING_FIELD", where="pooling", expected=expected, fix=fix)
@@ -156,6 +156,6 @@ def check_dimensions(dimensions: int | None, hidden: int) -> None:
         RequestInvalid: as many do not exist.
     """
     if dimensions is not None and not 1 <= dimensions <= hidden:
+        problem = "a vector cannot have this many dimensions."
         expected = f"1 to {hidden}, the dimensions of this base's vectors"
-        finding = Finding(code="E_BAD_FIELD", where="dimensions", expected=expected, found=str(dimensions))
-        raise RequestInvalid("a vector cannot have this many dimensions.", [finding])
+        raise RequestInvalid.of_field(problem, "dimensions", expected, str(dimensions))

@@ -14,7 +14,7 @@ from inference_service.core.constraint import ByEnding, Constraint
 from inference_service.core.sampling import Sampling
 from inference_service.core.sequence import EndReason, Token, Vector
 from inference_service.text.text import Text
-from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.faults import RequestInvalid
 from loramux_shared.runtime import Pooling
 
 Message = Mapping[str, Any]
@@ -260,10 +260,5 @@ def hinted(headers: Mapping[str, str], min_generation: int = 0, sticky_key: str 
 
 
 def _out_of_bounds(where: str, found: str) -> RequestInvalid:
-    finding = Finding(
-        code="E_BAD_FIELD",
-        where=where,
-        expected=f"the number of a generation, 0 to {MAX_GENERATION}",
-        found=found,
-    )
-    return RequestInvalid("the generation is not valid.", [finding])
+    expected = f"the number of a generation, 0 to {MAX_GENERATION}"
+    return RequestInvalid.of_field("the generation is not valid.", where, expected, found)

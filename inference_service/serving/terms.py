@@ -20,7 +20,7 @@ from inference_service.serving.bounds import check_constraint, countable, prompt
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.request import Request, TextPair
 from inference_service.text.text import Text
-from loramux_shared.faults import Finding, PromptTooLong, RequestInvalid
+from loramux_shared.faults import PromptTooLong, RequestInvalid
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ class Terms:
         else:
             tokens = [item for item in prompt if isinstance(item, int)]
         if not tokens:
-            finding = Finding(code="E_BAD_FIELD", where="prompt", expected="at least one token", found="none")
-            raise RequestInvalid("the prompt is empty.", [finding])
+            raise RequestInvalid.of_field("the prompt is empty.", "prompt", "at least one token", "none")
         if cut == -1:
             longest = self.limits.max_seq_len
             usual = min(self.default_max_tokens or 1, longest - 1)

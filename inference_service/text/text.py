@@ -160,8 +160,8 @@ class Text:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                finding = Finding(code="E_BAD_FIELD", where="prompt", expected="text", found=error.reason)
-                raise RequestInvalid("the prompt holds a lone surrogate.", [finding]) from None
+                problem = "the prompt holds a lone surrogate."
+                raise RequestInvalid.of_field(problem, "prompt", "text", error.reason) from None
             for start in range(0, len(text), SLICE_CHARS) if len(text) > SLICE_CHARS else ():
                 tokens = len(self.encode(text[start : start + SLICE_CHARS], add_special_tokens=False))
                 least += max(0, tokens - self._cut)

@@ -21,7 +21,6 @@ from loramux_shared.faults import (
     DeploymentInvalid,
     DeploymentNotFound,
     Fault,
-    Finding,
     RepoNotFound,
     SourceRefused,
 )
@@ -139,10 +138,9 @@ def named_repository(
         options = {field: value for field, value in flags.items() if value}
         return Repository.model_validate(found.model_dump() | options)
     except ValueError as error:
-        finding = Finding(
-            code="E_BAD_FIELD", where="repository", expected="a repository", found=repr(repo[:80])
-        )
-        raise DeploymentInvalid("the arguments name no repository", [finding]) from error
+        raise DeploymentInvalid.of_field(
+            "the arguments name no repository", "repository", "a repository", repr(repo[:80])
+        ) from error
 
 
 def only_deployment(client: Client) -> str:

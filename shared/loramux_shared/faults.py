@@ -88,6 +88,11 @@ class Fault(Exception):
         self.repository = repository
         """The one that was being read when it happened, as `Repository.shown` names it; empty: none was."""
 
+    @classmethod
+    def of_field(cls, message: str, where: str, expected: str, found: str = "", fix: str = "") -> Self:
+        """Return the fault of one field: where it is, what is expected there, and what was found."""
+        return cls(message, [Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found, fix=fix)])
+
     @property
     def is_passing(self) -> bool:
         """Return True if another try of the same may not fail so."""

@@ -5,6 +5,8 @@ S3's endpoint and credentials are no settings of ours: the standard ``AWS_*`` va
 
 import os
 import re
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -409,6 +411,34 @@ def load_settings(cls: type[AnySettings], **overrides: object) -> AnySettings:
     if wrong:
         raise SettingsInvalid("; ".join(wrong))
     return settings
+
+
+def read_flags(
+    cls: type[AnySettings],
+    parser: ArgumentParser,
+    texts: Mapping[str, str],
+    arguments: Sequence[str] | None = None,
+) -> AnySettings:
+    """Read settings from flags, each with its text, and those that both services have, then as `load_settings`.
+
+    Raises:
+        SettingsInvalid: as `load_settings`.
+    """
+    for name, text in texts.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=text.replace("%", "%%"))
+    lists = {
+        "local_roots": ("--local-root", "Folder from which LOCAL repositories may be read; repeatable."),
+        "allowed_hosts": (
+            "--allow-host",
+            "Host that REMOTE_URL and OCI may reach though its address is not public; repeatable.",
+        ),
+    }
+    for name, (flag, text) in lists.items():
+        parser.add_argument(flag, dest=name, action="append", help=text)
+    text = cls.model_fields["insecure"].description
+    parser.add_argument("--insecure", action="store_true", default=None, help=text)
+    flags = vars(parser.parse_args(arguments))
+    return load_settings(cls, **flags | {name: tuple(flags[name]) for name in lists if flags[name]})
 
 
 def require_triton(backend: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import DeploymentInvalid, Finding
+from loramux_shared.faults import DeploymentInvalid
 
 _SCHEMES: Final = {
     "s3://": SourceKind.S3,
@@ -73,5 +73,4 @@ def _local_path(text: str, folder: Path) -> Path | None:
 
 def _no_repository(text: str) -> DeploymentInvalid:
     masked = re.sub(r"\?.*", "?***", text)[:120]
-    finding = Finding(code="E_BAD_FIELD", where="repository", expected=GRAMMAR, found=repr(masked))
-    return DeploymentInvalid(f"{masked!r} names no repository", [finding])
+    return DeploymentInvalid.of_field(f"{masked!r} names no repository", "repository", GRAMMAR, repr(masked))

@@ -1,7 +1,7 @@
 """Routes for operators' changes of adapters: vLLM's two, and ours for the page."""
 
 import asyncio
-from typing import Annotated, ClassVar, Final, Literal, NotRequired
+from typing import Annotated, ClassVar, Final, Literal, NotRequired, cast
 
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
@@ -248,17 +248,4 @@ def _adapter(view: AdapterView) -> Adapter:
 
 
 def _replica(view: ReplicaView) -> Replica:
-    return {
-        "deployment": view.deployment,
-        "generation": view.generation,
-        "newest_generation": view.newest,
-        "state": view.state,
-        "reason": view.reason,
-        "paused": view.paused,
-        "bank_bytes": view.bank_bytes,
-        "bank_bytes_used": view.bank_used,
-        "registered": view.registered,
-        "resident": view.resident,
-        "arriving": view.arriving,
-        "pinned": view.pinned,
-    }
+    return cast(Replica, {name: getattr(view, name) for name in Replica.__annotations__})

@@ -6,10 +6,10 @@ As everywhere in this API, a field whose type is None is refused by name, and nu
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from inference_service.http.wire.body import Body, Examples, Made, Noun, Same, unsupported
+from inference_service.http.wire.body import Body, Examples, Made, Noun, Same, at_least_one, only, unsupported
 from inference_service.serving.bounds import NAME
 
 BLOCKS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
@@ -141,12 +141,6 @@ class Message(Body):
     content: Content
 
 
-def _some(messages: list[Message]) -> list[Message]:
-    if not messages:
-        raise PydanticCustomError("messages", "at least one message")
-    return messages
-
-
 def _custom(tool: Any) -> Any:
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind not in (None, "custom"):
@@ -155,12 +149,6 @@ def _custom(tool: Any) -> Any:
 
 
 Directly = Annotated[list[Literal["direct"]], Field(min_length=1, max_length=1)]
-
-
-def _directly(callers: Any) -> Any:
-    if callers not in (None, ["direct"]):
-        raise unsupported(str(callers), 'Only ["direct"] is served.')
-    return callers
 
 
 def _at_once(deferred: Any) -> Any:
@@ -186,7 +174,7 @@ class CustomTool(Body):
         bool | None, BeforeValidator(_at_once, json_schema_input_type=Literal[False] | None)
     ] = None
     allowed_callers: Annotated[
-        list[str] | None, BeforeValidator(_directly, json_schema_input_type=Directly | None)
+        list[str] | None, only((None, ["direct"]), 'Only ["direct"] is served.', Directly | None)
     ] = None
 
 
@@ -266,17 +254,13 @@ class ContextManagement(Body):
     edits: list[Edit] | None = None
 
 
-def _usual_speed(speed: Any) -> Any:
-    if speed not in (None, "standard"):
-        raise unsupported(str(speed), "Only standard is served.")
-    return speed
-
-
 class PromptBody(Body):
     """The fields that become the prompt, and that both routes read."""
 
     model: Same[str]
-    messages: Annotated[list[Message], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
+    messages: Annotated[
+        list[Message], at_least_one("messages", "message"), Field(json_schema_extra={"minItems": 1})
+    ]
     system: Texts | None = None
     tools: Made[list[Tool] | None] = None
     tool_choice: ToolChoice | None = None
@@ -289,7 +273,7 @@ class PromptBody(Body):
     context_management: ContextManagement | None = None
     speed: Annotated[
         Literal["standard"] | None,
-        BeforeValidator(_usual_speed, json_schema_input_type=Literal["standard"] | None),
+        only((None, "standard"), "Only standard is served.", Literal["standard"] | None),
     ] = None
 
     billing_policy: None = None

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
@@ -16,7 +16,7 @@ from inference_service.http.openai.schema import (
     SCHEMA_BY_TYPE,
     GenerationBody,
 )
-from inference_service.http.wire.body import Body, Examples, Made, Noun, unsupported
+from inference_service.http.wire.body import Body, Examples, Made, Noun, at_least_one, only, unsupported
 from inference_service.serving.bounds import NAME, ROLES
 
 TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
@@ -52,18 +52,6 @@ def text_of(part: Any, kinds: Mapping[str, str] = TEXT_PARTS) -> str:
     return text
 
 
-def _only_text(value: Any) -> Any:
-    if value not in (None, ["text"]):
-        raise unsupported(str(value), 'Only ["text"] is served.')
-    return None
-
-
-def _only_functions(value: Any) -> Any:
-    if value != "function":
-        raise unsupported(str(value), "Only functions are served.")
-    return value
-
-
 class TextPart(TypedDict):
     """A part of a content."""
 
@@ -81,7 +69,9 @@ class RefusalPart(TypedDict):
 Content = Annotated[
     str | None, BeforeValidator(_flat, json_schema_input_type=str | list[TextPart | RefusalPart] | None)
 ]
-FunctionType = Annotated[Literal["function"], BeforeValidator(_only_functions)]
+FunctionType = Annotated[
+    Literal["function"], only(("function",), "Only functions are served.", Literal["function"])
+]
 
 
 OnlyText = Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)]
@@ -138,13 +128,9 @@ class ChatMessage(Body):
         return self
 
 
-def _some(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
-    if not messages:
-        raise PydanticCustomError("messages", "at least one message")
-    return messages
-
-
-Messages = Annotated[tuple[ChatMessage, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
+Messages = Annotated[
+    tuple[ChatMessage, ...], at_least_one("messages", "message"), Field(json_schema_extra={"minItems": 1})
+]
 
 
 class Function(Body):
@@ -296,7 +282,9 @@ class ChatBody(ChatTurns, GenerationBody):
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
     """vLLM's: false leaves the reasoning out."""
-    modalities: Annotated[None, BeforeValidator(_only_text, json_schema_input_type=OnlyText | None)] = None
+    modalities: Annotated[
+        OnlyText | None, only((None, ["text"]), 'Only ["text"] is served.', OnlyText | None)
+    ] = None
 
     functions: None = None
     function_call: None = None

@@ -51,7 +51,7 @@ class ResponseObject:
 
     def __init__(self, body: ResponsesBody, head: Head, defaults: AdapterDefaults) -> None:
         """Describe the response to a body that was accepted; defaults are those of the model that answers."""
-        self._under_way: Response = {
+        self.under_way: Response = {
             "id": head.id,
             "object": "response",
             "created_at": head.created,
@@ -86,20 +86,16 @@ class ResponseObject:
             "previous_response_id": None,
         }
 
-    def under_way(self) -> Response:
-        """Return the response before anything is answered."""
-        return self._under_way
-
     def ended(self, finished: AnswerFinished, output: list[AnsweredItem], reasoning_tokens: int) -> Response:
         """Return the response with its output."""
-        whole: Response = {**self._under_way, "output": output, "usage": usage_of(finished, reasoning_tokens)}
+        whole: Response = {**self.under_way, "output": output, "usage": usage_of(finished, reasoning_tokens)}
         if finished.reason is EndReason.LENGTH:
             return {**whole, "status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
         return {**whole, "status": "completed", "completed_at": int(time.time())}
 
     def failed(self, fault: Fault, output: list[AnsweredItem]) -> Response:
         """Return the response with the output before it failed."""
-        return {**self._under_way, "status": "failed", "error": _error(fault), "output": output}
+        return {**self.under_way, "status": "failed", "error": _error(fault), "output": output}
 
 
 def _choice(choice: ToolChoice | None) -> str | dict[str, Any]:
@@ -221,8 +217,8 @@ class ResponseAnswer:
                     case AnswerPart() if self._resource is not None:
                         if not self._begun:
                             self._begun = True
-                            yield self._state("created", self._resource.under_way())
-                            yield self._state("in_progress", self._resource.under_way())
+                            yield self._state("created", self._resource.under_way)
+                            yield self._state("in_progress", self._resource.under_way)
                         for each in self._read(self._resource, event):
                             yield each
 

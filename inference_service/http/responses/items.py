@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Never, NotRequired
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag
+from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from inference_service.chat.request import ChatTool
 from inference_service.http.openai.chat_schema import RefusalPart, text_of
-from inference_service.http.wire.body import Body, unsupported
+from inference_service.http.wire.body import Body, at_least_one, unsupported
 
 ONLY_FUNCTIONS: Final = "Only functions are served, and namespaces of them."
 
@@ -294,13 +294,7 @@ AnyItem = Annotated[
 ]
 
 
-def _some(items: tuple[Item, ...]) -> tuple[Item, ...]:
-    if not items:
-        raise PydanticCustomError("input", "at least one item")
-    return items
-
-
-Items = Annotated[tuple[AnyItem, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
+Items = Annotated[tuple[AnyItem, ...], at_least_one("input", "item"), Field(json_schema_extra={"minItems": 1})]
 Input = Annotated[
     Annotated[str, Tag("[text]")] | Annotated[Items, Tag("[items]")],
     Discriminator(lambda value: "[text]" if isinstance(value, str) else "[items]"),

@@ -6,13 +6,21 @@ faults, and the bounds in `openapi`.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Final, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -52,6 +60,28 @@ def unserved(served: str, harmless: tuple[Any, ...] = (None,)) -> BeforeValidato
             raise unsupported(_excerpt(value), served)
 
     return BeforeValidator(refused, json_schema_input_type=None)
+
+
+def only(values: tuple[Any, ...], served: str, form: Any) -> BeforeValidator:
+    """Return what refuses every other value, and says what is served; form is the type in the schema."""
+
+    def checked(value: Any) -> Any:
+        if value not in values:
+            raise unsupported(str(value), served)
+        return value
+
+    return BeforeValidator(checked, json_schema_input_type=form)
+
+
+def at_least_one(kind: str, name: str) -> AfterValidator:
+    """Return what refuses an empty list, with the kind of the error and the name of an item."""
+
+    def checked(items: Sized) -> Sized:
+        if not items:
+            raise PydanticCustomError(kind, "at least one {name}", {"name": name})
+        return items
+
+    return AfterValidator(checked)
 
 
 def _excerpt(value: Any) -> str:

@@ -85,7 +85,7 @@ def error_body(fault: Fault) -> Error:
     param = first.where if first else ""
     if not param and fault.reason == "MODEL_NOT_FOUND":
         param = "model"
-    return _body(message_of(fault), status_of(fault), param or None, CODES.get(reason, reason.lower()))
+    return body_of(message_of(fault), status_of(fault), CODES.get(reason, reason.lower()), param or None)
 
 
 def headers_of(fault: Fault, status: int) -> dict[str, str]:
@@ -118,12 +118,8 @@ def _alike(path: str) -> str:
     return min((each for each in paths if each.endswith(path) or path.endswith(each)), key=len, default="")
 
 
-def refused_body(message: str, status: int, code: str) -> Error:
-    """Return the body of a fault that ends a connection."""
-    return _body(message, status, None, code)
-
-
-def _body(message: str, status: int, param: str | None, code: str) -> Error:
+def body_of(message: str, status: int, code: str, param: str | None = None) -> Error:
+    """Return the body of a refusal; param is the field that it is about."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -154,8 +150,8 @@ def refused_twice(repeated: Sequence[tuple[str, str]]) -> RequestInvalid:
     """Return the fault of a query in which a name comes twice."""
     names = [name for name, _ in repeated]
     where = next(name for name in names if names.count(name) > 1)[:MAX_PLACE]
-    finding = Finding(code="E_BAD_FIELD", where=where, expected="one value", found=f"{names.count(where)}")
-    return RequestInvalid("the query of the request is not valid.", [finding])
+    problem = "the query of the request is not valid."
+    return RequestInvalid.of_field(problem, where, "one value", f"{names.count(where)}")
 
 
 def _invalid(part: str, found: Sequence[Mapping[str, Any]], known: Sequence[str]) -> RequestInvalid:

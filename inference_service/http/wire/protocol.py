@@ -405,7 +405,8 @@ class BoundedHttp(HttpToolsProtocol):
         if self._busy():
             self._wait(math.inf)
         else:
-            self._rest()
+            self._unused_since = self.loop.time()
+            self._wait(self._patience.idle_s)
 
     # Events of the answers.
 
@@ -437,10 +438,6 @@ class BoundedHttp(HttpToolsProtocol):
         if self._busy():
             return self._in_head or bool(self.pipeline) or bool(self._answered.response_started)
         return not self._in_head and not self._whole
-
-    def _rest(self) -> None:
-        self._unused_since = self.loop.time()
-        self._wait(self._patience.idle_s)
 
     def _has_just_come(self) -> bool:
         if self._answered is not None or not self._whole:

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from inference_service.http.wire import errors
 from inference_service.http.wire.errors import Error, message_of, status_of
 from inference_service.http.wire.reply import Reply, event, named_event
-from loramux_shared.faults import Fault, InternalFault, QueueFull
+from loramux_shared.faults import Fault, QueueFull
 from loramux_shared.routes import MESSAGES
 
 REQUEST_ID: Final = "request_id"
@@ -110,12 +110,7 @@ def refused_body(path: str, message: str, status: int, code: str, request_id: st
     """Return the body of a request that HTTP itself refuses."""
     if is_messages(path):
         return message_refusal(message, status, request_id)
-    return errors.refused_body(message, status, code)
-
-
-def failure_response(scope: Scope) -> Response:
-    """Return the answer to a request that failed by a mistake of ours."""
-    return fault_response(scope, InternalFault(FAILED))
+    return errors.body_of(message, status, code)
 
 
 def http_error_response(scope: Scope, error: HTTPException) -> Response:

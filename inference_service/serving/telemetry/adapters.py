@@ -174,9 +174,9 @@ class AdapterCollector(Collector):
             ("loramux_adapters_arriving", "Versions that are being loaded.", view.arriving),
             ("loramux_adapters_pinned", "Pinned adapters.", view.pinned),
             ("loramux_bank_bytes", "Memory for adapters.", view.bank_bytes),
-            ("loramux_bank_used_bytes", "Memory that resident adapters use.", view.bank_used),
+            ("loramux_bank_used_bytes", "Memory that resident adapters use.", view.bank_bytes_used),
             ("loramux_generation", "Generation that is served.", view.generation),
-            ("loramux_newest_generation", "Newest generation that the replica saw.", view.newest),
+            ("loramux_newest_generation", "Newest generation that the replica saw.", view.newest_generation),
             ("loramux_paused", "1 while an operator pauses the replica.", view.paused),
         ):
             yield GaugeMetricFamily(name, text, value)
@@ -203,9 +203,9 @@ class AdapterCollector(Collector):
 
     def _room(self, view: ReplicaView) -> int:
         """Return how many as large as those in it the bank holds; of an empty one, as many as a step takes."""
-        if not view.bank_used:
+        if not view.bank_bytes_used:
             return self._series.most_per_step
-        return max(view.resident, view.resident * view.bank_bytes // view.bank_used)
+        return max(view.resident, view.resident * view.bank_bytes // view.bank_bytes_used)
 
 
 def _load_seconds(counts: list[int], total: float) -> Metric:
