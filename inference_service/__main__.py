@@ -99,11 +99,7 @@ async def serve(settings: InferenceSettings) -> int:
 
 
 def require_services_of_models(settings: InferenceSettings) -> None:
-    """Refuse addresses of single models where no extension has services for them.
-
-    Raises:
-        SettingsInvalid: it is so.
-    """
+    """Raise SettingsInvalid for addresses of single models where no extension has services for them."""
     if settings.model_ports and not find_extensions(SERVICES):
         raise SettingsInvalid(
             f"{variable('model_ports')} is set: expected an extension that serves these addresses, found none. "

@@ -79,10 +79,8 @@ class Replica:
 
     @classmethod
     async def load(cls, settings: InferenceSettings) -> Self:
-        """Load what settings name; nothing is computed or followed before `begin`.
-
-        Raises:
-            Fault: what `load_apart` raises.
+        """Load what settings name, or raise what `load_apart` does; nothing is computed or followed before
+        `begin`.
         """
         sys.setswitchinterval(SWITCH_S)
         tracing = open_tracing("loramux-inference")

@@ -115,10 +115,8 @@ Files: TypeAlias = Path | str | Mapping[str, bytes]
 
 
 def _messages(deployment: str, name: str, expected: int | None, files: Files) -> Iterator[pb.PutAdapterRequest]:
-    """Return the messages of an upload, which read the files piece by piece.
-
-    Raises:
-        RequestInvalid: there is no such folder, or a file of it may not be read; before the first message.
+    """Return the messages of an upload, which read the files piece by piece. Before the first message, raise
+    RequestInvalid where there is no such folder, or a file of it may not be read.
     """
     others: list[str] = []
     if isinstance(files, Mapping):

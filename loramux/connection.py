@@ -39,11 +39,7 @@ class Address:
 
 
 def split(words: str) -> tuple[str, ...]:
-    """Return the parts of a list of addresses, each once.
-
-    Raises:
-        SettingsInvalid: there is none, or one has no port.
-    """
+    """Return the parts of a list of addresses, each once; raise SettingsInvalid where one has no port."""
     parts = tuple(dict.fromkeys(each.strip() for each in words.split(",") if each.strip()))
     for each in parts or ("nothing",):
         host, _, port = each.removeprefix(TLS_SCHEME).removeprefix(DNS_SCHEME).rpartition(":")
@@ -63,11 +59,7 @@ def is_name(part: str) -> bool:
 
 
 def look_up(part: str) -> tuple[Address, ...]:
-    """Return the replicas behind one part.
-
-    Raises:
-        SettingsInvalid: the name does not resolve.
-    """
+    """Return the replicas behind one part; raise SettingsInvalid where its name does not resolve."""
     scheme = TLS_SCHEME if part.startswith(TLS_SCHEME) else ""
     rest = part.removeprefix(TLS_SCHEME)
     if not rest.startswith(DNS_SCHEME):
@@ -84,11 +76,7 @@ def look_up(part: str) -> tuple[Address, ...]:
 
 
 def resolve(words: str) -> tuple[Address, ...]:
-    """Return the replicas behind a list, each once.
-
-    Raises:
-        SettingsInvalid: there is none, one has no port, or a name does not resolve.
-    """
+    """Return the replicas behind a list, each once, or raise what `split` and `look_up` do."""
     found = (address for part in split(words) for address in look_up(part))
     return tuple({each.target: each for each in found}.values())
 
@@ -127,11 +115,7 @@ class Credentials:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata of every call.
-
-        Raises:
-            SettingsInvalid: the key has characters that no key has.
-        """
+        """Return the metadata of every call; raise SettingsInvalid where no key has such characters."""
         if self.api_key is None:
             return ()
         if not self.api_key.isascii() or not self.api_key.isprintable():

@@ -92,10 +92,8 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
 
 
 def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
-    """Return the deployment that a message describes; fields of zero or "" are unset.
-
-    Raises:
-        DeploymentInvalid: with one finding per violation.
+    """Return the deployment that a message describes; fields of zero or "" are unset. Raise DeploymentInvalid
+    with one finding per violation.
     """
     adapters = adapters_from_message(message.adapters)
     _require_distinct("alias", message.aliases)
@@ -164,11 +162,7 @@ def _require_distinct(kind: str, named: Collection[pb.Adapter] | Collection[pb.A
 
 
 def adapters_from_message(messages: Collection[pb.Adapter]) -> dict[str, dict[str, Any]]:
-    """Return the fields of repositories by the names of their adapters.
-
-    Raises:
-        DeploymentInvalid: two have one name.
-    """
+    """Return repositories' fields by the adapters' names; raise DeploymentInvalid where two have one name."""
     _require_distinct("adapter", messages)
     return {item.name: _repository_fields(item.repository) for item in messages}
 

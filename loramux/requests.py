@@ -56,11 +56,7 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
 
 
 def explicit_options(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Return the options of a kind, a TypedDict, that are not left to the server.
-
-    Raises:
-        TypeError: an option that does not exist.
-    """
+    """Return the options of a TypedDict that are not left to the server; raise TypeError for unknown ones."""
     known = kind.__annotations__
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"unknown option {unknown[0]!r}; known are {', '.join(known)}")
@@ -68,11 +64,7 @@ def explicit_options(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def adapters_of(explicit: Any) -> list[pb.ScaledAdapter]:
-    """Return adapters, by their names or with scales, as messages.
-
-    Raises:
-        TypeError, ValueError: they are none.
-    """
+    """Return adapters, by their names or with scales, as messages; raise TypeError or ValueError for others."""
     if isinstance(explicit, str):
         raise TypeError("text")
     parts = [(part, 1.0) if isinstance(part, str) else part for part in explicit]
@@ -160,11 +152,7 @@ _EXPECTED: Final = {
 
 
 def fitted(kind: type[_M], findings: Sequence[Finding] = (), **fields: Any) -> _M:
-    """Return a message of these fields.
-
-    Raises:
-        RequestInvalid: there are findings already, or values that do not fit their fields.
-    """
+    """Return a message of these fields; raise RequestInvalid for findings, and for values that do not fit."""
     if all_findings := [*findings, *misfits(kind, fields)]:
         raise RequestInvalid("the request cannot be sent", all_findings)
     return kind(**fields)

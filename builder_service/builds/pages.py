@@ -31,10 +31,8 @@ class Page(Generic[T]):
 
 
 def names_of_page(names: Sequence[str], page_size: int, page_token: str) -> Page[str]:
-    """Return the names of a page out of all of them, in order; page_size 0 means `PAGE`.
-
-    Raises:
-        PageTokenInvalid: no page has this token.
+    """Return the names of a page out of all of them, in order; page_size 0 means `PAGE`. Raise PageTokenInvalid
+    for a token of no page.
     """
     after = _name_in(page_token)
     left = [name for name in names if name > after]

@@ -136,11 +136,7 @@ class RunningBuild:
         self.stopping.set()
 
     async def wait_for(self, slots: asyncio.Semaphore) -> None:
-        """Take one of the slots, which the caller releases.
-
-        Raises:
-            Fault: it was asked to end meanwhile.
-        """
+        """Take one of the slots, which the caller releases; raise the fault with which the build is to end."""
         waiting, stopping = asyncio.create_task(slots.acquire()), asyncio.create_task(self.stopping.wait())
         await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -214,11 +210,7 @@ class RunningBuild:
         )
 
     async def views(self) -> AsyncIterator[DeploymentView]:
-        """Yield the present state, then each change, until the build ends.
-
-        Raises:
-            ShuttingDown: the builder stops before the build ends.
-        """
+        """Yield the present state, then each change, until the build ends; raise ShuttingDown before that."""
         changed = asyncio.Event()
         self.watchers.add(changed)
         try:

@@ -78,11 +78,7 @@ class Following:
         self._news.tell(name)
 
     async def follow(self, name: str, first: DeploymentView) -> AsyncIterator[DeploymentView]:
-        """Yield a state, then each change of builds, and each generation, without an end.
-
-        Raises:
-            ShuttingDown: the builder stops.
-        """
+        """Yield a state, then each change of builds, and each generation; end with ShuttingDown."""
         reported, sent, build = first.generation, replace(first, adapters=()), None
         yield sent
         with self._news.listen(name) as news:
@@ -135,11 +131,7 @@ class RequestIds:
         self._builds: OrderedDict[str, RunningBuild] = OrderedDict()
 
     def find(self, entry: JournalEntry) -> RunningBuild | None:
-        """Return the build of an entry's request id.
-
-        Raises:
-            RequestIdReused: it was used for another deployment.
-        """
+        """Return the build of an entry's request id; raise RequestIdReused where it was another deployment's."""
         known = self._builds.get(entry.request_id) if entry.request_id else None
         if known is not None and known.entry.wish != entry.wish:
             raise RequestIdReused(

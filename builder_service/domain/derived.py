@@ -32,11 +32,7 @@ class TensorRecipe(Protocol):
         ...
 
     def of(self, *wholes: Array) -> Array:
-        """Return it.
-
-        Raises:
-            NotMade: they do not say what it is.
-        """
+        """Return the tensor, or raise NotMade."""
         ...
 
 

@@ -17,10 +17,8 @@ class JsonInvalid(Exception):
 
 
 def parse(data: bytes) -> Any:
-    """Parse UTF-8 JSON without duplicate keys, NaN, infinities, -0, halves of characters and deep nesting.
-
-    Raises:
-        JsonInvalid: it is something else.
+    """Parse UTF-8 JSON without duplicate keys, NaN, infinities, -0, halves of characters and deep nesting;
+    raise JsonInvalid for everything else.
     """
     try:
         integer = _no_minus_zero if b"-0" in data else int

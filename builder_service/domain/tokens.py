@@ -114,11 +114,7 @@ def _text(token: str, most: int = 40) -> str:
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """Return the object in a file.
-
-    Raises:
-        NoTokens: it has something else.
-    """
+    """Return the object in a file; raise NoTokens where there is something else."""
     try:
         value = json.loads(Path(path).read_bytes())
     except RecursionError as error:
@@ -131,11 +127,7 @@ def read_object(path: str) -> dict[str, Any]:
 
 
 def tokens_of(name: str, value: Mapping[str, Any]) -> dict[str, int]:
-    """Return ids by token of one of the files that tokenizers are saved as.
-
-    Raises:
-        NoTokens: it says something else.
-    """
+    """Return ids by token of one of the files of a tokenizer; raise NoTokens where there is something else."""
     match name:
         case "added_tokens.json":
             tokens = list(value.items())

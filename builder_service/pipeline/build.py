@@ -111,11 +111,7 @@ def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool)
 
 
 def _check_base(runtime: Runtime, model: ModelConfig, *, prove: bool) -> None:
-    """Refuse what a base of this kind cannot do.
-
-    Raises:
-        DeploymentInvalid: with the field that asks for it.
-    """
+    """Raise DeploymentInvalid, with the field that asks for it, for what a base of this kind cannot do."""
     kind, wrong = "a decoder", {"runtime.pooling": runtime.pooling is Pooling.CLS}
     if model.encodes:
         kind, wrong = "an encoder", {"runtime.merge": runtime.merge is Merge.ALWAYS, "build.prove": prove}
@@ -171,11 +167,7 @@ def _replaced(record: AdapterRecord) -> Finding:
 def _publish_beside(
     planned: Generation, added: Mapping[str, AdapterRecord], before: Generation, shop: Workshop
 ) -> Generation:
-    """Publish, unless other adapters were added meanwhile.
-
-    Raises:
-        Moved: they were.
-    """
+    """Publish; raise Moved where other adapters were added meanwhile."""
 
     def change(current: Generation) -> Generation:
         if added_to(current) != added and not current.same_content(planned):

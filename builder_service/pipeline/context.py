@@ -61,11 +61,7 @@ class Space:
 
     @contextmanager
     def writing(self, size: int, what: str) -> Iterator[None]:
-        """Keep so many bytes free for what is written inside.
-
-        Raises:
-            ResourcesExhausted: there are not as many.
-        """
+        """Keep so many bytes free for what is written inside; raise ResourcesExhausted where there are fewer."""
         with self._ledger.lock:
             self._check(size, what)
             self._written += size
@@ -168,10 +164,8 @@ class Identity:
 
 
 def claim_identity(folder: Path) -> Identity:
-    """Return the first identity of a work folder that no living builder has.
-
-    Raises:
-        ResourcesExhausted: the folder cannot be written, or all of them are taken.
+    """Return the first identity of a work folder that no living builder has. Raise ResourcesExhausted where the
+    folder cannot be written, or all of them are taken.
     """
     for slot in range(SLOTS):
         try:

@@ -192,11 +192,7 @@ def _score(planned: PlannedScore, row: int, count: Callable[[int], None]) -> Ite
 
 
 def _written(path: Path, pieces: Iterator[bytes | int], name: str) -> FileDigest:
-    """Write a file, read it back, compare, and return what it is.
-
-    Raises:
-        InternalFault: they differ; a disk or this program is broken.
-    """
+    """Write a file, read it back, and return what it is; raise InternalFault where the two differ."""
     digest = write_checked(path, pieces)
     if digest is None:
         raise InternalFault(f"adapter {name!r}: {path.name} was not written as planned")

@@ -105,11 +105,7 @@ def fetch_adapters(
     progress: Progress,
     signed_by: tuple[str, ...] = (),
 ) -> list[FetchedAdapter]:
-    """List and fetch every adapter, several at once; in the order of their names.
-
-    Raises:
-        Fault: what sources raise, of all adapters: see `joined`.
-    """
+    """List and fetch every adapter, several at once, by name; raise what sources do, see `joined`."""
     with list_adapters(adapters, sources, space, progress, signed_by) as listed:
         with ThreadPoolExecutor(PARALLEL, "fetch") as pool:
             futures = {
@@ -199,11 +195,7 @@ def _limited(repository: Repository, size: int) -> None:
 
 
 def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> FetchedAdapter:
-    """Fetch the files of a listed adapter into a folder.
-
-    Raises:
-        Fault: what its source raises.
-    """
+    """Fetch the files of a listed adapter into a folder, or raise what its source does."""
     name, source, resolved = listed.name, listed.source, listed.resolved
     if listed.findings:
         return FetchedAdapter(name, folder, recorded(resolved.repository), {}, listed.findings)

@@ -55,11 +55,7 @@ class Intake:
         return taken
 
     def judge(self, fetched: FetchedAdapter) -> ValidAdapter:
-        """Validate an adapter that is in the work folder already.
-
-        Raises:
-            AdapterInvalid: with every violation.
-        """
+        """Validate an adapter that is in the work folder; raise AdapterInvalid with every violation."""
         checked = self._check(fetched)
         refuse_any({fetched.name: checked})
         return ValidAdapter(fetched, checked)

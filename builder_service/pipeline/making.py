@@ -80,10 +80,8 @@ def _stored_manifest(store: Store, bundle: BuiltBundle) -> bytes | None:
 
 
 def hold(store: Store, digests: Collection[str]) -> None:
-    """Make bundles young again, which a generation is about to refer to and the served one does not.
-
-    Raises:
-        BundleCorrupt: one of them is not there any more.
+    """Make bundles young again, which a generation is about to refer to and the served one does not; raise
+    BundleCorrupt where one of them is gone.
     """
     for digest in sorted(digests):
         manifest = read_manifest(store, digest)
@@ -204,11 +202,7 @@ class Prover(Protocol):
 
 
 def prover() -> Prover:
-    """Return the extension that computes proofs.
-
-    Raises:
-        SettingsInvalid: it is not installed, or its packages are not.
-    """
+    """Return the extension that computes proofs; raise SettingsInvalid where it is not installed."""
     found: Prover = need_extension("prove", "a deployment with prove: true")
     found.require()
     return found

@@ -148,11 +148,7 @@ def deployment_message(view: DeploymentView) -> pb.Deployment:
 
 
 def update_of(request: pb.UpdateDeploymentRequest) -> Update:
-    """Return the update that a request asks for.
-
-    Raises:
-        DeploymentInvalid: with one finding per violation.
-    """
+    """Return the requested update; raise DeploymentInvalid with one finding per violation."""
     add = adapters_from_message(request.add)
     fields = {"name": request.name, "add": add, "remove": tuple(request.remove)}
     judged = {
@@ -166,11 +162,7 @@ def update_of(request: pb.UpdateDeploymentRequest) -> Update:
 
 
 async def parts_of(requests: AsyncIterator[pb.PutAdapterRequest]) -> AsyncIterator[Upload | PushedChunk]:
-    """Yield what an upload consists of.
-
-    Raises:
-        RequestInvalid: a message is neither an upload nor a chunk.
-    """
+    """Yield what an upload consists of; raise RequestInvalid for a message without upload and chunk."""
     async for request in requests:
         match request.WhichOneof("part"):
             case "upload":
@@ -202,11 +194,7 @@ def generation_message(view: GenerationView) -> pb.Generation:
 
 
 def checked_deployment(request: pb.CheckAdapterRequest) -> Deployment:
-    """Return a deployment of the one adapter that is to be checked.
-
-    Raises:
-        DeploymentInvalid: with one finding per violation.
-    """
+    """Return a deployment of the one adapter that is to be checked, as `deployment_from_message` does."""
     spec = pb.DeploymentSpec(
         model_name="check",
         base=request.base,

@@ -55,10 +55,8 @@ class AdapterSet:
         return changes
 
     def check_own(self, name: str) -> None:
-        """Check a name for a bundle of this replica alone, by the rules of builders.
-
-        Raises:
-            RequestInvalid: the deployment has the name, or it cannot be one.
+        """Check a name for a bundle of this replica alone, by the rules of builders. Raise RequestInvalid where
+        the deployment has it, or it cannot be a name.
         """
         others = self._with({own: record for own, record in self._own.items() if own != name})
         finding = bad_name(name, "lora_name")
@@ -69,11 +67,7 @@ class AdapterSet:
             raise RequestInvalid("a bundle is loaded into this replica alone.", [finding])
 
     def add(self, name: str, record: AdapterRecord) -> None:
-        """Register a bundle in this replica alone.
-
-        Raises:
-            RequestInvalid: the deployment has the name, or it cannot be one.
-        """
+        """Register a bundle in this replica alone, or raise what `check_own` does."""
         self.check_own(name)
         self._own[name] = record
         self._switch()

@@ -139,11 +139,7 @@ class Catalog:
         return tuple(self._models.values())
 
     def get(self, name: str) -> ServedModel:
-        """Return a model by its exact name.
-
-        Raises:
-            ModelNotFound: listing what is served; never the base instead.
-        """
+        """Return a model by its exact name; raise ModelNotFound, with what is served, for every other name."""
         if name in self._models and ACCESS.get().may_use(name):
             return self._models[name]
         raise self._not_found(name)

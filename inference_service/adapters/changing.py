@@ -81,11 +81,7 @@ EXPECTED: Final = (
 
 
 def digest_of(path: str) -> str | None:
-    """Return the digest that ``bundle:DIGEST`` names; None for every other path.
-
-    Raises:
-        RequestInvalid: what stands behind ``bundle:`` is no digest.
-    """
+    """Return the digest of ``bundle:DIGEST``, None for every other path; raise RequestInvalid for no digest."""
     if not path.startswith(BUNDLE):
         return None
     digest = path.removeprefix(BUNDLE)
@@ -95,11 +91,7 @@ def digest_of(path: str) -> str | None:
 
 
 def repository_of(path: str) -> Repository:
-    """Return the repository that a path names; nothing of this machine is looked at.
-
-    Raises:
-        RequestInvalid: it names none.
-    """
+    """Return the repository that a path names, without a look at this machine; raise RequestInvalid if none."""
     path = f"gs://{path.removeprefix(_GCS)}" if path.startswith(_GCS) else path
     word = next((f"hf:{path.removeprefix(hub)}" for hub in _HUBS if path.startswith(hub)), path)
     if word == path and not path.startswith("/") and "://" not in path and not path.startswith("hf:"):

@@ -43,11 +43,7 @@ class FollowsNothing:
         self.standing = FollowerStanding(generation, generation, follows=False)
 
     async def catch_up(self, number: int) -> None:
-        """Return where it is new enough already.
-
-        Raises:
-            ReplicaBehind: it is not, and will never be.
-        """
+        """Return where the generation is new enough; raise ReplicaBehind where it never will be."""
         if number > self.standing.generation:
             raise ReplicaBehind(
                 f"expected generation {number} or a newer one, this replica serves "

@@ -115,10 +115,8 @@ class Packer:
         return weights
 
     def prove(self, bundle: Bundle, packed: PackedAdapter, name: str) -> None:
-        """Replay the proof of a bundle, where it has one.
-
-        Raises:
-            ProofFailed: the adapter, which is called by a name, answers otherwise than its proof says.
+        """Replay the proof of a bundle, where it has one; raise ProofFailed, with the adapter's name, where the
+        adapter answers otherwise.
         """
         manifest, began = bundle.manifest, time.monotonic()
         if manifest.proof is None:

@@ -33,10 +33,8 @@ class ScaledAdapter:
 
 
 def blend_parts(text: str) -> tuple[ScaledAdapter, ...]:
-    """Read ``a*0.7 + b*0.5``, up to one part more than there may be; nothing where it is no mixture.
-
-    Raises:
-        RequestInvalid: there is one, and what stands around it is not a name or a number.
+    """Read ``a*0.7 + b*0.5``, up to one part more than there may be; nothing where it is no mixture. Raise
+    RequestInvalid where a part is no name or no number.
     """
     if "+" not in text and "*" not in text:
         return ()
@@ -60,10 +58,8 @@ def _number(scale: str | None, text: str) -> float:
 
 
 def check_blend(parts: Sequence[ScaledAdapter], most: int, where: str) -> None:
-    """Look at what can be judged without knowing the adapters.
-
-    Raises:
-        RequestInvalid: too many, or a scale out of bounds.
+    """Look at what can be judged without knowing the adapters; raise RequestInvalid for too many of them, or a
+    scale out of bounds.
     """
     if len(parts) > MOST_PARTS:
         raise _refused(where, f"at most {MOST_PARTS} adapters", "more")
@@ -136,10 +132,8 @@ def _unscalable(model: ServedModel, members: Sequence[Adapter]) -> str:
 
 
 def agreed(defaults: Sequence[AdapterDefaults]) -> AdapterDefaults:
-    """Return what adapters bring that act together: what all of them say alike, and every stop token.
-
-    Raises:
-        RequestInvalid: their tokens are not the same.
+    """Return what adapters bring that act together: what all of them say alike, and every stop token; raise
+    RequestInvalid where their tokens differ.
     """
 
     def alike(values: Sequence[object]) -> bool:

@@ -173,11 +173,7 @@ def display_source(repository: Repository) -> str:
 
 
 def require_text(model: ServedModel) -> None:
-    """Refuse to generate with an adapter that was trained for scores or vectors, and never for the base's head.
-
-    Raises:
-        RequestInvalid: it was.
-    """
+    """Raise RequestInvalid for text from an adapter that was trained for scores or vectors."""
     silent = next((each for each in model.parts or (model,) if not SILENT.isdisjoint(each.kinds)), None)
     if silent is None:
         return

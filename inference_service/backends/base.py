@@ -103,11 +103,7 @@ class StepLora(ABC):
 
     @abstractmethod
     def begin(self, arrangement: Arrangement) -> None:
-        """Prepare for the rows of a step, at least one of which has an adapter.
-
-        Raises:
-            InternalFault: a row is of a slot that holds no adapter.
-        """
+        """Prepare for the rows of a step, some with an adapter; raise InternalFault for a slot without one."""
 
     @abstractmethod
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:

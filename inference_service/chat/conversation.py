@@ -104,10 +104,8 @@ class Demand:
         return constraint
 
     def calls_or(self, constraint: Constraint, tools: Sequence[OfferedTool], several: bool) -> ConstraintAt:
-        """Return what makes the constraint to calls of these tools or else to another one, behind reasoning.
-
-        Raises:
-            RequestInvalid: calls in the form of the model cannot be held to the schemas.
+        """Return what makes the constraint to calls of these tools or else to another one, behind reasoning;
+        raise RequestInvalid where calls cannot be held to the schemas.
         """
         try:
             grammar = self._grammar(self._form, tools, several=several)
@@ -130,10 +128,8 @@ class Demand:
         return replace(constraint, around=f"start: {before} @answer\n{rules}") if before else constraint
 
     def _grammar(self, form: ToolParser, tools: Sequence[OfferedTool], *, several: bool) -> CallGrammar | None:
-        """Return the grammar of calls in a format; None where none is known.
-
-        Raises:
-            CannotSayError: it has none for these schemas.
+        """Return the grammar of calls in a format, None where none is known; raise CannotSayError for schemas
+        without one.
         """
         known = FORMATS.get(form)
         return known.grammar(tools, self._spelling, several) if known else None

@@ -109,11 +109,7 @@ class Dialect:
         return FORMATS.get(self.tool, HERMES)
 
     def require_form(self) -> None:
-        """Refuse tools of a model whose calls nothing that is installed reads.
-
-        Raises:
-            SettingsInvalid: it is one.
-        """
+        """Raise SettingsInvalid for tools of a model whose calls nothing that is installed reads."""
         if self.tool not in (*FORMATS, ToolParser.AUTO, ToolParser.NONE):
             raise absent(f"calls in the form {self.tool}", "calls")
 

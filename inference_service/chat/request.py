@@ -198,11 +198,7 @@ def _callable(choice: ToolChoice | None, tools: Sequence[ChatTool]) -> tuple[Cha
 
 @contextmanager
 def naming(place: Callable[[str], str]) -> Iterator[None]:
-    """Name fields in faults as the client does.
-
-    Raises:
-        Fault: the same, about those.
-    """
+    """Name fields in the faults of a block as the client does."""
     try:
         yield
     except Fault as fault:
@@ -211,10 +207,8 @@ def naming(place: Callable[[str], str]) -> Iterator[None]:
 
 
 def check_tools(choice: ToolChoice | None, tools: Sequence[ChatTool], turns: Sequence[Turn]) -> None:
-    """Look at the choice among tools, and at the calls that were made earlier.
-
-    Raises:
-        RequestInvalid: a tool is allowed that is not there, or the arguments of calls have too much in them.
+    """Look at the choice among tools, and at the calls that were made earlier; raise RequestInvalid for an
+    allowed tool that is not there, and for arguments with too much in them.
     """
     names = {tool.name for tool in tools}
     for name in choice.names if isinstance(choice, AllowedTools) else ():
@@ -224,20 +218,12 @@ def check_tools(choice: ToolChoice | None, tools: Sequence[ChatTool], turns: Seq
 
 
 def check_calls(turns: Sequence[Turn]) -> None:
-    """Look at the calls that were made earlier.
-
-    Raises:
-        RequestInvalid: their arguments have too much in them.
-    """
+    """Raise RequestInvalid for calls that were made earlier and have too much in their arguments."""
     check_texts(call.arguments for turn in turns for call in turn.calls)
 
 
 def check_demand(choice: ToolChoice | None, tools: Sequence[ChatTool]) -> None:
-    """Look at a demanded call.
-
-    Raises:
-        RequestInvalid: no tool can be called, or not the one that is named.
-    """
+    """Raise RequestInvalid for a demanded call where no tool can be called, or not the named one."""
     if not _is_forced(choice) or _callable(choice, tools):
         return
     if isinstance(choice, NamedTool) and tools:

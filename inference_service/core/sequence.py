@@ -221,10 +221,8 @@ class Sequence:
 
     @property
     def slot(self) -> int | ScaledSlots:
-        """Slot of the adapter that acts on the next chunk, or the slots of a mixture; -1 for the base.
-
-        Raises:
-            RuntimeError: the adapter is not resident, so that no step may have this sequence.
+        """Slot of the adapter that acts on the next chunk, or the slots of a mixture; -1 for the base. Raise
+        RuntimeError for an adapter that is not resident, so that no step may have this sequence.
         """
         if self.adapter is None or self.progress.num_computed < self.invocation:
             return -1

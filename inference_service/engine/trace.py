@@ -61,11 +61,7 @@ class TraceRecorder:
 
     @torch.inference_mode()
     def capture(self, work: Callable[[], None]) -> Trace:
-        """Do the work, and return its trace.
-
-        Raises:
-            CaptureRefused: the work depends on values, or takes some from the host.
-        """
+        """Do the work, and return its trace; raise CaptureRefused where it depends on values of the host."""
         tracing = _Tracing(taker())
         with tracing, intercepted(tracing.launch, tracing.join):
             work()

@@ -70,10 +70,8 @@ class HttpServer:
         self.connections = Connections(state, connection, patience, bound, tls)
 
     async def start(self, listener: socket.socket | None = None) -> str:
-        """Listen, and return the bound address (port 0 draws a free one); a listener listens already.
-
-        Raises:
-            SettingsInvalid: the address is taken or no ``HOST:PORT``.
+        """Listen, and return the bound address (port 0 draws a free one); a listener listens already. Raise
+        SettingsInvalid where the address is taken or no ``HOST:PORT``.
         """
         host, _, _ = self.address.rpartition(":")
         listener = listener or listen(self.address)

@@ -49,11 +49,7 @@ class WeightBlocks:
         return values.view(rows, -1)
 
     def part(self, rows: Tensor, columns: slice | None = None) -> WeightBlocks:
-        """Return some rows and columns.
-
-        Raises:
-            ValueError: columns end within a block.
-        """
+        """Return some rows and columns; raise ValueError for columns that end within a block."""
         beside = self.scales, self.offsets, self.parts, self.offset_parts
         numbers, *found = cut((self.numbers, *beside), rows, columns)
         return WeightBlocks(numbers, self.bits, *found)
@@ -68,10 +64,8 @@ class WeightBlocks:
 
 
 def cut(tensors: Sequence[Tensor | None], rows: Tensor, columns: slice | None = None) -> list[Any]:
-    """Return rows [n] and columns of tensors [out, groups], whose groups share columns of the first tensor.
-
-    Raises:
-        ValueError: columns begin or end within a group.
+    """Return rows [n] and columns of tensors [out, groups], whose groups share columns of the first tensor;
+    raise ValueError for columns that begin or end within a group.
     """
     found = [None if each is None else each[rows] for each in tensors]
     if columns is None or found[0] is None:

@@ -167,9 +167,7 @@ def compiling_for(architecture: int) -> Iterator[None]:
 
 def architecture_of(device: torch.device) -> int:
     """The newest architecture with a tuning table that the device can run; for the interpreter the oldest.
-
-    Raises:
-        ValueError: the device is older than all of them.
+    Raise ValueError for an older device.
     """
     if device.type == "meta" and _compiled_for:
         return _compiled_for[-1]

@@ -58,11 +58,7 @@ def new_linear(weight: Tensor, bias: Tensor | None, quantization: Rounding) -> L
 
 
 def require_able(quantization: Rounding, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise where a device cannot multiply weights that are rounded so.
-
-    Raises:
-        SettingsInvalid: it cannot.
-    """
+    """Raise SettingsInvalid where a device cannot multiply weights that are rounded so."""
     if quantization is Rounding.NONE or (device.type == "cpu" and quantization is not Rounding.FP8):
         return
     needed = ".".join(map(str, CAPABILITY[quantization]))

@@ -89,11 +89,7 @@ class Places:
         return min(windows, key=lambda window: window[0])[1] if windows else None
 
     def take(self, owner: int, offset: int, size: int) -> None:
-        """Give bytes to an occupant.
-
-        Raises:
-            InternalFault: it has a place already, or some of these bytes are taken or do not exist.
-        """
+        """Give bytes to an occupant; raise InternalFault where it has some, or these are not free."""
         end = offset + self._require(size)
         at = bisect_left(self._starts, offset)
         before = self._taken[at - 1].end if at else 0
@@ -112,11 +108,7 @@ class Places:
         return max(sum(extent.size for extent in run) for run in self._runs(last_used))
 
     def give_back(self, owner: int) -> None:
-        """Take an occupant's bytes back.
-
-        Raises:
-            InternalFault: it has none.
-        """
+        """Take an occupant's bytes back; raise InternalFault where it has none."""
         if owner not in self._start_of:
             raise InternalFault(f"adapter {owner} has no place in the bank to give back")
         at = bisect_left(self._starts, self._start_of.pop(owner))

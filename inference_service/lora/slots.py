@@ -77,20 +77,16 @@ class Slots:
         self._held[slot] = int.from_bytes(linears, "little")
 
     def leave(self, slot: int) -> None:
-        """Empty a slot; a later reference to it gets an error or nothing, never another adapter.
-
-        Raises:
-            InternalFault: it holds no adapter.
+        """Empty a slot; a later reference to it gets an error or nothing, never another adapter. Raise
+        InternalFault for an empty one.
         """
         if self._held.pop(slot, None) is None:
             raise InternalFault(f"slot {slot} holds no adapter that could leave")
         self.vocabularies.leave(slot)
 
     def touched(self, slots: Iterable[int]) -> int:
-        """Return a bit for each linear that one of the adapters of these slots adds to.
-
-        Raises:
-            InternalFault: one of them holds no adapter.
+        """Return a bit for each linear that one of the adapters of these slots adds to; raise InternalFault for
+        an empty slot.
         """
         bits = 0
         for slot in slots:

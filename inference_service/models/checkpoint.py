@@ -44,18 +44,14 @@ class Tensors(Protocol):
         ...
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Return a tensor of that shape, of the dtype and on the device.
-
-        Raises:
-            CheckpointInvalid: there is none.
+        """Return a tensor of that shape, of the dtype and on the device; raise CheckpointInvalid if none is
+        there.
         """
         ...
 
     def kept(self, names: Sequence[tuple[str, tuple[int, ...]]], kind: type[Kept]) -> list[Kept] | None:
         """Return weights of few bits as products take them, not by `get`; None where one is of another kind.
-
-        Raises:
-            CheckpointInvalid: the tensors of a weight do not go together.
+        Raise CheckpointInvalid where the tensors of a weight do not go together.
         """
         ...
 

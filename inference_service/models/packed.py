@@ -36,10 +36,8 @@ class Pieces:
         return self.tensors.get(role)
 
     def take(self, role: str, types: Collection[torch.dtype], *shapes: tuple[int, ...]) -> Tensor:
-        """Return a tensor of one of these types, and of one of these shapes if any are given.
-
-        Raises:
-            CheckpointInvalid: it is missing or another one.
+        """Return a tensor of one of these types, and of one of these shapes if any are given; raise
+        CheckpointInvalid where there is none, or another one.
         """
         tensor = self.maybe(role)
         if tensor is None:
@@ -53,20 +51,16 @@ class Pieces:
         return tensor
 
     def groups_of_rows(self, role: str, rows: int) -> Tensor:
-        """Return scales [rows, groups] in float32, of a file that has them [groups, rows].
-
-        Raises:
-            CheckpointInvalid: there are none, or others.
+        """Return scales [rows, groups] in float32, of a file that has them [groups, rows]; raise
+        CheckpointInvalid where there are none, or others.
         """
         scales = self.take(role, FLOATS)
         groups = scales.shape[0] if scales.dim() else 0
         return self.take(role, FLOATS, (groups, rows)).float().t()
 
     def matrix(self) -> tuple[int, int]:
-        """Return the rows and columns of a weight that must be one matrix.
-
-        Raises:
-            CheckpointInvalid: config.json implies another one.
+        """Return the rows and columns of a weight; raise CheckpointInvalid where config.json implies another
+        matrix.
         """
         if len(self.shape) != 2:
             raise self.invalid("weight", f"expected a matrix, config.json implies shape {self.shape}.")
@@ -196,10 +190,8 @@ class Keepable(ABC):
 
     @abstractmethod
     def kept(self) -> Kept | None:
-        """Return the weight as products take it; None where they take it widened.
-
-        Raises:
-            CheckpointInvalid: it has scales that are no numbers.
+        """Return the weight as products take it, None where they take it widened; raise CheckpointInvalid for
+        scales that are no numbers.
         """
 
 
@@ -257,11 +249,7 @@ class Integers(NamedTuple):
         return Integers(self.numbers.to(device), self.scales.to(device), zeros)
 
     def part(self, rows: Tensor, columns: slice | None = None) -> Integers:
-        """Return some rows and columns.
-
-        Raises:
-            ValueError: columns end within a group.
-        """
+        """Return some rows and columns; raise ValueError for columns that end within a group."""
         return Integers(*cut(self, rows, columns))
 
 
@@ -270,10 +258,8 @@ Kept = Integers | WeightBlocks
 
 
 def grids(pieces: Pieces, scales: Tensor) -> Tensor:
-    """Return scales, or zero points, of a weight's matrices as [matrices, down, across].
-
-    Raises:
-        CheckpointInvalid: they are no grid for each matrix.
+    """Return scales, or zero points, of a weight's matrices as [matrices, down, across]; raise
+    CheckpointInvalid where they are no grid for each matrix.
     """
     *matrices, rows, _ = pieces.shape
     count, shape = math.prod(matrices), list(scales.shape)

@@ -50,10 +50,8 @@ class BuilderNews:
         self._away = False
 
     async def run(self) -> None:
-        """Listen until cancelled.
-
-        Raises:
-            SettingsInvalid: the address, the key or a certificate cannot be used.
+        """Listen until cancelled; raise SettingsInvalid where the address, the key or a certificate cannot be
+        used.
         """
         credentials = Credentials()
         async with credentials.channel(self._address, grpc.aio) as channel:

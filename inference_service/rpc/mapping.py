@@ -159,20 +159,14 @@ def prompt_of(message: pb.GenerateRequest, max_seq_len: int) -> PromptContent:
 
 
 def tools_of(message: pb.GenerateRequest) -> tuple[Mapping[str, Any], ...]:
-    """Return the tools, in the shape of the OpenAI API, which chat templates render.
-
-    Raises:
-        RequestInvalid: the parameters of a tool are not a JSON object.
+    """Return the tools in the shape of the OpenAI API, which chat templates render; raise RequestInvalid for
+    parameters that are no JSON object.
     """
     return tuple(_tool(index, tool) for index, tool in enumerate(message.messages.tools))
 
 
 def variables_of(message: pb.GenerateRequest) -> Mapping[str, Any]:
-    """Return the variables of the chat template.
-
-    Raises:
-        RequestInvalid: they are not a JSON object.
-    """
+    """Return the variables of the chat template; raise RequestInvalid where they are no JSON object."""
     return _object("messages.chat_template_kwargs", message.messages.chat_template_kwargs or "{}")
 
 

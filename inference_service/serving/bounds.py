@@ -34,11 +34,7 @@ def countable(max_seq_len: int) -> int:
 
 
 def check_ids(ids: Sized, max_seq_len: int) -> None:
-    """Look at how many token ids there are, before they are copied or looked at one by one.
-
-    Raises:
-        PromptTooLong: more than fit.
-    """
+    """Raise PromptTooLong for more token ids than fit, before they are copied or looked at one by one."""
     if len(ids) > max_seq_len:
         raise prompt_too_long(len(ids), max_seq_len)
 
@@ -82,11 +78,7 @@ def json_bytes(value: object) -> int | None:
 
 
 def check_texts(texts: Iterable[str]) -> None:
-    """Look at all JSON texts inside a request together.
-
-    Raises:
-        RequestInvalid: they have too much in them.
-    """
+    """Raise RequestInvalid for JSON texts inside a request that together have too much in them."""
     if much := unfolds_to(",".join(texts).encode(errors="replace")):
         raise RequestInvalid(f"the JSON texts of the request have {much}. Send less.")
 
@@ -240,21 +232,13 @@ def check_turns(
     goes_on: bool,
     starts: bool,
 ) -> None:
-    """Look at the messages, tools and variables that are to be rendered.
-
-    Raises:
-        RequestInvalid: with one finding per field that breaks a rule.
-    """
+    """Raise RequestInvalid, with one finding per field, for messages, tools and variables that break a rule."""
     end = rules_of_the_end(messages, goes_on=goes_on, starts=starts)
     _judge(chain(rules_of_turns(messages), rules_of_tools(tools), rules_of_variables(variables), end))
 
 
 def check_constraint(constraint: Constraint | None) -> None:
-    """Look at a constraint that was made when the prompt was known.
-
-    Raises:
-        RequestInvalid: it is too long.
-    """
+    """Raise RequestInvalid for a constraint that is too long and was made when the prompt was known."""
     _judge(_constraint(constraint))
 
 

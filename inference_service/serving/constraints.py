@@ -95,10 +95,8 @@ class Constraints:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="constraints")
 
     async def compile(self, constraint: Constraint, text: Text) -> Compiled:
-        """Return a compiled constraint on tokens of a text.
-
-        Raises:
-            RequestInvalid: it cannot be parsed, is not supported, or takes too long; names its ``where``.
+        """Return a compiled constraint on tokens of a text. Raise RequestInvalid, with its ``where``, for one
+        that cannot be parsed, is not supported, or takes too long.
         """
         future = self._matchers.get((constraint, text))
         if future is None:

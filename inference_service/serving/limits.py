@@ -112,10 +112,8 @@ class Ticket:
         return self._seq is not None and self._seq.progress.began_s is not None
 
     def check_tokens(self) -> None:
-        """Look once more, before the engine is given anything.
-
-        Raises:
-            RateLimited: others have used up the tokens of a minute meanwhile.
+        """Raise RateLimited where others have used up the tokens of a minute before the engine is given
+        anything.
         """
         for bound in self.bounds:
             bound.check_tokens()

@@ -103,11 +103,7 @@ class Naming:
         return found
 
     async def defaults(self, model: ServedModel) -> AdapterDefaults:
-        """Return what an adapter brings beside its weights.
-
-        Raises:
-            Fault: it has to be read, and cannot be.
-        """
+        """Return what an adapter brings beside its weights, or raise why it cannot be read."""
         if model.defaults is not None:
             return model.defaults
         if model.parts:

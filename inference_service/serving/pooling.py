@@ -124,10 +124,8 @@ async def scored(
 def pooling_of(
     requested: str | None, usual: Pooling | None, served: Collection[Pooling] = OF_DECODERS
 ) -> Pooling:
-    """Return what a request says, else what is usual for the base, which serves some.
-
-    Raises:
-        RequestInvalid: there is no such pooling, or nothing that is usual.
+    """Return what a request says, else what is usual for the base, which serves some; raise RequestInvalid for
+    another pooling, or for none where nothing is usual.
     """
     if requested in set(served):
         return Pooling(requested)
@@ -150,11 +148,7 @@ def shaped(vector: Vector, dimensions: int | None, *, normalize: bool) -> Vector
 
 
 def check_dimensions(dimensions: int | None, hidden: int) -> None:
-    """Look at how many numbers of a vector are asked for.
-
-    Raises:
-        RequestInvalid: as many do not exist.
-    """
+    """Raise RequestInvalid for more numbers of a vector than there are, or fewer than one."""
     if dimensions is not None and not 1 <= dimensions <= hidden:
         problem = "a vector cannot have this many dimensions."
         expected = f"1 to {hidden}, the dimensions of this base's vectors"

@@ -132,10 +132,8 @@ class Terms:
         return [begin() for _ in range(output.n)]
 
     async def sampling(self, prompt_tokens: int) -> SamplingParams:
-        """Return what the answers to a prompt of so many tokens are drawn by.
-
-        Raises:
-            PromptTooLong: prompt and answer do not fit.
+        """Return what the answers to a prompt of so many tokens are drawn by; raise PromptTooLong where both do
+        not fit.
         """
         requested, defaults = self.request.sampling, self.defaults
         fits = room(requested.max_tokens, prompt_tokens, self.limits.max_seq_len)
@@ -237,11 +235,7 @@ def drawable(value: float) -> float:
 
 
 def room(requested: int | None, prompt_tokens: int, max_seq_len: int) -> int:
-    """Return how many new tokens fit behind a prompt.
-
-    Raises:
-        PromptTooLong: not as many as are wanted.
-    """
+    """Return how many new tokens fit behind a prompt; raise PromptTooLong for fewer than requested."""
     left = max_seq_len - prompt_tokens
     if requested == 0 and left < 0:
         raise PromptTooLong(

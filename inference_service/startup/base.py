@@ -174,21 +174,15 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
 
 
 def require_ranks(settings: InferenceSettings) -> Any:
-    """Return the extension `ranks` where settings ask for several; else None.
-
-    Raises:
-        SettingsInvalid: it is not installed.
-    """
+    """Return the extension `ranks` where settings ask for several; raise SettingsInvalid without it."""
     world = settings.tensor_parallel or 1
     what = f"LORAMUX_TENSOR_PARALLEL={world} (or build.tensor_parallel_count of the deployment)"
     return need_extension("ranks", what) if world > 1 else None
 
 
 def shard_of(settings: InferenceSettings, config: ModelConfig, rank: int) -> Shard | None:
-    """Return what a rank has of a base; None where one process computes all of it.
-
-    Raises:
-        SettingsInvalid: the base cannot be divided so.
+    """Return what a rank has of a base, None where one process computes all of it; raise SettingsInvalid for a
+    base that cannot be divided so.
     """
     world = settings.tensor_parallel or 1
     return None if world == 1 else Shard(config, rank, world, config.shard(world))

@@ -47,10 +47,8 @@ FP8_CAPABILITY: Final = (8, 9)
 
 
 def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
-    """Return what the settings ask for, or what suits the machine and the model.
-
-    Raises:
-        SettingsInvalid: the machine does not have what the settings ask for.
+    """Return what the settings ask for, or what suits the machine and the model; raise SettingsInvalid where
+    the machine does not have it.
     """
     chosen = _kernels(settings, config)
     quantization = settings.rounding
@@ -141,11 +139,7 @@ def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:
 
 
 def check_cache_dtype(settings: InferenceSettings, capability: tuple[int, int]) -> None:
-    """Refuse a cache that a GPU of this capability cannot convert.
-
-    Raises:
-        SettingsInvalid: it is fp8, which older ones do not have.
-    """
+    """Raise SettingsInvalid for an fp8 cache on a GPU of a capability that cannot convert it."""
     if settings.kv_cache_dtype == "fp8" and capability < FP8_CAPABILITY:
         found = ".".join(map(str, capability))
         raise SettingsInvalid(
@@ -250,11 +244,7 @@ def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
 
 
 def check_triton(installed: str) -> None:
-    """Refuse a Triton that the kernels were never compiled with.
-
-    Raises:
-        SettingsInvalid: it is none of `TRITONS`.
-    """
+    """Raise SettingsInvalid for a Triton that is none of `TRITONS`, which the kernels were compiled with."""
     if ".".join(installed.split(".")[:2]) not in TRITONS:
         known = ", ".join(f"{each} ({torches})" for each, torches in TRITONS.items())
         raise SettingsInvalid(
@@ -264,11 +254,7 @@ def check_triton(installed: str) -> None:
 
 
 def check_triton_cache() -> None:
-    """Refuse a cache of Triton that another user may have written, because Triton trusts it.
-
-    Raises:
-        SettingsInvalid: the folder is not safe from others.
-    """
+    """Raise SettingsInvalid for a cache of Triton that others may have written, because Triton trusts it."""
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser().resolve()
     why = open_folder(folder)
     if why is not None:

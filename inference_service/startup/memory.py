@@ -91,10 +91,8 @@ def measure_graph(new_runner: Callable[[], Runner], memory: CudaMemory) -> int:
 
 
 def measure(new_runner: Callable[[], StepRunner], batch: Batch, memory: CudaMemory) -> Measured:
-    """Run a batch with a runner of its own, whose cache has SCRATCH_BLOCKS blocks.
-
-    Raises:
-        ResourcesExhausted: the device has not enough memory for it.
+    """Run a batch with a runner of its own, whose cache has SCRATCH_BLOCKS blocks; raise ResourcesExhausted
+    where the device has not enough memory for it.
     """
     before = memory.settled()
     memory.watch_peak()

@@ -22,11 +22,7 @@ class ChatTemplate:
     """Renders messages as Hugging Face does."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Take a template that can be compiled within the limits.
-
-        Raises:
-            CheckpointInvalid: it cannot.
-        """
+        """Take a template; raise CheckpointInvalid for one that cannot be compiled within the limits."""
         if len(source) > MAX_TEMPLATE_CHARS:
             raise CheckpointInvalid(
                 f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARS} are rendered."

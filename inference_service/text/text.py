@@ -53,10 +53,8 @@ class Text:
         self._lock = threading.Lock()
 
     def with_tokens(self, own: OwnTokens) -> Text:
-        """Return the text side of a model that has tokens of its own; those with the same ones share it.
-
-        Raises:
-            ValueError: the tokenizer gives them other ids.
+        """Return the text side of a model that has tokens of its own; those with the same ones share it. Raise
+        ValueError where the tokenizer gives them other ids.
         """
         key = own.to_bytes()
         with self._lock:
@@ -77,10 +75,8 @@ class Text:
 
     @classmethod
     def load(cls, folder: Path, vocab: int) -> Text:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja.
-
-        Raises:
-            CheckpointInvalid: there is no tokenizer.json, or a file cannot be read.
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja; raise CheckpointInvalid where
+        there is no tokenizer.json, or a file cannot be read.
         """
         path = folder / "tokenizer.json"
         if not path.exists():

@@ -127,11 +127,7 @@ def push(
 def named_repository(
     repo: str, source: SourceKind | None, revision: str, subfolder: str, secret: str
 ) -> Repository:
-    """Return the repository that a word and flags name.
-
-    Raises:
-        DeploymentInvalid: they name none.
-    """
+    """Return the repository that a word and flags name; raise DeploymentInvalid where they name none."""
     try:
         found = Repository(source=source, repo=repo) if source else parse_repository(repo)
         flags = {"revision": revision, "subfolder": subfolder, "runtime_secret_name": secret}
@@ -144,11 +140,7 @@ def named_repository(
 
 
 def only_deployment(client: Client) -> str:
-    """Return the one deployment that a builder has.
-
-    Raises:
-        DeploymentNotFound: it has none, or several.
-    """
+    """Return the one deployment that a builder has; raise DeploymentNotFound where it has none, or several."""
     names = [info.name for info in client.deployments()]
     if len(names) != 1:
         raise DeploymentNotFound(

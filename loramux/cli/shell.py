@@ -101,11 +101,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def signers(words: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the signers that words name; files are read here.
-
-    Raises:
-        SettingsInvalid: one is none.
-    """
+    """Return the signers that words name, and read files here; raise SettingsInvalid where one is no signer."""
     try:
         return tuple(read_signer(word, Path()) for word in words or ())
     except ValueError as error:

@@ -63,10 +63,8 @@ def _at_once(path: str, flags: int) -> int:
 
 
 def read_small(path: Path) -> bytes:
-    """Return the content of a file that a person writes: settings, keys, certificates.
-
-    Raises:
-        OSError: it cannot be read, or has more bytes than such a file has.
+    """Return the content of a file that a person writes: settings, keys, certificates. Raise OSError where it
+    cannot be read, or has more bytes than such a file has.
     """
     with path.open("rb") as file:
         content = file.read(MAX_SMALL + 1)

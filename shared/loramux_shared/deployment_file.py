@@ -81,10 +81,8 @@ class DeploymentFile(Model):
 
 
 def load_deployment(path: Path) -> DeploymentFile:
-    """Read a deployment file; LOCAL repositories are resolved against its folder, ``~`` included.
-
-    Raises:
-        DeploymentInvalid: the file cannot be read, is no YAML, or breaks a rule; all violations at once.
+    """Read a deployment file; LOCAL repositories are resolved against its folder, ``~`` included. Raise
+    DeploymentInvalid, with all violations, for a file that cannot be read, is no YAML, or breaks a rule.
     """
     try:
         text = read_small(path).decode()
@@ -96,10 +94,8 @@ def load_deployment(path: Path) -> DeploymentFile:
 
 
 def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
-    """Turn parsed YAML into a deployment.
-
-    Raises:
-        DeploymentInvalid: with one finding per unknown key, missing key or bad value.
+    """Turn parsed YAML into a deployment; raise DeploymentInvalid with one finding per unknown key, missing key
+    or bad value.
     """
     if not isinstance(data, dict):
         found = "nothing" if data is None else type(data).__name__
@@ -128,11 +124,7 @@ def _unserved(where: str, value: Any) -> Finding | None:
 
 
 def parse_lora_configuration(**fields: Any) -> LoraConfiguration:
-    """Return ceilings from values that are not checked yet.
-
-    Raises:
-        DeploymentInvalid: with one finding per bad value.
-    """
+    """Return ceilings from unchecked values; raise DeploymentInvalid with one finding per bad value."""
     try:
         return LoraConfiguration.model_validate(fields)
     except ValidationError as error:

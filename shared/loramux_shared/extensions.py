@@ -37,11 +37,7 @@ def package_of(point: EntryPoint) -> str:
 
 
 def load_extension(point: EntryPoint) -> Any:
-    """Return the object of an entry point.
-
-    Raises:
-        SettingsInvalid: its module cannot be imported.
-    """
+    """Return the object of an entry point; raise SettingsInvalid where its module cannot be imported."""
     try:
         return point.load()
     except ModuleNotFoundError as error:
@@ -75,10 +71,8 @@ def load_extensions(group: str, left_out: Callable[[str, SettingsInvalid], None]
 
 
 def need_extension(name: str, what: str) -> Any:
-    """Return the module of an extension for what needs it; of one with several, NAME.MODULE.
-
-    Raises:
-        SettingsInvalid: it is not installed, or cannot be imported.
+    """Return the module of an extension for what needs it; of one with several, NAME.MODULE. Raise
+    SettingsInvalid where it is not installed, or cannot be imported.
     """
     try:
         return _part(name)

@@ -419,11 +419,7 @@ def read_flags(
     texts: Mapping[str, str],
     arguments: Sequence[str] | None = None,
 ) -> AnySettings:
-    """Read settings from flags, each with its text, and those that both services have, then as `load_settings`.
-
-    Raises:
-        SettingsInvalid: as `load_settings`.
-    """
+    """Read settings from flags, each with its text, and from those of both services, then as `load_settings`."""
     for name, text in texts.items():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=text.replace("%", "%%"))
     lists = {
@@ -442,11 +438,7 @@ def read_flags(
 
 
 def require_triton(backend: str) -> None:
-    """Raise where the kernels for GPUs are to run and Triton is not installed.
-
-    Raises:
-        SettingsInvalid: it is not.
-    """
+    """Raise SettingsInvalid where the kernels for GPUs are to run and Triton is not installed."""
     if find_spec("triton") is None:
         raise SettingsInvalid(
             f"{variable('backend')}={backend} needs Triton: pip install 'loramux[gpu]', or set torch."

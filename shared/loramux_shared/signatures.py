@@ -54,11 +54,7 @@ class Signatures(Protocol):
 
 
 def signatures() -> Signatures:
-    """Return the extension that makes and verifies signatures.
-
-    Raises:
-        SettingsInvalid: it is not installed.
-    """
+    """Return the extension that makes and verifies signatures; raise SettingsInvalid without it."""
     extension: Signatures = need_extension("signing", "signatures that settings require")
     return extension
 
@@ -73,10 +69,8 @@ def signed_store(store: Store, signers: Sequence[str], key: SigningKey | None = 
 
 
 def parse_signer(text: str) -> str:
-    """Return a signer as it is kept: PEM without what stands around it, or the spelling of an identity.
-
-    Raises:
-        ValueError: it is none; the text says what is expected.
+    """Return a signer as it is kept: PEM without what stands around it, or the spelling of an identity. Raise
+    ValueError, which says what is expected, for everything else.
     """
     if len(text) > MAX_SIGNER_BYTES:
         raise ValueError(f"at most {MAX_SIGNER_BYTES} characters")
@@ -100,9 +94,7 @@ def is_file(word: str) -> bool:
 
 def read_signer(word: str, folder: Path) -> str:
     """Return the signer that a person names: a file, also relative to a folder, or what `parse_signer` reads.
-
-    Raises:
-        ValueError: it is none, or the file cannot be read.
+    Raise ValueError for others, and for a file that cannot be read.
     """
     if not is_file(word):
         return parse_signer(word)

@@ -37,10 +37,8 @@ GRAMMAR: Final = (
 
 
 def parse_repository(text: str, folder: Path | None = None) -> Repository:
-    """Return the repository that a word names; a local path starts from folder, else from where we are.
-
-    Raises:
-        DeploymentInvalid: it is none.
+    """Return the repository that a word names; a local path starts from folder, else from where we are. Raise
+    DeploymentInvalid for other words.
     """
     path = _local_path(text, folder or Path.cwd())
     address, _, subfolder = text.partition("#")

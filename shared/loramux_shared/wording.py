@@ -58,10 +58,8 @@ def is_number(text: str) -> bool:
 
 
 def refuse_odd(value: Any, annotation: Any) -> Any:
-    """Return the value of a field, unless it is a text that Python alone takes for the number that it is to be.
-
-    Raises:
-        ValueError: it is.
+    """Return the value of a field; raise ValueError for a text that Python alone takes for the number that it
+    is to be.
     """
     if isinstance(value, str) and _ODD.search(value) and not {int, float}.isdisjoint(_kinds(annotation)):
         try:

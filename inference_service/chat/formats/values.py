@@ -93,9 +93,7 @@ def literal(text: str) -> Any:
 
 def plain(node: ast.expr) -> Any:
     """Return the value of a Python literal that JSON has too; true, false and null are words of it as well.
-
-    Raises:
-        ValueError: it is none.
+    Raise ValueError for other texts.
     """
     match node:
         case ast.Constant(value=str() | int() | float() | None as value):
@@ -151,9 +149,7 @@ def _properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def arguments(schema: Mapping[str, Any]) -> list[tuple[str, Any, bool]]:
     """Return the arguments that a schema names, each with whether it must be there; others there are none.
-
-    Raises:
-        CannotSayError: it asks for more of them together.
+    Raise CannotSayError where more is asked of them together.
     """
     if asks_more(schema, {"properties", "required", "additionalProperties", "$defs", "definitions", "$schema"}):
         raise CannotSayError(f"arguments of {excerpt(schema)}")
@@ -170,10 +166,8 @@ def asks_more(schema: Any, known: set[str]) -> bool:
 
 
 def texts(schema: Any) -> list[str] | None:
-    """Return which texts a value may be, none for any; None where it is no text that stands as it is.
-
-    Raises:
-        CannotSayError: it is a text of which more is asked.
+    """Return which texts a value may be, none for any; None where it is no text that stands as it is. Raise
+    CannotSayError for a text of which more is asked.
     """
     if not schema:
         return []

@@ -138,10 +138,8 @@ def manager_of(http: HttpRequest) -> AdapterManager:
 
 
 def refuse_other_sites(http: HttpRequest) -> None:
-    """Refuse what a page of another site has a browser send; only needed where there is no JSON to read.
-
-    Raises:
-        PermissionDenied: the browser says that it is so.
+    """Raise PermissionDenied for what a page of another site has a browser send, where there is no JSON to
+    read.
     """
     if http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise PermissionDenied("requests from pages of other sites are refused. Use this server's own page.")

@@ -63,10 +63,8 @@ class _Placed:
 
 
 def turns_of(body: PromptBody) -> list[Turn]:
-    """Return the turns of a conversation; turns of one role that follow each other are one.
-
-    Raises:
-        RequestInvalid: a block is none of its role.
+    """Return the turns of a conversation, those of one role that follow each other as one; raise RequestInvalid
+    for a block that its role does not have.
     """
     system = _turn("system", [block for block in body.system or () if not _is_bill(block.text)], "system")
     turns = [system] if system.content else []
@@ -140,10 +138,8 @@ CHOICES: Final[Mapping[str, ToolChoice]] = {"auto": "auto", "any": "required", "
 
 
 def chat_of(body: PromptBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
-    """Return the conversation that a body asks to continue.
-
-    Raises:
-        RequestInvalid: fields contradict each other, or a header is wrong.
+    """Return the conversation that a body asks to continue; raise RequestInvalid where fields contradict each
+    other, or a header is wrong.
     """
     turns, form, choice = tuple(turns_of(body)), _format(body), _choice(body.tool_choice)
     last = turns[-1]

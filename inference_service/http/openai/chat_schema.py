@@ -35,10 +35,8 @@ def _flat(content: Any) -> Any:
 
 
 def text_of(part: Any, kinds: Mapping[str, str] = TEXT_PARTS) -> str:
-    """Return the text of a part, by the kinds of parts that have one and their keys for it.
-
-    Raises:
-        PydanticCustomError: it is of another kind, or no part.
+    """Return the text of a part, by the kinds of parts that have one and their keys for it; raise
+    PydanticCustomError for others.
     """
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind not in kinds:

@@ -37,10 +37,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 def chat_of(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
-    """Return the conversation that a body asks to continue.
-
-    Raises:
-        RequestInvalid: fields contradict each other, or a header is wrong.
+    """Return the conversation that a body asks to continue; raise RequestInvalid where fields contradict each
+    other, or a header is wrong.
     """
     tools = () if body.tool_choice == "none" else tuple(map(tool_of, body.tools or ()))
     check_demand(body.tool_choice, tools)
@@ -91,11 +89,7 @@ def tool_of(tool: Tool) -> ChatTool:
 
 
 def one_constraint(constraint: Constraint | None, outputs: StructuredOutputs | None) -> Constraint | None:
-    """Return the constraint of a format, or of vLLM's way to say one.
-
-    Raises:
-        RequestInvalid: both are there.
-    """
+    """Return the constraint of a format, or of vLLM's way to say one; raise RequestInvalid for both."""
     structure = _structure(outputs)
     if constraint and structure:
         raise refused("structured_outputs", "none together with a response_format", "both")
@@ -112,10 +106,8 @@ def _limit(body: ChatBody) -> int | None:
 def completion_requests(
     body: CompletionBody, service: GenerationService, headers: Mapping[str, str] = NO_HEADERS
 ) -> list[Request]:
-    """Return one request per prompt.
-
-    Raises:
-        RequestInvalid: fields contradict each other, or a header is wrong.
+    """Return one request per prompt; raise RequestInvalid where fields contradict each other, or a header is
+    wrong.
     """
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise refused("best_of", "the same as n", body.best_of)
@@ -144,10 +136,8 @@ def completion_requests(
 def request_of(
     body: SamplingBody, headers: Mapping[str, str], *, prompt: PromptContent = "", **own: Any
 ) -> Request:
-    """Return the request of a body: what it takes over, then what means something else here.
-
-    Raises:
-        RequestInvalid: a header is wrong.
+    """Return the request of a body: what it takes over, then what means something else here. Raise
+    RequestInvalid for a wrong header.
     """
     own |= {"prompt": prompt, "usual_temperature": DEFAULT_TEMPERATURE, "priority": -(body.priority or 0)}
     own |= hinted(headers, body.min_generation or 0, body.user or "")._asdict()

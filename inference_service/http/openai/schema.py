@@ -73,11 +73,7 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 def prompts_of(value: Any, most: int) -> tuple[Prompt, ...]:
-    """Return one prompt or several as several.
-
-    Raises:
-        PydanticCustomError: it is none, or there are more.
-    """
+    """Return one prompt or several as several; raise PydanticCustomError for none, and for more than most."""
     prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
     if not prompts or not all(isinstance(prompt, str) or _is_ids(prompt) for prompt in prompts):
         raise PydanticCustomError("prompt", EXPECTED_PROMPT)

@@ -182,11 +182,7 @@ class ResponseAnswer:
         self._ended: Response | None = None
 
     async def whole(self) -> Response:
-        """Return the response at once.
-
-        Raises:
-            Fault: it failed.
-        """
+        """Return the response at once, or raise why it failed."""
         async with aclosing(self._events()) as events:
             async for _ in events:
                 pass
@@ -194,10 +190,8 @@ class ResponseAnswer:
         return self._ended
 
     async def events(self) -> AsyncGenerator[ResponseEvent]:
-        """Yield the events of the response; the first with the first token, the last says how it ended.
-
-        Raises:
-            Fault: it failed before the first event.
+        """Yield the events of the response; the first with the first token, the last says how it ended. Raise a
+        failure before the first event.
         """
         try:
             async with aclosing(self._events()) as events:

@@ -46,10 +46,8 @@ SUMMED_UP: Final = "What was said before, summed up:\n"
 
 
 def turns_of(instructions: str | None, items: str | Sequence[Item]) -> tuple[Turn, ...]:
-    """Return the turns of a text, or of items, behind the instructions.
-
-    Raises:
-        RequestInvalid: an output is that of no call, or reasoning or a compaction is not ours.
+    """Return the turns of a text, or of items, behind the instructions; raise RequestInvalid for an output of
+    no call, and for reasoning or a compaction of other servers.
     """
     if not isinstance(items, str):
         _check_calls(items)

@@ -182,11 +182,7 @@ async def embeddings(service: GenerationService, http: HttpRequest) -> Reply[Emb
 def pooling_requests(
     body: PoolingBody, prompts: Sequence[PromptContent], pooling: Pooling, headers: Mapping[str, str]
 ) -> list[Request]:
-    """Return a request for each prompt.
-
-    Raises:
-        RequestInvalid: a header is wrong.
-    """
+    """Return a request for each prompt; raise RequestInvalid for a wrong header."""
     own: dict[str, Any] = {"pooling": pooling, "max_tokens": 0, "priority": -(body.priority or 0)}
     own |= hinted(headers, body.min_generation or 0, body.user or "")._asdict()
     if body.request_id is not None:

@@ -160,10 +160,8 @@ async def _scored(
 
 
 def _pairs(body: ScoreBody) -> list[TextPair]:
-    """Return what is scored: one text beside each of several, or texts one by one.
-
-    Raises:
-        RequestInvalid: they are several of both, and not as many.
+    """Return what is scored: one text beside each of several, or texts one by one. Raise RequestInvalid for
+    several of both, and not as many.
     """
     first, second = ((each,) if isinstance(each, str) else each for each in (body.text_1, body.text_2))
     if len(first) == 1:

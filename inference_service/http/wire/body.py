@@ -174,10 +174,8 @@ Q = TypeVar("Q", bound=Query)
 
 
 def read_query(http: Request, kind: type[Q]) -> Q:
-    """Return the query as a model of its kind.
-
-    Raises:
-        RequestInvalid: a name is unknown or comes twice, or a value is not of its type.
+    """Return the query as a model of its kind; raise RequestInvalid for a name that is unknown or comes twice,
+    and for a value of another type.
     """
     query = http.query_params
     if len(query.multi_items()) > len(query):

@@ -129,11 +129,7 @@ class Connections:
             loop.call_later(RETRY_S, self._listen)
 
     def _accept(self, listener: socket.socket) -> bool:
-        """Accept one; False when none waits.
-
-        Raises:
-            OSError: the system has no descriptor left.
-        """
+        """Accept one, False when none waits; raise OSError where the system has no descriptor left."""
         try:
             sock, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):

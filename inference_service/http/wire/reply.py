@@ -118,11 +118,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 @asynccontextmanager
 async def _until(gone: asyncio.Future[NoReturn]) -> AsyncGenerator[None]:
-    """Cancel the block as soon as the client goes away, which nobody waits for behind it.
-
-    Raises:
-        ClientDisconnect: the client went away.
-    """
+    """Cancel the block with ClientDisconnect as soon as the client goes away, which nobody waits for behind it."""
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - a coroutine runs in one
     before, left = task.cancelling(), False

@@ -155,19 +155,13 @@ class Cut:
 
 
 def cut_of(device: torch.device, dtype: torch.dtype, heads: HeadCounts) -> Cut:
-    """Return how steps are cut for layers with such heads.
-
-    Raises:
-        ValueError: as `prefill_tile`.
-    """
+    """Return how steps are cut for layers with such heads, or raise what `prefill_tile` does."""
     return Cut(prefill_tile(device, dtype, heads.dim, heads.group), heads.kv)
 
 
 def prefill_tile(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> int:
-    """Rows of a chunk that one program of prefill takes, where group query heads share a head of keys.
-
-    Raises:
-        ValueError: the group or the head is too large.
+    """Rows of a chunk that one program of prefill takes, where group query heads share a head of keys; raise
+    ValueError where the group or the head is too large.
     """
     block_m = config_of(PREFILL, device, dtype, head_dim).block_m
     if group > block_m:

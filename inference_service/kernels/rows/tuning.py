@@ -26,11 +26,7 @@ MAX_NORM_DIM: Final = max(NORM)
 
 
 def norm_config(dim: int) -> RowTile:
-    """The tile that holds a row of ``dim`` elements.
-
-    Raises:
-        ValueError: no tile is so large.
-    """
+    """The tile that holds a row of ``dim`` elements; raise ValueError where none is so large."""
     if dim > MAX_NORM_DIM:
         raise ValueError(f"norms have at most {MAX_NORM_DIM} elements, got {dim}")
     return NORM[next(key for key in NORM if dim <= key)]

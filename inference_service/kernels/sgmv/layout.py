@@ -103,10 +103,8 @@ class Group:
         return self.weights[: len(self.weights) // ROW * ROW].view(torch.float32)
 
     def check_table(self, table: npt.NDArray[np.int64]) -> None:
-        """Refuse a host copy of the table that would make a kernel read or drop what it must not.
-
-        Raises:
-            ValueError: naming the slot and what is wrong with it.
+        """Raise ValueError, with the slot and what is wrong with it, for a host copy of the table that would
+        make a kernel read or drop what it must not.
         """
         sizes = np.array(self.slices.sizes)
         if table.shape != tuple(self.table.shape):

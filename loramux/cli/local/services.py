@@ -100,11 +100,7 @@ def serve(
 
 
 def builder_command(store: str | None, grpc: str | None, local_roots: Sequence[Path]) -> list[str]:
-    """Return the command line of a builder service.
-
-    Raises:
-        SettingsInvalid: its packages are not installed.
-    """
+    """Return the command line of a builder; raise SettingsInvalid where its packages are not installed."""
     _require("builder")
     return [*_python("builder_service"), *_flags(store=store, grpc=grpc), *_roots(local_roots)]
 

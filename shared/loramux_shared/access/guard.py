@@ -37,10 +37,8 @@ class TlsFiles:
     """Clients must show a certificate of these authorities; None: they show none."""
 
     def pem(self) -> Pem:
-        """Return what the files hold.
-
-        Raises:
-            SettingsInvalid: a file cannot be read, or they do not belong together.
+        """Return what the files hold; raise SettingsInvalid where one cannot be read, or they do not go
+        together.
         """
         chain, key = _bytes(self.cert), _bytes(self.key)
         client_ca = None if self.client_ca is None else _bytes(self.client_ca)
@@ -48,11 +46,7 @@ class TlsFiles:
         return Pem(chain, key, client_ca)
 
     def context(self) -> ssl.SSLContext:
-        """Return a context of the files as they are now.
-
-        Raises:
-            SettingsInvalid: a file cannot be read, or they do not belong together.
-        """
+        """Return a context of the files as they are now, or raise what `pem` does."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.set_alpn_protocols(["http/1.1"])
         try:

@@ -109,11 +109,7 @@ class Keyring:
 
 
 def read_keys_file(path: Path) -> str:
-    """Return the text of a keys file.
-
-    Raises:
-        SettingsInvalid: it cannot be read.
-    """
+    """Return the text of a keys file; raise SettingsInvalid where it cannot be read."""
     try:
         return read_small(path).decode()
     except (OSError, UnicodeDecodeError) as error:

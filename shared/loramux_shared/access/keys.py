@@ -116,9 +116,7 @@ def digest(key: str) -> bytes:
 
 def parse_keys(text: str, where: str) -> list[KeyEntry]:
     """Return the entries of a keys file or variable; empty lines and those that begin with ``#`` say nothing.
-
-    Raises:
-        SettingsInvalid: naming every bad line, and repeating nothing of it: it may be a key.
+    Raise SettingsInvalid with every bad line, and repeat nothing of it: it may be a key.
     """
     entries: list[KeyEntry] = []
     wrong: list[str] = []

@@ -225,9 +225,7 @@ class ModelConfig:
 
     def shard(self, world: int) -> ModelConfig:
         """Return the decoder that one of several ranks computes: some heads of each layer, and some columns.
-
-        Raises:
-            SettingsInvalid: a part of it cannot be divided; the message names it.
+        Raise SettingsInvalid, with the part, for what cannot be divided.
         """
         try:
             layers = {layer: layer.shard(world) for layer in dict.fromkeys(self.layers)}

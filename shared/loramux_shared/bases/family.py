@@ -128,11 +128,7 @@ def layer_types(config: HfConfig, num_layers: int, slides: Callable[[int], bool]
 
 
 def token_ids(value: Any) -> frozenset[int]:
-    """Return the ids of ``eos_token_id``: none, one, or a list.
-
-    Raises:
-        CheckpointInvalid: it is something else.
-    """
+    """Return the ids of ``eos_token_id``: none, one, or a list; raise CheckpointInvalid for something else."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
         raise CheckpointInvalid(f"eos_token_id: expected a token or a list of tokens, found {value!r}.")

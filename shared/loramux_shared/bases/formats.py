@@ -142,11 +142,7 @@ def _shared(weights: HfConfig) -> tuple[int | None, int | None]:
 
 
 def block_of(config: HfConfig, key: str) -> tuple[int, int]:
-    """Return the rows and columns of a block.
-
-    Raises:
-        CheckpointInvalid: it is no pair of positive integers.
-    """
+    """Return the rows and columns of a block; raise CheckpointInvalid for no pair of positive integers."""
     block = config.array(key) or []
     if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise CheckpointInvalid(

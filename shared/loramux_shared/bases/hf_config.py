@@ -128,11 +128,7 @@ def _is_number(value: Any) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object of a file; None where there is no such file.
-
-    Raises:
-        CheckpointInvalid: it holds something else.
-    """
+    """Return the object of a file, None where there is none; raise CheckpointInvalid for something else."""
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:

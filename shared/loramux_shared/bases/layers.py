@@ -24,21 +24,15 @@ class CannotShard(ValueError):
 
 
 def divided(count: int, world: int, what: str) -> int:
-    """Return the part of one rank.
-
-    Raises:
-        CannotShard: the ranks would have different parts.
-    """
+    """Return the part of one rank; raise CannotShard where the ranks would have different parts."""
     if count % world:
         raise CannotShard(f"{count} {what}, which it does not divide")
     return count // world
 
 
 def own_keys(heads: int, world: int) -> int:
-    """Return the heads of keys of one rank; several ranks have the same one where these are fewer.
-
-    Raises:
-        CannotShard: the ranks would have different numbers.
+    """Return the heads of keys of one rank; several ranks have the same one where these are fewer. Raise
+    CannotShard where their numbers would differ.
     """
     if heads % world and world % heads:
         raise CannotShard(f"{heads} heads of keys, which neither divide nor are divided by it")
@@ -64,11 +58,7 @@ class MixerLayer(ABC):
         return 0
 
     def shard(self, world: int) -> MixerLayer:  # noqa: ARG002 - those that can be divided need it
-        """Return the part of one of several ranks.
-
-        Raises:
-            CannotShard: it cannot be divided.
-        """
+        """Return the part of one of several ranks; raise CannotShard where there is none."""
         raise CannotShard(f"{self.label}, which is served by one rank alone")
 
     @abstractmethod
@@ -292,10 +282,8 @@ class LayerSpec:
         return (*self.mixer.groups(hidden), *self.mlp.groups(hidden), *inputs)
 
     def shard(self, world: int) -> LayerSpec:
-        """Return the part of one of several ranks.
-
-        Raises:
-            CannotShard: heads, or a width, cannot be divided.
+        """Return the part of one of several ranks; raise CannotShard where heads, or a width, cannot be
+        divided.
         """
         return replace(self, mixer=self.mixer.shard(world), mlp=self.mlp.shard(world))
 

@@ -122,11 +122,7 @@ def plan_memory(
 
 
 def plan_on(device: str, free: int, needs: Needs, cache: Cache) -> MemoryPlan:
-    """Plan with the share of the cache that a kind of device, cpu or cuda, gives it.
-
-    Raises:
-        ResourcesExhausted: as `plan_memory`.
-    """
+    """Plan, as `plan_memory` does, with the share of the cache that a kind of device, cpu or cuda, gives it."""
     ceiling = MAX_CPU_KV_BYTES if device == "cpu" else None
     return plan_memory(free, needs, cache, share=KV_SHARE[device], ceiling=ceiling)
 

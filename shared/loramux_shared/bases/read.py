@@ -151,10 +151,8 @@ _KINDS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
 
 
 def refuse_other_geometry(fields: Mapping[str, Any], described: Set[str]) -> None:
-    """Raise for a base that adapters of this version cannot be served on; some keys are described elsewhere.
-
-    Raises:
-        CheckpointInvalid: with the kind of base and the key that tells it.
+    """Raise CheckpointInvalid, with the kind of base and its key, for a base on which no adapter can be served;
+    some keys are described elsewhere.
     """
     for kind, keys in _KINDS:
         for key in keys:

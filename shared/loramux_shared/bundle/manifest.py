@@ -74,11 +74,7 @@ class Record(Model):
 
     @classmethod
     def from_bytes(cls, data: bytes, *, sha256: str | None = None, what: str = "") -> Self:
-        """Parse a record, against its digest where one is known.
-
-        Raises:
-            BundleCorrupt: the digest differs, or the bytes are no such record.
-        """
+        """Parse a record; raise BundleCorrupt for no such record, and for another digest where one is known."""
         what = what or cls.__name__.lower()
         if sha256 is not None:
             verify(data, sha256, what)

@@ -143,21 +143,13 @@ def _bounded(pieces: Iterable[bytes | int]) -> Iterator[bytes]:
 
 
 def read_weights(data: Bytes, dtype: Dtype, what: str) -> Array:
-    """Return the weights as ``(R, C)`` in the storage type.
-
-    Raises:
-        BundleCorrupt: the header or the size is not that of such a file.
-    """
+    """Return the weights as ``(R, C)`` in the storage type; raise BundleCorrupt for another header or size."""
     array = _read(data, DESCR[dtype], what)
     return array.view(NUMPY_TYPES[dtype])
 
 
 def read_config(data: Bytes, what: str) -> Array:
-    """Return the config as ``(R, 3 to 5)`` int32.
-
-    Raises:
-        BundleCorrupt: the header or the size is not that of such a file.
-    """
+    """Return the config as ``(R, 3 to 5)`` int32; raise BundleCorrupt for another header or size."""
     return _read(data, CONFIG_DESCR, what)
 
 
@@ -176,10 +168,8 @@ def _read(data: Bytes, descr: str, what: str) -> Array:
 
 
 def parse_header(head: bytes, what: str) -> Header:
-    """Return the header that the first bytes of an npy file hold.
-
-    Raises:
-        BundleCorrupt: it is not exactly what ``np.save`` writes in version 1 or 2.
+    """Return the header that the first bytes of an npy file hold; raise BundleCorrupt unless it is exactly what
+    ``np.save`` writes in version 1 or 2.
     """
     version = head[6:7]
     width = {b"\x01": 2, b"\x02": 4}.get(version)

@@ -81,11 +81,7 @@ def read_manifest(store: Store, digest: str) -> Manifest:
 
 
 def parse_manifest(data: bytes, digest: str) -> Manifest:
-    """Return the manifest of a bundle from its bytes.
-
-    Raises:
-        BundleCorrupt: they have another digest.
-    """
+    """Return the manifest of a bundle from its bytes; raise BundleCorrupt for another digest."""
     return Manifest.from_bytes(data, sha256=digest, what=_what(digest, MANIFEST_FILE))
 
 
@@ -106,11 +102,7 @@ def read_bundle(store: Store, digest: str) -> Bundle:
 
 
 def files_of(manifest: Manifest, digest: str) -> tuple[str, ...]:
-    """Return the files of a bundle beside its manifest.
-
-    Raises:
-        BundleCorrupt: it lacks one, or has one that no bundle has.
-    """
+    """Return the files of a bundle beside its manifest; raise BundleCorrupt where one is missing or unknown."""
     if unknown := sorted(manifest.files.keys() - {*manifest.npy_files, *ALL_TEXTS}):
         raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected no file {unknown[0]!r}")
     for name in manifest.npy_files:
@@ -144,11 +136,7 @@ def assemble(digest: str, manifest: Manifest, files: Mapping[str, Bytes], *, che
 
 
 def read_score(head: ScoreHead, data: Bytes, digest: str) -> Array:
-    """Return the weights of a score head, in its shape, of a file that was verified.
-
-    Raises:
-        BundleCorrupt: it is no such file, or of another shape.
-    """
+    """Return the weights of a score head, in its shape, of a verified file; raise BundleCorrupt for others."""
     what = _what(digest, SCORE_FILE)
     values = read_weights(data, Dtype.FLOAT32, what)
     _expect(values.shape, head.shape, f"{what}: shape")

@@ -68,10 +68,8 @@ BACKLOG: Final = 4096
 
 
 def listen(address: str) -> socket.socket:
-    """Return a socket that listens on ``HOST:PORT``; port 0 draws a free one.
-
-    Raises:
-        SettingsInvalid: something else listens there, or it is no address of this machine.
+    """Return a socket that listens on ``HOST:PORT``; port 0 draws a free one. Raise SettingsInvalid where
+    something else listens there, or it is no address of this machine.
     """
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -86,11 +84,7 @@ def listen(address: str) -> socket.socket:
 
 
 def require_free(address: str) -> None:
-    """Raise where a service could not listen; a server that binds a Unix socket takes it over.
-
-    Raises:
-        SettingsInvalid: something else listens there, or it is no address of this machine.
-    """
+    """Raise SettingsInvalid where a service could not listen; a server that binds a Unix socket takes it over."""
     if not address.startswith("unix:"):
         listen(address).close()
 

@@ -202,10 +202,8 @@ class RpcServer:
 
 
 def server_credentials(files: TlsFiles) -> Any:
-    """Return credentials whose handshakes use the files as they are then; broken files are not taken.
-
-    Raises:
-        SettingsInvalid: a file cannot be read, or they do not belong together.
+    """Return credentials whose handshakes use the files as they are then; broken files are not taken. Raise
+    SettingsInvalid where they are broken now.
     """
     read = partial(_configuration, files)
     renewed = files.follow(read)

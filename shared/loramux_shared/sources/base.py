@@ -76,10 +76,8 @@ class Resolved:
 
 
 def bounded(resolved: Resolved, names: Iterable[str], what: str) -> list[str]:
-    """Return names in their order, of files to be fetched from what is called so.
-
-    Raises:
-        SourceRefused: they have more than `MAX_BYTES` together.
+    """Return names in their order, of files to be fetched from what is called so; raise SourceRefused for more
+    than `MAX_BYTES` together.
     """
     ordered = sorted(names)
     if (size := resolved.size(ordered)) > MAX_BYTES:

@@ -56,9 +56,7 @@ def differs(path: Path, expected: FileDigest, progress: Progress = unwatched) ->
 
 def discard(path: Path, cache: Path) -> bool:
     """Remove what is at a path, if that is in the cache and not where a link leads from it; False elsewhere.
-
-    Raises:
-        ResourcesExhausted: it cannot be removed.
+    Raise ResourcesExhausted where it cannot be removed.
     """
     root = os.path.realpath(cache)
     if not Path(os.path.realpath(path.parent)).is_relative_to(root):
@@ -104,10 +102,8 @@ def _locked(file: IO[str]) -> bool:
 
 
 def open_cache(cache: Path) -> None:
-    """Make a cache where there is none, and remove what processes left in it that were killed.
-
-    Raises:
-        ResourcesExhausted: it cannot be made.
+    """Make a cache where there is none, and remove what killed processes left in it; raise ResourcesExhausted
+    where that fails.
     """
     with disk_errors():
         cache.mkdir(parents=True, exist_ok=True)

@@ -192,10 +192,8 @@ def content_digest(files: Mapping[str, FileDigest]) -> str:
 
 
 def pin_content(repository: Repository, files: Mapping[str, FileDigest]) -> Repository:
-    """Return a repository that has no commits with the digest of its files as revision.
-
-    Raises:
-        RevisionNotFound: it names another one.
+    """Return a repository without commits with the digest of its files as revision; raise RevisionNotFound for
+    another.
     """
     expected, revision = repository.revision, content_digest(files)
     if expected and expected != revision:

@@ -92,11 +92,7 @@ def open_sources(
 def open_address(
     kind: SourceKind, allowed_hosts: Collection[str], secrets: Secrets, work_dir: Path | None
 ) -> Source:
-    """Return a source of an extension.
-
-    Raises:
-        SourceRefused: it, or a package that it needs, is not installed.
-    """
+    """Return a source of an extension; raise SourceRefused where that, or a package of it, is not installed."""
     try:
         part = need_extension(kind.lower(), f"source {kind}")
     except SettingsInvalid as fault:

@@ -66,10 +66,8 @@ class Store(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Yield the keys that begin with prefix, in lexicographic order.
-
-        Raises:
-            RecordTooLarge: they are more than `bounds.KEYS`.
+        """Yield the keys that begin with prefix, in lexicographic order; raise RecordTooLarge for more than
+        `KEYS`.
         """
         ...
 
@@ -91,21 +89,15 @@ def is_key(key: str) -> bool:
 
 
 def checked_key(key: str) -> str:
-    """Return a key as it is.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return a key as it is; raise ValueError for what is no key."""
     if not is_key(key):
         raise ValueError(f"{key!r} is not a valid key: expected a/b/c, without empty parts, '.' and '..'")
     return key
 
 
 def checked_prefix(prefix: str) -> str:
-    """Return the beginning of a key as it is; ``a/b``, ``a/`` and nothing are some.
-
-    Raises:
-        ValueError: no key begins like this.
+    """Return the beginning of a key as it is; ``a/b``, ``a/`` and nothing are some. Raise ValueError for
+    others.
     """
     checked_key(f"{prefix}x")
     return prefix
@@ -138,11 +130,7 @@ def bound_of(key: str, bound: int | None = None) -> int:
 
 
 def check_size(uri: str, key: str, size: int, bound: int) -> None:
-    """Check the size in bytes of an object.
-
-    Raises:
-        RecordTooLarge: it exceeds the bound.
-    """
+    """Raise RecordTooLarge for an object of more bytes than its bound."""
     if size > bound:
         raise _too_large(uri, key, f"{size}", bound)
 
@@ -173,11 +161,7 @@ def read_bounded(uri: str, key: str, read: Callable[[int], bytes], bound: int, s
 
 
 def bounded_keys(uri: str, prefix: str, keys: Iterable[T]) -> Iterator[T]:
-    """Yield the keys or entries of a listing.
-
-    Raises:
-        RecordTooLarge: they are more than `KEYS`.
-    """
+    """Yield the keys or entries of a listing; raise RecordTooLarge for more than `KEYS`."""
     for number, key in enumerate(keys):
         if number >= KEYS:
             raise RecordTooLarge(
