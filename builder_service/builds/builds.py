@@ -64,10 +64,8 @@ class Builds(BuildViews):
     async def recover(self) -> int:
         """Take up the builds that the last run of the builder did not end; returns how many.
 
-        From now on this builder gives signs of life, and takes over the builds of those that do not.
-
-        Raises:
-            StoreUnavailable: the store does not answer.
+        From now on this builder gives signs of life, and takes over the builds of those that do not. Raise
+        StoreUnavailable where the store does not answer.
         """
         for record in await asyncio.to_thread(lambda: list(self._failures.all())):
             failed = RunningBuild.failed(record)

@@ -131,7 +131,7 @@ class RequestIds:
         self._builds: OrderedDict[str, RunningBuild] = OrderedDict()
 
     def find(self, entry: JournalEntry) -> RunningBuild | None:
-        """Return the build of an entry's request id; raise RequestIdReused where it was another deployment's."""
+        """Return the build of an entry's request id; raise RequestIdReused for another content."""
         known = self._builds.get(entry.request_id) if entry.request_id else None
         if known is not None and known.entry.wish != entry.wish:
             raise RequestIdReused(

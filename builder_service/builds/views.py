@@ -49,10 +49,8 @@ def stored_view(store: Store, name: str) -> DeploymentView | None:
 def stored_light(store: Store, name: str, known: DeploymentView | None = None) -> DeploymentView | None:
     """Return what the store says about a deployment beside its adapters, or None. Blocks.
 
-    One that is known is returned again while its generation is the served one.
-
-    Raises:
-        StoreUnavailable: the store does not answer.
+    One that is known is returned again while its generation is the served one. Raise StoreUnavailable where the
+    store does not answer.
     """
     try:
         pointer = read_pointer(store, name) if is_deployment_name(name) else None

@@ -61,7 +61,7 @@ class Space:
 
     @contextmanager
     def writing(self, size: int, what: str) -> Iterator[None]:
-        """Keep so many bytes free for what is written inside; raise ResourcesExhausted where there are fewer."""
+        """Keep bytes free for what is written inside; raise ResourcesExhausted where there are fewer."""
         with self._ledger.lock:
             self._check(size, what)
             self._written += size

@@ -141,10 +141,7 @@ def keep(
     """Return the records of those whose bundles are in the store, and tell that they are done.
 
     With verify every byte of them is read back, and one that differs is not kept. Without, it is enough that
-    all files are there.
-
-    Raises:
-        StoreUnavailable: the store does not answer.
+    all files are there. Raise StoreUnavailable where the store does not answer.
     """
     candidates = list(found)
     whole = _whole if verify else _there

@@ -43,10 +43,8 @@ class AdapterSet:
 
         Requests that have their model keep it, and what they count against. A name that was pinned is pinned in
         its new version; the successor of a version that was resident is brought in. What has no name any more
-        leaves, where no sequence is under way on it.
-
-        Raises:
-            ValueError: an adapter is merged into the weights, and the generation has others.
+        leaves, where no sequence is under way on it. Raise ValueError where an adapter is merged into the
+        weights, and the generation has others.
         """
         self._generation = generation
         self._own = {name: record for name, record in self._own.items() if generation.names.owner(name) is None}

@@ -96,10 +96,8 @@ def agreeing_sizes(
     """Return the numbers of rows, falling, that give a row the same bits, and at every place among them.
 
     This is measured, with rows of many magnitudes: the order of summation is the library's, and depends on the
-    processor, on the number of threads and on the sizes alone.
-
-    Raises:
-        SettingsInvalid: no size gives a row the same bits at every place.
+    processor, on the number of threads and on the sizes alone. Raise SettingsInvalid where no size gives a row
+    the same bits at every place.
     """
     generator = torch.Generator().manual_seed(0)
     shape = max(PROBES, SAMPLES // out_features), in_features

@@ -81,10 +81,8 @@ class Demand:
         """Return what makes the constraint to any text, in which what begins as a call is one of these tools.
 
         That is None where calls are not read; or no tool is strict, and the form has no mark that a call begins
-        with, or models write more than its grammar says.
-
-        Raises:
-            RequestInvalid: calls in the form of the model cannot be held to the schema of a strict tool.
+        with, or models write more than its grammar says. Raise RequestInvalid where calls in the form of the
+        model cannot be held to the schema of a strict tool.
         """
         try:
             grammar = self._grammar(self._form, tools, several=True)

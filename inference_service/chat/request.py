@@ -240,9 +240,7 @@ def with_effort(variables: Mapping[str, Any] | None, effort: str | None) -> Mapp
     """Return variables of a chat template that also say how long to think.
 
     Templates switch thinking off with other names than OpenAI's, and those that know none of them tell nobody.
-
-    Raises:
-        RequestInvalid: both say it, and not the same.
+    Raise RequestInvalid where both say it, and not the same.
     """
     variables = variables or {}
     if effort is None:

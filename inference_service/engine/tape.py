@@ -175,10 +175,8 @@ class TapeRecorder:
     def capture(self, work: Callable[[], None]) -> Tape:
         """Record what a function does, twice: a tensor that is there only once does not outlive the recording.
 
-        Before that it runs once unseen, so that what is made at first use is there.
-
-        Raises:
-            CaptureRefused: the work depends on values, or takes some from the host.
+        Before that it runs once unseen, so that what is made at first use is there. Raise CaptureRefused for
+        work that depends on values, or takes some from the host.
         """
         work()
         first, recording = _Recording(), _Recording()

@@ -90,7 +90,7 @@ class Bank(Slots):
         self.experts[layer, name_of_all(shape.name)] = _group(self._arena, of_all, shape, max_rank)
 
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
-        """Pack an adapter into the opened host memory; raise ValueError where its table would mislead a kernel."""
+        """Pack an adapter into the opened host memory; raise ValueError for a table that misleads kernels."""
         packed = pack_flat(weights, self._layout, self._dtype, self._empty)
         for shape, first in zip(self._layout.shapes, self._layout.firsts, strict=True):
             table = packed.table[:, first : first + len(shape.modules)]

@@ -40,9 +40,7 @@ class Slots:
         """Make the arena and the slots, once; no adapter has a larger rank in any module.
 
         A GPU copies from host memory that is locked: what is packed lies in host_bytes of it, where these do.
-
-        Raises:
-            InternalFault: it is open already.
+        Raise InternalFault where it is open already.
         """
         if self._opened:
             raise InternalFault(

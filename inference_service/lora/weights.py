@@ -169,10 +169,7 @@ def load_adapter(
 ) -> AdapterWeights:
     """Return a bundle's matrices for layers with these groups, in a type and on a device.
 
-    What is of both already is not copied.
-
-    Raises:
-        BundleCorrupt: it has rows that the base has no place for.
+    What is of both already is not copied. Raise BundleCorrupt for rows that the base has no place for.
     """
     table, width = _tensor(bundle.table, bundle.manifest.dtype), bundle.table.shape[1]
     rows = (

@@ -134,10 +134,8 @@ class Decoder:
 
         Those of linears are rounded as quantization says; embeddings, norms, biases and adapters are not.
         Whether the head is tied is decided by the checkpoint, and `config` of this decoder says it. With ranks,
-        it is the part of this one, and only the first one has embeddings and head.
-
-        Raises:
-            CheckpointInvalid: a tensor is missing or has another shape than config.json implies.
+        it is the part of this one, and only the first one has embeddings and head. Raise CheckpointInvalid for
+        a tensor that is missing or has another shape than config.json implies.
         """
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
         self.rounding = quantization

@@ -71,10 +71,8 @@ class Pieces:
     ) -> WeightScheme:
         """Return the scheme of the config that has such a grid of scales, down and across.
 
-        zero_points says whether there are some, where that is seen in the tensors.
-
-        Raises:
-            CheckpointInvalid: no scheme of the config has.
+        zero_points says whether there are some, where that is seen in the tensors. Raise CheckpointInvalid
+        where no scheme of the config has.
         """
         known = [
             scheme
@@ -130,10 +128,8 @@ class Packed(Protocol):
 def widened(packed: Packed, dtype: torch.dtype) -> Tensor:
     """Return the weight in a type, in the shape that is asked for: exact in float32, and rounded once.
 
-    In memory it is as the file keeps it, turned or not.
-
-    Raises:
-        CheckpointInvalid: it has values that are no numbers, or none of the type.
+    In memory it is as the file keeps it, turned or not. Raise CheckpointInvalid for values that are no numbers,
+    or none of the type.
     """
     shape, limit = packed.pieces.shape, torch.finfo(dtype).max
     out = torch.empty(packed.matrices, packed.rows, packed.columns, dtype=dtype)

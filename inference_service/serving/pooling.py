@@ -37,10 +37,8 @@ class PooledPrompt:
 async def pooled(service: GenerationService, requests: Sequence[Request]) -> AsyncGenerator[PooledPrompt]:
     """Yield the vector of each request, in their order, as soon as it is there.
 
-    The first failure ends all; nothing runs on when this is closed.
-
-    Raises:
-        Fault: what `GenerationService.generate` raises.
+    The first failure ends all; nothing runs on when this is closed. Raise what `GenerationService.generate`
+    does.
     """
     if len(requests) > 1:
         served = await service.naming.choose(requests[0])

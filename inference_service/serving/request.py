@@ -245,10 +245,8 @@ class Hints(NamedTuple):
 def hinted(headers: Mapping[str, str], min_generation: int = 0, sticky_key: str = "") -> Hints:
     """Return what headers and the body say together.
 
-    Of two generations the higher one counts; a header's key takes precedence, since proxies set headers.
-
-    Raises:
-        RequestInvalid: a header is no number, or the number is none of a generation.
+    Of two generations the higher one counts; a header's key takes precedence, since proxies set headers. Raise
+    RequestInvalid for a header that is no number of a generation.
     """
     header = headers.get(MIN_GENERATION, "0")
     if not re.fullmatch(r"[0-9]{1,19}", header):

@@ -213,10 +213,7 @@ class GenerationService:
         """Return the model of a request and its defaults, for an API that needs them before it submits the
         request.
 
-        A request that ends here is followed like one that ends in `generate`.
-
-        Raises:
-            Fault: as `generate` does.
+        A request that ends here is followed like one that ends in `generate`. Raise what `generate` does.
         """
         with self.following_to_its_end(request):
             served = await self.naming.choose(request)

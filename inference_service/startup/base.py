@@ -237,10 +237,8 @@ def _cache_name(generation: Generation) -> str:
 def agree(settings: InferenceSettings, generation: Generation) -> tuple[InferenceSettings, Generation]:
     """Return the settings with what weights are rounded to and how many ranks compute, and the generation.
 
-    Rounded weights take in no adapter; blocks do where the deployment says always.
-
-    Raises:
-        SettingsInvalid: the deployment asks for that.
+    Rounded weights take in no adapter; blocks do where the deployment says always. Raise SettingsInvalid where
+    the deployment asks for that.
     """
     quantization = settings.quantization or generation.quantization
     ranks = settings.tensor_parallel or generation.tensor_parallel_count

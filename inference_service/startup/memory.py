@@ -147,10 +147,8 @@ def divide_memory(
     """Plan the memory of a model that is loaded, adapters' bytes included, and log a line per item.
 
     promised are bytes that will be taken and are not yet; adapters' memory on a CPU comes when it is written.
-    measure runs the largest step, with contexts of so many tokens; without it, arithmetic must do.
-
-    Raises:
-        ResourcesExhausted: it does not fit.
+    measure runs the largest step, with contexts of so many tokens; without it, arithmetic must do. Raise
+    ResourcesExhausted where it does not fit.
     """
     config, item_bytes, device = model.config, model.dtype.itemsize, model.device
     free = free_bytes(device, 1 if model.ranks is None else model.ranks.shard.world) - promised

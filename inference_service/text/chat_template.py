@@ -44,10 +44,8 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt; it ends within the last message where an answer is to continue with that.
 
-        The other inputs of a template are variables, whose names are none of its own.
-
-        Raises:
-            RequestInvalid: the template refuses the messages, or takes more time or memory than it may.
+        The other inputs of a template are variables, whose names are none of its own. Raise RequestInvalid
+        where the template refuses the messages, or takes more time or memory than it may.
         """
         mark = secrets.token_hex(16) if continue_final_message else ""
         if mark:  # the space shows whether the template cuts spaces off, the text's own too

@@ -142,10 +142,8 @@ def pooling_in(folder: Path, *, encodes: bool = False) -> Pooling | None:
     """Return how the base in a folder was trained to make vectors.
 
     LAST where it says nothing, and MEAN of an encoder. None where it says what is not served: the beginning of
-    a decoder, a maximum, weighted means, or several together.
-
-    Raises:
-        CheckpointInvalid: the file is no JSON object.
+    a decoder, a maximum, weighted means, or several together. Raise CheckpointInvalid where the file is no JSON
+    object.
     """
     path = folder / FILE
     if not path.exists():

@@ -419,7 +419,7 @@ def read_flags(
     texts: Mapping[str, str],
     arguments: Sequence[str] | None = None,
 ) -> AnySettings:
-    """Read settings from flags, each with its text, and from those of both services, then as `load_settings`."""
+    """Read settings from flags, each with its text, and those of both services, as `load_settings` does."""
     for name, text in texts.items():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=text.replace("%", "%%"))
     lists = {

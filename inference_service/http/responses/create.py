@@ -240,10 +240,8 @@ async def fitted(service: GenerationService, chat: ChatRequest) -> ChatRequest:
     """Return a chat that leaves its answer room: without as few of the first turns as possible.
 
     A turn begins where the user speaks; system messages before the first one stay. A conversation whose last
-    turn is too long becomes that turn.
-
-    Raises:
-        Fault: the chat cannot be counted, for another reason than its length.
+    turn is too long becomes that turn. Raise why the chat cannot be counted, for another reason than its
+    length.
     """
     if await _fits(service, chat):
         return chat

@@ -106,10 +106,8 @@ class Refused(ValueError):
 def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]], *, upgrades: bool) -> None:
     """Look at a request's version, target and header fields, with names in small letters.
 
-    upgrades is true where it asks for another protocol.
-
-    Raises:
-        Refused: two servers could read it differently, or it asks for what is not spoken here.
+    upgrades is true where it asks for another protocol. Raise Refused for what two servers could read
+    differently, or what is not spoken here.
     """
     if version not in ("1.0", "1.1"):
         raise Refused(505, "invalid_http", "expected HTTP/1.1.")

@@ -107,10 +107,7 @@ class Head:
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Return what work returns; it is cancelled as soon as the client goes away.
 
-    The body of the request must have been read.
-
-    Raises:
-        ClientDisconnect: the client went away.
+    The body of the request must have been read. Raise ClientDisconnect then.
     """
     async with _until(asyncio.ensure_future(_until_gone(receive))):
         return await work
@@ -118,7 +115,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 @asynccontextmanager
 async def _until(gone: asyncio.Future[NoReturn]) -> AsyncGenerator[None]:
-    """Cancel the block with ClientDisconnect as soon as the client goes away, which nobody waits for behind it."""
+    """End the block with ClientDisconnect once the client goes away, which nobody waits for behind it."""
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - a coroutine runs in one
     before, left = task.cancelling(), False

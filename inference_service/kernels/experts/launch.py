@@ -154,10 +154,8 @@ def _check_grouped(x: Tensor, weight: Tensor, pairs: ByExpert, bias: Tensor | No
 def clamped(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     """Return (up + 1) * gate * sigmoid(alpha * gate) [P, I] of gate and up side by side, clamped before.
 
-    The gate is clamped from above, up from both sides; all in float32, with one rounding.
-
-    Raises:
-        ValueError: an odd number of columns, or a tensor that kernels do not take.
+    The gate is clamped from above, up from both sides; all in float32, with one rounding. Raise ValueError for
+    an odd number of columns, or a tensor that kernels do not take.
     """
     kernels = kernels_of(__name__, gate_up)
     out, arguments = halved(gate_up)

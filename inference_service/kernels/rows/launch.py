@@ -81,10 +81,8 @@ def norm(
 def gated(gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
     """Return activation(gate) * up [T, I] of gate and up side by side [T, 2 * I], to which an update is added.
 
-    The activation is rounded before the product, as torch does it in two launches.
-
-    Raises:
-        ValueError: an odd number of columns, or a tensor that kernels do not take.
+    The activation is rounded before the product, as torch does it in two launches. Raise ValueError for an odd
+    number of columns, or a tensor that kernels do not take.
     """
     return _activated(halved(gate_up)[1], 2, activation, update)
 

@@ -115,10 +115,8 @@ def inference_command(
 ) -> list[str]:
     """Return the command line of an inference service; without http, the HTTP APIs stay closed.
 
-    engine holds settings that are about speed, by name; None: the default.
-
-    Raises:
-        SettingsInvalid: its packages are not installed.
+    engine holds settings that are about speed, by name; None: the default. Raise SettingsInvalid where its
+    packages are not installed.
     """
     _require("inference")
     flags = _flags(deployment=deployment, store=store, grpc=grpc, http=http, **engine)

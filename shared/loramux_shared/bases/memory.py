@@ -86,10 +86,8 @@ def plan_memory(
     """Divide the bytes that are free once weights and adapters are loaded.
 
     The cache takes what the settings say, or a share of what steps leave, ceiling at most; never more than all
-    sequences can use.
-
-    Raises:
-        ResourcesExhausted: steps, or a cache of that size, or one sequence, do not fit.
+    sequences can use. Raise ResourcesExhausted where steps, or a cache of that size, or one sequence, do not
+    fit.
     """
     steps = needs.activations + needs.graphs
     left = free - steps

@@ -22,10 +22,8 @@ SENTENCES: Final = "sentence_bert_config.json"
 def read_config(folder: Path, max_seq_len: int | None = None) -> ModelConfig:
     """Read ``config.json`` of a folder and what stands beside it, as `read_fields` does.
 
-    An encoder has the longest sequence of its `SENTENCES`, unless the deployment asks for another.
-
-    Raises:
-        CheckpointInvalid: no such file, or a model that is not supported, with what is.
+    An encoder has the longest sequence of its `SENTENCES`, unless the deployment asks for another. Raise
+    CheckpointInvalid for no such file, or a model that is not supported, with what is.
     """
     fields: Mapping[str, Any] | None = read_json(folder / "config.json")
     if fields is None:
@@ -45,11 +43,9 @@ def read_fields(
 ) -> ModelConfig:
     """Describe a base from its ``config.json`` and its ``generation_config.json``.
 
-    The name of the architecture is looked at before anything else. max_seq_len is what the deployment asks
-    for; models with LongRoPE choose their factors by it.
-
-    Raises:
-        CheckpointInvalid: the model is not supported, with what is; or it contradicts itself.
+    The name of the architecture is looked at before anything else. max_seq_len is what the deployment asks for;
+    models with LongRoPE choose their factors by it. Raise CheckpointInvalid for a model that is not supported,
+    with what is, or that contradicts itself.
     """
     architecture, family = _named(fields)
     text = fields.get("text_config")

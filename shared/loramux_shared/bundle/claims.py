@@ -52,12 +52,9 @@ def claimed_numbers(store: Store, name: str) -> dict[int, list[str]]:
 def claim_number(store: Store, name: str, served: int) -> tuple[int, str]:
     """Return a number that no other builder will use, above all that are used, and the key of the claim to it.
 
-    Of two builders that claim one number, the one that lists later sees the other's claim, or its
-    generation, and gives way; both may. Only who is alone with a claim, and finds no higher one, after it
-    was put, has the number.
-
-    Raises:
-        StoreUnavailable: others publish the same deployment without end.
+    Of two builders that claim one number, the one that lists later sees the other's claim, or its generation,
+    and gives way; both may. Only who is alone with a claim, and finds no higher one, after it was put, has the
+    number. Raise StoreUnavailable where others publish the same deployment without end.
     """
     token, ahead = secrets.token_hex(8), 0
     pause_s, end = PAUSES_S[0], time.monotonic() + WAIT_S
@@ -90,10 +87,8 @@ def alone(
 
     A later claimant sees this claim and takes a higher number, or waits. An earlier claimant is waited for,
     unless a higher generation shows that its claim came to nothing, or it is stale. So between this and the end
-    of the block nobody else writes a generation below the number.
-
-    Raises:
-        StoreUnavailable: others publish the same deployment without end.
+    of the block nobody else writes a generation below the number. Raise StoreUnavailable where others publish
+    the same deployment without end.
     """
     pause_s, end = PAUSES_S[0], time.monotonic() + WAIT_S
     while (claimed := _claim_alone(store, name, stale, check)) is None:

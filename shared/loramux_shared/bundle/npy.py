@@ -78,10 +78,8 @@ def weights_pieces(
 ) -> Iterator[bytes | int]:
     """Yield the weights file from rows: A, scaled B and vectors in the storage type, in pieces of any size.
 
-    Bytes are content, a number is so many zeros.
-
-    Raises:
-        ValueError: a row is wider than width, has another type, or there are not ``count`` of them.
+    Bytes are content, a number is so many zeros. Raise ValueError for a row that is wider than width or has
+    another type, or for another number than ``count``.
     """
     kind = NUMPY_TYPES[dtype]
     yield header_bytes(DESCR[dtype], (1, count, width))

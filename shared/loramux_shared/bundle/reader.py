@@ -119,9 +119,7 @@ def assemble(digest: str, manifest: Manifest, files: Mapping[str, Bytes], *, che
     """Return a bundle of its files, each of which was verified; its arrays are views of them.
 
     checked: a bundle of this digest was assembled before, so that what its files say of each other is known.
-
-    Raises:
-        BundleCorrupt: shapes, config rows or padding differ from what the manifest says.
+    Raise BundleCorrupt where shapes, config rows or padding differ from what the manifest says.
     """
     what = _what(digest)
     if not checked:

@@ -84,7 +84,7 @@ def listen(address: str) -> socket.socket:
 
 
 def require_free(address: str) -> None:
-    """Raise SettingsInvalid where a service could not listen; a server that binds a Unix socket takes it over."""
+    """Raise SettingsInvalid where a service cannot listen; one that binds a Unix socket takes it over."""
     if not address.startswith("unix:"):
         listen(address).close()
 
@@ -100,10 +100,8 @@ def cannot_listen(address: str, why: str) -> SettingsInvalid:
 def reserve(address: str) -> tuple[socket.socket | None, str]:
     """Keep an address from everybody but processes of this user that share it; return it with its port.
 
-    A Unix socket is nobody's before it is listened on, and None is returned for it.
-
-    Raises:
-        SettingsInvalid: something else listens there, or it is no address of this machine.
+    A Unix socket is nobody's before it is listened on, and None is returned for it. Raise SettingsInvalid where
+    something else listens there, or it is no address of this machine.
     """
     if address.startswith("unix:"):
         return None, address

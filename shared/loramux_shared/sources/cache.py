@@ -27,9 +27,7 @@ def missing_files(cache: Path, folder: Path, files: Mapping[str, FileDigest]) ->
     """Return the files that a folder of the cache lacks, or has with another size.
 
     What is no folder on the way to them, or no file in their place, is removed, as far as it is in the cache.
-
-    Raises:
-        ResourcesExhausted: it cannot be removed.
+    Raise ResourcesExhausted where it cannot be removed.
     """
     paths = {name: inside(folder, name) for name in files}
     with disk_errors():

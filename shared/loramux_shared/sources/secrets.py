@@ -29,10 +29,8 @@ class Secrets:
     def get(self, name: str, *, default_variable: str = "") -> str | None:
         """Return a secret, or None where it is not set.
 
-        A repository that names no secret gets the variable that its source's own tools read.
-
-        Raises:
-            SourceRefused: the name is no plain name, or the file cannot be read.
+        A repository that names no secret gets the variable that its source's own tools read. Raise
+        SourceRefused for a name that is no plain name, or a file that cannot be read.
         """
         if not name:
             return self._environment.get(default_variable, "").strip() or None
