@@ -89,8 +89,10 @@ class AdapterManager:
         return self._adapters.is_pinned(name)
 
     def list(self, after: str = "", limit: int = PAGE) -> AdapterPage:
-        """Return the adapters behind a name, in the order of their names; only those are looked at. Raise
-        PageTokenInvalid where no answer gave the name.
+        """Return the adapters behind a name, in the order of their names; only those are looked at.
+
+        Raises:
+            PageTokenInvalid: after is no name that any answer gave.
         """
         if len(after) > MAX_TOKEN:
             raise PageTokenInvalid("expected the next_page_token of the last answer, found something longer.")
