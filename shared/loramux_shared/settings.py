@@ -431,8 +431,8 @@ def read_flags(
     }
     for name, (flag, text) in lists.items():
         parser.add_argument(flag, dest=name, action="append", help=text)
-    text = cls.model_fields["insecure"].description
-    parser.add_argument("--insecure", action="store_true", default=None, help=text)
+    insecure = cls.model_fields["insecure"].description
+    parser.add_argument("--insecure", action="store_true", default=None, help=insecure)
     flags = vars(parser.parse_args(arguments))
     return load_settings(cls, **flags | {name: tuple(flags[name]) for name in lists if flags[name]})
 
