@@ -8,11 +8,11 @@ from typing import Final
 
 from builder_service.domain.origin import origin_warnings
 from builder_service.domain.rules.adapter import CheckedAdapter
-from builder_service.pipeline.base_weights import BaseWeights
-from builder_service.pipeline.context import BASE_FILES, BuildContext
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.convert import bundle_bytes
 from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
 from builder_service.pipeline.lineage import lineage
+from builder_service.pipeline.making import workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.bases.memory import ITEM_BYTES, widening
@@ -65,20 +65,18 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
     Raises:
         Fault: what the base or a source raises; rules that are broken are findings.
     """
-    with context.folder() as work:
-        space = context.space(work)
-        room, repository = space.room(BASE_FILES), deployment.build.checkpoint_repository
+    with workshop(context, context.store, progress) as shop:
+        build, sources = deployment.build, context.sources
         base = describe_base(
-            context.sources,
-            repository,
+            sources,
+            build.checkpoint_repository,
             lambda _: progress.check(),
-            room,
-            max_seq_len=deployment.build.max_seq_len,
+            shop.room,
+            max_seq_len=build.max_seq_len,
         )
-        weights = BaseWeights(base.record, context.sources, work / "base", lambda _: progress.check(), room)
-        book = rulebook(base.model, deployment.build.lora_configuration, weights)
-        build = deployment.build
-        [fetched] = fetch_adapters(build.lora_adapters, context.sources, space, work, progress, build.signed_by)
+        book = rulebook(base.model, build.lora_configuration, shop.weights(base.record))
+        adapters, signers = build.lora_adapters, build.signed_by
+        [fetched] = fetch_adapters(adapters, sources, shop.space, shop.work, progress, signers)
         checked = check_fetched(fetched, book, progress)
         rows = tuple(planned.row for planned in checked.rows)
         changes = bool(rows or checked.replaced)

@@ -27,7 +27,7 @@ from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecor
 from loramux_shared.bundle.manifest import MANIFEST_FILE, apart, bundle_key
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.bundle.reader import read_manifest
-from loramux_shared.deployment import Build, Dtype, Merge, Repository
+from loramux_shared.deployment import Build, Merge, Repository
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import BundleCorrupt, DeploymentInvalid
 from loramux_shared.sources.base import Room
@@ -114,57 +114,6 @@ def duplicates(adapters: Sequence[ValidAdapter]) -> list[Duplicates]:
     for adapter in adapters:
         found.setdefault(identity(adapter.fetched), []).append(adapter)
     return [Duplicates(tuple(group)) for group in found.values()]
-
-
-@dataclass(frozen=True)
-class Output:
-    """The outgoing bundles of one build, all of whose adapters are valid."""
-
-    dtype: Dtype
-    base: BaseRecord
-    store: Store
-    served: frozenset[str]
-    """Digests that the served generation refers to."""
-    space: Space
-    progress: Progress
-    context: BuildContext
-    lineage: Lineage
-
-    def put_out(self, groups: Sequence[Duplicates], proofs: Sequence[Proof | None]) -> dict[str, AdapterRecord]:
-        """Convert and publish; returns what the generation says of the adapters, by their names.
-
-        Raises:
-            ResourcesExhausted: the disk has no room for a bundle.
-            StoreUnavailable: the store does not answer.
-            InternalFault: a bundle was not written as planned.
-        """
-        with ThreadPoolExecutor(self.context.parallel_adapters, "output") as pool:
-            futures = {
-                group.names[0]: pool.submit(self._put_out, group, proof)
-                for group, proof in zip(groups, proofs, strict=True)
-            }
-        return {
-            name: record for records in gathered(futures, self.progress) for name, record in records.items()
-        }
-
-    def _put_out(self, group: Duplicates, proof: Proof | None) -> dict[str, AdapterRecord]:
-        for name in group.names:
-            self.progress.enter(name, Stage.CONVERTING)
-        size = bundle_bytes(group.first.checked, self.dtype)
-        with self.space.writing(size, f"the bundle of adapter {group.names[0]!r}"), self.context.compute:
-            bundle = convert_adapter(group.first, self.dtype, self.progress, proof)
-        sources = [adapter.fetched.source for adapter in group.adapters]
-        known = self.lineage(bundle.manifest.base_model_name, self.base.source, sources)
-        self._describe(group, bundle, known)
-        publish_bundle(self.store, bundle, group.names, self.served, self.progress)
-        return {adapter.fetched.name: _record(adapter.fetched, bundle, known) for adapter in group.adapters}
-
-    def _describe(self, group: Duplicates, bundle: BuiltBundle, lineage: tuple[Descent, ...]) -> None:
-        named = bundle.manifest.base_model_name
-        for adapter in group.adapters:
-            origin = origin_warnings(named, adapter.fetched.licence, self.base, lineage)
-            extra = [*origin, *adapter.fetched.warnings]
-            self.progress.describe(adapter.fetched.name, bundle.digest, bundle.manifest, extra)
 
 
 def _record(fetched: FetchedAdapter, bundle: BuiltBundle, lineage: tuple[Descent, ...]) -> AdapterRecord:
@@ -290,12 +239,12 @@ class Making:
         """Refuse to merge an adapter that is more, or at times less, than layers' weights; values say why."""
         whys = [(name, why) for name, why in apart.items() if why] if self.merge is Merge.ALWAYS else []
         for name, why in whys[:1]:
-            expected, fix = (
-                f"auto or never: {name} {why}",
-                "Set runtime.merge to auto; it is served beside the weights.",
-            )
             raise DeploymentInvalid.of_field(
-                "the adapter cannot be merged", "runtime.merge", expected, self.merge, fix
+                "the adapter cannot be merged",
+                "runtime.merge",
+                f"auto or never: {name} {why}",
+                self.merge,
+                "Set runtime.merge to auto; it is served beside the weights.",
             )
 
     def _intake(self) -> Intake:
@@ -303,26 +252,40 @@ class Making:
         return Intake(self.book, shop.context, shop.space, shop.work, shop.progress)
 
     def _put_out(self, adapters: Sequence[ValidAdapter]) -> dict[str, AdapterRecord]:
-        shop, base = self.shop, self.base.record
-        groups = duplicates(adapters)
+        """Convert and publish adapters that are valid; return what the generation says of them, by name."""
+        shop, groups = self.shop, duplicates(adapters)
+        sources = shop.context.sources
         proofs: Sequence[Proof | None] = [None] * len(groups)
         if self.settings.prove:
             firsts = [group.first for group in groups]
-            sources = shop.context.sources
             proofs = prover().prove_adapters(
-                firsts, self.settings, base, sources, shop.work, shop.progress, shop.room
+                firsts, self.settings, self.base.record, sources, shop.work, shop.progress, shop.room
             )
-        output = Output(
-            self.book.dtype,
-            base,
-            shop.store,
-            self.served,
-            shop.space,
-            shop.progress,
-            shop.context,
-            lineage(shop.context.sources),
-        )
-        return output.put_out(groups, proofs)
+        known = lineage(sources)
+        with ThreadPoolExecutor(shop.context.parallel_adapters, "output") as pool:
+            futures = {
+                group.names[0]: pool.submit(self._put_out_group, group, proof, known)
+                for group, proof in zip(groups, proofs, strict=True)
+            }
+        records = gathered(futures, shop.progress)
+        return {name: record for each in records for name, record in each.items()}
+
+    def _put_out_group(
+        self, group: Duplicates, proof: Proof | None, lineage: Lineage
+    ) -> dict[str, AdapterRecord]:
+        shop, base, dtype = self.shop, self.base.record, self.book.dtype
+        for name in group.names:
+            shop.progress.enter(name, Stage.CONVERTING)
+        size = bundle_bytes(group.first.checked, dtype)
+        with shop.space.writing(size, f"the bundle of adapter {group.names[0]!r}"), shop.context.compute:
+            bundle = convert_adapter(group.first, dtype, shop.progress, proof)
+        adapters, named = [each.fetched for each in group.adapters], bundle.manifest.base_model_name
+        known = lineage(named, base.source, [adapter.source for adapter in adapters])
+        for adapter in adapters:
+            extra = [*origin_warnings(named, adapter.licence, base, known), *adapter.warnings]
+            shop.progress.describe(adapter.name, bundle.digest, bundle.manifest, extra)
+        publish_bundle(shop.store, bundle, group.names, self.served, shop.progress)
+        return {adapter.name: _record(adapter, bundle, known) for adapter in adapters}
 
 
 def making(shop: Workshop, base: Base, settings: Build, served: frozenset[str], merge: Merge) -> Making:

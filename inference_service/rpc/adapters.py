@@ -7,24 +7,11 @@ from typing import Final
 import grpc
 
 from inference_service.adapters.manager import AdapterManager
-from inference_service.adapters.views import AdapterPlace, AdapterView, ReplicaView
-from inference_service.engine.residents import AdapterState
+from inference_service.adapters.views import AdapterView, ReplicaView
 from loramux.inference.v1 import adapters_pb2 as pb, adapters_pb2_grpc
 from loramux.messages import message_of
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdapterService"].full_name
-TIERS: Final = {
-    AdapterPlace.STORE: pb.TIER_STORE,
-    AdapterPlace.HOST: pb.TIER_HOST,
-    AdapterPlace.DEVICE: pb.TIER_DEVICE,
-}
-RESIDENCIES: Final = {
-    AdapterState.ABSENT: pb.RESIDENCY_ABSENT,
-    AdapterState.LOADING: pb.RESIDENCY_LOADING,
-    AdapterState.HELD: pb.RESIDENCY_HELD,
-    AdapterState.COPYING: pb.RESIDENCY_COPYING,
-    AdapterState.RESIDENT: pb.RESIDENCY_RESIDENT,
-}
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
@@ -103,8 +90,8 @@ def adapter_message(view: AdapterView) -> pb.AdapterState:
     return message_of(
         pb.AdapterState,
         view,
-        tier=TIERS[view.place],
-        residency=RESIDENCIES[view.state],
+        tier=f"TIER_{view.place.name}",
+        residency=f"RESIDENCY_{view.state.name}",
         bytes=view.num_bytes,
         last_failure=message_of(pb.LoadFailure, view.failure) if view.failure else None,
     )
