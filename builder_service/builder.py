@@ -27,11 +27,8 @@ class Builder:
 
     @classmethod
     async def open(cls, settings: BuilderSettings) -> Self:
-        """Take a work folder, and clear away what builders left there.
-
-        Raises:
-            ResourcesExhausted: there is no room for another builder.
-            Fault: what the store raises.
+        """Take a work folder, and clear away what builders left there. Raise ResourcesExhausted where there is
+        no room for another builder, and what the store does.
         """
         context = BuildContext(
             store=_store(settings),

@@ -86,12 +86,7 @@ class Classifications:
 
 
 def embed_request(model: str, inputs: Sequence[TextInput], options: EmbedOptions) -> pb.EmbedRequest:
-    """Return a request for vectors.
-
-    Raises:
-        RequestInvalid: an option's value, or an input, does not fit its field; the findings name them.
-        TypeError: an option that does not exist.
-    """
+    """Return a request for vectors, or raise what `generate_request` does, for an input too."""
     explicit = explicit_options(options, EmbedOptions)
     pooling = explicit.pop("pooling", None)
     findings = []

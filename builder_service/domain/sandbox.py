@@ -31,11 +31,8 @@ class Bounds:
 
 
 def ask(program: ModuleType, question: Mapping[str, Any], bounds: Bounds) -> Any:
-    """Return what a program of this package answers; see `sandboxed`.
-
-    Raises:
-        TooCostly: it takes more time or memory.
-        ResourcesExhausted: this machine has no process for it.
+    """Return what a program of this package answers; see `sandboxed`. Raise TooCostly for more time or memory,
+    and ResourcesExhausted where this machine has no process for it.
     """
     limits = [f"{bounds.cpu_s:g}", str(bounds.memory_bytes)]
     command = [sys.executable, "-I", "-S", str(sandboxed.__file__), *limits, str(program.__file__)]

@@ -130,11 +130,8 @@ class BaseWeights:
         return file
 
     def fetch(self, name: str) -> Path:
-        """Return a recorded file of the base.
-
-        Raises:
-            BundleCorrupt: it differs from what was recorded when the build began.
-            Fault: what the source raises.
+        """Return a recorded file of the base. Raise BundleCorrupt where it differs from what was recorded when
+        the build began, and what the source does.
         """
         expected = self._base.files[name]
         source = self._sources.of(self._base.source)

@@ -131,12 +131,7 @@ def _added(record: AdapterRecord, before: AdapterRecord | None) -> AdapterRecord
 
 
 def check_update(store: Store, wish: Update) -> None:
-    """Refuse what can be seen to be wrong before an update runs. Blocks.
-
-    Raises:
-        DeploymentNotFound, BundleCorrupt, StoreUnavailable
-        Fault: as `judge`.
-    """
+    """Raise what `newest_generation` and `judge` do, before an update runs. Blocks."""
     judge(newest_generation(store, wish.name), wish)
 
 

@@ -93,11 +93,8 @@ class BundleReader:
 
     @contextmanager
     def reading(self, digest: str) -> Iterator[FoundBundle]:
-        """Yield a bundle; its memory counts until the block ends.
-
-        Raises:
-            BundleCorrupt: the store's is missing, damaged, or does not say what its manifest says.
-            StoreUnavailable: the store does not answer.
+        """Yield a bundle; its memory counts until the block ends. Raise BundleCorrupt where the store's is
+        missing or damaged, and StoreUnavailable.
         """
         with ExitStack() as room:
             yield self._from_disk(digest, room) or self._from_store(digest, room)
@@ -148,20 +145,14 @@ class BundleReader:
             self._disk.put(found.bundle.digest, found.manifest, found.files)
 
     def texts(self, digest: str) -> dict[str, bytes]:
-        """Return a bundle's text files, without its weights.
-
-        Raises:
-            BundleCorrupt: the manifest or one of them is missing in the store, or damaged there.
-            StoreUnavailable: the store does not answer.
+        """Return a bundle's text files, without its weights; raise BundleCorrupt where one is missing or
+        damaged in the store, and StoreUnavailable.
         """
         return self._some(digest, texts_of)[1]
 
     def score(self, digest: str) -> tuple[ScoreHead, Array]:
-        """Return a bundle's score head, and its weights (labels, hidden size).
-
-        Raises:
-            BundleCorrupt: it has none, or manifest or weights are missing in the store, or damaged there.
-            StoreUnavailable: the store does not answer.
+        """Return a bundle's score head, and its weights (labels, hidden size); raise BundleCorrupt where there
+        are none, or damaged ones, and StoreUnavailable.
         """
         manifest, files = self._some(digest, lambda manifest: (SCORE_FILE,) if manifest.score else ())
         if manifest.score is None:

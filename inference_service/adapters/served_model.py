@@ -40,11 +40,8 @@ NO_DEFAULTS: Final = AdapterDefaults()
 
 
 def read_adapter_defaults(name: str, texts: Mapping[str, bytes], base: Text) -> AdapterDefaults:
-    """Read the text files of an adapter's bundle.
-
-    Raises:
-        AdapterInvalid: a file cannot be read, or the template cannot be parsed.
-        BundleCorrupt: its own tokens are of a format that is not known.
+    """Read the text files of an adapter's bundle. Raise AdapterInvalid for a file that cannot be read or
+    parsed, and BundleCorrupt for own tokens of an unknown format.
     """
     if not texts:
         return NO_DEFAULTS

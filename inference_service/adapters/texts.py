@@ -78,12 +78,7 @@ class AdapterTexts:
         self._reading: dict[str, Future[AdapterDefaults]] = {}
 
     async def texts(self, digest: str) -> Mapping[str, bytes]:
-        """Return the verified text files of a bundle, by their names.
-
-        Raises:
-            BundleCorrupt: the store's are missing or damaged.
-            StoreUnavailable: the store does not answer.
-        """
+        """Return the verified text files of a bundle by name, or raise what `BundleReader.texts` does."""
         return await asyncio.wrap_future(self._workers.submit(partial(self._reader.texts, digest)))
 
     async def defaults(self, digest: str, name: str) -> AdapterDefaults:

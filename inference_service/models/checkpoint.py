@@ -120,11 +120,8 @@ class Checkpoint:
         return next((name for name in names if self.has(name)), names[0])
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Return a tensor in the serving dtype or another, widened if it is of few bits.
-
-        Raises:
-            CheckpointInvalid: it is not there, or has another shape, or is kept in a way that is not read.
-            Fault: what verify raises.
+        """Return a tensor in the serving dtype or another, widened if it is of few bits. Raise
+        CheckpointInvalid where it is missing, of another shape or kept otherwise, and what verify does.
         """
         packed = self._opened.pop(name, None) or self.packed(name, shape)
         if packed is not None:
@@ -140,11 +137,8 @@ class Checkpoint:
         return tensor.to(self.device, dtype or self.dtype)
 
     def kept(self, names: Sequence[tuple[str, tuple[int, ...]]], kind: type[Kept]) -> list[Kept] | None:
-        """Return weights of few bits as products take them; `get` widens them where this returns None.
-
-        Raises:
-            CheckpointInvalid: the tensors of a weight do not go together.
-            Fault: what verify raises.
+        """Return weights of few bits as products take them; `get` widens them where this returns None. Raise
+        CheckpointInvalid where the tensors of a weight do not go together, and what verify does.
         """
         found = []
         for name, shape in names:
@@ -165,10 +159,7 @@ class Checkpoint:
 
     def packed(self, name: str, shape: tuple[int, ...]) -> Packed | None:
         """Return a weight of few bits as the file keeps it, instead of `get`; None where it is kept as it is.
-
-        Raises:
-            CheckpointInvalid: its tensors do not go together.
-            Fault: what verify raises.
+        Raise CheckpointInvalid where its tensors do not go together, and what verify does.
         """
         if self._quantization is None or self._found is None or name not in self._found:
             return None

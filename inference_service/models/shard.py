@@ -54,11 +54,8 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Read a file.
-
-    Raises:
-        ShardInvalid: it is cut off, or its header does not describe it.
-        OSError: it cannot be read.
+    """Read a file; raise ShardInvalid where its header does not describe it, and OSError where it is
+    unreadable.
     """
     tensors, others = {}, {}
     with path.open("rb", buffering=0) as file:

@@ -94,10 +94,7 @@ async def scored(
     service: GenerationService, requests: Sequence[Request], *, labels: int | None = None
 ) -> AsyncGenerator[ScoredPrompt]:
     """Yield the scores of each request, in their order; where labels are said, of a head with so many alone.
-
-    Raises:
-        RequestInvalid: the model has no score head, or one with other labels.
-        Fault: what `GenerationService.generate` raises.
+    Raise RequestInvalid for another head or none, and what `GenerationService.generate` does.
     """
     served = await service.naming.choose(requests[0])
     model = served.model

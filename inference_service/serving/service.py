@@ -160,12 +160,7 @@ class GenerationService:
         return (await self._terms(request, defaults).prompt(countable(self.limits.max_seq_len))).ids
 
     async def scorer(self, model: ServedModel) -> Scorer:
-        """Return the score head of an adapter that classifies.
-
-        Raises:
-            BundleCorrupt: the store's files are missing or damaged, or there is none.
-            StoreUnavailable: the store does not answer.
-        """
+        """Return the score head of an adapter that classifies, or raise what `AdapterTexts.scorer` does."""
         if self.texts is None:
             raise InternalFault(f"the score head of {model.name!r} cannot be read here. Please report it.")
         return await self.texts.scorer(model.digest)

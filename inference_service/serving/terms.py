@@ -71,11 +71,8 @@ class Terms:
         return frozenset() if self.request.sampling.ignore_eos else ends
 
     async def prompt(self, most: int) -> PromptTokens:
-        """Return the tokens of the prompt, of which a text may have so many unless it is cut.
-
-        Raises:
-            PromptTooLong: it has more.
-            RequestInvalid: it is empty, or the template refuses its messages.
+        """Return the tokens of the prompt, of which a text may have so many unless it is cut. Raise
+        PromptTooLong for more, and RequestInvalid for none, or where the template refuses its messages.
         """
         source, text = self.request.prompt, self.text
         prompt, cut, second = source.content, source.truncate_prompt_tokens, NEVER

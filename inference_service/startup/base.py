@@ -191,11 +191,8 @@ def shard_of(settings: InferenceSettings, config: ModelConfig, rank: int) -> Sha
 def read_model(
     placed: PlacedBase, config: ModelConfig, backend: Backend, ranks: Ranks | None = None
 ) -> Decoder:
-    """Read the weights of a base, or the part of a rank.
-
-    Raises:
-        CheckpointInvalid: the base cannot be served.
-        BundleCorrupt: a file is not the one that was recorded.
+    """Read the weights of a base, or the part of a rank. Raise CheckpointInvalid for one that cannot be served,
+    and BundleCorrupt for another file than was recorded.
     """
     tensors = checkpoint(placed, backend.dtype, backend.device, config.quantization)
     if config.encodes:

@@ -141,12 +141,7 @@ def _without_unknown_nulls(data: bytes, refused: ValidationError) -> bytes:
 
 
 async def read_bytes(http: Request) -> bytes:
-    """Return the body.
-
-    Raises:
-        HTTPException: 413 where it is too large.
-        ClientDisconnect: the client went away.
-    """
+    """Return the body; raise HTTPException 413 where it is too large, and ClientDisconnect."""
     data, size = bytearray(), 0
     async for part in http.stream():
         size += len(part)

@@ -132,11 +132,8 @@ def reason(error: subprocess.CalledProcessError) -> str:
 def compile_library(
     compiler: str, flags: Sequence[str], target: Path, waiting: Waiting = lambda _: None
 ) -> None:
-    """Compile all types at the same time: a start waits for it.
-
-    Raises:
-        OSError: there is no place.
-        CalledProcessError: the compiler refuses; its stderr is there.
+    """Compile all types at the same time: a start waits for it. Raise OSError where there is no place, and
+    CalledProcessError, with its stderr, where the compiler refuses.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -152,10 +149,7 @@ def compile_library(
 
 def run(*commands: list[str], waiting: Waiting = lambda _: None, began: float | None = None) -> None:
     """Run commands side by side; an exception ends all of them. What began earlier is waited for since then.
-
-    Raises:
-        OSError: one of them does not start.
-        CalledProcessError: one of them fails.
+    Raise OSError where one does not start, and CalledProcessError where one fails.
     """
     began = time.monotonic() if began is None else began
     calls = (time.monotonic() - began) // INTERVAL_S

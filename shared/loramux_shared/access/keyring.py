@@ -57,11 +57,8 @@ class Keyring:
         return f"Keyring({len(self)} keys, file={self._file})"
 
     def authorize(self, presented: str | None, scope: Scope | None) -> Access:
-        """Return the rights of a key that has a scope; scope None: any key will do.
-
-        Raises:
-            Unauthenticated: no key, or none of ours.
-            PermissionDenied: the key lacks the scope.
+        """Return the rights of a key that has a scope; scope None: any key will do. Raise Unauthenticated for
+        no key of ours, and PermissionDenied for one without the scope.
         """
         if self._watch.changed():
             self._reload()

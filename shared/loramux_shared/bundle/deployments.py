@@ -91,11 +91,8 @@ def _current_generation(store: Store, name: str) -> Generation | None:
 
 
 def read_pointer(store: Store, name: str) -> Current | None:
-    """Return what says which generation is served, or None when the store has no such deployment.
-
-    Raises:
-        BundleCorrupt: its bytes are not exactly those of a pointer.
-        StoreUnavailable: the store does not answer.
+    """Return what says which generation is served, or None when the store has no such deployment. Raise
+    BundleCorrupt for bytes that are no pointer's, and StoreUnavailable.
     """
     try:
         data = store.get(current_key(name))
@@ -109,11 +106,8 @@ def read_pointer(store: Store, name: str) -> Current | None:
 
 
 def read_generation(store: Store, name: str, number: int, *, sha256: str | None = None) -> Generation:
-    """Return a generation, against its digest where one is known.
-
-    Raises:
-        BundleCorrupt: it is missing, has another digest, or is another one's.
-        StoreUnavailable: the store does not answer.
+    """Return a generation; raise BundleCorrupt where it is missing, another's or has another digest than the
+    known one, and StoreUnavailable.
     """
     what = f"deployment {name}: generation {number}"
     try:

@@ -71,11 +71,8 @@ class Bundle:
 
 
 def read_manifest(store: Store, digest: str) -> Manifest:
-    """Return a bundle's manifest.
-
-    Raises:
-        BundleCorrupt: it is missing or has another digest.
-        StoreUnavailable: the store does not answer.
+    """Return a bundle's manifest; raise BundleCorrupt where it is missing or has another digest, and
+    StoreUnavailable.
     """
     return parse_manifest(read_file(store, digest, MANIFEST_FILE), digest)
 
@@ -86,11 +83,8 @@ def parse_manifest(data: bytes, digest: str) -> Manifest:
 
 
 def read_bundle(store: Store, digest: str) -> Bundle:
-    """Return a bundle, every byte of it verified.
-
-    Raises:
-        BundleCorrupt: a file is missing, has another digest, or does not say what the manifest says.
-        StoreUnavailable: the store does not answer.
+    """Return a bundle, every byte of it verified; raise BundleCorrupt where a file is missing or not what the
+    manifest says, and StoreUnavailable.
     """
     manifest = read_manifest(store, digest)
     files = {}

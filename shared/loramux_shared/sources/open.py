@@ -40,11 +40,8 @@ class Sources:
         """Holds what is fetched only to be looked at; the system's temporary folder when not given."""
 
     def of(self, repository: Repository) -> Source:
-        """Return the source of a repository.
-
-        Raises:
-            SourceRefused: there is none of its kind here.
-            RepoNotFound: it was pushed; all that is left of it is the bundle that was made.
+        """Return the source of a repository. Raise SourceRefused where there is none of its kind here, and
+        RepoNotFound where it was pushed: all that is left of it is its bundle.
         """
         if repository.source is SourceKind.PUSHED:
             at = f" at {repository.revision}" if repository.revision else ""
