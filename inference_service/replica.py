@@ -79,9 +79,7 @@ class Replica:
 
     @classmethod
     async def load(cls, settings: InferenceSettings) -> Self:
-        """Load what settings name, or raise what `load_apart` does; nothing is computed or followed before
-        `begin`.
-        """
+        """Load what settings name, or raise what `load_apart` does; nothing is computed before `begin`."""
         sys.setswitchinterval(SWITCH_S)
         tracing = open_tracing("loramux-inference")
         watchers = open_watchers(tracing, log_prompts=settings.log_prompts)

@@ -36,9 +36,7 @@ class FetchedAdapter:
     name: str
     folder: Path
     source: Repository
-    """Repository with the final revision, where the files were fetched, and without the query of a signed
-    address.
-    """
+    """Repository with the final revision, where files were fetched, and without a signed address's query."""
     files: Mapping[str, FileDigest]
     findings: tuple[Finding, ...] = ()
     warnings: tuple[Finding, ...] = ()

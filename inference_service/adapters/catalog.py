@@ -65,9 +65,7 @@ class Catalog:
         self._earlier: dict[str, tuple[ServedModel, ...]] = {}
         self._by_digest: dict[str, tuple[str, ...]] = {}
         self._handles: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
-        """Handles by digest, kept alive by their users: a digest that comes back meanwhile has the handle that
-        it had.
-        """
+        """Handles by digest, kept alive by their users: a digest that comes back has the handle that it had."""
         for model in self._models.values():
             self._enter(model)
 

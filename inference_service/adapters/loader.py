@@ -39,9 +39,7 @@ from loramux_shared.faults import (
 log = structlog.get_logger()
 
 ARRANGED_BYTES: Final = 32 << 20
-"""Bytes of the arrangements of bundles that were packed before: those of 6,000 adapters of a small
-dense base.
-"""
+"""Bytes of the arrangements of bundles that were packed before: 6,000 adapters of a small dense base."""
 DIGEST_DIGITS: Final = 12
 """Characters of a digest that stand for an adapter where its name is not known."""
 

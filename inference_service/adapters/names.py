@@ -58,9 +58,7 @@ def _number(scale: str | None, text: str) -> float:
 
 
 def check_blend(parts: Sequence[ScaledAdapter], most: int, where: str) -> None:
-    """Look at what can be judged without knowing the adapters; raise RequestInvalid for too many of them, or a
-    scale out of bounds.
-    """
+    """Raise RequestInvalid for too many adapters, or a scale out of bounds; none has to be known."""
     if len(parts) > MOST_PARTS:
         raise _refused(where, f"at most {MOST_PARTS} adapters", "more")
     for part in parts:

@@ -247,9 +247,7 @@ def _fill_sampling(fields: npt.NDArray[np.int32], rows: Rows) -> None:
 
 
 def _drawing(seq: Sequence) -> bytes:
-    """Return a sequence's parameters of its next draw; padding for one that shapes its logits: `Shaper` draws
-    it.
-    """
+    """Return a sequence's parameters of its next draw; padding where `Shaper` draws, for shaped logits."""
     progress = seq.progress
     if shapes(seq, seq.num_generated):
         return _PADDING

@@ -40,9 +40,7 @@ LOOK_WITHOUT_DRAFTS: Final = 64
 DECAY: Final = 0.998
 """Decay of the known cost of rows, at every step with prompts: some 500 of them are remembered."""
 FADING: Final = 0.9995
-"""Decay of the cost of drafts, at every step without such: those that cost too much are tried again
-some time.
-"""
+"""Decay of the cost of drafts, at every step without: those that cost too much are tried again some time."""
 SPREAD: Final = 256.0
 """Tokens by which contexts must differ before what was measured says anything of their cost."""
 STALL: Final = 3.0
@@ -274,9 +272,7 @@ class StepTimes:
             self._row_parts.learn(kind, part, self._steps[decodes])
 
     def _stood_still(self, took_s: float, expected_s: float, *, rows: bool) -> bool:
-        """Return True if a step's time is not the model's, for the machine did something else; twice in a row
-        it counts.
-        """
+        """Return True if the machine did something else during a step; twice in a row, the time counts."""
         stalled = took_s > STALL * expected_s and not self._stalled[rows]
         self._stalled[rows] = stalled
         return stalled

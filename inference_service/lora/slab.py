@@ -34,9 +34,7 @@ class Slab:
     """
 
     def __init__(self, num_bytes: int, lock_pages: LockPages = cuda_lock_pages) -> None:
-        """Take the memory and lock it; raise ResourcesExhausted where the machine does not let that much be
-        locked.
-        """
+        """Take the memory and lock it; raise ResourcesExhausted where the machine does not lock so much."""
         size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
         self._memory = mmap.mmap(-1, size)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))

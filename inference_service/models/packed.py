@@ -59,9 +59,7 @@ class Pieces:
         return self.take(role, FLOATS, (groups, rows)).float().t()
 
     def matrix(self) -> tuple[int, int]:
-        """Return the rows and columns of a weight; raise CheckpointInvalid where config.json implies another
-        matrix.
-        """
+        """Return the rows and columns of a weight; raise CheckpointInvalid where the config implies others."""
         if len(self.shape) != 2:
             raise self.invalid("weight", f"expected a matrix, config.json implies shape {self.shape}.")
         return self.shape[0], self.shape[1]

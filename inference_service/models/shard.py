@@ -54,9 +54,7 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Read a file; raise ShardInvalid where its header does not describe it, and OSError where it is
-    unreadable.
-    """
+    """Read a file; raise ShardInvalid where its header does not describe it, and OSError if unreadable."""
     tensors, others = {}, {}
     with path.open("rb", buffering=0) as file:
         reader = ShardReader(file)

@@ -50,9 +50,7 @@ class BuilderNews:
         self._away = False
 
     async def run(self) -> None:
-        """Listen until cancelled; raise SettingsInvalid where the address, the key or a certificate cannot be
-        used.
-        """
+        """Listen until cancelled; raise SettingsInvalid where address, key or certificate cannot be used."""
         credentials = Credentials()
         async with credentials.channel(self._address, grpc.aio) as channel:
             calls = Calls(_stub(channel), credentials)

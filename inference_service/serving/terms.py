@@ -129,9 +129,7 @@ class Terms:
         return [begin() for _ in range(output.n)]
 
     async def sampling(self, prompt_tokens: int) -> SamplingParams:
-        """Return what the answers to a prompt of so many tokens are drawn by; raise PromptTooLong where both do
-        not fit.
-        """
+        """Return what the answers to so many tokens are drawn by; raise PromptTooLong where both do not fit."""
         requested, defaults = self.request.sampling, self.defaults
         fits = room(requested.max_tokens, prompt_tokens, self.limits.max_seq_len)
         most = min(self.default_max_tokens or fits, fits)

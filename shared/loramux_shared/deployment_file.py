@@ -94,9 +94,7 @@ def load_deployment(path: Path) -> DeploymentFile:
 
 
 def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
-    """Turn parsed YAML into a deployment; raise DeploymentInvalid with one finding per unknown key, missing key
-    or bad value.
-    """
+    """Turn parsed YAML into a deployment; raise DeploymentInvalid with a finding per wrong or missing key."""
     if not isinstance(data, dict):
         found = "nothing" if data is None else type(data).__name__
         raise DeploymentInvalid(f"a deployment file is a mapping with model_name and build; found {found}")

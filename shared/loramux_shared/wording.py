@@ -58,9 +58,7 @@ def is_number(text: str) -> bool:
 
 
 def refuse_odd(value: Any, annotation: Any) -> Any:
-    """Return the value of a field; raise ValueError for a text that Python alone takes for the number that it
-    is to be.
-    """
+    """Return the value of a field; raise ValueError for a text that Python alone takes for such a number."""
     if isinstance(value, str) and _ODD.search(value) and not {int, float}.isdisjoint(_kinds(annotation)):
         try:
             float(value)

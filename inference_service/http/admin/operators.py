@@ -98,9 +98,7 @@ class Adapter(TypedDict):
 
 
 class Replica(TypedDict):
-    """The relation of the replica to its deployment (fixed, current, stale, blind), and the content of its
-    bank.
-    """
+    """The relation of the replica to its deployment (fixed, current, stale, blind), and its bank's content."""
 
     deployment: str
     generation: int
@@ -138,9 +136,7 @@ def manager_of(http: HttpRequest) -> AdapterManager:
 
 
 def refuse_other_sites(http: HttpRequest) -> None:
-    """Raise PermissionDenied for what a page of another site has a browser send, where there is no JSON to
-    read.
-    """
+    """Raise PermissionDenied for what a page of another site has a browser send; needed without JSON alone."""
     if http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise PermissionDenied("requests from pages of other sites are refused. Use this server's own page.")
 

@@ -138,9 +138,7 @@ CHOICES: Final[Mapping[str, ToolChoice]] = {"auto": "auto", "any": "required", "
 
 
 def chat_of(body: PromptBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
-    """Return the conversation that a body asks to continue; raise RequestInvalid where fields contradict each
-    other, or a header is wrong.
-    """
+    """Return the conversation of a body; raise RequestInvalid for contradictions and wrong headers."""
     turns, form, choice = tuple(turns_of(body)), _format(body), _choice(body.tool_choice)
     last = turns[-1]
     goes_on = last.role == "assistant"

@@ -35,9 +35,7 @@ def _flat(content: Any) -> Any:
 
 
 def text_of(part: Any, kinds: Mapping[str, str] = TEXT_PARTS) -> str:
-    """Return the text of a part, by the kinds of parts that have one and their keys for it; raise
-    PydanticCustomError for others.
-    """
+    """Return a part's text, by the kinds that have one and their keys for it; raise PydanticCustomError."""
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind not in kinds:
         raise unsupported(f"a part of type {kind}", "Only text parts are served.")

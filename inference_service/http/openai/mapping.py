@@ -37,9 +37,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 def chat_of(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
-    """Return the conversation that a body asks to continue; raise RequestInvalid where fields contradict each
-    other, or a header is wrong.
-    """
+    """Return the conversation of a body; raise RequestInvalid for contradictions and wrong headers."""
     tools = () if body.tool_choice == "none" else tuple(map(tool_of, body.tools or ()))
     check_demand(body.tool_choice, tools)
     if body.top_logprobs is not None and not (body.logprobs and 0 <= body.top_logprobs <= MAX_LOGPROBS):
@@ -106,9 +104,7 @@ def _limit(body: ChatBody) -> int | None:
 def completion_requests(
     body: CompletionBody, service: GenerationService, headers: Mapping[str, str] = NO_HEADERS
 ) -> list[Request]:
-    """Return one request per prompt; raise RequestInvalid where fields contradict each other, or a header is
-    wrong.
-    """
+    """Return one request per prompt; raise RequestInvalid for contradicting fields, or a wrong header."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise refused("best_of", "the same as n", body.best_of)
     if len(body.prompt) * (body.n or 1) > MAX_CHOICES:

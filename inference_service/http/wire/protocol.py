@@ -160,9 +160,7 @@ class UntilClosed(int):
 
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-"""Most bytes of a request's line and headers, of its trailers, or of one chunk's head; one read may
-bring more.
-"""
+"""Most bytes of a request's line and headers, of its trailers, or of a chunk's head; a read may bring more."""
 MAX_FIELDS: Final = 200
 """Headers of a request; also its trailers."""
 OVERHEAD: Final = 8

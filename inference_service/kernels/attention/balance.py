@@ -23,9 +23,7 @@ SPAN_STEP: Final = 128
 
 @dataclass(frozen=True)
 class Units:
-    """The units that may be cut: the rows of decode, or the tiles of prefill; an element of every array for
-    each.
-    """
+    """The units that may be cut: rows of decode, or tiles of prefill; an element of every array for each."""
 
     row: Ints
     """The first row in the batch."""

@@ -47,9 +47,7 @@ library says that can multiply them in two ways, until they were timed.
 SPARSE = 512
 """Weights for each that no table holds: with more of them, compact ones are not read faster."""
 ROUNDED = 32
-"""Values of x in bfloat16 that share a step where weights are integers; with 4 bits at most as many share a
-scale.
-"""
+"""Values of x in bfloat16 that share a step where weights are integers; at most as many share a scale."""
 MAX_HEAD_DIM = 512
 MAX_CONV_WIDTH = 8
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

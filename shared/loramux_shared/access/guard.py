@@ -37,9 +37,7 @@ class TlsFiles:
     """Clients must show a certificate of these authorities; None: they show none."""
 
     def pem(self) -> Pem:
-        """Return what the files hold; raise SettingsInvalid where one cannot be read, or they do not go
-        together.
-        """
+        """Return what the files hold; raise SettingsInvalid for one that is unreadable, or does not fit."""
         chain, key = _bytes(self.cert), _bytes(self.key)
         client_ca = None if self.client_ca is None else _bytes(self.client_ca)
         self.context()  # gRPC would take anything, and refuse every handshake

@@ -282,9 +282,7 @@ class LayerSpec:
         return (*self.mixer.groups(hidden), *self.mlp.groups(hidden), *inputs)
 
     def shard(self, world: int) -> LayerSpec:
-        """Return the part of one of several ranks; raise CannotShard where heads, or a width, cannot be
-        divided.
-        """
+        """Return the part of one of several ranks; raise CannotShard where heads or a width are indivisible."""
         return replace(self, mixer=self.mixer.shard(world), mlp=self.mlp.shard(world))
 
     def attending(self, **changes: Any) -> LayerSpec:

@@ -71,9 +71,7 @@ class Bundle:
 
 
 def read_manifest(store: Store, digest: str) -> Manifest:
-    """Return a bundle's manifest; raise BundleCorrupt where it is missing or has another digest, and
-    StoreUnavailable.
-    """
+    """Return a bundle's manifest; raise BundleCorrupt for none or another digest, and StoreUnavailable."""
     return parse_manifest(read_file(store, digest, MANIFEST_FILE), digest)
 
 

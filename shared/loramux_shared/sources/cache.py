@@ -100,9 +100,7 @@ def _locked(file: IO[str]) -> bool:
 
 
 def open_cache(cache: Path) -> None:
-    """Make a cache where there is none, and remove what killed processes left in it; raise ResourcesExhausted
-    where that fails.
-    """
+    """Make a cache, and remove what killed processes left in it; raise ResourcesExhausted where that fails."""
     with disk_errors():
         cache.mkdir(parents=True, exist_ok=True)
     for path in (*cache.rglob(f"{PART}*"), *cache.glob(f"{SCRATCH}*")):

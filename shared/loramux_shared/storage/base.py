@@ -66,9 +66,7 @@ class Store(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Yield the keys that begin with prefix, in lexicographic order; raise RecordTooLarge for more than
-        `KEYS`.
-        """
+        """Yield the keys that begin with prefix, in lexicographic order; raise RecordTooLarge above `KEYS`."""
         ...
 
     def entries(self, prefix: str) -> Iterator[Entry]:
@@ -96,9 +94,7 @@ def checked_key(key: str) -> str:
 
 
 def checked_prefix(prefix: str) -> str:
-    """Return the beginning of a key as it is; ``a/b``, ``a/`` and nothing are some. Raise ValueError for
-    others.
-    """
+    """Return the beginning of a key as it is, ``a/b``, ``a/`` or nothing; raise ValueError for others."""
     checked_key(f"{prefix}x")
     return prefix
 
