@@ -110,12 +110,7 @@ class Services:
         return deployment_of((yield Ask("builder", "BuildDeployment", request, self.timeout_s)).deployment)
 
     def watch(
-        self,
-        name: str,
-        *,
-        follow: bool = False,
-        request_id: str | None = None,
-        timeout_s: float | None = None,
+        self, name: str, *, follow: bool = False, request_id: str | None = None, timeout_s: float | None = None
     ) -> Stream[DeploymentInfo]:
         """Stream the state of a deployment: now, then every change, until ACTIVE or FAILED.
 

@@ -29,11 +29,7 @@ _QUANTIZATIONS = {
     Rounding.INT8: pb.QUANTIZATION_INT8,
     Rounding.INT4: pb.QUANTIZATION_INT4,
 }
-_MERGES = {
-    Merge.AUTO: pb.MERGE_UNSPECIFIED,
-    Merge.NEVER: pb.MERGE_NEVER,
-    Merge.ALWAYS: pb.MERGE_ALWAYS,
-}
+_MERGES = {Merge.AUTO: pb.MERGE_UNSPECIFIED, Merge.NEVER: pb.MERGE_NEVER, Merge.ALWAYS: pb.MERGE_ALWAYS}
 DTYPE_NAMES = {value: name for name, value in DTYPES.items()}
 _M = TypeVar("_M", bound=Message)
 

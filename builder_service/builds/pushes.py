@@ -127,11 +127,7 @@ class Pushes:
         store = PatientStore(self._context.store, progress.check)
         with workshop(self._context, store, progress) as shop:
             adapter = PushedAdapter(
-                upload.deployment,
-                upload.name,
-                shop.work / "adapter-0",
-                shop.space,
-                others=upload.other_files,
+                upload.deployment, upload.name, shop.work / "adapter-0", shop.space, others=upload.other_files
             )
             try:
                 async with asyncio.timeout(UPLOAD_S):

@@ -11,13 +11,7 @@ from typing import Final, TypeAlias
 
 from builder_service.builds.running import RunningBuild
 from builder_service.pipeline.build import BuildResult
-from loramux_shared.faults import (
-    BuildInterrupted,
-    BuildTimedOut,
-    Fault,
-    InternalFault,
-    StoreUnavailable,
-)
+from loramux_shared.faults import BuildInterrupted, BuildTimedOut, Fault, InternalFault, StoreUnavailable
 
 Group: TypeAlias = Sequence[RunningBuild]
 OF_ALL: Final = (BuildInterrupted, BuildTimedOut, InternalFault, StoreUnavailable)

@@ -130,10 +130,7 @@ def added_to(generation: Generation | None) -> dict[str, AdapterRecord]:
 
 
 def _check_beside(
-    draft: Generation,
-    named: Collection[str],
-    beside: Mapping[str, AdapterRecord],
-    remade: Collection[str],
+    draft: Generation, named: Collection[str], beside: Mapping[str, AdapterRecord], remade: Collection[str]
 ) -> None:
     """Refuse adapters that are to stay beside those of the file, and cannot.
 

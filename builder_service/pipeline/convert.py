@@ -31,14 +31,7 @@ from loramux_shared.bundle.manifest import (
     version_of,
 )
 from loramux_shared.bundle.modules import NO_LAYER
-from loramux_shared.bundle.npy import (
-    NUMPY_TYPES,
-    Array,
-    cast,
-    config_pieces,
-    weights_pieces,
-    write_checked,
-)
+from loramux_shared.bundle.npy import NUMPY_TYPES, Array, cast, config_pieces, weights_pieces, write_checked
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import InternalFault

@@ -5,12 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from builder_service.domain.full_tensors import EMBED_FIX
-from builder_service.domain.rules.adapter import (
-    CheckedAdapter,
-    ComparedTokens,
-    Rulebook,
-    check_adapter,
-)
+from builder_service.domain.rules.adapter import CheckedAdapter, ComparedTokens, Rulebook, check_adapter
 from builder_service.domain.rules.tensors import AdapterLimits
 from builder_service.domain.rules.texts import check_texts
 from builder_service.domain.score_heads import with_labels
@@ -38,10 +33,7 @@ OTHER_MODULES: Final = frozenset({
 UNLIMITED: Final = 1 << 30
 """No rank is too high where it is truncated."""
 # As a ceiling, a fused module allows its parts.
-FUSED_NAMES: Final = {
-    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
-    "mlp_gate_up": ("mlp_h_to_4h", "mlp_gate"),
-}
+FUSED_NAMES: Final = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "mlp_gate_up": ("mlp_h_to_4h", "mlp_gate")}
 
 
 @dataclass(frozen=True)

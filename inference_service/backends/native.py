@@ -16,13 +16,7 @@ from inference_service.backends.operations import Operations
 from inference_service.backends.replayed import Replays
 from inference_service.kernels.attention import Context
 from inference_service.kernels.blocks import WeightBlocks
-from inference_service.kernels.cpu.ops import (
-    NO_ADAPTERS,
-    Adapters,
-    CpuOps,
-    Table,
-    Tiled,
-)
+from inference_service.kernels.cpu.ops import NO_ADAPTERS, Adapters, CpuOps, Table, Tiled
 from inference_service.kernels.delta import StateChunk
 from inference_service.kernels.integers import quantize
 from inference_service.kernels.rows import Activation

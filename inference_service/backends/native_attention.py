@@ -35,12 +35,7 @@ class _Plan:
 
     @classmethod
     def make(
-        cls,
-        contexts: Sequence[Context],
-        group: int,
-        block_size: int,
-        dtype: torch.dtype,
-        long_rows: int | None,
+        cls, contexts: Sequence[Context], group: int, block_size: int, dtype: torch.dtype, long_rows: int | None
     ) -> _Plan:
         """Plan a group of layers."""
         rows: list[int] = []

@@ -34,12 +34,7 @@ class BuilderNews:
     """
 
     def __init__(
-        self,
-        address: str,
-        deployment: str,
-        notify: Callable[[], None],
-        *,
-        first_pause_s: float = FIRST_PAUSE_S,
+        self, address: str, deployment: str, notify: Callable[[], None], *, first_pause_s: float = FIRST_PAUSE_S
     ) -> None:
         self._address = address
         self._deployment = deployment

@@ -47,10 +47,7 @@ _KINDS: Mapping[str, Kind] = {
     "regex": "regex",
     "lark": "lark",
 }
-_REASONS = {
-    EndReason.STOP: pb.FINISH_REASON_STOP,
-    EndReason.LENGTH: pb.FINISH_REASON_LENGTH,
-}
+_REASONS = {EndReason.STOP: pb.FINISH_REASON_STOP, EndReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
 
 def request_from_message(

@@ -26,11 +26,7 @@ from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.runtime import Pooling
 
 NO_NEW_TOKENS: Final = Sampling(max_tokens=0)
-_POOLINGS: Final = {
-    pb.POOLING_LAST: Pooling.LAST,
-    pb.POOLING_MEAN: Pooling.MEAN,
-    pb.POOLING_CLS: Pooling.CLS,
-}
+_POOLINGS: Final = {pb.POOLING_LAST: Pooling.LAST, pb.POOLING_MEAN: Pooling.MEAN, pb.POOLING_CLS: Pooling.CLS}
 
 
 def requested_pooling(message: pb.EmbedRequest) -> str | None:

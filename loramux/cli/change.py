@@ -17,23 +17,15 @@ from loramux.cli.documents import emit
 from loramux.client import BUILDER, AsyncClient, Client
 from loramux.records import DeploymentInfo
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import (
-    DeploymentInvalid,
-    DeploymentNotFound,
-    Fault,
-    RepoNotFound,
-    SourceRefused,
-)
+from loramux_shared.faults import DeploymentInvalid, DeploymentNotFound, Fault, RepoNotFound, SourceRefused
 from loramux_shared.spelling import parse_repository
 from loramux_shared.wording import listed
 
 SomeDeployment = Annotated[
-    str,
-    typer.Option("--deployment", "-d", metavar="NAME", help="Deployment; default: the builder's only one."),
+    str, typer.Option("--deployment", "-d", metavar="NAME", help="Deployment; default: the builder's only one.")
 ]
 Expected = Annotated[
-    int | None,
-    typer.Option("--expect", metavar="N", min=1, help="Refuse unless N is the newest generation."),
+    int | None, typer.Option("--expect", metavar="N", min=1, help="Refuse unless N is the newest generation.")
 ]
 Adapter = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter, for clients.")]
 Adapters = Annotated[

@@ -29,8 +29,7 @@ Base = Annotated[
     str, typer.Option("--base", metavar="BASE", help="Base, in the form of ADAPTER.", show_default=False)
 ]
 AdapterArgument = Annotated[
-    str,
-    typer.Argument(metavar="ADAPTER", help="Adapter: org/name[@rev], path, s3:// gs:// azure:// https://"),
+    str, typer.Argument(metavar="ADAPTER", help="Adapter: org/name[@rev], path, s3:// gs:// azure:// https://")
 ]
 MaxRank = Annotated[
     int, typer.Option("--max-rank", metavar="R", min=1, help="Ceiling of ranks (max_lora_rank).")

@@ -70,12 +70,10 @@ def _show_key(key: str) -> None:
 @app.callback()
 def loramux(
     show_version: Annotated[
-        bool,
-        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version."),
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     api_key: Annotated[
-        str,
-        typer.Option("--api-key", callback=_show_key, metavar="KEY", help=f"API key; default: {API_KEY}."),
+        str, typer.Option("--api-key", callback=_show_key, metavar="KEY", help=f"API key; default: {API_KEY}.")
     ] = "",
 ) -> None:
     """One base model, hundreds of LoRA adapters, one server.

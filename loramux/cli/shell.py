@@ -57,8 +57,7 @@ Dtype = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")]
 ApiProcesses = Annotated[
-    int | None,
-    typer.Option("--api-processes", min=0, metavar="N", help="API processes; 0: none."),
+    int | None, typer.Option("--api-processes", min=0, metavar="N", help="API processes; 0: none.")
 ]
 TruncateTo = Annotated[
     int | None,

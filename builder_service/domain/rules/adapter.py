@@ -231,10 +231,7 @@ def check_tensors(
         tuple(replaced),
         config.base_model_name,
         config.base_model_revision,
-        Coverage(
-            used=tuple(sorted(used - redundant)),
-            redundant=tuple(sorted(redundant)),
-        ),
+        Coverage(used=tuple(sorted(used - redundant)), redundant=tuple(sorted(redundant))),
         config.invocation_tokens,
         vocab,
         score=score,

@@ -39,7 +39,7 @@ _KEY_FIXES: Final = {
     "E_MOE": f"Train without the experts and routers (exclude_modules), or: {MERGE}",
 }
 _FIXES_BY_CAUSE: Final = {
-    "VeLoRA": "It is a state of the training, and no answer depends on it: save without these tensors.",
+    "VeLoRA": "It is a state of the training, and no answer depends on it: save without these tensors."
 }
 _SERVED: Final = "lora_A and lora_B of projections of attention and dense MLP"
 _FOUND: Final = {

@@ -114,10 +114,7 @@ def _at_work(service: GenerationService) -> dict[str, AtWork]:
     found: dict[str, AtWork] = {}
     for model in service.catalog:
         name = model.name
-        counts: AtWork = {
-            "running": sequences.running.get(name, 0),
-            "waiting": sequences.waiting.get(name, 0),
-        }
+        counts: AtWork = {"running": sequences.running.get(name, 0), "waiting": sequences.waiting.get(name, 0)}
         if any(counts.values()):
             found[model.name] = counts
     return found

@@ -156,11 +156,7 @@ class MessageAnswer:
     """One request and its answer."""
 
     def __init__(
-        self,
-        service: GenerationService,
-        body: MessagesBody,
-        chat: ChatRequest,
-        ping_s: float = PING_S,
+        self, service: GenerationService, body: MessagesBody, chat: ChatRequest, ping_s: float = PING_S
     ) -> None:
         """Answer the conversation of a body; a stream without news has a ping after so many seconds."""
         self._service = service

@@ -287,7 +287,7 @@ class CountBody(PromptBody):
     """``POST /v1/messages/count_tokens``."""
 
     examples: ClassVar[Examples] = {
-        "messages": {"messages": [{"role": "user", "content": "Hello"}], "system": "Be brief."},
+        "messages": {"messages": [{"role": "user", "content": "Hello"}], "system": "Be brief."}
     }
 
 

@@ -20,12 +20,7 @@ from inference_service.chat.request import (
 )
 from inference_service.core.constraint import Constraint
 from inference_service.http.openai.chat_schema import ChatBody, ChatMessage, ResponseFormat, Tool
-from inference_service.http.openai.schema import (
-    MAX_CHOICES,
-    CompletionBody,
-    SamplingBody,
-    StructuredOutputs,
-)
+from inference_service.http.openai.schema import MAX_CHOICES, CompletionBody, SamplingBody, StructuredOutputs
 from inference_service.http.wire.body import names, request_fields
 from inference_service.serving.bounds import MAX_LOGPROBS, refused
 from inference_service.serving.request import PromptContent, Request, hinted

@@ -10,12 +10,7 @@ from inference_service.http.endpoint import Endpoint, Handler
 from inference_service.serving.service import GenerationService
 from loramux_shared.routes import Route
 
-MEDIA_TYPES: Final = {
-    "css": "text/css",
-    "html": "text/html",
-    "js": "text/javascript",
-    "svg": "image/svg+xml",
-}
+MEDIA_TYPES: Final = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
 HEADERS: Final = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "

@@ -208,11 +208,7 @@ def prompt_usage(found: Sequence[PooledPrompt]) -> PromptUsage:
     """Return the tokens of all prompts."""
     tokens = sum(each.finished.prompt_tokens for each in found)
     cached = sum(each.finished.cached_tokens for each in found)
-    return {
-        "prompt_tokens": tokens,
-        "total_tokens": tokens,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
+    return {"prompt_tokens": tokens, "total_tokens": tokens, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 async def answer(

@@ -106,8 +106,7 @@ async def read_body(http: Request, kind: type[B]) -> B:
     media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HTTPException(
-            415,
-            f"expected a JSON body with content-type: application/json, found {media_type[:80]!r}.",
+            415, f"expected a JSON body with content-type: application/json, found {media_type[:80]!r}."
         )
     data = await read_bytes(http)
     if much := unfolds_to(data):

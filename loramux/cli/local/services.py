@@ -32,11 +32,7 @@ KeysFile = Annotated[
 ]
 ModelPorts = Annotated[
     str | None,
-    typer.Option(
-        "--model-ports",
-        metavar="LIST",
-        help="MODEL=HOST:PORT,...: a gRPC port per model.",
-    ),
+    typer.Option("--model-ports", metavar="LIST", help="MODEL=HOST:PORT,...: a gRPC port per model."),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Accept other machines without keys.")]
 

@@ -51,10 +51,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     """Ends every call of our services once: with its answer, or with the status of a fault."""
 
     def __init__(
-        self,
-        tracing: Tracing | None = None,
-        patience: Patience = USUAL,
-        untraced: frozenset[str] = frozenset(),
+        self, tracing: Tracing | None = None, patience: Patience = USUAL, untraced: frozenset[str] = frozenset()
     ) -> None:
         self._tracing = tracing
         self._untraced = untraced

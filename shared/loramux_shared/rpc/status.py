@@ -20,10 +20,7 @@ _CLOSED: Final = (
     "LORAMUX_CLIENT_KEY to one that its authority signed."
 )
 _TLS: Final = (
-    (
-        "certificate has expired",
-        "its certificate has expired. Renew it there, or set this machine's clock.",
-    ),
+    ("certificate has expired", "its certificate has expired. Renew it there, or set this machine's clock."),
     (
         "CERTIFICATE_VERIFY_FAILED",
         "its certificate is not signed by an authority that is trusted here. Name the file of the right one: "
@@ -33,18 +30,9 @@ _TLS: Final = (
         "Hostname Verification Check failed",
         "its certificate is for other names. Use a name that is in it, or the right server.",
     ),
-    (
-        "WRONG_VERSION_NUMBER",
-        "it does not speak TLS. Leave grpcs:// out, if the network to it is trusted.",
-    ),
-    (
-        "Socket closed",
-        _CLOSED,
-    ),
-    (
-        "Connection reset",
-        _CLOSED,
-    ),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS. Leave grpcs:// out, if the network to it is trusted."),
+    ("Socket closed", _CLOSED),
+    ("Connection reset", _CLOSED),
 )
 
 

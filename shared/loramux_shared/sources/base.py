@@ -119,11 +119,7 @@ class Source(Protocol):
         ...
 
     def digests(
-        self,
-        resolved: Resolved,
-        names: Iterable[str],
-        progress: Progress = unwatched,
-        room: Room = unwatched,
+        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched, room: Room = unwatched
     ) -> dict[str, FileDigest]:
         """Return what files of the listing are, and transfer only those of unknown digest."""
         ...

@@ -189,11 +189,7 @@ def with_base(
 
 
 def fetch_base(
-    base: BaseRecord,
-    into: Path,
-    sources: Sources,
-    progress: Progress = unwatched,
-    room: Room = unwatched,
+    base: BaseRecord, into: Path, sources: Sources, progress: Progress = unwatched, room: Room = unwatched
 ) -> Path:
     """Return a folder with the base's files, each verified against its recorded digest; see `with_base`."""
     return with_base(base, into, sources, lambda placed: placed.verify(progress), progress, room)
@@ -237,11 +233,7 @@ def _read_json(source: Source, resolved: Resolved, name: str, work_dir: Path | N
 
 
 def _require_signed(
-    source: Source,
-    resolved: Resolved,
-    files: Mapping[str, FileDigest],
-    signers: Sequence[str],
-    folder: Path,
+    source: Source, resolved: Resolved, files: Mapping[str, FileDigest], signers: Sequence[str], folder: Path
 ) -> None:
     what = f"{_name(resolved.repository)}: {SIGNATURE}"
     if SIGNATURE not in resolved.files or resolved.files[SIGNATURE].size > MAX_SIGNATURE:

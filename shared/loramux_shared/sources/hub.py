@@ -82,10 +82,7 @@ class HubSource:
 
         def listing(_: Progress) -> tuple[str, dict[str, SourceFile]]:
             info = api.model_info(
-                repository.repo,
-                revision=repository.revision or None,
-                files_metadata=True,
-                timeout=TIMEOUT_S,
+                repository.repo, revision=repository.revision or None, files_metadata=True, timeout=TIMEOUT_S
             )
             if not info.sha or not COMMIT.fullmatch(info.sha):
                 raise SourceUnavailable(
@@ -111,11 +108,7 @@ class HubSource:
         return {name: self._fetched(resolved, name, into, progress) for name in names}
 
     def digests(
-        self,
-        resolved: Resolved,
-        names: Iterable[str],
-        progress: Progress = unwatched,
-        room: Room = unwatched,
+        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched, room: Room = unwatched
     ) -> dict[str, FileDigest]:
         """Take the digests that the hub knows, and download the other files to hash them."""
         known, unknown = {}, []

@@ -67,11 +67,7 @@ class LocalSource:
         return copied
 
     def digests(
-        self,
-        resolved: Resolved,
-        names: Iterable[str],
-        progress: Progress = unwatched,
-        room: Room = unwatched,
+        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched, room: Room = unwatched
     ) -> dict[str, FileDigest]:
         """Hash files where they are."""
         del room

@@ -9,13 +9,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 import structlog
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    wait_exponential,
-    wait_random,
-)
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
 
 from loramux_shared.faults import Fault, SourceUnavailable
 from loramux_shared.sources.base import Progress, unwatched

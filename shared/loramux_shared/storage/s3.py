@@ -16,12 +16,7 @@ from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore import exceptions as aws
 from botocore.awsrequest import AWSPreparedRequest
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    IncompleteReadError,
-    ResponseStreamingError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError, ResponseStreamingError
 from botocore.httpsession import URLLib3Session
 from botocore.response import StreamingBody
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
@@ -240,10 +235,7 @@ _FAILURES: tuple[tuple[tuple[type[BotoCoreError], ...], str], ...] = (
         "no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
     ),
     ((aws.ProfileNotFound,), "the AWS profile does not exist. Check AWS_PROFILE."),
-    (
-        (aws.SSLError,),
-        "no TLS connection to {at}. Check that the endpoint speaks https, and AWS_CA_BUNDLE.",
-    ),
+    ((aws.SSLError,), "no TLS connection to {at}. Check that the endpoint speaks https, and AWS_CA_BUNDLE."),
     (
         (aws.EndpointConnectionError, aws.ConnectTimeoutError, aws.ProxyConnectionError),
         "cannot connect to {at}. Check AWS_ENDPOINT_URL_S3 and that the server runs.",
