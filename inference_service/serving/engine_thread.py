@@ -278,8 +278,9 @@ class EngineThread:
 
     def _close(self, seq_id: str) -> None:
         del self._streams[seq_id]
-        self._under_way.discard(seq_id)
-        self._inbox.post(partial(self._engine.abort, seq_id))
+        if seq_id in self._under_way:  # else it ended by itself, and the thread need not wake
+            self._under_way.remove(seq_id)
+            self._inbox.post(partial(self._engine.abort, seq_id))
 
     def _run(self) -> None:
         late = f"a step did not end within LORAMUX_STEP_TIMEOUT_S={self._step_timeout_s:g}"

@@ -66,8 +66,10 @@ class RelayedOutputs(Outputs):
         if self._ticket.bounds:
             self._ticket.take(sum(output.token is not None for output in outputs))
         found = [messages.output_to(output, seq) for output in outputs]
-        urgent = outputs[0].first or outputs[-1].finish is not None
-        self._peer.send((self._number, self._places[seq_id]), found, urgent=urgent)
+        ends = outputs[-1].finish is not None
+        self._peer.send((self._number, self._places[seq_id]), found, urgent=outputs[0].first or ends)
+        if ends:
+            self._peer.drop(self._number, self._places[seq_id])
         later, self._later = self._later, ()
         return later
 
@@ -95,7 +97,7 @@ class ApiPeer:
         self._pending = 0
         self._in_work = 0
         self.channel = Channel(
-            {"drop": self._drop, "cut": host.service.engine.cut},
+            {"drop": self.drop, "cut": host.service.engine.cut},
             {
                 "choose": self._choose,
                 "texts": self._texts,
@@ -145,13 +147,13 @@ class ApiPeer:
         """Free everything that the process had."""
         self._batch, self._urgent, self._pending = {}, {}, 0
         for number in list(self._open):
-            self._drop(number)
+            self.drop(number)
         self._service.in_work -= self._in_work
         self._host.peers.discard(self)
         self._lost()
 
-    def _drop(self, number: int, place: int | None = None) -> None:
-        """Let one sequence of a request go, or all of them."""
+    def drop(self, number: int, place: int | None = None) -> None:
+        """Let one sequence of a request go, or all of them; one that ends is let go without a message."""
         outputs = self._open.get(number)
         if outputs is None:
             return

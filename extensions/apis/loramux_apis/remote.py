@@ -93,7 +93,8 @@ class RemoteEngine:
         self.max_queue = max_queue
         self.channel: Channel
         self._numbers = itertools.count()
-        self._open: dict[int, tuple[Outputs, Seq[Sequence]]] = {}
+        self._open: dict[int, tuple[Outputs, Seq[Sequence], set[int]]] = {}
+        """Requests, with the places of sequences that ended, which the engine's process has let go."""
         self._delivery = Delivery()
         self._stopped: Fault | None = None
 
@@ -108,7 +109,7 @@ class RemoteEngine:
         number = next(self._numbers)
         places = {seq.id: place for place, seq in enumerate(seqs)}
         outputs = Outputs(seqs, lambda seq_id: self._close(number, places[seq_id]))
-        self._open[number] = outputs, seqs
+        self._open[number] = outputs, seqs, set()
         self._delivery.came = True
         try:
             await self.channel.ask("submit", number, *order)
@@ -124,10 +125,12 @@ class RemoteEngine:
             found = self._open.get(number)
             if found is None:
                 continue
-            stream, seqs = found
+            stream, seqs, ended = found
             seq = seqs[place]
             outputs = [messages.output_from(item, seq) for item in items]
             stream.put(seq.id, outputs)
+            if outputs[-1].finish is not None:
+                ended.add(place)
             if paced:
                 self._delivery.add(stream, urgent=outputs[0].first or outputs[-1].finish is not None)
             else:
@@ -142,12 +145,14 @@ class RemoteEngine:
     def cut(self, fault: Fault) -> None:
         """End every request with a fault, and refuse new ones."""
         self._stopped = self._stopped or fault
-        for outputs, _ in list(self._open.values()):
+        for outputs, *_ in list(self._open.values()):
             outputs.fail(fault.with_message(fault.message))
 
     def _close(self, number: int, place: int) -> None:
-        self.channel.say("drop", number, place)
-        if not self._open[number][0].open:
+        outputs, _, ended = self._open[number]
+        if place not in ended:
+            self.channel.say("drop", number, place)
+        if not outputs.open:
             del self._open[number]
 
 
