@@ -10,19 +10,18 @@ from scripts import api_doc, client_doc, deployment_doc, errors_doc, models_doc,
 from scripts.pages import replaced
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+EXTENSIONS = DOCS.parent / "extensions"
 
 
-def architecture() -> str:
-    """Return the page on the architecture with the titles of the extensions' pages."""
-    pages = sorted(DOCS.parent.glob("extensions/*/README.md"))
+def extensions() -> str:
+    """Return the page on extensions with the titles of their pages."""
+    pages = sorted(EXTENSIONS.glob("*/README.md"))
     titles = [(page.parent.name, page.read_text().partition("\n")[0]) for page in pages]
-    lines = [f"- [{name}](../extensions/{name}/README.md): {title[2:]}\n" for name, title in titles]
-    text = (DOCS / "architecture.md").read_text()
-    return replaced(text, "extensions", "".join(lines)) if lines else text
+    lines = [f"- [{name}]({name}/README.md): {title[2:]}\n" for name, title in titles]
+    return replaced((EXTENSIONS / "README.md").read_text(), "extensions", "".join(lines))
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "architecture.md": architecture,
     "reference/grpc.md": api_doc.page,
     "reference/deployment-file.md": deployment_doc.page,
     "reference/deployment.schema.json": deployment_doc.json_schema,
@@ -32,6 +31,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/settings.md": settings_doc.page,
     "reference/wild-adapters.md": wild_doc.page,
 }
+if EXTENSIONS.exists():
+    PAGES["../extensions/README.md"] = extensions
 
 
 def main() -> None:

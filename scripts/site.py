@@ -55,7 +55,7 @@ def sources() -> Iterator[Path]:
     """Yield the pages of the repository."""
     yield from (ROOT / name for name in TOP if (ROOT / name).exists())
     yield from sorted((ROOT / "docs").rglob("*.md"))
-    yield from sorted((ROOT / "extensions").glob("*/README.md"))
+    yield from sorted((ROOT / "extensions").rglob("README.md"))
 
 
 def linked(page: Path) -> list[Path]:

@@ -71,7 +71,7 @@ ELSEWHERE = {"1_Pooling/config.json", "claims/", "resolved/", "lora_adapter/", "
 PAGES = (
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "decisions"),
-    *sorted((ROOT / "extensions").glob("*/README.md")),
+    *sorted((ROOT / "extensions").rglob("README.md")),
 )
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 ROOMS = ("", "inference_service", "builder_service", "shared/loramux_shared", "docs")
