@@ -15,6 +15,7 @@ from inference_service.engine import sampler
 from inference_service.engine.shaping import Reading, Shaper
 from inference_service.kernels.sampling import ShapingTables, pack_shapes, sample_shaped
 from inference_service.kernels.sampling.shaping import PIECE, ShapedRow, ShapingState
+from inference_service.serving.terms import completing
 from loramux_shared.bases.memory import shaping_bytes
 from tests.support.examples import examples
 from tests.support.grammars import Scripted, mask_of
@@ -31,16 +32,9 @@ def shifting(tokens: Sequence[int]) -> Scripted:
     return Scripted(lambda before: [(each + sum(before) + len(before)) % VOCAB for each in tokens])
 
 
-def words_of(words: Sequence[Sequence[int]]) -> dict[int, dict[tuple[int, ...], tuple[int, ...]]]:
-    table: dict[int, dict[tuple[int, ...], tuple[int, ...]]] = {}
-    for *before, last in words:
-        lasts = table.setdefault(len(before), {})
-        lasts[tuple(before)] = (*lasts.get(tuple(before), ()), last)
-    return table
-
-
 few = st.integers(0, FEW - 1)
 tokens = st.one_of(few, st.integers(0, VOCAB - 1))
+WORDS = st.lists(st.lists(few, min_size=1, max_size=3).map(tuple), max_size=9).map(completing)
 REQUESTS = st.fixed_dictionaries(
     {
         "prompt": st.lists(tokens, min_size=1, max_size=5),
@@ -57,7 +51,7 @@ REQUESTS = st.fixed_dictionaries(
                 "frequency_penalty": st.floats(-2, 2),
                 "logit_bias": st.dictionaries(tokens, st.floats(-100, 100), max_size=5),
                 "allowed_token_ids": st.lists(tokens, max_size=9).map(mask_of),
-                "bad_words": st.lists(st.lists(few, min_size=1, max_size=3), max_size=9).map(words_of),
+                "bad_words": WORDS,
                 "min_tokens": st.integers(0, 8),
                 "stop_token_ids": st.frozensets(tokens, max_size=4),
                 "logprobs": st.just(2),
@@ -197,7 +191,7 @@ EVERYTHING: dict[str, Any] = {
         "frequency_penalty": 0.25,
         "logit_bias": {8: 4.0, 9: -3.0},
         "allowed_token_ids": mask_of(range(1, 2050)),
-        "bad_words": words_of([[1, 8], [8], [5, 1, 11]]),
+        "bad_words": completing([(1, 8), (8,), (5, 1, 11)]),
         "min_tokens": 9,
         "stop_token_ids": frozenset({2, 12}),
         "logprobs": 1,

@@ -38,7 +38,6 @@ class FakeBuilder(builder_grpc.BuilderServiceServicer):
     def __init__(self) -> None:
         self.specs: dict[str, builder_pb.DeploymentSpec] = {}
         self.pages: list[str] = []
-        self.closed_watches = 0
 
     async def BuildDeployment(self, request: Any, context: Any) -> Any:
         deployment_from_message(request.deployment)
@@ -65,13 +64,9 @@ class FakeBuilder(builder_grpc.BuilderServiceServicer):
     async def WatchDeployment(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Go through all stages; ``endless`` stays in the first."""
         spec = self._spec(request.name)
-        try:
-            for stage in range(len(STAGES)):
-                yield builder_pb.WatchDeploymentResponse(deployment=self._at(spec, stage))
-                await asyncio.sleep(NEVER_S if request.name == "endless" else 0.02)
-        except (asyncio.CancelledError, GeneratorExit):
-            self.closed_watches += 1
-            raise
+        for stage in range(len(STAGES)):
+            yield builder_pb.WatchDeploymentResponse(deployment=self._at(spec, stage))
+            await asyncio.sleep(NEVER_S if request.name == "endless" else 0.02)
 
     def _spec(self, name: str) -> builder_pb.DeploymentSpec:
         if name not in self.specs:

@@ -120,9 +120,6 @@ class Replicas:
     def cut(self, address: str) -> None:
         self._do(self.wires[self.addresses.index(address)].cut())
 
-    def repair(self, address: str) -> None:
-        self._do(self.wires[self.addresses.index(address)].open())
-
     def close(self) -> None:
         for wire in self.wires:
             self._do(wire.cut())

@@ -41,10 +41,10 @@ class SilentEngine(SimpleNamespace):
         self.paused = False
 
 
-def silent_service(folder: Path) -> GenerationService:
+def silent_service(folder: Path, catalog: Catalog | None = None) -> GenerationService:
     """A service that lists a base and three adapters, and cannot generate; its tokenizer lies in a folder."""
     write_tokenizer(folder)
-    catalog = Catalog(1, MODELS[0], map(ServedModel, MODELS))
+    catalog = catalog or Catalog(1, MODELS[0], map(ServedModel, MODELS))
     engine = cast(EngineThread, SilentEngine(max_queue=8, stats=IDLE, sequence_counts=SequenceCounts({}, {})))
     return GenerationService(catalog, Text.load(folder, VOCAB), engine, ServingLimits(64, frozenset({2})))
 

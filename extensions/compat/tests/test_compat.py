@@ -15,8 +15,6 @@ from tokenizers import Tokenizer
 from inference_service.adapters.served_model import NO_DEFAULTS
 from inference_service.http.app import create_app
 from inference_service.http.wire.errors import error_body, invalid_body
-from inference_service.serving.service import GenerationService
-from inference_service.serving.terms import ServingLimits
 from loramux_compat.tokens import DetokenizeBody, TokenizeBody
 from loramux_shared.bundle.added_tokens import OwnTokens
 from tests.contract.http.conftest import api as api, opened as opened
@@ -38,11 +36,8 @@ def replica() -> Operated:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    silent = silent_service(tmp_path)
-    limits = ServingLimits(64, frozenset({2}))
-    service = GenerationService(replica.names, silent.text, silent.engine, limits)
-    transport = httpx.ASGITransport(create_app(service, adapters=replica.manager))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
+    app = create_app(silent_service(tmp_path, replica.names), adapters=replica.manager)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
         yield web
 
 

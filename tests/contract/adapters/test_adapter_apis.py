@@ -8,8 +8,6 @@ import pytest
 
 from inference_service.http.app import create_app
 from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer
-from inference_service.serving.service import GenerationService
-from inference_service.serving.terms import ServingLimits
 from loramux import AsyncClient
 from loramux_shared.faults import BundleCorrupt, NoBuilder, RequestInvalid
 from loramux_shared.rpc.server import RpcServer
@@ -39,11 +37,8 @@ async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
 
 @pytest.fixture
 async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    silent = silent_service(tmp_path)
-    limits = ServingLimits(64, frozenset({2}))
-    service = GenerationService(replica.names, silent.text, silent.engine, limits)
-    transport = httpx.ASGITransport(create_app(service, adapters=replica.manager))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
+    app = create_app(silent_service(tmp_path, replica.names), adapters=replica.manager)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
         yield web
 
 

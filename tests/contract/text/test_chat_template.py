@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,25 +18,7 @@ from loramux_shared.faults import CheckpointInvalid, RequestInvalid
 from tests.support.waiting import BOUND_S
 
 MODULE = rendering.__name__
-QWEN = """
-{%- for tool in tools or [] %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}
-{%- for message in messages %}
-    {%- if message.tool_calls %}
-        {%- for call in message.tool_calls %}{{ call.function.arguments | tojson }}{%- endfor %}
-    {%- else %}
-        {{- '<|im_start|>' + message.role + '\\n' }}
-        {%- generation %}{{- message.content }}{%- endgeneration %}
-        {{- '<|im_end|>' + '\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-{%- set ns = namespace(n=0) %}
-{% for m in messages %}
-    {% set ns.n = ns.n + 1 %}
-    {% if loop.index > 3 %}{% break %}{% endif %}
-{% endfor %}
-{{ ns.n }}
-"""
+QWEN = Path(__file__).with_name("qwen.jinja").read_text()
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "<é & 'ü'>"}}}
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be <brief> & kind."},

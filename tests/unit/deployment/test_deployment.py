@@ -10,28 +10,7 @@ from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS, Deployme
 from loramux_shared.faults import DeploymentInvalid, Finding
 from tests.support.cases import cases
 
-HOSTED = """
-model_name: Qwen2.5-Coder-LoRA
-model_metadata: {example_model_input: {}}
-resources: {accelerator: L4, use_gpu: true}
-secrets: {hf_access_token: null}
-runtime: {predict_concurrency: 256}
-trt_llm:
-  inference_stack: v1
-  build:
-    base_model: decoder
-    checkpoint_repository: {source: HF, repo: Qwen/Qwen2.5-Coder-1.5B-Instruct, revision: abc123}
-    max_seq_len: 8192
-    plugin_configuration: {paged_kv_cache: true}
-    quantization_type: no_quant
-    lora_adapters:
-      lora1: {source: HF, repo: org/adapter, revision: def456, runtime_secret_name: hf_access_token}
-    lora_configuration: {max_lora_rank: 64, lora_target_modules: []}
-  runtime:
-    served_model_name: Qwen2.5-Coder-base
-    request_default_max_tokens: 512
-    kv_cache_free_gpu_mem_fraction: 0.9
-"""
+HOSTED = Path(__file__).with_name("hosted.yaml").read_text()
 
 HUB = SourceKind.HF
 EXPECTED = Deployment(

@@ -15,6 +15,7 @@ from inference_service.engine.sampler import processed, sample, shape
 from inference_service.kernels.sampling import RowParams
 from inference_service.kernels.sampling.host import REACH
 from inference_service.kernels.sampling.reference import distribution
+from inference_service.serving.terms import completing
 from tests.support.examples import examples
 from tests.support.grammars import only
 from tests.support.tiny import VOCAB
@@ -112,11 +113,7 @@ def test_a_grammar_comes_before_min_tokens() -> None:
 )
 def test_bad_words_are_vllms(words: list[list[int]], answer: list[int]) -> None:
     """The last token of a word is out exactly where the answer, without the prompt, ends with its others."""
-    table: dict[int, dict[tuple[int, ...], tuple[int, ...]]] = {}
-    for *before, last in words:
-        lasts = table.setdefault(len(before), {})
-        lasts[tuple(before)] = (*lasts.get(tuple(before), ()), last)
-    found = shape(logits(3)[0], seq([0, 1, 2, 3], answer, bad_words=table))
+    found = shape(logits(3)[0], seq([0, 1, 2, 3], answer, bad_words=completing(map(tuple, words))))
     expected = {word[-1] for word in words if (answer + word[-1:])[-len(word) :] == word}
     assert set(found.isneginf().nonzero().flatten().tolist()) == expected
 
