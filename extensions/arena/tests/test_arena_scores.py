@@ -107,12 +107,8 @@ async def test_a_judge_behind_an_address() -> None:
     with http(200, '{"verdict": "B"}') as (url, received):
         assert await UrlJudge(f"{url}/", "judge", "secret").letter(QUESTION_TURNS) == "B"
     [(path, key, body)] = received
-    assert (path, key, body["model"], body["messages"]) == (
-        "/v1/chat/completions",
-        "Bearer secret",
-        "judge",
-        QUESTION_TURNS,
-    )
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret")
+    assert (body["model"], body["messages"]) == ("judge", QUESTION_TURNS)
     schema = body["response_format"]["json_schema"]["schema"]
     assert schema["properties"]["verdict"]["enum"] == ["A", "B", "C"]
 

@@ -137,11 +137,8 @@ async def test_a_request_ends_on_the_version_that_it_began_with(apis: ReplicaApi
     assert (changes.switched, set(changes.removed)) == (("rs",), {"all", "wide"})
     apis.ready.engine.resume()
     before = await running
-    assert (before.token_ids, before.started.adapter_digest, before.started.generation) == (
-        rs,
-        apis.digest("rs"),
-        1,
-    )
+    assert (before.token_ids, before.started.adapter_digest) == (rs, apis.digest("rs"))
+    assert before.started.generation == 1
     answer = await apis.ask("rs")
     assert tuple(answer.json()["choices"][0]["token_ids"]) == wide
     assert answer.headers["x-loramux-digest"] == apis.digest("wide")

@@ -229,22 +229,16 @@ async def test_an_update_is_made_again_when_the_settings_changed_meanwhile(world
     await asyncio.to_thread(publish_change, world.store, "tiny", lambda _: other)
     world.store.gate.set()
     done = await world.ended()
-    assert (done.generation, world.generation.max_lora_rank, list(world.generation.adapters)) == (
-        3,
-        32,
-        ["one", "two"],
-    )
+    assert (done.generation, world.generation.max_lora_rank) == (3, 32)
+    assert list(world.generation.adapters) == ["one", "two"]
     assert read_manifest(world.store, world.generation.adapters["two"].digest).dtype == "float32"
 
 
 async def test_a_pushed_adapter_is_what_its_folder_would_be(world: World) -> None:
     """Same digest as the folder's; pushing it again changes nothing; an update keeps it."""
     pushed = await world.client.push("tiny", "two", world.folder / "two")
-    assert (pushed.generation, pushed.unchanged, world.generation.adapters["two"].digest) == (
-        2,
-        False,
-        pushed.digest,
-    )
+    assert (pushed.generation, pushed.unchanged) == (2, False)
+    assert world.generation.adapters["two"].digest == pushed.digest
     again = await world.client.push("tiny", "two", world.folder / "two")
     assert (again.generation, again.unchanged, again.digest) == (2, True, pushed.digest)
     await world.update("three")
