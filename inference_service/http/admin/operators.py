@@ -98,7 +98,9 @@ class Adapter(TypedDict):
 
 
 class Replica(TypedDict):
-    """The relation of the replica to its deployment (fixed, current, stale, blind), and its bank's content."""
+    """The relation of the replica to its deployment (fixed, current, stale, blind), and the content of its
+    bank.
+    """
 
     deployment: str
     generation: int
