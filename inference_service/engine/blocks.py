@@ -108,10 +108,15 @@ class BlockPool:
         return block
 
     def note(self, key: int, block: int) -> None:
-        """Let a block be found by a key from now on, unless another one is."""
-        if key not in self._by_key:
-            self._by_key[key] = block
-            self._key_of[block] = key
+        """Let a held block be found by a key from now on, unless another one that is held is."""
+        known = self._by_key.get(key)
+        if known is not None:
+            if self._refs[known]:
+                return
+            del self._key_of[known]
+            self._free.move_to_end(known, last=False)
+        self._by_key[key] = block
+        self._key_of[block] = key
 
     def release(self, block: int) -> None:
         """Hold a block once less; one that nobody can find is the next to be handed out."""

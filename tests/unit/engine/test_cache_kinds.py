@@ -389,3 +389,18 @@ def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed()
     assert blocks.still_refused(head)
     blocks.release(other)
     assert not blocks.still_refused(head)
+
+
+def test_a_prefix_that_was_computed_again_stays_known() -> None:
+    """A key moves from a free block to one that a sequence holds, so that the free one can be reused."""
+    blocks, prompt = BlockManager(4, BLOCK), list(range(9))
+    for scored, tokens in ((None, 9), (0, 13)):
+        seq = Sequence(str(next(_ids)), list(prompt), SamplingParams(prompt_logprobs=scored))
+        assert blocks.start(seq)
+        seq.progress.num_computed = 9
+        blocks.register(seq)
+        assert blocks.grow(seq, tokens)
+        blocks.release(seq)
+    found = _seq(prompt)
+    assert blocks.start(found)
+    assert found.progress.num_computed == 8
