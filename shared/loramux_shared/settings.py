@@ -304,10 +304,10 @@ class InferenceSettings(Settings):
     deterministic: bool = False
     """Answer the same, bit for bit, in any batch and after prefix hits; on a CPU with compiled operations."""
     max_batch_tokens: OfDevice = None
-    """Tokens per step, of prompts and answers together, at most: beside running answers, prompts have fewer, so
-    that steps stay short. auto: 1024 on a CPU, 8192 on a GPU."""
+    """Most tokens per step, prompts and answers together; beside answers, prompts have fewer: steps stay short.
+    auto: 1024 on a CPU, 8192 on a GPU."""
     max_batch_seqs: OfDevice = None
-    """Sequences per step; auto: 64 on a CPU, 256 on a GPU."""
+    """Sequences per step, at most its tokens; auto: 64 on a CPU, 256 on a GPU."""
     max_batch_adapters: Count = 64
     """Distinct adapters per step."""
     adapter_memory_gb: Gigabytes | None = None
@@ -363,6 +363,14 @@ class InferenceSettings(Settings):
     log_prompts: bool = False
     """Write prompts and answers to the log."""
 
+    @field_validator("max_batch_seqs")
+    @classmethod
+    def _a_token_each(cls, seqs: int | None, info: ValidationInfo) -> int | None:
+        tokens = info.data.get("max_batch_tokens")
+        if seqs and tokens and seqs > tokens:
+            raise ValueError(f"at most {variable('max_batch_tokens')}={tokens}: each answer takes one a step")
+        return seqs
+
     @property
     def addresses_of_models(self) -> dict[str, str]:
         """Return the addresses of the ports of single models, by model."""
@@ -380,9 +388,10 @@ class InferenceSettings(Settings):
     def sizes(self, device: str, speculative: int | None = None) -> StepSizes:
         """Return the sizes of steps on a device, cpu or cuda; speculative is what the deployment says."""
         usual = STEP_SIZES[device]
+        tokens = _first(self.max_batch_tokens, max(usual.tokens, self.max_batch_seqs or 0))
         return StepSizes(
-            tokens=_first(self.max_batch_tokens, usual.tokens),
-            seqs=_first(self.max_batch_seqs, usual.seqs),
+            tokens=tokens,
+            seqs=_first(self.max_batch_seqs, min(usual.seqs, tokens)),
             interval_ms=_first(self.stream_interval_ms, usual.interval_ms),
             speculative=_first(self.speculative_tokens, _first(speculative, usual.speculative)),
             api_processes=_first(self.api_processes, usual.api_processes),

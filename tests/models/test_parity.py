@@ -76,7 +76,7 @@ def test_among_others(
     query: Query, backend: str, situation: str, max_batch_tokens: int, counted: Counted
 ) -> None:
     """Base and adapters of 32 requests in one batch, prompts whole or in chunks."""
-    ready = query.load(backend, max_batch_tokens=max_batch_tokens, max_batch_seqs=CROWD)
+    ready = query.load(backend, max_batch_tokens=max_batch_tokens)
     found = run_engine(ready, query.requests, NEW)[:CHECKED]
     counted(query.architecture, backend, situation, found, query.expected)
 

@@ -91,15 +91,17 @@ def _steps(engine: Engine, seq: Sequence, most: int, *, first: bool = False) -> 
     raise AssertionError("it starves")
 
 
-def test_decodes_come_before_a_long_prompt_and_share_its_step() -> None:
-    engine, runner, _ = _engine(max_tokens=8)
+@pytest.mark.parametrize("rows", [8, 2])
+def test_decodes_come_before_a_long_prompt_and_share_its_step(rows: int) -> None:
+    """A prompt has at least a row, since settings allow no more sequences than rows."""
+    engine, runner, _ = _engine(max_tokens=rows, max_seqs=2)
     short, long = _seq(3, 20), _seq(20, 1)
     engine.add(short)
     _run(engine, 3)  # what it takes to decode alone is known now
     engine.add(long)
     engine.step()
     lengths = {chunk.seq.id: chunk.length for chunk in runner.batches[-1].chunks}
-    assert lengths == {short.id: 1, long.id: 7}
+    assert lengths == {short.id: 1, long.id: rows - 1}
 
 
 def test_a_higher_priority_is_admitted_first() -> None:

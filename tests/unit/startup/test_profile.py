@@ -161,7 +161,7 @@ def test_the_cache_gets_what_the_measured_step_leaves(ready: Ready) -> None:
         requests.append(longest)
         return memory.Measured(steps=400_000_000, kept=50_000_000, free=1_000_000_000)
 
-    settings = InferenceSettings(deployment="tiny", max_batch_seqs=100_000)
+    settings = InferenceSettings(deployment="tiny", max_batch_seqs=50_000)
     plan = partial(memory.divide_memory, settings, None, runner._model, 7, graphs=False)
     with capture_logs() as logs:
         found = plan(measure=measured)
@@ -183,6 +183,9 @@ def test_sizes_follow_the_device_unless_they_are_set() -> None:
     provided = InferenceSettings(deployment="tiny", max_batch_seqs=3, stream_interval_ms=0)
     for device, usual in STEP_SIZES.items():
         assert provided.sizes(device) == replace(usual, seqs=3, interval_ms=0)
+    for device in STEP_SIZES:  # auto leaves a token of a step to each sequence
+        assert InferenceSettings(deployment="tiny", max_batch_tokens=9).sizes(device).seqs == 9
+        assert InferenceSettings(deployment="tiny", max_batch_seqs=9999).sizes(device).tokens == 9999
     assert provided.sizes("cuda", speculative=4).speculative == 4
     assert provided.sizes("cpu", speculative=0).speculative == 0
     for tokens in (0, 3):
