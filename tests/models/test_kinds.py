@@ -56,11 +56,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """Adapters with embeddings or a head; the last one with everything that goes together."""
 SOME: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
-DISGUISED: dict[str, Any] = {
-    "ia3": peft.IA3Config(
-        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
-    )
-}
+DISGUISED: dict[str, Any] = {"ia3": peft.IA3Config(feedforward_modules=["down_proj"], **SOME)}
 if "kinds" in find_extensions(PARTS):
     DISGUISED |= {"vera": peft.VeraConfig(r=5, **SOME), "loha": peft.LoHaConfig(r=2, alpha=5, **SOME)}
 UNTRAINED = "untrained"
@@ -71,8 +67,6 @@ MIXED: dict[str, dict[str, float]] = {
 }
 KINDS = (*LORA, *OWN, *DISGUISED)
 MODELS = ("base", *KINDS, *MIXED)
-
-
 APART = ("dora", "lora-bias", "biases", "all-biases", "called", "called-bias", "ia3", *OWN)
 """Those that no mixture has."""
 

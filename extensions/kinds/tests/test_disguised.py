@@ -32,11 +32,7 @@ KINDS: dict[str, Any] = {
     "vera": peft.VeraConfig(r=5, **SOME),
     "loha": peft.LoHaConfig(r=3, alpha=5, rank_pattern={"v_proj": 2}, **SOME),
     "lokr": peft.LoKrConfig(r=2, alpha=5, decompose_factor=4, **SOME),
-    "ia3": peft.IA3Config(
-        task_type="CAUSAL_LM",
-        target_modules=["k_proj", "v_proj", "down_proj"],
-        feedforward_modules=["down_proj"],
-    ),
+    "ia3": peft.IA3Config(feedforward_modules=["down_proj"], **SOME),
     "ia3-twice": peft.IA3Config(
         task_type="CAUSAL_LM",
         target_modules=["up_proj", "o_proj", "down_proj"],
