@@ -8,7 +8,7 @@ serves. Sizes are the defaults: adapters of rank 64 at most, 64 of them in a ste
 
 1. Launches that a layer waits for, one after the other, with adapters and without.
 2. Programs of shrink and expand that are launched, and those with work, on rows of adapters or of the base; how
-   many are launched for each with work; tiles of expand that follow one another.
+   many are launched for each with work, and at most; tiles of expand that follow one another.
 3. Rows that a step computes, and rows that it was asked for.
 4. Kinds of requests, and whether their steps are replayed from a recorded graph, or from a trace on the host.
 """
@@ -19,7 +19,7 @@ import statistics
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any, Final
 from unittest.mock import patch
@@ -39,12 +39,12 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.runner import lay_out
 from inference_service.engine.tape import launches_of, names_of
 from inference_service.kernels.launch import Launch, intercepted
-from inference_service.kernels.sgmv import DECODE_TILE, PLACES, PREFILL_TILE, Slices
+from inference_service.kernels.sgmv import PLACES, Slices
 from inference_service.kernels.sgmv.tuning import width_of
 from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary
 from inference_service.models.decoder import Decoder
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.memory import buckets, mixed_buckets
+from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
 from loramux_shared.settings import STEP_SIZES
 
 META: Final = torch.device("meta")
@@ -55,23 +55,18 @@ MAX_RANK: Final = 64
 MAX_ADAPTERS: Final = 64
 LONGEST: Final = 8192
 BLOCK_SIZE: Final = 16
-SIZES: Final = STEP_SIZES["cuda"]
-LIMITS: Final = SchedulerLimits(SIZES.tokens, MAX_ADAPTERS, MAX_ADAPTERS, LONGEST)
+LIMITS: Final = SchedulerLimits(STEP_SIZES["cuda"].tokens, MAX_ADAPTERS, MAX_ADAPTERS, LONGEST)
 """With fewer seats than the default, which has the same kinds of steps."""
 ONCE_PER_LAYER: Final = ("rope_write_kernel", "rope_write_update_kernel")
 EXPANDING: Final = ("expand_kernel", "rope_write_update_kernel", "activated_update_kernel")
 DECODES: Final = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS: Final = (64, 512, 1100)
-STEPS: Final = ((8, False), (32, False), (64, False), (512, True))
-"""Rows of steps whose programs are counted, and whether these are prompts, one for each adapter.
-
-In others each adapter has one row, which is the least, and the base has the rest.
-"""
+STEPS: Final = ((8, False), (32, False), (64, False), (64, True), (512, True))
+"""Rows of steps, and whether they are prompts, one an adapter; else each has a row, and the base the rest."""
 ADAPTERS: Final = (1, 2, 4, 8, 64)
 RANKS: Final[dict[str, tuple[int, ...]]] = {"8": (8,), "16": (16,), "64": (64,), "8-64": (8, 16, 32, 64)}
 """Adapters have them in turn, in every module."""
 OWN_TOKENS: Final = 8
-"""That an adapter adds to the vocabulary."""
 
 
 @dataclass
@@ -106,6 +101,7 @@ class Counted:
         """Count the first layers of a model of this shape."""
         return cls(config_of({**shape, "num_hidden_layers": layers}))
 
+    @cache  # noqa: B019 - a process counts few models
     @torch.inference_mode()
     def launched(self, rows: int, *, mixed: bool, adapters: bool, experts: bool = True) -> list[Launch | str]:
         """Return what a step of so many rows launches, be it recorded or not.
@@ -169,34 +165,50 @@ def in_line(launched: Sequence[Launch | str]) -> list[Launch | str]:
 
 def programs(counted: Counted) -> Iterator[str]:
     """Yield the programs of one layer: launched, with work, and the longest row of tiles of one program."""
-    columns = "    shrink  with work    expand  with work  ratio  in turn"
-    yield f"programs of a layer         adapters  ranks{columns}"
-    for (rows, mixed), adapters, (name, ranks) in product(STEPS, ADAPTERS, RANKS.items()):
-        if adapters > rows:
-            continue
-        every = counted.launched(rows, mixed=mixed, adapters=True)
-        first = [each for each in every if isinstance(each, Launch)]
-        each, tile = (rows // adapters, PREFILL_TILE) if mixed else (1, DECODE_TILE)
-        cut = _cut(each, tile)
-        own = [ranks[index % len(ranks)] for index in range(adapters) for _ in cut]
-        runs = [*adapters * cut, *_cut(rows - adapters * each, tile)]
-        shrinks = [(math.prod(one.grid), _shrinking(one, own)) for one in _of_kernel(first, "shrink_kernel")]
-        expands = [
-            (math.prod(one.grid), _expanding(one, len(own), runs)) for one in _of_kernel(first, *EXPANDING)
-        ]
-        halves = [
-            (sum(grid for grid, _ in half), sum(min(each) for each in half)) for half in (shrinks, expands)
-        ]
-        launched, working = (sum(each) for each in zip(*halves, strict=True))
-        in_turn = sum(-(-tiles // min(grid, PLACES)) for grid, tiles in expands)
-        printed = "".join(f"{most:>10}{some:>11}" for most, some in halves)
-        kind = f"{'prompt' if mixed else 'decode'} of {rows}"
-        yield f"  {kind:<26}{adapters:>8}  {name:<5}{printed}{launched / working:>7.2f}{in_turn:>9}"
+    yield f"programs of a layer         adapters  ranks{2 * '    {}  with work'}  ratio  in turn".format(
+        "shrink", "expand"
+    )
+    for (rows, mixed), adapters, name in product(STEPS, ADAPTERS, RANKS):
+        if adapters <= rows:
+            halves, ratio = shared(counted, rows, adapters, name, mixed=mixed, whole=mixed)
+            printed = "".join(
+                f"{sum(each[0] for each in half):>10}{sum(map(min, half)):>11}" for half in halves
+            )
+            in_turn = sum(-(-tiles // min(grid, PLACES)) for grid, tiles in halves[1])
+            kind = f"{'prompt' if mixed else 'decode'} of {rows}"
+            yield f"  {kind:<26}{adapters:>8}  {name:<5}{printed}{ratio:>7.2f}{in_turn:>9}"
 
 
-def _of_kernel(every: Sequence[Launch], *names: str) -> list[Launch]:
+def worst(counted: Counted) -> Iterator[str]:
+    """Yield the most programs launched for each with work, over all capacities that have graphs."""
+    yield "most launched for each with work      rows  adapters  ranks  ratio"
+    every = {False: [*buckets(LIMITS.max_seqs)], True: [*mixed_buckets(RECORDED_ROWS)]}
+    of_base = "a row each, prompts of the base"
+    for mixed, whole, kind in ((False, False, "decodes"), (True, True, "prompts"), (True, False, of_base)):
+        steps = (step for step in product(every[mixed], ADAPTERS, RANKS) if step[1] <= step[0])
+        found = ((shared(counted, *step, mixed=mixed, whole=whole)[1], step) for step in steps)
+        ratio, (rows, adapters, name) = max(found)
+        yield f"  {kind:<36}{rows:>4}{adapters:>10}  {name:<5}{ratio:>7.2f}"
+
+
+def shared(
+    counted: Counted, rows: int, adapters: int, ranks: str, *, mixed: bool, whole: bool
+) -> tuple[list[list[tuple[int, int]]], float]:
+    """Return (programs, tiles) of a layer's shrinks and expands, and programs for each with work."""
+    every = counted.launched(rows, mixed=mixed, adapters=True)
+    each, tile = rows // adapters if whole else 1, _named(every, "shrink_kernel")[0].arguments["BLOCK_T"]
+    cut = _cut(each, tile)
+    own = [RANKS[ranks][index % len(RANKS[ranks])] for index in range(adapters) for _ in cut]
+    lengths = adapters * cut
+    runs = [*lengths, *_cut(rows - adapters * each, tile)]
+    shrinks = [(math.prod(one.grid), _shrinking(one, own, lengths)) for one in _named(every, "shrink_kernel")]
+    expands = [(math.prod(one.grid), _expanding(one, lengths, runs)) for one in _named(every, *EXPANDING)]
+    return [shrinks, expands], sum(grid for grid, _ in shrinks + expands) / sum(map(min, shrinks + expands))
+
+
+def _named(every: Sequence[Launch | str], *names: str) -> list[Launch]:
     """Return the launches of kernels for one layer."""
-    found = [each for each in every if each.kernel.fn.__name__ in names]
+    found = [each for each in every if isinstance(each, Launch) and each.kernel.fn.__name__ in names]
     return found[: len(found) // LAYERS]
 
 
@@ -205,26 +217,33 @@ def _cut(rows: int, tile: int) -> list[int]:
     return [min(tile, rows - first) for first in range(0, rows, tile)]
 
 
-def _shrinking(launch: Launch, ranks: Sequence[int]) -> int:
-    """Return the tiles of segments, one of each rank."""
+def _parts(lengths: Sequence[int], places: int) -> int:
+    """Return the parts with rows of all segments, which share so many places."""
+    parts = [max(-(-(places - index) // len(lengths)), 1) for index in range(len(lengths))]
+    return sum(-(-rows // -(-rows // each)) for rows, each in zip(lengths, parts, strict=True))
+
+
+def _shrinking(launch: Launch, ranks: Sequence[int], lengths: Sequence[int]) -> int:
+    """Return the tiles of parts of segments, which are of one rank each."""
     provided = launch.arguments
-    tiles = sum(-(-rank * provided["N_SLICES"] // provided["BLOCK_R"]) for rank in ranks)
-    required = -(-launch.grid[0] // tiles)
-    per_plane = max(provided["blocks"] // required, -(-provided["blocks"] // provided["split_k"]), 1)
-    return int(tiles * -(-provided["blocks"] // per_plane))
+    tiles = [-(-rank * provided["N_SLICES"] // provided["BLOCK_R"]) for rank in ranks]
+    blocks, required = provided["blocks"], -(-launch.grid[0] // sum(tiles))
+    planes = -(-blocks // max(blocks // required, -(-blocks // provided["split_k"]), 1))
+    rows = [rows for rows, count in zip(lengths, tiles, strict=True) for _ in range(count)]
+    return int(planes * _parts(rows, launch.grid[0] // planes))
 
 
-def _expanding(launch: Launch, segments: int, runs: Sequence[int]) -> int:
-    """Return the tiles of segments, or of runs of all rows, which have so many."""
+def _expanding(launch: Launch, lengths: Sequence[int], runs: Sequence[int]) -> int:
+    """Return the tiles of parts of segments, or of runs of all rows."""
     provided, programs = launch.arguments, math.prod(launch.grid)
-    sizes = provided["SIZES"][: 1 if "p_gate_up" in provided else None]
     if "p_heads" in provided:
-        heads = sum(sizes) // provided["D"]
-        parts = max(programs // (len(runs) * heads), 1)
-        return int(heads * sum(-(-rows // -(-rows // parts)) for rows in runs))
-    count = len(runs) if "p_gate_up" in provided else segments
-    slices, steps = Slices.consecutive(*sizes), (provided["BLOCK_N"], provided["STEP_N"])
-    return count * slices.tiles(width_of(slices, count, programs, *steps))
+        heads = sum(provided["SIZES"]) // provided["D"]
+        return int(heads * _parts(runs, programs // (len(runs) * heads) * len(runs)))
+    whole = "p_gate_up" in provided
+    slices = Slices.consecutive(*provided["SIZES"][: 1 if whole else None])
+    count = len(runs if whole else lengths)
+    tiles = slices.tiles(width_of(slices, count, programs, provided["BLOCK_N"], provided["STEP_N"]))
+    return tiles * (count if whole else _parts(lengths, programs // tiles))
 
 
 def computed(_: Counted) -> Iterator[str]:
@@ -295,7 +314,7 @@ def lines() -> Iterator[str]:
     counted = Counted.of(LLAMA_8B)
     with intercepted(lambda _: None):
         counted.runner.capture()
-    for section in (launches, programs, computed, kinds):
+    for section in (launches, programs, worst, computed, kinds):
         yield from section(counted)
         yield ""
 

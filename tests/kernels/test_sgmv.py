@@ -31,6 +31,9 @@ CASES = {
         (100, 33),
         tile=PREFILL_TILE,
     ),
+    "parts of few segments": partial(
+        make_case, [1] * 70 + [4] * 3 + [0] * 2, MIXED, 100, (192, 64, 64), tile=PREFILL_TILE
+    ),
     "composition": partial(
         make_case,
         *([0, 1, 2, 1, 0, -1, 1, 0, 2], [(8, 4), (0, 12), (16, 16)], 63, (64, 33)),

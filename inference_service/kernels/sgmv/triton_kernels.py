@@ -65,6 +65,21 @@ def planes_of(tiles, blocks, split_k):
 
 
 @triton.jit
+def part_of(i, n, places):
+    """(which of n, its part, its parts) of the i-th of so many places, which they share as evenly as can be."""
+    return i % n, i // n, tl.cdiv(places - i % n, n)
+
+
+@triton.jit
+def entries_of(p_seg_start, i_s, part, parts):
+    """(first entry, last) of one of the parts of a segment."""
+    start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
+    entries = tl.cdiv(end - start, parts)
+    start += part * entries
+    return start, tl.minimum(start + entries, end)
+
+
+@triton.jit
 def shrink_tile(
     i_plane,
     i_r,
@@ -155,8 +170,8 @@ def shrink_kernel(
     """y[plane, p, r] = scale[p] * sum over the plane's part of K of x[token(p), k] * a[row(r) + k].
 
     The programs share the (tiles of rows of segments, planes) of the step, whose ranks they read: the fewer
-    tiles it has, the more planes there are. Every plane of every row that the slot has is written, also where
-    the plane's part of K is empty: nothing needs to be zeroed.
+    tiles it has, the more planes there are, and then parts of segments. Every plane of every row that the slot
+    has is written, also where the plane's part of K is empty: nothing needs to be zeroed.
     """
     n, tiles = tl.load(p_end), 0
     for first in range(0, n, SCAN):
@@ -165,14 +180,17 @@ def shrink_kernel(
     planes, blocks_k = planes_of(tl.maximum(tiles, n), blocks, split_k)
     if tl.program_id(0) == 0:
         tl.store(p_planes, planes)
-    for i in tl.range(tl.program_id(0), tiles * planes, tl.num_programs(0), num_stages=1):
-        i_s, i_r = segment_of_tile(i // planes, n, p_table, p_seg_slot, stride_table, N_SLICES, BLOCK_R)
+    places = tl.where(tiles > 0, tl.maximum(tl.num_programs(0) // planes, tiles), 0)
+    for i in tl.range(tl.program_id(0), places * planes, tl.num_programs(0), num_stages=1):
+        i_tile, part, parts = part_of(i // planes, tiles, places)
+        i_s, i_r = segment_of_tile(i_tile, n, p_table, p_seg_slot, stride_table, N_SLICES, BLOCK_R)
         p_slot = p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * stride_table
+        start, end = entries_of(p_seg_start, i_s, part, parts)
         shrink_tile(
             i % planes,
             i_r,
-            tl.load(p_seg_start + i_s),
-            tl.load(p_seg_start + i_s + 1),
+            start,
+            end,
             rows_of(p_slot, N_SLICES),
             p_slot,
             p_x,
@@ -353,6 +371,8 @@ def product(
 def expand_tile(
     i_s,
     i_n,
+    part,
+    parts,
     width,
     planes,
     p_y,
@@ -377,12 +397,12 @@ def expand_tile(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One tile of so many columns of one segment; a tile lies in one slice."""
+    """One tile of so many columns of a part of a segment; a tile lies in one slice."""
     p_slot = p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * stride_table
     rank, element, vectors, size, offset, column, i_tile = slice_of_tile(
         i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, width
     )
-    start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
+    start, end = entries_of(p_seg_start, i_s, part, parts)
     end = tl.where((rank > 0) | (vectors > 0), end, start)  # nothing to do
     stride_y_plane = tl.load(p_end + 1).to(tl.int64) * stride_y
     o_n, m_n = columns_of_tile(i_tile, width, size, BLOCK_N)
@@ -478,14 +498,17 @@ def expand_kernel(
     """out[token(p), offset + n] += sum over r of (sum over planes of y[plane, p, column + r]) * b[r, n].
 
     Where a slot has vectors, that is multiplied by c[n], and d[n] is added, before it is rounded. The programs
-    share the (segments of the pass, tiles of columns); tiles are narrow where segments are few.
+    share the (segments of the pass, tiles of columns); tiles are narrow where segments are few, and where there
+    are fewer than programs, these share the parts of segments.
     """
     first, planes = tl.load(p_pass), tl.load(p_planes)
     n = tl.load(p_pass + 1) - first
     width, tiles = shared_tiles(n, SIZES, N_SLICES, STEP_N, BLOCK_N)
-    for i in tl.range(tl.program_id(0), n * tiles, tl.num_programs(0), num_stages=1):
+    places = tl.where(n > 0, tl.maximum(tl.num_programs(0) // tiles, n), 0)
+    for i in tl.range(tl.program_id(0), places * tiles, tl.num_programs(0), num_stages=1):
+        i_s, part, parts = part_of(i // tiles, n, places)
         expand_tile(
-            first + i // tiles, i % tiles, width, planes, p_y, p_b, p_vectors, p_out, p_table, p_token_ids,
-            p_seg_start, p_seg_slot, p_end, stride_table, stride_y, stride_out, OFFSETS, SIZES, ALIGNMENT,
-            N_SLICES, PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
+            first + i_s, i % tiles, part, parts, width, planes, p_y, p_b, p_vectors, p_out, p_table,
+            p_token_ids, p_seg_start, p_seg_slot, p_end, stride_table, stride_y, stride_out, OFFSETS, SIZES,
+            ALIGNMENT, N_SLICES, PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
         )  # fmt: skip

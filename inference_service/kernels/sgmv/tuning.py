@@ -133,7 +133,24 @@ _EXPAND: ExpandTable = {
     (Phase.PREFILL, 4): {16: ExpandConfig(PREFILL_TILE, 16, 64, 32, num_warps=8, num_stages=1)},
 }
 # Nothing timed yet speaks for different tiles on different architectures; only where ptxas spills they differ.
-SHRINK: Mapping[int, ShrinkTable] = dict.fromkeys(ARCHITECTURES, _SHRINK)
+_SHRINK_100: ShrinkTable = {
+    **_SHRINK,
+    (Phase.PREFILL, 2): {
+        **_SHRINK[Phase.PREFILL, 2],
+        32: ShrinkConfig(PREFILL_TILE, 32, 64, 4, num_warps=4, num_stages=3),
+    },
+}
+_SHRINK_120: ShrinkTable = {
+    **_SHRINK,
+    (Phase.DECODE, 2): {
+        **_SHRINK[Phase.DECODE, 2],
+        32: ShrinkConfig(DECODE_TILE, 32, 128, 16, num_warps=4, num_stages=3),
+    },
+}
+SHRINK: Mapping[int, ShrinkTable] = dict.fromkeys(ARCHITECTURES, _SHRINK) | {
+    100: _SHRINK_100,
+    120: _SHRINK_120,
+}
 _EXPAND_120: ExpandTable = {
     **_EXPAND,
     (Phase.DECODE, 2): {
