@@ -165,9 +165,8 @@ def in_line(launched: Sequence[Launch | str]) -> list[Launch | str]:
 
 def programs(counted: Counted) -> Iterator[str]:
     """Yield the programs of one layer: launched, with work, and the longest row of tiles of one program."""
-    yield f"programs of a layer         adapters  ranks{2 * '    {}  with work'}  ratio  in turn".format(
-        "shrink", "expand"
-    )
+    columns = "    shrink  with work    expand  with work  ratio  in turn"
+    yield f"programs of a layer         adapters  ranks{columns}"
     for (rows, mixed), adapters, name in product(STEPS, ADAPTERS, RANKS):
         if adapters <= rows:
             halves, ratio = shared(counted, rows, adapters, name, mixed=mixed, whole=mixed)
@@ -218,7 +217,8 @@ def _cut(rows: int, tile: int) -> list[int]:
 
 
 def _parts(lengths: Sequence[int], places: int) -> int:
-    """Return the parts with rows of all segments, which share so many places."""
+    """Return the parts with rows of all segments, which share so many places, or one for each row."""
+    places = min(places, len(lengths) * -(-sum(lengths) // len(lengths)))
     parts = [max(-(-(places - index) // len(lengths)), 1) for index in range(len(lengths))]
     return sum(-(-rows // -(-rows // each)) for rows, each in zip(lengths, parts, strict=True))
 

@@ -124,11 +124,10 @@ class _Recording(Watching):  # type: ignore[no-untyped-call]  # torch leaves its
         return out
 
     def launch(self, launch: Launch) -> None:
-        """Take a kernel launch; what the interpreter does within it is not recorded."""
+        """Take a kernel launch, which replays alone do: a graph's recording runs nothing either."""
         self._note(tensors_of(launch.arguments))
         self.steps.append(launch.enqueue)
         self.launched.append(launch)
-        self.unseen(launch.enqueue)
 
     def _note(self, inputs: Iterable[Tensor]) -> None:
         for tensor in inputs:

@@ -71,6 +71,12 @@ def part_of(i, n, places):
 
 
 @triton.jit
+def rows_each(p_end):
+    """Entries of a segment of the step in the mean, rounded up: more parts would have none."""
+    return tl.cdiv(tl.load(p_end + 1), tl.maximum(tl.load(p_end), 1))
+
+
+@triton.jit
 def entries_of(p_seg_start, i_s, part, parts):
     """(first entry, last) of one of the parts of a segment."""
     start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
@@ -180,7 +186,8 @@ def shrink_kernel(
     planes, blocks_k = planes_of(tl.maximum(tiles, n), blocks, split_k)
     if tl.program_id(0) == 0:
         tl.store(p_planes, planes)
-    places = tl.where(tiles > 0, tl.maximum(tl.num_programs(0) // planes, tiles), 0)
+    most = tiles * rows_each(p_end)
+    places = tl.maximum(tl.minimum(tl.num_programs(0) // planes, most), tiles)
     for i in tl.range(tl.program_id(0), places * planes, tl.num_programs(0), num_stages=1):
         i_tile, part, parts = part_of(i // planes, tiles, places)
         i_s, i_r = segment_of_tile(i_tile, n, p_table, p_seg_slot, stride_table, N_SLICES, BLOCK_R)
@@ -504,7 +511,7 @@ def expand_kernel(
     first, planes = tl.load(p_pass), tl.load(p_planes)
     n = tl.load(p_pass + 1) - first
     width, tiles = shared_tiles(n, SIZES, N_SLICES, STEP_N, BLOCK_N)
-    places = tl.where(n > 0, tl.maximum(tl.num_programs(0) // tiles, n), 0)
+    places = tl.maximum(tl.minimum(tl.num_programs(0) // tiles, n * rows_each(p_end)), n)
     for i in tl.range(tl.program_id(0), places * tiles, tl.num_programs(0), num_stages=1):
         i_s, part, parts = part_of(i // tiles, n, places)
         expand_tile(
