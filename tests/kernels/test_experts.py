@@ -110,6 +110,16 @@ def test_a_grouped_product_equals_one_product_per_pair(tokens: int, dtype: torch
         assert _error(found[pairs.places.long()], expected) < TOLERANCE[dtype]
 
 
+def test_weights_of_an_expert_beyond_32_bits_are_right(device: str) -> None:
+    """The weights of an expert may begin behind the first 2**31 elements."""
+    far = 2**31 // 256 + 1
+    weight = torch.empty(far + 1, 16, 16, dtype=torch.float16, device=device)
+    weight[far] = torch.randn(16, 16)
+    x, places = torch.randn(2, 16).to(weight), torch.arange(2, dtype=torch.int32, device=device)
+    pairs = experts.ByExpert(places, places, places, places.new_tensor([[far, 0, 2]]), 1)
+    assert _error(experts.grouped(x, weight, pairs), x.double() @ weight[far].double().T) <= TOLERANCE[x.dtype]
+
+
 def test_a_token_gives_the_same_bits_in_every_batch(device: str) -> None:
     """A token's result is the same whatever other tokens its experts have, in its tile or in others."""
     x, weight, bias, routed, pairs = made(9, torch.float32, device)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, call, patch
@@ -275,6 +277,12 @@ def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch
     assert len(made) == 1  # cuBLAS would keep memory for each
     assert len({id(stream_of(purpose, device)) for purpose in ("copies", "copies", "proofs", "recording")}) == 3
     stream_of.cache_clear()
+
+
+def test_streams_are_made_in_one_place() -> None:
+    """No code of the service makes a stream but `stream_of`: cuBLAS would keep memory for each."""
+    sources = Path(graphs.__file__).parents[1].rglob("*.py")
+    assert [path.name for path in sources if re.search(r"\bStream\(", path.read_text())] == ["launch.py"]
 
 
 @pytest.mark.parametrize(("dtype", "spoilt"), [(torch.float32, torch.nan), (torch.int32, -(2**31))])
