@@ -17,13 +17,12 @@ from tests.support import folders
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.folders import deployment_of, workshop
 
-RANDOM = np.random.default_rng(3)
-
 
 def pair(rank: int, features: int = 40, out: int = 24) -> tuple[Any, Any]:
     """A and B with values of all sizes."""
-    a = RANDOM.normal(size=(rank, features)) * np.logspace(0, -3, rank)[:, None]
-    return a.astype(np.float32), RANDOM.normal(size=(out, rank)).astype(np.float32)
+    draw = np.random.default_rng(rank)
+    a = draw.normal(size=(rank, features)) * np.logspace(0, -3, rank)[:, None]
+    return a.astype(np.float32), draw.normal(size=(out, rank)).astype(np.float32)
 
 
 @pytest.mark.parametrize(("rank", "to"), [(16, 4), (16, 1), (32, 16), (30, 28), (24, 24)])

@@ -11,6 +11,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
+from inference_service.engine.lookup import FIRST_CHANCE, LEARNED, Expected
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
@@ -239,6 +240,7 @@ def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: floa
 
 def _drafting(machine: Machine, streams: int) -> Engine:
     """Return an engine that drafts eight tokens, with streams whose prompts are known."""
+    DRAW.seed(0)
     engine = _engine(machine, drafted=8)
     _add(engine, *(_seq(1, new=8000) for _ in range(streams)))
     engine.step()
@@ -303,3 +305,10 @@ def test_the_background_takes_part_as_far_as_it_is_known_to_cost_little() -> Non
     assert times.beside(4, times.spare_s(4, foreground=True)) == 1
     assert times.spare_s(9, foreground=True) == 0.0
     assert times.spare_s(0, foreground=False) == pytest.approx(0.125)
+
+
+def test_a_draft_counts_up_to_its_first_miss() -> None:
+    """Tokens behind a miss say nothing of a draft: they follow another text."""
+    expected = Expected(tokens=[1, 2, 3])
+    expected.follow([1, 9, 3])
+    assert expected.chance == pytest.approx(FIRST_CHANCE + LEARNED * (1 - FIRST_CHANCE) - LEARNED * 0.55)
