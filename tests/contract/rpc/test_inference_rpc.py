@@ -89,9 +89,10 @@ async def test_what_is_refused_is_named(
     assert [finding.where for finding in caught.value.findings] == [named]
 
 
-async def test_a_drain_that_takes_too_long_cuts_what_is_open(api: tuple[Ready, AsyncClient]) -> None:
+async def test_a_drain_that_takes_too_long_cuts_what_is_open(chatty: tuple[World, MemoryStore]) -> None:
     """A drain that exceeds its time ends open streams with SHUTTING_DOWN and a delay, and frees sequences."""
-    ready, _ = api
+    ready = chatty[0].load(chatty[1], stream_interval_ms=0)
+    ready.engine.start()
     async with open_rpc(ready.service) as server, AsyncClient(server.address) as client:
         events = client.generate("rs", PROMPT, max_tokens=240, ignore_eos=True)
         await anext(events)
@@ -101,6 +102,7 @@ async def test_a_drain_that_takes_too_long_cuts_what_is_open(api: tuple[Ready, A
         assert caught.value.retry_after_s is not None
         assert not await draining
     await until_free(ready)
+    await ready.engine.stop()
 
 
 async def test_tokens_between_first_and_last_come_together(
