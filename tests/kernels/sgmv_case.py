@@ -52,9 +52,7 @@ def make_group(
     ):
         weights[a : a + own * stride].view(own, stride)[:, :K], of_a = of_a[:own], of_a[own:]
         weights[b : b + own * size], of_b = of_b[: own * size], of_b[own * size :]
-    spread = torch.zeros(
-        len(table), len(sizes) + 2, FIELDS, dtype=torch.int64
-    )  # beside what other linears have
+    spread = torch.zeros(len(table), len(sizes) + 2, FIELDS, dtype=torch.int64)  # beside what others have
     spread[:, 1:-1] = torch.from_numpy(table)
     group = sgmv.Group(
         with_vectors(weights.to(dtype), table, slices).to(device),

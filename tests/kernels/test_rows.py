@@ -102,9 +102,7 @@ def test_a_layer_norm_subtracts_the_mean_and_may_be_in_place(dim: int, dtype: to
 @pytest.mark.parametrize("activation", ACTIVATIONS[:2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [63, 1100])
-def test_gate_and_up_become_one_row(
-    width: int, dtype: torch.dtype, activation: Activation, device: str
-) -> None:
+def test_gate_and_up_make_one_row(width: int, dtype: torch.dtype, activation: Activation, device: str) -> None:
     """Whole tiles and the end of a row are as exact as the dtype allows."""
     both = guarded(2, 2 * width, dtype=dtype, device=device, scale=2)
     with intercepted(poisoned):
@@ -128,9 +126,7 @@ def test_activations_survive_large_arguments(activation: Activation, device: str
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dim", [48, 1100])
-def test_rows_of_the_embedding_are_scaled(
-    dim: int, index: torch.dtype, dtype: torch.dtype, device: str
-) -> None:
+def test_rows_of_embeddings_are_scaled(dim: int, index: torch.dtype, dtype: torch.dtype, device: str) -> None:
     """The scale is rounded to the dtype first: Gemma's 25.298 is 25.25 in bfloat16."""
     table = guarded(7, dim, dtype=dtype, device=device)
     tokens = torch.tensor([6, 0, 3, 0], dtype=index, device=device)

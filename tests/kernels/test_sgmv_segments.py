@@ -84,9 +84,7 @@ def test_a_table_is_packed_without_gaps() -> None:
         ((1, 1, [0, 0, 0, 40]), "slot 1 has vectors not at multiples of 16"),
     ],
 )
-def test_a_table_that_would_mislead_a_kernel_is_refused(
-    entry: tuple[int, int, list[int]], message: str
-) -> None:
+def test_a_table_that_misleads_a_kernel_is_refused(entry: tuple[int, int, list[int]], message: str) -> None:
     """Kernels trust the table; the bank checks it once per load."""
     slices = Slices.consecutive(32, 16)
     table = pack_table([(4, 0), (8, 2)], slices, 8)

@@ -7,6 +7,7 @@ import signal
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,25 +37,25 @@ LONG = 8000
 """Tokens of an answer that outlasts a test."""
 
 
+def _completion(tokens: int, **more: bool) -> bytes:
+    body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": tokens, "ignore_eos": True} | more
+    data = json.dumps(body).encode()
+    return b"POST /v1/completions HTTP/1.1\r\n%scontent-length: %d\r\n\r\n%s" % (JSON, len(data), data)
+
+
+@dataclass
 class Replica:
     """An engine with API processes."""
 
-    def __init__(
-        self, made: GenerationService, thread: EngineThread, apis: ApiProcesses, addresses: dict[str, str]
-    ) -> None:
-        self.service = made
-        self.thread = thread
-        self.apis = apis
-        self.addresses = addresses
+    service: GenerationService
+    thread: EngineThread
+    apis: ApiProcesses
+    addresses: dict[str, str]
 
     async def stream(self, tokens: int = LONG) -> RawClient:
         """Begin an answer on a new connection, and read its first token."""
         client = await RawClient.open(self.addresses["http"])
-        body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": tokens, "ignore_eos": True, "stream": True}
-        data = json.dumps(body).encode()
-        await client.send(
-            b"POST /v1/completions HTTP/1.1\r\n%scontent-length: %d\r\n\r\n%s" % (JSON, len(data), data)
-        )
+        await client.send(_completion(tokens, stream=True))
         async with bounded("a first token"):
             await client.reader.readuntil(b"data: ")
         return client
@@ -117,26 +118,23 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Repl
         yield made
 
 
-async def _metrics(address: str) -> str:
+async def _get(address: str, path: bytes) -> tuple[int, bytes]:
     client = await RawClient.open(address)
-    await client.send(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
-    _, body = await client.answer()
+    await client.send(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % path)
+    answer = await client.answer()
     client.close()
-    return body.decode()
+    return answer
 
 
 async def test_a_killed_process_loses_its_streams_and_no_others(served: Replica) -> None:
     """A killed API process closes its streams, the engine frees their sequences, and a new process starts."""
     streams = await served.streams_of_both()
     dead, alive = streams
-    before = len(served.thread._streams)
+    left = len(served.thread._streams) - len(streams[dead])
     os.kill(dead, signal.SIGKILL)
     for client in streams[dead]:
         assert b"[DONE]" not in await client.ended()
-    await until(
-        lambda: len(served.thread._streams) == before - len(streams[dead]),
-        "the end of the killed process's streams",
-    )
+    await until(lambda: len(served.thread._streams) == left, "the end of the killed process's streams")
     for client in streams[alive]:
         async with bounded("more of the other streams"):
             for _ in range(20):
@@ -175,12 +173,12 @@ async def test_a_process_that_stands_still_delays_no_other(served: Replica) -> N
 async def test_metrics_are_sums_over_processes(served: Replica) -> None:
     """The metrics are sums over all API processes, with those of a killed one."""
 
-    def requests(text: str) -> float:
-        lines = (line for line in text.splitlines() if line.startswith("loramux_requests_total{"))
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
+    async def requests() -> float:
+        _, text = await _get(served.addresses["http"], b"/metrics")
+        lines = (line for line in text.splitlines() if line.startswith(b"loramux_requests_total{"))
+        return sum(float(line.rpartition(b" ")[2]) for line in lines)
 
-    address = served.addresses["http"]
-    before = requests(await _metrics(address))
+    before = await requests()
     streams = await served.streams_of_both()
     clients = [client for clients in streams.values() for client in clients]
     for client in clients:
@@ -189,7 +187,7 @@ async def test_metrics_are_sums_over_processes(served: Replica) -> None:
     counted = 0.0
     async with bounded("all requests in a scrape"):
         while counted < len(clients):
-            counted = requests(await _metrics(address)) - before
+            counted = await requests() - before
     assert counted == len(clients)
 
 
@@ -200,15 +198,12 @@ async def test_limits_hold_across_processes(served: Replica) -> None:
     catalog.deployed = kept.model_copy(
         update={"limits": kept.limits.model_copy(update={"models": {MODEL: Limits(tokens_per_minute=100)}})}
     )
-    body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True}
-    data = json.dumps(body).encode()
-    request = b"POST /v1/completions HTTP/1.1\r\n%scontent-length: %d\r\n\r\n%s" % (JSON, len(data), data)
     refused: set[int] = set()
     try:
         async with bounded("refusals by both processes"):
             while len(refused) < 2:
                 client = await RawClient.open(served.addresses["http"])
-                await client.send(request)
+                await client.send(_completion(200))
                 status, _ = await client.answer()
                 if status == 429:
                     refused.add(served.pid_of(client))
@@ -272,9 +267,8 @@ async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path) -> Non
 async def test_an_address_in_use_is_named(tmp_path: Path, served: Replica) -> None:
     """A port that other processes listen on is refused, though they share it among themselves."""
     for name in ("grpc", "http"):
-        settings = InferenceSettings(
-            **{"deployment": MODEL, "grpc": "127.0.0.1:0", name: served.addresses[name]}
-        )
+        addresses = {"grpc": "127.0.0.1:0", name: served.addresses[name]}
+        settings = InferenceSettings(deployment=MODEL, **addresses)
         inside = f"unix:{tmp_path}/engine"
         apis = ApiProcesses(settings, served.service, 1, (SERVICE_NAME,), CORE, inside, keyless=True)
         with pytest.raises(SettingsInvalid, match="cannot listen"):
@@ -289,11 +283,8 @@ async def test_an_engine_that_fails_ends_health_first(tmp_path: Path) -> None:
         async with bounded("the reason of the end"):
             await stream.reader.readuntil(b"a test says")
         stream.close()
-        later = await RawClient.open(served.addresses["http"])
-        await later.send(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-        status, _ = await later.answer()
+        status, _ = await _get(served.addresses["http"], b"/health")
         assert status == 503
-        later.close()
 
 
 async def test_api_processes_import_no_torch(served: Replica) -> None:

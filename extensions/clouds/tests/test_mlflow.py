@@ -55,9 +55,7 @@ class Tracking:
     def listing(self, folder: str) -> list[dict[str, Any]]:
         """Return the entries of a folder, as the server lists them: by their names in it."""
         prefix = f"{folder.strip('/')}/".removeprefix("/")
-        inner = {
-            name.removeprefix(prefix): data for name, data in self.files.items() if name.startswith(prefix)
-        }
+        inner = {key.removeprefix(prefix): data for key, data in self.files.items() if key.startswith(prefix)}
         folders = {name.partition("/")[0] for name in inner if "/" in name}
         files = [{"path": name, "file_size": len(data)} for name, data in inner.items() if "/" not in name]
         return [*files, *({"path": name, "is_dir": True} for name in folders)]

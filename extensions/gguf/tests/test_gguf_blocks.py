@@ -24,9 +24,7 @@ def both(kind: str, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
-def test_products_in_float32_are_those_of_the_dequantised_weights_bit_for_bit(
-    kind: str, compiled: CDLL
-) -> None:
+def test_products_in_float32_are_those_of_dequantised_weights_bit_for_bit(kind: str, compiled: CDLL) -> None:
     """Unpacked, and decoded in registers for one row, a few and many, they are the very weights."""
     ops = CpuOps(compiled, torch.float32)
     raw, weight = both(kind)

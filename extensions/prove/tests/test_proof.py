@@ -47,18 +47,11 @@ Change = Callable[[Any, Manifest], None]
 """Changes the rows [R, C] of a bundle in place."""
 
 
+BIASES: dict[str, Any] = {"r": 2, "lora_alpha": 3, "lora_bias": True, "bias": "all"}
 AFFINE: dict[str, dict[str, Any]] = {
     "dora": {"r": 9, "lora_alpha": 9, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
-    "biases": {
-        "r": 2,
-        "lora_alpha": 3,
-        "lora_bias": True,
-        "bias": "all",
-        "target_modules": ["up_proj", "k_proj"],
-    },
+    "biases": BIASES | {"target_modules": ["up_proj", "k_proj"]},
 }
-
-
 SCALE = "base_model.model.model.layers.1.self_attn.v_proj.ia3_l.default"
 EVERY = (*ADAPTERS, *AFFINE)
 

@@ -166,9 +166,7 @@ def test_ranks_merge_their_parts(built: tuple[World, Store]) -> None:
 def test_nothing_around_a_request_changes_a_bit(built: tuple[World, Store], dtype: str) -> None:
     """Alone, in a crowd, in chunks and after prefix hits, ranks give the same tokens and log probabilities."""
     draw, settings = random.Random(5), {"deterministic": True, "dtype": dtype, "adapter_memory_gb": None}
-    requests = [
-        (MODELS[place % 4], draw.choices(range(3, VOCAB), k=draw.randrange(1, 70))) for place in range(6)
-    ]
+    requests = [(MODELS[at % 4], draw.choices(range(3, VOCAB), k=draw.randrange(1, 70))) for at in range(6)]
     quiet = load(built, **settings, max_batch_tokens=512, prefix_cache=False)
     alone = [with_logprobs(quiet, [each])[0] for each in requests]
     assert with_logprobs(quiet, requests) == alone

@@ -235,9 +235,7 @@ async def test_a_key_has_its_limits_at_both_apis(world: tuple[World, MemoryStore
 
 
 @pytest.mark.beside
-async def test_tokens_of_a_minute_are_not_used_twice(
-    apis: ReplicaApis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_tokens_of_a_minute_are_used_once(apis: ReplicaApis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting requests are checked again before the engine, so no token of the minute is used twice."""
     service, gate = apis.ready.service, asyncio.Event()
     change_deployed(service.catalog, limits=ModelLimits(default=Limits(tokens_per_minute=4)))

@@ -31,16 +31,9 @@ GREEDY: dict[str, Any] = {"temperature": 0}
 """The client has no names for sampling any more."""
 FIELDS: dict[str, Any] = {"model": "rs", "messages": USER, "max_tokens": 8, "extra_body": GREEDY}
 SENT: dict[str, Any] = {"model": "pirate", "messages": USER, "max_tokens": 8}
-PAINT: Any = {
-    "name": "Paint",
-    "description": "Paint something.",
-    "input_schema": {
-        "type": "object",
-        "properties": {"color": {"enum": ["red", "blue"]}},
-        "required": ["color"],
-        "additionalProperties": False,
-    },
-}
+COLOR = {"properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
+SCHEMA = COLOR | {"type": "object", "additionalProperties": False}
+PAINT: Any = {"name": "Paint", "description": "Paint something.", "input_schema": SCHEMA}
 KINDS = ("thinking", "signature", "text", "input_json")
 """Events that the client makes of a stream's deltas."""
 SECRET, ENTRY = new_entry("ann", "infer")

@@ -132,9 +132,7 @@ async def test_what_leaves_nothing_is_refused_by_name(api: OpenAIApi) -> None:
 async def test_special_tokens_are_added_or_not(api: OpenAIApi) -> None:
     """Special tokens are added by default to a text and not to messages; either way if requested."""
     for path, counts in ((CHAT, [7, 8, 7]), (PLAIN, [3, 3, 2])):
-        answers = [
-            await whole(api, path, add_special_tokens=flag, max_tokens=1) for flag in (None, True, False)
-        ]
+        answers = [await whole(api, path, add_special_tokens=add, max_tokens=1) for add in (None, True, False)]
         assert [answer["usage"]["prompt_tokens"] for answer in answers] == counts
 
 

@@ -208,9 +208,7 @@ async def test_an_endpoint_that_leaves_lets_connections_go(apis: EndlessApis) ->
     assert not await draining
 
 
-async def test_a_grpc_server_stops_when_nobody_comes(
-    apis: EndlessApis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_grpc_server_stops_when_none_comes(apis: EndlessApis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Late calls are refused by name a moment longer; calls while gRPC stops get no reason."""
     clock = Clock()
     monkeypatch.setattr(calls, "QUIET_S", HOUR)

@@ -131,9 +131,7 @@ def _compare(scored: tuple[Token, ...], expected: torch.Tensor) -> None:
         assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-async def test_prompts_are_scored_across_preemptions(
-    world: tuple[World, MemoryStore], service: Service
-) -> None:
+async def test_prompts_are_scored_over_preemptions(world: tuple[World, MemoryStore], service: Service) -> None:
     """Every scored prompt is still reported once and whole where memory runs out; answers stay the same."""
     prompts = [LONG[place:] + LONG[:place] for place in range(3)]
     fields: dict[str, Any] = {
@@ -148,9 +146,7 @@ async def test_prompts_are_scored_across_preemptions(
     assert tight.ready.engine.stats.preemptions
     for one, other in zip(expected, found, strict=True):
         assert _tokens(one) == _tokens(other)
-        ours, theirs = (
-            next(e for e in events if isinstance(e, PromptScores)).tokens for events in (one, other)
-        )
+        ours, theirs = (next(e for e in each if isinstance(e, PromptScores)).tokens for each in (one, other))
         assert [token.logprob for token in ours[1:]] == pytest.approx([t.logprob for t in theirs[1:]], abs=1e-4)
     await tight.close()
 

@@ -84,9 +84,7 @@ async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
         await api.until_free()
     await server.drain(1)
     metrics = await scrape(api)
-    outcomes = {
-        (own["model"], own["outcome"]): value for own, value in metrics.series("loramux_requests_total")
-    }
+    outcomes = {(own["model"], own["outcome"]): seen for own, seen in metrics.series("loramux_requests_total")}
     assert outcomes == {
         ("rs", "REQUEST_INVALID"): 1,
         ("", "MODEL_NOT_FOUND"): 1,

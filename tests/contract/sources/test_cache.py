@@ -130,9 +130,7 @@ def test_what_killed_replicas_left_is_swept(remote: Remote, tmp_path: Path) -> N
     assert (old.exists(), copies.exists(), young.exists()) == (False, False, True)
 
 
-def test_folders_that_killed_processes_left_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of a process that runs, or that was made a moment ago, stays."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     left, young, other = (tmp_path / name for name in (f"{SOCKETS}left", f"{SOCKETS}young", "other"))

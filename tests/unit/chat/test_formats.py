@@ -29,9 +29,7 @@ def _reading(tool: ToolParser, reasoning: ReasoningParser) -> AnswerReader:
 
 
 @pytest.mark.parametrize(("tool", "reasoning", "text", "expected"), CASES)
-def test_each_form_is_read(
-    tool: ToolParser, reasoning: ReasoningParser, text: str, expected: Collected
-) -> None:
+def test_a_form_is_read(tool: ToolParser, reasoning: ReasoningParser, text: str, expected: Collected) -> None:
     """Calls of offered tools are calls, reasoning is told apart, all else is text; letter by letter, too."""
     assert read(_reading(tool, reasoning), text) == expected
     assert read(_reading(tool, reasoning), text, range(1, len(text))) == expected

@@ -61,9 +61,7 @@ def build(view: BuildView, count: int) -> list[AdapterInfo]:
 def test_many_adapters_are_counted_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """Sixty adapters have only sums: at the beginning, now and then, and at the end."""
     view = BuildView(counts_s=3600)
-    view.update(
-        state(build(view, 60), ended=True)
-    )  # the answer to a call and the first of a watch are the same
+    view.update(state(build(view, 60), ended=True))  # a call's answer and the first of a watch are the same
     assert capsys.readouterr().err.splitlines() == ["60 adapters: 60 waiting", "60 adapters: 60 done"]
 
 
