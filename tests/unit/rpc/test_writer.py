@@ -10,8 +10,8 @@ from loramux_shared.rpc.calls import Writer
 from loramux_shared.rpc.wakeups import take_wakeups_together
 
 
+async def test_a_writer_writes_one_message_at_a_time() -> None:
     """A message that comes while another one is written follows it; an exception is the task's."""
-    """What comes while a message is written is written behind it; an exception is the task's."""
     taken, sent, notes = asyncio.Event(), list[str](), list[bool]()
 
     async def write(message: str) -> None:
