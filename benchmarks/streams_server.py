@@ -35,7 +35,6 @@ from inference_service.text.text import Text
 from loramux_shared.extensions import need_extension
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.server import CORE, RpcServer
-from loramux_shared.rpc.wakeups import take_wakeups_together
 from loramux_shared.settings import InferenceSettings
 
 VOCAB: Final = 512
@@ -96,7 +95,6 @@ def service(folder: Path, device: Instant) -> tuple[GenerationService, EngineThr
 async def serve(device: Instant, api_processes: int = 0) -> None:
     """Serve until it is cancelled."""
     raise_limit()
-    take_wakeups_together()
     sys.setswitchinterval(SWITCH_S)
     with tempfile.TemporaryDirectory(prefix="loramux-servers-") as folder:
         made, thread = service(Path(folder), device)

@@ -22,7 +22,6 @@ from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.process import log_to_stderr, raise_limit, report
 from loramux_shared.rpc.options import require_free
 from loramux_shared.rpc.stopping import Stop
-from loramux_shared.rpc.wakeups import take_wakeups_together
 from loramux_shared.settings import InferenceSettings, read_flags, require_triton, variable
 
 log = structlog.get_logger()
@@ -58,15 +57,10 @@ def main() -> int:
     try:
         settings = read_flags(InferenceSettings, parser, FLAGS)
         log_to_stderr(settings.log_format)
-        return asyncio.run(_serve_alone(settings))
+        return asyncio.run(serve(settings))
     except Fault as fault:
         sys.stderr.write(f"inference_service: {fault.reason}: {fault}\n")
         return 2 if isinstance(fault, SettingsInvalid) else 1
-
-
-async def _serve_alone(settings: InferenceSettings) -> int:
-    take_wakeups_together()
-    return await serve(settings)
 
 
 async def serve(settings: InferenceSettings) -> int:

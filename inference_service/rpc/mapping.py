@@ -250,7 +250,14 @@ def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]
                 tokens = [_prompt_token(token, text) for token in event.tokens[start : start + PROMPT_TOKENS]]
                 yield pb.GenerateResponse(prompt_logprobs=pb.PromptLogprobs(tokens=tokens))
         case AnswerDelta():
-            yield delta_to_message(event, text)
+            message = pb.GenerateResponse()
+            delta = message.delta  # filled in place: a message that takes other messages copies them
+            delta.text = event.text
+            delta.token_ids.extend([token.id for token in event.tokens])
+            delta.index = event.index
+            if scored := [token for token in event.tokens if token.logprob is not None]:
+                delta.logprobs.extend([_logprobs(token, text) for token in scored])
+            yield message
         case AnswerFinished():
             usage = pb.Usage(
                 prompt_tokens=event.prompt_tokens,
@@ -266,18 +273,6 @@ def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]
                 stop_token_id=event.stop_token_id,
             )
             yield pb.GenerateResponse(finished=finished)
-
-
-def delta_to_message(event: AnswerDelta, text: Text) -> pb.GenerateResponse:
-    """Return more of an answer as a message."""
-    message = pb.GenerateResponse()
-    delta = message.delta  # filled in place: a message that takes other messages copies them
-    delta.text = event.text
-    delta.token_ids.extend([token.id for token in event.tokens])
-    delta.index = event.index
-    if scored := [token for token in event.tokens if token.logprob is not None]:
-        delta.logprobs.extend([_logprobs(token, text) for token in scored])
-    return message
 
 
 def _prompt_token(token: Token, text: Text) -> pb.PromptToken:

@@ -5,24 +5,17 @@ from contextlib import aclosing
 
 import grpc
 
-from inference_service.rpc.mapping import (
-    delta_to_message,
-    event_to_messages,
-    model_to_message,
-    request_from_message,
-)
+from inference_service.rpc.mapping import event_to_messages, model_to_message, request_from_message
 from inference_service.rpc.pooling import (
     requested_pooling,
     requests_from_message,
     scores_to_message,
     vector_to_message,
 )
-from inference_service.serving.delivery import Sink
 from inference_service.serving.pooling import check_dimensions, pooled, pooling_of, scored, shaped
 from inference_service.serving.request import WORDLESS, AnswerDelta, AnswerFinished, AnswerStarted, Event
 from inference_service.serving.service import GenerationService
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
-from loramux_shared.rpc.calls import WRITER
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -46,14 +39,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         tokens may be part of a character or of a stop text; after `WORDLESS` of them the answer begins anyway.
         """
         parsed = request_from_message(request, context, self._service.limits.max_seq_len)
+        events = self._service.generate(parsed)
         held: list[pb.GenerateResponse] = []
         wordless, begun = 0, False
-        text, writer = self._service.text, WRITER.get()
-        sink: Sink[AnswerDelta] | None = None
-        if writer is not None and parsed.output.n == 1:  # of several answers, two messages can come at once
-            written = Sink(writer.has_room, writer.write, writer.when_room)
-            sink = written.mapped(lambda delta: delta_to_message(delta, text))
-        events = self._service.generate(parsed, sink)
+        text = self._service.text
         async with aclosing(events):
             async for event in events:
                 text = event.text if isinstance(event, AnswerStarted) else text

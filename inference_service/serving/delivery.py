@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, Generic, TypeVar
@@ -33,12 +33,10 @@ class Sink(Generic[T]):
     """True when everything that came before was written."""
     take: Callable[[T], None]
     """Writes; called only while there is room."""
-    when_room: Callable[[Callable[[], None]], bool] = lambda _: False
-    """Calls back once there is room again; False where it will not: the stream's task is to write then."""
 
     def mapped(self, make: Callable[[S], T]) -> Sink[S]:
         """Return a sink of what `make` makes the items of this one from."""
-        return Sink(self.has_room, lambda item: self.take(make(item)), self.when_room)
+        return Sink(self.has_room, lambda item: self.take(make(item)))
 
 
 class Outputs:
@@ -58,8 +56,8 @@ class Outputs:
         """Whether `get` has something to return or to raise."""
         self._reader: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
-        self.sink: Callable[[dict[str, list[StepOutput]]], bool] | None = None
-        """Takes outputs out while the reader waits for them; returns False to leave them to the reader."""
+        self.sink: Callable[[Mapping[str, list[StepOutput]]], bool] | None = None
+        """Takes outputs while the reader waits for them, or returns False and leaves them to the reader."""
 
     def put(self, seq_id: str, outputs: list[StepOutput]) -> Seq[Sequence]:
         """Keep outputs of a sequence until `wake`; return the sequences that were to wait for them."""
@@ -77,6 +75,7 @@ class Outputs:
         if self.sink is not None and self._reader is not None and not self._reader.done():
             try:
                 if self.sink(self._waiting):
+                    self._waiting = {}
                     return
             except Exception as error:  # noqa: BLE001 - the reader raises it
                 self._failure = self._failure or error

@@ -135,7 +135,7 @@ class GenerationService:
                         request.id, model, served.generation, len(tokens), terms.text, tuple(tokens)
                     )
                     if sink is not None and not request.sampling.stop:
-                        outputs.sink = partial(_sink, answers, follower, ticket, sink, outputs.wake)
+                        outputs.sink = partial(_sink, answers, follower, ticket, sink)
                     while outputs.open:
                         for event in _events(await outputs.get(), answers, outputs):
                             follower.see(event)
@@ -300,22 +300,17 @@ def _sink(
     follower: RequestFollower,
     ticket: Ticket,
     sink: Sink[AnswerDelta],
-    again: Callable[[], None],
-    arrived: dict[str, list[StepOutput]],
+    arrived: Mapping[str, Seq[StepOutput]],
 ) -> bool:
-    """Hand over outputs that only have tokens; False where there are others, or the client has no room.
-
-    Where the sink can call back, they wait until there is room.
-    """
+    """Hand over outputs that only have tokens; False where there are others, or the client has no room."""
     for each in arrived.values():
         if each[-1].finish is not None or each[0].first:
             return False
     if not sink.has_room():
-        return sink.when_room(again)
+        return False
     for seq_id, each in arrived.items():
         delta = answers[seq_id].more(each)
         follower.see(delta)
         ticket.see(delta)
         sink.take(delta)
-    arrived.clear()
     return True

@@ -26,7 +26,6 @@ from loramux_shared.faults import Fault
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer, Rules
-from loramux_shared.rpc.wakeups import take_wakeups_together
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.tracing import Tracing, open_tracing
 
@@ -136,7 +135,6 @@ class ApiProcess:
 
 async def serve(descriptor: int) -> int:
     """Serve over the channel of a descriptor."""
-    take_wakeups_together()
     process = ApiProcess()
     loop = asyncio.get_running_loop()
     await loop.create_connection(lambda: process.channel, sock=socket.socket(fileno=descriptor))

@@ -3,11 +3,9 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -47,71 +45,6 @@ class Patience:
 
 
 USUAL: Final = Patience()
-
-
-class Writer:
-    """Writes messages of a call while its task waits for something else: one at a time, as gRPC wants it."""
-
-    def __init__(self, write: Callable[[Any], Coroutine[Any, Any, None]], note: Callable[[bool], None]) -> None:
-        """Write with the context of a call; note hears whether a message waits to be sent."""
-        self._write = write
-        self._note = note
-        self._writes = False
-        self._failure: Exception | None = None
-        self._again: Callable[[], None] | None = None
-        self._rest: asyncio.Future[None] | None = None
-        """The task's wait for the message that is being written."""
-        self.begun = False
-        """True behind the first message, which is the task's."""
-
-    def has_room(self) -> bool:
-        """Return True where everything that came before was written."""
-        return self.begun and not self._writes
-
-    def when_room(self, again: Callable[[], None]) -> bool:
-        """Call back once when the message that is being written was; False where none is."""
-        self._again = again if self._writes else None
-        return self._writes
-
-    def write(self, message: Any) -> None:
-        """Begin to write a message; called only while there is room."""
-        if self._failure is not None:
-            raise self._failure
-        self._writes = True
-        self._note(True)
-        self._go_on(self._write(message))
-
-    async def until_written(self) -> None:
-        """Wait until everything was written."""
-        if self._writes:
-            self._rest = asyncio.get_running_loop().create_future()
-            await self._rest
-        if self._failure is not None:
-            raise self._failure
-
-    def _go_on(self, step: Coroutine[Any, Any, None], _: object = None) -> None:
-        """Go on with a write up to what it awaits, as a task does, at a fraction of a task's cost."""
-        try:
-            awaited = step.send(None)
-        except StopIteration:
-            pass
-        except Exception as error:  # noqa: BLE001 - the call's task raises it
-            self._failure = error
-        else:
-            awaited._asyncio_future_blocking = False  # a task's acknowledgement
-            awaited.add_done_callback(partial(self._go_on, step))
-            return
-        self._writes = False
-        self._note(False)
-        if self._rest is not None and not self._rest.done():
-            self._rest.set_result(None)
-        again, self._again = self._again, None
-        if again is not None:
-            again()
-
-
-WRITER: Final[ContextVar[Writer | None]] = ContextVar("writer", default=None)
-"""The writer of the call that streams in this task; None: none does."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types here
@@ -242,26 +175,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     def _stream(self, call: Callable[..., AsyncGenerator[Any]], method: str) -> Callable[..., Awaitable[None]]:
         async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> None:
-            async with self._guard(context, method) as task, self._patient(task) as limit:
-                loop = asyncio.get_running_loop()
-                writer = Writer(context.write, partial(self._note, task, limit))
-                WRITER.set(writer)  # a call is a task, so the variable needs no reset
-                async with aclosing(call(await self._read(context), context)) as responses:
-                    try:
-                        async for response in responses:
-                            await writer.until_written()
-                            if not writer.begun:  # no status can follow a message that the client does not read
-                                await context.send_initial_metadata(())
-                            self._writing[task] = limit, loop.time()
-                            await context.write(response)
-                            self._writing.pop(task, None)
-                            writer.begun = True
-                            if self._ended:
-                                raise ShuttingDown(CUT)
-                    except Fault:
-                        await writer.until_written()  # gRPC takes no status before
-                        raise
-                    await writer.until_written()
+            loop = asyncio.get_running_loop()
+            async with (
+                self._guard(context, method) as task,
+                self._patient(task) as limit,
+                aclosing(call(await self._read(context), context)) as responses,
+            ):
+                begun = False
+                async for response in responses:
+                    if not begun:  # otherwise no status can follow a message that the client does not read
+                        await context.send_initial_metadata(())
+                        begun = True
+                    self._writing[task] = limit, loop.time()
+                    await context.write(response)
+                    self._writing.pop(task, None)
+                    if self._ended:
+                        raise ShuttingDown(CUT)
 
         return handler
 
@@ -284,15 +213,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             raise ClientStalled(f"{late} within {limit_s:g} s. Send it again without pauses.") from None
         except DecodeError:
             raise RequestInvalid("the request is not a message of this method.") from None
-
-    def _note(self, task: asyncio.Task[Any], limit: asyncio.Timeout, waits: object) -> None:
-        """Note that a message of a task's writer begins to wait for its client, or no longer does."""
-        if waits:
-            self._writing[task] = limit, asyncio.get_running_loop().time()
-            return
-        self._writing.pop(task, None)
-        if self._ended:
-            task.cancel()
 
     @asynccontextmanager
     async def _patient(self, task: asyncio.Task[Any]) -> AsyncIterator[asyncio.Timeout]:
