@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -129,9 +129,23 @@ def _soon_settled() -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    """Let a fixture of many tests draw the same, whichever of them comes first."""
+    if fixturedef.scope != "function":
+        _draw_from_the_start()
+
+
+def _draw_from_the_start() -> None:
+    import torch
+
+    torch.default_generator.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _same_draws(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Requests without a seed have the same seeds in every run of a test: none passes or fails by luck."""
+    """Requests without a seed have the same seeds in every run of a test, and torch draws the same: no luck."""
+    _draw_from_the_start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("secrets.randbits", random.Random(request.node.nodeid).getrandbits)  # noqa: S311
         yield
