@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, cast
 
 from builder_service.builder import Builder
@@ -13,6 +15,9 @@ from builder_service.rpc.servicer import BuilderServicer
 from inference_service.replica import Replica
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import InferenceServicer
+from inference_service.serving.delivery import Sink
+from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, Request
+from inference_service.serving.service import GenerationService
 from loramux import AsyncClient, Deployment
 from loramux.cli.build import follow_build
 from loramux_shared.deployment import SourceKind
@@ -66,6 +71,33 @@ class LocalCalls:
         return call
 
 
+class WholeAnswers:
+    """A service whose answers come in one piece: no task wakes, and no message is made, for each token."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._service, name)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+        """Answer a request as the service does, with all deltas of an answer as one before its end."""
+        parts: defaultdict[int, list[AnswerDelta]] = defaultdict(list)
+
+        def keep(delta: AnswerDelta) -> None:
+            parts[delta.index].append(delta)
+
+        async with aclosing(self._service.generate(request, Sink(lambda: True, keep))) as events:
+            async for event in events:
+                if isinstance(event, AnswerDelta):
+                    keep(event)
+                    continue
+                if isinstance(event, AnswerFinished) and (deltas := parts.pop(event.index, [])):
+                    tokens = tuple(token for delta in deltas for token in delta.tokens)
+                    yield AnswerDelta("".join(delta.text for delta in deltas), tokens, event.index)
+                yield event
+
+
 class LocalClient(AsyncClient):
     """The client of a builder or a replica in this process."""
 
@@ -74,7 +106,9 @@ class LocalClient(AsyncClient):
         if builder is not None:
             self._builder = LocalCalls(BuilderServicer(builder.builds, builder.checks))
         if replica is not None:
-            self._inference = LocalCalls(InferenceServicer(replica.ready.service))
+            self._inference = LocalCalls(
+                InferenceServicer(cast("GenerationService", WholeAnswers(replica.ready.service)))
+            )
             self._adapters = LocalCalls(AdapterServicer(replica.operators.manager))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import loramux
 from loramux_offline.llm import LLM, Interrupted
+from loramux_offline.local import WholeAnswers
 from loramux_shared.faults import DeploymentInvalid, Fault, ModelNotFound, RequestInvalid, SettingsInvalid
 from tests.support.openai_api import openai_world
 from tests.support.tiny import World
@@ -50,6 +51,22 @@ def test_answers_come_in_the_order_of_the_prompts(llm: LLM, world: World) -> Non
     assert [answer.started.model for answer in answers] == [name or "base" for name in names]
     assert len(set(expected)) > 3
     assert [model.name for model in llm.models()] == ["base", *sorted(world.adapters)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"logprobs": 2, "prompt_logprobs": 1}, {"n": 3, "temperature": 1.0, "seed": 5}, {"stop": True}],
+)
+def test_a_whole_answer_is_that_of_a_stream(llm: LLM, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, tokens, log probabilities, usage and ends are those of single deltas put together."""
+    prompts, names = ["hello", [5, 6, 7]], [model.name for model in llm.models()[:2]]
+    if options.get("stop"):
+        options = {"stop": llm.generate(prompts, names, max_tokens=9)[0].text[3:5]}
+    whole = llm.generate(prompts, names, max_tokens=9, **options)
+    monkeypatch.setattr(WholeAnswers, "generate", lambda self, request: self._service.generate(request))
+    streamed = llm.generate(prompts, names, max_tokens=9, **options)
+    for one, other in zip(whole, streamed, strict=True):
+        assert (one.choices, one.prompt) == (other.choices, other.prompt)
 
 
 def test_a_refused_prompt_ends_the_call_or_stands_in_its_place(llm: LLM) -> None:
