@@ -134,8 +134,9 @@ async def load(deployment: Deployment, store: str, **settings: Any) -> Replica:
     """
     roots = tuple(each.repo for each in deployment.repositories if each.source is SourceKind.LOCAL)
     common = {"store": store, "local_roots": roots}
+    usual = {"follow_interval_s": 0, "paced": False}
     replica_settings = load_settings(
-        InferenceSettings, **common, deployment=deployment.model_name, follow_interval_s=0, **settings
+        InferenceSettings, **common, deployment=deployment.model_name, **usual | settings
     )
     await build(deployment, load_settings(BuilderSettings, **common))
     return await Replica.load(replica_settings)

@@ -86,8 +86,8 @@ class Machine:
         return Pending(tuple(seq for seq, _ in places), wait, drafts=batch.drafts)
 
 
-def _engine(machine: Machine, drafted: int = 0) -> Engine:
-    limits = SchedulerLimits(1024, 64, max_adapters=2, max_seq_len=8192, speculative_tokens=drafted)
+def _engine(machine: Machine, drafted: int = 0, *, paced: bool = True) -> Engine:
+    limits = SchedulerLimits(1024, 64, 2, max_seq_len=8192, speculative_tokens=drafted, paced=paced)
     return Engine(machine, limits, BlockManager(8192, 16), Residents(), clock=lambda: machine.now_s)
 
 
@@ -142,6 +142,20 @@ def test_a_step_beside_streams_takes_a_small_multiple(depth: int, row_s: float, 
     times = sorted(took / machine.step_s for took in machine.took_s)
     assert times[int(0.99 * len(times))] < 3.0
     assert times[len(times) // 2] == pytest.approx(TIMES, rel=0.1)
+
+
+def test_prompts_are_computed_first_where_nobody_waits_for_single_tokens() -> None:
+    """Paced, the same prompts and answers take more steps."""
+    steps = []
+    for paced in (True, False):
+        machine = Machine()
+        engine = _engine(machine, paced=paced)
+        _add(engine, *(_seq(100, 40) for _ in range(60)))
+        while not engine.idle:
+            engine.step()
+        steps.append(len(machine.batches))
+        assert max(machine.took_s[1:]) < 1.1 * LONGEST_S
+    assert steps[1] < 0.6 * steps[0]
 
 
 def test_a_first_step_that_takes_long_misleads_about_none() -> None:
