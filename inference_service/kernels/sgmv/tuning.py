@@ -132,46 +132,31 @@ _EXPAND: ExpandTable = {
     (Phase.DECODE, 4): {16: ExpandConfig(DECODE_TILE, 16, 128, 16, num_warps=8, num_stages=1)},
     (Phase.PREFILL, 4): {16: ExpandConfig(PREFILL_TILE, 16, 64, 32, num_warps=8, num_stages=1)},
 }
+
+
+def _but(
+    table: Mapping[tuple[Phase, int], Mapping[int, Config]], tiles: Mapping[Phase, Mapping[int, Config]]
+) -> Mapping[tuple[Phase, int], Mapping[int, Config]]:
+    """Return a table with other tiles for some ranks of 16-bit weights."""
+    return {**table, **{(phase, 2): {**table[phase, 2], **of_phase} for phase, of_phase in tiles.items()}}
+
+
 # Nothing timed yet speaks for different tiles on different architectures; only where ptxas spills they differ.
-_SHRINK_100: ShrinkTable = {
-    **_SHRINK,
-    (Phase.PREFILL, 2): {
-        **_SHRINK[Phase.PREFILL, 2],
-        32: ShrinkConfig(PREFILL_TILE, 32, 64, 4, num_warps=4, num_stages=3),
-    },
-}
-_SHRINK_120: ShrinkTable = {
-    **_SHRINK,
-    (Phase.DECODE, 2): {
-        **_SHRINK[Phase.DECODE, 2],
-        32: ShrinkConfig(DECODE_TILE, 32, 128, 16, num_warps=4, num_stages=3),
-    },
-}
 SHRINK: Mapping[int, ShrinkTable] = dict.fromkeys(ARCHITECTURES, _SHRINK) | {
-    100: _SHRINK_100,
-    120: _SHRINK_120,
-}
-_EXPAND_120: ExpandTable = {
-    **_EXPAND,
-    (Phase.DECODE, 2): {
-        **_EXPAND[Phase.DECODE, 2],
-        16: ExpandConfig(DECODE_TILE, 16, 64, 16, num_warps=4, num_stages=1),
-    },
-    (Phase.PREFILL, 2): {
-        **_EXPAND[Phase.PREFILL, 2],
-        32: ExpandConfig(PREFILL_TILE, 32, 64, 64, num_warps=8, num_stages=1),
-    },
-}
-_EXPAND_100: ExpandTable = {
-    **_EXPAND,
-    (Phase.PREFILL, 2): {
-        **_EXPAND[Phase.PREFILL, 2],
-        16: ExpandConfig(PREFILL_TILE, 32, 128, 64, num_warps=8, num_stages=1),
-    },
+    100: _but(_SHRINK, {Phase.PREFILL: {32: ShrinkConfig(PREFILL_TILE, 32, 64, 4, num_warps=4, num_stages=3)}}),
+    120: _but(_SHRINK, {Phase.DECODE: {32: ShrinkConfig(DECODE_TILE, 32, 128, 16, num_warps=4, num_stages=3)}}),
 }
 EXPAND: Mapping[int, ExpandTable] = dict.fromkeys(ARCHITECTURES, _EXPAND) | {
-    100: _EXPAND_100,
-    120: _EXPAND_120,
+    100: _but(
+        _EXPAND, {Phase.PREFILL: {16: ExpandConfig(PREFILL_TILE, 32, 128, 64, num_warps=8, num_stages=1)}}
+    ),
+    120: _but(
+        _EXPAND,
+        {
+            Phase.DECODE: {16: ExpandConfig(DECODE_TILE, 16, 64, 16, num_warps=4, num_stages=1)},
+            Phase.PREFILL: {32: ExpandConfig(PREFILL_TILE, 32, 64, 64, num_warps=8, num_stages=1)},
+        },
+    ),
 }
 
 
