@@ -37,7 +37,7 @@ BLOCK, BLOCKS = 16, 16
 LIMITS = SchedulerLimits(max_tokens=40, max_seqs=4, max_adapters=3, max_seq_len=64)
 """The largest steps have the long segments of prompts."""
 TOKENS = 3
-"""Of each request: its prompt, and decodes that follow one another. A step takes seconds in the interpreter."""
+"""Tokens per request: a prompt and consecutive decodes. A step takes seconds in the interpreter."""
 REQUESTS = [
     ("all", [5, 6, 7, 8, 9]),
     ("base", [9, 8, 7]),

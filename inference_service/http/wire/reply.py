@@ -107,7 +107,7 @@ class Head:
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Return what work returns; it is cancelled as soon as the client goes away.
 
-    The body of the request must have been read. Raise ClientDisconnect then.
+    The body of the request must have been read. Raise ClientDisconnect where the client goes away.
     """
     async with _until(asyncio.ensure_future(_until_gone(receive))):
         return await work
