@@ -285,8 +285,8 @@ class SchedulerLimits:
     """Tokens that are drafted for a sequence in a step, at most. 0: none."""
     whole: bool = False
     """True if one step computes all of a prompt, as an encoder must; each fits a step."""
-    paced: bool = True
-    """True if steps with prompts take little longer than those without, for those that decode."""
+    prefill_first: bool = False
+    """True if steps with prompts need not be short for sequences that decode."""
 
     def left(self, seq: Sequence, length: int) -> int:
         """Tokens that a sequence of so many of prompt and answer may still have; it ends by its limit at 0."""

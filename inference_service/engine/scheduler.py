@@ -88,7 +88,7 @@ class Scheduler:
         self.num_waiting = 0
         self.preemptions = 0
         self.lookup = Lookup()
-        self.step_times = StepTimes(paced=limits.paced)
+        self.step_times = StepTimes(prefill_first=limits.prefill_first)
         self._load = NOTHING
         self._parted = False
         """True if the last step left out those that decode."""

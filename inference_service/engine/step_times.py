@@ -135,9 +135,9 @@ class TimesByKind:
 class StepTimes:
     """Learns what steps take, and says what prompts and drafts may have of the next one."""
 
-    def __init__(self, *, paced: bool = True) -> None:
-        """Know nothing yet. Unpaced, prompts have as much of a step as where nothing decodes."""
-        self._paced = paced
+    def __init__(self, *, prefill_first: bool = False) -> None:
+        """Know nothing yet; with prefill_first, prompts have as much of a step as where nothing decodes."""
+        self._prefill_first = prefill_first
         self._under_way: deque[tuple[StepLoad, float]] = deque()
         self._resolved_s = -math.inf
         self._steps: Counter[int] = Counter()
@@ -163,7 +163,7 @@ class StepTimes:
 
         A step aims to take so many times one that only decodes.
         """
-        if not decodes or not self._paced:
+        if not decodes or self._prefill_first:
             return Room(math.inf, LONGEST_S)
         decode_s = self._decode_s.known.get(decodes.bit_length())
         if decode_s is None or self._since_look >= LOOK:

@@ -299,7 +299,7 @@ def _engine(
             # a state that took in a token which did not hold cannot be cut back
             speculative_tokens=0 if model.config.state_bytes(1) or encodes else sizes.speculative,
             whole=encodes,
-            paced=settings.paced,
+            prefill_first=settings.prefill_first,
         )
 
     def measured(longest: int) -> Measured:

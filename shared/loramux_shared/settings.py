@@ -340,9 +340,9 @@ class InferenceSettings(Settings):
     stream_interval_ms: CountOfDevice = None
     """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each;
     auto: 40 on a CPU, 10 on a GPU. With hundreds of answers under way it is longer by itself."""
-    paced: bool = True
-    """Keep steps with prompts short for answers under way. false: more tokens a second where nobody waits for
-    single ones, as with files of prompts."""
+    prefill_first: bool = False
+    """Compute prompts before answers under way go on: more tokens a second, for batch jobs. Otherwise steps
+    with prompts are kept short."""
     cache_dir: HomePath = Path("~/.cache/loramux")
     """Holds base checkpoints and bundles that were fetched, and what was compiled. Replicas may share it."""
     adapter_disk_gb: GigabytesOrZero = 20

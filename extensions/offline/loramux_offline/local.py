@@ -134,7 +134,7 @@ async def load(deployment: Deployment, store: str, **settings: Any) -> Replica:
     """
     roots = tuple(each.repo for each in deployment.repositories if each.source is SourceKind.LOCAL)
     common = {"store": store, "local_roots": roots}
-    usual = {"follow_interval_s": 0, "paced": False}
+    usual = {"follow_interval_s": 0, "prefill_first": True}
     replica_settings = load_settings(
         InferenceSettings, **common, deployment=deployment.model_name, **usual | settings
     )
