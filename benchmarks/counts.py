@@ -45,6 +45,7 @@ from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary
 from inference_service.models.decoder import Decoder
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
+from loramux_shared.runtime import Rounding
 from loramux_shared.settings import STEP_SIZES
 
 META: Final = torch.device("meta")
@@ -88,18 +89,18 @@ class Noted:
 class Counted:
     """A runner whose launches are noted."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, quantization: Rounding = Rounding.NONE) -> None:
         operations = TritonOperations(config.heads, DTYPE, META)
         self.lora = TritonLora(config.groups, config.dims.num_layers, DTYPE, META)
         self.lora.open(1 << 30, MAX_RANK, MAX_ADAPTERS)
         self.recorder = Noted()
-        model = Decoder(config, RandomTensors(DTYPE, META), operations)
+        model = Decoder(config, RandomTensors(DTYPE, META), operations, quantization)
         self.runner = GraphRunner(model, self.lora, LONGEST, BLOCK_SIZE, LIMITS, self.recorder, slots=1)
 
     @classmethod
-    def of(cls, shape: Mapping[str, Any], layers: int = LAYERS) -> "Counted":
+    def of(cls, shape: Mapping[str, Any], layers: int = LAYERS, **options: Rounding) -> "Counted":
         """Count the first layers of a model of this shape."""
-        return cls(config_of({**shape, "num_hidden_layers": layers}))
+        return cls(config_of({**shape, "num_hidden_layers": layers}), **options)
 
     @cache  # noqa: B019 - a process counts few models
     @torch.inference_mode()
@@ -129,9 +130,8 @@ class Counted:
         before = self.recorder.replays
         with intercepted(eager.append), patch.object(runner, "to_host", lambda tensor: tensor):
             self.runner._launch(rows)
-        replayed = self.recorder.replays > before
         attends = not set(ONCE_PER_LAYER).isdisjoint(names_of(eager))
-        return "traced" if attends else "recorded" if replayed else "nothing"
+        return "traced" if attends else "recorded" if self.recorder.replays > before else "nothing"
 
 
 def per_layer(names: Sequence[str]) -> int:
@@ -143,19 +143,18 @@ def per_layer(names: Sequence[str]) -> int:
 def launches(counted: Counted) -> Iterator[str]:
     """Yield how many launches a layer waits for."""
     yield "launches a layer waits for    base  adapters  more"
-    for rows, mixed in [*((rows, False) for rows in DECODES), *((rows, True) for rows in PROMPTS)]:
+    fp8, mixture = Counted.of(LLAMA_8B, quantization=Rounding.FP8), Counted.of(QWEN3_30B_A3B)
+    cases = [(counted, f"decode of {rows}", rows, False, True, "") for rows in DECODES]
+    cases += [(counted, f"prompt of {rows}", rows, True, True, "") for rows in PROMPTS]
+    cases += [(fp8, "decode of 8", 8, False, True, "  fp8"), (fp8, "prompt of 512", 512, True, True, "  fp8")]
+    cases += [(mixture, "decode of 8, adapters", 8, False, False, "  30B-A3B")]
+    cases += [(mixture, "decode of 8, experts' adapters", 8, False, True, "  30B-A3B")]
+    for model, kind, rows, mixed, experts, what in cases:
         base, adapted = (
-            per_layer(names_of(in_line(counted.launched(rows, mixed=mixed, adapters=adapters))))
-            for adapters in (False, True)
+            per_layer(names_of(in_line(model.launched(rows, mixed=mixed, adapters=each, experts=experts))))
+            for each in (False, True)
         )
-        kind = f"prompt of {rows}" if mixed else f"decode of {rows}"
-        yield f"  {kind:<26}{base:>6}{adapted:>10}{adapted - base:>6}"
-    mixture = Counted.of(QWEN3_30B_A3B)
-    base = per_layer(names_of(mixture.launched(8, mixed=False, adapters=False)))
-    for name, experts in (("adapters", False), ("experts' adapters", True)):
-        launched = mixture.launched(8, mixed=False, adapters=True, experts=experts)
-        adapted = per_layer(names_of(in_line(launched)))
-        yield f"  {'decode of 8, ' + name:<26}{base:>6}{adapted:>10}{adapted - base:>6}  30B-A3B"
+        yield f"  {kind:<26}{base:>6}{adapted:>10}{adapted - base:>6}{what}"
 
 
 def in_line(launched: Sequence[Launch | str]) -> list[Launch | str]:

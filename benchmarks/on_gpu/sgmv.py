@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.on_gpu.device import Device, Work
 from benchmarks.on_gpu.run import FLOOR, OF_FLOOR, Run
-from inference_service.kernels.launch import Launch, planned
+from inference_service.kernels.launch import Launch
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
@@ -22,9 +22,10 @@ from inference_service.kernels.sgmv import (
     SegmentCapacity,
     Segments,
     Slices,
-    lora_apply,
+    expand,
     pack_segments,
     pack_table,
+    shrink,
     workspace_numel,
 )
 
@@ -97,7 +98,8 @@ class Linear:
 
     def plan(self) -> list[Launch]:
         """Return our launches."""
-        return planned(lora_apply, self.x, self.out, self.group, self.segments, self.workspace)[1]
+        step = self.group, self.segments, self.workspace
+        return [shrink(self.x, *step), *expand(self.out, *step)]
 
 
 def run(run: Run) -> None:
@@ -106,10 +108,9 @@ def run(run: Run) -> None:
     def measure(point: Point) -> None:
         device = run.device
         linear = Linear.make(device, point)
-        more = [Linear.make(device, point) for _ in range(device.copies_of(linear.num_bytes) - 1)]
-        ours = device.replayed_us([all_of(each.plan()) for each in (linear, *more)])
-        shape = point.hidden, point.hidden
-        weights = [torch.randn(shape, dtype=device.dtype, device=device.where) for _ in (linear, *more)]
+        every = [linear, *(Linear.make(device, point) for _ in range(device.copies_of(linear.num_bytes) - 1))]
+        ours = device.replayed_us([all_of(each.plan()) for each in every])
+        weights = torch.randn(len(every), *2 * (point.hidden,), dtype=device.dtype, device=device.where)
         dense = device.replayed_us([partial(torch.mm, linear.x, weight) for weight in weights])
         floor = device.floor_us(linear.num_bytes)
         run.add(asdict(point), {FLOOR: floor, "us": ours, OF_FLOOR: ours / floor, "dense us": dense})

@@ -64,6 +64,8 @@ class TritonOperations(Operations):
             ValueError: there is no tile for them.
         """
         super().__init__(dtype, device, cache_dtype)
+        self._fp8_widths: set[int] = set()
+        """Widths of rows that linears read in fp8: what makes such rows writes them so too."""
         self._cuts = {each: cut_of(device, dtype, each) for each in heads}
         self._deltas: dict[DeltaCapacity, DeltaTables] = {}
         self._tables: dict[AttentionCapacity, AttentionTables] = {}
@@ -76,6 +78,7 @@ class TritonOperations(Operations):
         if quantized is not None:
             return PackedLinear(PackedWeight.of(quantized), bias)
         if quantization is Rounding.FP8 and Fp8Linear.takes(weight):
+            self._fp8_widths.add(weight.shape[1])
             return Fp8Linear(weight, bias, round_rows)
         return super().new_linear(weight, bias)
 
@@ -143,15 +146,16 @@ class TritonOperations(Operations):
             delta=delta,
             delta_weight=None if delta_norm is None else delta_norm.weight,
             out=out,
+            fp8=out is None and hidden.shape[1] in self._fp8_widths,
         )
 
     def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
         """The product and the update included."""
-        return rows.gated(gate_up, activation, update)
+        return rows.gated(gate_up, activation, update, fp8=gate_up.shape[1] // 2 in self._fp8_widths)
 
     def activated(self, x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
         """The update included."""
-        return rows.activated(x, activation, update)
+        return rows.activated(x, activation, update, fp8=x.shape[1] in self._fp8_widths)
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """Cap the logits in place."""

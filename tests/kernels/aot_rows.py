@@ -5,8 +5,9 @@ from typing import Any
 
 from inference_service.kernels.launch import RowTile
 from inference_service.kernels.rows import triton_kernels, tuning
+from inference_service.kernels.rows.launch import UNROUNDED
 from inference_service.kernels.sgmv import Phase, tuning as sgmv
-from tests.kernels import aot_sgmv
+from tests.kernels import aot_rounded, aot_sgmv
 from tests.kernels.aot import Variant, typed, with_halves
 
 DTYPES = {2: "bf16", 4: "fp32"}
@@ -15,7 +16,8 @@ UPDATED: dict[str, dict[str, Any]] = {
     "gelu": {"OFFSETS": (0,), "SIZES": (14336,), "ALIGNMENT": 16, "N_SLICES": 1},
 }
 """Slices by the activation: of gate and up, or of up alone."""
-TYPES = aot_sgmv.TYPES | typed({"*i32": "p_num_runs", "*i64": "p_tokens", "fp32": "eps offset scale cap"})
+OWN_TYPES = {"*i32": "p_num_runs", "*i64": "p_tokens", "fp32": "eps offset scale cap"}
+TYPES = aot_sgmv.TYPES | aot_rounded.FP8 | typed(OWN_TYPES)
 # Every tile in the form that holds most; the others, which leave something out, in the middle one.
 POST, OTHER_TILE = "post", 4096
 NORMS: dict[str, dict[str, Any]] = {
@@ -28,6 +30,8 @@ NORMS: dict[str, dict[str, Any]] = {
 
 def variants(architecture: int) -> Iterator[Variant]:
     yield from with_halves(architecture, _entries(architecture))
+    if architecture >= aot_rounded.FP8_FROM:
+        yield from _fp8()
 
 
 def _entries(architecture: int) -> Iterator[Variant]:
@@ -36,10 +40,10 @@ def _entries(architecture: int) -> Iterator[Variant]:
             for form, absent in NORMS.items():
                 if form == POST or bucket == OTHER_TILE:
                     name = f"rows.norm {form} {bucket}"
-                    yield _variant(name, triton_kernels.norm_kernel, dtype, config, absent)
+                    yield _variant(name, triton_kernels.norm_kernel, dtype, config, absent | UNROUNDED)
         tile = tuning.TILE[itemsize]
         for activated, halves in (("silu", 2), ("gelu_tanh", 2), ("gelu", 1)):
-            constants = {"ACTIVATION": activated, "HALVES": halves}
+            constants = {"ACTIVATION": activated, "HALVES": halves, **UNROUNDED}
             yield _variant(
                 f"rows.activated {activated}", triton_kernels.activated_kernel, dtype, tile, constants
             )
@@ -59,6 +63,14 @@ def _entries(architecture: int) -> Iterator[Variant]:
                 )
         yield _variant("rows.embed", triton_kernels.embed_kernel, dtype, tile)
         yield _variant("rows.softcap", triton_kernels.softcap_kernel, dtype, tile)
+
+
+def _fp8() -> Iterator[Variant]:
+    activated = {"ACTIVATION": "gelu_tanh", "HALVES": 2}
+    for name, table, constants in (("norm", tuning.NORM, NORMS[POST]), ("activated", tuning.FP8, activated)):
+        kernel = getattr(triton_kernels, f"{name}_kernel")
+        for bucket, config in table.items():
+            yield _variant(f"rows.{name} fp8 {bucket}", kernel, "bf16", config, constants)
 
 
 def _variant(

@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @dataclass
 class Case:
-    """Arguments of ``lora_apply``."""
+    """Arguments of both kernels."""
 
     x: Tensor
     out: Tensor
@@ -28,7 +28,9 @@ class Case:
     workspace: Tensor
 
     def run(self) -> None:
-        sgmv.lora_apply(self.x, self.out, self.group, self.segments, self.workspace)
+        step = self.group, self.segments, self.workspace
+        for launch in (sgmv.shrink(self.x, *step), *sgmv.expand(self.out, *step)):
+            launch()
 
 
 def make_group(

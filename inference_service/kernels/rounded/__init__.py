@@ -3,6 +3,13 @@
 This package needs torch alone; Triton is imported at the first launch.
 """
 
-from inference_service.kernels.rounded.launch import MOST_ROWS, PackedWeight, packed_halves, product, round_rows
+from inference_service.kernels.rounded.launch import (
+    MOST_ROWS,
+    PackedWeight,
+    packed_halves,
+    product,
+    round_rows,
+    rounded_beside,
+)
 
-__all__ = ["MOST_ROWS", "PackedWeight", "packed_halves", "product", "round_rows"]
+__all__ = ["MOST_ROWS", "PackedWeight", "packed_halves", "product", "round_rows", "rounded_beside"]

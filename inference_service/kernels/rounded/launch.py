@@ -21,6 +21,8 @@ MOST_ROWS: Final = 64
 HALF: Final = 16
 """Values of 4 bits in the lower halves of bytes side by side, see `triton_kernels`."""
 FP8: Final = torch.float8_e4m3fn
+BESIDE: Final = "in_fp8"
+"""Attribute of rows that were written in fp8 too."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,17 @@ def widened(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows [T, K] in fp8, and float32 [T, 1] that they are to be multiplied with, in one launch."""
+    """Return rows [T, K] in fp8, and float32 [T, 1] that they are to be multiplied with.
+
+    They are those that what made x wrote beside it (`rounded_beside`), or made in one launch.
+    """
+    beside: tuple[Tensor, Tensor] | None = getattr(x, BESIDE, None)
+    if beside is not None:
+        return beside
     kernels = kernels_of(__name__, x)
     require(x, "x", dims=2)
     rows, width = x.shape
-    values, scales = x.new_empty(rows, width, dtype=FP8), x.new_empty(rows, 1, dtype=torch.float32)
+    values, scales = _empty(x)
     block = power_of_two(width)
     arguments = {
         "p_x": x, "p_values": values, "p_scales": scales, "K": width, "stride_x": x.stride(0), "BLOCK": block,
@@ -144,3 +152,17 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if rows:
         Launch(kernels.round_rows_kernel, (rows,), arguments)()
     return values, scales
+
+
+def rounded_beside(x: Tensor) -> dict[str, Tensor]:
+    """Return what the kernel that makes x [T, K] writes `round_rows` of it to; nothing may write x later.
+
+    It belongs to this tensor: a view of it, or a copy, is rounded anew.
+    """
+    values, scales = _empty(x)
+    setattr(x, BESIDE, (values, scales))
+    return {"p_values": values, "p_scales": scales}
+
+
+def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)

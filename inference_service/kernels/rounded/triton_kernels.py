@@ -136,6 +136,17 @@ def widen_kernel(
 
 
 @triton.jit
+def store_fp8(p_values, p_scales, i_t, o_k, m_k, b_x, K):
+    """Store a row [BLOCK] in 8 bits of floating point, and the scale that it is multiplied with; 0 beyond K."""
+    scale = tl.maximum(tl.max(tl.abs(b_x), axis=0), 1e-12) / 448.0
+    b_bits = tl.minimum(tl.maximum(b_x / scale, -448.0), 448.0).to(tl.int32, bitcast=True)
+    # To four bits, nearest and even, before the cast: the interpreter's loses what it carries.
+    b_x = ((b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    tl.store(p_values + i_t * K + o_k, b_x.to(p_values.dtype.element_ty), mask=m_k)
+    tl.store(p_scales + i_t, scale)
+
+
+@triton.jit
 def round_rows_kernel(
     p_x,  # [T, K]
     p_values,  # fp8 [T, K], written
@@ -144,13 +155,8 @@ def round_rows_kernel(
     stride_x,
     BLOCK: tl.constexpr,  # at least K
 ):
-    """Rows in 8 bits of floating point, and the scales that they are multiplied with. One program per row."""
+    """Rows as `store_fp8` stores them. One program per row."""
     i_t = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK)
     b_x = tl.load(p_x + i_t * stride_x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(b_x), axis=0), 1e-12) / 448.0
-    b_bits = tl.minimum(tl.maximum(b_x / scale, -448.0), 448.0).to(tl.int32, bitcast=True)
-    # To four bits, nearest and even, before the cast: the interpreter's loses what it carries.
-    b_x = ((b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    tl.store(p_values + i_t * K + o_k, b_x.to(p_values.dtype.element_ty), mask=o_k < K)
-    tl.store(p_scales + i_t, scale)
+    store_fp8(p_values, p_scales, i_t, o_k, o_k < K, b_x, K)

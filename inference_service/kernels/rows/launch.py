@@ -8,17 +8,20 @@ Rows of tensors are contiguous, with any stride between them. Padding rows are h
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from inference_service.kernels.launch import Launch, kernels_of, require, require_shape
-from inference_service.kernels.rows.tuning import TILE, norm_config
+from inference_service.kernels.launch import Launch, RowTile, kernels_of, require, require_shape
+from inference_service.kernels.rounded import rounded_beside
+from inference_service.kernels.rows.tuning import TILE, fp8_config, norm_config
 from inference_service.kernels.sgmv import Slices, Update
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 """An activation of an MLP."""
+UNROUNDED: Final = {"p_values": None, "p_scales": None}
+"""Arguments of a kernel that does not write fp8."""
 
 
 def norm(
@@ -32,6 +35,7 @@ def norm(
     delta: Tensor | None = None,
     delta_weight: Tensor | None = None,
     out: Tensor | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     """Add ``delta`` to ``hidden`` in place, and return its rows, normed and times (offset + weight).
 
@@ -47,6 +51,7 @@ def norm(
         delta: [T, dim], added to hidden.
         delta_weight: [dim]: delta is normed with it (and the offset) before it is added.
         out: where the result is written; it may be ``hidden``.
+        fp8: whether the result is written as `kernels.rounded.round_rows` rounds it, too.
 
     Returns:
         [T, dim].
@@ -65,6 +70,7 @@ def norm(
         "p_weight": weight,
         "p_bias": bias,
         "p_out": out,
+        **(rounded_beside(out) if fp8 else UNROUNDED),
         "dim": dim,
         "stride_hidden": hidden.stride(0),
         "stride_delta": 0 if delta is None else delta.stride(0),
@@ -78,27 +84,34 @@ def norm(
     return out
 
 
-def gated(gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
+def gated(
+    gate_up: Tensor, activation: Activation, update: Update | None = None, *, fp8: bool = False
+) -> Tensor:
     """Return activation(gate) * up [T, I] of gate and up side by side [T, 2 * I], to which an update is added.
 
-    The activation is rounded before the product, as torch does it in two launches. Raise ValueError for an odd
-    number of columns, or a tensor that kernels do not take.
+    The activation is rounded before the product, as torch does it in two launches. Rows are written in fp8 too,
+    as those of `norm`, where one program has a whole row: without an update. Raise ValueError for an odd number
+    of columns, or a tensor that kernels do not take.
     """
-    return _activated(halved(gate_up)[1], 2, activation, update)
+    return _activated(halved(gate_up)[1], 2, activation, update, fp8=fp8)
 
 
-def activated(x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
-    """Return activation(x) of x [T, I], to which an update is added."""
+def activated(x: Tensor, activation: Activation, update: Update | None = None, *, fp8: bool = False) -> Tensor:
+    """Return activation(x) of x [T, I], as `gated` does."""
     require(x, "x", dims=2)
-    return _activated(_of_rows(x, x.shape[1])[1], 1, activation, update)
+    return _activated(_of_rows(x, x.shape[1])[1], 1, activation, update, fp8=fp8)
 
 
-def _activated(arguments: dict[str, Any], halves: int, activation: Activation, update: Update | None) -> Tensor:
+def _activated(
+    arguments: dict[str, Any], halves: int, activation: Activation, update: Update | None, *, fp8: bool
+) -> Tensor:
     out, columns = arguments["p_out"], arguments["I"]
     kernels = kernels_of(__name__, out)
     arguments["ACTIVATION"] = activation
     if update is None:
-        tiled(kernels.activated_kernel, out, arguments | {"HALVES": halves})
+        row = fp8_config(columns) if fp8 else None
+        arguments |= {"HALVES": halves, **(rounded_beside(out) if row else UNROUNDED)}
+        tiled(kernels.activated_kernel, out, arguments, row)
     else:
         if update.slices != Slices.consecutive(*[columns] * halves):
             raise ValueError(
@@ -193,9 +206,9 @@ def _check_norm(
         require_shape(delta_weight, "delta_weight", (hidden.shape[1],), *like)
 
 
-def tiled(kernel: Any, out: Tensor, arguments: dict[str, Any]) -> None:
+def tiled(kernel: Any, out: Tensor, arguments: dict[str, Any], config: RowTile | None = None) -> None:
     """Launch a kernel with a program for each tile of each row of out."""
-    config = TILE[out.dtype.itemsize]
+    config = config or TILE[out.dtype.itemsize]
     grid = len(out), -(-out.shape[1] // config.block)
     Launch(kernel, grid, arguments | config.arguments)()
 

@@ -5,6 +5,7 @@
 import triton
 import triton.language as tl
 
+from inference_service.kernels.rounded.triton_kernels import store_fp8
 from inference_service.kernels.sgmv.triton_kernels import (
     PLANE_SCALARS,
     SEGMENT_POINTERS,
@@ -34,6 +35,8 @@ def norm_kernel(
     p_weight,  # [dim]
     p_bias,  # [dim], or None
     p_out,  # [T, dim]
+    p_values,  # fp8 [T, dim], or None
+    p_scales,  # fp32 [T], or None
     dim,
     stride_hidden,
     stride_delta,
@@ -43,7 +46,7 @@ def norm_kernel(
     CENTRED: tl.constexpr,  # whether the mean of a row is subtracted
     BLOCK: tl.constexpr,
 ):
-    """hidden += delta, or its norm; out = norm(hidden). One program per row."""
+    """hidden += delta, or its norm; out = norm(hidden), rounded to 8 bits too. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)  # [BLOCK]
     m_d = o_d < dim
@@ -62,7 +65,10 @@ def norm_kernel(
     b_out = _normed(b_hidden, p_weight, o_d, m_d, dim, eps, offset)
     if p_bias is not None:
         b_out += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
-    tl.store(p_out + row * stride_out + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
+    b_out = b_out.to(p_out.dtype.element_ty)
+    tl.store(p_out + row * stride_out + o_d, b_out, mask=m_d)
+    if p_values is not None:
+        store_fp8(p_values, p_scales, row, o_d, m_d, b_out.to(tl.float32), dim)
 
 
 @triton.jit
@@ -83,6 +89,8 @@ def _active(b_x, ACTIVATION: tl.constexpr):
 def activated_kernel(
     p_gate_up,  # [T, HALVES * I]
     p_out,  # [T, I]
+    p_values,  # fp8 [T, I], or None
+    p_scales,  # fp32 [T], or None
     I,  # noqa: E741 - as the papers name it
     stride_gate_up,
     stride_out,
@@ -90,7 +98,10 @@ def activated_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = activation(gate) * up, each rounded as torch does. One program per (row, tile of columns)."""
+    """out = activation(gate) * up, each rounded as torch does; a tile that is a row is rounded to 8 bits too.
+
+    One program per (row, tile of columns).
+    """
     i_t = tl.program_id(0).to(tl.int64)
     o_i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_i = o_i < I
@@ -101,6 +112,8 @@ def activated_kernel(
         b_up = tl.load(p_gate + I, mask=m_i, other=0.0).to(tl.float32)
         b_out = (b_out.to(tl.float32) * b_up).to(p_out.dtype.element_ty)
     tl.store(p_out + i_t * stride_out + o_i, b_out, mask=m_i)
+    if p_values is not None:
+        store_fp8(p_values, p_scales, i_t, o_i, m_i, b_out.to(tl.float32), I)
 
 
 @triton.jit

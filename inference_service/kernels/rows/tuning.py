@@ -20,6 +20,8 @@ NORM: Final[Mapping[int, RowTile]] = {
     16384: RowTile(16384, num_warps=16),
 }
 """Configurations by the largest row that each holds."""
+FP8: Final[Mapping[int, RowTile]] = {**NORM, 32768: RowTile(32768, num_warps=32)}
+"""Configurations of activations that are written in fp8 too."""
 TILE: Final[Mapping[int, RowTile]] = {2: RowTile(1024, num_warps=4), 4: RowTile(512, num_warps=4)}
 """Configurations of everything but norms, by the bytes of an element."""
 MAX_NORM_DIM: Final = max(NORM)
@@ -30,3 +32,8 @@ def norm_config(dim: int) -> RowTile:
     if dim > MAX_NORM_DIM:
         raise ValueError(f"norms have at most {MAX_NORM_DIM} elements, got {dim}")
     return NORM[next(key for key in NORM if dim <= key)]
+
+
+def fp8_config(columns: int) -> RowTile | None:
+    """Return the tile that holds a row of an activation; None where none is so large."""
+    return next((tile for most, tile in FP8.items() if columns <= most), None)

@@ -21,7 +21,6 @@ This package needs torch alone; Triton is imported at the first launch.
 from inference_service.kernels.sgmv.launch import (
     Update,
     expand,
-    lora_apply,
     shrink,
     update,
     workspace_numel,
@@ -48,7 +47,6 @@ __all__ = [
     "Slices",
     "Update",
     "expand",
-    "lora_apply",
     "pack_segments",
     "pack_table",
     "shrink",

@@ -1,6 +1,7 @@
 """Launches from tensors: checks, tiles, grids. The only entry to the kernels.
 
-Each function raises `ValueError` where shapes, dtypes, strides or devices do not fit.
+Each function raises `ValueError` where shapes, dtypes, strides or devices do not fit. Launches depend on
+capacities and addresses alone, so that they stay right whatever segments, table and weights hold when they run.
 """
 
 from __future__ import annotations
@@ -24,26 +25,6 @@ from inference_service.kernels.sgmv.tuning import (
 )
 
 
-def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> None:
-    """Add the adapters' updates of one fused linear to ``out`` in place: one shrink, then one expand per pass.
-
-    Launches depend on capacities and addresses alone, so that they stay right for whatever the segments, the
-    table and the weights hold when they run.
-
-    Args:
-        x: [T, K], rows contiguous.
-        out: [T, N], rows contiguous, of x's dtype; rows without an entry are not touched.
-        group: the packed adapters.
-        segments: the step's segments.
-        workspace: fp32, at least ``workspace_numel`` elements; its content is of no interest before or after,
-            so all layers share one.
-    """
-    if x.shape[0] != out.shape[0]:
-        raise ValueError(f"x and out must have the same rows, got {x.shape[0]} and {out.shape[0]}")
-    for launch in (shrink(x, group, segments, workspace), *expand(out, group, segments, workspace)):
-        launch()
-
-
 @dataclass(frozen=True)
 class Update:
     """The part that adapters add to a fused linear's output, for a kernel that reads all rows of it anyway.
@@ -60,7 +41,10 @@ class Update:
 
 
 def workspace_numel(group: Group, segments: Segments) -> int:
-    """fp32 elements that ``lora_apply`` needs for this group."""
+    """Return the elements of the workspace that ``shrink`` and ``expand`` of this group share.
+
+    Its content is of no interest before or after, so all layers share one.
+    """
     return _shrink_config(group, segments).numel(group.in_features, group.max_rows, segments.capacity)
 
 
@@ -71,7 +55,7 @@ def _shrink_config(group: Group, segments: Segments) -> ShrinkConfig:
 
 
 def shrink(x: Tensor, group: Group, segments: Segments, workspace: Tensor) -> Launch:
-    """The first launch of ``lora_apply``, which needs no output of the base."""
+    """Return the first launch, which needs no output of the base: x [T, K] times A, in an fp32 workspace."""
     config = _shrink_config(group, segments)
     numel = config.numel(group.in_features, group.max_rows, segments.capacity)
     require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
@@ -114,7 +98,7 @@ def shrink(x: Tensor, group: Group, segments: Segments, workspace: Tensor) -> La
 
 
 def expand(out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> list[Launch]:
-    """The other launches of ``lora_apply``, one per pass, behind ``shrink`` with the same workspace."""
+    """Return the launches behind ``shrink``, one per pass, which add to out [T, N] where rows have an entry."""
     kernels, slices = kernels_of(__name__, out), group.slices
     if _check_table(group.table, segments, out.device) != len(slices.sizes):
         shape = tuple(group.table.shape)
