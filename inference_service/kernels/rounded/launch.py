@@ -157,7 +157,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def rounded_beside(x: Tensor) -> dict[str, Tensor]:
     """Return what the kernel that makes x [T, K] writes `round_rows` of it to; nothing may write x later.
 
-    It belongs to this tensor: a view of it, or a copy, is rounded anew.
+    It belongs to this tensor: a view of it, or a copy, is rounded again.
     """
     values, scales = _empty(x)
     setattr(x, BESIDE, (values, scales))
