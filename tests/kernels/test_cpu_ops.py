@@ -81,13 +81,14 @@ def _assert_close(found: Tensor, expected: Tensor, ops: CpuOps, case: object = "
 def test_lora_adds_each_adapter_to_its_own_rows(
     monkeypatch: pytest.MonkeyPatch, ops: CpuOps, threads: int, K: int, outs: tuple[int, ...]
 ) -> None:
-    """Mixed ranks, slices, vectors and segments of 1 to 70 rows; rows of the base keep every bit."""
+    """Mixed ranks, slices, vectors, segments of 1 to 70 rows, subnormals; rows of the base keep every bit."""
     dtype = ops.dtype
     monkeypatch.setattr(CpuOps, "threads", threads)
     ranks = [[(8, 16, 5)[i % 3] for i in range(len(outs))], [64, 0, 3][: len(outs)], [1] * len(outs)]
     lengths = [(0, 3), (1, 70), (2, 1), (0, 33), (1, 4)]
     rows = 5 + sum(length for _, length in lengths)
     x, out = torch.randn(rows, K).to(dtype), torch.randn(rows, sum(outs)).to(dtype)
+    x[9:12], out[9:12] = torch.ldexp(x[9:12].float(), torch.tensor(-125)), 0
     before, expected = out.clone(), out.double()
     table = np.zeros((len(ranks), ADAPTER_FIELDS), dtype=np.int64)
     alive, matrices = [], []
@@ -130,6 +131,10 @@ def test_lora_adds_each_adapter_to_its_own_rows(
     ops.lora(x, out, here)
     assert torch.equal(out[:5].view(torch.uint8), before[:5].view(torch.uint8))
     _assert_close(out[5:] - before[5:], expected[5:] - before[5:].double(), ops, times=3)
+    for start in (1, NEVER) if ops.widened_from.value > 1 else ():
+        ops.widened_from.value, again = start, before.clone()
+        ops.lora(x, again, here)
+        assert torch.equal(again, out)
 
 
 def test_a_linear_multiplies(ops: CpuOps) -> None:

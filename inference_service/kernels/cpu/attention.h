@@ -16,28 +16,6 @@ constexpr int SPAN = 64;      // positions between two rescalings of the softmax
 
 struct Chunk { int64_t row, length, end; const int32_t* blocks; };
 
-// How a unit of a row is multiplied with a vector of units: as it is, or both as float32.
-template <class T> struct Units {
-  typedef uint32_t Unit;
-  struct Scope {};
-  static inline Unit of(uint32_t unit) { return unit; }
-  static inline vu repeated(const Unit& unit) { return broadcast(&unit); }
-  static inline vf fma(vf acc, vu unit, vu w) { return ::Unit<T>::fma(acc, unit, w); }
-};
-struct WidenedUnits {
-  typedef uint64_t Unit;
-  typedef Flushing Scope;
-  static inline Unit of(uint32_t unit) { return widened(unit); }
-  struct Two { vf second, first; };
-  static inline Two repeated(const Unit& unit) {
-    const char* values = reinterpret_cast<const char*>(&unit);
-    return {floats(broadcast(values)), floats(broadcast(values + 4))};
-  }
-  static inline vf fma(vf acc, Two unit, vu w) {
-    return multiply_add(multiply_add(acc, unit.second, floats(w & 0xffff0000u)), unit.first, floats(w << 16));
-  }
-};
-
 // The block that is fetched line by line while block b is read: the one that is read a span later, or itself near the end of
 // `left` blocks. Blocks lie anywhere, and are too short for the processor to see by itself what comes; all lines at once would
 // be more than it fetches at a time.

@@ -36,6 +36,13 @@ class Shares {
   }
 };
 
+// A task on rows of bfloat16 that are multiplied as they are, or, where that is faster, as float32.
+template <class T, class F> inline void by_tokens(const LoraTask& task, F run) {
+  if constexpr (Unit<T>::P > 1)
+    if (task.tokens >= widened_from && !task.once()) return run(WidenedUnits());
+  run(Units<T>());
+}
+
 // Computes a linear and its adapters of x, or, without w, adds the adapters' part to out. A slot's adapters of all linears are
 // side by side: from one slot's to the next are apart of them. Threads take turns at rows of A, at columns of w, and, when all
 // of those are done, at columns of B. Where rows have several segments, parts say so, and one thread adds all segments of a row,
@@ -95,10 +102,13 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
   Shares *one = &shrinking, *two = &multiplying, *three = &expanding;  // of this thread, for all of them
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
   {
+    const Flushing as_pairs(Unit<T>::P > 1);
     one->take([=](int64_t i) {
       const Segment& seg = segments[first[i].segment];
       const Part part = part_of(first[i].segment);
-      shrink_task<T>(first[i], seg, adapters[seg.adapter * apart], base.x, base.ldx, base.K, y + part.column, ldy, float(part.scale));
+      by_tokens<T>(first[i], [=](auto how) {
+        shrink_task<T, decltype(how)>(first[i], seg, adapters[seg.adapter * apart], base.x, base.ldx, base.K, y + part.column, ldy, float(part.scale));
+      });
     });
     two->take([=](int64_t i) {
       if (i < panels && wide > 1) product_panel<WIDE_PRODUCT>(base, i * wide * LANES);
@@ -111,7 +121,10 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
         for (int64_t p = s; p < s + part_of(s).count; ++p) {
           const Adapter& adapter = adapters[segments[p].adapter * apart];
           const Slice& slice = adapter.slice[second[i].slice];
-          if (slice.rank || slice.vectors) expand_task<T>(second[i], segments[p], adapter, y + part_of(p).column, ldy, base.out, base.ldo);
+          if (slice.rank || slice.vectors)
+            by_tokens<T>(second[i], [=, &adapter](auto how) {
+              expand_task<T, decltype(how)>(second[i], segments[p], adapter, y + part_of(p).column, ldy, base.out, base.ldo);
+            });
         }
       });
     }

@@ -18,50 +18,51 @@ struct Segment { int64_t adapter; int64_t first; int64_t length; };
 // behind the first of them), and the factor of its ranks.
 struct Part { int64_t column; int64_t count; double scale; };
 
+// Tokens at a time, and rows of A or tiles of B, whose sums fill the registers.
+#if defined(__AVX512F__)
+constexpr int TALL_SHRINK = 4, WIDE_SHRINK = 4, TALL_EXPAND = 8;
+#else
+constexpr int TALL_SHRINK = 4, WIDE_SHRINK = 2, TALL_EXPAND = 4;
+#endif
+constexpr int WIDE_EXPAND = 2;
 constexpr int PAGE_AHEAD = 64;  // lane vectors in a page: the processor does not fetch beyond the end of one by itself
 
-// y[t][row] = x[t] . a[row] for TOKENS tokens and ROWS rows; units is K / P, a multiple of 16 in a.
-template <class T, int TOKENS, int ROWS>
-inline void shrink_tile(const T* const* x, const T* a, int64_t stride, int full, const T (*tail)[32], bool has_tail,
-                        float* y, int64_t ldy) {
+// Tokens in groups of nearly the same size, of at most so many.
+template <int MOST, class F> inline void by_groups(int64_t tokens, F task) {
+  const int64_t groups = (tokens + MOST - 1) / MOST;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = tokens * g / groups;
+    task(first, int(tokens * (g + 1) / groups - first));
+  }
+}
+
+// y[t][row] = x[t] . a[row] for TOKENS tokens, in vectors of units, and ROWS rows.
+template <class T, class M, int TOKENS, int ROWS>
+inline void shrink_tile(const typename M::Vector* x, const T* a, int64_t vectors, float* y, int64_t ldy) {
   constexpr int STEP = LANES * Unit<T>::P;
   vf acc[TOKENS][ROWS] = {};
-  for (int i = 0; i < full; ++i) {
+  for (int64_t i = 0; i < vectors; ++i) {
     vu w[ROWS];
     for (int r = 0; r < ROWS; ++r) {
-      w[r] = load<vu>(a + r * stride + i * STEP);
-      if (ROWS > 1) __builtin_prefetch(a + (r + ROWS) * stride + i * STEP);  // the next rows
-      else __builtin_prefetch(a + r * stride + (i + PAGE_AHEAD) * STEP, 0, 2);
+      w[r] = load<vu>(a + (r * vectors + i) * STEP);
+      if (ROWS > 1) __builtin_prefetch(a + ((r + ROWS) * vectors + i) * STEP);  // the next rows
+      else __builtin_prefetch(a + (r * vectors + i + PAGE_AHEAD) * STEP, 0, 2);
     }
-    for (int t = 0; t < TOKENS; ++t) {
-      vu v = load<vu>(x[t] + i * STEP);
-      for (int r = 0; r < ROWS; ++r) acc[t][r] = Unit<T>::fma(acc[t][r], v, w[r]);
-    }
-  }
-  if (has_tail)
     for (int t = 0; t < TOKENS; ++t)
-      for (int r = 0; r < ROWS; ++r)
-        acc[t][r] = Unit<T>::fma(acc[t][r], load<vu>(tail[t]), load<vu>(a + r * stride + full * STEP));
+      for (int r = 0; r < ROWS; ++r) acc[t][r] = M::fma(acc[t][r], x[t * vectors + i], w[r]);
+  }
   for (int t = 0; t < TOKENS; ++t)
     for (int r = 0; r < ROWS; ++r) y[t * ldy + r] = sum(acc[t][r]);
 }
 
-template <class T, int TOKENS>
-void shrink_tokens(const T* x, int64_t ldx, int64_t K, const T* a, int rows, float* y, int64_t ldy, bool once) {
-  constexpr int STEP = LANES * Unit<T>::P;
-  const int full = int(K / STEP), rest = int(K % STEP);
-  const int64_t stride = round_up(int(K), STEP);
-  const T* from[TOKENS];
-  T tail[TOKENS][32] = {};
-  for (int t = 0; t < TOKENS; ++t) {
-    from[t] = x + t * ldx;
-    std::memcpy(tail[t], from[t] + int64_t(full) * STEP, rest * sizeof(T));
-  }
+template <class T, class M, int TOKENS>
+void shrink_tokens(int tokens, const typename M::Vector* x, int64_t vectors, const T* a, int rows, float* y, int64_t ldy, bool once) {
+  if constexpr (TOKENS > 1)
+    if (tokens < TOKENS) return shrink_tokens<T, M, TOKENS - 1>(tokens, x, vectors, a, rows, y, ldy, once);
+  const int64_t stride = vectors * LANES * Unit<T>::P;
   int r = 0;
-  for (; r + 4 <= rows && !once; r += 4)
-    shrink_tile<T, TOKENS, 4>(from, a + r * stride, stride, full, tail, rest > 0, y + r, ldy);
-  for (; r < rows; ++r)
-    shrink_tile<T, TOKENS, 1>(from, a + r * stride, stride, full, tail, rest > 0, y + r, ldy);
+  for (; r + WIDE_SHRINK <= rows && !once; r += WIDE_SHRINK) shrink_tile<T, M, TOKENS, WIDE_SHRINK>(x, a + r * stride, vectors, y + r, ldy);
+  for (; r < rows; ++r) shrink_tile<T, M, TOKENS, 1>(x, a + r * stride, vectors, y + r, ldy);
 }
 
 // The vectors c and d of a tile's columns, or null.
@@ -71,8 +72,8 @@ struct Vectors {
 };
 
 // out[t][c .. c + 16 * WIDE) += sum over units of y[t] * b, and then what vectors make of it.
-template <class T, int TOKENS, int WIDE>
-inline void expand_tile(const uint32_t* y, int64_t ldy, int units, const T* b, Vectors vectors, T* out, int64_t ldo, int valid) {
+template <class T, class M, int TOKENS, int WIDE>
+inline void expand_tile(const typename M::Unit* y, int units, const T* b, Vectors vectors, T* out, int64_t ldo, int valid) {
   constexpr int P = Unit<T>::P;
   vf acc[TOKENS][WIDE] = {};
   for (int u = 0; u < units; ++u) {
@@ -83,8 +84,8 @@ inline void expand_tile(const uint32_t* y, int64_t ldy, int units, const T* b, V
       else __builtin_prefetch(b + (c * units + u + PAGE_AHEAD) * LANES * P, 0, 2);
     }
     for (int t = 0; t < TOKENS; ++t) {
-      vu v = vu{} + y[t * ldy + u];
-      for (int c = 0; c < WIDE; ++c) acc[t][c] = Unit<T>::fma(acc[t][c], v, w[c]);
+      const auto v = M::repeated(y[t * units + u]);
+      for (int c = 0; c < WIDE; ++c) acc[t][c] = M::fma(acc[t][c], v, w[c]);
     }
   }
   for (int t = 0; t < TOKENS; ++t)
@@ -102,25 +103,18 @@ inline void expand_tile(const uint32_t* y, int64_t ldy, int units, const T* b, V
     }
 }
 
-template <class T, int WIDE>
-void expand_columns(const uint32_t* y, int64_t ldy, int units, const T* b, Vectors vectors, T* out, int64_t ldo, int tokens,
-                    int valid) {
-  int t = 0;
-  for (; t + 4 <= tokens; t += 4)
-    expand_tile<T, 4, WIDE>(y + t * ldy, ldy, units, b, vectors, out + t * ldo, ldo, valid);
-  for (; t < tokens; ++t)
-    expand_tile<T, 1, WIDE>(y + t * ldy, ldy, units, b, vectors, out + t * ldo, ldo, valid);
+template <class T, class M, int WIDE, int TOKENS = TALL_EXPAND>
+void expand_columns(int tokens, const typename M::Unit* y, int units, const T* b, Vectors vectors, T* out, int64_t ldo, int valid) {
+  if constexpr (TOKENS > 1)
+    if (tokens < TOKENS) return expand_columns<T, M, WIDE, TOKENS - 1>(tokens, y, units, b, vectors, out, ldo, valid);
+  expand_tile<T, M, TOKENS, WIDE>(y, units, b, vectors, out, ldo, valid);
 }
 
-// Units of y for a slice: float as it is, bfloat16 rounded in pairs; an odd rank gets a zero.
-inline void to_units(const float* y, int rank, uint32_t* to, float*) { std::memcpy(to, y, rank * 4); }
-inline void to_units(const float* y, int rank, uint32_t* to, bf16*) {
-  for (int u = 0; u < (rank + 1) / 2; ++u) {
-    bf16 pair[2] = {};
-    narrow(pair[0], y[2 * u]);
-    if (2 * u + 1 < rank) narrow(pair[1], y[2 * u + 1]);
-    std::memcpy(to + u, pair, 4);
-  }
+// A unit of y for a slice: float as it is, bfloat16 rounded in pairs; an odd rank gets a zero.
+template <class T> inline uint32_t unit_of(const float* y, int64_t left) {
+  T values[Unit<T>::P] = {};
+  for (int i = 0; i < Unit<T>::P && i < left; ++i) narrow(values[i], y[i]);
+  return load<uint32_t>(values);
 }
 
 constexpr int TOKENS_PER_TASK = 16;
@@ -140,22 +134,32 @@ struct LoraTask {
   bool once() const { return tokens <= 4; }
 };
 
-template <class T>
+template <class T, class M>
 void shrink_task(const LoraTask& task, const Segment& seg, const Adapter& adapter, const T* x, int64_t ldx, int64_t K,
                  float* y, int64_t ldy, float scale) {
-  const int64_t row = seg.first + task.first;
-  const T* a = static_cast<const T*>(adapter.a) + task.begin * round_up(int(K), LANES * Unit<T>::P);
+  constexpr int STEP = LANES * Unit<T>::P;
+  const int64_t row = seg.first + task.first, vectors = round_up(int(K), STEP) / STEP;
+  const T* a = static_cast<const T*>(adapter.a) + task.begin * vectors * STEP;
   x += row * ldx;
   y += row * ldy + task.begin;
-  int64_t t = 0;
-  for (; t + 4 <= task.tokens; t += 4) shrink_tokens<T, 4>(x + t * ldx, ldx, K, a, int(task.size), y + t * ldy, ldy, task.once());
-  for (; t < task.tokens; ++t) shrink_tokens<T, 1>(x + t * ldx, ldx, K, a, int(task.size), y + t * ldy, ldy, task.once());
+  static thread_local std::vector<typename M::Vector> room;
+  room.resize(task.tokens * vectors);
+  for (int64_t t = 0; t < task.tokens; ++t)
+    for (int64_t i = 0; i < vectors; ++i) {
+      const int64_t left = K - i * STEP;
+      T last[STEP] = {};
+      if (left < STEP) std::memcpy(last, x + t * ldx + i * STEP, left * sizeof(T));
+      room[t * vectors + i] = M::vector(load<vu>(left < STEP ? last : x + t * ldx + i * STEP));
+    }
+  by_groups<TALL_SHRINK>(task.tokens, [&](int64_t t, int tokens) {
+    shrink_tokens<T, M, TALL_SHRINK>(tokens, room.data() + t * vectors, vectors, a, int(task.size), y + t * ldy, ldy, task.once());
+  });
   if (scale != 1)
-    for (t = 0; t < task.tokens; ++t)
+    for (int64_t t = 0; t < task.tokens; ++t)
       for (int64_t r = 0; r < task.size; ++r) y[t * ldy + r] *= scale;
 }
 
-template <class T>
+template <class T, class M>
 void expand_task(const LoraTask& task, const Segment& seg, const Adapter& adapter, const float* y, int64_t ldy, T* out,
                  int64_t ldo) {
   constexpr int P = Unit<T>::P;
@@ -164,21 +168,24 @@ void expand_task(const LoraTask& task, const Segment& seg, const Adapter& adapte
   for (int64_t s = 0; s < task.slice; ++s) first += adapter.slice[s].rank;
   const int units = int((slice.rank + P - 1) / P), tokens = int(task.tokens);
   const int64_t row = seg.first + task.first;
-  static thread_local std::vector<uint32_t> scratch;
+  static thread_local std::vector<typename M::Unit> scratch;
   scratch.resize(size_t(tokens) * units);
-  uint32_t* scaled = scratch.data();
+  typename M::Unit* scaled = scratch.data();
   for (int t = 0; t < tokens; ++t)
-    to_units(y + (row + t) * ldy + first, int(slice.rank), scaled + t * units, static_cast<T*>(nullptr));
+    for (int u = 0; u < units; ++u)
+      scaled[t * units + u] = M::of(unit_of<T>(y + (row + t) * ldy + first + u * P, slice.rank - u * P));
   const T* b = static_cast<const T*>(slice.b);
-  const int step = task.once() ? LANES : 2 * LANES;
+  const int step = task.once() ? LANES : WIDE_EXPAND * LANES;
   for (int64_t at = task.begin; at < task.begin + task.size; at += step) {
     const int valid = int(slice.columns - at);
     T* to = out + row * ldo + slice.column + at;
     const float* c = slice.vectors ? slice.vectors + at : nullptr;
     const Vectors vectors = {c, c + (c ? round_up(int(slice.columns), LANES) : 0)};
     const T* tile = b + at * units * P;
-    if (valid > LANES && !task.once()) expand_columns<T, 2>(scaled, units, units, tile, vectors, to, ldo, tokens, valid);
-    else expand_columns<T, 1>(scaled, units, units, tile, vectors, to, ldo, tokens, valid);
+    by_groups<TALL_EXPAND>(tokens, [&](int64_t t, int some) {
+      if (valid > LANES && !task.once()) expand_columns<T, M, WIDE_EXPAND>(some, scaled + t * units, units, tile, vectors, to + t * ldo, ldo, valid);
+      else expand_columns<T, M, 1>(some, scaled + t * units, units, tile, vectors, to + t * ldo, ldo, valid);
+    });
   }
 }
 

@@ -407,7 +407,6 @@ template <int WIDE> void product_panel(const Product<bf16>& p, int64_t column) {
   else if (p.bits == 4) product_panel<WIDE>(p, column, RoundedPanel<4, WIDE>{p, column});
 #ifdef __AVX512BF16__
   else if (p.widened) {
-    const Flushing as_pairs;
     if (p.bits) product_panel<WIDE>(p, column, CompactPanel<Floats, Pairs, WIDE>{p, column});
     else product_panel<WIDE>(p, column, Panel<bf16, Floats, Pairs, WIDE>{p, column});
   } else if (p.bits) product_panel<WIDE>(p, column, CompactPanel<Bfloats, Whole, WIDE>{p, column});

@@ -142,12 +142,42 @@ inline uint64_t widened(uint32_t unit) { return (unit & 0xffff0000u) | uint64_t(
 struct Flushing {
 #ifdef __AVX512BF16__
   const unsigned before = _mm_getcsr();
-  Flushing() { _mm_setcsr(before | 0x8040); }
+  explicit Flushing(bool on = true) { _mm_setcsr(on ? before | 0x8040 : before); }
   ~Flushing() { _mm_setcsr(before); }
+#else
+  explicit Flushing(bool = true) {}
 #endif
 };
 inline vu broadcast(const void* unit) { uint32_t u; std::memcpy(&u, unit, 4); return vu{} + u; }
 inline ru repeated(const void* unit) { uint32_t u; std::memcpy(&u, unit, 4); return ru{} + u; }  // the same in a register
+
+// How a unit of a row is multiplied with vectors of units: as it is, or both as float32.
+template <class T> struct Units {
+  typedef uint32_t Unit;
+  typedef vu Vector;
+  struct Scope {};
+  static inline Unit of(uint32_t unit) { return unit; }
+  static inline vu repeated(const Unit& unit) { return broadcast(&unit); }
+  static inline vu vector(vu units) { return units; }
+  static inline vf fma(vf acc, vu unit, vu w) { return ::Unit<T>::fma(acc, unit, w); }
+};
+struct WidenedUnits {
+  typedef uint64_t Unit;
+  typedef Flushing Scope;
+  struct Two { vf second, first; };
+  typedef Two Vector;
+  static inline Unit of(uint32_t unit) { return widened(unit); }
+  static inline Two repeated(const Unit& unit) {
+    const char* values = reinterpret_cast<const char*>(&unit);
+    return {floats(broadcast(values)), floats(broadcast(values + 4))};
+  }
+  static inline Two vector(vu units) { return {floats(units & 0xffff0000u), floats(units << 16)}; }
+  static inline vf fma(vf acc, Two unit, vu w) {
+    const Two all = vector(w);
+    return multiply_add(multiply_add(acc, unit.second, all.second), unit.first, all.first);
+  }
+};
+
 // In a register: not read from memory again for every row, nor computed in another way.
 inline ru held(ru units) {
 #if defined(__AVX__)
