@@ -38,7 +38,7 @@ class EmbedOptions(ScoreOptions, total=False):
     """Options of vectors."""
 
     pooling: str | None
-    """last or mean; by default what the deployment says."""
+    """last, mean, or of an encoder cls; by default what the deployment says."""
     normalize: bool | None
     """Vectors of length 1; they are by default."""
     dimensions: int | None

@@ -99,7 +99,7 @@ def _signature(function: Callable[..., Any]) -> str:
     rest = [each for each in signature.parameters.values() if each.name != "self"]
     words = str(signature.replace(parameters=rest))
     words = re.sub(r"LoraConfiguration\((?:[^()]|\([^()]*\))*\)", "LoraConfiguration()", words)
-    words = words.replace(", timeout_s: 'float | None' = None", "").replace("*, **", "**")
+    words = words.replace(", timeout_s: 'float | None' = None", "").replace("*, **", "**").replace("(*)", "()")
     words = re.sub(r"Unpack\[(\w+)\]", r"\1", words)
     words = re.sub(r"= '([^']+)'", r'= "\1"', words).replace("'", "")
     return words.removesuffix(" -> None") if inspect.isclass(function) else words

@@ -47,6 +47,11 @@ def connections_per_server() -> int:
     return max(LEAST, min(MOST, (soft - RESERVED) // 2))
 
 
+def python(module: str, *arguments: str) -> tuple[str, ...]:
+    """Return the command of a child that runs a module, and imports nothing of the working directory."""
+    return (sys.executable, "-P", "-m", module, *arguments)
+
+
 SOCKET: Final = "NOTIFY_SOCKET"
 READY: Final = "READY=1"
 STOPPING: Final = "STOPPING=1"

@@ -31,8 +31,8 @@ from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
 from loramux_shared.wording import expected_of, nearest, refuse_odd
 
 PREFIX = "LORAMUX_"
-CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")
-"""Variables that `loramux.Client` reads; a service may share its environment."""
+CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY", "JUDGE_API_KEY")
+"""Variables that `loramux.Client` and commands read; a service may share their environment."""
 
 
 def _address(value: str) -> str:

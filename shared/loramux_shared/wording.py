@@ -22,11 +22,12 @@ def counted(count: int, noun: str) -> str:
 
 
 _LEAD: Final = re.compile(r"(Value error, |Input should (be )?|[A-Z][a-z]+ should (have )?)")
+_TAIL: Final = re.compile(r"(, unable to parse.*| after validation, not .*)$")
 
 
 def expected_of(message: str) -> str:
     """Return a message of pydantic as the words that follow "expected"."""
-    return _LEAD.sub("", message, count=1).replace("match pattern", "text that matches", 1)
+    return _TAIL.sub("", _LEAD.sub("", message, count=1)).replace("match pattern", "text that matches", 1)
 
 
 MAX_FINDINGS: Final = 64

@@ -88,7 +88,7 @@ File = Annotated[
 def new(
     scope: Annotated[
         list[Scope],
-        typer.Option("--scope", metavar="SCOPE", help="Scope: infer, build, metrics or admin; repeatable."),
+        typer.Option("--scope", metavar="SCOPE", help=f"Scope: {', '.join(Scope)}; repeatable."),
     ],
     model: Annotated[
         list[str] | None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
@@ -18,7 +17,7 @@ from inference_service.serving.service import GenerationService
 from loramux_apis.host import ApiHost, ApiPeer
 from loramux_apis.remote import deployed_to, served_to
 from loramux_shared.faults import Fault, ReplicaFailed
-from loramux_shared.process import SOCKET
+from loramux_shared.process import SOCKET, python
 from loramux_shared.rpc.options import listen, reserve
 from loramux_shared.rpc.server import Rules
 from loramux_shared.settings import InferenceSettings
@@ -177,7 +176,7 @@ class _Child:
             descriptors = (theirs.fileno(), *self._all.descriptors)
             environment = {name: value for name, value in os.environ.items() if name != SOCKET}
             process = self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", MODULE, str(theirs.fileno())),
+                *python(MODULE, str(theirs.fileno())),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=descriptors,
                 env=environment,

@@ -54,7 +54,7 @@ def run_batch(
     missing = [name for name in ("httpx", *(["torch"] if deployment else [])) if find_spec(name) is None]
     if missing:
         needs = f"run-batch needs {' and '.join(missing)}, not installed here"
-        raise SettingsInvalid(f"{needs}: pip install 'loramux[offline]'")
+        raise SettingsInvalid(f"{needs}: pip install 'loramux[{'offline' if deployment else 'batches'}]'")
     from loramux_batches.batch import Batch, unanswered
 
     if not re.match(r"https?://[^/:]", url):

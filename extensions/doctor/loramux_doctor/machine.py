@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from loramux_shared.bundle.deployments import list_deployments
 from loramux_shared.faults import Fault
+from loramux_shared.process import python
 from loramux_shared.storage.open import open_store
 from loramux_shared.wording import counted
 
@@ -83,7 +83,7 @@ def look_at_inference(folder: Path) -> Inference | str:
     """
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed: pip install 'loramux[inference]'"
-    command = [sys.executable, "-m", "loramux_doctor.replica", str(folder)]
+    command = python("loramux_doctor.replica", str(folder))
     # Without a deadline: the first start compiles operations, for as long as that takes here.
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
     if done.returncode:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
 from loramux_shared.faults import FAULTS
+from loramux_shared.process import python
 from loramux_shared.settings import require_triton
 
 
@@ -38,7 +38,7 @@ def kernels(
     """
     require_triton("triton")
     sizes = [str(max_lora_rank), *([str(max_seq_len)] if max_seq_len else [])]
-    command = [sys.executable, "-m", "loramux_kernels.compiling", str(base), arch, str(out)]
+    command = python("loramux_kernels.compiling", str(base), arch, str(out))
     with shell.working(f"compiling for {arch}"):
         done = subprocess.run([*command, *sizes], stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603 - our own module
     if done.returncode:

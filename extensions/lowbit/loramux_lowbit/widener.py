@@ -6,7 +6,6 @@ import importlib.util
 import json
 import select
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import IO, Any, Final
 
 from builder_service.domain.safetensors_header import TensorFile, read_header
 from loramux_shared.faults import FAULTS, InternalFault, ResourcesExhausted
+from loramux_shared.process import python
 
 NEEDS: Final = ("torch", "inference_service")
 MODULE: Final = "loramux_lowbit.widen"
@@ -94,7 +94,7 @@ class Widener:
     def _started(self) -> subprocess.Popen[bytes]:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         process = subprocess.Popen(  # noqa: S603 - this interpreter, and a module of ours
-            [sys.executable, "-m", MODULE],
+            python(MODULE),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.proof import Effect, Proof
 from loramux_shared.deployment import Build
 from loramux_shared.faults import FAULTS, AdapterInvalid, InternalFault, ResourcesExhausted, SettingsInvalid
+from loramux_shared.process import python
 from loramux_shared.sources.base import Room, unwatched
 from loramux_shared.sources.checkpoint import fetch_base
 from loramux_shared.sources.open import Sources
@@ -96,7 +96,7 @@ def _run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         stdin.write(json.dumps(request).encode())
         stdin.seek(0)
         process = subprocess.Popen(  # noqa: S603 - this interpreter, and a module of ours
-            [sys.executable, "-m", MODULE], stdin=stdin, stdout=out, stderr=errors
+            python(MODULE), stdin=stdin, stdout=out, stderr=errors
         )
         try:
             _wait(process, progress)

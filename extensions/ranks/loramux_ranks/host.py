@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -21,7 +20,7 @@ import structlog
 
 from loramux_ranks.group import SharedMemory
 from loramux_shared.faults import Fault, ReplicaFailed, SettingsInvalid, fault_from
-from loramux_shared.process import SOCKET, working_folder
+from loramux_shared.process import SOCKET, python, working_folder
 
 log = structlog.get_logger()
 
@@ -186,7 +185,7 @@ class _Rank:
         self.steps, self._control = (Connection(ours.detach()) for ours, _ in pairs)
         theirs = [*(each.fileno() for _, each in pairs), host.memory.descriptor]
         self.process = subprocess.Popen(  # noqa: S603 - this interpreter, and a module of ours
-            [sys.executable, "-m", MODULE, *map(str, theirs)],
+            python(MODULE, *map(str, theirs)),
             stdin=subprocess.DEVNULL,
             pass_fds=theirs,
             env=environment,

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import secrets
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from loramux.cli.local.up import DEFAULT_STORE, OPENAI, UpPlan, keep, preflight,
 from loramux.client import INFERENCE, AsyncClient
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.process import python
 
 app = typer.Typer(
     help="Serve a deployment on a Ray cluster.\n\nExample: loramux ray up deployment.yaml",
@@ -194,7 +194,7 @@ async def _bring_up(
 
 def _ray(command: str, plan: UpPlan) -> list[str]:
     addresses = ["--grpc", plan.inference, "--http", plan.http or OPENAI]
-    return [sys.executable, "-m", "loramux_ray", command, *addresses]
+    return [*python("loramux_ray", command), *addresses]
 
 
 def _require_ray() -> None:

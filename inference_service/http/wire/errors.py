@@ -1,5 +1,6 @@
 """Faults as OpenAI's clients expect them: a status, and ``{"error": {message, type, param, code}}``."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -12,7 +13,7 @@ from typing_extensions import TypedDict
 from loramux_shared.extensions import absent
 from loramux_shared.faults import Fault, Finding, RequestInvalid, Status
 from loramux_shared.routes import ROUTES
-from loramux_shared.wording import MAX_FINDINGS, expected_of, nearest
+from loramux_shared.wording import MAX_FINDINGS, counted, expected_of, nearest
 
 STATUSES: Final = {
     Status.INVALID_ARGUMENT: 400,
@@ -54,6 +55,8 @@ AGAIN: Final = (429, 503, 529)
 """Statuses of what the same client may ask again."""
 MAX_SHOWN: Final = 8
 """Findings that a message spells out."""
+MAX_NUMBER: Final = 10**30
+"""Numbers from here on are not spelled out."""
 MAX_PLACE: Final = 256
 """Characters of a place in a body, of which a client's own names can be parts."""
 
@@ -135,7 +138,7 @@ def message_of(fault: Fault) -> str:
 
 def invalid_body(error: ValidationError, known: Sequence[str]) -> RequestInvalid:
     """Return the fault of a body that pydantic refuses; known are the fields of the body."""
-    found = error.errors(include_url=False, include_input=False)
+    found = error.errors(include_url=False)
     if found[0]["type"] == "json_invalid":
         return RequestInvalid(f"the body is not JSON: {found[0]['ctx']['error']}.")
     return _invalid("body", found, known)
@@ -143,7 +146,7 @@ def invalid_body(error: ValidationError, known: Sequence[str]) -> RequestInvalid
 
 def invalid_query(error: ValidationError, known: Sequence[str]) -> RequestInvalid:
     """Return the fault of a query that pydantic refuses; known are the names that it may have."""
-    return _invalid("query", error.errors(include_url=False, include_input=False), known)
+    return _invalid("query", error.errors(include_url=False), known)
 
 
 def refused_twice(repeated: Sequence[tuple[str, str]]) -> RequestInvalid:
@@ -172,7 +175,22 @@ def _finding(item: Mapping[str, Any], known: Sequence[str]) -> Finding:
         return Finding(code="E_UNSUPPORTED", where=where, fix="This is not served here: leave it out.")
     if kind == "unsupported":
         return Finding(code="E_UNSUPPORTED", where=where, found=item["ctx"]["found"], fix=item["msg"])
-    return Finding(code="E_BAD_FIELD", where=where, expected=expected_of(item["msg"]))
+    return Finding(code="E_BAD_FIELD", where=where, expected=expected_of(item["msg"]), found=_found(item))
+
+
+def _found(item: Mapping[str, Any]) -> str:
+    """Return what a field has; of texts, which may be prompts, only those that should be a name or a number."""
+    value, kind = item["input"], item["type"]
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return "a larger number" if abs(value) >= MAX_NUMBER else f"{value}"
+    if isinstance(value, str):
+        short = kind.endswith(("literal_error", "_parsing"))
+        return repr(value[:64]) if short else f"a text of {counted(len(value), 'character')}"
+    if isinstance(value, list):
+        return f"a list of {counted(len(value), 'item')}"
+    return "an object" if kind.endswith("_type") else ""
 
 
 def is_tag(part: str | int) -> bool:

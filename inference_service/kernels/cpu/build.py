@@ -158,7 +158,7 @@ def _opened(sealed: bytes | None) -> bytes | None:
 
 def _try_out(library: Path) -> None:
     """Run every operation in a process of its own, which an instruction that the processor lacks would end."""
-    command = [sys.executable, "-W", "ignore", "-m", first_wrong.__module__, str(library)]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", first_wrong.__module__, str(library)]
     compiling.run(command, waiting=_announced("trying out operations", "a process that runs each of them"))
 
 

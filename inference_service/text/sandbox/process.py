@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -12,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
 from inference_service.text.sandbox.loop import CPU_S, TOO_DEEP
+from loramux_shared.process import python
 
 IDLE_S: Final = 60.0
 TURN_S: Final = 0.01
@@ -24,7 +24,7 @@ class SandboxProcess:
     def __init__(self, module: str, idle_s: float = IDLE_S, cpu_s: float = CPU_S) -> None:
         """Take a module of this package that calls `loop.serve`; the process ends after idle_s without one."""
         self._cpu_s = cpu_s
-        self._command = [sys.executable, "-m", f"{__package__}.{module}", f"{idle_s}", f"{cpu_s}"]
+        self._command = python(f"{__package__}.{module}", f"{idle_s}", f"{cpu_s}")
         self._process: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import typer
 from loramux.cli import shell
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.process import python
 
 # A package of each extra that the service cannot do without.
 NEEDS = {
@@ -90,15 +91,15 @@ def serve(
     Example: loramux serve --deployment my-model --store s3://models/loramux
     """
     engine = {"backend": backend, "dtype": dtype, "threads": threads, "api_processes": api_processes}
-    engine |= {"builder": builder, "on-base-change": on_base_change}
+    engine |= {"builder": builder, "on-base-change": on_base_change, "model-ports": model_ports}
     argv = inference_command(deployment, store, grpc, local_root or (), engine, http)
-    become([*argv, *_flags(**{"model-ports": model_ports}), *access_flags(keys_file, insecure)])
+    become([*argv, *access_flags(keys_file, insecure)])
 
 
 def builder_command(store: str | None, grpc: str | None, local_roots: Sequence[Path]) -> list[str]:
     """Return the command line of a builder; raise SettingsInvalid where its packages are not installed."""
     _require("builder")
-    return [*_python("builder_service"), *_flags(store=store, grpc=grpc), *_roots(local_roots)]
+    return [*python("builder_service"), *_flags(store=store, grpc=grpc), *_roots(local_roots)]
 
 
 def inference_command(
@@ -116,7 +117,7 @@ def inference_command(
     """
     _require("inference")
     flags = _flags(deployment=deployment, store=store, grpc=grpc, http=http, **engine)
-    return [*_python("inference_service"), *flags, *_roots(local_roots)]
+    return [*python("inference_service"), *flags, *_roots(local_roots)]
 
 
 def access_flags(keys_file: Path | None, insecure: bool) -> list[str]:
@@ -130,10 +131,6 @@ def become(argv: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(argv[0], list(argv))  # noqa: S606 - no shell is wanted
-
-
-def _python(module: str) -> list[str]:
-    return [sys.executable, "-m", module]
 
 
 def _flags(**values: str | int | None) -> list[str]:

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any, Self
 
 from loramux.cli import shell
 from loramux_shared.faults import FAULTS, Fault, ServerUnavailable, Status
-from loramux_shared.process import READY, SOCKET, STATUS, socket_folder
+from loramux_shared.process import READY, SOCKET, STATUS, python, socket_folder
 from loramux_shared.rpc.status import CallFailed
 
 DRAIN_S = 120.0  # longer than a service takes to drain; then it is killed
@@ -145,7 +144,7 @@ class ProcessTree:
         log = self.folder / f"{name}.log"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         listener.bind(str(self._sockets / name))
-        wrapped = (sys.executable, "-m", "loramux.cli.local.child", str(os.getpid()), *argv)
+        wrapped = python("loramux.cli.local.child", str(os.getpid()), *argv)
         with log.open("ab") as file:
             # A separate process group: Ctrl-C reaches the parent alone, which then drains the services.
             process = await asyncio.create_subprocess_exec(

@@ -23,7 +23,7 @@ from loramux.cli.main import usual
 from loramux.cli.shell import printable
 from loramux.cli.tables import kind, task
 from loramux.records import Stage
-from loramux_shared import faults
+from loramux_shared import faults, process
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.status import CallFailed
 from tests.support.cases import cases
@@ -31,6 +31,7 @@ from tests.support.commands import run
 from tests.support.fake_services import Fakes, deployment_text
 from tests.support.forks import command_line
 from tests.support.https_server import served
+from tests.support.root import ROOT
 from tests.unit.cli.test_build_view import adapter, state
 
 
@@ -116,13 +117,25 @@ def test_a_missing_extra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_service_commands() -> None:
     """The service gets only the flags that were set, with folders as absolute paths."""
-    assert services.builder_command(None, None, [])[1:] == ["-m", "builder_service"]
+    assert services.builder_command(None, None, [])[1:] == ["-P", "-m", "builder_service"]
     engine = {"backend": "torch", "dtype": None, "threads": 2}
     command = services.inference_command("m", "s3://b/p", "127.0.0.1:0", [Path("/a/../b")], engine)
-    assert command[3:] == [
+    assert command[4:] == [
         *("--deployment", "m", "--store", "s3://b/p", "--grpc", "127.0.0.1:0"),
         *("--backend", "torch", "--threads", "2", "--local-root", "/b"),
     ]
+
+
+def test_a_child_imports_nothing_of_the_working_directory(tmp_path: Path) -> None:
+    """A module there of a name that Python or a package has would be run; no other way starts a child."""
+    (tmp_path / "timeit.py").write_text("raise SystemExit(7)")
+    silent = {"cwd": tmp_path, "stdout": subprocess.DEVNULL}
+    assert subprocess.run(process.python("timeit", "-n1", "-r1"), check=False, **silent).returncode == 0
+    folders = ("loramux", "shared", "builder_service", "inference_service", "extensions")
+    sources = [
+        path for folder in folders for path in (ROOT / folder).rglob("*.py") if "tests" not in path.parts
+    ]
+    assert not [path for path in sources if 'sys.executable, "-m"' in path.read_text()]
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:

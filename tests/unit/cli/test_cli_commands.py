@@ -1,5 +1,6 @@
 """Promises that every command of ``loramux`` keeps: help, tables, completion and folders."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from loramux.cli.tables import fitted, fitting_columns
 from loramux_shared.deployment import Build, Deployment, Repository, SourceKind
 from loramux_shared.extensions import COMMANDS, find_extensions
 from tests.support.cases import cases
-from tests.support.root import ROOT
+from tests.support.root import PAGES, ROOT
 
 WITHOUT_JSON = cases(__file__, "WITHOUT_JSON")
 
@@ -64,6 +65,17 @@ def test_every_command_speaks_json_and_is_documented() -> None:
         options = {option for parameter in command.params for option in parameter.opts}
         assert ("--json" in options) != (" ".join(words) in WITHOUT_JSON), words
         assert f"`loramux {' '.join(words)}" in page, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_flag_that_a_page_shows_is_there(page: Path) -> None:
+    """A command within a page has the flags that stand behind it there."""
+    for line in page.read_text().replace("\\\n", " ").splitlines():
+        for call in re.findall(r"loramux ((?:(?:keys|ray) )?[a-z-]+ [^`#|>]*)", line):
+            words = tuple(call.split())
+            if command := ALL.get(words[:1]) or ALL.get(words[:2]):
+                flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]+", f" {call}"))
+                assert flags <= {"--help", *(flag for each in command.params for flag in each.opts)}, line
 
 
 def test_exit_codes_are_documented() -> None:

@@ -15,7 +15,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS
 from scripts import api_doc, deployment_doc
 from tests.support.cases import cases
-from tests.support.root import ROOT
+from tests.support.root import PAGES, ROOT
 
 
 def test_the_api_page_has_every_rpc_field_and_value() -> None:
@@ -68,11 +68,6 @@ def test_the_schema_takes_what_the_program_takes() -> None:
 
 ELSEWHERE = {"1_Pooling/config.json", "claims/", "resolved/", "lora_adapter/", "native/", "tests/artifacts/"}
 """Folders of a store, of the cache, and of what tests leave."""
-PAGES = (
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
-    *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "decisions"),
-    *sorted((ROOT / "extensions").rglob("README.md")),
-)
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 ROOMS = ("", "inference_service", "builder_service", "shared/loramux_shared", "docs")
 
