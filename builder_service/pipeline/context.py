@@ -145,10 +145,18 @@ class BuildContext:
         return f"{PREFIX}{self.owner}-" if self.owner else PREFIX
 
     def place(self) -> Path:
-        """Return the folder of the builds' folders."""
+        """Return the folder of the builds' folders; raise ResourcesExhausted where there can be none."""
         place = self.work_dir or Path(tempfile.gettempdir())
-        place.mkdir(parents=True, exist_ok=True)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unusable(place, error) from error
         return place
+
+
+def _unusable(folder: Path, error: OSError) -> ResourcesExhausted:
+    problem = f"{error.strerror}. Set LORAMUX_WORK_DIR to a folder that can be written."
+    return ResourcesExhausted(f"the builder's work folder {folder}: {problem}")
 
 
 SLOTS: Final = 100
@@ -173,7 +181,7 @@ def claim_identity(folder: Path) -> Identity:
         except PermissionError:  # another user's
             continue
         except OSError as error:
-            raise ResourcesExhausted(f"the builder's work folder {folder}: {error.strerror}") from error
+            raise _unusable(folder, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

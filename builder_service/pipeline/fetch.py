@@ -145,7 +145,7 @@ def joined(faults: Mapping[str, Fault]) -> Fault:
     lasting = [fault for fault in faults.values() if fault.retry_after_s is None]
     first = (lasting or list(faults.values()))[0]
     findings = [Finding(code=fault.reason, adapter=name, fix=fault.message) for name, fault in faults.items()]
-    return type(first)(f"the sources of {len(faults)} adapters failed: {listed(faults)}", findings)
+    return type(first)(f"{len(faults)} adapters failed: {listed(faults)}", findings)
 
 
 def _list(

@@ -27,6 +27,7 @@ from loramux_shared.bundle.manifest import ModuleRow
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import findings_of
 from loramux_shared.faults import DeploymentInvalid, RequestInvalid
+from loramux_shared.wording import SANE_ID
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["BuilderService"].full_name
 
@@ -48,7 +49,7 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         """Accept a build."""
         deployment = deployment_from_message(request.deployment)
         view = await self._builds.build(
-            deployment, request.request_id, verify=request.verify, exact=request.exact
+            deployment, _request_id(request), verify=request.verify, exact=request.exact
         )
         return pb.BuildDeploymentResponse(deployment=deployment_message(view))
 
@@ -56,7 +57,7 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         self, request: pb.UpdateDeploymentRequest, _context: grpc.aio.ServicerContext
     ) -> pb.UpdateDeploymentResponse:
         """Accept an update."""
-        view = await self._builds.update(update_of(request), request.request_id)
+        view = await self._builds.update(update_of(request), _request_id(request))
         return pb.UpdateDeploymentResponse(deployment=deployment_message(view))
 
     async def RollbackDeployment(  # noqa: N802 - the rpc's name
@@ -145,6 +146,16 @@ def deployment_message(view: DeploymentView) -> pb.Deployment:
         failure=view.failure
         and message_of(pb.Failure, view.failure, findings=map(finding_to_message, view.failure.findings)),
     )
+
+
+def _request_id(request: pb.BuildDeploymentRequest | pb.UpdateDeploymentRequest) -> str:
+    """Return the id of a request, of which thousands are remembered; raise RequestInvalid for an odd one."""
+    if request.request_id and not SANE_ID.fullmatch(request.request_id):
+        expected = "1 to 128 letters, digits, _, ., : or -, as a UUID has"
+        raise RequestInvalid.of_field(
+            "the request is not valid", "request_id", expected, repr(request.request_id[:64])
+        )
+    return request.request_id
 
 
 def update_of(request: pb.UpdateDeploymentRequest) -> Update:

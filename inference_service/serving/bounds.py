@@ -22,7 +22,7 @@ from inference_service.core.sampling import (
 )
 from inference_service.serving.request import Message, Request
 from loramux_shared.faults import Finding, PromptTooLong, RequestInvalid
-from loramux_shared.wording import MAX_FINDINGS
+from loramux_shared.wording import MAX_FINDINGS, SANE_ID
 
 COUNTED: Final = 128 * 1024
 """Tokens that are made of a text that may have more than what is served: it is counted, or cut."""
@@ -195,8 +195,6 @@ IDS: Final[Mapping[str, int | None]] = {
 }
 """Bounds of lists of tokens; None: the vocabulary."""
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
-SANE_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
-"""Pattern of a request's id that may stand in a header and in a log."""
 MAX_FOUND: Final = 80
 """Characters of a value that a finding repeats."""
 

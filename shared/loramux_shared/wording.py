@@ -7,6 +7,8 @@ from itertools import islice
 from typing import Any, Final, get_args
 
 LISTED: Final = 20
+SANE_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
+"""Pattern of a request's id that may stand in a header and in a log."""
 
 
 def listed(names: Collection[str], most: int = LISTED, *, none: str = "none") -> str:

@@ -23,7 +23,7 @@ from inference_service.http.vectors.embeddings import ClassifyBody, ScoringBody
 from inference_service.http.wire.body import Body, table
 from inference_service.http.wire.errors import AGAIN
 from inference_service.http.wire.reply import EventStream, Reply
-from inference_service.serving.bounds import IDS, LOGPROBS_MODES, MAX_TOOLS, NUMBERS, SANE_ID, TEXTS
+from inference_service.serving.bounds import IDS, LOGPROBS_MODES, MAX_TOOLS, NUMBERS, TEXTS
 from inference_service.serving.service import GenerationService
 from loramux_openapi.parts import (
     DIGEST_HEADERS,
@@ -38,6 +38,7 @@ from loramux_openapi.parts import (
     query_parameters,
 )
 from loramux_shared.routes import OPENAPI
+from loramux_shared.wording import SANE_ID
 
 VERSION: Final = "3.1.1"
 SCHEMAS: Final = "#/components/schemas/"

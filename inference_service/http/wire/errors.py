@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -131,9 +132,8 @@ def message_of(fault: Fault) -> str:
     """Return the message of a fault with its first findings."""
     details = [str(item.model_copy(update={"code": ""})) for item in fault.findings[:MAX_SHOWN]]
     left_out = len(fault.findings) - len(details)
-    return " ".join([fault.message, "; ".join(details)]).strip() + (
-        f" ({left_out} more)" if left_out > 0 else ""
-    )
+    message = fault.message if not details or fault.message.endswith(".") else f"{fault.message}."
+    return " ".join([message, "; ".join(details)]).strip() + (f" ({left_out} more)" if left_out > 0 else "")
 
 
 def invalid_body(error: ValidationError, known: Sequence[str]) -> RequestInvalid:
@@ -186,7 +186,7 @@ def _found(item: Mapping[str, Any]) -> str:
     if isinstance(value, int | float):
         return "a larger number" if abs(value) >= MAX_NUMBER else f"{value}"
     if isinstance(value, str):
-        short = kind.endswith(("literal_error", "_parsing"))
+        short = re.search("literal_error|_parsing|_than", kind)
         return repr(value[:64]) if short else f"a text of {counted(len(value), 'character')}"
     if isinstance(value, list):
         return f"a list of {counted(len(value), 'item')}"

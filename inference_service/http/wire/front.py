@@ -13,10 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from inference_service.http.wire.refusals import REQUEST_ID, fault_response, is_messages
-from inference_service.serving.bounds import SANE_ID
 from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import ShuttingDown
 from loramux_shared.routes import HEALTH, PING
+from loramux_shared.wording import SANE_ID
 
 log = structlog.get_logger()
 ARRIVED: Final = "arrived_s"

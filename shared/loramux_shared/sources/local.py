@@ -131,8 +131,8 @@ class LocalSource:
             allowed = listed([str(root) for root in self._roots], none="there is none")
             raise SourceRefused(
                 f"LOCAL {path}: not below a folder that this server may read ({allowed}){how}. Correct "
-                "the path, send the adapter with `loramux push`, or start the server with --local-root and a "
-                "folder above it."
+                "the path, start the server with --local-root and a folder above it, or send an adapter with "
+                "`loramux push`."
             )
         return real
 

@@ -96,6 +96,7 @@ async def test_calls_join_the_same_build(world: Served) -> None:
     other = world.deployment("wide")
     assert (await failure(world.build(other))).reason == "BUILD_IN_PROGRESS"
     assert (await failure(world.build(other, request_id))).reason == "REQUEST_ID_REUSED"
+    assert (await failure(world.build(other, "9" * 129))).reason == "REQUEST_INVALID"
     world.store.gate.set()
     await world.watch()
     again = await world.build(world.deployment("one"), request_id)

@@ -106,17 +106,35 @@ async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.mark.parametrize(
-    ("query", "param"),
+    ("query", "param", "problem"),
     [
-        ("page_size=0", "page_size"),
-        ("page_size=ten", "page_size"),
-        ("page_sise=5", "page_sise"),
-        ("page_size=1&page_size=2", "page_size"),
+        ("page_size=0", "page_size", "expected greater than or equal to 1, found '0'"),
+        ("page_size=ten", "page_size", "expected a valid integer, found 'ten'"),
+        ("page_sise=5", "page_sise", "found an unknown parameter. Did you mean page_size?"),
+        ("page_size=1&page_size=2", "page_size", "expected one value, found 2"),
     ],
 )
-async def test_a_query_is_read_as_strictly_as_a_body(web: httpx.AsyncClient, query: str, param: str) -> None:
+async def test_a_query_is_read_as_strictly_as_a_body(
+    web: httpx.AsyncClient, query: str, param: str, problem: str
+) -> None:
     """An unknown name, a wrong value and a name that comes twice are refused by name."""
     answer = await web.get(f"/v1/adapters?{query}")
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
-    assert error["message"].startswith("the query of the request is not valid.")
+    assert error["message"] == f"the query of the request is not valid. {param}: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("secret", "a text of 6 characters"),
+        (["secret"], "a list of 1 item"),
+        ({"a": 1}, "an object"),
+        (True, "true"),
+        (10**40, "a larger number"),
+    ],
+)
+async def test_a_wrong_type_is_found_not_its_text(web: httpx.AsyncClient, value: object, found: str) -> None:
+    """A text may be a prompt; its length is named instead."""
+    answer = await web.post("/v1/completions", json={"model": "m", "prompt": "p", "priority": value})
+    assert answer.json()["error"]["message"].endswith(f", found {found}")

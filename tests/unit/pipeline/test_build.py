@@ -172,7 +172,7 @@ def test_every_fault_is_reported(tmp_path):
         "https://h/b": faults.RepoGated("gated"),
         "https://h/c": faults.SourceChanged("changed"),
     }
-    with pytest.raises(faults.RepoGated, match="the sources of 3 adapters failed: a, b, c") as failure:
+    with pytest.raises(faults.RepoGated, match="3 adapters failed: a, b, c") as failure:
         fetch(tmp_path, FakeSource(broken), "a", "b", "c", "d")
     stated = [(item.code, item.adapter, item.fix) for item in failure.value.findings]
     assert stated == [
@@ -273,3 +273,5 @@ def test_identities_are_kept_and_not_shared(tmp_path):
     assert again.name == one.name
     (tmp_path / "loramux-builder-2.id").write_text("cut of")
     assert len(claim_identity(tmp_path).name) == 16
+    with pytest.raises(faults.ResourcesExhausted, match="Set LORAMUX_WORK_DIR to a folder"):
+        replace(workshop(tmp_path), work_dir=tmp_path / "loramux-builder-2.id").place()
