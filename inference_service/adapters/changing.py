@@ -8,7 +8,7 @@ from typing import Final
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
 from loramux_shared.bundle.reader import parse_manifest
-from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment import SCHEMES, Repository, SourceKind
 from loramux_shared.faults import (
     AdapterExists,
     BundleCorrupt,
@@ -75,8 +75,8 @@ _GCS: Final = "gcs://"
 """AIBrix's spelling of ``gs://``."""
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 EXPECTED: Final = (
-    "org/name[@revision], hf://, huggingface://, s3://, gs://, azure://, https://, oci:// or mlflow://, an "
-    "absolute path of the builder's machine, or bundle:DIGEST"
+    f"org/name[@revision], hf://, huggingface://, {', '.join(SCHEMES)}, an absolute path of the builder's "
+    "machine, or bundle:DIGEST"
 )
 
 

@@ -16,7 +16,7 @@ from loramux.cli.build_view import BuildLines, BuildView, show_built, show_warni
 from loramux.cli.documents import emit
 from loramux.client import BUILDER, AsyncClient, Client
 from loramux.records import DeploymentInfo
-from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment import SCHEMES, Repository, SourceKind
 from loramux_shared.faults import DeploymentInvalid, DeploymentNotFound, Fault, RepoNotFound, SourceRefused
 from loramux_shared.spelling import parse_repository
 from loramux_shared.wording import listed
@@ -32,7 +32,7 @@ Adapters = Annotated[
     list[str], typer.Argument(metavar="NAME...", help="Names of the adapters.", show_default=False)
 ]
 Repo = Annotated[
-    str, typer.Argument(metavar="REPO", help="Repository: org/name[@rev], path, s3:// gs:// azure:// https://")
+    str, typer.Argument(metavar="REPO", help=f"Repository: org/name[@rev], path, {' '.join(SCHEMES)}")
 ]
 Source = Annotated[
     SourceKind | None,

@@ -19,7 +19,7 @@ from loramux.cli.tables import kind, task
 from loramux.client import AsyncClient
 from loramux.records import AdapterReport, RowReport
 from loramux_shared.bundle.modules import NO_LAYER
-from loramux_shared.deployment import LoraConfiguration, Repository, SourceKind
+from loramux_shared.deployment import SCHEMES, LoraConfiguration, Repository, SourceKind
 from loramux_shared.deployment_file import parse_lora_configuration
 from loramux_shared.faults import Finding, RepoNotFound, SourceUnavailable
 from loramux_shared.spelling import GGUF_SUFFIX, parse_repository
@@ -29,7 +29,7 @@ Base = Annotated[
     str, typer.Option("--base", metavar="BASE", help="Base, in the form of ADAPTER.", show_default=False)
 ]
 AdapterArgument = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="Adapter: org/name[@rev], path, s3:// gs:// azure:// https://")
+    str, typer.Argument(metavar="ADAPTER", help=f"Adapter: org/name[@rev], path, {' '.join(SCHEMES)}")
 ]
 MaxRank = Annotated[
     int, typer.Option("--max-rank", metavar="R", min=1, help="Ceiling of ranks (max_lora_rank).")

@@ -13,8 +13,6 @@ from loramux_shared.runtime import Limits, Pooling, ReasoningParser, Rounding, T
 from loramux_shared.signatures import is_file, parse_signer
 
 DEFAULT_MAX_LORA_RANK = 64
-RESOLVED = r"^(hf:|s3://|gs://|azure://|https://|oci://|mlflow://)[^\s@#?]+$"
-"""A pattern of repositories; folders of the builder's machine have none."""
 
 
 class SourceKind(StrEnum):
@@ -30,6 +28,19 @@ class SourceKind(StrEnum):
     LOCAL = "LOCAL"
     PUSHED = "PUSHED"
     """Sent to the builder by PutAdapter; ``repo`` is the name under which it was."""
+
+
+SCHEMES = {
+    "s3://": SourceKind.S3,
+    "gs://": SourceKind.GCS,
+    "azure://": SourceKind.AZURE,
+    "https://": SourceKind.REMOTE_URL,
+    "oci://": SourceKind.OCI,
+    "mlflow://": SourceKind.MLFLOW,
+}
+"""The sources that extensions bring, by how an address of each begins."""
+RESOLVED = rf"^(hf:|{'|'.join(SCHEMES)})[^\s@#?]+$"
+"""A pattern of repositories; folders of the builder's machine have none."""
 
 
 class Dtype(StrEnum):

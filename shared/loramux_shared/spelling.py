@@ -16,24 +16,14 @@ import re
 from pathlib import Path
 from typing import Final
 
-from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment import SCHEMES, Repository, SourceKind
 from loramux_shared.faults import DeploymentInvalid
 
-_SCHEMES: Final = {
-    "s3://": SourceKind.S3,
-    "gs://": SourceKind.GCS,
-    "azure://": SourceKind.AZURE,
-    "https://": SourceKind.REMOTE_URL,
-    "oci://": SourceKind.OCI,
-    "mlflow://": SourceKind.MLFLOW,
-}
 GGUF_SUFFIX: Final = ".gguf"
 """The suffix of a file that is a base by itself."""
 _HUB: Final = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@#\s]+))?")
 _LOCAL: Final = ("/", "./", "../", "~")
-GRAMMAR: Final = (
-    "org/name[@revision], a path, s3://, gs://, azure://, https://, oci:// or mlflow://, each with [#folder]"
-)
+GRAMMAR: Final = f"org/name[@revision], a path, {', '.join(SCHEMES)}, each with [#folder]"
 
 
 def parse_repository(text: str, folder: Path | None = None) -> Repository:
@@ -45,7 +35,7 @@ def parse_repository(text: str, folder: Path | None = None) -> Repository:
     try:
         if path:
             return Repository(source=SourceKind.LOCAL, repo=str(path))
-        for scheme, kind in _SCHEMES.items():
+        for scheme, kind in SCHEMES.items():
             if address.startswith(scheme) and len(address) > len(scheme):
                 return Repository(source=kind, repo=address, subfolder=subfolder)
         if hub := _HUB.fullmatch(address.removeprefix("hf:")):

@@ -3,25 +3,15 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final, cast
+from typing import cast
 
-from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment import SCHEMES, Repository, SourceKind
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import RepoNotFound, SettingsInvalid, SourceRefused
 from loramux_shared.sources.base import Source, about
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.secrets import Secrets
-
-ADDRESSES: Final = (
-    SourceKind.S3,
-    SourceKind.GCS,
-    SourceKind.AZURE,
-    SourceKind.REMOTE_URL,
-    SourceKind.OCI,
-    SourceKind.MLFLOW,
-)
-"""Kinds of sources that extensions bring."""
 
 
 class Sources:
@@ -82,7 +72,7 @@ def open_sources(
             SourceKind.LOCAL: LocalSource(local_roots, work_dir),
         },
         work_dir,
-        {kind: partial(open_address, kind, allowed_hosts, secrets, work_dir) for kind in ADDRESSES},
+        {kind: partial(open_address, kind, allowed_hosts, secrets, work_dir) for kind in SCHEMES.values()},
     )
 
 

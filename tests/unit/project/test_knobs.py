@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.core.sampling import SamplingParams
+from inference_service.core.sampling import KNOBS, SamplingParams
 from inference_service.http.openai import chat_schema, schema
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.schema import CompletionBody
@@ -39,6 +39,12 @@ def test_every_field_of_a_request_has_a_bound_or_is_known_to_need_none() -> None
     assert BOUNDED | UNBOUNDED == REQUIRED
     assert not BOUNDED & UNBOUNDED
     assert {field.name for field in fields(SamplingParams)} <= REQUIRED
+
+
+def test_every_knob_is_in_every_api() -> None:
+    knobs = KNOBS.keys() - {"usual_temperature", "bad_words_token_ids"}
+    assert knobs <= set(pb.SamplingParams.DESCRIPTOR.fields_by_name)
+    assert all(knobs <= body.model_fields.keys() for body in (ChatBody, CompletionBody))
 
 
 def test_the_table_is_finite_where_a_number_is_no_length() -> None:
