@@ -490,6 +490,7 @@ def _problem(item: Any, flags: dict[str, object]) -> str:
     if item["type"] == "missing":
         return f"{spelled} is not set; set it, or give --{name.replace('_', '-')}"
     if item["type"] == "extra_forbidden":
-        return f"{spelled}: unknown setting"
+        near = nearest(name, {**BuilderSettings.model_fields, **InferenceSettings.model_fields})
+        return f"{name}: unknown setting" + (f", did you mean {near}?" if near else "")
     value = re.sub(r"//[^/]*@", "//***@", str(item["input"]).partition("-----BEGIN")[0])
     return f"{spelled}={value}: expected {expected_of(item['msg'])}"

@@ -112,7 +112,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(world: World, tmp_path: 
     assert "a" in str(refused.value)
     with pytest.raises(SettingsInvalid, match="one of the two"):
         LLM(world.deployment(), base=str(world.base))
-    with pytest.raises(SettingsInvalid, match="no-such-setting"):
+    with pytest.raises(SettingsInvalid, match="no_such_setting: unknown setting"):
         LLM(world.deployment(), store=store, no_such_setting=1)
     with pytest.raises(DeploymentInvalid):
         LLM(base="file:no repository")
