@@ -67,9 +67,8 @@ class DiskTier:
         self._folder = folder
         self._max_bytes = max_bytes
         self._tidying = threading.Lock()
-        self._lock = threading.Lock()
         self._bytes = 0
-        """Bytes on the disk, as far as this process knows."""
+        """Bytes on the disk at the last count, and what this process added since."""
         self._counted_s = -COUNT_EVERY_S
         self._refused = False
 
@@ -189,15 +188,11 @@ class DiskTier:
 
     def _remove(self, path: Path) -> None:
         """Let a bundle go: at once, under another name, whatever happens before all of it is removed."""
-        size = _size_of(path)
         try:
             with self._writing() as part, suppress(FileNotFoundError):  # another replica was faster
                 path.rename(part / path.name)
         except OSError as error:
             log.warning("cached bundle cannot be removed", folder=str(path), problem=error.strerror)
-            return
-        with self._lock:
-            self._bytes -= size
 
     def _make_room(self, added: int) -> None:
         """Count what was added; where it is too much, count everything, and remove the oldest.
@@ -206,23 +201,19 @@ class DiskTier:
         """
         with self._tidying:
             now = time.monotonic()
-            with self._lock:
-                self._bytes += added
-                due = self._bytes > self._max_bytes or now - self._counted_s > COUNT_EVERY_S
-            if not due:
+            self._bytes += added
+            if self._bytes <= self._max_bytes and now - self._counted_s <= COUNT_EVERY_S:
                 return
             self._counted_s = now
             found = sorted(self._cached_files())
-            total = sum(size for _, _, size in found)
-            with self._lock:
-                self._bytes = total
-            if total <= self._max_bytes:
+            self._bytes = sum(size for _, _, size in found)
+            if self._bytes <= self._max_bytes:
                 return
             for _, path, size in found:
-                if total <= self._max_bytes * FILL_TARGET:
+                if self._bytes <= self._max_bytes * FILL_TARGET:
                     return
                 self._remove(path)
-                total -= size
+                self._bytes -= size
 
     def _cached_files(self) -> Iterator[tuple[float, Path, int]]:
         """Yield when each bundle was used last, where it is, and its bytes."""

@@ -202,7 +202,6 @@ class BlockManager:
         if self.states is not None:
             self.states.release(seq)
         progress.num_computed = progress.num_full = progress.room = 0
-        progress.stop = NEVER
 
     def lost(self, seq: Sequence) -> int:
         """Rows that a sequence computes again when it gives up what it holds, if nobody needs it meanwhile."""

@@ -328,8 +328,7 @@ class StateSlots:
         """Give the states that the last step left, and whose tokens are known by now, slots of their own."""
         snapshots: dict[int, int] = {}
         for seq, slot, position in self._due:
-            if position > len(seq.progress.tokens) or not self.num_free:
-                continue
+            assert position <= len(seq.progress.tokens)
             key = prefix_key(seq, position // self._block_size - 1, self._block_size)
             if key not in self._snapshots:
                 self._snapshots[key] = self._take()

@@ -188,10 +188,10 @@ class Residency(Residents, Generic[P]):
         self._later.extend(adapters)
 
     def drop(self, adapter: Adapter) -> None:
-        """Let an adapter leave now, if it may, and be neither pinned nor prefetched any more."""
+        """Let an adapter leave now, if it may, and be neither pinned nor prefetched any more, nor known as failed."""
         entry = self._entries.get(adapter)
         if entry is not None:
-            entry.pinned = entry.prefetched = False
+            entry.pinned, entry.prefetched, entry.fault = False, False, None
             if not entry.held_fast and not entry.waiting:
                 self._evict(entry)
             self._reconsider(entry)
@@ -240,9 +240,10 @@ class Residency(Residents, Generic[P]):
                 self._load(entry)
         for entry in sorted(self._held, key=lambda each: ranks.get(each.adapter, _NOBODY)):
             self._give_place(entry, ranks)
-        for adapters in together:
-            if self._settle([self._entries[adapter] for adapter in adapters], ranks):
-                break
+        groups = ([self._entries[adapter] for adapter in adapters] for adapters in together)
+        lacking = next((group for group in groups if any(entry.starved for entry in group)), None)
+        if lacking is not None:
+            self._settle(lacking, ranks)
         if self._wait_s:
             self._end_copies(self._wait_s)
 
@@ -339,16 +340,12 @@ class Residency(Residents, Generic[P]):
                 "bytes beside the pinned ones. Unpin some, or raise LORAMUX_ADAPTER_MEMORY_GB."
             )
 
-    def _settle(self, group: list[Standing], ranks: Mapping[Adapter, Rank]) -> bool:
-        """See to adapters that are wanted together and lack places; False where they lack none.
+    def _settle(self, group: list[Standing], ranks: Mapping[Adapter, Rank]) -> None:
+        """See to adapters that are wanted together and lack places.
 
         They are a failure where they would have none even if all but the pinned ones left. Where nobody is in
         the way who must stay, they lie somewhere in the midst: all leave, and come back side by side.
         """
-        if not any(entry.starved for entry in group):
-            return False
-        if not all(entry.num_bytes for entry in group):
-            return True
         inside = set(group)
         stay = {entry.slot: entry for entry in self._by_slot.values() if entry.pinned}
         needed = sum(taken_by(entry.num_bytes) for entry in group if entry.slot not in stay)
@@ -358,14 +355,13 @@ class Residency(Residents, Generic[P]):
             self.failures.append(
                 (tuple(entry.adapter for entry in group), _no_room(needed, room, len(group), slots))
             )
-            return True
+            return
         rank = max(ranks.get(entry.adapter, _NOBODY) for entry in group)
         movable = [entry for entry in self._by_slot.values() if not entry.pinned]
         ages = self._ages(rank, ranks)
         if all(entry.slot in ages or (entry in inside and not entry.held_fast) for entry in movable):
             for entry in movable:
                 self._evict(entry)
-        return True
 
     def _copy(self, entry: Standing, offset: int) -> None:
         entry.slot, entry.offset = self._free_slots.pop(), offset
@@ -440,6 +436,7 @@ class Residency(Residents, Generic[P]):
     def _fail(self, entry: Standing, fault: Fault) -> None:
         """Note why a load failed; sequences that wait for it end, and a retry waits for a while."""
         self._let_fall(entry)
+        fault = fault.with_message(fault.message)  # its traceback would keep what was loaded
         entry.fault, entry.prefetched = fault, False
         entry.pause_s = min(max(FIRST_PAUSE_S, 2 * entry.pause_s), LAST_PAUSE_S)
         entry.retry_s = self._clock() + entry.pause_s

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.cases import cases
 from tests.support.root import ROOT
 from tests.support.tiny import World, make_world
 
@@ -31,98 +32,8 @@ def brings(extra: str, name: str) -> bool:
 
 
 NEEDS_TORCH = {extra for extra in EXTRAS if brings(extra, "inference")} | {"trl"}
-SERVE = """
-import json, subprocess, sys, loramux
-folder = sys.argv[2]
-command = [sys.argv[1] + "/loramux", "up", folder + "/tiny.yaml", "--json", "--store=file://" + folder]
-up = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-try:
-    document = ""
-    for line in up.stdout:
-        document += line
-        if line.startswith("}"):
-            break
-    with loramux.Client(json.loads(document)["inference"]) as client:
-        assert client.complete("wide", [5, 6, 7], max_tokens=4, ignore_eos=True).usage.completion_tokens == 4
-finally:
-    up.terminate()
-    up.wait()
-"""
-OFFLINE = """
-import sys, loramux
-with loramux.LLM(sys.argv[2] + "/tiny.yaml", store="file://" + sys.argv[2]) as llm:
-    [answer] = llm.generate([[5, 6, 7]], "wide", max_tokens=4, ignore_eos=True)
-    assert answer.usage.completion_tokens == 4
-"""
-ACTS = (
-    {
-        "": """
-import loramux.faults
-try:
-    loramux.Client("127.0.0.1:1").complete("a", "b")
-except loramux.faults.ServerUnavailable as fault:
-    assert "127.0.0.1:1" in str(fault)
-""",
-        "cli": """
-import json, subprocess, sys
-command = [sys.argv[1] + "/loramux", "keys", "new", "--scope", "infer", "--json"]
-assert json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["key"].startswith("lmx_")
-""",
-        "store": """
-import sys
-from loramux_shared.storage.open import open_store
-store = open_store(f"file://{sys.argv[2]}/store")
-store.put("a/b", b"c")
-assert store.get("a/b") == b"c"
-assert open_store("s3://bucket/prefix").uri == "s3://bucket/prefix"
-""",
-        "otel": """
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-with TracerProvider().get_tracer("a").start_as_current_span("b") as span:
-    assert span.get_span_context().is_valid
-OTLPSpanExporter()
-""",
-        "gcs": "import google.auth.credentials, requests; google.auth.credentials.AnonymousCredentials()",
-        "azure": """
-from azure.storage.blob import ContainerClient
-assert ContainerClient("https://a.blob.core.windows.net", "b").container_name == "b"
-""",
-        "signing": """
-import sys
-from pathlib import Path
-from loramux_shared.signatures import SigningKey; from loramux_signing.folder import verify_folder
-assert verify_folder; from loramux_signing.openssf import public_key, sign_folder
-from cryptography.hazmat.primitives import serialization as form
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-folder, key = Path(sys.argv[2]) / "wide", Path(sys.argv[2]) / "key.pem"
-form_of_key = form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()
-key.write_bytes(generate_private_key(SECP256R1()).private_bytes(*form_of_key))
-(key.parent / "model.sig").write_bytes(sign_folder(folder, SigningKey(key)))
-verify_folder(folder, key.parent / "model.sig", [public_key(SigningKey(key))])
-""",
-        "builder": """
-import subprocess, sys
-command = [sys.argv[1] + "/loramux", "check", sys.argv[2] + "/wide", "--base", sys.argv[2] + "/base"]
-assert "accepted" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-""",
-        "doctor": """
-import json, subprocess, sys
-command = [sys.argv[1] + "/loramux", "doctor", "--json"]
-assert "diagnosis" in json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
-""",
-        "fleet": """
-import loramux.faults
-try:
-    loramux.Client(["127.0.0.1:1", "127.0.0.1:2"]).complete("a", "b")
-except loramux.faults.ServerUnavailable as fault:
-    assert "none of 2 replicas" in str(fault)
-""",
-        "docs": "import mkdocs.__main__, material; mkdocs.__main__.cli(['--version'])",
-    }
-    | dict.fromkeys(NEEDS_TORCH, SERVE)
-    | {"offline": OFFLINE}
-)
+PROGRAMS = {extra: "\n".join(lines) for extra, lines in cases(__file__, "acts").items()}
+ACTS = dict.fromkeys(NEEDS_TORCH, PROGRAMS["inference"]) | PROGRAMS
 """What each extra is tried with: Python whose arguments are its bin/ and the folder of a tiny base."""
 
 

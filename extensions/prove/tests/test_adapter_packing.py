@@ -1,5 +1,7 @@
 """Adapters are proved beside the steps, once, before anything of them is handed out."""
 
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
@@ -12,6 +14,7 @@ from inference_service.models.decoder import Decoder
 from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.faults import ProofFailed
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.bundles import Loaded, load
@@ -52,9 +55,12 @@ def digest_of(store, name):
 
 
 def test_an_adapter_is_proved_once(world, loader_of):
-    """The first load replays its proof, a later one does not; both are packed alike."""
+    """Loads replay its proof until it passes, and later ones do not; all are packed alike."""
     store = world[1]
     loader, digest = loader_of(store), digest_of(store, "all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Packer, "prove", MagicMock(side_effect=ProofFailed("it answers otherwise")))
+        assert [type(load(loader, digest)) for _ in range(2)] == [ProofFailed] * 2
     with capture_logs() as logs:
         first, second = load(loader, digest), load(loader, digest)
     assert isinstance(first, Loaded)

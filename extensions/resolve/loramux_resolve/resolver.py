@@ -120,7 +120,8 @@ class Resolver:
                     await self._manager.load(name, repository)
         except Fault as fault:
             if not fault.is_passing:
-                self._refusals[requested] = (self._clock() + REMEMBERED_S, fault)
+                refusal = fault.with_message(fault.message)
+                self._refusals[requested] = (self._clock() + REMEMBERED_S, refusal)
                 while len(self._refusals) > REFUSALS:
                     self._refusals.popitem(last=False)
             log.warning(

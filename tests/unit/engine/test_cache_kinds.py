@@ -16,7 +16,7 @@ from inference_service.core.adapter import Adapter, activation
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import GONE, Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.blocks import StateSlots, prefix_key
+from inference_service.engine.blocks import BlockPool, StateSlots, prefix_key
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
@@ -257,6 +257,7 @@ def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) 
         assert sum(output.finish is not None for output in mine) == (seq_id not in aborted)
         assert len({output.num_cached for output in mine}) < 2
     assert all(group.pool.num_free == group.pool.num_blocks for group in manager.groups)
+    assert not engine._scheduler.lookup._expected
     if manager.states is not None:
         assert manager.states.num_free == manager.states.num_slots
 
@@ -290,6 +291,14 @@ def test_a_prefix_is_found_where_a_window_can_still_see_what_it_needs() -> None:
     assert all(manager.groups[0].knows(again, index) for index in range(10))
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_answer_is_found_by_the_next_turn(depth: int) -> None:
+    """Blocks that an answer filled are found up to its last token, whose row was never computed."""
+    engine, _, manager = Base(depth=depth).engine()
+    answered = _run(engine, manager, list(range(5)), new=4).progress.tokens
+    assert _run(engine, manager, [*answered, 1]).progress.num_cached == len(answered) - 1
+
+
 @pytest.mark.parametrize("snapshots", [None, 3])
 def test_after_a_failed_step_nothing_is_trusted(snapshots: int | None) -> None:
     """All sequences end once as FAILED, steps under way are dropped, and nothing of theirs is found."""
@@ -303,7 +312,9 @@ def test_after_a_failed_step_nothing_is_trusted(snapshots: int | None) -> None:
     engine.step()
     device.broken = False
     assert [output.finish for output in engine.fail_all()] == [EndReason.FAILED]
+    assert not engine._scheduler.step_times._under_way
     if manager.states is not None:
+        manager.release(failing)  # twice frees nothing twice
         manager.keep()
         assert manager.states.longest(failing, 7) == 0
         assert manager.states.num_free == manager.states.num_slots
@@ -329,12 +340,15 @@ def test_a_failing_step_loses_no_end_of_the_others() -> None:
 
 
 def test_a_deadline_ends_a_sequence_with_a_token_in_flight() -> None:
-    """A token that was drawn for an expired sequence is dropped, and its blocks come back."""
+    """A token that was drawn for an expired sequence is dropped, and its blocks come back; so for the next."""
     engine, _, manager = Base(depth=1).engine()
-    engine.add(Sequence("late", [1, 2], SamplingParams(max_tokens=9), deadline_s=1.0))
+    for name, deadline_s in (("later", 3.0), ("late", 1.0)):
+        engine.add(Sequence(name, [1, 2], SamplingParams(max_tokens=9), deadline_s=deadline_s))
     engine.step()
-    engine._clock = lambda: 2.0
-    assert [(output.seq_id, output.finish) for output in engine.step()] == [("late", EndReason.DEADLINE)]
+    for now_s, name in ((2.0, "late"), (4.0, "later")):
+        engine._clock = lambda now_s=now_s: now_s
+        ended = [(output.seq_id, output.finish) for output in engine.step() if output.finish]
+        assert ended == [(name, EndReason.DEADLINE)]
     assert engine.idle
     assert manager.groups[0].pool.num_free == manager.groups[0].pool.num_blocks
 
@@ -389,6 +403,35 @@ def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed()
     assert blocks.still_refused(head)
     blocks.release(other)
     assert not blocks.still_refused(head)
+
+
+def test_the_state_that_was_reached_longest_ago_leaves_first() -> None:
+    """A state that is reached again without being found stays as one that is used does."""
+    blocks = BlockManager(9, BLOCK, states=StateSlots(3, BLOCK, 1))
+    for token in (1, 2, 1, 3):
+        seq = Sequence(str(next(_ids)), [token] * 5, SamplingParams(prompt_logprobs=0))
+        assert blocks.start(seq)
+        seq.progress.num_computed = BLOCK
+        blocks.register(seq)
+        blocks.keep()
+        blocks.release(seq)
+    assert [blocks.start(seq) and seq.progress.num_computed for seq in map(_seq, ([2] * 5, [1] * 5))] == [0, BLOCK]
+
+
+def test_blocks_that_nobody_can_find_are_handed_out_first() -> None:
+    """Blocks without a key go before those that hold a known prefix, however late they became free."""
+    pool = BlockPool(4)
+    blocks = [pool.take() for _ in range(4)]
+    for key, block in enumerate(blocks[:3]):
+        pool.note(key, block)
+        pool.release(block)
+    pool.note(1, blocks[3])
+    assert pool.take() == blocks[1]
+    pool.forget(2)
+    assert pool.take() == blocks[2]
+    for block in (blocks[3], blocks[2]):
+        pool.release(block)
+    assert pool.take() == blocks[2]
 
 
 def test_a_prefix_that_was_computed_again_stays_known() -> None:

@@ -66,12 +66,13 @@ class World:
 @pytest.mark.parametrize("fields", [{}, {"pooling": Pooling.LAST}], ids=["answer", "vector"])
 def test_it_fails_and_nothing_of_it_is_found(fields: dict[str, object]) -> None:
     """A failed prompt leaves no blocks and states; those of other prompts with the same tokens stay."""
-    world = World(states=StateSlots(12, 4, 1))
+    states = StateSlots(12, 4, 1)
+    world = World(states=states)
     assert world.reason("good", world.good, **fields) == ""
-    retained = world.blocks.stats.hit
+    retained = world.blocks.stats.hit, list(states._snapshots)
     for _ in range(2):
         assert world.reason("bad", world.bad, **fields) == "NUMERICS"
-    assert world.blocks.stats.hit == retained
+    assert (world.blocks.stats.hit, list(states._snapshots)) == retained
     assert world.ask("good", world.good, **fields).num_cached == 12
     assert world.blocks.num_free == world.blocks.num_blocks
 

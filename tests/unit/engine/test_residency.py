@@ -284,6 +284,10 @@ def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
     assert world.resident() == {0, 1, 2}
     assert world.residency.settled
     assert world.residency.stats.evictions == 0
+    world.residency.prefetch(world.adapters[0])
+    world.answer(3)
+    assert world.resident() == {1, 2, 3}
+    assert len(world.loader.loaded) == len(world.adapters) + 1  # one that left does not come back by itself
 
 
 @pytest.mark.parametrize("what", ["copy", "enter"])
@@ -295,6 +299,11 @@ def test_a_bank_that_refuses_an_adapter_fails_that_one_alone(what: str) -> None:
     assert world.ends[bad.id].fault is not None
     assert world.ends[good.id].finish is EndReason.LENGTH
     assert world.residency.num_bytes == UNIT
+    failure = world.residency.standing(world.adapters[0]).failure
+    assert failure is not None
+    assert failure.__traceback__ is None  # which would hold its matrices
+    world.residency.drop(world.adapters[0])
+    assert world.residency.standing(world.adapters[0]).failure is None
 
 
 def test_a_failed_load_ends_those_who_wait_and_nobody_else() -> None:
@@ -385,6 +394,40 @@ def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() 
     assert {world.ends[each.id].finish for each in (one, other)} == {EndReason.LENGTH}
 
 
+def test_the_least_urgent_adapter_leaves_first() -> None:
+    """One that nobody waits for leaves before those that are waited for, and none for a less urgent one."""
+    world = World(3, [1] * 6)
+    world.answer(0, 1, 2)
+    ranks = {world.adapters[number]: (float(rank), (0, 0)) for number, rank in {0: 2, 1: 3, 3: 0, 4: 1, 5: 9}.items()}
+    for adapter in ranks:
+        world.residency.want(adapter)
+    for _ in range(4):
+        world.residency.bring_in(ranks)
+        while world.loader.begun:
+            world.loader.end_one()
+        while world.commands:
+            world.commands.popleft()()
+    assert world.resident() == {0, 3, 4}
+
+
+def test_a_failed_step_holds_no_adapter() -> None:
+    """Steps under way are over when one fails, and what they read may leave."""
+    world = World(1, [1, 1], depth=1)
+    world.ask(0, new=9)
+    world.run(4)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError
+
+    read, world.bank.read = world.bank.read, broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        world.step(2)
+    world.bank.read = read  # type: ignore[method-assign]
+    world.engine.fail_all()
+    world.answer(1)
+    assert world.resident() == {1}
+
+
 def test_users_far_ahead_do_not_take_a_place_in_turns_that_another_waits_for() -> None:
     world = World(1, [1, 1], seqs=2)
     for user in "abcdef":
@@ -409,7 +452,10 @@ def test_no_stream_makes_room_while_an_adapter_leaves() -> None:
 
 
 def test_slots_are_as_many_as_there_are() -> None:
-    """A full table of slots evicts one even where bytes are free."""
+    """A full table of slots evicts one even where bytes are free, and no more where it makes room itself."""
+    world = World(4, [1, 3, 3], slots=2)
+    world.answer(0, 1, 2)
+    assert world.resident() == {0, 2}
     world = World(10, [1, 1, 1], slots=2)
     world.answer(0, 1, 2, 2)
     assert world.resident() == {1, 2}
@@ -433,7 +479,9 @@ def test_an_engine_sleeps_while_loads_are_on_their_way() -> None:
     world.loader.broken = {world.adapters[-1].digest}
     world.residency.pin(world.adapters[-1])
     world.settle()
-    for number in range(LOADS + 1):
+    world.ask(0)
+    world.step()
+    for number in range(1, LOADS + 1):
         world.ask(number)
     world.now_s += FIRST_PAUSE_S
     world.step()
@@ -503,4 +551,5 @@ def test_every_request_ends_once_on_its_own_digest(actions, sizes, units, depth,
     for adapter in world.adapters:
         world.residency.drop(adapter)
     assert world.residency.num_bytes == 0
-    assert not world.bank.slots
+    assert world.residency.settled
+    assert not (world.bank.slots or world.residency._packed or world.residency.standings())

@@ -1,6 +1,7 @@
 """Scheduling: budgets, fairness, preemption. No model: a step gives every sampled sequence one token."""
 
 import itertools
+import math
 from collections import Counter
 from typing import Any
 
@@ -148,6 +149,9 @@ def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blo
     ends += list(_drain(engine))
     assert sorted(ends) == sorted(set(added) - aborted)
     assert blocks.num_free == blocks.num_blocks
+    assert not engine._scheduler.num_waiting
+    numbers = {"lowest", "_smallest"}
+    assert {name for name, left in vars(engine._scheduler.queues).items() if left} <= numbers
     for batch in runner.batches:
         assert batch.num_tokens <= 16
         assert len(batch.chunks) <= 4
@@ -194,6 +198,18 @@ def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
         engine.step()
     rows = sum(chunk.length for batch in runner.batches for chunk in batch.chunks)
     assert MOST_CREDIT < runner.again <= rows * TWICE + MOST_CREDIT
+
+
+def test_few_take_seats_of_others_in_a_step() -> None:
+    """Of many that wait for seats two may ask in a step: one on adapters under way, and one on others."""
+    engine, _, _ = _engine(max_seqs=8, max_adapters=9, max_tokens=64, blocks=2000)
+    engine._scheduler._credit = -math.inf  # nobody comes first because it is new
+    _add(engine, *(_seq(2, 200, flow="ahead") for _ in range(8)))
+    engine.step()
+    _add(engine, *(_seq(2, 200, max(0, number), flow=f"{number}") for number in range(-3, 5)))
+    preempted = [engine.stats.preemptions for _ in range(40) if engine.step() is not None]
+    assert preempted[-1] == 8
+    assert max(after - before for before, after in itertools.pairwise(preempted)) == 2
 
 
 def test_a_queue_runs_at_most_its_share() -> None:
