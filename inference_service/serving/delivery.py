@@ -143,7 +143,6 @@ class Delivery:
     def add(self, stream: Outputs, *, urgent: bool) -> None:
         """Let a stream wait for its turn; `begin` follows."""
         if urgent:
-            self._others.pop(stream, None)
             self._urgent[stream] = None
         elif stream not in self._urgent:
             self._others[stream] = None

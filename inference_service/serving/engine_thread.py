@@ -299,7 +299,6 @@ class EngineThread:
         while True:
             until_s = self._engine.resting_until_s if self._resting else self._engine.idle_until_s
             if self._inbox.receive(until_s - time.monotonic()):
-                self._send(self._engine.fail_all())
                 return None
             with watchdog:
                 try:

@@ -4,13 +4,14 @@ import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence
 from inference_service.serving import engine_thread
-from inference_service.serving.engine_thread import PROBE_PAUSES_S, EngineThread, PauseMode
+from inference_service.serving.engine_thread import LOOK_S, PROBE_PAUSES_S, EngineThread, PauseMode
 from inference_service.serving.watchdog import Watchdog
 from loramux_shared.faults import QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown
 from tests.support.waiting import ended, until
@@ -40,6 +41,10 @@ async def test_what_others_held_for_a_moment_is_waited_for(threads: Threads, pau
     assert await end(submit(thread)) is EndReason.FAILED
     assert await end(submit(thread)) is EndReason.LENGTH
     assert pauses == list(PROBE_PAUSES_S)
+    assert device.prompts == [3, 1, 1, 3]  # a probe that failed leaves nothing
+    thread._inbox.post = MagicMock(wraps=thread._inbox.post)  # type: ignore[method-assign]
+    assert await end(submit(thread)) is EndReason.LENGTH
+    assert thread._inbox.post.call_count == 1  # what ended by itself is not aborted too
 
 
 def _gone(batch: Batch) -> None:
@@ -188,6 +193,24 @@ async def test_what_is_under_way_may_end_first(threads: Threads, called_off: boo
     assert (task.done(), late.done()) == (not called_off, False)
     thread.resume()
     assert await asyncio.gather(task, late) == [EndReason.LENGTH] * 2
+
+
+async def test_what_leaves_while_others_end_is_neither_waited_for_nor_begun(threads: Threads) -> None:
+    """A request that came during the pause and left does not end it, and the engine never has it."""
+    device, thread, task, pause = await _pausing(threads, PauseMode.WAIT)
+    for _ in range(2):
+        late = submit(thread)
+        await asyncio.sleep(2 * LOOK_S)
+        late.close()
+    last = submit(thread)
+    await asyncio.sleep(2 * LOOK_S)
+    assert not pause.done()
+    last.close()
+    thread.resume()
+    device.go.set()
+    assert await task is EndReason.LENGTH
+    await _passes(thread)
+    assert len(device.prompts) == 1
 
 
 @pytest.mark.parametrize("mode", [PauseMode.KEEP, PauseMode.WAIT])

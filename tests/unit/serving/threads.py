@@ -28,9 +28,12 @@ class Device:
         self.held_from = held_from
         self.go = threading.Event()
         self.before_step: Callable[[Batch], object] = lambda _: None
+        self.prompts: list[int] = []
+        """Tokens of those that began."""
 
     def submit(self, batch: Batch) -> Pending:
         self.steps += 1
+        self.prompts += [chunk.length for chunk in batch.chunks if not chunk.seq.progress.num_computed]
         self.before_step(batch)
         if self.steps >= self.held_from:
             assert self.go.wait(BOUND_S), "a step was never let go"
