@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -305,6 +306,15 @@ def test_what_a_step_takes_without_drafts_stays_known() -> None:
     _run(_drafting(machine, 1), 3 * LOOK_WITHOUT_DRAFTS)
     rows = [sum(chunk.drafted for chunk in batch.chunks) for batch in machine.batches[11:]]
     assert 2 <= rows.count(0) <= 4
+
+
+def test_streams_that_nothing_is_drafted_for_are_looked_at_in_few_steps() -> None:
+    """Of 32 streams in which nothing comes twice, each is looked at in every third step."""
+    engine = _drafting(Machine(text=lambda _, position: position), 32)
+    _run(engine, 9)
+    engine._scheduler.lookup.expect = MagicMock(wraps=engine._scheduler.lookup.expect)  # type: ignore[method-assign]
+    _run(engine, 30)
+    assert engine._scheduler.lookup.expect.call_count == 32 * 30 / 3
 
 
 def test_the_background_takes_part_as_far_as_it_is_known_to_cost_little() -> None:
