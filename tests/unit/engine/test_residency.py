@@ -360,6 +360,14 @@ def test_an_adapter_that_is_no_longer_wanted_takes_no_place() -> None:
     world.settle()
     assert not world.resident()
     assert world.residency.settled
+    world = World(1, [1, 1])
+    world.ask(0, new=300)
+    world.run(4)
+    seq = world.ask(1)
+    world.run(2)
+    assert not world.residency.settled  # it is here, and waits for the only place
+    world.abort(seq)
+    assert world.residency.settled
 
 
 def test_a_model_that_waited_for_its_adapter_has_saved_nothing() -> None:
@@ -408,6 +416,7 @@ def test_the_least_urgent_adapter_leaves_first() -> None:
         while world.commands:
             world.commands.popleft()()
     assert world.resident() == {0, 3, 4}
+    assert world.residency.stats.evictions == 2
 
 
 def test_a_failed_step_holds_no_adapter() -> None:
