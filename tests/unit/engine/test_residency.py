@@ -284,10 +284,10 @@ def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
     assert world.resident() == {0, 1, 2}
     assert world.residency.settled
     assert world.residency.stats.evictions == 0
-    world.residency.prefetch(world.adapters[0])
-    world.answer(3)
-    assert world.resident() == {1, 2, 3}
-    assert len(world.loader.loaded) == len(world.adapters) + 1  # one that left does not come back by itself
+    world.residency.prefetch(world.adapters[1])
+    world.answer(3, 4)
+    assert world.resident() == {2, 3, 4}
+    assert len(world.loader.loaded) == len(world.adapters) + 2  # those that left do not come back by themselves
 
 
 @pytest.mark.parametrize("what", ["copy", "enter"])
