@@ -415,7 +415,8 @@ def test_the_state_that_was_reached_longest_ago_leaves_first() -> None:
         blocks.register(seq)
         blocks.keep()
         blocks.release(seq)
-    assert [blocks.start(seq) and seq.progress.num_computed for seq in map(_seq, ([2] * 5, [1] * 5))] == [0, BLOCK]
+    found = [_seq([token] * 5) for token in (2, 1)]
+    assert [blocks.start(seq) and seq.progress.num_computed for seq in found] == [0, BLOCK]
 
 
 def test_blocks_that_nobody_can_find_are_handed_out_first() -> None:

@@ -406,7 +406,8 @@ def test_the_least_urgent_adapter_leaves_first() -> None:
     """One that nobody waits for leaves before those that are waited for, and none for a less urgent one."""
     world = World(3, [1] * 6)
     world.answer(0, 1, 2)
-    ranks = {world.adapters[number]: (float(rank), (0, 0)) for number, rank in {0: 2, 1: 3, 3: 0, 4: 1, 5: 9}.items()}
+    order = (3, 4, 0, 1, 5)
+    ranks = {world.adapters[number]: (float(rank), (0, 0)) for rank, number in enumerate(order)}
     for adapter in ranks:
         world.residency.want(adapter)
     for _ in range(4):
@@ -561,4 +562,4 @@ def test_every_request_ends_once_on_its_own_digest(actions, sizes, units, depth,
         world.residency.drop(adapter)
     assert world.residency.num_bytes == 0
     assert world.residency.settled
-    assert not (world.bank.slots or world.residency._packed or world.residency.standings())
+    assert not [*world.bank.slots, *world.residency._packed, *world.residency.standings()]
