@@ -188,7 +188,7 @@ class Residency(Residents, Generic[P]):
         self._later.extend(adapters)
 
     def drop(self, adapter: Adapter) -> None:
-        """Let an adapter leave now, if it may, and be neither pinned, prefetched nor known as failed any more."""
+        """Let an adapter leave now, if it may; it is not pinned, prefetched or known as failed any more."""
         entry = self._entries.get(adapter)
         if entry is not None:
             entry.pinned, entry.prefetched, entry.fault = False, False, None

@@ -7,6 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -425,14 +426,9 @@ def test_a_failed_step_holds_no_adapter() -> None:
     world = World(1, [1, 1], depth=1)
     world.ask(0, new=9)
     world.run(4)
-
-    def broken(*_: object) -> None:
-        raise RuntimeError
-
-    read, world.bank.read = world.bank.read, broken  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(world.bank, "read", MagicMock(side_effect=RuntimeError))
         world.step(2)
-    world.bank.read = read  # type: ignore[method-assign]
     world.engine.fail_all()
     world.answer(1)
     assert world.resident() == {1}
