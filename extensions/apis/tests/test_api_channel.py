@@ -3,13 +3,16 @@
 import asyncio
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence
 from loramux_apis import host, messages
 from loramux_apis.channel import MOST_UNREAD, Channel
-from loramux_apis.host import ApiHost, ApiPeer
+from loramux_apis.host import ApiHost, ApiPeer, RelayedOutputs
+from loramux_apis.remote import HERE
 from loramux_shared.faults import Fault, ReplicaFailed, RequestInvalid
 from tests.apart import Loopback, connect
 from tests.support.silent import silent_service
@@ -83,6 +86,22 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
     one.say("out", [])
     await until(lambda: lost, "the end of the channel")
     assert not one.is_open
+
+
+async def test_a_process_that_is_lost_leaves_nothing() -> None:
+    """Its sequences are let go, its requests leave the limits, and none of them is in work any more."""
+    engine, closed, left = MagicMock(), list[str](), MagicMock()
+    engine.service.in_work = 5
+    peer = ApiPeer(engine, lost := MagicMock())
+    seqs = [Sequence(name, [5], SamplingParams()) for name in "ab"]
+    outputs = peer._open[7] = RelayedOutputs(seqs, closed.append, peer, 7, HERE)
+    outputs.leave = left
+    peer._count(2, [], [], {})
+    assert engine.service.in_work == 7
+    peer.channel.connection_lost(None)
+    assert (closed, peer._open, engine.service.in_work) == (["a", "b"], {}, 5)
+    for each in (left, lost):
+        each.assert_called_once_with()
 
 
 async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path, monkeypatch) -> None:
