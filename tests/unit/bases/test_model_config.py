@@ -83,48 +83,25 @@ def test_the_text_decoder_of_a_model_with_images():
         read_fields(config | {"text_config": [1]})
 
 
-COMPRESSED, MIXED, GPTQ, NF4 = (cases(__file__, name) for name in ("COMPRESSED", "MIXED", "GPTQ", "NF4"))
+CONFIGS = cases(__file__, "READ")
+"""Their `quantization_config`."""
 GROUPS_OF_128 = WeightScheme("int4", 1, 128)
 WITH_ZEROS = WeightScheme("int4", 1, 128, zero_points=True)
 PER_TENSOR, PER_ROW = WeightScheme("fp8"), WeightScheme("fp8", rows=1)
-READ: dict[str, tuple[dict[str, Any], Quantization]] = {
-    "Qwen3 FP8": (
-        {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
-        Quantization("fp8", (WeightScheme("fp8", 128, 128), PER_TENSOR, PER_ROW), rounds_activations=True),
+READ: dict[str, Quantization] = {
+    "Qwen3 FP8": Quantization(
+        "fp8", (WeightScheme("fp8", 128, 128), PER_TENSOR, PER_ROW), rounds_activations=True
     ),
-    "Ministral 3": (
-        {"activation_scheme": "static", "quant_method": "fp8", "weight_block_size": None},
-        Quantization("fp8", (PER_TENSOR, PER_ROW), rounds_activations=True),
-    ),
-    "Llama 3.1 FP8": (
-        {"activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"], "quant_method": "fbgemm_fp8"},
-        Quantization("fp8", (PER_ROW,), rounds_activations=True),
-    ),
-    "W4A16": (COMPRESSED, Quantization("compressed-tensors", (GROUPS_OF_128,))),
-    "groups": (MIXED, Quantization("compressed-tensors", (GROUPS_OF_128, PER_ROW), rounds_activations=True)),
-    "GPTQ": (GPTQ, Quantization("gptq", (WITH_ZEROS,), columns_are_ordered=True, zeros_less_one=True)),
-    "gptqmodel": (
-        GPTQ
-        | {
-            "desc_act": False,
-            "checkpoint_format": "gptq_v2",
-            "dynamic": {"+:.*down.*": {"bits": 8}, "-:x": {}},
-        },
-        Quantization("gptq", (WITH_ZEROS, WeightScheme("int8", 1, 128, zero_points=True))),
-    ),
-    "AWQ": (
-        {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "GEMM", "zero_point": True},
-        Quantization("awq", (WITH_ZEROS,)),
-    ),
-    "nf4": (NF4, Quantization("bitsandbytes", (WeightScheme("nf4"),))),
-    "int8": (
-        {"load_in_8bit": True, "llm_int8_threshold": 6.0},
-        Quantization("bitsandbytes", (WeightScheme("int8", rows=1),), rounds_activations=True),
-    ),
-    "gpt-oss": (
-        {"modules_to_not_convert": ["model.layers.*.self_attn"], "quant_method": "mxfp4"},
-        Quantization("mxfp4", (WeightScheme("mxfp4", 1, 32),)),
-    ),
+    "Ministral 3": Quantization("fp8", (PER_TENSOR, PER_ROW), rounds_activations=True),
+    "Llama 3.1 FP8": Quantization("fp8", (PER_ROW,), rounds_activations=True),
+    "W4A16": Quantization("compressed-tensors", (GROUPS_OF_128,)),
+    "groups": Quantization("compressed-tensors", (GROUPS_OF_128, PER_ROW), rounds_activations=True),
+    "GPTQ": Quantization("gptq", (WITH_ZEROS,), columns_are_ordered=True, zeros_less_one=True),
+    "gptqmodel": Quantization("gptq", (WITH_ZEROS, WeightScheme("int8", 1, 128, zero_points=True))),
+    "AWQ": Quantization("awq", (WITH_ZEROS,)),
+    "nf4": Quantization("bitsandbytes", (WeightScheme("nf4"),)),
+    "int8": Quantization("bitsandbytes", (WeightScheme("int8", rows=1),), rounds_activations=True),
+    "gpt-oss": Quantization("mxfp4", (WeightScheme("mxfp4", 1, 32),)),
 }
 
 
@@ -134,13 +111,13 @@ def read(config: Any) -> ModelConfig:
 
 @pytest.mark.parametrize("name", READ)
 def test_what_a_config_says_is_read(name: str) -> None:
-    config, expected = READ[name]
+    config, expected = CONFIGS[name], READ[name]
     assert read(config).quantization == expected
 
 
 def test_the_old_name_of_compressed_tensors_is_read_too() -> None:
-    found = read_fields(BASE_CONFIG | {"compression_config": COMPRESSED})
-    assert found.quantization == READ["W4A16"][1]
+    found = read_fields(BASE_CONFIG | {"compression_config": CONFIGS["W4A16"]})
+    assert found.quantization == READ["W4A16"]
 
 
 @pytest.mark.parametrize(("config", "expected"), cases(__file__, "test_what_is_not_read_is_refused_by_name"))
@@ -151,7 +128,7 @@ def test_what_is_not_read_is_refused_by_name(config: Any, expected: str) -> None
 
 def test_what_widening_takes_is_reported() -> None:
     """Reports the bytes of the files where they are known; a base that is served as stored has no report."""
-    model = read(GPTQ)
+    model = read(CONFIGS["GPTQ"])
     reported = widening(model, 1_234_567_890, "bfloat16")
     assert reported.startswith("widened from gptq (int4) at load: 1.2 GB in the files, ")
     assert "in the files" not in widening(model, None, "float32")
