@@ -100,8 +100,7 @@ async def test_a_process_that_is_lost_leaves_nothing() -> None:
     assert engine.service.in_work == 7
     peer.channel.connection_lost(None)
     assert (closed, peer._open, engine.service.in_work) == (["a", "b"], {}, 5)
-    for each in (left, lost):
-        each.assert_called_once_with()
+    assert left.call_count == lost.call_count == 1
 
 
 async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path, monkeypatch) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -300,8 +301,7 @@ def test_a_bank_that_refuses_an_adapter_fails_that_one_alone(what: str) -> None:
     assert world.ends[bad.id].fault is not None
     assert world.ends[good.id].finish is EndReason.LENGTH
     assert world.residency.num_bytes == UNIT
-    failure = world.residency.standing(world.adapters[0]).failure
-    assert failure is not None
+    failure: Any = world.residency.standing(world.adapters[0]).failure
     assert failure.__traceback__ is None  # which would hold its matrices
     world.residency.drop(world.adapters[0])
     assert world.residency.standing(world.adapters[0]).failure is None

@@ -150,8 +150,7 @@ def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blo
     assert sorted(ends) == sorted(set(added) - aborted)
     assert blocks.num_free == blocks.num_blocks
     assert not engine._scheduler.num_waiting
-    numbers = {"lowest", "_smallest"}
-    assert {name for name, left in vars(engine._scheduler.queues).items() if left} <= numbers
+    assert {name for name, left in vars(engine._scheduler.queues).items() if left} <= {"lowest", "_smallest"}
     for batch in runner.batches:
         assert batch.num_tokens <= 16
         assert len(batch.chunks) <= 4
