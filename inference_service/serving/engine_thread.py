@@ -75,15 +75,16 @@ LOOK_S: Final = 0.02
 
 
 class Held:
-    """First sequences of requests that came while those before them run to their ends."""
+    """First sequences of requests that came while those before them run to their ends, by their ids."""
 
     def __init__(self) -> None:
-        self.seqs: list[Sequence] = []
+        self.seqs: dict[str, Sequence] = {}
 
     def late(self, now_s: float) -> list[Sequence]:
         """Take out those whose deadline has passed."""
-        late = [seq for seq in self.seqs if seq.deadline_s is not None and seq.deadline_s <= now_s]
-        self.seqs = [seq for seq in self.seqs if seq not in late]
+        late = [seq for seq in self.seqs.values() if seq.deadline_s is not None and seq.deadline_s <= now_s]
+        for seq in late:
+            del self.seqs[seq.id]
         return late
 
 
@@ -208,7 +209,7 @@ class EngineThread:
         self._under_way |= {seq.id for seq in seqs}
         self._delivery.came = True
         if self._held is not None:
-            self._held.seqs.append(seqs[0])
+            self._held.seqs[seqs[0].id] = seqs[0]
         else:
             self._begin(seqs[0])
         return outputs
@@ -252,18 +253,21 @@ class EngineThread:
     async def _until_ended(self) -> None:
         """Wait until the requests that are under way have ended; hold those back that come meanwhile."""
         held = self._held = self._held or Held()
-        while self._held is held and len(self._streams) > len(held.seqs) and self._stopped is None:
+        while self._held is held and self._has_others(held) and self._stopped is None:
             for seq in held.late(time.monotonic()):
                 self._deliver({seq.id: [StepOutput(seq.id, None, EndReason.DEADLINE)]})
-            held.seqs = [seq for seq in held.seqs if seq.id in self._streams]
             await asyncio.sleep(LOOK_S)
         self._let_in()
 
+    def _has_others(self, held: Held) -> bool:
+        """Return True if a request is open that is not held back; one that is may have several sequences."""
+        waiting = {self._streams[seq_id] for seq_id in held.seqs}
+        return not waiting.issuperset(self._streams.values())
+
     def _let_in(self) -> None:
         held, self._held = self._held, None
-        for seq in held.seqs if held is not None else ():
-            if seq.id in self._streams:
-                self._begin(seq)
+        for seq in held.seqs.values() if held is not None else ():
+            self._begin(seq)
 
     def _rest(self, rested: asyncio.Future[None]) -> None:
         self._resting = True
@@ -278,6 +282,8 @@ class EngineThread:
 
     def _close(self, seq_id: str) -> None:
         del self._streams[seq_id]
+        if self._held is not None:
+            self._held.seqs.pop(seq_id, None)
         if seq_id in self._under_way:  # else it ended by itself, and the thread need not wake
             self._under_way.remove(seq_id)
             self._inbox.post(partial(self._engine.abort, seq_id))

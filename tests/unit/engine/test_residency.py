@@ -426,9 +426,10 @@ def test_a_failed_step_holds_no_adapter() -> None:
     world = World(1, [1, 1], depth=1)
     world.ask(0, new=9)
     world.run(4)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world.bank, "read", MagicMock(side_effect=RuntimeError))
-        world.step(2)
+        with pytest.raises(RuntimeError):
+            world.step(2)
     world.engine.fail_all()
     world.answer(1)
     assert world.resident() == {1}

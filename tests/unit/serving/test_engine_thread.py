@@ -184,7 +184,7 @@ async def test_what_is_under_way_is_ended_on_request(threads: Threads) -> None:
 async def test_what_is_under_way_may_end_first(threads: Threads, called_off: bool) -> None:
     """The pause returns after the running requests, or when cancelled; later ones continue afterwards."""
     device, thread, task, pause = await _pausing(threads, PauseMode.WAIT)
-    late = asyncio.create_task(end(submit(thread)))
+    late = asyncio.create_task(end(submit(thread, n=2)))
     if called_off:
         thread.resume()
         await pause
@@ -197,7 +197,7 @@ async def test_what_is_under_way_may_end_first(threads: Threads, called_off: boo
 
 async def test_what_leaves_while_others_end_is_neither_waited_for_nor_begun(threads: Threads) -> None:
     """A request that came during the pause and left does not end it, and the engine never has it."""
-    device, thread, task, pause = await _pausing(threads, PauseMode.WAIT)
+    device, thread, task, _ = await _pausing(threads, PauseMode.WAIT)
     for _ in range(2):
         late = submit(thread)
         await asyncio.sleep(2 * LOOK_S)

@@ -78,9 +78,11 @@ class Threads:
                 assert await thread.stop() == self.why
 
 
-def submit(thread: EngineThread, prompt: int = 3, new: int = 2, deadline_s: float | None = None) -> Outputs:
-    sampling = SamplingParams(max_tokens=new)
-    return thread.submit([Sequence(f"{next(_ids)}", [5] * prompt, sampling, deadline_s=deadline_s)])
+def submit(
+    thread: EngineThread, prompt: int = 3, new: int = 2, deadline_s: float | None = None, n: int = 1
+) -> Outputs:
+    prompts, sampling = [[5] * prompt] * n, SamplingParams(max_tokens=new)
+    return thread.submit([Sequence(f"{next(_ids)}", each, sampling, deadline_s=deadline_s) for each in prompts])
 
 
 async def following(outputs: Outputs) -> list[StepOutput]:
