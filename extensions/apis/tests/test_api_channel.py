@@ -1,9 +1,10 @@
 """Messages between the engine's process and API processes."""
 
 import asyncio
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 
@@ -12,7 +13,7 @@ from inference_service.core.sequence import Sequence
 from loramux_apis import host, messages
 from loramux_apis.channel import MOST_UNREAD, Channel
 from loramux_apis.host import ApiHost, ApiPeer, RelayedOutputs
-from loramux_apis.remote import HERE
+from loramux_apis.remote import HERE, RemoteEngine
 from loramux_shared.faults import Fault, ReplicaFailed, RequestInvalid
 from tests.apart import Loopback, connect
 from tests.support.silent import silent_service
@@ -68,11 +69,14 @@ async def test_what_is_asked_is_answered_refused_or_cancelled() -> None:
     await until(lambda: other._working, "the call")
     waiting.cancel()
     await until(given_up.is_set, "the peer's end of it")
+    given_up.clear()
     last = asyncio.ensure_future(one.ask("wait"))
     await until(lambda: other._working, "another call")
     other.close()
     with pytest.raises(ReplicaFailed):
         await last
+    await until(given_up.is_set, "the end of what a lost peer asked for")
+    assert not one._waiting
     await until(lambda: lost == [True], "word of the loss")
     with pytest.raises(ReplicaFailed):
         await one.ask("double", 4)
@@ -101,6 +105,18 @@ async def test_a_process_that_is_lost_leaves_nothing() -> None:
     peer.channel.connection_lost(None)
     assert (closed, peer._open, engine.service.in_work) == (["a", "b"], {}, 5)
     assert left.call_count == lost.call_count == 1
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_an_api_process_forgets_what_has_ended(refused: bool) -> None:
+    """A request that leaves, or is refused, is dropped at the engine too, and nothing of it stays."""
+    engine = RemoteEngine(8)
+    engine.channel = MagicMock(ask=AsyncMock(side_effect=RequestInvalid("not so.") if refused else None))
+    seqs = [Sequence(name, [5], SamplingParams()) for name in "ab"]
+    with pytest.raises(RequestInvalid) if refused else nullcontext():
+        (await engine.submit(seqs)).close()
+    assert not engine._open
+    assert sorted(each.args for each in engine.channel.say.call_args_list) == [("drop", 0, 0), ("drop", 0, 1)]
 
 
 async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path, monkeypatch) -> None:

@@ -62,8 +62,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self._open: set[asyncio.Task[Any]] = set()
         self._reading: set[asyncio.Timeout] = set()
         self._writing: dict[asyncio.Task[Any], tuple[asyncio.Timeout, float]] = {}
-        self._ended = False
         """Since when a message waits for its client to make room."""
+        self._ended = False
         self._looking = False
         self._idle = asyncio.Event()
         self._idle.set()
