@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from inference_service.kernels.sgmv import Group, SegmentCapacity, Segments, Slices, pack_segments, pack_table
+from tests.support.cases import cases
 
 
 @given(
@@ -71,19 +72,7 @@ def test_a_table_is_packed_without_gaps() -> None:
     assert table.tolist() == [[[4, 0, 64, 0], [0, 64, 192, 0]], [[8, 192, 352, 0], [2, 320, 608, 0]]]
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ((1, 0, [17, 4, 128, 0]), "slot 1 has a rank outside 0..16"),
-        ((0, 1, [16, 4, 0, 0]), "slot 0 has more than 16 rows"),
-        ((1, 0, [8, 528, 384, 0]), "slot 1 has rows of A outside of 640 elements"),
-        ((1, 1, [2, 320, 624, 0]), "slot 1 has a block of B outside of 640 elements"),
-        ((1, 1, [2, 320, 600, 0]), "slot 1 has matrices not at multiples of 16"),
-        ((1, 0, [8, 200, 352, 0]), "slot 1 has matrices not at multiples of 16"),
-        ((1, 0, [8, 192, 352, 592]), "slot 1 has vectors outside of 640 elements"),
-        ((1, 1, [0, 0, 0, 40]), "slot 1 has vectors not at multiples of 16"),
-    ],
-)
+@pytest.mark.parametrize(("entry", "message"), cases(__file__, "MISLEADING"))
 def test_a_table_that_misleads_a_kernel_is_refused(entry: tuple[int, int, list[int]], message: str) -> None:
     """Kernels trust the table; the bank checks it once per load."""
     slices = Slices.consecutive(32, 16)

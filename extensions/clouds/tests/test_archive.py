@@ -106,19 +106,7 @@ def test_a_negative_size_is_refused():
         opened(gzip.compress(bytes(buffer) + bytes(1024))).listing()
 
 
-@pytest.mark.parametrize(
-    ("names", "subfolder", "found"),
-    [
-        (["a.json", "b/c"], "", ["a.json", "b/c"]),
-        (["top/a.json", "top/b/c"], "", ["a.json", "b/c"]),
-        (["top/a.json", "._top", "top/.hidden", "top/caf\udce9"], "", ["a.json"]),  # in Latin-1
-        (["top/b/c", "top/a"], "b", ["c"]),
-        (["b/c", "a"], "b", ["c"]),
-        (["b/c"], "b", ["c"]),
-        (["b/c"], "x", []),
-        (["one/a", "two/a"], "", ["one/a", "two/a"]),
-    ],
-)
+@pytest.mark.parametrize(("names", "subfolder", "found"), cases(__file__, "FOLDERS"))
 def test_one_top_level_folder_is_the_root(names, subfolder, found):
     """An archive of one folder is that folder; a subfolder is looked for inside it, then beside it."""
     listing = {name: SourceFile(0) for name in names}

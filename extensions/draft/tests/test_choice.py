@@ -14,6 +14,7 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
 from loramux_draft.choice import DraftChoice
+from tests.support.cases import cases
 
 
 @dataclass
@@ -85,16 +86,7 @@ def speed(machine: Machine, streams: int, prompt: int) -> float:
 
 @pytest.mark.parametrize(
     ("chance", "draft_s", "streams", "row_s", "prompt", "least"),
-    [
-        (0.9, 0.1, 1, 0.01, 8, 2.5),
-        (0.9, 0.1, 8, 0.01, 8, 2.0),
-        (0.4, 0.1, 1, 0.01, 500, 1.1),
-        (0.9, 0.1, 32, 0.05, 500, 0.98),
-        (0.9, 0.1, 8, 0.2, 8, 0.98),
-        (0.1, 0.1, 1, 0.01, 500, 0.98),
-        (0.5, 0.6, 1, 0.01, 8, 0.98),
-        (0.9, 0.95, 8, 0.01, 8, 0.98),
-    ],
+    cases(__file__, "GAINS"),
 )
 def test_drafts_gain_where_they_hold_and_never_cost(
     chance: float, draft_s: float, streams: int, row_s: float, prompt: int, least: float

@@ -18,6 +18,7 @@ from loramux_envoy.listeners import COMPLETIONS
 from loramux_shared.rpc.options import IDLE_S, LEAST_PING_S, MAX_REQUEST_BYTES, MAX_STREAMS
 from loramux_shared.settings import InferenceSettings
 from tests.support.access import Certificates
+from tests.support.cases import cases
 from tests.support.root import ROOT
 from tests.support.waiting import BOUND_S
 
@@ -109,20 +110,7 @@ def test_envoy_holds_what_replicas_take() -> None:
     assert set(values(config, "max_concurrent_streams")) == {MAX_STREAMS}
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (("http://a",), "not a replica: expected HOST, HOST:GRPC_PORT or HOST:GRPC_PORT:HTTP_PORT"),
-        (("a:b",), "'a:b' is not a replica"),
-        (("a:70000",), "expected ports from 1 to 65535, found 70000"),
-        (("a", "a"), "a:50052 is named twice"),
-        (("a:1:1",), "a:1 is named twice"),
-        (("a", "--listen-grpc", "host:1"), "expected an IP address, not a name"),
-        (("a", "--listen-http", "8000"), "expected HOST:PORT"),
-        (("a", "--admin-port", "8000"), "three ports"),
-        (("a", "--tls-ca", "ca.pem"), "--tls-ca and --tls-name together"),
-    ],
-)
+@pytest.mark.parametrize(("words", "expected"), cases(__file__, "WRONG"))
 def test_what_is_wrong_is_named(words: tuple[str, ...], expected: str) -> None:
     """A bad argument is exit 2 with one line that names the expected value, and no output."""
     result = CliRunner().invoke(app, ["envoy", *words])
