@@ -93,7 +93,7 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
 
 
 async def test_a_process_that_is_lost_leaves_nothing() -> None:
-    """Its sequences are let go, its requests leave the limits, and none of them is in work any more."""
+    """All of its sequences are let go, its requests leave the limits, and none of them stays in work."""
     engine, closed, left = MagicMock(), list[str](), MagicMock()
     engine.service.in_work = 5
     peer = ApiPeer(engine, lost := MagicMock())

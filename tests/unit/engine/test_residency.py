@@ -459,7 +459,7 @@ def test_no_stream_makes_room_while_an_adapter_leaves() -> None:
 
 
 def test_slots_are_as_many_as_there_are() -> None:
-    """A full table of slots evicts one even where bytes are free, and no more where it makes room itself."""
+    """A full table of slots evicts one even where bytes are free, and no other where one makes room."""
     world = World(4, [1, 3, 3], slots=2)
     world.answer(0, 1, 2)
     assert world.resident() == {0, 2}

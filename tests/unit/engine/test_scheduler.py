@@ -200,7 +200,7 @@ def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
 
 
 def test_few_take_seats_of_others_in_a_step() -> None:
-    """Of many that wait for seats two may ask in a step: one on adapters under way, and one on others."""
+    """Two of many that wait for seats may ask in a step: one on adapters under way, and one on others."""
     engine, _, _ = _engine(max_seqs=8, max_adapters=9, max_tokens=64, blocks=2000)
     engine._scheduler._credit = -math.inf  # nobody comes first because it is new
     _add(engine, *(_seq(2, 200, flow="ahead") for _ in range(8)))

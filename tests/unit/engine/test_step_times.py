@@ -309,7 +309,7 @@ def test_what_a_step_takes_without_drafts_stays_known() -> None:
 
 
 def test_streams_that_nothing_is_drafted_for_are_looked_at_in_few_steps() -> None:
-    """Of 32 streams in which nothing comes twice, each is looked at in every third step."""
+    """Each of 32 streams in which nothing comes twice is looked at in every third step."""
     engine = _drafting(Machine(text=lambda _, position: position), 32)
     _run(engine, 9)
     engine._scheduler.lookup.expect = MagicMock(wraps=engine._scheduler.lookup.expect)  # type: ignore[method-assign]
