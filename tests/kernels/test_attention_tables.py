@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, Context, pack_tables
 from inference_service.kernels.attention.balance import SPAN_STEP
 from inference_service.kernels.attention.tuning import DECODE_BALANCE, PREFILL_BALANCE
+from tests.support.cases import cases
 
 BLOCK_SIZE = 16
 
@@ -167,16 +168,7 @@ def test_longer_chunks_need_room() -> None:
         pack_tables(AttentionCapacity(8, 2, 3, 16), [Context(0, 2, [0], 2)])
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"block_size": 24}, "power of two from 16 on, got 24"),
-        ({"block_size": 8}, "power of two from 16 on, got 8"),
-        ({"rows": 0}, "must be positive"),
-        ({"tile": 0}, "must be positive"),
-        ({"kv_heads": 0}, "must be positive"),
-    ],
-)
+@pytest.mark.parametrize(("changed", "message"), cases(__file__, "CAPACITIES"))
 def test_capacities_that_make_no_sense_are_refused(changed: dict[str, Any], message: str) -> None:
     """Blocks that kernels cannot divide by are refused when tables are planned."""
     with pytest.raises(ValueError, match=message):

@@ -144,16 +144,7 @@ def silent(served: tuple[Versions, str]) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        (["--models", "base,b"], "--models b"),
-        (["--models", "a,*b"], "--models b"),
-        (["--models", "a*0.5+b*0.5"], "--models a*0.5+b*0.5"),
-        (["--baseline", "b"], "--baseline b"),
-        (["--judge", "b"], "--judge b"),
-    ],
-)
+@pytest.mark.parametrize(("args", "expected"), cases(__file__, "NO_TEXT"))
 def test_who_generates_no_text_is_refused_by_name(
     args: list[str], expected: str, served: tuple[Versions, str], prompts: Path
 ) -> None:

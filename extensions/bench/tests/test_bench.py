@@ -16,6 +16,7 @@ from loramux_bench.figures import FailureCount, Outcome, report
 from loramux_bench.plot import plot
 from loramux_bench.workload import Workload, arrivals, read_prompts
 from loramux_shared.faults import RequestInvalid
+from tests.support.cases import cases
 from tests.support.commands import run, running
 from tests.support.fake_services import Fakes
 from tests.support.waiting import wait_until
@@ -56,15 +57,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert read_prompts(path) == ["plain words", "of JSON", turns]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "holds no prompt"),
-        ("fine\n{broken", "line 2: begins with { but is not JSON"),
-        ('{"messages": []}', "line 1: expected"),
-        ('{"messages": [{"role": "user"}]}', "line 1: expected"),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), cases(__file__, "PROMPTS"))
 def test_bad_prompts_are_named(tmp_path: Path, text: str, expected: str) -> None:
     """A bad file of prompts is refused with the line."""
     path = tmp_path / "prompts"

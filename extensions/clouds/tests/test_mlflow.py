@@ -16,6 +16,7 @@ from loramux_shared.sources.files import content_digest
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.spelling import parse_repository
 from tests.contract.sources.test_source_secrets import CANARY, PATIENCE, silence
+from tests.support.cases import cases
 from tests.support.https_server import Answering, served
 from tests.support.s3_gateway import S3Server
 
@@ -103,15 +104,7 @@ def tracking() -> Iterator[Tracking]:
         yield tracking
 
 
-@pytest.mark.parametrize(
-    ("word", "identity"),
-    [
-        ("mlflow://my%20lora/1", "1"),
-        ("mlflow://my%20lora/2", "2"),
-        ("mlflow://my%20lora@prod", "2"),
-        ("mlflow://runs/a1/out", "a1"),
-    ],
-)
+@pytest.mark.parametrize(("word", "identity"), cases(__file__, "ADDRESSES"))
 def test_every_address_is_read(tracking: Tracking, tmp_path: Path, word: str, identity: str) -> None:
     """The revision is the id of the model's version, or of the run, with the digest of the files."""
     revision, files = tracking.read(word, tmp_path / "new")

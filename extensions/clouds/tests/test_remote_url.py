@@ -32,6 +32,7 @@ from tests.contract.sources.test_source_secrets import (
 )
 from tests.support.adapters import write_adapter, write_base
 from tests.support.archives import pack
+from tests.support.cases import cases
 from tests.support.descriptors import cancelled_after, failing, held, nothing_stays_open
 from tests.support.https_server import Site, redirect, serve_https, stating
 
@@ -120,17 +121,7 @@ def test_redirects_are_checked(site, to):
     assert len(site.requests) == 1
 
 
-@pytest.mark.parametrize(
-    ("to", "text"),
-    [
-        ("http://files.test/a.tar.gz", "expected https://HOST/PATH"),
-        ("file:///etc/passwd", "expected https://HOST/PATH"),
-        ("https://user:canary@files.test/x", "a name or password in an address"),
-        ("https://files.test/a b", "percent-encoded"),
-        ("https://[::1/x", "not a valid address"),
-        ("/r", "more than 5 redirects"),
-    ],
-)
+@pytest.mark.parametrize(("to", "text"), cases(__file__, "REDIRECTS"))
 def test_redirects_to_nowhere(site, to, text):
     """Redirects lead to https addresses, and end."""
     site.routes["/r"] = redirect(to, 307)

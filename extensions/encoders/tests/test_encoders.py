@@ -20,6 +20,7 @@ from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentI
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.contract.http.test_scores import bare, loaded, save_random
+from tests.support.cases import cases
 from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, answer_of, close, open_api
 from tests.support.pooled import run_pooled
@@ -261,15 +262,7 @@ async def test_what_an_encoder_cannot_do_is_refused(
     assert part in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    ("config", "code"),
-    [
-        ({"target_modules": ["word_embeddings"]}, "E_EMBED"),
-        ({"target_modules": ["query"], "modules_to_save": ["intermediate.dense"]}, "E_EMBED"),
-        ({"target_modules": ["query"], "task_type": "TOKEN_CLS"}, "E_TASK"),
-        ({"target_modules": ["query"], "task_type": "SEQ_CLS"}, "E_TASK"),
-    ],
-)
+@pytest.mark.parametrize(("config", "code"), cases(__file__, "INEXACT"))
 async def test_adapters_that_cannot_be_exact_are_refused(
     made: tuple[World, MemoryStore], tmp_path: Path, config: dict[str, Any], code: str
 ) -> None:
@@ -291,15 +284,7 @@ async def test_a_deployment_that_asks_for_tokens_or_merged_weights_is_refused(
     assert [finding.where for finding in caught.value.findings] == ["runtime.merge", "build.prove"]
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("is_decoder", True),
-        ("position_embedding_type", "relative_key"),
-        ("hidden_act", "quick_gelu"),
-        ("id2label", {"1": "no number 0"}),
-    ],
-)
+@pytest.mark.parametrize(("field", "value"), cases(__file__, "SWITCHES"))
 async def test_switches_of_a_config_that_are_not_served_are_refused(field: str, value: Any) -> None:
     """A switch that would change vectors is named."""
     fields = FAMILIES["bert"].to_dict() | {"architectures": ["BertForSequenceClassification"], "id2label": {}}

@@ -11,6 +11,7 @@ import pytest
 import structlog
 
 from loramux_shared.tracing import Tracing, open_tracing
+from tests.support.cases import cases
 from tests.support.forks import Forked
 from tests.support.https_server import Answering, served
 from tests.support.waiting import BOUND_S, bounded
@@ -30,16 +31,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, **variables: str) -> tuple[Tracing |
         return open_tracing("loramux-test"), lines
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {},
-        {"TRACES_EXPORTER": "none"},
-        {"TRACES_EXPORTER": "none", "EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"},
-        {"TRACES_EXPORTER": "console", "SDK_DISABLED": "true"},
-        {"EXPORTER_OTLP_ENDPOINT": ""},
-    ],
-)
+@pytest.mark.parametrize("variables", cases(__file__, "SILENT"))
 def test_nobody_asks(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless a variable asks for traces and none forbids them, nothing is sent or logged."""
     assert opened(monkeypatch, **variables) == (None, [])

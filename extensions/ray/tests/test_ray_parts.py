@@ -16,6 +16,7 @@ from loramux_ray.names import MIDDLEWARES, SERVICERS, key_of
 from loramux_ray.scaling import by_sequences
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import InternalFault, PermissionDenied, QueueFull, ReplicaFailed, SettingsInvalid
+from tests.support.cases import cases
 from tests.support.root import ROOT
 
 DEPLOY = ROOT / "deploy" / "ray"
@@ -57,17 +58,7 @@ def test_there_are_as_many_replicas_as_hold_what_runs_and_waits():
     assert expected(2, running={"r1": 8, "r2": 8}, waiting={"r1": 0, "r2": 9}) == 4
 
 
-@pytest.mark.parametrize(
-    ("peer", "host", "let_in"),
-    [
-        ("ipv4:127.0.0.1:4711", "127.0.0.1", True),
-        ("ipv6:%5B::1%5D:4711", "::1", True),
-        ("ipv6:%5B::ffff:127.0.0.1%5D:4711", "::ffff:127.0.0.1", True),
-        ("ipv4:10.0.0.7:4711", "10.0.0.7", False),
-        ("ipv6:[2001:db8::1]:4711", "2001:db8::1", False),
-        ("unknown", "", False),
-    ],
-)
+@pytest.mark.parametrize(("peer", "host", "let_in"), cases(__file__, "KEYLESS"))
 def test_without_keys_only_this_machine_is_answered(peer, host, let_in):
     """Ray's gRPC proxies listen on all addresses, so the origin of a call decides."""
     assert host_of(peer) == host
@@ -78,18 +69,7 @@ def test_without_keys_only_this_machine_is_answered(peer, host, let_in):
         require_local(host)
 
 
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        ({"settings": {"deployment": "d"}, "replica": 2}, "replica: Extra"),
-        ({"settings": {"treads": 2}}, "treads"),
-        (
-            {"settings": {"deployment": "d", "model_ports": "a=127.0.0.1:1"}},
-            "LORAMUX_MODEL_PORTS: .* none under Ray",
-        ),
-        ({"settings": {"deployment": "d", "http": "127.0.0.1:1"}}, "http: Ray's proxies"),
-    ],
-)
+@pytest.mark.parametrize(("args", "expected"), cases(__file__, "UNKNOWN"))
 def test_options_and_settings_that_nobody_knows_stop_a_deploy(args, expected):
     """An option that is misspelt, or of a server that Ray does not have, is named before anything starts."""
     with pytest.raises(SettingsInvalid, match=expected):

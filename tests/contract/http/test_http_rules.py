@@ -105,15 +105,7 @@ async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-@pytest.mark.parametrize(
-    ("query", "param", "problem"),
-    [
-        ("page_size=0", "page_size", "expected greater than or equal to 1, found '0'"),
-        ("page_size=ten", "page_size", "expected a valid integer, found 'ten'"),
-        ("page_sise=5", "page_sise", "found an unknown parameter. Did you mean page_size?"),
-        ("page_size=1&page_size=2", "page_size", "expected one value, found 2"),
-    ],
-)
+@pytest.mark.parametrize(("query", "param", "problem"), cases(__file__, "QUERIES"))
 async def test_a_query_is_read_as_strictly_as_a_body(
     web: httpx.AsyncClient, query: str, param: str, problem: str
 ) -> None:

@@ -18,6 +18,7 @@ from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.cases import cases
 from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, answer_of, close, open_api
 from tests.support.tiny import SIZES, World, make_adapter, make_checkpoint
@@ -179,15 +180,7 @@ async def test_who_classifies_generates_nothing(api: OpenAIApi) -> None:
     assert len(made["data"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
-    [
-        ("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_2"),
-        ("/rerank", {"query": "a", "documents": [{"text": "a", "image": "b"}]}, "documents"),
-        ("/rerank", {"query": "a", "documents": ["a"], "top_n": 0}, "top_n"),
-        ("/classify", {"input": [[500]]}, "input"),
-    ],
-)
+@pytest.mark.parametrize(("path", "body", "param"), cases(__file__, "REFUSED"))
 async def test_what_is_refused_is_named(api: OpenAIApi, path: str, body: dict[str, Any], param: str) -> None:
     """A wrong field is 400 with its name."""
     answer = await api.post(path, model="ranker", **body)
