@@ -1,5 +1,6 @@
 """Extensions: packages beside the core, found through entry points."""
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -27,6 +28,12 @@ def find_extensions(group: str, *, absent: bool = False) -> dict[str, EntryPoint
     An entry point whose package is not there is left out, as the folder of an extension may be deleted; with
     absent, all others are.
     """
+    return dict(_found(group, absent, *sys.path))
+
+
+@cache
+def _found(group: str, absent: bool, *_: str) -> dict[str, EntryPoint]:
+    """Find them once for the places where Python looks: the metadata of all packages are read for it."""
     found = sorted(entry_points(group=group), key=lambda point: point.name)
     return {point.name: point for point in found if (find_spec(package_of(point)) is None) == absent}
 
