@@ -29,6 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+# Services of tests leave nothing below a home; what they compile serves all workers, and later runs.
+os.environ.setdefault("LORAMUX_CACHE_DIR", str(Path(__file__).with_name(".pytest_cache") / "d" / "loramux"))
+
 from tests.support.examples import SWEEPING
 
 if TYPE_CHECKING:
@@ -161,26 +164,23 @@ def s3_server() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native_folder() -> Path:
     """A folder with the compiled operations of a start; the compiler may be missing."""
-    from inference_service.kernels.cpu.build import load
-    from tests.support.once import made_once
+    from tests.support.native import NATIVE, opened
 
-    return made_once(tmp_path_factory, "native", load)
+    opened(NATIVE)
+    return NATIVE
 
 
 @pytest.fixture(scope="session")
-def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def beforehand() -> Path:
     """A folder of what a wheel holds, for each kind of processor, but quickly compiled; in a sweep just so."""
     from inference_service.kernels.cpu import compiling
-    from tests.support.native import as_in_a_wheel
-    from tests.support.once import made_once
+    from tests.support.native import compiled_as_in_a_wheel
 
-    if compiling.compiler() is None:
+    if (compiler := compiling.compiler()) is None:
         pytest.skip("no C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        as_in_a_wheel(patch)
-        return made_once(tmp_path_factory, "beforehand", compiling.compile_beforehand)
+    return compiled_as_in_a_wheel(compiler)
 
 
 @pytest.fixture(scope="session")

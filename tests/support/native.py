@@ -1,6 +1,6 @@
-"""Compiled operations, opened and checked once in a process rather than at each of its starts, and not timed.
+"""Compiled operations: compiled once for all workers and later runs, and opened and checked once in a process.
 
-What is faster on this machine now and then would give answers other last bits now and then.
+A start times them, and this does not: what is faster now and then would give answers other last bits then.
 """
 
 import os
@@ -8,13 +8,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Final
 
 import pytest
+from filelock import FileLock
 
 from inference_service.kernels.cpu import build, compiling
 from inference_service.kernels.cpu.build import Built, load
 from inference_service.startup import choose
 from tests.support.examples import SWEEPING
+
+NATIVE: Final = Path(os.environ["LORAMUX_CACHE_DIR"]) / "native"
+NATIVE.parent.mkdir(parents=True, exist_ok=True)
+COMPILING: Final = FileLock(f"{NATIVE}.lock")
+"""Lets one worker compile, while others wait for what it made."""
+
+
+def compiled_as_in_a_wheel(compiler: str) -> Path:
+    """Return a folder with what a wheel has, by this compiler."""
+    with pytest.MonkeyPatch.context() as patch, COMPILING:
+        as_in_a_wheel(patch)
+        folder = NATIVE.with_name(f"beforehand-{build._key(compiler)}")
+        compiling.compile_beforehand(folder)
+    return folder
 
 
 def as_in_a_wheel(patch: pytest.MonkeyPatch) -> None:
@@ -30,14 +46,15 @@ def opened_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "rows_from_which_torch_is_faster", lambda *_: None)
         if build.load is load:
-            patch.setattr(build, "load", _cached)
+            patch.setattr(build, "load", opened)
         yield
 
 
-def _cached(folder: Path) -> Built:
+def opened(folder: Path) -> Built:
     return _opened(folder, os.environ.get("PATH"), os.environ.get("CXX"))
 
 
 @cache
 def _opened(folder: Path, *_compilers: str | None) -> Built:
-    return load(folder)
+    with COMPILING:
+        return load(folder)
