@@ -13,7 +13,7 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.tape import TapeRecorder
 from loramux_shared.bases.cache import window_blocks
-from tests.support.tiny import ADAPTERS, SIZES, VOCAB, make_world_of, oracle, oracle_tokens, run_engine
+from tests.support.tiny import SIZES, VOCAB, make_world_of, oracle, oracle_tokens, run_engine
 
 BLOCK = 16
 WINDOW = 20
@@ -32,12 +32,12 @@ GEMMA3 = Gemma3TextConfig(
 
 def test_recorded_steps_see_the_blocks_of_every_group(tmp_path: Path) -> None:
     """Kernels in the interpreter read tables that are filled for each step: a prompt in chunks, then tokens."""
-    world = make_world_of(tmp_path, GEMMA3, {"all": ADAPTERS["all"]})
+    world = make_world_of(tmp_path, GEMMA3, {"q": {"r": 3, "target_modules": ["q_proj"]}})
     prompt = random.Random(3).choices(range(3, VOCAB), k=90)
-    expected = oracle_tokens(oracle(world.base, world.adapters["all"]), prompt, NEW)
+    expected = oracle_tokens(oracle(world.base, world.adapters["q"]), prompt, NEW)
     ready = world.load(world.built(max_lora_rank=16), backend="triton", block_size=BLOCK)
     eager: Any = ready.engine._engine._runner
     runner = GraphRunner(eager._model, eager._lora, BLOCKS, BLOCK, LIMITS, TapeRecorder())
     runner.capture()
     ready.engine._engine = Engine(runner, LIMITS, BlockManager(BLOCKS, BLOCK, (WINDOW, None)), Residents())
-    assert run_engine(ready, [("all", prompt)], NEW) == [expected]
+    assert run_engine(ready, [("q", prompt)], NEW) == [expected]
