@@ -13,6 +13,7 @@ from inference_service.backends.triton_lora import TritonLora
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.compiling import kinds_of_machine, kinds_that_run
 from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.startup.choose import FP8_CAPABILITY
 from tests.kernels.lora_case import GROUPS, LAYERS
 
 
@@ -20,6 +21,14 @@ from tests.kernels.lora_case import GROUPS, LAYERS
 def device() -> str:
     """The device of the kernel tests: the GPU, or the interpreter's CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def fp8_device(device: str) -> str:
+    """The same, where it converts to fp8."""
+    if device == "cuda" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("the GPU does not convert to fp8")
+    return device
 
 
 @pytest.fixture(scope="module", params=["native", *(kind.name for kind in kinds_of_machine())])

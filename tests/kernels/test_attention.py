@@ -75,8 +75,11 @@ def test_rows_attend_to_what_they_see_and_nothing_else_changes(
 @pytest.mark.parametrize(
     "name", ["one chunk of every kind", "a cap, a window and pieces", "sinks", "a norm for every head"]
 )
-def test_a_cache_of_8_bits(name: str, dtype: torch.dtype, cache: torch.dtype, device: str) -> None:
+def test_a_cache_of_8_bits(
+    name: str, dtype: torch.dtype, cache: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     """New keys and values are rounded to nearest, and all rows attend to the rounded values."""
+    device = request.getfixturevalue("device" if cache is torch.int8 else "fp8_device")
     case = CASES[name](dtype=dtype, device=device, cache=cache)
     at, before = case.inputs, case.held
     out, after = case.run(), case.held

@@ -127,11 +127,12 @@ def test_activations_survive_large_arguments(activation: Activation, device: str
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [48, 1100])
 def test_rows_that_are_read_in_fp8_are_rounded_where_they_are_made(
-    width: int, dtype: torch.dtype, device: str
+    width: int, dtype: torch.dtype, fp8_device: str
 ) -> None:
     """Rounding them in a launch of its own gives the same bits, and is left out; but for a view of them."""
-    hidden, delta = (guarded(3, width, dtype=dtype, device=device, scale=4) for _ in range(2))
-    weight, bias, both = hidden[0].clone(), delta[0].clone(), guarded(3, 2 * width, dtype=dtype, device=device)
+    hidden, delta = (guarded(3, width, dtype=dtype, device=fp8_device, scale=4) for _ in range(2))
+    weight, bias = hidden[0].clone(), delta[0].clone()
+    both = guarded(3, 2 * width, dtype=dtype, device=fp8_device)
     both[1] = 0
 
     def made(*, fp8: bool) -> list[Tensor]:
