@@ -19,6 +19,11 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def block_of(dim: int) -> int:
+    """Return the elements that a kernel takes for a dimension, to multiply along it: 16 at least."""
+    return max(16, power_of_two(dim))
+
+
 def most_tiles(rows: int, chunks: int, tile: int | None) -> int:
     """Return how many tiles of so many rows the chunks of a step have at most; None: all chunks have one row.
 

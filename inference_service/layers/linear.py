@@ -20,6 +20,8 @@ class Linear:
 
     saved_bytes: int = 0
     """Bytes that a product reads less than the rounding of its weights says."""
+    _packed = False
+    """Whether the weight is in a layout of oneDNN's, which takes some numbers of rows alone."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take a weight [out, in]; on a CPU it is kept in oneDNN's blocked layout, and only there."""
@@ -36,7 +38,7 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [T, out]."""
-        return in_pieces(self.product, x, SIZES) if self._packed else linear(x, self._weight, self._bias)
+        return in_pieces(self.product, x, SIZES) if self._packed else self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
         """Return [T, out] by one call of the library."""

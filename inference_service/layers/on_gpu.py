@@ -38,10 +38,6 @@ class Fp8Linear(Linear):
         """Return True if the operation has its sizes."""
         return all(size % FP8_WIDTHS == 0 for size in weight.shape)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [T, out]."""
-        return self.product(x)
-
     def product(self, x: Tensor) -> Tensor:
         """Return [T, out]; x is rounded row by row."""
         values, scales = self._round_rows(x)
@@ -64,10 +60,6 @@ class PackedLinear(Linear):
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = len(weight.values), weight.width
         self._integers, self._bias = weight, bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [T, out]."""
-        return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
         """Return [T, out]."""

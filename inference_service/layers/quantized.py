@@ -24,10 +24,6 @@ class QuantizedLinear(Linear):
         values = weight.values
         self._values = values if weight.bits == 8 else (values[:, ::2] & 15) | (values[:, 1::2] << 4)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [T, out]."""
-        return self.product(x)
-
     def product(self, x: Tensor) -> Tensor:
         """Return [T, out]; sums are float32, and rounded once."""
         wide = x.float()

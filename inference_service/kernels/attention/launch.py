@@ -16,7 +16,7 @@ from inference_service.kernels.attention import tuning
 from inference_service.kernels.attention.inputs import HeadNorm, Inputs
 from inference_service.kernels.attention.layout import AttentionTables
 from inference_service.kernels.launch import Launch, kernels_of, require
-from inference_service.kernels.packing import power_of_two
+from inference_service.kernels.packing import block_of, power_of_two
 from inference_service.kernels.sgmv import PLACES, Slices, Update
 from loramux_shared.bases.rope import AttentionSpec
 
@@ -101,7 +101,7 @@ class _Planner:
             "D": at.head_dim,
             "ROTARY": at.rotary,
             "ROUND_NORM": norm is not None and per_head and not norm.offset,
-            "BLOCK_D": _block_d(at.head_dim),
+            "BLOCK_D": block_of(at.head_dim),
         }
         heads = at.heads.shape[1]
         if update is None:
@@ -179,7 +179,7 @@ class _Planner:
             "BLOCK_SIZE": self.tables.capacity.block_size,
             "BLOCK_M": block_m,
             "BLOCK_N": config.block_n,
-            "BLOCK_D": _block_d(at.head_dim),
+            "BLOCK_D": block_of(at.head_dim),
             "UPCAST": self.kernels.INTERPRETED,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
@@ -196,7 +196,7 @@ class _Planner:
             "H": at.num_heads,
             "D": at.head_dim,
             "BLOCK_S": config.block,
-            "BLOCK_D": _block_d(at.head_dim),
+            "BLOCK_D": block_of(at.head_dim),
             "num_warps": config.num_warps,
         }
         return Launch(self.kernels.merge_kernel, (at.num_heads, self.tables.capacity.merges), arguments)
@@ -226,7 +226,3 @@ def _check_tables(inputs: Inputs, tables: AttentionTables) -> None:
         raise ValueError(f"{len(inputs.heads)} rows, but tables for {capacity.rows}")
     if max(capacity.decode_items, capacity.prefill_items, capacity.merges) > MAX_GRID:
         raise ValueError(f"a grid holds {MAX_GRID} chunks or tiles, got room for {capacity}")
-
-
-def _block_d(head_dim: int) -> int:
-    return max(16, power_of_two(head_dim))

@@ -15,10 +15,7 @@ from inference_service.kernels.delta import tuning
 from inference_service.kernels.delta.inputs import DeltaInputs
 from inference_service.kernels.delta.layout import DeltaTables
 from inference_service.kernels.launch import Launch, kernels_of
-from inference_service.kernels.packing import power_of_two
-
-MAX_GRID = 65535
-"""Programs along the second and third axis of a grid."""
+from inference_service.kernels.packing import block_of, power_of_two
 
 
 def gated_delta(inputs: DeltaInputs, tables: DeltaTables) -> Tensor:
@@ -86,7 +83,7 @@ class _Planner:
             "p_states": at.states.recurrent,
             "p_chunks": self.tables.chunks,
             "ALONE": capacity.tile is None,
-            "BLOCK_V": _block(at.value_dim),
+            "BLOCK_V": block_of(at.value_dim),
             "num_warps": tuning.STEP_WARPS,
         }
         return Launch(self.kernels.step_kernel, (capacity.chunks, at.value_heads), arguments)
@@ -125,7 +122,7 @@ class _Planner:
             "H": at.value_heads,
             "V": at.value_dim,
             "BLOCK_T": tuning.GATE_BLOCK_T,
-            "BLOCK_V": _block(at.value_dim),
+            "BLOCK_V": block_of(at.value_dim),
             "num_warps": tuning.GATE_WARPS,
         }
         grid = tables.capacity.tiles, at.value_heads
@@ -148,7 +145,7 @@ class _Planner:
             "GROUP": at.value_heads // at.key_heads,
             "K": at.key_dim,
             "V": at.value_dim,
-            "BLOCK_K": _block(at.key_dim),
+            "BLOCK_K": block_of(at.key_dim),
         }
 
     @property
@@ -194,7 +191,3 @@ def _check(inputs: DeltaInputs, tables: DeltaTables) -> None:
     tile = tuning.TILES[inputs.qkv.dtype.itemsize].tile
     if capacity.tile not in (None, tile):
         raise ValueError(f"tiles of {inputs.qkv.dtype} have {tile} rows, got tables for {capacity.tile}")
-
-
-def _block(dim: int) -> int:
-    return max(16, power_of_two(dim))
