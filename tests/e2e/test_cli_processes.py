@@ -206,7 +206,7 @@ def test_become_runs_the_service(scripted: dict[str, str], tmp_path: Path) -> No
     with running(tmp_path, "builder", "--grpc", address, **scripted) as command:
         waited = CliRunner().invoke(app, ["health", address, "--wait", f"{BOUND_S}"])
         assert waited.exit_code == 0, command.errors
-        assert psutil.Process(command.process.pid).cmdline()[1:3] == ["-m", "builder_service"]
+        assert psutil.Process(command.process.pid).cmdline()[1:4] == ["-P", "-m", "builder_service"]
         assert command.end(signal.SIGTERM) == 0
 
 
