@@ -28,14 +28,14 @@ def find_extensions(group: str, *, absent: bool = False) -> dict[str, EntryPoint
     An entry point whose package is not there is left out, as the folder of an extension may be deleted; with
     absent, all others are.
     """
-    return dict(_found(group, absent, *sys.path))
+    declared = _declared(group, *sys.path)
+    return {point.name: point for point in declared if (find_spec(package_of(point)) is None) == absent}
 
 
 @cache
-def _found(group: str, absent: bool, *_: str) -> dict[str, EntryPoint]:
+def _declared(group: str, *_: str) -> list[EntryPoint]:
     """Find them once for the places where Python looks: the metadata of all packages are read for it."""
-    found = sorted(entry_points(group=group), key=lambda point: point.name)
-    return {point.name: point for point in found if (find_spec(package_of(point)) is None) == absent}
+    return sorted(entry_points(group=group), key=lambda point: point.name)
 
 
 def package_of(point: EntryPoint) -> str:
