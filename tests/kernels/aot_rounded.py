@@ -26,7 +26,7 @@ def variants(architecture: int) -> Iterator[Variant]:
 def _entries(architecture: int) -> Iterator[Variant]:
     for itemsize, dtype in DTYPES.items():
         for name, weight in WEIGHTS.items():
-            for rows, tile in launch.TILES[itemsize].items():
+            for rows, tile in launch.tiles_of(weight["BITS"], itemsize, old=triton_kernels.OLD).items():
                 constants = {"BLOCK_M": rows, "BLOCK_N": tile.block_n, "BLOCK_B": tile.block_b, "UPCAST": False}
                 options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
                 yield _variant(

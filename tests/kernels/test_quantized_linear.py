@@ -222,13 +222,23 @@ def _weight(columns: int, width: int, bits: int, device: str) -> PackedWeight:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("rows", "columns", "width"), [(1, 40, 96), (17, 33, 544), (64, 32, 64), (65, 5, 96)])
 def test_the_product_is_that_of_the_widened_weight(
-    dtype: torch.dtype, bits: int, rows: int, columns: int, width: int, device: str
+    dtype: torch.dtype,
+    bits: int,
+    rows: int,
+    columns: int,
+    width: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The product is right for partial tiles, rows with a stride, a bias, and more rows than a tile."""
     torch.manual_seed(rows)
     weight, bias = _weight(columns, width, bits, device), torch.randn(columns).to(device, dtype)
     x = torch.full((rows, width + 8), torch.nan, dtype=dtype, device=device)[:, :width].normal_()
     found = product(x, weight, bias)
+    with monkeypatch.context() as patch:
+        patch.setattr("inference_service.kernels.rounded.triton_kernels.OLD", True)
+        in_smaller_tiles = product(x, weight, bias)
+    assert (found.double() - in_smaller_tiles).norm() / found.double().norm() < BOUND[dtype]
     expected = x.double() @ widened(weight, torch.float32).double().t() + bias.double()
     assert found.dtype is dtype
     assert (found.double() - expected).norm() / expected.norm() < BOUND[dtype]

@@ -110,8 +110,8 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tens
     out = x.new_empty(len(x), columns)
     if not len(x):
         return out
-    tiles = TILES[x.dtype.itemsize]
-    block_m = next(size for size in tiles if len(x) <= size)
+    tiles = tiles_of(weight.bits, x.dtype.itemsize, old=kernels.OLD)
+    block_m = next((size for size in tiles if len(x) <= size), max(tiles))
     tile = tiles[block_m]
     arguments = {
         "p_x": x, **weight.arguments, "p_bias": bias, "p_out": out,
@@ -119,8 +119,13 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tens
         "BLOCK_M": block_m, "BLOCK_N": tile.block_n, "BLOCK_B": tile.block_b,
         "UPCAST": kernels.INTERPRETED, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
-    Launch(kernels.product_kernel, (-(-columns // tile.block_n), 1), arguments)()
+    Launch(kernels.product_kernel, (-(-columns // tile.block_n), -(-len(x) // block_m)), arguments)()
     return out
+
+
+def tiles_of(bits: int, itemsize: int, *, old: bool) -> dict[int, Tile]:
+    """Return the tiles for weights of so many bits; an old Triton takes none of 64 rows for 4."""
+    return {rows: tile for rows, tile in TILES[itemsize].items() if rows < MOST_ROWS or bits == 8 or not old}
 
 
 def widened(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,8 @@ import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True if the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
+OLD: bool = triton.__version__.startswith("3.5.")
+"""True for a Triton that fails to compile the product of 33 to 64 rows and 4 bits for sm_100."""
 HALF = tl.constexpr(16)
 """Values of 4 bits that lie in the lower halves of bytes side by side."""
 
