@@ -6,6 +6,7 @@ Each function raises `ValueError` where shapes, dtypes, strides or devices do no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -123,6 +124,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tens
     return out
 
 
+@cache
 def tiles_of(bits: int, itemsize: int, *, old: bool) -> dict[int, Tile]:
     """Return the tiles for weights of so many bits; an old Triton takes none of 64 rows for 4."""
     return {rows: tile for rows, tile in TILES[itemsize].items() if rows < MOST_ROWS or bits == 8 or not old}
