@@ -163,8 +163,7 @@ class RunningBuild:
 
     def fail(self, fault: Fault) -> None:
         """End as FAILED."""
-        # The traceback of the fault itself would hold everything that the build had open.
-        self.state, self.failure = BuildState.FAILED, fault.with_message(fault.message)
+        self.state, self.failure = BuildState.FAILED, fault.copy()
         self._changed()
 
     def record(self, fault: Fault) -> FailedBuild:

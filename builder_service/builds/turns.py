@@ -78,7 +78,7 @@ class Turns:
                     queue.halves += [group[middle:], group[:middle]]
                     continue
                 for running in group:
-                    own = error.with_message(error.message) if isinstance(error, Fault) else error
+                    own = error.copy() if isinstance(error, Fault) else error
                     queue.results.pop(running).set_exception(own)
             else:
                 for running in group:

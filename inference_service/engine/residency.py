@@ -436,7 +436,7 @@ class Residency(Residents, Generic[P]):
     def _fail(self, entry: Standing, fault: Fault) -> None:
         """Note why a load failed; sequences that wait for it end, and a retry waits for a while."""
         self._let_fall(entry)
-        fault = fault.with_message(fault.message)  # its traceback would keep what was loaded
+        fault = fault.copy()
         entry.fault, entry.prefetched = fault, False
         entry.pause_s = min(max(FIRST_PAUSE_S, 2 * entry.pause_s), LAST_PAUSE_S)
         entry.retry_s = self._clock() + entry.pause_s

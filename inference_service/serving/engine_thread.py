@@ -176,7 +176,7 @@ class EngineThread:
         """End every open stream with a fault, SHUTTING_DOWN by default, and refuse new ones."""
         self._stopped = self._stopped or fault or ShuttingDown(CUT)
         for outputs in set(self._streams.values()):
-            outputs.fail(self._stopped.with_message(self._stopped.message))
+            outputs.fail(self._stopped.copy())
 
     def fail(self, why: str) -> None:
         """End as a failed engine does, whatever the thread waits for; on any thread, once it was started."""
@@ -202,7 +202,7 @@ class EngineThread:
             ReplicaFailed: the engine failed.
         """
         if self._stopped is not None:
-            raise self._stopped.with_message(self._stopped.message)
+            raise self._stopped.copy()
         self._require_room(len(seqs))
         outputs = make(seqs, self._close)
         self._streams |= {seq.id: outputs for seq in seqs}

@@ -107,6 +107,10 @@ class Fault(Exception):
         """Return a fault that says the same in other words, and holds nothing of where it happened."""
         return type(self)(message, self.findings, self.repository, self.retry_after_s)
 
+    def copy(self) -> Self:
+        """Return the same fault without its traceback, which would keep what was open where it happened."""
+        return self.with_message(self.message)
+
     def __str__(self) -> str:
         return "\n  ".join([self.message, *map(str, self.findings)])
 

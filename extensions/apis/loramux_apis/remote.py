@@ -105,7 +105,7 @@ class RemoteEngine:
             Fault: what `EngineThread.submit` and the limits raise.
         """
         if self._stopped is not None:
-            raise self._stopped.with_message(self._stopped.message)
+            raise self._stopped.copy()
         number = next(self._numbers)
         places = {seq.id: place for place, seq in enumerate(seqs)}
         outputs = Outputs(seqs, lambda seq_id: self._close(number, places[seq_id]))
@@ -146,7 +146,7 @@ class RemoteEngine:
         """End every request with a fault, and refuse new ones."""
         self._stopped = self._stopped or fault
         for outputs, *_ in list(self._open.values()):
-            outputs.fail(fault.with_message(fault.message))
+            outputs.fail(fault.copy())
 
     def _close(self, number: int, place: int) -> None:
         outputs, _, ended = self._open[number]

@@ -101,7 +101,7 @@ class Resolver:
             raise RequestInvalid("no adapter can have the name that this repository gives it.", [finding])
         until, refusal = self._refusals.get(requested, (0.0, None))
         if refusal is not None and self._clock() < until:
-            raise refusal.with_message(refusal.message)
+            raise refusal.copy()
         if name not in self._builds and len(self._builds) >= MOST_BUILDS:
             raise QueueFull(f"{MOST_BUILDS} adapters are being added already. Retry in a moment.")
         if name not in self._builds:
@@ -120,7 +120,7 @@ class Resolver:
                     await self._manager.load(name, repository)
         except Fault as fault:
             if not fault.is_passing:
-                refusal = fault.with_message(fault.message)
+                refusal = fault.copy()
                 self._refusals[requested] = (self._clock() + REMEMBERED_S, refusal)
                 while len(self._refusals) > REFUSALS:
                     self._refusals.popitem(last=False)
