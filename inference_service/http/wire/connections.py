@@ -37,9 +37,9 @@ log = structlog.get_logger()
 class Connections:
     """The connections of a server.
 
-    Above the bound the one that is unused for the longest time makes room; when all are being answered, the new
-    one is refused. asyncio's own server is not used: it accepts without a bound, and writes a traceback per
-    failed attempt, thousands a second.
+    Above the bound the one that is unused for the longest time makes room, in the middle of its handshake too;
+    when all are being answered, the new one is refused. asyncio's own server is not used: it accepts without a
+    bound, and writes a traceback per failed attempt, thousands a second.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Connections:
         self._bound = bound
         self._tls = tls
         self._opening: dict[asyncio.Task[None], tuple[socket.socket, float]] = {}
-        """Connections that are being opened, and until when their handshakes may take."""
+        """Connections that are being opened, and since when."""
         self._refused: dict[socket.socket, float] = {}
         """Connections that were refused, and until when their clients may close them."""
         self._listener: socket.socket | None = None
@@ -120,7 +120,8 @@ class Connections:
     def _take(self, listener: socket.socket) -> None:
         try:
             for _ in range(ACCEPTS):
-                if not self._accept(listener):
+                # Without TLS those that are being opened are open soon, and can make room then.
+                if (self._tls is None and self._opening and self._is_full()) or not self._accept(listener):
                     return
         except OSError as error:
             self._say("cannot accept connections", error=str(error))
@@ -137,8 +138,8 @@ class Connections:
         sock.setblocking(False)
         if self.has_room():
             task = asyncio.create_task(self._open(sock))
-            self._opening[task] = sock, asyncio.get_running_loop().time() + self._patience.head_s
-            task.add_done_callback(self._opening.pop)
+            self._opening[task] = sock, asyncio.get_running_loop().time()
+            task.add_done_callback(self._opened)
         else:
             self._refuse(sock)
         return True
@@ -157,20 +158,34 @@ class Connections:
         except OSError:  # the client disconnected, or its handshake failed
             sock.close()
 
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        sock, _ = self._opening.pop(task)
+        if task.cancelled():  # perhaps before it began
+            sock.close()
+
     def has_room(self) -> bool:
         """True when one more can be held, for which the one that is unused for the longest time may go."""
-        if len(self._state.connections) + len(self._opening) < self._bound:
+        if not self._is_full():
             return True
-        held = self.held()
-        unused = [(since, each) for each in held if (since := each.unused_since) is not None]
+        unused: list[tuple[float, BoundedHttp | asyncio.Task[None]]] = [
+            (since, each) for each in self.held() if (since := each.unused_since) is not None
+        ]
+        unused += ((since, task) for task, (_, since) in self._opening.items() if not task.cancelling())
         self._say("connections are at their bound", bound=self._bound, unused=len(unused))
-        by_age = (each for _, each in sorted(unused, key=lambda pair: pair[0]))
-        oldest = next((each for each in by_age if not each.has_unread()), None)
-        if oldest is None:
-            return False
-        oldest.transport.abort()
-        self._state.connections.discard(oldest)
-        return True
+        for _, each in sorted(unused, key=lambda pair: pair[0]):
+            if isinstance(each, asyncio.Task):
+                if not unread_bytes(self._opening[each][0]):
+                    each.cancel()
+                    return True
+            elif not each.has_unread():
+                each.transport.abort()
+                self._state.connections.discard(each)
+                return True
+        return False
+
+    def _is_full(self) -> bool:
+        opening = sum(not task.cancelling() for task in self._opening)
+        return len(self._state.connections) + opening >= self._bound
 
     def _refuse(self, sock: socket.socket) -> None:
         """Say that there is no room, and read on until the client closes: closed before, it would be reset."""
@@ -216,8 +231,8 @@ class Connections:
             now = loop.time()
             for each in self.held():
                 each.check(now)
-            for task, (sock, end) in self._opening.items():
-                if now >= end and not unread_bytes(sock):
+            for task, (sock, since) in self._opening.items():
+                if now >= since + patience.head_s and not unread_bytes(sock):
                     task.cancel()
             for sock in [sock for sock, end in self._refused.items() if now >= end]:
                 self._part(sock)

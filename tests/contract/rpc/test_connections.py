@@ -4,6 +4,7 @@ import asyncio
 import json
 import multiprocessing
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,16 +14,18 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux import AsyncClient
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.rpc import options
 from loramux_shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
 from loramux_shared.rpc.server import RpcServer
 from tests.contract.rpc.test_drain import apis as apis
 from tests.support import crowded
+from tests.support.access import Certificates
 from tests.support.endless import BOUND, HEALTH, MODEL, EndlessApis
 from tests.support.fake_services import WORDS, FakeInference, inference_server
 from tests.support.forks import Forked
-from tests.support.raw_http import JSON
+from tests.support.raw_http import JSON, RawClient
 from tests.support.raw_http2 import ASK_PING, CANCEL, GOAWAY, PING, RESET, call, connect, frame, hello
 from tests.support.waiting import BOUND_S, bounded
 
@@ -100,11 +103,29 @@ async def test_the_longest_unused_connection_makes_room(apis: EndlessApis) -> No
     late = await apis.raw(HEALTH)
     assert (await late.answer())[0] == 200
     assert await idle[0].ended() == b""
-    await idle[-1].send(HEALTH[5:] if (BOUND - 2) % 2 else HEALTH)
-    assert (await idle[-1].answer())[0] == (404 if (BOUND - 2) % 2 else 200)
+    await idle[-1].send(HEALTH)
+    assert (await idle[-1].answer())[0] == 200
     assert (await busy.reader.readline()).startswith(b"HTTP/1.1 200")
     for each in (busy, late, *idle):
         each.close()
+
+
+@pytest.mark.parametrize("secured", [False, True])
+async def test_silent_connections_that_come_at_once_make_room(secured: bool, tmp_path: Path) -> None:
+    """A client is answered whose connection waits behind more of them than the server may hold."""
+    guard = Guard(None, Certificates(tmp_path).server) if secured else NOBODY_GUARDS
+    context = ssl.create_default_context(cafile=tmp_path / "ours.pem") if secured else None
+    async with EndlessApis(tmp_path, guard) as apis:
+        host, port = apis.http.address.rsplit(":", 1)
+        *silent, late = (socket.create_connection((host, int(port))) for _ in range(3 * BOUND))
+        name = host if secured else None
+        client = RawClient(*await asyncio.open_connection(sock=late, ssl=context, server_hostname=name))
+        await client.send(HEALTH)
+        assert (await client.answer())[0] == 200
+        assert len(apis.http.connections.held()) <= BOUND
+        client.close()
+        for each in silent:
+            each.close()
 
 
 def _read_pong(sock: socket.socket) -> None:
