@@ -184,10 +184,11 @@ def record_of(kind: Callable[..., _R], message: Message, **others: Any) -> _R:
     A list becomes a tuple, a map a dictionary, and a moment that is not set None.
     """
     names = [field.name for field in fields(cast(Any, kind)) if field.name not in others]
-    return kind(**{name: _plain(getattr(message, name)) for name in names}, **others)
+    return kind(**{name: plain(getattr(message, name)) for name in names}, **others)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return the value of a field without protobuf: a list as a tuple, a map as a dictionary."""
     if isinstance(value, str | bytes | int | float):
         return value
     if isinstance(value, Timestamp):

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 import grpc
 from google.protobuf.message import Message as ProtoMessage
@@ -14,11 +14,10 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.chat.dialect import dialect_of_model
 from inference_service.core.adapter import MOST_PARTS
 from inference_service.core.constraint import Constraint, Kind
-from inference_service.core.sampling import LogprobsMode, Sampling
+from inference_service.core.sampling import KNOBS, Sampling
 from inference_service.core.sequence import EndReason, Token
 from inference_service.serving.bounds import check_ids, check_texts, countable, role_of, thought_of
 from inference_service.serving.request import (
-    NO_SAMPLING,
     AnswerDelta,
     AnswerFinished,
     AnswerStarted,
@@ -36,6 +35,7 @@ from inference_service.serving.request import (
 from inference_service.serving.service import GenerationService
 from inference_service.text.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
+from loramux.mapping import plain
 from loramux.messages import stamp
 from loramux_shared.faults import Finding, RequestInvalid
 
@@ -98,32 +98,9 @@ def optional(message: ProtoMessage, name: str, value: T) -> T | None:
 
 
 def sampling_of(message: pb.SamplingParams) -> Sampling:
-    """Return the sampling that a message describes."""
-    unset = NO_SAMPLING
-    return Sampling(
-        max_tokens=optional(message, "max_tokens", message.max_tokens),
-        min_tokens=message.min_tokens,
-        temperature=optional(message, "temperature", message.temperature),
-        top_p=optional(message, "top_p", message.top_p),
-        top_k=optional(message, "top_k", message.top_k),
-        min_p=message.min_p,
-        seed=optional(message, "seed", message.seed),
-        stop=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
-        include_stop_str_in_output=message.include_stop_str_in_output,
-        ignore_eos=message.ignore_eos,
-        repetition_penalty=(
-            message.repetition_penalty if message.HasField("repetition_penalty") else unset.repetition_penalty
-        ),
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        logit_bias=dict(message.logit_bias),
-        bad_words=tuple(message.bad_words),
-        allowed_token_ids=tuple(message.allowed_token_ids) or None,
-        logprobs=optional(message, "logprobs", message.logprobs),
-        logprobs_mode=cast(LogprobsMode, message.logprobs_mode) or None,  # `bounds` refuses other words
-        prompt_logprobs=optional(message, "prompt_logprobs", message.prompt_logprobs),
-    )
+    """Return the sampling that a message describes; what it does not set is left to the defaults."""
+    explicit = message.ListFields()
+    return Sampling(**{field.name: plain(value) for field, value in explicit if field.name in KNOBS})
 
 
 def _unset(message: pb.GenerateRequest) -> Iterator[tuple[str, str]]:

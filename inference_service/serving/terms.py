@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import blake2b
 from typing import Final, NamedTuple, TypeVar
@@ -21,6 +21,9 @@ from inference_service.serving.constraints import Constraints
 from inference_service.serving.request import Request, TextPair
 from inference_service.text.text import Text
 from loramux_shared.faults import PromptTooLong, RequestInvalid
+
+TAKEN: Final = tuple(each.name for each in fields(SamplingParams))
+"""Knobs of a sequence, each that of its request unless `Terms.sampling` makes another of it."""
 
 
 @dataclass(frozen=True)
@@ -137,27 +140,20 @@ class Terms:
         if requested.bad_words or requested.bad_words_token_ids:
             words = await asyncio.to_thread(self.text.bad_words, requested.bad_words)
             bad_words = completing((*words, *requested.bad_words_token_ids))
-        return SamplingParams(
-            max_tokens=most if requested.max_tokens is None else requested.max_tokens,
-            temperature=drawable(
+        made = {
+            "max_tokens": most if requested.max_tokens is None else requested.max_tokens,
+            "temperature": drawable(
                 first(requested.temperature, defaults.temperature, requested.usual_temperature)
             ),
-            top_p=drawable(first(requested.top_p, defaults.top_p, 1.0)),
-            top_k=min(max(0, first(requested.top_k, defaults.top_k, 0)), self.text.vocab),
-            seed=secrets.randbits(63) if requested.seed is None else requested.seed,
-            stop_token_ids=self.ends | frozenset(requested.stop_token_ids),
-            allowed_token_ids=self._allowed(),
-            bad_words=bad_words,
-            logprobs_mode=requested.logprobs_mode or self.logprobs_mode,
-            min_p=requested.min_p,
-            min_tokens=requested.min_tokens,
-            repetition_penalty=requested.repetition_penalty,
-            presence_penalty=requested.presence_penalty,
-            frequency_penalty=requested.frequency_penalty,
-            logit_bias=requested.logit_bias,
-            logprobs=requested.logprobs,
-            prompt_logprobs=requested.prompt_logprobs,
-        )
+            "top_p": drawable(first(requested.top_p, defaults.top_p, 1.0)),
+            "top_k": min(max(0, first(requested.top_k, defaults.top_k, 0)), self.text.vocab),
+            "seed": secrets.randbits(63) if requested.seed is None else requested.seed,
+            "stop_token_ids": self.ends | frozenset(requested.stop_token_ids),
+            "allowed_token_ids": self._allowed(),
+            "bad_words": bad_words,
+            "logprobs_mode": requested.logprobs_mode or self.logprobs_mode,
+        }
+        return SamplingParams(**{name: getattr(requested, name) for name in TAKEN} | made)
 
     def _allowed(self) -> bytes | None:
         """Return the mask of the tokens that a request allows; the end of a text is left to its constraint."""
