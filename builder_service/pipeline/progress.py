@@ -75,7 +75,7 @@ class AdapterProgress:
     ) -> AdapterProgress:
         """Return it as done, with what a generation says; of its warnings that is the codes."""
         summary = record.summary
-        state = replace(self, stage=Stage.DONE, digest=record.digest, kept=True, reused=read_back)
+        state = replace(self, stage=Stage.DONE, bytes_done=0, digest=record.digest, kept=True, reused=read_back)
         if summary is None:
             return replace(state, warnings=tuple(extra))
         return replace(
@@ -145,17 +145,28 @@ class Progress:
 
     def update(self, name: str, **changes: Any) -> None:
         """Set fields of an adapter."""
-        self.check()
-        with self._lock:
-            self._done[name] = changes.pop("bytes_done", self._done[name])
-            self._adapters[name] = replace(self._adapters[name], **changes)
-        self._changed()
+        self.change(name, lambda adapter: replace(adapter, **changes))
 
     def describe(self, name: str, digest: str, manifest: Manifest, extra: Iterable[Finding] = ()) -> None:
         """Set what a manifest says."""
+        self.change(name, lambda adapter: adapter.described(digest, manifest, extra))
+
+    def settle(
+        self, name: str, record: AdapterRecord, extra: Iterable[Finding] = (), *, read_back: bool = False
+    ) -> None:
+        """Say that an adapter stays what it was."""
+        self.change(name, lambda adapter: adapter.settled(record, extra, read_back=read_back))
+
+    def warn(self, name: str, warning: Finding) -> None:
+        """Append to the warnings of an adapter."""
+        self.change(name, lambda adapter: replace(adapter, warnings=(*adapter.warnings, warning)))
+
+    def change(self, name: str, change: Callable[[AdapterProgress], AdapterProgress]) -> None:
+        """Give an adapter the progress that a change makes of its present one."""
         self.check()
         with self._lock:
-            self._adapters[name] = self._adapters[name].described(digest, manifest, extra)
+            changed = change(replace(self._adapters[name], bytes_done=self._done[name]))
+            self._adapters[name], self._done[name] = changed, changed.bytes_done
         self._changed()
 
     def include(self, names: Iterable[str]) -> None:
@@ -165,23 +176,6 @@ class Progress:
                 self._adapters.setdefault(name, AdapterProgress(name, added=True))
                 self._done.setdefault(name, 0)
             self._adapters = dict(sorted(self._adapters.items()))
-
-    def warn(self, name: str, warning: Finding) -> None:
-        """Append to the warnings of an adapter."""
-        with self._lock:
-            adapter = self._adapters[name]
-            self._adapters[name] = replace(adapter, warnings=(*adapter.warnings, warning))
-        self._changed()
-
-    def settle(
-        self, name: str, record: AdapterRecord, extra: Iterable[Finding] = (), *, read_back: bool = False
-    ) -> None:
-        """Say that an adapter stays what it was."""
-        self.check()
-        with self._lock:
-            settled = self._adapters[name].settled(record, extra, read_back=read_back)
-            self._adapters[name], self._done[name] = settled, settled.bytes_done
-        self._changed()
 
 
 class JointProgress(Progress):
@@ -207,16 +201,6 @@ class JointProgress(Progress):
         """Count bytes of the present stage."""
         self._of[name].advance(name, count)
 
-    def update(self, name: str, **changes: Any) -> None:
-        """Set fields of an adapter."""
-        self._of[name].update(name, **changes)
-
-    def describe(self, name: str, digest: str, manifest: Manifest, extra: Iterable[Finding] = ()) -> None:
-        """Set what a manifest says."""
-        self._of[name].describe(name, digest, manifest, extra)
-
-    def settle(
-        self, name: str, record: AdapterRecord, extra: Iterable[Finding] = (), *, read_back: bool = False
-    ) -> None:
-        """Say that an adapter stays what it was."""
-        self._of[name].settle(name, record, extra, read_back=read_back)
+    def change(self, name: str, change: Callable[[AdapterProgress], AdapterProgress]) -> None:
+        """Change the progress of an adapter."""
+        self._of[name].change(name, change)
