@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeAlias
 
 import grpc
 from pydantic import ValidationError
@@ -29,6 +29,7 @@ from loramux_shared.deployment_file import findings_of
 from loramux_shared.faults import DeploymentInvalid, RequestInvalid
 from loramux_shared.wording import SANE_ID
 
+Context: TypeAlias = grpc.aio.ServicerContext
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["BuilderService"].full_name
 
 
@@ -43,8 +44,8 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         """Add the service to a server."""
         builder_pb2_grpc.add_BuilderServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
-    async def BuildDeployment(  # noqa: N802 - the rpc's name
-        self, request: pb.BuildDeploymentRequest, _context: grpc.aio.ServicerContext
+    async def BuildDeployment(
+        self, request: pb.BuildDeploymentRequest, _: Context
     ) -> pb.BuildDeploymentResponse:
         """Accept a build."""
         deployment = deployment_from_message(request.deployment)
@@ -53,15 +54,15 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         )
         return pb.BuildDeploymentResponse(deployment=deployment_message(view))
 
-    async def UpdateDeployment(  # noqa: N802 - the rpc's name
-        self, request: pb.UpdateDeploymentRequest, _context: grpc.aio.ServicerContext
+    async def UpdateDeployment(
+        self, request: pb.UpdateDeploymentRequest, _: Context
     ) -> pb.UpdateDeploymentResponse:
         """Accept an update."""
         view = await self._builds.update(update_of(request), _request_id(request))
         return pb.UpdateDeploymentResponse(deployment=deployment_message(view))
 
-    async def RollbackDeployment(  # noqa: N802 - the rpc's name
-        self, request: pb.RollbackDeploymentRequest, _context: grpc.aio.ServicerContext
+    async def RollbackDeployment(
+        self, request: pb.RollbackDeploymentRequest, _: Context
     ) -> pb.RollbackDeploymentResponse:
         """Publish an older generation's content."""
         to, expected = request.to or None, request.expected_generation or None
@@ -70,8 +71,8 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
             generation=result.generation.number, unchanged=result.unchanged, restored=result.restored
         )
 
-    async def ListGenerations(  # noqa: N802 - the rpc's name
-        self, request: pb.ListGenerationsRequest, _context: grpc.aio.ServicerContext
+    async def ListGenerations(
+        self, request: pb.ListGenerationsRequest, _: Context
     ) -> pb.ListGenerationsResponse:
         """Return a page of generations."""
         found = await self._builds.history(request.name, request.page_size, request.page_token)
@@ -79,21 +80,19 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
             generations=map(generation_message, found.items), next_page_token=found.next_token
         )
 
-    async def PutAdapter(  # noqa: N802 - the rpc's name
-        self, requests: AsyncIterator[pb.PutAdapterRequest], _context: grpc.aio.ServicerContext
+    async def PutAdapter(
+        self, requests: AsyncIterator[pb.PutAdapterRequest], _: Context
     ) -> pb.PutAdapterResponse:
         """Take a pushed adapter."""
         return pushed_message(await self._builds.pushes.put(parts_of(requests)))
 
-    async def GetDeployment(  # noqa: N802 - the rpc's name
-        self, request: pb.GetDeploymentRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.GetDeploymentResponse:
+    async def GetDeployment(self, request: pb.GetDeploymentRequest, _: Context) -> pb.GetDeploymentResponse:
         """Return a deployment."""
         view = await self._builds.get(request.name)
         return pb.GetDeploymentResponse(deployment=deployment_message(view))
 
-    async def ListDeployments(  # noqa: N802 - the rpc's name
-        self, request: pb.ListDeploymentsRequest, _context: grpc.aio.ServicerContext
+    async def ListDeployments(
+        self, request: pb.ListDeploymentsRequest, _: Context
     ) -> pb.ListDeploymentsResponse:
         """Return a page of deployments."""
         page = await self._builds.list(request.page_size, request.page_token)
@@ -101,8 +100,8 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
             deployments=map(deployment_message, page.items), next_page_token=page.next_token
         )
 
-    async def WatchDeployment(  # noqa: N802 - the rpc's name
-        self, request: pb.WatchDeploymentRequest, _context: grpc.aio.ServicerContext
+    async def WatchDeployment(
+        self, request: pb.WatchDeploymentRequest, _: Context
     ) -> AsyncIterator[pb.WatchDeploymentResponse]:
         """Stream a deployment's states."""
         known: Mapping[str, AdapterProgress] = {}
@@ -117,16 +116,12 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
                 visible = replace(view, adapters=changed)
             yield pb.WatchDeploymentResponse(deployment=deployment_message(visible))
 
-    async def CancelBuild(  # noqa: N802 - the rpc's name
-        self, request: pb.CancelBuildRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.CancelBuildResponse:
+    async def CancelBuild(self, request: pb.CancelBuildRequest, _: Context) -> pb.CancelBuildResponse:
         """Ask a build to end."""
         view = await self._builds.cancel(request.name)
         return pb.CancelBuildResponse(deployment=deployment_message(view))
 
-    async def CheckAdapter(  # noqa: N802 - the rpc's name
-        self, request: pb.CheckAdapterRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.CheckAdapterResponse:
+    async def CheckAdapter(self, request: pb.CheckAdapterRequest, _: Context) -> pb.CheckAdapterResponse:
         """Check an adapter."""
         report = await self._checks.check(checked_deployment(request))
         return pb.CheckAdapterResponse(report=report_message(report))

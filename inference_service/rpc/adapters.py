@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Final
+from typing import Final, TypeAlias
 
 import grpc
 
@@ -11,6 +11,7 @@ from inference_service.adapters.views import AdapterView, ReplicaView
 from loramux.inference.v1 import adapters_pb2 as pb, adapters_pb2_grpc
 from loramux.messages import message_of
 
+Context: TypeAlias = grpc.aio.ServicerContext
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdapterService"].full_name
 
 
@@ -24,60 +25,46 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         """Add the service to a server."""
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
-    async def ListAdapters(  # noqa: N802 - grpc's name
-        self, request: pb.ListAdaptersRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.ListAdaptersResponse:
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, _: Context) -> pb.ListAdaptersResponse:
         """List adapters by name."""
         page = self._adapters.list(request.page_token, request.page_size)
         adapters = map(adapter_message, page.adapters)
         return pb.ListAdaptersResponse(adapters=adapters, next_page_token=page.next_page)
 
-    async def GetAdapter(  # noqa: N802 - grpc's name
-        self, request: pb.GetAdapterRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.GetAdapterResponse:
+    async def GetAdapter(self, request: pb.GetAdapterRequest, _: Context) -> pb.GetAdapterResponse:
         """Return one adapter."""
         return pb.GetAdapterResponse(adapter=adapter_message(self._adapters.get(request.name)))
 
-    async def PinAdapter(  # noqa: N802 - grpc's name
-        self, request: pb.PinAdapterRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.PinAdapterResponse:
+    async def PinAdapter(self, request: pb.PinAdapterRequest, _: Context) -> pb.PinAdapterResponse:
         """Keep a name resident."""
         return pb.PinAdapterResponse(adapter=adapter_message(self._adapters.pin(request.name)))
 
-    async def UnpinAdapter(  # noqa: N802 - grpc's name
-        self, request: pb.UnpinAdapterRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.UnpinAdapterResponse:
+    async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, _: Context) -> pb.UnpinAdapterResponse:
         """Let a name leave."""
         return pb.UnpinAdapterResponse(adapter=adapter_message(self._adapters.unpin(request.name)))
 
-    async def LoadAdapter(  # noqa: N802 - grpc's name
-        self, request: pb.LoadAdapterRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.LoadAdapterResponse:
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, _: Context) -> pb.LoadAdapterResponse:
         """Add an adapter, or give a name another version."""
         loaded = await self._adapters.load(request.name, request.path, replace=request.replace)
         return pb.LoadAdapterResponse(adapter=adapter_message(loaded.adapter), everywhere=loaded.everywhere)
 
-    async def UnloadAdapter(  # noqa: N802 - grpc's name
-        self, request: pb.UnloadAdapterRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.UnloadAdapterResponse:
+    async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, _: Context) -> pb.UnloadAdapterResponse:
         """Take a name away."""
         return pb.UnloadAdapterResponse(generation=await self._adapters.unload(request.name))
 
-    async def RollbackReplica(  # noqa: N802 - grpc's name
-        self, request: pb.RollbackReplicaRequest, _context: grpc.aio.ServicerContext
+    async def RollbackReplica(
+        self, request: pb.RollbackReplicaRequest, _: Context
     ) -> pb.RollbackReplicaResponse:
         """Have an older generation published again."""
         to = request.to if request.HasField("to") else None
         return pb.RollbackReplicaResponse(generation=await self._adapters.roll_back(to))
 
-    async def GetReplica(  # noqa: N802 - grpc's name
-        self, _request: pb.GetReplicaRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.GetReplicaResponse:
+    async def GetReplica(self, _request: pb.GetReplicaRequest, _: Context) -> pb.GetReplicaResponse:
         """Return the state of the replica."""
         return pb.GetReplicaResponse(replica=replica_message(self._adapters.replica()))
 
-    async def WatchReplica(  # noqa: N802 - grpc's name
-        self, _request: pb.WatchReplicaRequest, _context: grpc.aio.ServicerContext
+    async def WatchReplica(
+        self, _request: pb.WatchReplicaRequest, _: Context
     ) -> AsyncIterator[pb.WatchReplicaResponse]:
         """Say how the replica is, again at every change."""
         async with aclosing(self._adapters.watch()) as views:

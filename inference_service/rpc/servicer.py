@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import TypeAlias
 
 import grpc
 
@@ -17,6 +18,7 @@ from inference_service.serving.request import WORDLESS, AnswerDelta, AnswerFinis
 from inference_service.serving.service import GenerationService
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 
+Context: TypeAlias = grpc.aio.ServicerContext
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 
@@ -30,8 +32,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Add the service to a server."""
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
-    async def Generate(  # noqa: N802 - grpc's name
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream the events of an answer.
 
@@ -54,9 +56,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         yield message
                     held = []
 
-    async def Embed(  # noqa: N802 - grpc's name
-        self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.EmbedResponse]:
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> AsyncIterator[pb.EmbedResponse]:
         """Stream vectors."""
         limits = self._service.limits
         dimensions = request.dimensions if request.HasField("dimensions") else None
@@ -70,8 +70,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 yield vector_to_message(index, each, vector)
                 index += 1
 
-    async def Classify(  # noqa: N802 - grpc's name
-        self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext
+    async def Classify(
+        self, request: pb.ClassifyRequest, context: Context
     ) -> AsyncIterator[pb.ClassifyResponse]:
         """Stream scores."""
         parsed = requests_from_message(
@@ -83,9 +83,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 yield scores_to_message(index, each)
                 index += 1
 
-    async def ListModels(  # noqa: N802 - grpc's name
-        self, _request: pb.ListModelsRequest, _context: grpc.aio.ServicerContext
-    ) -> pb.ListModelsResponse:
+    async def ListModels(self, _request: pb.ListModelsRequest, _: Context) -> pb.ListModelsResponse:
         """List what is served."""
         models = [model_to_message(model, self._service) for model in self._service.catalog]
         return pb.ListModelsResponse(models=models)
