@@ -1,8 +1,8 @@
 """``loramux build``: a deployment file to the builder, and its progress back."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Awaitable, Callable
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -14,6 +14,8 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import DeploymentFile, load_deployment
 from loramux_shared.faults import InternalFault
 
+Tell: TypeAlias = Callable[[DeploymentInfo], None]
+"""Shows a state of a build."""
 Exact = Annotated[bool, typer.Option("--exact", help="Remove adapters that the file does not name.")]
 
 
@@ -67,11 +69,32 @@ def run_build(
     builder: str, deployment: Deployment, as_json: bool, *, verify: bool = False, exact: bool = False
 ) -> None:
     """Build, and show it."""
+
+    def work(client: AsyncClient, tell: Tell) -> Awaitable[DeploymentInfo]:
+        return follow_build(client, deployment, tell, verify=verify, exact=exact)
+
+    run_followed(builder, work, as_json, "the same command shows it again")
+
+
+def run_followed(
+    builder: str, work: Callable[[AsyncClient, Tell], Awaitable[DeploymentInfo]], as_json: bool, again: str
+) -> None:
+    """Run work that follows a build, and show all its states and its end; again is how to see it once more."""
+
+    async def followed() -> DeploymentInfo:
+        async with AsyncClient(builder=builder) as client:
+            if as_json:
+                return await work(client, BuildLines().tell)
+            with BuildView() as view:
+                return await work(client, view.update)
+
     try:
-        asyncio.run(_build(builder, deployment, as_json, verify, exact))
+        info = asyncio.run(followed())
     except KeyboardInterrupt:
-        shell.say("the builder goes on; the same command shows it again")
+        shell.say(f"the builder goes on; {again}")
         raise
+    if not as_json:
+        show_built(info)
 
 
 def read_deployment(path: shell.File) -> DeploymentFile:
@@ -84,26 +107,18 @@ def read_deployment(path: shell.File) -> DeploymentFile:
     return read
 
 
-async def _build(address: str, deployment: Deployment, as_json: bool, verify: bool, exact: bool) -> None:
-    async with AsyncClient(builder=address) as client:
-        if as_json:
-            await follow_build(client, deployment, BuildLines().tell, verify=verify, exact=exact)
-        else:
-            show_built(await build_with_bars(client, deployment, verify=verify, exact=exact))
-
-
 async def build_with_bars(
-    client: AsyncClient, deployment: Deployment, *, verify: bool = False, exact: bool = False
+    client: AsyncClient, deployment: Deployment, *, exact: bool = False
 ) -> DeploymentInfo:
     """Build a deployment, show its progress on stderr; raises what it failed with."""
     with BuildView() as view:
-        return await follow_build(client, deployment, view.update, verify=verify, exact=exact)
+        return await follow_build(client, deployment, view.update, exact=exact)
 
 
 async def follow_build(
     client: AsyncClient,
     deployment: Deployment,
-    tell: Callable[[DeploymentInfo], None],
+    tell: Tell,
     *,
     verify: bool = False,
     exact: bool = False,
@@ -113,9 +128,7 @@ async def follow_build(
     return await follow(client, deployment.model_name, tell)
 
 
-async def follow(
-    client: AsyncClient, name: str, tell: Callable[[DeploymentInfo], None], request_id: str | None = None
-) -> DeploymentInfo:
+async def follow(client: AsyncClient, name: str, tell: Tell, request_id: str | None = None) -> DeploymentInfo:
     """Print the states of a deployment until its build ends; raises its fault."""
     last: DeploymentInfo | None = None
     async for last in client.watch(name, request_id=request_id):

@@ -1,8 +1,7 @@
 """``loramux add``, ``remove`` and ``push``: a deployment changed adapter by adapter."""
 
-import asyncio
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +10,8 @@ import typer
 from rich.filesize import decimal
 
 from loramux.cli import shell
-from loramux.cli.build import follow
-from loramux.cli.build_view import BuildLines, BuildView, show_built, show_warnings
+from loramux.cli.build import Tell, follow, run_followed
+from loramux.cli.build_view import show_warnings
 from loramux.cli.documents import emit
 from loramux.client import BUILDER, AsyncClient, Client
 from loramux.records import DeploymentInfo
@@ -154,27 +153,15 @@ def run_update(
         with Client(builder=builder) as client, shell.working(f"asking {builder}"):
             deployment = only_deployment(client)
 
-    async def update() -> DeploymentInfo:
-        async with AsyncClient(builder=builder) as client:
-            if as_json:
-                return await followed(client, BuildLines().tell)
-            with BuildView() as view:
-                return await followed(client, view.update)
-
-    async def followed(client: AsyncClient, tell: Callable[[DeploymentInfo], None]) -> DeploymentInfo:
+    async def work(client: AsyncClient, tell: Tell) -> DeploymentInfo:
         request_id = str(uuid.uuid4())
         tell(await client.update(deployment, add, remove, expected_generation=expected, request_id=request_id))
         return await follow(client, deployment, tell, request_id)
 
     try:
-        info = asyncio.run(update())
-    except KeyboardInterrupt:
-        shell.say(f"the builder goes on; `loramux watch {deployment}` shows it")
-        raise
+        run_followed(builder, work, as_json, f"`loramux watch {deployment}` shows it")
     except (RepoNotFound, SourceRefused) as fault:
         raise _also_here(fault, add) from fault
-    if not as_json:
-        show_built(info)
 
 
 def _also_here(fault: Fault, add: Mapping[str, Repository]) -> Fault:
