@@ -7,7 +7,7 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Final, Generic, TypeVar
+from typing import Final, TypeVar
 
 import structlog
 import torch
@@ -18,7 +18,6 @@ from inference_service.adapters.workers import Workers
 from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import Adapter
 from inference_service.engine.graph_runner import ROOM
-from inference_service.engine.residents import P
 from inference_service.kernels.launch import stream_of
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
@@ -37,6 +36,9 @@ from loramux_shared.faults import (
 )
 
 log = structlog.get_logger()
+
+Pack = Callable[[Bundle], PackedAdapter]
+"""Packs an adapter for a bank."""
 
 ARRANGED_BYTES: Final = 32 << 20
 """Bytes of the arrangements of bundles that were packed before: 6,000 adapters of a small dense base."""
@@ -150,7 +152,7 @@ LOADS: Final = 12
 """Bundles that are read at once: with two requests each in turn, this keeps some 16 requests under way."""
 
 
-class AdapterLoader(Generic[P]):
+class AdapterLoader:
     """Loads adapters on threads of its own, each digest once at a time.
 
     What `load` and `run` are given is called exactly once for every call, on one of these threads. pack
@@ -159,13 +161,18 @@ class AdapterLoader(Generic[P]):
     """
 
     def __init__(
-        self, reader: BundleReader, pack: Callable[[Bundle], P], *, host_bytes: float = 0, threads: int = 1
+        self,
+        reader: BundleReader,
+        pack: Pack,
+        *,
+        host_bytes: float = 0,
+        threads: int = 1,
     ) -> None:
         self._reader = reader
         self._pack = pack
-        self._host: Recent[P] = Recent(host_bytes)
+        self._host: Recent[PackedAdapter] = Recent(host_bytes)
         self._lock = threading.Lock()
-        self._waiting: dict[str, list[Callable[[P | Fault, str], None]]] = {}
+        self._waiting: dict[str, list[Callable[[PackedAdapter | Fault, str], None]]] = {}
         self._reads = Workers("bundles", LOADS)
         # One thread computes: teams of threads would wait for each other, and take cores from the steps.
         self._work = Workers("adapters", threads, prepare=one_thread)
@@ -176,7 +183,7 @@ class AdapterLoader(Generic[P]):
         """Memory of what the host tier holds."""
         return self._host.size
 
-    def load(self, adapter: Adapter, done: Callable[[P | Fault, str], None]) -> None:
+    def load(self, adapter: Adapter, done: Callable[[PackedAdapter | Fault, str], None]) -> None:
         """Begin to bring an adapter to packed host memory; two loads of one digest at once are one.
 
         done is called with that and the tier where it was found, or with a fault and an empty text.
@@ -229,7 +236,7 @@ class AdapterLoader(Generic[P]):
         self._host.put(digest, outcome, outcome.num_bytes)
         self._finish(digest, outcome, found.tier)
 
-    def _finish(self, digest: str, outcome: P | Fault, tier: str = "") -> None:
+    def _finish(self, digest: str, outcome: PackedAdapter | Fault, tier: str = "") -> None:
         """Resolve all waiters of a digest; later calls begin a new load."""
         with self._lock:
             waiting = self._waiting.pop(digest, ())

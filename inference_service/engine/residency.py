@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Final, Generic
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -26,7 +26,6 @@ from inference_service.engine.residents import (
     AdapterState,
     BankMemory,
     Loader,
-    P,
     Presence,
     ResidencyStats,
     Residents,
@@ -34,6 +33,9 @@ from inference_service.engine.residents import (
 )
 from inference_service.lora.places import Places, taken_by
 from loramux_shared.faults import Fault, ResourcesExhausted
+
+if TYPE_CHECKING:  # which would import torch
+    from inference_service.lora.packed import PackedAdapter
 
 log = structlog.get_logger()
 
@@ -48,7 +50,7 @@ _NOBODY: Final[Rank] = (math.inf, (0, 0))
 """Rank of an adapter that no sequence waits for."""
 
 
-class Residency(Residents, Generic[P]):
+class Residency(Residents):
     """Brings adapters in, and lets those leave that were used longest ago.
 
     An adapter leaves only where no sequence is under way on it, no submitted step reads it, and it is not
@@ -61,8 +63,8 @@ class Residency(Residents, Generic[P]):
         self,
         places: Places,
         num_slots: int,
-        bank: BankMemory[P],
-        loader: Loader[P],
+        bank: BankMemory,
+        loader: Loader,
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float] = time.monotonic,
         *,
@@ -84,7 +86,7 @@ class Residency(Residents, Generic[P]):
         self._copies: queue.SimpleQueue[tuple[Standing, Fault | None]] = queue.SimpleQueue()
         """Those that have ended."""
         self._entries: dict[Adapter, Standing] = {}
-        self._packed: dict[Standing, P] = {}
+        self._packed: dict[Standing, PackedAdapter] = {}
         """Those that are held or being copied."""
         self._absent: dict[Standing, None] = {}
         """Those that are to be loaded; first come first served where ranks say nothing."""
@@ -285,7 +287,7 @@ class Residency(Residents, Generic[P]):
             entry.adapter, lambda packed, tier: self._post(partial(self._loaded, entry, packed, tier))
         )
 
-    def _loaded(self, entry: Standing, packed: P | Fault, tier: str) -> None:
+    def _loaded(self, entry: Standing, packed: PackedAdapter | Fault, tier: str) -> None:
         if isinstance(packed, Fault):
             self._fail(entry, packed)
             return

@@ -8,11 +8,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol
 
 from inference_service.core.adapter import Adapter
 from inference_service.engine.queues import Rank
 from loramux_shared.faults import Fault
+
+if TYPE_CHECKING:  # which would import torch
+    from inference_service.lora.packed import PackedAdapter
 
 LOAD_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0)
 """Bounds of the histogram of loads."""
@@ -38,28 +41,14 @@ class AdapterState(Enum):
     RESIDENT = "resident"
 
 
-class HostAdapter(Protocol):
-    """An adapter in the host's memory, as the bank wants it."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Return its bytes of the bank."""
-        ...
-
-
-P = TypeVar("P", bound=HostAdapter)
-P_in = TypeVar("P_in", bound=HostAdapter, contravariant=True)
-P_out = TypeVar("P_out", bound=HostAdapter, covariant=True)
-
-
-class BankMemory(Protocol[P_in]):
+class BankMemory(Protocol):
     """The memory that steps read adapters from."""
 
-    def copy(self, packed: P_in, offset: int) -> None:
+    def copy(self, packed: PackedAdapter, offset: int) -> None:
         """Write an adapter to unused bytes; on any thread."""
         ...
 
-    def enter(self, slot: int, offset: int, packed: P_in) -> None:
+    def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
         """Let a slot stand for what lies at an offset, from the next step on."""
         ...
 
@@ -68,10 +57,10 @@ class BankMemory(Protocol[P_in]):
         ...
 
 
-class Loader(Protocol[P_out]):
+class Loader(Protocol):
     """Works on threads of its own, on which it also says what came of it, once."""
 
-    def load(self, adapter: Adapter, done: Callable[[P_out | Fault, str], None]) -> None:
+    def load(self, adapter: Adapter, done: Callable[[PackedAdapter | Fault, str], None]) -> None:
         """Begin to bring an adapter to the host's memory, verified and packed.
 
         done is called with that and the tier where it was found, or with a fault and an empty text.

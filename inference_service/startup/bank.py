@@ -11,17 +11,16 @@ from typing import Final
 import structlog
 
 from inference_service.adapters.disk import open_disk_tier
-from inference_service.adapters.loader import AdapterLoader, Packer
+from inference_service.adapters.loader import AdapterLoader, Pack, Packer
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import Adapter
 from inference_service.engine.residency import Residency
 from inference_service.engine.residents import BankMemory
-from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import Places
 from inference_service.serving.engine_thread import Inbox
-from inference_service.startup.base import LoadedBase, Pack
+from inference_service.startup.base import LoadedBase
 from inference_service.startup.memory import free_bytes
 from loramux_shared.bases.memory import GB, USUAL_RANK, adapter_bytes, plan_bank
 from loramux_shared.bundle.generation import Generation
@@ -57,8 +56,8 @@ class OpenBank:
     """The adapters of a replica."""
 
     lora: LoraBackend
-    residency: Residency[PackedAdapter]
-    loader: AdapterLoader[PackedAdapter]
+    residency: Residency
+    loader: AdapterLoader
     texts: AdapterTexts
     sizes: dict[str, int]
     """About what each registered adapter takes of the bank, by digest."""
@@ -107,7 +106,7 @@ def open_bank(
     largest = max(sizes.values(), default=usual)
     opened = num_bytes, generation.max_lora_rank, slots, int(host_bytes * SPARE) + UNDER_WAY * largest
     pack: Pack = Packer(base.model, lora, backend.new_lora, settings.block_size, generation.max_lora_rank)
-    bank: BankMemory[PackedAdapter] = lora
+    bank: BankMemory = lora
     if base.host is None:
         lora.open(*opened)
     else:

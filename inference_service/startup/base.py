@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol, cast
 import structlog
 import torch
 
+from inference_service.adapters.loader import Pack
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.served_model import ServedModel, display_source
 from inference_service.adapters.texts import AdapterTexts, Scorer
@@ -23,7 +24,6 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import BankMemory
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.layers.linear import Linear
-from inference_service.lora.packed import PackedAdapter
 from inference_service.models.blocks import Ranks
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
@@ -36,7 +36,6 @@ from loramux_shared.bases.read import read_config
 from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.kinds import AdapterKind
-from loramux_shared.bundle.reader import Bundle
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Merge, SourceKind
 from loramux_shared.extensions import need_extension
@@ -48,10 +47,6 @@ from loramux_shared.sources.checkpoint import GGUF, PlacedBase, with_base
 from loramux_shared.sources.open import Sources
 
 log = structlog.get_logger()
-
-
-Pack = Callable[[Bundle], PackedAdapter]
-"""Packs an adapter for a bank."""
 
 
 class OtherRanks(Protocol):
@@ -70,7 +65,7 @@ class OtherRanks(Protocol):
         """Ask every rank for something; the result waits for all answers, and raises the first fault."""
         ...
 
-    def open_bank(self, lora: LoraBackend, pack: Pack, *sizes: int) -> tuple[Pack, BankMemory[PackedAdapter]]:
+    def open_bank(self, lora: LoraBackend, pack: Pack, *sizes: int) -> tuple[Pack, BankMemory]:
         """Open all ranks' banks with sizes of `LoraBackend.open`; return what packs for them, and the bank."""
         ...
 

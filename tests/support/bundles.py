@@ -55,11 +55,11 @@ def flipped(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
 
 
-def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = BOUND_S) -> Loaded | Fault:
+def load(loader: AdapterLoader, digest: str, timeout_s: float = BOUND_S) -> Loaded | Fault:
     return waiting(loader, digest)(timeout_s)
 
 
-def waiting(loader: AdapterLoader[Any], digest: str, invocation=()) -> Callable[..., Loaded | Fault]:
+def waiting(loader: AdapterLoader, digest: str, invocation=()) -> Callable[..., Loaded | Fault]:
     """Begin to load an adapter; the returned function waits for the outcome."""
     outcomes: SimpleQueue[Loaded | Fault] = SimpleQueue()
 
@@ -70,7 +70,7 @@ def waiting(loader: AdapterLoader[Any], digest: str, invocation=()) -> Callable[
     return lambda timeout_s=BOUND_S: outcomes.get(timeout=timeout_s)
 
 
-def settle(loader: AdapterLoader[Any]) -> None:
+def settle(loader: AdapterLoader) -> None:
     """Wait until the loaded bundle is on the disk too, as the write runs beside the load."""
     room = loader._reader._room
     wait_until(lambda: room._free == room._size, "bundles that are kept", lambda: room._free)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
 
+from inference_service.adapters.loader import Pack
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.operations import Backend
 from inference_service.backends.triton_lora import TritonLora
@@ -14,7 +14,6 @@ from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import BankMemory
 from inference_service.engine.runner import Blocks, Runner
-from inference_service.lora.packed import PackedAdapter
 from inference_service.models.decoder import Decoder
 from inference_service.startup.base import read_model
 from loramux_ranks.group import group_of
@@ -22,17 +21,14 @@ from loramux_ranks.host import RankHost
 from loramux_ranks.work import RankedBank, RankedGraphRunner, RankedPacker, RankedRunner
 from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.generation import Generation
-from loramux_shared.bundle.reader import Bundle
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.checkpoint import PlacedBase
-
-Pack = Callable[[Bundle], PackedAdapter]
 
 
 class ReplicaRanks(RankHost):
     """The other ranks, as the start of a replica asks them."""
 
-    def open_bank(self, lora: LoraBackend, pack: Pack, *sizes: int) -> tuple[Pack, BankMemory[PackedAdapter]]:
+    def open_bank(self, lora: LoraBackend, pack: Pack, *sizes: int) -> tuple[Pack, BankMemory]:
         """Open all ranks' banks with sizes of `LoraBackend.open`; return what packs for them, and the bank."""
         others = self.ask("open", *sizes)
         lora.open(*sizes)
