@@ -40,6 +40,26 @@ class Recurrence(NamedTuple):
     """The step's rows, for layers of extensions; none where a step is recorded."""
 
 
+class LayerHeads(NamedTuple):
+    """The heads of a layer in a step, and what attention does with them."""
+
+    heads: Tensor
+    """Queries, keys and values, side by side [T, all heads, d]; queries alone of a layer that reads another's
+    keys and values."""
+    turn: Turn
+    keys: Tensor
+    values: Tensor
+    spec: AttentionSpec
+    norm: RMSNorm | None = None
+    """Norm of the first heads, as many as it has weights."""
+    sinks: Tensor | None = None
+    """float32 [query heads]: scores of what every row sees besides, and which has no value."""
+    scales: Tensor | None = None
+    """Scales of keys and values of 8 bits, of the same cache."""
+    update: Update | None = None
+    """The update of `Operations.begun`, which is to be added to the heads."""
+
+
 class Attention(Protocol):
     """The attention of one step, shared by all layers."""
 
@@ -47,25 +67,8 @@ class Attention(Protocol):
         """Prepare cos and sin [T, 1, rotary] of `Rope.at`, once per step."""
         ...
 
-    def __call__(
-        self,
-        heads: Tensor,
-        turn: Turn,
-        keys: Tensor,
-        values: Tensor,
-        spec: AttentionSpec,
-        norm: RMSNorm | None = None,
-        sinks: Tensor | None = None,
-        scales: Tensor | None = None,
-        update: Update | None = None,
-    ) -> Tensor:
-        """Return [T, heads * d] of the heads of queries, keys and values, side by side [T, all heads, d].
-
-        There are queries alone where the layer reads another's keys and values. The first heads, as many as
-        the norm has weights, are normed first. Sinks, float32 [query heads], are scores of what every row sees
-        besides, and which has no value. Scales are those of keys and values of 8 bits, of the same cache. An
-        update is of `Operations.begun`, and is to be added to the heads.
-        """
+    def __call__(self, layer: LayerHeads) -> Tensor:
+        """Return [T, query heads * d]."""
         ...
 
 

@@ -11,15 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Turn
+from inference_service.backends.base import LayerHeads, Turn
 from inference_service.backends.long_chunks import LongChunk, split
 from inference_service.backends.operations import parts
 from inference_service.core.sequence import GONE
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned, Table
-from inference_service.kernels.sgmv import Update
-from inference_service.layers.norm import RMSNorm
-from loramux_shared.bases.rope import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -114,19 +111,10 @@ class NativeAttention:
         """float32 [T, rotary]."""
         return cos.squeeze(1).float().contiguous(), sin.squeeze(1).float().contiguous()
 
-    def __call__(
-        self,
-        heads: Tensor,
-        turn: Turn,
-        keys: Tensor,
-        values: Tensor,
-        spec: AttentionSpec,
-        norm: RMSNorm | None = None,
-        sinks: Tensor | None = None,
-        scales: Tensor | None = None,  # noqa: ARG002 - its cache has the model's type
-        update: Update | None = None,  # noqa: ARG002 - `begun` has none
-    ) -> Tensor:
+    def __call__(self, layer: LayerHeads) -> Tensor:
         """Rotate in place, write the cache, attend over it where it lies."""
+        # A cache of the model's type has no scales, and `begun` makes no update.
+        heads, turn, keys, values, spec, norm, sinks, *_ = layer
         queries, rotated = parts(heads, len(keys), spec)
         if norm is not None:
             self._ops.norm_heads(heads, norm.weight, norm.eps, norm.offset)

@@ -13,6 +13,7 @@ from torch.nn.functional import embedding
 from inference_service.backends.base import (
     Attention,
     Delta,
+    LayerHeads,
     LayerInputs,
     LayerOutputs,
     Layers,
@@ -263,25 +264,15 @@ class TorchAttention:
         """Return both unchanged."""
         return cos, sin
 
-    def __call__(
-        self,
-        heads: Tensor,
-        turn: Turn,
-        keys: Tensor,
-        values: Tensor,
-        spec: AttentionSpec,
-        norm: RMSNorm | None = None,
-        sinks: Tensor | None = None,
-        scales: Tensor | None = None,
-        update: Update | None = None,  # noqa: ARG002 - `begun` has none
-    ) -> Tensor:
+    def __call__(self, layer: LayerHeads) -> Tensor:
         """Rotate queries and keys together, then gather and attend."""
-        queries, rotated = parts(heads, len(keys), spec)
+        heads, keys, norm = layer.heads, layer.keys, layer.norm
+        queries, rotated = parts(heads, len(keys), layer.spec)
         if norm is not None:
             heads = normed(heads, len(norm.weight), norm)
-        qk = rotate(heads[:, :rotated], *turn)
+        qk = rotate(heads[:, :rotated], *layer.turn)
         q, k, v = qk[:, :queries], qk[:, queries:], heads[:, rotated:]
-        out = self._plan(q, k, v, KeysValues(keys, values, scales), spec, sinks)
+        out = self._plan(q, k, v, KeysValues(keys, layer.values, layer.scales), layer.spec, layer.sinks)
         return out.reshape(len(heads), -1)
 
 

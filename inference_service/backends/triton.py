@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Delta, StepLora, Turn
+from inference_service.backends.base import Attention, Delta, LayerHeads, StepLora, Turn
 from inference_service.backends.operations import Grouped, Operations
 from inference_service.backends.triton_lora import TritonLora
 from inference_service.kernels import experts, rows
@@ -40,7 +40,7 @@ from inference_service.layers.linear import Linear
 from inference_service.layers.norm import LayerNorm, RMSNorm
 from inference_service.layers.on_gpu import Fp8Linear, PackedLinear
 from loramux_shared.bases.memory import Keeps
-from loramux_shared.bases.rope import AttentionSpec, HeadCounts
+from loramux_shared.bases.rope import HeadCounts
 from loramux_shared.runtime import Rounding
 
 
@@ -260,19 +260,9 @@ class TritonAttention:
         """[T, rotary]."""
         return cos.squeeze(1), sin.squeeze(1)
 
-    def __call__(
-        self,
-        heads: Tensor,
-        turn: Turn,
-        keys: Tensor,
-        values: Tensor,
-        spec: AttentionSpec,
-        norm: RMSNorm | None = None,
-        sinks: Tensor | None = None,
-        scales: Tensor | None = None,
-        update: Update | None = None,
-    ) -> Tensor:
+    def __call__(self, layer: LayerHeads) -> Tensor:
         """Rows that belong to no chunk are 0."""
-        inputs = Inputs(heads, *turn, keys, values, writes=spec.keys_of is None, scales=scales)
+        spec, norm, writes = layer.spec, layer.norm, layer.spec.keys_of is None
+        inputs = Inputs(layer.heads, *layer.turn, layer.keys, layer.values, writes=writes, scales=layer.scales)
         tables, head_norm = self.tables[inputs.counts, spec.window], None if norm is None else norm.of_heads
-        return attend(inputs, tables, spec, head_norm, sinks, update).flatten(1)
+        return attend(inputs, tables, spec, head_norm, layer.sinks, layer.update).flatten(1)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Recurrence, StepLora, Turn, no_recurrence
+from inference_service.backends.base import Attention, LayerHeads, Recurrence, StepLora, Turn, no_recurrence
 from inference_service.backends.operations import Grouped, Operations
 from inference_service.kernels.attention import MAX_UPDATED_DIM
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights
@@ -189,8 +189,9 @@ class AttentionBlock(MixerBlock):
         heads = qkv.view(len(x), -1, spec.head_dim)
         if spec.values_are_keys and spec.attention.keys_of is None:
             heads = torch.cat([heads, heads[:, spec.num_heads :]], dim=1)
-        turn, norm = step.turns[self._rope], self._head_norm
-        attended = step.attention(heads, turn, keys, values, spec.attention, norm, self._sinks, scales, update)
+        turn, norm, sinks = step.turns[self._rope], self._head_norm, self._sinks
+        layer = LayerHeads(heads, turn, keys, values, spec.attention, norm, sinks, scales, update)
+        attended = step.attention(layer)
         if gate is not None:
             attended = step.operations.gate(attended, gate)
         return step.linear(self._o, attended, self._index, self._o_group)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention
+from inference_service.backends.base import Attention, LayerHeads
 from inference_service.backends.native_attention import NativeAttention
 from inference_service.backends.operations import TorchAttention
 from inference_service.backends.triton import TritonAttention, TritonOperations
@@ -45,11 +45,11 @@ def _attended(layer: Attention, counts: HeadCounts, cache: Pair, rope: Rope, nor
     torch.manual_seed(3)
     own = torch.randn(ROWS, counts.queries + 2 * counts.kv, counts.dim)
     spec, turn = AttentionSpec(counts.dim**-0.5), layer.turn(*rope.at(POSITIONS))
-    first = layer(own, turn, *cache, spec, norm)
+    first = layer(LayerHeads(own, turn, *cache, spec, norm))
     queries = torch.randn(ROWS, counts.queries, counts.dim)
     held = [each.clone() for each in cache]
     of_queries = RMSNorm(norm.weight[: counts.queries], norm.eps)
-    second = layer(queries, turn, *cache, replace(spec, keys_of=0), of_queries)
+    second = layer(LayerHeads(queries, turn, *cache, replace(spec, keys_of=0), of_queries))
     assert all(torch.equal(now, then) for now, then in zip(cache, held, strict=True))
     return first, second
 
@@ -92,5 +92,5 @@ def test_layers_of_other_heads_have_tables_of_their_own(device: str) -> None:
         keys, values = operations.new_cache(CACHE_ROWS, counts)
         rope = Rope(RopeSpec(counts.dim, 1e4), dtype, place)
         turn = attention.turn(*rope.at(POSITIONS.to(place)))
-        out = attention(heads, turn, keys, values, AttentionSpec(1.0))
+        out = attention(LayerHeads(heads, turn, keys, values, AttentionSpec(1.0)))
         assert out.shape == (ROWS, counts.queries * counts.dim)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from inference_service.backends import long_chunks
+from inference_service.backends.base import LayerHeads
 from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
 from inference_service.backends.native_attention import NativeAttention
 from inference_service.kernels.attention import Context
@@ -39,8 +40,7 @@ def attended(
     torch.manual_seed(0)
     keys, values = ops.new_cache(kv, 16 * BLOCKS, dim)
     for context in CONTEXTS:  # the past, written as steps do
-        past = context.end - context.length
-        if past:
+        if past := context.end - context.length:
             _attend(ops, [Context(0, past, context.blocks, past)], keys, values, heads, spec, None, sinks)
     poisoned = sorted(set(range(BLOCKS)) - {block for context in CONTEXTS for block in context.blocks})
     keys[:, poisoned], values[:, poisoned] = torch.nan, torch.nan
@@ -62,7 +62,7 @@ def _attend(
     fused = torch.randn(rows, heads + 2 * kv, dim).to(ops.dtype)
     attention = NativeAttention(ops, contexts, 16, long_rows, (spec.window,))
     turn = attention.turn(torch.ones(rows, 1, dim), torch.zeros(rows, 1, dim))
-    return attention(fused, turn, keys, values, spec, sinks=sinks)
+    return attention(LayerHeads(fused, turn, keys, values, spec, sinks=sinks))
 
 
 @pytest.mark.parametrize("ops", [torch.float32, torch.bfloat16], indirect=True)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, gelu, relu, scaled_dot_product_attention, silu
 
-from inference_service.backends.base import Attention, Recurrence, StepLora, Turn, no_recurrence
+from inference_service.backends.base import Attention, LayerHeads, Recurrence, StepLora, Turn, no_recurrence
 from inference_service.backends.operations import Operations
 from inference_service.kernels.attention import Context
-from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import LayerNorm, RMSNorm
 from inference_service.layers.rope import Rope, rotate
@@ -27,7 +26,6 @@ from inference_service.models.checkpoint import Tensors
 from inference_service.models.decoder import Decoder
 from inference_service.models.reader import LayerReader, Reader
 from loramux_encoders.families import EncoderConfig, ModernConfig
-from loramux_shared.bases.rope import AttentionSpec
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
 from loramux_shared.runtime import Rounding
@@ -80,20 +78,9 @@ class SequenceAttention:
         """Return both unchanged."""
         return cos, sin
 
-    def __call__(
-        self,
-        heads: Tensor,
-        turn: Turn,  # noqa: ARG002 - embeddings have positions
-        keys: Tensor,  # noqa: ARG002 - nothing is cached
-        values: Tensor,  # noqa: ARG002
-        spec: AttentionSpec,
-        norm: RMSNorm | None = None,  # noqa: ARG002 - no encoder has these
-        sinks: Tensor | None = None,  # noqa: ARG002
-        scales: Tensor | None = None,  # noqa: ARG002
-        update: Update | None = None,  # noqa: ARG002
-    ) -> Tensor:
-        """Return [T, heads * d] of the heads of queries, keys and values side by side [T, 3 * heads, d]."""
-        return self.attend(heads, spec.scale)
+    def __call__(self, layer: LayerHeads) -> Tensor:
+        """Return [T, heads * d]; embeddings have positions, and nothing is cached."""
+        return self.attend(layer.heads, layer.spec.scale)
 
     def attend(self, heads: Tensor, scale: float, reach: int | None = None) -> Tensor:
         """Return the same, of rows that see so many positions to each side; None: all."""
@@ -140,7 +127,7 @@ class EncoderLayer:
         """Return [T, hidden] for x [T, hidden]."""
         qkv, o, up, down = self._groups
         heads = self._linear(ops, self.qkv, x, lora, qkv).view(len(x), -1, self._head_dim)
-        attended = attention(heads, (x, x), x, x, self._spec)
+        attended = attention(LayerHeads(heads, (x, x), x, x, self._spec))
         x = self._attention_norm(self._linear(ops, self.o, attended, lora, o) + x)
         wide = self._activated(ops, self._linear(ops, self.up, x, lora, up))
         return self._norm(self._linear(ops, self.down, wide, lora, down) + x)

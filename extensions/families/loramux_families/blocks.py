@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
+from inference_service.backends.base import LayerHeads
 from inference_service.backends.operations import Operations
 from inference_service.kernels.experts import Routed
 from inference_service.layers.norm import RMSNorm
@@ -85,7 +86,8 @@ class LatentBlock(MixerBlock):
         cached_keys, cached_values, *eight_bits = step.cache.layers[self._index]
         scales = eight_bits[0] if eight_bits else None
         turn = step.turns[self._rope]
-        seen = step.attention(heads, turn, cached_keys, cached_values, spec.attention, None, None, scales)
+        layer = LayerHeads(heads, turn, cached_keys, cached_values, spec.attention, scales=scales)
+        seen = step.attention(layer)
         seen = seen.view(rows, -1, spec.head_dim)[..., : spec.value_dim].flatten(1)
         return step.linear(self._o, seen, self._index, self._groups["attn_dense"])
 
