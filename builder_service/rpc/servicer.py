@@ -157,10 +157,7 @@ def update_of(request: pb.UpdateDeploymentRequest) -> Update:
     """Return the requested update; raise DeploymentInvalid with one finding per violation."""
     add = adapters_from_message(request.add)
     fields = {"name": request.name, "add": add, "remove": tuple(request.remove)}
-    judged = {
-        "expected_generation": request.expected_generation or None,
-        "must_be_new": request.must_be_new,
-    }
+    judged = {"expected_generation": request.expected_generation or None, "must_be_new": request.must_be_new}
     try:
         return Update.model_validate(fields | judged)
     except ValidationError as error:

@@ -160,14 +160,7 @@ class AdapterLoader:
     is tried again here: the caller decides that.
     """
 
-    def __init__(
-        self,
-        reader: BundleReader,
-        pack: Pack,
-        *,
-        host_bytes: float = 0,
-        threads: int = 1,
-    ) -> None:
+    def __init__(self, reader: BundleReader, pack: Pack, *, host_bytes: float = 0, threads: int = 1) -> None:
         self._reader = reader
         self._pack = pack
         self._host: Recent[PackedAdapter] = Recent(host_bytes)

@@ -116,12 +116,7 @@ async def build_with_bars(
 
 
 async def follow_build(
-    client: AsyncClient,
-    deployment: Deployment,
-    tell: Tell,
-    *,
-    verify: bool = False,
-    exact: bool = False,
+    client: AsyncClient, deployment: Deployment, tell: Tell, *, verify: bool = False, exact: bool = False
 ) -> DeploymentInfo:
     """Build a deployment, print all its states and return the last; raises its fault."""
     tell(await client.build(deployment, verify=verify, exact=exact))

@@ -67,17 +67,9 @@ def _phi(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> Cal
 
 
 GRANITE: Final = ToolFormat(
-    ToolParser.GRANITE,
-    granite_blocks,
-    _granite,
-    tokens=(MARK, tagged.BEGIN, tagged.END),
+    ToolParser.GRANITE, granite_blocks, _granite, tokens=(MARK, tagged.BEGIN, tagged.END)
 )
-PHI4: Final = ToolFormat(
-    ToolParser.PHI4,
-    phi_blocks,
-    _phi,
-    tokens=(MARK, PHI_END),
-)
+PHI4: Final = ToolFormat(ToolParser.PHI4, phi_blocks, _phi, tokens=(MARK, PHI_END))
 
 
 PYTHON_TAG: Final = "<|python_tag|>"
@@ -108,11 +100,7 @@ def _llama(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> C
 
 
 LLAMA3_JSON: Final = ToolFormat(
-    ToolParser.LLAMA3_JSON,
-    llama_blocks,
-    _llama,
-    leading=llama_leading,
-    tokens=(PYTHON_TAG,),
+    ToolParser.LLAMA3_JSON, llama_blocks, _llama, leading=llama_leading, tokens=(PYTHON_TAG,)
 )
 
 

@@ -152,10 +152,4 @@ def _xml(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> Cal
 
 
 HERMES: Final = ToolFormat(ToolParser.HERMES, tagged_blocks, _hermes, tokens=(BEGIN, END), end=END)
-QWEN3_CODER: Final = ToolFormat(
-    ToolParser.QWEN3_CODER,
-    tagged_blocks,
-    _xml,
-    tokens=(BEGIN, END),
-    end=END,
-)
+QWEN3_CODER: Final = ToolFormat(ToolParser.QWEN3_CODER, tagged_blocks, _xml, tokens=(BEGIN, END), end=END)

@@ -211,11 +211,7 @@ def _weights(spec: AttentionSpec, longest: int) -> dict[str, Any]:
     if spec.softcap is None:
         return {"scale": spec.scale * LOG2_E, "softcap": None, "window": window}
     # tanh(x) = 1 - 2 / (2 ** (2 log2(e) x) + 1)
-    return {
-        "scale": 2 * LOG2_E * spec.scale / spec.softcap,
-        "softcap": spec.softcap * LOG2_E,
-        "window": window,
-    }
+    return {"scale": 2 * LOG2_E * spec.scale / spec.softcap, "softcap": spec.softcap * LOG2_E, "window": window}
 
 
 def _check_tables(inputs: Inputs, tables: AttentionTables) -> None:

@@ -93,11 +93,7 @@ _ROPE_UPDATE = {
     2: {128: RowTile(DECODE_TILE, num_warps=4), 256: RowTile(DECODE_TILE, num_warps=8)},
     4: {256: RowTile(DECODE_TILE, num_warps=8)},
 }
-_MERGE = {
-    128: RowTile(16, num_warps=4),
-    256: RowTile(8, num_warps=4),
-    512: RowTile(4, num_warps=4),
-}
+_MERGE = {128: RowTile(16, num_warps=4), 256: RowTile(8, num_warps=4), 512: RowTile(4, num_warps=4)}
 # mma of sm_80 and sm_120 has the queries in registers, and would spill with more tokens at a time.
 _PREFILL_80: Table[TileConfig] = {
     **_PREFILL,
@@ -105,10 +101,7 @@ _PREFILL_80: Table[TileConfig] = {
 }
 # Nothing timed yet speaks for other differences between architectures.
 DECODE: Tables[TileConfig] = dict.fromkeys(ARCHITECTURES, _DECODE)
-PREFILL: Tables[TileConfig] = dict.fromkeys(ARCHITECTURES, _PREFILL) | {
-    80: _PREFILL_80,
-    120: _PREFILL_80,
-}
+PREFILL: Tables[TileConfig] = dict.fromkeys(ARCHITECTURES, _PREFILL) | {80: _PREFILL_80, 120: _PREFILL_80}
 # Keys and values of 8 bits are widened in registers, which fewer of them leave free; the rows are the same.
 _DECODE_8: Table[TileConfig] = {
     2: _DECODE[2],

@@ -18,13 +18,7 @@ anyway adds the update itself (`Update`): then expand is not launched.
 This package needs torch alone; Triton is imported at the first launch.
 """
 
-from inference_service.kernels.sgmv.launch import (
-    Update,
-    expand,
-    shrink,
-    update,
-    workspace_numel,
-)
+from inference_service.kernels.sgmv.launch import Update, expand, shrink, update, workspace_numel
 from inference_service.kernels.sgmv.layout import (
     Group,
     Phase,

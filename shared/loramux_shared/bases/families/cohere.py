@@ -56,11 +56,7 @@ def _read(config: HfConfig) -> ModelConfig:
     return model
 
 
-FAMILY = Family(
-    (Architecture("CohereForCausalLM", "cohere"),),
-    _read,
-    models="Command R, Aya 23 and Expanse",
-)
+FAMILY = Family((Architecture("CohereForCausalLM", "cohere"),), _read, models="Command R, Aya 23 and Expanse")
 
 
 def _read_2(config: HfConfig) -> ModelConfig:
@@ -81,7 +77,5 @@ def _read_2(config: HfConfig) -> ModelConfig:
 
 
 FAMILY_2 = Family(
-    (Architecture("Cohere2ForCausalLM", "cohere2"),),
-    _read_2,
-    models="Command R7B and A, Tiny Aya",
+    (Architecture("Cohere2ForCausalLM", "cohere2"),), _read_2, models="Command R7B and A, Tiny Aya"
 )

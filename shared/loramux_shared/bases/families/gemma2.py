@@ -32,11 +32,7 @@ NAMES = TensorNames(
 
 
 def gemma_like(
-    config: HfConfig,
-    *,
-    max_positions: int,
-    sizes: Mapping[str, int],
-    rope: ReadRope = read_rope,
+    config: HfConfig, *, max_positions: int, sizes: Mapping[str, int], rope: ReadRope = read_rope
 ) -> ModelConfig:
     """Return what Gemma 2 and 3 have in common."""
     config.require("hidden_activation", "gelu_pytorch_tanh")
@@ -84,16 +80,8 @@ def _read_1(config: HfConfig) -> ModelConfig:
     return _gemma(config, 8192, sizes | more, read_rope)
 
 
-FAMILY_1 = Family(
-    (Architecture("GemmaForCausalLM", "gemma"),),
-    _read_1,
-    models="Gemma, CodeGemma",
-)
-FAMILY = Family(
-    (Architecture("Gemma2ForCausalLM", "gemma2"),),
-    _read,
-    models="Gemma 2",
-)
+FAMILY_1 = Family((Architecture("GemmaForCausalLM", "gemma"),), _read_1, models="Gemma, CodeGemma")
+FAMILY = Family((Architecture("Gemma2ForCausalLM", "gemma2"),), _read, models="Gemma 2")
 
 
 THETAS = {

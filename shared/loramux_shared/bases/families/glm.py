@@ -38,11 +38,7 @@ def _read(config: HfConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family(
-    (Architecture("GlmForCausalLM", "glm"),),
-    _read,
-    models="GLM-4 9B, GLM-Edge",
-)
+FAMILY = Family((Architecture("GlmForCausalLM", "glm"),), _read, models="GLM-4 9B, GLM-Edge")
 
 
 def _read_4(config: HfConfig) -> ModelConfig:
@@ -50,8 +46,4 @@ def _read_4(config: HfConfig) -> ModelConfig:
     return replace(_read(config), names=names)
 
 
-FAMILY_4 = Family(
-    (Architecture("Glm4ForCausalLM", "glm4"),),
-    _read_4,
-    models="GLM-4-0414, GLM-Z1",
-)
+FAMILY_4 = Family((Architecture("Glm4ForCausalLM", "glm4"),), _read_4, models="GLM-4-0414, GLM-Z1")

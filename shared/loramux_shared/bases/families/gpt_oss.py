@@ -50,9 +50,4 @@ def _read(config: HfConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family(
-    (Architecture("GptOssForCausalLM", "gpt_oss"),),
-    _read,
-    models="gpt-oss",
-    describes=EXPERTS,
-)
+FAMILY = Family((Architecture("GptOssForCausalLM", "gpt_oss"),), _read, models="gpt-oss", describes=EXPERTS)

@@ -32,11 +32,7 @@ def _read(config: HfConfig) -> ModelConfig:
     return replace(granite_like(config), mlp_bias=config.flag("mlp_bias", default=False))
 
 
-FAMILY = Family(
-    (Architecture("GraniteForCausalLM", "granite"),),
-    _read,
-    models="Granite 3, dense",
-)
+FAMILY = Family((Architecture("GraniteForCausalLM", "granite"),), _read, models="Granite 3, dense")
 
 
 NAMES = TensorNames(

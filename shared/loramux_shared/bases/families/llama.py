@@ -19,7 +19,5 @@ def _read(config: HfConfig) -> ModelConfig:
 
 
 FAMILY = Family(
-    (Architecture("LlamaForCausalLM", "llama"),),
-    _read,
-    models="Llama 2 and 3, SmolLM2, TinyLlama, Yi",
+    (Architecture("LlamaForCausalLM", "llama"),), _read, models="Llama 2 and 3, SmolLM2, TinyLlama, Yi"
 )

@@ -89,9 +89,7 @@ def _read_ministral(config: HfConfig) -> ModelConfig:
 
 
 MINISTRAL = Family(
-    (Architecture("Ministral3ForCausalLM", "ministral3"),),
-    _read_ministral,
-    models="Ministral 3, text alone",
+    (Architecture("Ministral3ForCausalLM", "ministral3"),), _read_ministral, models="Ministral 3, text alone"
 )
 
 

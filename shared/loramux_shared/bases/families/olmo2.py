@@ -53,11 +53,7 @@ def _read(config: HfConfig) -> ModelConfig:
     return model
 
 
-FAMILY = Family(
-    (Architecture("Olmo2ForCausalLM", "olmo2"),),
-    _read,
-    models="OLMo 2",
-)
+FAMILY = Family((Architecture("Olmo2ForCausalLM", "olmo2"),), _read, models="OLMo 2")
 
 
 THETA = 500_000.0
@@ -85,11 +81,7 @@ def _full_rope(config: HfConfig, dim: int, longest: int) -> tuple[RopeSpec, int]
     return read_rope_of(config, "full_attention", dim, longest, theta), longest
 
 
-FAMILY_3 = Family(
-    (Architecture("Olmo3ForCausalLM", "olmo3"),),
-    _read_3,
-    models="OLMo 3",
-)
+FAMILY_3 = Family((Architecture("Olmo3ForCausalLM", "olmo3"),), _read_3, models="OLMo 3")
 
 
 def _read_moe(config: HfConfig) -> ModelConfig:
@@ -102,9 +94,4 @@ def _read_moe(config: HfConfig) -> ModelConfig:
     return replace(model, layers=layers, names=NAMES_OF_QWEN)
 
 
-FAMILY_MOE = Family(
-    (Architecture("OlmoeForCausalLM", "olmoe"),),
-    _read_moe,
-    models="OLMoE",
-    describes=EXPERTS,
-)
+FAMILY_MOE = Family((Architecture("OlmoeForCausalLM", "olmoe"),), _read_moe, models="OLMoE", describes=EXPERTS)

@@ -11,11 +11,7 @@ from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.rope import read_rope
 
 NAMES = TensorNames(
-    final_norm="final_layernorm",
-    o="self_attn.dense",
-    mlp_norm=None,
-    gate_up=("mlp.fc1",),
-    down="mlp.fc2",
+    final_norm="final_layernorm", o="self_attn.dense", mlp_norm=None, gate_up=("mlp.fc1",), down="mlp.fc2"
 )
 SIZES = {
     "hidden_size": 2048,
@@ -48,8 +44,4 @@ def _read(config: HfConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family(
-    (Architecture("PhiForCausalLM", "phi"),),
-    _read,
-    models="Phi-1, Phi-1.5, Phi-2",
-)
+FAMILY = Family((Architecture("PhiForCausalLM", "phi"),), _read, models="Phi-1, Phi-1.5, Phi-2")

@@ -30,11 +30,7 @@ def qwen_windows(model: ModelConfig, config: HfConfig, first: int = 28) -> tuple
     return windowed(model.layers, config, window, lambda index: index >= first)
 
 
-FAMILY = Family(
-    (Architecture("Qwen2ForCausalLM", "qwen2"),),
-    _read,
-    models="Qwen 2 and 2.5, dense",
-)
+FAMILY = Family((Architecture("Qwen2ForCausalLM", "qwen2"),), _read, models="Qwen 2 and 2.5, dense")
 
 
 NAMES = TensorNames(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
@@ -48,11 +44,7 @@ def _read_3(config: HfConfig) -> ModelConfig:
     return replace(model, layers=layers, names=NAMES, qkv_bias=bias, o_bias=bias)
 
 
-FAMILY_3 = Family(
-    (Architecture("Qwen3ForCausalLM", "qwen3"),),
-    _read_3,
-    models="Qwen 3, dense",
-)
+FAMILY_3 = Family((Architecture("Qwen3ForCausalLM", "qwen3"),), _read_3, models="Qwen 3, dense")
 
 
 def _read_moe(config: HfConfig) -> ModelConfig:

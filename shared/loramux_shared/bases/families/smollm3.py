@@ -45,8 +45,4 @@ def _turned(config: HfConfig, num_layers: int) -> list[bool]:
     return [bool(item) for item in without_rope[:num_layers]]
 
 
-FAMILY = Family(
-    (Architecture("SmolLM3ForCausalLM", "smollm3"),),
-    _read,
-    models="SmolLM 3",
-)
+FAMILY = Family((Architecture("SmolLM3ForCausalLM", "smollm3"),), _read, models="SmolLM 3")
