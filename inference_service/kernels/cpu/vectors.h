@@ -106,6 +106,13 @@ inline void store16(bf16* p, vf x) {
 #endif
 }
 
+// Two bfloat16 as float32; their products are added the second one first, as vdpbf16ps does.
+struct Two { vf second, first; };
+inline Two both(vu units) { return {floats(units & 0xffff0000u), floats(units << 16)}; }
+inline vf multiply_add(vf acc, Two a, Two b) {
+  return multiply_add(multiply_add(acc, a.second, b.second), a.first, b.first);
+}
+
 template <class T> struct Unit;
 template <> struct Unit<float> {
   typedef float Value;
@@ -129,8 +136,7 @@ template <> struct Unit<bf16> {
     std::memcpy(&acc, &r, 64);
     return acc;
 #else
-    acc = multiply_add(acc, floats(a & 0xffff0000u), floats(b & 0xffff0000u));  // the second value first, as vdpbf16ps does
-    return multiply_add(acc, floats(a << 16), floats(b << 16));
+    return multiply_add(acc, both(a), both(b));
 #endif
   }
 };
@@ -164,18 +170,14 @@ template <class T> struct Units {
 struct WidenedUnits {
   typedef uint64_t Unit;
   typedef Flushing Scope;
-  struct Two { vf second, first; };
   typedef Two Vector;
   static inline Unit of(uint32_t unit) { return widened(unit); }
   static inline Two repeated(const Unit& unit) {
     const char* values = reinterpret_cast<const char*>(&unit);
     return {floats(broadcast(values)), floats(broadcast(values + 4))};
   }
-  static inline Two vector(vu units) { return {floats(units & 0xffff0000u), floats(units << 16)}; }
-  static inline vf fma(vf acc, Two unit, vu w) {
-    const Two all = vector(w);
-    return multiply_add(multiply_add(acc, unit.second, all.second), unit.first, all.first);
-  }
+  static inline Two vector(vu units) { return both(units); }
+  static inline vf fma(vf acc, Two unit, vu w) { return multiply_add(acc, unit, both(w)); }
 };
 
 // In a register: not read from memory again for every row, nor computed in another way.
