@@ -74,18 +74,16 @@ LOOK_S: Final = 0.02
 """Between two looks at whether those that were under way have ended."""
 
 
-class Held:
-    """First sequences of requests that came while those before them run to their ends, by their ids."""
+Held = dict[str, Sequence]
+"""First sequences of requests that came while those before them run to their ends, by their ids."""
 
-    def __init__(self) -> None:
-        self.seqs: dict[str, Sequence] = {}
 
-    def late(self, now_s: float) -> list[Sequence]:
-        """Take out those whose deadline has passed."""
-        late = [seq for seq in self.seqs.values() if seq.deadline_s is not None and seq.deadline_s <= now_s]
-        for seq in late:
-            del self.seqs[seq.id]
-        return late
+def take_late(held: Held, now_s: float) -> list[Sequence]:
+    """Take out those whose deadline has passed."""
+    late = [seq for seq in held.values() if seq.deadline_s is not None and seq.deadline_s <= now_s]
+    for seq in late:
+        del held[seq.id]
+    return late
 
 
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
@@ -209,7 +207,7 @@ class EngineThread:
         self._under_way |= {seq.id for seq in seqs}
         self._delivery.came = True
         if self._held is not None:
-            self._held.seqs[seqs[0].id] = seqs[0]
+            self._held[seqs[0].id] = seqs[0]
         else:
             self._begin(seqs[0])
         return outputs
@@ -252,21 +250,21 @@ class EngineThread:
 
     async def _until_ended(self) -> None:
         """Wait until the requests that are under way have ended; hold those back that come meanwhile."""
-        held = self._held = self._held or Held()
+        held = self._held = {} if self._held is None else self._held
         while self._held is held and self._has_others(held) and self._stopped is None:
-            for seq in held.late(time.monotonic()):
+            for seq in take_late(held, time.monotonic()):
                 self._deliver({seq.id: [StepOutput(seq.id, None, EndReason.DEADLINE)]})
             await asyncio.sleep(LOOK_S)
         self._let_in()
 
     def _has_others(self, held: Held) -> bool:
         """Return True if a request is open that is not held back; one that is may have several sequences."""
-        waiting = {self._streams[seq_id] for seq_id in held.seqs}
+        waiting = {self._streams[seq_id] for seq_id in held}
         return not waiting.issuperset(self._streams.values())
 
     def _let_in(self) -> None:
         held, self._held = self._held, None
-        for seq in held.seqs.values() if held is not None else ():
+        for seq in (held or {}).values():
             self._begin(seq)
 
     def _rest(self, rested: asyncio.Future[None]) -> None:
@@ -283,7 +281,7 @@ class EngineThread:
     def _close(self, seq_id: str) -> None:
         del self._streams[seq_id]
         if self._held is not None:
-            self._held.seqs.pop(seq_id, None)
+            self._held.pop(seq_id, None)
         if seq_id in self._under_way:  # else it ended by itself, and the thread need not wake
             self._under_way.remove(seq_id)
             self._inbox.post(partial(self._engine.abort, seq_id))

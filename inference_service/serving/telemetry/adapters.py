@@ -81,10 +81,11 @@ class _Facts(NamedTuple):
         )
 
 
-class AdapterSeries:
-    """Series of the models that are in memory or at work; there are none of those that are only registered.
+class AdapterSeries(Collector):
+    """The sums over all adapters, and series of the models that are in memory or at work.
 
-    A model's lines are written when something that they say is not what it was at the last scrape.
+    There are none of those that are only registered. A model's lines are written when something that they say
+    is not what it was at the last scrape.
     """
 
     def __init__(
@@ -94,18 +95,50 @@ class AdapterSeries:
         self._most = most
         self._catalog = catalog
         self._engine = engine
-        self.adapters = adapters
+        self._adapters = adapters
         self._written: Mapping[str, tuple[_Facts, Lines]] = {}
 
-    @property
-    def base_name(self) -> str:
-        """The served base."""
-        return self._catalog.base_name
+    def collect(self) -> Iterator[Metric]:
+        """Yield the sums over all adapters."""
+        view, stats = self._adapters.replica(), self._adapters.residency.stats
+        for name, text, value in (
+            ("loramux_adapters_registered", "Registered adapters.", view.registered),
+            ("loramux_adapters_resident", "Resident versions.", view.resident),
+            ("loramux_adapters_arriving", "Versions that are being loaded.", view.arriving),
+            ("loramux_adapters_pinned", "Pinned adapters.", view.pinned),
+            ("loramux_bank_bytes", "Memory for adapters.", view.bank_bytes),
+            ("loramux_bank_used_bytes", "Memory that resident adapters use.", view.bank_bytes_used),
+            ("loramux_generation", "Generation that is served.", view.generation),
+            ("loramux_newest_generation", "Newest generation that the replica saw.", view.newest_generation),
+            ("loramux_paused", "1 while an operator pauses the replica.", view.paused),
+        ):
+            yield GaugeMetricFamily(name, text, value)
+        for name, text, value in (
+            ("num_gpu_loaded_lora_adapters", "Resident versions.", view.resident),
+            ("num_cpu_loaded_lora_adapters", "Versions that are being loaded.", view.arriving),
+            ("max_gpu_lora_adapters", "Versions of the present mean size that fit.", self._room(view)),
+        ):
+            family = GaugeMetricFamily(f"vllm:{name}", text, labels=[MODEL_LABEL])
+            yield of_model(family, self._catalog.base_name, value)
+        for name, text, value in (
+            ("loads", "Loaded versions.", stats.loads),
+            ("load_failures", "Loads that failed.", stats.failures),
+            ("evictions", "Evicted versions.", stats.evictions),
+            ("load_waits", "Sequences that waited for a load of their adapter.", stats.waits),
+        ):
+            yield CounterMetricFamily(f"loramux_adapter_{name}", text, value)
+        state = GaugeMetricFamily(
+            "loramux_replica_state", "1; state: how current the replica is.", labels=["state"]
+        )
+        state.add_metric([view.state], 1)
+        yield state
+        yield _load_seconds(stats.load_counts, stats.load_seconds)
 
-    @property
-    def most_per_step(self) -> int:
-        """Adapters that may share a step."""
-        return self._engine.stats.max_adapters
+    def _room(self, view: ReplicaView) -> int:
+        """Return how many as large as those in it the bank holds; of an empty one, as many as a step takes."""
+        if not view.bank_bytes_used:
+            return self._engine.stats.max_adapters
+        return max(view.resident, view.resident * view.bank_bytes // view.bank_bytes_used)
 
     def parts(self) -> Iterator[bytes]:
         """Return everything, as Prometheus reads it."""
@@ -115,7 +148,7 @@ class AdapterSeries:
 
     def _listed(self) -> list[_Listed]:
         """Return the resident and active adapters, last used first; a scrape looks at each name once."""
-        standings = {each.adapter: each for each in self.adapters.residency.standings()}
+        standings = {each.adapter: each for each in self._adapters.residency.standings()}
         found = []
         for model in self._catalog.everything:
             if model.adapter is None:
@@ -135,7 +168,7 @@ class AdapterSeries:
                 sequences.running.get(name, 0),
                 sequences.waiting.get(name, 0),
                 LEVELS.get(each.place) if name != self._catalog.base_name else None,
-                self.adapters.is_pinned(name),
+                self._adapters.is_pinned(name),
                 limits,
             )
             previous = before.get(name)
@@ -156,56 +189,6 @@ class AdapterSeries:
             "waiting_lora_adapters": ",".join(waiting[:MOST_NAMED]),
         }
         return sample(INFO, labels, time.time())
-
-
-class AdapterCollector(Collector):
-    """The sums over all adapters."""
-
-    def __init__(self, series: AdapterSeries) -> None:
-        self._series = series
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield every family."""
-        manager = self._series.adapters
-        view, stats = manager.replica(), manager.residency.stats
-        for name, text, value in (
-            ("loramux_adapters_registered", "Registered adapters.", view.registered),
-            ("loramux_adapters_resident", "Resident versions.", view.resident),
-            ("loramux_adapters_arriving", "Versions that are being loaded.", view.arriving),
-            ("loramux_adapters_pinned", "Pinned adapters.", view.pinned),
-            ("loramux_bank_bytes", "Memory for adapters.", view.bank_bytes),
-            ("loramux_bank_used_bytes", "Memory that resident adapters use.", view.bank_bytes_used),
-            ("loramux_generation", "Generation that is served.", view.generation),
-            ("loramux_newest_generation", "Newest generation that the replica saw.", view.newest_generation),
-            ("loramux_paused", "1 while an operator pauses the replica.", view.paused),
-        ):
-            yield GaugeMetricFamily(name, text, value)
-        for name, text, value in (
-            ("num_gpu_loaded_lora_adapters", "Resident versions.", view.resident),
-            ("num_cpu_loaded_lora_adapters", "Versions that are being loaded.", view.arriving),
-            ("max_gpu_lora_adapters", "Versions of the present mean size that fit.", self._room(view)),
-        ):
-            family = GaugeMetricFamily(f"vllm:{name}", text, labels=[MODEL_LABEL])
-            yield of_model(family, self._series.base_name, value)
-        for name, text, value in (
-            ("loads", "Loaded versions.", stats.loads),
-            ("load_failures", "Loads that failed.", stats.failures),
-            ("evictions", "Evicted versions.", stats.evictions),
-            ("load_waits", "Sequences that waited for a load of their adapter.", stats.waits),
-        ):
-            yield CounterMetricFamily(f"loramux_adapter_{name}", text, value)
-        state = GaugeMetricFamily(
-            "loramux_replica_state", "1; state: how current the replica is.", labels=["state"]
-        )
-        state.add_metric([view.state], 1)
-        yield state
-        yield _load_seconds(stats.load_counts, stats.load_seconds)
-
-    def _room(self, view: ReplicaView) -> int:
-        """Return how many as large as those in it the bank holds; of an empty one, as many as a step takes."""
-        if not view.bank_bytes_used:
-            return self._series.most_per_step
-        return max(view.resident, view.resident * view.bank_bytes // view.bank_bytes_used)
 
 
 def _load_seconds(counts: list[int], total: float) -> Metric:

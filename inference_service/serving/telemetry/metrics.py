@@ -16,7 +16,7 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.manager import AdapterManager
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import AnswerDelta
-from inference_service.serving.telemetry.adapters import AdapterCollector, AdapterSeries
+from inference_service.serving.telemetry.adapters import AdapterSeries
 from inference_service.serving.telemetry.model_series import MOST, Counted, ModelSeries, Timed
 from inference_service.serving.telemetry.record import RequestRecord
 from inference_service.serving.telemetry.replica import ReplicaCollector
@@ -73,7 +73,7 @@ class Metrics:
             (REQUESTS, ANSWERS, PROMPT, CACHED, GENERATED), (QUEUE, TTFT, PER_TOKEN, DURATION), most
         )
         self._adapters = AdapterSeries(catalog, engine, adapters, most)
-        self._registry.register(AdapterCollector(self._adapters))
+        self._registry.register(self._adapters)
 
     def began(self, record: RequestRecord) -> None:
         """Count a prompt, and observe how long it waited."""
