@@ -1,31 +1,18 @@
-"""The gated delta rule against transformers, everything else against it, and states in recorded steps."""
+"""The gated delta rule against transformers, and everything else against it."""
 
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from inference_service.engine import graph_runner
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.blocks import StateSlots
-from inference_service.engine.engine import Engine
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.graphs import CudaRecorder
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels import delta
 from inference_service.kernels.cpu.ops import CpuOps, Table
 from inference_service.kernels.launch import Launch, intercepted
 from tests.kernels.delta_case import STEPS, Sizes, case, inputs_of, layer, wrong
-from tests.kernels.test_launch_keys import noted
-from tests.models.test_families import CASES
-from tests.support.tiny import make_world_of, run_engine
 
 SIZES = {"shared": (2, 4, 16, 8), "odd": (3, 3, 24, 40)}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -141,37 +128,3 @@ def test_the_compiled_operation_does_not_see_chunks(
     parts += [compute(delta.StateChunk(row, 1, 2, fresh=False))[row : row + 1] for row in range(76, 90)]
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(states.recurrent[2], after)
-
-
-BLOCK, BLOCKS, SLOTS = 16, 16, 4
-LIMITS = SchedulerLimits(max_tokens=16, max_seqs=2, max_adapters=2, max_seq_len=128)
-REQUESTS = [
-    ("all", list(range(3, 24))),
-    ("base", list(range(3, 21))),
-    ("wide", [7]),
-    ("base", list(range(3, 24))),
-]
-NEW = 3
-
-
-def test_recorded_steps_take_states_on(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Graphs recorded without a row give the torch backend's tokens, from snapshots too."""
-    monkeypatch.setattr(graph_runner, "RECORDED_ROWS", 16)
-    case = CASES["qwen3_5-images"]
-    world = make_world_of(tmp_path_factory.mktemp("delta"), case.config, case.adapters)
-    store = world.built()
-    expected = run_engine(world.load(store, backend="torch", native=False), REQUESTS, NEW)
-    ready = world.load(store, backend="triton")
-    eager: Any = ready.engine._engine._runner
-    recorder = CudaRecorder(torch.device("cuda")) if torch.cuda.is_available() else TapeRecorder()
-    runner = GraphRunner(eager._model, eager._lora, BLOCKS, BLOCK, LIMITS, recorder, SLOTS)
-    with noted(monkeypatch) as known:
-        runner.capture()
-    blocks = BlockManager(BLOCKS, BLOCK, states=StateSlots(SLOTS, BLOCK, 1))
-    ready.engine._engine = Engine(runner, LIMITS, blocks, Residents())
-    with noted(monkeypatch) as traffic:
-        assert run_engine(ready, REQUESTS, NEW) == expected
-    assert ready.engine._engine.stats.prefix_tokens_hit > 0
-    assert not traffic - known

@@ -19,21 +19,22 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.buffers import PAIR
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
+from inference_service.engine.graphs import Graph
 from inference_service.engine.lookup import Expected, Lookup
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, lay_out
-from inference_service.engine.tape import TapeRecorder
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import blend_buckets, buckets
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grammars import Scripted
 from tests.support.pooled import run_pooled
+from tests.support.recorded import BLOCK, new_recorder, put, runner_of
 from tests.support.tiny import VOCAB, World, make_world, run_engine
 
-BLOCK, BLOCKS = 16, 16
+pytestmark = pytest.mark.whole
+BLOCKS = 16
 LIMITS = SchedulerLimits(max_tokens=40, max_seqs=4, max_adapters=3, max_seq_len=64)
 """The largest steps have the long segments of prompts."""
 TOKENS = 3
@@ -70,9 +71,7 @@ class CountingRecorder:
     def __init__(self) -> None:
         self.graphs: list[Graph] = []
         self.replays: list[int] = []
-        self._inner: Recorder = (
-            CudaRecorder(torch.device("cuda")) if torch.cuda.is_available() else TapeRecorder()
-        )
+        self._inner = new_recorder()
 
     def capture(self, work: Callable[[], None]) -> Graph:
         self.graphs.append(self._inner.capture(work))
@@ -97,19 +96,9 @@ def recorder() -> CountingRecorder:
 
 @pytest.fixture(scope="module")
 def runner(ready: Ready, recorder: CountingRecorder) -> GraphRunner:
-    runner = _runner(ready, recorder)
+    runner = runner_of(ready, LIMITS, BLOCKS, recorder=recorder)
     runner.capture()
     return runner
-
-
-def _runner(ready: Ready, recorder: CountingRecorder, limits: SchedulerLimits = LIMITS) -> GraphRunner:
-    eager: Any = ready.engine._engine._runner
-    return GraphRunner(eager._model, eager._lora, BLOCKS, BLOCK, limits, recorder)
-
-
-def _with(ready: Ready, runner: GraphRunner, blocks: int = BLOCKS) -> Ready:
-    ready.engine._engine = Engine(runner, LIMITS, BlockManager(blocks, BLOCK), Residents())
-    return ready
 
 
 @pytest.mark.parametrize(
@@ -126,7 +115,7 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
     """Graphs recorded without a row serve any number of rows and adapters at each replay, prompts too."""
     expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, TOKENS)
     recorder.replays.clear()
-    assert run_engine(_with(ready, runner), requests, TOKENS) == expected
+    assert run_engine(put(ready, runner, BLOCKS), requests, TOKENS) == expected
     graphs = {
         graph.number: passes for (_, passes, _), graph in runner._graphs.items() if isinstance(graph, Counted)
     }
@@ -148,7 +137,7 @@ def test_vectors_are_read_from_recorded_steps(
     ):
         expected, answers = run_pooled(reference, request, ["rs"], [3, 4, 5], 2)
         recorder.replays.clear()
-        found, emitted = run_pooled(_with(ready, runner), request, ["rs"], [3, 4, 5], 2)
+        found, emitted = run_pooled(put(ready, runner, BLOCKS), request, ["rs"], [3, 4, 5], 2)
         assert emitted == answers
         assert len(recorder.replays) == 2
         for one, other in zip(found, expected, strict=True):
@@ -206,7 +195,7 @@ def test_no_request_sits_out_a_step(
         return submit(batch)
 
     monkeypatch.setattr(runner, "submit", counted)
-    found = _run(_with(ready, runner), requests, walking=[2])
+    found = _run(put(ready, runner, BLOCKS), requests, walking=[2])
     assert [[token.id for token in tokens] for tokens in found] == expected
     assert steps == [4] * 6
     assert all((one + other) % 2 for one, other in pairwise(expected[3]))
@@ -217,7 +206,7 @@ def test_no_request_sits_out_a_step(
 
 def test_recording_touches_no_cache(ready: Ready) -> None:
     """Graphs may be recorded again while the cache holds prefixes, and a token is in flight."""
-    runner = _runner(ready, CountingRecorder(), replace(LIMITS, max_seqs=1, max_tokens=16))
+    runner = runner_of(ready, replace(LIMITS, max_seqs=1, max_tokens=16), BLOCKS)
     runner._ids.fill_(9)
     for part in itertools.chain.from_iterable(runner.cache.layers):
         part.fill_(0.5)
@@ -294,7 +283,7 @@ def test_drafts_are_verified_row_by_row(
 
     monkeypatch.setattr(Lookup, "expect", expect)
     limits = replace(LIMITS, speculative_tokens=3)
-    runner = _runner(ready, recorder, limits)
+    runner = runner_of(ready, limits, BLOCKS, recorder=recorder)
     runner.depth = 0
     ready.engine._engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), Residents(), lambda: 0.0)
     found = [[token.id for token in tokens] for tokens in _run(ready, requests, walking=[2])]

@@ -1,15 +1,34 @@
-"""SGMV's kernels against fp64: odd shapes, mixed ranks, poisoned memory."""
+"""SGMV against fp64: kernels, the packing of segments and tables, refusals of the launcher, and tuning."""
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import product
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
-from inference_service.kernels.sgmv import PREFILL_TILE, shrink
-from tests.kernels.sgmv_case import GUARD, expect_right, make_case
+from inference_service.kernels.launch import ARCHITECTURES, DTYPES
+from inference_service.kernels.sgmv import (
+    DECODE_TILE,
+    PREFILL_TILE,
+    Group,
+    SegmentCapacity,
+    Segments,
+    Slices,
+    pack_segments,
+    pack_table,
+    shrink,
+    tuning,
+)
+from loramux_shared.bases.groups import GroupShape, layer_groups
+from tests.kernels.sgmv_case import GUARD, Case, expect_right, make_case
+from tests.support.cases import cases
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MIXED = [(4, 8, 0), (12, 12, 12), (0, 0, 64), (0, 0, 0), (16, 5, 1)]
 
 CASES = {
@@ -108,3 +127,145 @@ def _far_rows(tensor: torch.Tensor) -> torch.Tensor:
     """A copy whose last rows begin behind 2**31 elements."""
     rows, columns = tensor.shape
     return tensor.new_empty_strided((rows, columns), (2**31 // (rows - 2), 1)).copy_(tensor)
+
+
+RANKS = [(4, 8), (12, 0), (16, 16), (8, 5), (4, 4)]
+REFUSALS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "the same K": lambda case: {"x": case.x[:, 1:]},
+    "x must be contiguous in its last": lambda case: {"x": case.x.T.contiguous().T},
+    "x must have 2 dimensions": lambda case: {"x": case.x[:, None]},
+    "weights must be torch.float16": lambda case: {"out": case.out.half()},
+    "compute in": lambda case: {"out": case.out.double()},
+    "out must have 97 columns": lambda case: {"out": case.out[:, :96]},
+    "workspace must hold": lambda case: {"workspace": case.workspace[1:]},
+    "workspace must be torch.float32": lambda case: {"workspace": case.workspace.half()},
+    "segments have 5 slots, table only 4": lambda case: {
+        "group": replace(case.group, table=case.group.table[:4])
+    },
+    "table must be int32 or int64": lambda case: {"group": replace(case.group, table=case.group.table.float())},
+    "must be on meta": lambda case: {"x": case.x.to("meta")},
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_does_not_fit_is_refused(message: str, device: str) -> None:
+    """A ValueError names the tensor, the expected shape or type, and the actual one."""
+    case = make_case([0] * 20, RANKS, 100, (64, 33), device=device)
+    with pytest.raises(ValueError, match=message):
+        replace(case, **REFUSALS[message](case)).run()
+
+
+def test_slices_must_not_overlap() -> None:
+    """Two slices that share a column would race."""
+    assert Slices.consecutive(192, 64, 64) == Slices((0, 192, 256), (192, 64, 64))
+    with pytest.raises(ValueError, match="must not overlap"):
+        Slices((0, 8), (16, 16))
+
+
+@given(
+    entries=st.lists(
+        st.tuples(st.integers(0, 9), st.integers(-1, 4)), max_size=40, unique_by=lambda entry: entry
+    ),
+    tile=st.integers(1, 8),
+)
+def test_every_entry_is_in_one_segment_of_its_slot(entries: list[tuple[int, int]], tile: int) -> None:
+    """Packing keeps every entry and its scale, cuts at the tile, and never puts a token twice in a pass."""
+    tokens, slots = [token for token, _ in entries], [slot for _, slot in entries]
+    capacity = SegmentCapacity(entries=40, slots=5, tile=tile, passes=5, scaled=True)
+    segments = Segments.allocate(capacity, "cpu")
+    scales = np.arange(len(entries)) + 0.5
+    segments.load(torch.from_numpy(pack_segments(capacity, slots, token_ids=tokens, scales=scales)))
+
+    found = []
+    for index in range(capacity.passes):
+        starts, owners = segments.seg_start.tolist(), segments.seg_slot.tolist()
+        in_pass: list[int] = []
+        for i in range(*segments.of_pass(index).tolist()):
+            slot, members = owners[i], range(starts[i], starts[i + 1])
+            assert 1 <= len(members) <= tile
+            in_pass += segments.token_ids[list(members)].tolist()
+            found += [(int(segments.token_ids[p]), slot, float(segments.scales[p])) for p in members]
+        assert len(set(in_pass)) == len(in_pass)
+    assert sorted(found) == sorted(
+        (token, slot, float(scale)) for (token, slot), scale in zip(entries, scales, strict=True) if slot >= 0
+    )
+
+
+def test_arrays_begin_at_multiples_of_16_bytes() -> None:
+    """The one buffer of a step holds its arrays aligned, as the kernels were specialised."""
+    capacity = SegmentCapacity(entries=7, slots=3, tile=16, scaled=True)
+    assert {where.start % 4 for where in capacity.sections.values()} == {0}
+    assert capacity.sections["scales"].stop <= capacity.packed_size
+
+
+@pytest.mark.parametrize(
+    ("slots", "tokens", "message"),
+    [
+        ([0] * 9, None, "9 entries, but room for 8"),
+        ([0, 3], None, "slot 3, but only 3 slots"),
+        ([0, 1], [5, 5], "a token has 2 entries, but only 1 passes"),
+        ([0, 1, 2], None, "3 different slots, but room for 2"),
+    ],
+)
+def test_a_step_beyond_the_capacity_is_refused(slots: list[int], tokens: list[int], message: str) -> None:
+    """A step above the capacity in entries, slots or adapters is refused, and so is a token in two segments."""
+    with pytest.raises(ValueError, match=message):
+        pack_segments(SegmentCapacity(entries=8, slots=3, tile=16, active=2), slots, token_ids=tokens)
+
+
+def test_scales_need_room() -> None:
+    """Scales that the device buffers cannot hold are refused, not ignored."""
+    with pytest.raises(ValueError, match="no room"):
+        pack_segments(SegmentCapacity(entries=8, slots=3, tile=16), [0], scales=[2.0])
+
+
+def test_a_table_is_packed_without_gaps() -> None:
+    """Slot by slot A of all slices, then B; rows of 9 elements and blocks of any begin at multiples of 16."""
+    table = pack_table([(4, 0), (8, 2)], Slices.consecutive(32, 9), 9)
+    assert table.tolist() == [[[4, 0, 64, 0], [0, 64, 192, 0]], [[8, 192, 352, 0], [2, 320, 608, 0]]]
+
+
+@pytest.mark.parametrize(("entry", "message"), cases(__file__, "MISLEADING"))
+def test_a_table_that_misleads_a_kernel_is_refused(entry: tuple[int, int, list[int]], message: str) -> None:
+    """Kernels trust the table; the bank checks it once per load."""
+    slices = Slices.consecutive(32, 16)
+    table = pack_table([(4, 0), (8, 2)], slices, 8)
+    group = Group(torch.empty(640), torch.from_numpy(table.copy()), slices, 8, max_rank=16, max_rows=16)
+    group.check_table(table)
+    slot, index, values = entry
+    table[slot, index] = values
+    with pytest.raises(ValueError, match=message):
+        group.check_table(table)
+
+
+MODELS = {
+    "SmolLM2-135M": layer_groups(hidden=576, intermediate=1536, q=576, kv=192),
+    "Qwen2.5-1.5B": layer_groups(hidden=1536, intermediate=8960, q=1536, kv=256),
+    "Llama-3-70B": layer_groups(hidden=8192, intermediate=28672, q=8192, kv=1024),
+}
+LINEARS = [(name, shape) for name, groups in MODELS.items() for shape in groups]
+RANKS = (1, 8, 12, 16, 32, 64, 128, 256)
+SEGMENTS = (1, 3, 8, 64, 130, 300)
+
+
+@pytest.mark.parametrize(("model", "shape"), LINEARS, ids=lambda value: getattr(value, "name", value))
+def test_planes_partition_k_and_grids_cover_the_device(model: str, shape: GroupShape) -> None:
+    """No plane is idle, and a launch has no more programs than could find work, or than cover the device."""
+    slices = Slices(shape.out_offsets, shape.out_features)
+    for architecture, tile, dtype, rank in product(ARCHITECTURES, (DECODE_TILE, PREFILL_TILE), DTYPES, RANKS):
+        phase, rows = tuning.phase_of(tile), rank * len(shape.modules)
+        first = tuning.shrink_config(architecture, phase, dtype, max_rows=rows)
+        second = tuning.expand_config(architecture, phase, dtype, max_rank=rank)
+        blocks = -(-shape.in_features // first.block_k)
+        for segments in SEGMENTS:
+            planes, per_plane = first.planes(shape.in_features, segments)
+            assert (planes - 1) * per_plane < blocks <= planes * per_plane
+            assert planes <= first.split_k
+            grid = first.grid(shape.in_features, rows, SegmentCapacity(segments, 300, tile))
+            assert 1 <= grid <= min(tuning.COVERING, segments * -(-rows // first.block_r) * first.split_k)
+            programs, widest, step = second.grid(slices, segments), second.block_n, second.step_n
+            assert 1 <= programs <= min(segments * slices.tiles(step), tuning.PLACES)
+            width = tuning.width_of(slices, segments, programs, widest, step)
+            in_turn = [-(-segments * slices.tiles(each) // programs) for each in (width, widest)]
+            assert width in range(step, widest + 1, step)
+            assert in_turn[0] <= in_turn[1]

@@ -9,18 +9,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.engine import Engine
-from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.tape import TapeRecorder
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import OWN_TOKENS_FILE
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.openai_api import open_api
+from tests.support.recorded import put, runner_of
 from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 NEW = 12
@@ -129,10 +125,9 @@ def test_the_kernels_for_gpus_answer_the_same(
 ) -> None:
     """Static buffers have room for more tokens than the base has, and nothing of them is left for others."""
     ready = world.load(store, backend="triton")
-    eager: Any = ready.engine._engine._runner
     limits = SchedulerLimits(max_tokens=8, max_seqs=2, max_adapters=2, max_seq_len=32)
-    runner = GraphRunner(eager._model, eager._lora, 8, 16, limits, TapeRecorder())
-    ready.engine._engine = Engine(runner, limits, BlockManager(8, 16, (None,)), Residents())
+    runner = runner_of(ready, limits, 8)
+    put(ready, runner, 8)
     base, beside = REQUESTS[0], REQUESTS[2 * MODELS.index("beside")]
     first = {request[0]: answer[:2] for request, answer in zip(REQUESTS[::2], expected[::2], strict=True)}
     assert run_engine(ready, [beside, base], 2) == [first["beside"], first["base"]]

@@ -1,9 +1,10 @@
-"""Triton's interpreter without repeated work: a quarter of the time, and the same bits.
+"""Triton's interpreter without repeated work: a fraction of the time, and the same bits.
 
 At every launch, and at every call of ``tl.sum`` or another helper, it looks for the builtins among all names of
 its language and patches them, and copies what lies on the CPU onto itself; at every operation it makes the same
-types again, broadcasts shapes that are equal, and computes in 64 bits whether integers overflow, of which it
-says nothing. Here it looks once, patches once for each launch, keeps types, and leaves the rest.
+types and constants again, decides what operands of one type and shape become, and computes in 64 bits whether
+integers overflow, of which it says nothing. Here it looks once, patches once for each launch, keeps types and
+constants, and leaves the rest.
 """
 
 import inspect
@@ -26,6 +27,14 @@ KNOWN: Final = "3.9."
 
 
 _WRAPPER: Final = core.builtin(lambda: None).__code__
+_INTEGERS: Final = frozenset(core.dtype.SINT_TYPES + core.dtype.UINT_TYPES)
+_NUMBERS: Final = _INTEGERS - {"int1"} | {"fp32", "fp64"}
+"""Two operands of such a type have it in every operation, and so has one beside a small whole number."""
+_AS_THEY_ARE: Final = frozenset(
+    (core.tensor, int, float, bool, str, type(None), core.dtype, core.block_type, core.pointer_type)
+)
+_unwrap: Final = core._unwrap_if_constexpr
+_first_block: Final = core.block_type.__init__
 
 
 def quicken() -> bool:
@@ -37,6 +46,12 @@ def quicken() -> bool:
         semantic = interpreter.interpreter_semantic
         semantic.builder.options = replace(semantic.builder.options, sanitize_overflow=False)
         semantic.broadcast_impl_value = partial(_broadcast, semantic.broadcast_impl_value)
+        semantic.binary_op_type_checking_impl = partial(_operands, semantic.binary_op_type_checking_impl)
+        for kind in (core.dtype, core.pointer_type, core.block_type):
+            kind.__eq__ = _equal(kind.__eq__)
+        core.dtype.is_int = lambda self: self.name in _INTEGERS
+        core._unwrap_if_constexpr = _unwrapped
+        core.block_type.__init__ = _make_block
         core.block_type.with_element_ty = _with_element
         core.block_type.to_ir = lambda self, _: self
         core.tensor.__init__ = _make_tensor
@@ -119,10 +134,68 @@ def _dtype(of_scalar: Callable[[Any], Any], kind: Any) -> Any:
     return of_scalar(core.uint64 if kind.is_ptr() else kind)
 
 
+def _unwrapped(value: Any) -> Any:
+    kind = type(value)
+    if kind in _AS_THEY_ARE:
+        return value
+    return value.value if kind is core.constexpr else _unwrap(value)
+
+
+def _equal(slow: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    return lambda one, other: one is other or slow(one, other)
+
+
 def _broadcast(different: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
-    if one.type.is_block() and other.type.is_block() and one.type.shape.values == other.type.shape.values:
+    blocks = one.type.is_block(), other.type.is_block()
+    if not any(blocks) or (all(blocks) and one.type.shape.values == other.type.shape.values):
         return one, other
     return different(one, other)
+
+
+def _operands(slow: Callable[..., Any], one: Any, other: Any, *rules: bool, **named: bool) -> Any:
+    """Return the operands in their common type and shape; rules are whether the first and the second may be
+    pointers, whether this is arithmetic, and whether it divides.
+    """
+    if type(one) is core.tensor and type(other) is core.tensor:
+        kind, its = one.dtype.name, other.dtype.name
+        if (kind == its and kind in _NUMBERS) or (
+            rules[:1] == (True,) and one.dtype.is_ptr() and its in _INTEGERS
+        ):
+            return interpreter.interpreter_semantic.broadcast_impl_value(one, other)
+    elif len(rules) < 3 or rules[2]:
+        if type(one) is core.tensor and _is_small(other, one.dtype.name):
+            return one, _constant(other, one.dtype, *(size.value for size in one.shape))
+        if type(other) is core.tensor and _is_small(one, other.dtype.name):
+            return _constant(one, other.dtype, *(size.value for size in other.shape)), other
+    return slow(one, other, *rules, **named)
+
+
+def _is_small(value: Any, kind: str) -> bool:
+    if type(value) is int:
+        return 0 <= value < 128 and kind in _NUMBERS
+    return type(value) is float and value != 0 and kind in ("fp32", "fp64")
+
+
+@cache
+def _constant(value: float, kind: Any, *shape: int) -> Any:
+    semantic = interpreter.interpreter_semantic
+    one = semantic.scalar_constant(value, kind)
+    return semantic.splat(one, shape) if shape else one
+
+
+_BLOCKS: Final[dict[tuple[int, ...], dict[str, Any]]] = {}
+"""What types of blocks hold, by the element, which is held with it, and the sizes."""
+
+
+def _make_block(block: Any, element: Any, shape: Any) -> None:
+    if not all(type(size) is int for size in shape):
+        _first_block(block, element, shape)
+        return
+    key = (id(element), *shape)
+    if key not in _BLOCKS:
+        _first_block(block, element, shape)
+        _BLOCKS[key] = dict(block.__dict__)
+    block.__dict__.update(_BLOCKS[key])
 
 
 def _with_element(block: Any, element: Any) -> Any:

@@ -8,11 +8,10 @@ import torch
 
 from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import Adapter
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.tape import TapeRecorder
 from loramux_prove.replay import _submit, rehearse
 from loramux_shared.bundle.proof import PROBE_LENGTHS
-from tests.kernels.test_launch_keys import BLOCK, BLOCKS, LIMITS, noted
+from tests.kernels.test_recorded_steps import BLOCKS, LIMITS
+from tests.support.recorded import BLOCK, noted, runner_of
 from tests.support.tiny import make_world
 from tests.support.weights import adapter_of
 
@@ -23,10 +22,11 @@ def test_the_first_proof_launches_what_the_start_has_launched(
 ) -> None:
     """An adapter of a rank that no other has is proved in a bank of its own, by kernels of the start."""
     world = make_world(tmp_path)
-    eager: Any = world.load(world.built(max_lora_rank=16), backend="triton").engine._engine._runner
+    ready = world.load(world.built(max_lora_rank=16), backend="triton")
+    eager: Any = ready.engine._engine._runner
     model, lora = eager._model, eager._lora
     with noted(monkeypatch) as known:
-        GraphRunner(model, lora, BLOCKS, BLOCK, LIMITS, TapeRecorder()).capture()
+        runner_of(ready, LIMITS, BLOCKS).capture()
         recorded = set(known)
         rehearse(lora, model, BLOCK)
     of_proofs = TritonLora(model.config.groups, model.config.dims.num_layers, model.dtype, model.device)
