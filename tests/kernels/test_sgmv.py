@@ -244,7 +244,7 @@ MODELS = {
     "Llama-3-70B": layer_groups(hidden=8192, intermediate=28672, q=8192, kv=1024),
 }
 LINEARS = [(name, shape) for name, groups in MODELS.items() for shape in groups]
-RANKS = (1, 8, 12, 16, 32, 64, 128, 256)
+SERVED_RANKS = (1, 8, 12, 16, 32, 64, 128, 256)
 SEGMENTS = (1, 3, 8, 64, 130, 300)
 
 
@@ -252,7 +252,9 @@ SEGMENTS = (1, 3, 8, 64, 130, 300)
 def test_planes_partition_k_and_grids_cover_the_device(model: str, shape: GroupShape) -> None:
     """No plane is idle, and a launch has no more programs than could find work, or than cover the device."""
     slices = Slices(shape.out_offsets, shape.out_features)
-    for architecture, tile, dtype, rank in product(ARCHITECTURES, (DECODE_TILE, PREFILL_TILE), DTYPES, RANKS):
+    for architecture, tile, dtype, rank in product(
+        ARCHITECTURES, (DECODE_TILE, PREFILL_TILE), DTYPES, SERVED_RANKS
+    ):
         phase, rows = tuning.phase_of(tile), rank * len(shape.modules)
         first = tuning.shrink_config(architecture, phase, dtype, max_rows=rows)
         second = tuning.expand_config(architecture, phase, dtype, max_rank=rank)
