@@ -5,8 +5,6 @@ order of summation for another number of rows, and what torch computes several v
 otherwise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Final
 

@@ -1,7 +1,5 @@
 """The compiled operations, on a CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

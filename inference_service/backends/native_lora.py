@@ -1,7 +1,5 @@
 """Adapters with the compiled operations, on a CPU: packed, copied into the bank, and added to linears."""
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Adapters by torch's operations, on any device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """The kernels for GPUs, which Triton's interpreter runs too."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 

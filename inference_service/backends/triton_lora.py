@@ -1,7 +1,5 @@
 """Adapters with the kernels for GPUs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Final

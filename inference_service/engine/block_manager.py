@@ -4,8 +4,6 @@ Layers that see equally far are a group with blocks of its own (`block_groups.py
 carry a state has slots for it (`blocks.py`). A prefix is found where every kind can serve it.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass

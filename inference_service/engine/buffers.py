@@ -1,7 +1,5 @@
 """The input of a step, in static tensors on the device that one copy per step fills."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 

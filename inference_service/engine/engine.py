@@ -1,7 +1,5 @@
 """The engine: a step is schedule, submit, resolve. Single-threaded; `serving` owns the thread."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter, deque

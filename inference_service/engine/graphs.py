@@ -5,8 +5,6 @@ new at a replay must be in static tensors that were there before the recording.
 `tape.TapeRecorder` stands in for CUDA where there is none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 

@@ -11,8 +11,6 @@ The length of a draft follows from the cost of rows (`StepTimes`), and from how 
 sequence came, drafted or not.
 """
 
-from __future__ import annotations
-
 import math
 from array import array
 from collections import Counter

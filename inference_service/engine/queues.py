@@ -7,8 +7,6 @@ One that had nothing to do begins at the smallest counter of those that are serv
 nothing.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """The choice of the tokens and sequences of the next step. No tensors here."""
 
-from __future__ import annotations
-
 import bisect
 import heapq
 import itertools

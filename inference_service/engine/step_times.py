@@ -8,8 +8,6 @@ sequences; and the time of the others beyond that, by their rows and positions. 
 alike: by how much longer a step takes that has some than one of the same sequences without.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, deque
 from collections.abc import Hashable

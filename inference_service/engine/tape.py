@@ -5,8 +5,6 @@ the same memory. It refuses at the recording what CUDA refuses, and what CUDA wo
 to the host, which are none here, it does not see.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

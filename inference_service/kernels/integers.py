@@ -1,7 +1,5 @@
 """Weights of 8 and 4 bits: integers, and a scale for each output channel or for each group of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Several arrays in the one int32 buffer that a step copies to the device."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Final
 

@@ -1,7 +1,5 @@
 """Linear layers, with the weights in the layout that the device reads fastest."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Final
 

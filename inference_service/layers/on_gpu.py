@@ -1,7 +1,5 @@
 """Linears of rounded weights on a GPU. They have not been run on one yet."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Final
 

@@ -1,7 +1,5 @@
 """Linears of rounded weights: the one that a device has, and that by torch, which every device has."""
 
-from __future__ import annotations
-
 from typing import Final
 
 import torch

@@ -1,7 +1,5 @@
 """Rotary position embeddings: the frequencies of a rope's numbers, and the rotation."""
 
-from __future__ import annotations
-
 import math
 
 import torch

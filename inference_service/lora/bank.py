@@ -1,7 +1,5 @@
 """The adapters in the device's memory, as the SGMV kernels read them."""
 
-from __future__ import annotations
-
 from typing import Final
 
 import torch

@@ -1,7 +1,5 @@
 """An adapter as a backend computes with it: one flat piece that may lie anywhere in its bank."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final

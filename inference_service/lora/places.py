@@ -1,7 +1,5 @@
 """The places of adapters in the bank: extents of one arena, without a byte of theirs."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The arrangement of a step's rows: base first, then adapters and blends, each one's rows side by side."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

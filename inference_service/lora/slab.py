@@ -1,7 +1,5 @@
 """Host memory that a GPU copies adapters from: locked once, in one piece, and used again."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import weakref

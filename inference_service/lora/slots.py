@@ -1,7 +1,5 @@
 """The slots of a bank that hold an adapter: what all backends check and keep of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """An adapter's matrices, from a verified bundle, arranged for the fused linears; exact ranks, no padding."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property

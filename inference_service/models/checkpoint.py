@@ -1,7 +1,5 @@
 """Tensors of a checkpoint in safetensors, single or sharded."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

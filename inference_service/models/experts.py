@@ -1,7 +1,5 @@
 """Gated MLPs of which a router chooses a few for every row; they read weights as all blocks do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -4,8 +4,6 @@ A mapped file would be the source's own for as long as the model is served: a wr
 and a truncation would end the process with SIGBUS.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

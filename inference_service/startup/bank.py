@@ -1,7 +1,5 @@
 """The bank of adapters, and everything that brings adapters into it."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The base: fetched or found in the cache, read, made into a model, rounded; and how fast it is read."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """The choice of a replica's kernels and its device."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from functools import partial

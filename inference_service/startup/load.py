@@ -1,7 +1,5 @@
 """The start of a replica, from settings to a service that is ready: generation, base, adapters, engine."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

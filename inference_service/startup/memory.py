@@ -5,8 +5,6 @@ On a CPU it is the plan. There the cache takes a quarter of what is free at most
 written, and the most that a process had cannot be asked for one step alone.
 """
 
-from __future__ import annotations
-
 import ctypes
 from array import array
 from collections.abc import Callable, Sequence

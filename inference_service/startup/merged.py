@@ -1,7 +1,5 @@
 """The one adapter of a deployment that hides its base, as part of the weights."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -5,8 +5,6 @@ keys. A context is cut where it is longer than its share, which is all keys of t
 keep a GPU busy. So at most twice as many pieces are made as programs are wanted, however long contexts are.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 

@@ -1,7 +1,5 @@
 """A layer's inputs for attention."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

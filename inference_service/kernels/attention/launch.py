@@ -3,8 +3,6 @@
 Each function raises `ValueError` where shapes, dtypes, strides or devices do not fit.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -7,8 +7,6 @@ but without vector loads. The numbers are reasoned, not yet timed.
 A bucket is the smallest key that holds the head's dimensions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar

@@ -8,8 +8,6 @@ could have written, and only whole: a file is the sha256 of a library, and the l
 in a folder of this process alone, so that what was checked is what runs.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

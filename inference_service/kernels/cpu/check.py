@@ -3,8 +3,6 @@
 ``python -m inference_service.kernels.cpu.check LIBRARY`` tries one out without risk for the caller.
 """
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Callable

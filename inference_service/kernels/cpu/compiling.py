@@ -6,8 +6,6 @@ An installation compiles beforehand where neither torch nor numpy is, so nothing
 imported here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

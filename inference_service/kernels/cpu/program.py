@@ -4,8 +4,6 @@ Between two operations of a step the interpreter takes some 3 us: it allocates a
 into those of C. A step of a small base has 240 operations and takes some 8 ms.
 """
 
-from __future__ import annotations
-
 import ctypes
 import struct
 import sys

@@ -9,8 +9,6 @@ Sources: Gated Delta Networks https://arxiv.org/abs/2412.06464; for many rows at
 in https://arxiv.org/abs/2406.06484.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Every entry is compiled ahead of time for every architecture in the tests: no sp
 the 99 KB that all of them have. The numbers are reasoned, not yet timed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal

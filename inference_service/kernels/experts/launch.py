@@ -5,8 +5,6 @@ Each function raises `ValueError` where shapes, dtypes, strides or devices do no
 Launches depend on shapes alone, so that it may be recorded. Padding rows are routed like any other.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The data between kernels: the experts of each token, and tokens by expert."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The reference of the kernels, in plain torch; on a host, experts are sorted and routed by it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

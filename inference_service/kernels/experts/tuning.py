@@ -6,8 +6,6 @@ decode, its weights are read once whatever the tile's height: tiles are flat, an
 `benchmarks.on_gpu.tune` times others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum

@@ -5,8 +5,6 @@ Each function raises `ValueError` where shapes, dtypes, strides or devices do no
 Rows of tensors are contiguous, with any stride between them. Padding rows are harmless: no row reads another.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any, Final, Literal
 

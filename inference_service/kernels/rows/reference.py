@@ -1,7 +1,5 @@
 """The reference of the kernels, in plain torch, in any dtype and without roundings in between."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Final

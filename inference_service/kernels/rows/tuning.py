@@ -5,8 +5,6 @@ not yet timed: a norm holds its row in registers, at most 32 elements per thread
 tiles of 16 bytes per thread. Nothing yet speaks for different tiles on different architectures.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Final
 

@@ -3,8 +3,6 @@
 Noise is a function of seed, step and token, so it is computed for those tokens alone that can still win.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 

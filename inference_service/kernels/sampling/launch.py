@@ -6,8 +6,6 @@ Launches stay right for whatever tables and logits hold when they run; those of 
 state gets memory for what it had none for.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 import torch

@@ -1,7 +1,5 @@
 """The reference of the kernels, in plain torch and numpy: with sorting, row by row, in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

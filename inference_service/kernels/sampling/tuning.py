@@ -11,8 +11,6 @@ one token or one value is left in it: after at most 16 passes for float32 and 8 
 rows of 32k to 262k logits, 5 to 13 and 5 to 8. Top-k with top-p are two searches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final

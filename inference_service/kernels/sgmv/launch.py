@@ -4,8 +4,6 @@ Each function raises `ValueError` where shapes, dtypes, strides or devices do no
 capacities and addresses alone, so that they stay right whatever segments, table and weights hold when they run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

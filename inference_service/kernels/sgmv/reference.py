@@ -1,7 +1,5 @@
 """The reference of the kernels, in plain torch: one segment after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -10,8 +10,6 @@ programs do from the step: they share the tiles that its segments have, by the r
 So few programs of a recorded launch are without work, whatever the step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache

@@ -9,8 +9,6 @@ which either kind finds the same part of what its best division would serve: mor
 other.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A model family, and the defaults that its file starts from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any

@@ -4,8 +4,6 @@ FP8, GPTQ, AWQ, bitsandbytes and MXFP4 have one scheme for all linears; ``compre
 llm-compressor, has groups of linears, each with a scheme of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal

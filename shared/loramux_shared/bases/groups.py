@@ -1,7 +1,5 @@
 """The fused linears of a decoder layer, and which adapter modules stand in which slice of them."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterable

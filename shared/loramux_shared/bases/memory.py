@@ -4,8 +4,6 @@ A replica plans with this arithmetic, and `loramux doctor` foretells with it wha
 replica then measures what steps take, instead of reasoning.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain

@@ -1,7 +1,5 @@
 """The reader of a checkpoint's ``config.json``: describes a base that is served, or refuses it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Sources: https://arxiv.org/abs/2104.09864; the llama3 scaling as in Meta's Llama
 https://arxiv.org/abs/2309.00071; LongRoPE https://arxiv.org/abs/2402.13753.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

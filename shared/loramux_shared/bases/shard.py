@@ -1,7 +1,5 @@
 """The part of a decoder, and of its adapters, that one rank of a tensor-parallel replica has."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate

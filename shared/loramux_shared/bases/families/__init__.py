@@ -1,7 +1,5 @@
 """The families that are served: every `Family` of a module here, found by being here, and of extensions."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from functools import cache

@@ -3,8 +3,6 @@
 Cohere 2: most layers slide, and the others know no positions.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

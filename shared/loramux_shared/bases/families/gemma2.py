@@ -5,8 +5,6 @@ head instead of caps, and another rope where layers slide. Of a checkpoint with 
 (``Gemma3ForConditionalGeneration``) the text decoder is served.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

@@ -6,8 +6,6 @@ heads; some have a mixture of experts beside each MLP. Of a checkpoint with imag
 ``use_bidirectional_attention`` says of images.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, Final
 

@@ -1,7 +1,5 @@
 """GLM-4: half of each head is rotated, in pairs of neighbours. GLM-4-0414: norms behind each block too."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

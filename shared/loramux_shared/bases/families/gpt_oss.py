@@ -1,7 +1,5 @@
 """gpt-oss: attention with sinks, of which every other layer slides, and mixtures of experts with biases."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """Granite 3: Llama with factors of embeddings, attention, residuals and logits, and mixtures of experts."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames

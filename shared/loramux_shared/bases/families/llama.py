@@ -1,7 +1,5 @@
 """Llama 2 and 3, and what is made like them (SmolLM2, TinyLlama, Yi, ...)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig

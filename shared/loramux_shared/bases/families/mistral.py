@@ -1,7 +1,5 @@
 """Mistral, Mixtral, Ministral 3, and Mistral 3: models with images, of which the text decoder is served."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final

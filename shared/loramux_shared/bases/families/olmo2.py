@@ -3,8 +3,6 @@
 OLMoE: norms before them, and mixtures of experts.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames

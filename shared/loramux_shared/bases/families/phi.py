@@ -1,7 +1,5 @@
 """Phi-1 to Phi-2: attention and MLP side by side behind one layer norm, biases, no gate in the MLP."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

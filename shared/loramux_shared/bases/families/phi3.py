@@ -1,7 +1,5 @@
 """Phi-3 and Phi-4, dense: Llama with fused projections in the checkpoint, LongRoPE and partial rotation."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames

@@ -3,8 +3,6 @@
 Mixtures of experts of Qwen 3 have experts in most layers instead of one MLP.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

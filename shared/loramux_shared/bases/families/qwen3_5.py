@@ -4,8 +4,6 @@ Of a checkpoint with images (``Qwen3_5ForConditionalGeneration``) the text decod
 sections of its rope turn alike. What predicts several tokens (``mtp.``) is not read, as in transformers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial

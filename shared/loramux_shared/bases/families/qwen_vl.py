@@ -3,8 +3,6 @@
 For text, all sections of their rope turn alike: it is that of Qwen 2 and 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

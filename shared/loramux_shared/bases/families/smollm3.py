@@ -1,7 +1,5 @@
 """SmolLM 3: Llama with some layers that know no positions; those slide where there is a window."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 
