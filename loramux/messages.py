@@ -199,14 +199,8 @@ def finding_from_message(message: pb.Finding) -> Finding:
 
 def repository_to_message(repository: Repository) -> pb.Repository:
     """Return a repository as a message."""
-    return fitted(
-        pb.Repository,
-        source=_PREFIX + repository.source.value,
-        repo=repository.repo,
-        revision=repository.revision,
-        subfolder=repository.subfolder,
-        runtime_secret_name=repository.runtime_secret_name,
-    )
+    fields = repository.model_dump() | {"source": _PREFIX + repository.source}
+    return fitted(pb.Repository, **fields)
 
 
 def repository_from_message(message: pb.Repository) -> Repository:
@@ -216,10 +210,5 @@ def repository_from_message(message: pb.Repository) -> Repository:
 
 def _repository_fields(message: pb.Repository) -> dict[str, Any]:
     kind = pb.SourceKind.Name(message.source) if message.source in pb.SourceKind.values() else "unknown"
-    return {
-        "source": kind.removeprefix(_PREFIX),
-        "repo": message.repo,
-        "revision": message.revision,
-        "subfolder": message.subfolder,
-        "runtime_secret_name": message.runtime_secret_name,
-    }
+    fields = {name: getattr(message, name) for name in Repository.model_fields}
+    return fields | {"source": kind.removeprefix(_PREFIX)}
