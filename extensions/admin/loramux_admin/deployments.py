@@ -1,7 +1,5 @@
 """Commands about what a builder has: deployments, the builds that run, generations and the way back to one."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict

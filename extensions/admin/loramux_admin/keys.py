@@ -1,7 +1,5 @@
 """``loramux keys``: API keys in a file; what people wrote into it, comments included, stays as it is."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

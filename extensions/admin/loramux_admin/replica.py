@@ -1,7 +1,5 @@
 """``loramux pin`` and ``unpin``: which adapters stay in a replica's memory."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """``python -m loramux_apis.api FD``: one API process; the service starts it, and nobody else."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import signal

@@ -1,7 +1,5 @@
 """The channel between the engine's process and an API process: messages in msgpack over a Unix socket."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The API processes of a replica: started, watched, drained, and started again where one ends."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import socket

@@ -1,7 +1,5 @@
 """Models, rights, requests and outputs as messages have them: lists of numbers, texts and bytes."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import fields

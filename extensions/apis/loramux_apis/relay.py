@@ -1,7 +1,5 @@
 """Calls that an API process hands to the engine's process as they are: those that read no prompt."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from typing import Any, Final

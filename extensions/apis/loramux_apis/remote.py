@@ -1,7 +1,5 @@
 """Generation in an API process: texts, templates and answers here, names, limits and the engine elsewhere."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from collections import Counter

@@ -1,7 +1,5 @@
 """``loramux arena``: versions that answer the same questions, and who is better."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

@@ -1,7 +1,5 @@
 """All versions answer all questions, then what scores them is asked; what is kept is not asked again."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

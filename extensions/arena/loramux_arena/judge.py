@@ -4,8 +4,6 @@ Source of the method, of its biases and of their cure by both orders: Zheng et a
 MT-Bench and Chatbot Arena (NeurIPS 2023), 3.3 and 3.4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache

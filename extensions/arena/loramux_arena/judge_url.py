@@ -1,7 +1,5 @@
 """A judge behind an OpenAI-compatible address, asked with what Python itself has."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

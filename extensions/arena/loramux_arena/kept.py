@@ -1,7 +1,5 @@
 """Rows in a file, a JSON object per line, as soon as each is whole: what was asked once is not asked again."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

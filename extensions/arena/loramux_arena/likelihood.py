@@ -4,8 +4,6 @@ The reference is the end of the prompt, so its tokens are the last ones. A token
 one may where two texts meet, counts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 

@@ -1,7 +1,5 @@
 """A report as one HTML file that loads nothing, runs our own script alone, and shows answers as text."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -4,8 +4,6 @@ A pair is a question: answers of both versions to it share what makes it hard, w
 has. Several samples of a question are one difference, their mean: they are not independent.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The plan of an arena: questions, versions and their order."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The questions of an arena, as they stand in a file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The results of an arena's requests: answers, likelihoods, verdicts, failures."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

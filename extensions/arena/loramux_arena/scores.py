@@ -1,7 +1,5 @@
 """Scores of an answer by its reference: 1 where they are the same, in the sense that has a name, else 0."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

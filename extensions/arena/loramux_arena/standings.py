@@ -1,7 +1,5 @@
 """The report of an arena: ranks and differences of the versions, from the results."""
 
-from __future__ import annotations
-
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 https://huggingface.co/docs/transformers/main_classes/callback
 """
 
-from __future__ import annotations
-
 import asyncio
 import tempfile
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The view of an arena: a bar while it runs, tables at the end."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Requests through a server's limits: as many at once as it takes, and none is lost because it was busy."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

@@ -4,8 +4,6 @@ Format: https://platform.openai.com/docs/guides/batch. A line of input has custo
 line of output has id, custom_id, response (status_code, request_id, body) and error.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

@@ -3,8 +3,6 @@
 https://platform.openai.com/docs/api-reference/files and https://platform.openai.com/docs/api-reference/batch
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable

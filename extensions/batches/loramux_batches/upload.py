@@ -1,7 +1,5 @@
 """Forms as clients upload files with them: ``multipart/form-data`` (RFC 7578), read as it arrives."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from email.message import Message

@@ -1,7 +1,5 @@
 """The work of a replica on batches: it takes one, answers its requests, and stores how it ended."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

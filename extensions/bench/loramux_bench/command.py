@@ -1,7 +1,5 @@
 """``loramux bench``: load on an inference service; a bar while it runs, figures per model at the end."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

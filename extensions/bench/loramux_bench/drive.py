@@ -1,7 +1,5 @@
 """Sends requests and times them: a closed loop keeps so many open, an open loop sends them when they come."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import time

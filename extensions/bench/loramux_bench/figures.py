@@ -1,7 +1,5 @@
 """The results of requests: counts, rates, percentiles."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

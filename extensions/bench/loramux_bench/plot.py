@@ -1,7 +1,5 @@
 """A run as a picture."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path

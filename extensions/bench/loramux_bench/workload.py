@@ -1,7 +1,5 @@
 """The requests of a load: prompts, models in turn, and start times."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator, Sequence

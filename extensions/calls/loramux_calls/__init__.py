@@ -1,7 +1,5 @@
 """Forms of tool calls of few families: those of Gemma 4 and FunctionGemma, and calls as Python has them."""
 
-from __future__ import annotations
-
 from typing import Final
 
 from loramux_calls.gemma import FUNCTIONGEMMA, GEMMA4

@@ -9,8 +9,6 @@ Each argument is emitted when it is whole, a string as it is generated.
 Source: chat templates of gemma-4-31B-it and functiongemma-270m-it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -19,8 +19,6 @@ Source: chat templates of Llama-3.2-3B-Instruct and Olmo-3-7B-Instruct, and
 https://ai.google.dev/gemma/docs/capabilities/function-calling.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """``loramux chat``: a conversation in the terminal with commands, or an answer per line of a pipe."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

@@ -1,7 +1,5 @@
 """Untrusted archives (tar.gz): a listing of their members, and single files of them."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import os

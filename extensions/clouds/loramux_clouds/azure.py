@@ -1,7 +1,5 @@
 """AZURE: folders of containers of Azure Blob Storage."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """S3, GCS and AZURE: folders of object stores, which differ in their clients and nothing else."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager

@@ -1,7 +1,5 @@
 """GCS: folders of buckets of Google Cloud Storage, over its JSON API."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Downloads over https that reach no address but a checked one, redirects included."""
 
-from __future__ import annotations
-
 import re
 import socket
 import ssl

@@ -1,7 +1,5 @@
 """Sources whose listing has the digest of every file."""
 
-from __future__ import annotations
-
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping

@@ -3,8 +3,6 @@
 https://mlflow.org/docs/latest/rest-api.html. The operator names the server; an address names what is on it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import ssl

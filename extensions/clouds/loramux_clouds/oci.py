@@ -5,8 +5,6 @@ https://github.com/opencontainers/distribution-spec (the API), https://github.co
 of the manifest is the revision: with it, everything below it is pinned.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import json

@@ -1,7 +1,5 @@
 """The hosts that a client's address may name: public ones, and those that the operator allows."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass

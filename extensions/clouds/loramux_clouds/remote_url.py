@@ -1,7 +1,5 @@
 """REMOTE_URL: archives (tar.gz) behind an https address."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack

@@ -5,8 +5,6 @@ back unread.
 Sources: `openai.types.responses.CompactedResponse` and https://www.openresponses.org/specification
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing

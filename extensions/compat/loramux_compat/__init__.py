@@ -1,7 +1,5 @@
 """Routes that vLLM has beside OpenAI's: for trainers, and between text and tokens."""
 
-from __future__ import annotations
-
 from typing import Final
 
 from inference_service.http.endpoint import Endpoint

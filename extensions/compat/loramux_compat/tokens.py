@@ -1,7 +1,5 @@
 """``POST /tokenize`` and ``POST /detokenize``, in vLLM's shapes."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Annotated, Any, ClassVar, Final, Self
 

@@ -1,7 +1,5 @@
 """Routes of trainers as vLLM has them: a pause, and the part of its configuration that they read."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from starlette.requests import Request as HttpRequest

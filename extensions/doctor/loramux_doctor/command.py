@@ -1,7 +1,5 @@
 """``loramux doctor``: what is installed, what a replica would run on, what would fit, and what is wrong."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """The installed packages, and the features that missing ones would bring; nothing is imported for it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

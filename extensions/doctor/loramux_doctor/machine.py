@@ -1,7 +1,5 @@
 """The machine, what a replica would run on here, and the places that it would use."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -8,8 +8,6 @@ FOLDER holds the base's ``config.json``. Either form is the answer::
     {"fault": {"reason": "SETTINGS_INVALID", "message": "..."}}
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import sys

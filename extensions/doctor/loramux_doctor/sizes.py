@@ -1,7 +1,5 @@
 """The memory that a base and its adapters take."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import suppress

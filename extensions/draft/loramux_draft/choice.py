@@ -9,8 +9,6 @@ that drafts took is no more than what they saved and a small share of the time. 
 are left alone, and what does not pay costs next to nothing.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence as Seq

@@ -1,7 +1,5 @@
 """The draft model at work: sequences as it follows them, in a cache of its own."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence as Seq

@@ -1,7 +1,5 @@
 """The draft model of a replica, from its start on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Final
 

@@ -1,7 +1,5 @@
 """The score of drafts: what streams gain by them, and lose by the time that they take."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from dataclasses import dataclass
 from math import expm1, log, log1p

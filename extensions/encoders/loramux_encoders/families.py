@@ -1,7 +1,5 @@
 """The families of encoders: BERT, RoBERTa, XLM-RoBERTa and ModernBERT, described by their ``config.json``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial

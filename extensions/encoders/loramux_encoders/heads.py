@@ -4,8 +4,6 @@ PEFT saves the layers that ``modules_to_save`` names whole, and trains LoRA on t
 names; the others are the base's. A bundle has the weights that result.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ Linears are those of the decoder, which a device multiplies and adapts as it doe
 norms, an activation, and attention within each sequence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final

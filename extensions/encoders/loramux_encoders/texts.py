@@ -1,7 +1,5 @@
 """Texts that are too long for an encoder, without their ends, as transformers truncates them."""
 
-from __future__ import annotations
-
 from tokenizers import Tokenizer
 
 

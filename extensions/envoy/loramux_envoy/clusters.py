@@ -1,7 +1,5 @@
 """Envoy's view of the replicas: who is well, who answers which model, what a connection may hold."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """``loramux envoy``: the configuration of an Envoy before several replicas."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The whole configuration, as YAML."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 import yaml

@@ -1,7 +1,5 @@
 """The fleet of a configuration: replicas, and Envoy's own addresses."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from ipaddress import ip_address

@@ -1,7 +1,5 @@
 """The listeners for clients: routes, retries, and the access log."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 from loramux_envoy.clusters import ANSWERS, BUFFER_BYTES, inner_name, proxy_address

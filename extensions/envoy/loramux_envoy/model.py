@@ -1,7 +1,5 @@
 """Filters that find the model of a request without `x-loramux-model`."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 from loramux_shared.routes import INFERENCE_SERVICE, MODEL_HEADER, OF_A_MODEL

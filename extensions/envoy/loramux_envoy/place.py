@@ -1,7 +1,5 @@
 """The place of a model on the hash ring: one, and for a popular model several."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 from loramux_envoy.model import HEADER, lua

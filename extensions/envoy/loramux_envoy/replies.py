@@ -1,7 +1,5 @@
 """Envoy's own answers to HTTP clients: errors in the shapes of the APIs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """The families: GLM-4.5 to 4.7, DeepSeek V2 and V3, and Phi-3.5-MoE by their ``config.json``; and others."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """GPT-NeoX, as Pythia: layer norms, biases, plain MLPs, and one linear with the projections of each head."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Literal

@@ -1,7 +1,5 @@
 """The parts of decoder layers that the core does not have: other routers, activations and latent attention."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Llama 4, of which the text decoder is served: some layers know no positions, the others see one chunk."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

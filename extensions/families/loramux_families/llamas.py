@@ -1,7 +1,5 @@
 """Decoders that are Llama or another one with few switches, as Seed-OSS, ERNIE 4.5, Helium and GLM-4.1V."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Decoders whose MLPs have no gate, and an activation of their own: Arcee's AFM, and Apertus."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal

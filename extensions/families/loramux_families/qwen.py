@@ -1,7 +1,5 @@
 """Mixtures of experts of Qwen 1.5 and 2, and of Qwen 3 VL, of which the text decoder is served."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Final
 

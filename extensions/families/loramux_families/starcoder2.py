@@ -1,7 +1,5 @@
 """StarCoder 2: layer norms, biases, and no gate in the MLP."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames

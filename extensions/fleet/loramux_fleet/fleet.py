@@ -4,8 +4,6 @@ Each replica has a channel of its own, whose health gRPC watches by itself (`HEA
 away or NOT_SERVING fails at once and unsent. `placement` chooses, `trip` asks the next one.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

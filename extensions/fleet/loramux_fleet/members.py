@@ -1,7 +1,5 @@
 """The replicas of a fleet: names among their addresses are looked up again while they are used."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence

@@ -13,8 +13,6 @@ client can see:
 Replicas that failed lately come last. There is no gRPC in here.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import threading

@@ -1,7 +1,5 @@
 """``loramux rollout``: wait until all replicas serve a generation."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

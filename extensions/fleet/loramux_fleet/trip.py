@@ -1,7 +1,5 @@
 """A request on its way through a fleet: which replica it asks next, and when it gives up."""
 
-from __future__ import annotations
-
 import time
 from typing import Any, Final
 

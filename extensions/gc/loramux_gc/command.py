@@ -1,7 +1,5 @@
 """``loramux gc``: what in a store nothing refers to, listed or removed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta

@@ -5,8 +5,6 @@ that is served or newer than the served one, any generation of a deployment that
 in the form that this format has.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The types of GGUF's tensors that have blocks, unpacked as the products take them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Final, NamedTuple
 

@@ -1,7 +1,5 @@
 """A GGUF file as a checkpoint: the small files that follow from its metadata, beside a link to it."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

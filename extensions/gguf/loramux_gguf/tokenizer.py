@@ -1,7 +1,5 @@
 """The tokenizer of a GGUF file, as ``tokenizer.json`` has it."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 from loramux_gguf.header import GgufHeader

@@ -1,7 +1,5 @@
 """``loramux kernels``: what a replica on a GPU would compile at its start, compiled for an image."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

@@ -7,8 +7,6 @@ what Triton looks into at a start: `TRITON_CACHE_DIR`.
 The module prints what it did, or the fault, as JSON for ``loramux kernels``, whose process never imports torch.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -4,8 +4,6 @@ As in PEFT (0.21): of a head c is over the norms of rows, as of any linear, and 
 columns, one for each element of what layers begin with. Neither is a product of low rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -10,8 +10,6 @@ With W the delta of a module, and s its scale:
   kron(B1, B2) kron(A1, A2); what is whole is a product with the identity on its shorter side.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping

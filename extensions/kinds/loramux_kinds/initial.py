@@ -11,8 +11,6 @@ Signs and bases of these factors differ between machines, and their product does
 space it is: where two singular values are nearly equal, it is not known.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final

@@ -1,7 +1,5 @@
 """Rows of an adapter as their best approximations of a lower rank (Eckart-Young), without ever forming BA."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

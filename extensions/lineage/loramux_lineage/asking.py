@@ -1,7 +1,5 @@
 """Lineage: what bases were made from, by the hub, where their names do not show it."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """AWQ (arXiv 2306.00978), as AutoAWQ keeps it for its ``gemm``."""
 
-from __future__ import annotations
-
 from typing import Final
 
 import torch

@@ -3,8 +3,6 @@
 Blocks of a flat weight in nf4 and fp4 (QLoRA, arXiv 2305.14314), int8 by rows.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any, Final
 

@@ -1,7 +1,5 @@
 """The weights of few bits in a file, and the tensors that each of them consists of."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final

@@ -1,7 +1,5 @@
 """GPTQ (arXiv 2210.17323), as AutoGPTQ and gptqmodel keep it."""
 
-from __future__ import annotations
-
 from typing import Final
 
 import torch

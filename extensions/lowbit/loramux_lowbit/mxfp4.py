@@ -1,7 +1,5 @@
 """MXFP4 (OCP Microscaling Formats 1.0): numbers of four bits, of which 32 share a power of two; of gpt-oss."""
 
-from __future__ import annotations
-
 from typing import Final
 
 import torch

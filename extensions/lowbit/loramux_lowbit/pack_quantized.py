@@ -1,7 +1,5 @@
 """``pack-quantized`` of compressed-tensors: integers of 4 or 8 bits, in words."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Numbers of eight bits side by side, with scales: FP8, and int8 of compressed-tensors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Final

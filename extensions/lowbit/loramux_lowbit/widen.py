@@ -10,8 +10,6 @@ DIR has the base's config.json, and those of its safetensors files that the weig
 the weight in float32, under its name. The builder imports no torch, and asks this where torch is installed.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Numbers of 4 or 8 bits, from words and bytes."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Final
 

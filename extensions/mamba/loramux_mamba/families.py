@@ -1,7 +1,5 @@
 """The families, by their ``config.json``: Granite 4, Falcon-H1, Nemotron-H and Bamba."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The parts of decoder layers with Mamba-2: its mixer, alone or beside attention, and what else they have."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, NoReturn

@@ -10,8 +10,6 @@ The output is gated and normed group by group. All is computed in float32, whate
 Source: Transformers are SSMs, https://arxiv.org/abs/2405.21060; the tiles are its section 6.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

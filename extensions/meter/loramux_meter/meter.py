@@ -1,7 +1,5 @@
 """Metrics of the builder, for Prometheus, over HTTP: for few clients that are quick."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import threading

@@ -1,7 +1,5 @@
 """``loramux import-bundle``: the npy files of another TensorRT-LLM converter, checked and published."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Final

@@ -1,7 +1,5 @@
 """``loramux.LLM``: lists of prompts in, answers out, without a server."""
 
-from __future__ import annotations
-
 import asyncio
 import atexit
 import logging

@@ -1,7 +1,5 @@
 """A builder and a replica in this process, behind the methods of `loramux.AsyncClient`; nothing listens."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import time

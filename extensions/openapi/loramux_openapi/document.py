@@ -3,8 +3,6 @@
 Source: https://spec.openapis.org/oas/v3.1.1.html
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The parts of the OpenAPI document that are the same for many routes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final

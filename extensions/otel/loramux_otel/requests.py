@@ -4,8 +4,6 @@ They are made when the request has ended, from times that were noted anyway: a t
 Names and attributes are those of OpenTelemetry's conventions for generative AI, where it has one.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -10,8 +10,6 @@ One JSON object comes in on stdin, one goes out on stdout::
 The builder runs it where torch is installed; it never imports torch itself.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ The builder has its own reading of these files; a proof compares the two. Whatev
 the builder before, so this is short.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 The builder itself never imports torch. The reference reads the adapters' own files, not what was converted.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """A gated delta rule as https://arxiv.org/abs/2412.06464 writes it, in float32, one row after the other."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, sigmoid, silu, softplus

@@ -1,7 +1,5 @@
 """Adapters that are no plain LoRA, as A and B: a second reading, apart from the builder's."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The output of a module under an adapter, from the adapter's own files."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

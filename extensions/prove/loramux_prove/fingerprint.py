@@ -4,8 +4,6 @@ An error e in the vector moves a product by about the norm of e, whatever its di
 zeroed, scaled or another one differs from the right one by far more than rounding can do.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from typing import Final

@@ -4,8 +4,6 @@ Slow and short, and apart from everything that serves: proofs are computed with 
 one after the other, so it takes the memory of one file and of the embeddings.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Like `adapter_source` it is apart from the builder's on purpose, and reads what the builder accepted.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

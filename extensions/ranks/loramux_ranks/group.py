@@ -1,7 +1,5 @@
 """The ranks that compute a decoder together, each in a process of its own: what they exchange in a step."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os

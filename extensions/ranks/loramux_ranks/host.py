@@ -1,7 +1,5 @@
 """The other ranks of a replica, as the engine's process sees them: started, asked, watched, and ended."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

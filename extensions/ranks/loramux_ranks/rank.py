@@ -4,8 +4,6 @@ The numbers are descriptors of sockets to the process of the engine, see `loramu
 of all ranks; the rank ends when the sockets are closed.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

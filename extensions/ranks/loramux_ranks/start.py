@@ -1,7 +1,5 @@
 """The ranks of a replica from its start on: the base read by all of them, banks, runners."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

@@ -1,7 +1,5 @@
 """The work of all ranks together: a step as flat arrays; runners, packer and bank that involve the others."""
 
-from __future__ import annotations
-
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence

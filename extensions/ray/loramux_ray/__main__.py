@@ -1,7 +1,5 @@
 """``python -m loramux_ray head | deploy``: what ``loramux ray`` runs, since nothing else here imports Ray."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

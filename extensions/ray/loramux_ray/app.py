@@ -1,7 +1,5 @@
 """The applications, as Serve's config files and `serve.run` take them."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError

@@ -1,7 +1,5 @@
 """An HTTP request that a proxy handed on, answered by the application of a replica."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any

@@ -3,8 +3,6 @@
 A call that Ray's proxies hand on passes what it would pass in our server.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The builder service as a deployment of one."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing

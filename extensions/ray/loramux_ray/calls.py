@@ -1,7 +1,5 @@
 """The messages between a proxy and a replica."""
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """``loramux ray``: a deployment on a Ray cluster."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json

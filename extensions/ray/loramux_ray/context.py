@@ -1,7 +1,5 @@
 """A call inside a replica, with what a servicer and our interceptors ask of gRPC's context."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable

@@ -1,7 +1,5 @@
 """The inference service as a deployment: one replica of Ray's is one of ours."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing

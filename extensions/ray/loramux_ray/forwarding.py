@@ -3,8 +3,6 @@
 Its choice, retries before a first token, and Ray's errors as faults.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable

@@ -6,8 +6,6 @@ them Ray's. They are counted where Ray counts its own, so that a proxy that drai
 public interface of Ray, which is why its version is bounded.
 """
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The service ``grpc.health.v1`` in Ray's gRPC proxies, which have none of their own."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable

@@ -5,8 +5,6 @@ A node's variable makes its proxy call `middlewares` (`names.MIDDLEWARES`). With
 Ray's proxy knows the application of a path; that is no public interface of Ray.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from starlette.middleware import Middleware

@@ -1,7 +1,5 @@
 """Names of our parts in Ray, and the variables by which its proxies find them."""
 
-from __future__ import annotations
-
 from typing import Final
 
 from loramux_shared.bundle.names import names_of

@@ -4,8 +4,6 @@ Every proxy orders the replicas of a model alike without coordination, so an ada
 requests go, and a replica that comes or goes moves those models alone that it gets or had.
 """
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Scaling of the replicas: as many as hold all sequences, those that wait included."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

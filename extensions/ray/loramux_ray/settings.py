@@ -1,7 +1,5 @@
 """Settings of the engine under Ray, whose proxies are the servers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Final
 

@@ -4,8 +4,6 @@
 when one was used last: a replica that uses one puts its mark again, and the store dates it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 import re

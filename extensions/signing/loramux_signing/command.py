@@ -1,7 +1,5 @@
 """``loramux sign`` and ``loramux verify``: folders of adapters, and deployments in a store."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Final
 

@@ -1,7 +1,5 @@
 """Folders that are signed: what differs from what was signed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath

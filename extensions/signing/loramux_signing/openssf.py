@@ -4,8 +4,6 @@ A signature is a Sigstore bundle with a DSSE envelope around an in-toto statemen
 their sha256. The library of that name makes and verifies it; which files it must list says who reads them.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence

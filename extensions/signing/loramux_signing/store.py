@@ -8,8 +8,6 @@ A generation names manifests by digest, and these name files by digest, so that 
 It lists one file, whose name is the generation's key: it is good in no other place.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Memory for blocks that left the cache: locked memory of a GPU's machine, or a file."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence

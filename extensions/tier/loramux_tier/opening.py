@@ -1,7 +1,5 @@
 """The tiers of a replica's cache, one for each group of its layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

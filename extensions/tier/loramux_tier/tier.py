@@ -1,7 +1,5 @@
 """The choice of the blocks that are in slower memory, and of those that are copied there and back."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Protocol

@@ -1,7 +1,5 @@
 """The small files of the base, for clients that make text into tokens themselves."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """The parts of a call beside its message: deadline, and metadata."""
 
-from __future__ import annotations
-
 import time
 from typing import Any, Final
 

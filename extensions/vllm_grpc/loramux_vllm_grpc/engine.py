@@ -4,8 +4,6 @@ Its messages have no field for a model, so a port stands for one: for the base, 
 opened with.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

@@ -1,7 +1,5 @@
 """The map from events to messages of ``vllm.grpc.engine``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Final
 

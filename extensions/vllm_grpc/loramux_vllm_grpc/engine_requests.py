@@ -1,7 +1,5 @@
 """The map from messages of ``vllm.grpc.engine`` to requests."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 import grpc

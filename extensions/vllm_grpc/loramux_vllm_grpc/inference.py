@@ -1,7 +1,5 @@
 """vLLM's own service for answers: ``vllm.Inference``."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The map from events to messages of ``vllm.Inference``."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 

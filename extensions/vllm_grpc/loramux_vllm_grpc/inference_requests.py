@@ -1,7 +1,5 @@
 """The map from messages of ``vllm.Inference`` to requests."""
 
-from __future__ import annotations
-
 import uuid
 from typing import Any, Final
 

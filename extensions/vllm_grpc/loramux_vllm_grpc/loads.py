@@ -1,7 +1,5 @@
 """The load of a replica, in SGLang's words: for gateways, over HTTP and gRPC."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Final

@@ -1,7 +1,5 @@
 """The number of log probabilities that fit into one message."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Final
 

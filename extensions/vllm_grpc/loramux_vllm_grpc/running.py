@@ -1,7 +1,5 @@
 """Requests under way, which those who sent them may end by their ids."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager

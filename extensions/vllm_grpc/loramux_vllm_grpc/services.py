@@ -1,7 +1,5 @@
 """All of these services, as a gRPC server takes them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Final
 

@@ -1,7 +1,5 @@
 """The constraint of an answer in vLLM's messages."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, Final

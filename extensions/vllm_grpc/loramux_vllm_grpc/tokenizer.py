@@ -1,7 +1,5 @@
 """The archive of a tokenizer, for a gateway that makes tokens of text itself."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import io

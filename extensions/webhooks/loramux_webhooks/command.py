@@ -1,7 +1,5 @@
 """``loramux webhooks``: a hub's news of repositories become updates of their adapters."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Final
 

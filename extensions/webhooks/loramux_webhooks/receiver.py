@@ -3,8 +3,6 @@
 https://huggingface.co/docs/hub/webhooks: a POST with the secret in ``X-Webhook-Secret``, repeated until a 2xx.
 """
 
-from __future__ import annotations
-
 import hmac
 import json
 import re
