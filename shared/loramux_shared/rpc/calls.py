@@ -63,7 +63,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self._reading: set[asyncio.Timeout] = set()
         self._writing: dict[asyncio.Task[Any], tuple[asyncio.Timeout, float]] = {}
         """Since when a message waits for its client to make room."""
-        self._ended = False
         self._looking = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -78,7 +77,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self.draining = True
         soon = asyncio.get_running_loop().time() + DRAIN_SEND_S
         for limit in self._reading:
-            limit.reschedule(soon)
+            if not limit.expired():  # in this turn of the loop, and its call has not heard yet
+                limit.reschedule(soon)
 
     async def until_idle(self, timeout_s: float) -> bool:
         """Wait until no call is open; False when the time ran out."""
@@ -97,12 +97,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             await asyncio.sleep(until - now)
 
     def cut(self) -> None:
-        """End what is open with SHUTTING_DOWN; new calls are refused already.
-
-        A call whose message is being sent ends behind it: gRPC takes no status before.
-        """
-        self._ended = True
-        for task in self._open - self._writing.keys():
+        """End what is open with SHUTTING_DOWN, behind messages on their way; new calls are refused already."""
+        for task in self._open:
             task.cancel()
 
     async def intercept_service(
@@ -189,8 +185,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                     self._writing[task] = limit, loop.time()
                     await context.write(response)
                     self._writing.pop(task, None)
-                    if self._ended:
-                        raise ShuttingDown(CUT)
 
         return handler
 

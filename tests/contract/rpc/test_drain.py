@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from inference_service.rpc.servicer import SERVICE_NAME
 from loramux import AsyncClient
 from loramux_shared.faults import ShuttingDown
-from loramux_shared.rpc import calls
+from loramux_shared.rpc import calls, server
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.rpc.stopping import Stop, leave
 from tests.support.endless import BOUND, MODEL, EndlessApis
@@ -33,8 +33,8 @@ REFUSED = (503, True, "shutting_down")
 
 @pytest.fixture
 async def apis(tmp_path: Path) -> AsyncIterator[EndlessApis]:
-    """The endpoints of a service with endless answers."""
-    async with EndlessApis(tmp_path) as made:
+    """The endpoints of a service with endless answers; clients have as long as they like to send."""
+    async with EndlessApis(tmp_path, rpc=calls.Patience(send_s=NEVER)) as made:
         yield made
 
 
@@ -65,11 +65,19 @@ async def test_signals_that_come_at_once_count_once() -> None:
     assert not raised
 
 
-async def test_a_grpc_call_that_is_cut_ends_with_the_reason(apis: EndlessApis) -> None:
-    """A gRPC call that is cut ends with the reason as its status, behind the messages that were sent."""
+@pytest.mark.parametrize("prompt", ["WAIT", "MORE"])
+async def test_a_grpc_call_that_is_cut_ends_with_the_reason(
+    apis: EndlessApis, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    """A gRPC call that is cut ends with the reason as its status, also behind messages that are read late."""
+    monkeypatch.setattr(server, "CUT_S", BOUND_S)
     async with AsyncClient(apis.rpc.address) as client:
-        events = client.generate(MODEL, "WAIT")
+        events = client.generate(MODEL, prompt)
         await anext(events)
+        pieces = 0
+        while apis.service.pieces > pieces:  # until nothing more is taken from the answer
+            pieces = apis.service.pieces
+            await client.models()
         draining = asyncio.create_task(apis.rpc.drain(0))
         with pytest.raises(ShuttingDown):
             async for _ in events:
@@ -83,7 +91,7 @@ async def test_a_server_that_leaves_goes_on(apis: EndlessApis) -> None:
     await apis.rpc.set_serving(True)
     async with (
         grpc.aio.insecure_channel(apis.rpc.address) as channel,
-        httpx.AsyncClient(base_url=f"http://{apis.http.address}") as web,
+        httpx.AsyncClient(base_url=f"http://{apis.http.address}", timeout=BOUND_S) as web,
         AsyncClient(apis.rpc.address) as client,
     ):
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())

@@ -14,15 +14,16 @@ import pytest
 from inference_service.http.wire import protocol
 from inference_service.http.wire.protocol import MAX_HEAD_BYTES
 from inference_service.rpc.servicer import SERVICE_NAME
+from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.access.guard import Guard
-from loramux_shared.rpc import calls
+from loramux_shared.rpc import calls, options
 from loramux_shared.rpc.status import fault_of
 from tests.support.access import keyring
 from tests.support.endless import BOUND, HEALTH, MODEL, EndlessApis
 from tests.support.raw_http import JSON
 from tests.support.raw_http2 import DATA, HEADERS, WINDOW_UPDATE, call, connect, frame, message, until_ended
-from tests.support.waiting import Clock, bounded, ended, until
+from tests.support.waiting import BOUND_S, Clock, bounded, ended, until
 
 HOUR, NEVER = 3600.0, 1e9
 BODY = json.dumps({"model": MODEL, "prompt": "HI", "stream": True}).encode()
@@ -41,11 +42,14 @@ async def clock() -> Clock:
 
 
 @pytest.fixture
-async def apis(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[EndlessApis]:
+async def apis(
+    request: pytest.FixtureRequest, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[EndlessApis]:
     """The endpoints of a service; the timeout that a test names is an hour, the others never pass."""
     limit, keys = getattr(request, "param", ("", False))
     guard = Guard(keyring("infer")[1]) if keys else Guard()
     times = {name: HOUR if name == limit else NEVER for name in (*HTTP_TIMES, *RPC_TIMES)}
+    monkeypatch.setattr(options, "PING_TIMEOUT_S", 2 * BOUND_S)  # raw clients answer no pings
     http = protocol.ClientTimeouts(**{name: times[name] for name in HTTP_TIMES})
     rpc = calls.Patience(**{name: times[name] for name in RPC_TIMES})
     async with EndlessApis(tmp_path, guard, http, rpc) as made:
@@ -210,12 +214,20 @@ async def test_a_refused_client_reads_why(apis: EndlessApis) -> None:
 
 @patience("read_s")
 async def test_a_grpc_client_that_does_not_read_is_given_up(apis: EndlessApis, clock: Clock) -> None:
-    """The answer of a gRPC client that does not read is cancelled, and does not delay a drain."""
-    _, writer = await connect(apis.rpc.address, window=0)
-    writer.write(call(1) + message(1, pb.GenerateRequest(model=MODEL, text="HI")))
+    """The answer of a gRPC client that does not read, or goes, is cancelled; no call and no drain waits."""
+    (_, gone), (_, writer) = [await connect(apis.rpc.address, window=0) for _ in range(2)]
+    for each in (gone, writer):
+        each.write(call(1) + message(1, pb.GenerateRequest(model=MODEL, text="HI")))
+    await apis.service.until(2)
+    gone.close()
     await apis.service.until(1)
     await given_up(apis, clock)
-    assert await apis.rpc.drain(NEVER)
+    async with (
+        AsyncClient(apis.rpc.address) as client,
+        contextlib.aclosing(client.generate(MODEL, "WAIT")) as events,
+    ):
+        assert (await anext(events)).model == MODEL
+    assert await ended(apis.rpc.drain(NEVER), "the drain")
     writer.close()
 
 
@@ -237,8 +249,11 @@ async def test_a_grpc_client_that_did_not_take_the_first_message_gets_a_status(
 
 
 @patience("send_s")
-async def test_a_grpc_request_that_does_not_come_is_refused(apis: EndlessApis, clock: Clock) -> None:
-    """A call without a message ends with a named fault."""
+@pytest.mark.parametrize("reason", ["CLIENT_STALLED", "SHUTTING_DOWN"])
+async def test_a_grpc_request_that_does_not_come_is_refused(
+    apis: EndlessApis, clock: Clock, reason: str
+) -> None:
+    """A call without a message ends with a named fault, also where a drain begins in the same moment."""
 
     async def nothing() -> AsyncIterator[bytes]:
         await asyncio.Event().wait()
@@ -246,7 +261,12 @@ async def test_a_grpc_request_that_does_not_come_is_refused(apis: EndlessApis, c
 
     async with grpc.aio.insecure_channel(apis.rpc.address) as channel:
         reading = asyncio.create_task(channel.stream_stream(f"/{SERVICE_NAME}/Generate")(nothing()).read())
-        await until(lambda: clock.advance(HOUR) or reading.done(), "the call to end")
+        await until(lambda: apis.rpc._interceptor._reading, "the call")
+        clock.advance(2 * HOUR)
+        refused = asyncio.get_running_loop().create_future()
+        if reason == "SHUTTING_DOWN":
+            asyncio.get_running_loop().call_later(0, lambda: refused.set_result(apis.rpc._interceptor.drain()))
+            await ended(refused, "the begin of the drain")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await reading
-    assert fault_of(caught.value).reason == "CLIENT_STALLED"
+            await ended(reading, "the end of the call")
+    assert fault_of(caught.value).reason == reason
