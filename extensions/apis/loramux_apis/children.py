@@ -26,6 +26,8 @@ HUNG_S: Final = 10.0
 """A process that answers nothing for so long is ended, and another is started."""
 LOOK_S: Final = 1.0
 """Between two looks at whether a process answers."""
+START_S: Final = 120.0
+"""For a process to listen that takes the place of another."""
 HEAR_S: Final = 1.0
 """For a process to report other health; one that stands still is not waited for."""
 PAUSES_S: Final = (0.0, 0.5, 1.0, 2.0)
@@ -120,7 +122,8 @@ class ApiProcesses:
         await self._tell("serve")
 
     async def leave(self) -> None:
-        """Have every process report bad health, and go on taking requests."""
+        """Have every process report bad health, those to come too, and go on taking requests."""
+        self.serving = False
         await self._tell("leave")
 
     async def refuse(self) -> None:
@@ -190,14 +193,16 @@ class _Child:
             raise ReplicaFailed(
                 f"an API process ended with {status} before it was ready; the log above says why."
             ) from None
-        except Fault:
+        except BaseException:  # also where it takes too long
             peer.channel.close()
             raise
         self.peer = peer
         self._host.peers.add(peer)
-        if self._all.serving:
-            await peer.channel.ask("serve")
+        peer.channel.say("deployed", deployed_to(self._host.service.catalog))  # may have changed meanwhile
         self._keep(self._watch(process, peer))
+        if self._all.serving:
+            with suppress(Fault):  # it has ended, and `_on_lost` has another one started
+                await peer.channel.ask("serve")
 
     async def end(self, timeout_s: float) -> bool:
         """Drain the process, and end it; False where requests were cut, or it did not answer."""
@@ -246,9 +251,11 @@ class _Child:
         for pause_s in chain(PAUSES_S, repeat(PAUSES_S[-1])):
             await asyncio.sleep(pause_s)
             try:
-                await self.start()
+                async with asyncio.timeout(START_S):
+                    await self.start()
             except (Fault, OSError) as error:
-                log.warning("API process does not start", why=str(error))
+                why = str(error) or f"it did not listen within {START_S:g} s"
+                log.warning("API process does not start", why=why)
             else:
                 log.info("API process started again", pid=self.process.pid if self.process else None)
                 return

@@ -125,7 +125,9 @@ async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path
     found: list[Any] = []
     lost: list[bool] = []
     peer = ApiPeer(ApiHost(silent_service(tmp_path), keyless=True), lambda: lost.append(True))
-    connect(peer.channel, Channel({"out": found.append}, {}, lambda: None))
+    connect(
+        peer.channel, Channel({"out": found.append, "end": lambda *end: found.append(end)}, {}, lambda: None)
+    )
     peer.send((1, 0), ["a"])
     await until(lambda: found, "the first outputs")
     peer.channel.pause_writing()
@@ -137,6 +139,11 @@ async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path
     await until(lambda: len(found) == 3, "the others")
     assert found == [[[1, 0, ["a"]]], [[3, 0, ["x"]], [1, 0, ["b", "d"]]], [[2, 0, ["c"]]]]
     assert peer._pending == 0
+    ended = RelayedOutputs([Sequence("a", [5], SamplingParams())], MagicMock(), peer, 4, HERE)
+    peer.send((4, 0), ["last"])
+    ended.fail(ReplicaFailed("no more"))
+    await until(lambda: found[-1][0] == 4, "the end")
+    assert found[-2] == [[4, 0, ["last"]]]
     monkeypatch.setattr(host, "MOST_PENDING", 1)
     peer.channel.pause_writing()
     peer.send((1, 0), ["e", "f"])

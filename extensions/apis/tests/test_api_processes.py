@@ -23,6 +23,8 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService
+from loramux_apis import children
+from loramux_apis.channel import Channel
 from loramux_apis.children import ApiProcesses
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.server import CORE, RpcServer
@@ -30,7 +32,7 @@ from loramux_shared.runtime import Limits
 from loramux_shared.settings import InferenceSettings
 from tests.support.access import Certificates, lines, new_entry
 from tests.support.raw_http import JSON, RawClient
-from tests.support.waiting import bounded, until
+from tests.support.waiting import BOUND_S, bounded, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LONG = 8000
@@ -100,7 +102,9 @@ async def replica(
     rpc = RpcServer(inside, {SERVICE_NAME: InferenceServicer(made).register})
     await rpc.start()
     settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0", **guarded)
-    apis = ApiProcesses(settings, made, count, (SERVICE_NAME,), CORE, inside, keyless=not guarded, **times)
+    apis = ApiProcesses(
+        settings, made, count, (SERVICE_NAME,), CORE, inside, keyless=not guarded, hung_s=BOUND_S, **times
+    )
     addresses = await apis.start()
     thread.start(apis.refuse)
     await apis.set_serving()
@@ -233,7 +237,7 @@ async def test_every_process_follows_keys_certificates_and_aliases(count: int, t
             body = {"model": "alias", "prompt": [5], "max_tokens": 1, "user": sticky}
             async with bounded(f"{expected} from all processes", lambda: seen):
                 while len(seen) < count:
-                    async with httpx.AsyncClient(verify=context, trust_env=False) as web:
+                    async with httpx.AsyncClient(verify=context, trust_env=False, timeout=BOUND_S) as web:
                         headers = {"authorization": f"Bearer {key}"}
                         url = f"https://{served.addresses['http']}/v1/completions"
                         async with web.stream("POST", url, json=body, headers=headers) as answer:
@@ -254,14 +258,39 @@ async def test_every_process_follows_keys_certificates_and_aliases(count: int, t
         assert await all_answer(new, "other.pem", "ann", 200) == picked[0]
 
 
-async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
-    """A process that stands still for longer than the limit is killed, and another one serves."""
-    async with replica(tmp_path, 1, hung_s=0.5, look_s=0.05) as served:
+async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path, monkeypatch) -> None:
+    """Processes that stand still, do not begin, or end at once are replaced by one of the newest generation."""
+    begun, ended, ask, python = list[str](), list[int](), Channel.ask, children.python
+    async with replica(tmp_path, 1, look_s=0.05) as served:
+        catalog = served.service.catalog
+
+        async def asked(channel: Channel, name: str, *arguments: Any) -> Any:
+            if name == "begin":
+                begun.append(name)
+                most = {"request_default_max_tokens": len(begun)}
+                catalog.deployed = catalog.deployed.model_copy(update=most)
+                for each in catalog.watchers:
+                    each()
+            if name == "serve" and not ended:
+                ended.append(len(begun))
+                os.kill(served.apis.pids[0], signal.SIGKILL)
+            return await ask(channel, name, *arguments)
+
+        monkeypatch.setattr(Channel, "ask", asked)
+        monkeypatch.setattr(children, "python", lambda *_: ("sleep", "1000"))
+        monkeypatch.setattr(children, "START_S", 1)
         (first,) = served.apis.pids
         os.kill(first, signal.SIGSTOP)
-        await until(lambda: served.apis.pids and served.apis.pids != [first], "another process")
-        await until(lambda: served.apis.host.peers, "a process that listens")
-        (await served.stream(2)).close()
+        served.apis.hung_s = 0.1
+        await until(lambda: served.apis.pids != [first], "a process that does not begin")
+        served.apis.hung_s = BOUND_S
+        monkeypatch.setattr(children, "START_S", BOUND_S)
+        monkeypatch.setattr(children, "python", python)
+        await until(lambda: ended and served.apis.host.peers, "another process that listens")
+        async with httpx.AsyncClient(timeout=BOUND_S) as web:
+            body = {"model": MODEL, "prompt": [5], "ignore_eos": True}
+            answer = await web.post(f"http://{served.addresses['http']}/v1/completions", json=body)
+        assert answer.json()["usage"]["completion_tokens"] == len(begun) == ended[0] + 1
 
 
 async def test_an_address_in_use_is_named(tmp_path: Path, served: Replica) -> None:
