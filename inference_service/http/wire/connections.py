@@ -55,8 +55,8 @@ class Connections:
         self._patience = patience
         self._bound = bound
         self._tls = tls
-        self._opening: dict[asyncio.Task[None], tuple[socket.socket, float]] = {}
-        """Connections that are being opened, and since when."""
+        self._opening: dict[asyncio.Task[None], tuple[socket.socket, float, BoundedHttp]] = {}
+        """Connections that are being opened, since when, and what they become just before a task ends."""
         self._refused: dict[socket.socket, float] = {}
         """Connections that were refused, and until when their clients may close them."""
         self._listener: socket.socket | None = None
@@ -137,14 +137,15 @@ class Connections:
             return False
         sock.setblocking(False)
         if self.has_room():
-            task = asyncio.create_task(self._open(sock))
-            self._opening[task] = sock, asyncio.get_running_loop().time()
+            made = self._make()
+            task = asyncio.create_task(self._open(sock, made))
+            self._opening[task] = sock, asyncio.get_running_loop().time(), made
             task.add_done_callback(self._opened)
         else:
             self._refuse(sock)
         return True
 
-    async def _open(self, sock: socket.socket) -> None:
+    async def _open(self, sock: socket.socket, made: BoundedHttp) -> None:
         loop = asyncio.get_running_loop()
         limit_s = None if self._tls is None else UNUSED_S
         try:
@@ -153,13 +154,13 @@ class Connections:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
             await loop.connect_accepted_socket(
-                self._make, sock, ssl=self._tls, ssl_handshake_timeout=limit_s, ssl_shutdown_timeout=limit_s
+                lambda: made, sock, ssl=self._tls, ssl_handshake_timeout=limit_s, ssl_shutdown_timeout=limit_s
             )
         except OSError:  # the client disconnected, or its handshake failed
             sock.close()
 
     def _opened(self, task: asyncio.Task[None]) -> None:
-        sock, _ = self._opening.pop(task)
+        sock, *_ = self._opening.pop(task)
         if task.cancelled():  # perhaps before it began
             sock.close()
 
@@ -170,7 +171,7 @@ class Connections:
         unused: list[tuple[float, BoundedHttp | asyncio.Task[None]]] = [
             (since, each) for each in self.held() if (since := each.unused_since) is not None
         ]
-        unused += ((since, task) for task, (_, since) in self._opening.items() if not task.cancelling())
+        unused += self._unopened()
         self._say("connections are at their bound", bound=self._bound, unused=len(unused))
         for _, each in sorted(unused, key=lambda pair: pair[0]):
             if isinstance(each, asyncio.Task):
@@ -184,8 +185,15 @@ class Connections:
         return False
 
     def _is_full(self) -> bool:
-        opening = sum(not task.cancelling() for task in self._opening)
-        return len(self._state.connections) + opening >= self._bound
+        return len(self._state.connections) + len(self._unopened()) >= self._bound
+
+    def _unopened(self) -> list[tuple[float, asyncio.Task[None]]]:
+        """Return the connections that are neither open nor given up, and since when they are being opened."""
+        return [
+            (since, task)
+            for task, (_, since, made) in self._opening.items()
+            if not (task.cancelling() or made in self._state.connections)
+        ]
 
     def _refuse(self, sock: socket.socket) -> None:
         """Say that there is no room, and read on until the client closes: closed before, it would be reset."""
@@ -231,7 +239,7 @@ class Connections:
             now = loop.time()
             for each in self.held():
                 each.check(now)
-            for task, (sock, since) in self._opening.items():
+            for task, (sock, since, _) in self._opening.items():
                 if now >= since + patience.head_s and not unread_bytes(sock):
                     task.cancel()
             for sock in [sock for sock, end in self._refused.items() if now >= end]:

@@ -128,6 +128,18 @@ async def test_silent_connections_that_come_at_once_make_room(secured: bool, tmp
             each.close()
 
 
+async def test_a_connection_that_is_being_opened_counts_once(apis: EndlessApis) -> None:
+    """In no turn of the loop is a server full that holds a little more than half of its bound."""
+    host, port = apis.http.address.rsplit(":", 1)
+    clients = [socket.create_connection((host, int(port))) for _ in range(BOUND // 2 + 1)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+        assert apis.http.connections.has_room()
+    assert len(apis.http.connections.held()) == len(clients)
+    for each in clients:
+        each.close()
+
+
 def _read_pong(sock: socket.socket) -> None:
     """Return when the server has read all that was sent before a ping."""
     data = b""
