@@ -93,13 +93,15 @@ def test_concurrent_puts_do_not_mix(store: Store) -> None:
 
 
 def test_a_taken_file_is_gone_and_stored(store: Store, tmp_path: Path) -> None:
-    """Take stores a file's content under a key, replaces an older object, and removes the file."""
-    for content in (b"first", b"the second one"):
-        file = tmp_path / "file"
+    """Take stores a file's content under a key, replaces an older object, and removes the file, however old."""
+    for content, folder in ((b"first", tmp_path), (b"the second one", Path("/dev/shm"))):  # noqa: S108 - another disk
+        file = folder / f"taken-{os.getpid()}"
         file.write_bytes(content)
+        os.utime(file, (0, 0))
         store.take("a/file", file)
         assert store.get("a/file") == content
         assert not file.exists()
+        assert next(iter(store.entries("a/"))).modified.year > 1970
     with pytest.raises(OSError, match="No such file"):
         store.take("a/file", tmp_path / "file")
     assert store.get("a/file") == b"the second one"
