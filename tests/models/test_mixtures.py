@@ -12,6 +12,7 @@ from loramux_shared.faults import Fault, ModelNotFound, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.conftest import Counted
 from tests.support import tiny
+from tests.support.cases import cases
 
 NEW = 8
 Parts = tuple[tuple[str, float], ...]
@@ -101,17 +102,7 @@ def test_one_form_of_a_mixture_has_one_prefix(world: tiny.World, store: MemorySt
     """Cached prompts of a blend are found in every spelling, and those of other scales are not."""
     ready = world.load(store, block_size=16)
     prompt = list(range(3, 3 + 40))
-    for request, hit in (
-        ("wide*0.7+all*0.5", 0),
-        ("all*0.5 + wide*0.7", 32),
-        ("wide*0.3+all*0.5+rs*0+wide*0.4", 32),
-        ("wide*0.7+all*0.25", 0),
-        ("wide", 0),
-        ("wide*1", 32),
-        ("wide*0.5+wide*0.5", 32),
-        ("base", 0),
-        ("wide*0", 32),
-    ):
+    for request, hit in cases(__file__, "test_one_form_of_a_mixture_has_one_prefix"):
         before = ready.engine.stats.prefix_tokens_hit
         tiny.run_engine(ready, [(request, prompt)], 1)
         assert ready.engine.stats.prefix_tokens_hit - before == hit, request

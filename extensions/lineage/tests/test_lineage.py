@@ -14,6 +14,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import write_adapter, write_base
+from tests.support.cases import cases
 from tests.support.folders import Built, built, deployment_of
 from tests.support.hub import Hub, HubRepo, serve_hub
 
@@ -122,23 +123,12 @@ def test_folders_ask_nobody(hub: Hub, context: BuildContext, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("card", "tags", "expected"),
     [
-        (
-            {"base_model": "a/b", "base_model_relation": "quantized"},
-            ["base_model:a/b", "base_model:finetune:a/b"],
-            [("quantized", "a/b")],
-        ),
-        ({"base_model": ["a/b"]}, ["en", "base_model:a/b", "base_model:quantized:a/b"], [("quantized", "a/b")]),
-        ({}, ["base_model:finetune:a/b"], [("finetune", "a/b")]),
-        ({"base_model": ["a/b", "c/d"]}, ["base_model:merge:a/b"], [("merge", "a/b"), ("", "c/d")]),
-        ({"base_model": "a/b", "base_model_relation": ["x"]}, [], [("", "a/b")]),
+        *cases(__file__, "test_cards_and_tags_are_read"),
         ({"base_model": ["../x", 7, None, "a b/c", "a/" + "b" * 97]}, ["base_model:x:y:z", "base_model:"], []),
-        ({}, [], []),
-        ({"base_model": [f"a/{i}" for i in range(99)]}, [], [("", f"a/{i}") for i in range(PARENTS)]),
+        ({"base_model": [f"a/{i}" for i in range(99)]}, [], [["", f"a/{i}"] for i in range(PARENTS)]),
     ],
 )
-def test_cards_and_tags_are_read(
-    card: dict[str, Any], tags: list[str], expected: list[tuple[str, str]]
-) -> None:
+def test_cards_and_tags_are_read(card: dict[str, Any], tags: list[str], expected: list[list[str]]) -> None:
     """The card's name wins over the hub's; text that is no model's name is not repeated."""
     info = ModelInfo(id="org/mine", cardData=card, tags=tags)
-    assert [(each.relation, each.parent) for each in descent_of("org/mine", info)] == expected
+    assert [[each.relation, each.parent] for each in descent_of("org/mine", info)] == expected

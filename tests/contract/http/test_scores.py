@@ -165,14 +165,7 @@ async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], api: 
 
 async def test_who_classifies_generates_nothing(api: OpenAIApi) -> None:
     """Answers, mixtures and scores of the others are refused by name; vectors are made of both."""
-    for model, path, body in (
-        ("topics", "/v1/completions", {"prompt": "x"}),
-        ("topics*0.5+plain*0.5", "/v1/embeddings", {"input": "x"}),
-        ("encoder", "/v1/completions", {"prompt": "x"}),
-        ("plain", "/classify", {"input": "x"}),
-        ("base", "/rerank", {"query": "x", "documents": ["y"]}),
-        ("topics", "/score", {"text_1": "x", "text_2": "y"}),
-    ):
+    for model, path, body in cases(__file__, "test_who_classifies_generates_nothing"):
         answer = await api.post(path, model=model, **body)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", "model"), error

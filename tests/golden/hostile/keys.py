@@ -48,6 +48,10 @@ def _changed(name: str, codes: str, change: Any, **settings: Any) -> Exhibit:
     return of_tensors(name, codes, make, **settings)
 
 
+def _shaped(name: str, codes: str, *shape: int) -> Exhibit:
+    return _changed(name, codes, lambda _: np.ones(shape, "f2"))
+
+
 def _set(value: float) -> Any:
     def change(matrix: Any) -> Any:
         matrix[1, 2] = value
@@ -121,9 +125,17 @@ def _tokens(name: str, codes: str, indices: Any, shape: tuple[int, int], **confi
     return exhibit(name, codes, lambda folder: adapter(folder, made, **config))
 
 
-def _classifier(name: str, codes: str, *, values: Any = None, key: str = SCORE, **config: Any) -> Exhibit:
+def _classifier(
+    name: str,
+    codes: str,
+    shape: Any = (3, HIDDEN),
+    dtype: str = "f4",
+    value: Any = 1,
+    key: str = SCORE,
+    **config: Any,
+) -> Exhibit:
     """An adapter that was trained to classify, with a head."""
-    head = np.ones((3, HIDDEN), "f4") if values is None else values
+    head = np.full(shape, float(value), dtype)
     config = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]} | config
     return exhibit(name, codes, lambda folder: adapter(folder, tensors() | {key: head}, **config))
 
@@ -144,22 +156,15 @@ def _fused(name: str, codes: str, *ceiling: str, beside: Mapping[str, int] = Map
 
 def _of_data(name: str) -> tuple[Exhibit, ...]:
     """Exhibits of the JSON file, by the function that makes them."""
-    makers = (_one, _renamed, _of_none, _tokens)
-    return tuple(make(*row, **more) for make in makers for *row, more in cases(__file__, name)[make.__name__])
+    makers = (_one, _renamed, _of_none, _tokens, _classifier, _fused, _shaped)
+    return tuple(
+        make(*row, **more) for make in makers for *row, more in cases(__file__, name).get(make.__name__, ())
+    )
 
 
 REFUSED = (
     *_of_data("REFUSED"),
     of_tensors("no tensors", "E_EMPTY_WEIGHTS", dict),
-    _classifier("a score head of another base", "E_TASK", values=np.ones((3, HIDDEN + 1), "f4")),
-    _classifier("a score head of 1,025 labels", "E_TASK", values=np.ones((1025, HIDDEN), "f4")),
-    _classifier("a score head of one dimension", "E_TASK", values=np.ones(HIDDEN, "f4")),
-    _classifier("a score head in int8", "E_TASK", values=np.ones((3, HIDDEN), "i1")),
-    _classifier("a score head that is NaN", "E_NAN", values=np.full((3, HIDDEN), np.nan, "f4")),
-    _classifier("a score head without elements", "E_TASK", values=np.ones((0, HIDDEN), "f4")),
-    _classifier("a bias of a score head alone", "E_TASK", values=np.ones(3, "f4"), key=f"{SCORE[:-6]}bias"),
-    _classifier("a classifier that acts from tokens on", "E_ALORA", alora_invocation_tokens=[1]),
-    _classifier("a score head of no classifier", "E_EMBED", task_type="CAUSAL_LM", modules_to_save=["score"]),
     exhibit("no tensors and no targets", "E_EMPTY_TARGETS", lambda at: adapter(at, {}, target_modules=[])),
     of_tensors("ZeRO-3", "E_EMPTY_WEIGHTS", lambda: {k: np.zeros((0,), "f2") for k in tensors()}),
     of_tensors("tensors with a dimension of zero", "E_EMPTY_WEIGHTS",
@@ -168,14 +173,8 @@ REFUSED = (
     of_tensors("two adapters", "E_ADAPTER_INFIX",
                lambda: plus(key(1, "o_proj", "A").replace("_A", "_A.second"), pair=(16, 4))),
     of_tensors("beyond the ceiling", "E_MODULE", tensors, lora={"lora_target_modules": ["attn_q"]}),
-    _fused("fused beyond the ceiling", "E_MODULE", "attn_q", "attn_k"),
-    _fused("fused, and a part of it", "E_PAIR", beside={"k_proj": HIDDEN // 2}),
     of_tensors("A alone", "E_PAIR", lambda: _without(key(1, "v_proj", "B"))),
     of_tensors("B alone", "E_PAIR", lambda: _without(key(1, "v_proj", "A"))),
-    _changed("ranks of two adapters", "E_RANK_SHAPE", lambda _: np.ones((8, 16), "f2")),
-    _changed("a convolution", "E_RANK_SHAPE", lambda _: np.ones((4, 16, 1, 1), "f2")),
-    _changed("a vector", "E_RANK_SHAPE", lambda _: np.ones((4,), "f2")),
-    _changed("another hidden size", "E_DIMS", lambda _: np.ones((4, 20), "f2")),
     of_tensors("a deeper base", "E_LAYER", lambda: tensors(layers=3)),
     of_tensors("layer 999,999", "E_LAYER", lambda: plus(key(999_999, "q_proj", "A"), pair=(16, 4))),
     of_tensors("above the ceiling", "E_RANK_MAX", tensors, lora={"max_lora_rank": 3}),
@@ -207,9 +206,6 @@ REFUSED = (
 
 ACCEPTED = (
     *_of_data("ACCEPTED"),
-    _classifier("a classifier of three labels", ""),
-    _classifier("a classifier, as a raw state dict names its head", "",
-                key="base_model.model.score.modules_to_save.default.weight"),
     exhibit("trained embeddings", "", _saved(lambda: 2 * embeddings(), f"{EMBED}.weight")),
     exhibit("embeddings of minus zero", "", _saved(lambda: -embeddings(), f"{EMBED}.weight")),
     exhibit("embeddings and nothing else", "W_TARGETS", lambda folder: adapter(
@@ -231,7 +227,4 @@ ACCEPTED = (
         f"{EMBED}.original_module.weight", f"{HEAD}.base_layer.weight")),
     of_tensors("a tower of a model with images", "W_TOWER",
                lambda: plus(_TOWER, pair=(16, 4)), base=BASES["gemma3"]),
-    _fused("fused", ""),
-    _fused("fused, allowed by its own name", "", "attn_qkv"),
-    _fused("fused, allowed by the names of its parts", "", "attn_q", "attn_k", "attn_v"),
 )  # fmt: skip

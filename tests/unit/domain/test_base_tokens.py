@@ -96,12 +96,8 @@ def test_new_tokens_behind_the_base_s_are_taken(compare, kind, change, added):
 @pytest.mark.parametrize(
     ("added", "named"),
     [
-        ([{"id": 7, "content": "<x>"}], "<x> (id 7)"),
-        ([{"id": 6, "content": "<x>"}, {"id": 8, "content": "<y>"}], "<x> (id 6), <y> (id 8)"),
-        ([{"id": 6, "content": "<x>"}, {"id": 6, "content": "<y>"}], "<x> (id 6), <y> (id 6)"),
+        *cases(__file__, "test_tokens_that_cannot_be_added_so_are_refused"),
         ([{"id": 6, "content": "x" * 257}], f"{'x' * 40} (id 6)"),
-        ([{"id": 6, "content": ""}], " (id 6)"),
-        ([{"id": 6, "content": "<x>", "special": 1}], "<x> (id 6)"),
         ([{"id": 6 + i, "content": f"<{i}>"} for i in range(4097)], "and 4092 more"),
     ],
 )

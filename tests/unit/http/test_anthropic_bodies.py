@@ -94,11 +94,7 @@ def test_turns_of_one_role_are_one() -> None:
 @pytest.mark.parametrize(
     ("choice", "chosen", "parallel"),
     [
-        (None, None, True),
-        ({"type": "auto"}, "auto", True),
-        ({"type": "auto", "disable_parallel_tool_use": True}, "auto", False),
-        ({"type": "any"}, "required", True),
-        ({"type": "none"}, "none", True),
+        *cases(__file__, "test_tool_choices"),
         ({"type": "tool", "name": "look"}, NamedTool("look"), True),
     ],
 )
