@@ -27,6 +27,7 @@ from loramux.records import Finished
 from loramux_shared.faults import ClientStalled, RequestInvalid
 from tests.support.metrics import Scrape
 from tests.support.raw_http import RawClient
+from tests.support.waiting import BOUND_S
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "0.33"))
 CONCURRENCY = 8
@@ -152,7 +153,7 @@ def total(scrape: Scrape, name: str, **labels: str) -> float:
 
 async def rested(replica: Service) -> Scrape:
     """Wait until the server holds nothing, at most as long as its time-outs say; returns the last scrape."""
-    async with httpx.AsyncClient(base_url=f"http://{replica.http}") as web:
+    async with httpx.AsyncClient(base_url=f"http://{replica.http}", timeout=BOUND_S) as web:
         for _ in range(100):
             scrape = Scrape((await web.get("/metrics")).text)
             if not any(total(scrape, name) for name in HOLDINGS):

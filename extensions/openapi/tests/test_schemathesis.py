@@ -59,7 +59,7 @@ async def judged(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Judg
     await server.start()
     ready.engine.start()
     url = f"http://{server.address}"
-    async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}) as client:
+    async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}, timeout=BOUND_S) as client:
         document = (await client.get(f"{url}/openapi.json")).json()
     try:
         yield Judged(url, key, narrowed(document, ready.service.text.vocab))

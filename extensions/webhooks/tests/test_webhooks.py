@@ -19,7 +19,7 @@ from tests.support.https_server import served
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.openai_api import openai_world
 from tests.support.served_replicas import open_builder
-from tests.support.waiting import wait_until
+from tests.support.waiting import BOUND_S, wait_until
 
 SECRET = "a secret"  # noqa: S105 - of a test
 
@@ -127,12 +127,12 @@ def test_an_event_needs_the_secret_and_a_bounded_body(receiver: tuple[str, Updat
         (413, {"content": b" " * ((1 << 20) + 1), "headers": headers}),
         (411, {"content": iter([b"{}"]), "headers": headers}),
     ):
-        assert httpx.post(url, **kwargs).status_code == status
+        assert httpx.post(url, **kwargs, timeout=BOUND_S).status_code == status
     assert updates.take() == {}
-    answer = httpx.post(url, json=event(), headers=headers)
+    answer = httpx.post(url, json=event(), headers=headers, timeout=BOUND_S)
     assert (answer.status_code, answer.json()) == (202, {"adapters": ["main", "tagged"]})
     assert updates.take().keys() == {"main", "tagged"}
-    assert httpx.get(url).status_code == 200
+    assert httpx.get(url, timeout=BOUND_S).status_code == 200
 
 
 async def test_a_push_to_a_hub_is_served(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class GuardedApis:
         if "client_cert" in fields:
             context.load_cert_chain(fields["client_cert"], fields["client_key"])
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        async with httpx.AsyncClient(verify=context, headers=headers, trust_env=False) as web:
+        async with httpx.AsyncClient(verify=context, headers=headers, trust_env=False, timeout=BOUND_S) as web:
             answer = await web.get(f"https://{self.http.address}/v1/models")
         return [model["id"] for model in answer.json()["data"]]
 

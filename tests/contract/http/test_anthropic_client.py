@@ -26,6 +26,7 @@ from tests.support.access import lines, new_entry
 from tests.support.generations import change_deployed
 from tests.support.openai_api import OpenAIApi
 from tests.support.talker import Talker, open_talker
+from tests.support.waiting import BOUND_S
 
 if TYPE_CHECKING:
     from anthropic import AsyncAnthropic
@@ -195,7 +196,7 @@ async def test_keys_come_in_either_header(tmp_path: Path) -> None:
     async with scripted(tmp_path, Guard(Keyring(text=lines(ENTRY, METRICS_ENTRY)))) as (service, client):
         service.say("Ahoy!", "Ahoy!")
         assert (await client.messages.create(**SENT)).content[0].text == "Ahoy!"
-        async with httpx.AsyncClient(base_url=str(client.base_url)) as web:
+        async with httpx.AsyncClient(base_url=str(client.base_url), timeout=BOUND_S) as web:
             answers = [
                 await web.post("/v1/messages", json=SENT, headers=headers)
                 for headers in ({"x-api-key": SECRET}, {"x-api-key": METRICS}, {"x-api-key": "lmx_no"}, {})

@@ -203,7 +203,7 @@ async def test_a_failure_of_the_api_itself_tells_nothing(tmp_path: Path) -> None
             "127.0.0.1:0", Scripted(Case("chat", body, answers, failure=ValueError("secret")), text)
         )
         url = f"http://{await server.start()}{CHAT}"
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=BOUND_S) as client:
             if stream:
                 with pytest.raises(httpx.RemoteProtocolError):
                     await client.post(url, json=body | {"stream": True})
