@@ -27,6 +27,7 @@ from loramux_apis import children
 from loramux_apis.channel import Channel
 from loramux_apis.children import ApiProcesses
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.process import python
 from loramux_shared.rpc.server import CORE, RpcServer
 from loramux_shared.runtime import Limits
 from loramux_shared.settings import InferenceSettings
@@ -260,7 +261,7 @@ async def test_every_process_follows_keys_certificates_and_aliases(count: int, t
 
 async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path, monkeypatch) -> None:
     """Processes that stand still, do not begin, or end at once are replaced by one of the newest generation."""
-    begun, ended, ask, python = list[str](), list[int](), Channel.ask, children.python
+    begun, ended, ask = list[str](), list[int](), Channel.ask
     async with replica(tmp_path, 1, look_s=0.05) as served:
         catalog = served.service.catalog
 
