@@ -211,13 +211,13 @@ class Builds(BuildViews):
 
     def _start(self, entry: JournalEntry) -> RunningBuild:
         running = RunningBuild(entry)
-        before = self._builds.get(running.name)
+        running.before = self._builds.get(running.name)
         self._builds[running.name] = running
         self._open[running] = None
         self._journal.add(running.key, entry)
         self._requests.remember(entry.request_id, running)
         self._news.tell(running.name)
-        task = asyncio.create_task(self._run(running, before), name=f"build {running.name}")
+        task = asyncio.create_task(self._run(running), name=f"build {running.name}")
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._ended(task, running))
         return running
@@ -227,12 +227,12 @@ class Builds(BuildViews):
         log.warning("build was interrupted, running it again", deployment=name, attempt=attempt)
         return self._start(entry.model_copy(update={"attempt": attempt}))
 
-    async def _run(self, running: RunningBuild, before: RunningBuild | None) -> None:
+    async def _run(self, running: RunningBuild) -> None:
         """Run a build to its end, which is reported after the journal forgot it."""
         try:
             await self._accept(running)
         except Fault as fault:
-            self._retract(running, before)
+            self._retract(running)
             running.refuse(fault)
             return
         try:
@@ -299,12 +299,15 @@ class Builds(BuildViews):
         await running.accepted.wait()
         return running.refusal is None
 
-    def _retract(self, running: RunningBuild, before: RunningBuild | None) -> None:
+    def _retract(self, running: RunningBuild) -> None:
         """Forget a build that was not accepted; the call may be repeated."""
         self._open.pop(running, None)
         self._requests.forget(running.entry.request_id)
         if self._builds.get(running.name) is running:
             del self._builds[running.name]
+            before = running.before
+            while before is not None and before.refusal is not None:
+                before = before.before
             if before is not None:
                 self._builds[running.name] = before
 

@@ -118,6 +118,8 @@ class RunningBuild:
         """Set once the build is in the journal, or could not be put there."""
         self.refusal: Fault | None = None
         """Why it could not be put there."""
+        self.before: RunningBuild | None = None
+        """The newest build of the deployment before this one, until this one is in the journal."""
         self.progress = Progress(entry.adapters, self._changed_in_thread)
         self._loop = asyncio.get_running_loop()
         self._update_time = datetime.now(UTC)
@@ -146,7 +148,7 @@ class RunningBuild:
 
     def accept(self, generation: int) -> None:
         """Go on as a recorded build, while this generation is served."""
-        self.generation = generation
+        self.generation, self.before = generation, None
         self.accepted.set()
 
     def refuse(self, fault: Fault) -> None:

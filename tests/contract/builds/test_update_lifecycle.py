@@ -16,6 +16,7 @@ from loramux.cli.main import app
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.faults import StoreUnavailable
 from tests.contract.builds.test_turns import wish
 from tests.support.builders import Builders, ended
 from tests.support.folders import built
@@ -28,6 +29,17 @@ async def world(tmp_path: Path) -> AsyncIterator[Builders]:
     built(made.deployment("one"), made.context())
     yield made
     await made.close()
+
+
+async def test_updates_that_are_refused_together_leave_nothing(world: Builders) -> None:
+    """The newest build of a deployment is none that could not be recorded."""
+    builds = world.builder()
+    world.store.down = True
+    calls = [builds.update(wish(world, name)) for name in ("two", "three")]
+    assert [type(each) for each in await asyncio.gather(*calls, return_exceptions=True)] == 2 * [
+        StoreUnavailable
+    ]
+    assert (await builds.get("tiny")).state == "ACTIVE"
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before it took effect", "after it took effect"])
