@@ -152,6 +152,7 @@ class Limiter:
         Raises:
             RateLimited: as many wait as may, or the tokens of a minute are used up.
         """
+        self._forget_idle()
         names, of_key = model.names, access.limits or UNBOUNDED
         of_models = [limits.of(name) for name in names]
         of_model = of_models[0] if len(names) == 1 else _least(of_models)
@@ -184,12 +185,15 @@ class Limiter:
             for bound in bounds:
                 bound.meter.leave(ticket)
 
+    def _forget_idle(self) -> None:
+        """Forget meters, where there are many; one that a request has found is in use before the next looks."""
+        if len(self._meters) >= self._most_meters:
+            self._meters = {key: meter for key, meter in self._meters.items() if not meter.idle}
+            self._most_meters = max(FEW_METERS, 2 * len(self._meters))
+
     def _meter(self, kind: str, name: str) -> UsageMeter:
         found = self._meters.get((kind, name))
         if found is None:
-            if len(self._meters) >= self._most_meters:
-                self._meters = {key: meter for key, meter in self._meters.items() if not meter.idle}
-                self._most_meters = max(FEW_METERS, 2 * len(self._meters))
             found = self._meters[kind, name] = UsageMeter(self._clock)
         return found
 

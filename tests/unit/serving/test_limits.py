@@ -125,7 +125,10 @@ def test_meters_of_what_is_idle_are_forgotten() -> None:
     world = World(default={"tokens_per_minute": 600, "max_waiting": 1})
     world.enter(A)
     for number in range(20 * FEW_METERS):
-        world.ask(1, 0, ServedModel(f"step-{number}", digest="c" * 64))
+        parts = [ServedModel(f"{half}-{number}", digest="c" * 64) for half in "xy"]
+        with world.limiter.admit(ServedModel("x+y", parts=tuple(parts)), EVERYTHING, world.limits):
+            world.refused(parts[0])
+        world.ask(1, 0, parts[0])
         world.now_s += 0.1
     assert len(world.limiter._meters) <= 2 * FEW_METERS
     world.refused(A)
