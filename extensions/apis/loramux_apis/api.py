@@ -106,9 +106,10 @@ class ApiProcess:
         if self._rpc is not None:
             await self._rpc.set_serving(True)
 
-    async def _collect(self) -> list[Any]:
-        """Return requests in work, and what was counted since the last time."""
-        return [] if self._service is None else self._service.collect()
+    async def _collect(self) -> None:
+        """Say what was counted since the last time: an answer may find that nobody waits for it any more."""
+        if self._service is not None:
+            self.channel.say("count", *self._service.collect())
 
     async def _leave(self) -> None:
         """Report bad health, and go on taking requests."""

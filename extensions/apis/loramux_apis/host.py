@@ -97,7 +97,7 @@ class ApiPeer:
         self._pending = 0
         self._in_work = 0
         self.channel = Channel(
-            {"drop": self.drop, "cut": host.service.engine.cut},
+            {"drop": self.drop, "cut": host.service.engine.cut, "count": self._count},
             {
                 "choose": self._choose,
                 "texts": self._texts,
@@ -127,8 +127,8 @@ class ApiPeer:
             self.channel.close()
 
     async def collect(self) -> None:
-        """Have what was counted since the last time added to the sums."""
-        self._count(*await self.channel.ask("collect"))
+        """Have what was counted since the last time added to the sums, at the latest when the answer comes."""
+        await self.channel.ask("collect")
 
     def _flush_where_read(self) -> None:
         while self.channel.writable and (waiting := self._urgent or self._batch):

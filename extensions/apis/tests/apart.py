@@ -65,8 +65,8 @@ class Apart:
         service.catalog.watchers.append(lambda: self.peer.channel.say("deployed", deployed_to(service.catalog)))
         self.relay = HttpRelay(self.channel)
 
-    async def _collect(self) -> list[Any]:
-        return self.service.collect()
+    async def _collect(self) -> None:
+        self.channel.say("count", *self.service.collect())
 
 
 def apart(service: Any, keyless: bool = True) -> Apart | None:

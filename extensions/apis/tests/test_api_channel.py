@@ -11,6 +11,7 @@ import pytest
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from loramux_apis import host, messages
+from loramux_apis.api import ApiProcess
 from loramux_apis.channel import MOST_UNREAD, Channel
 from loramux_apis.host import ApiHost, ApiPeer, RelayedOutputs
 from loramux_apis.remote import HERE, RemoteEngine
@@ -93,15 +94,21 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
 
 
 async def test_a_process_that_is_lost_leaves_nothing() -> None:
-    """All of its sequences are let go, its requests leave the limits, and none of them stays in work."""
+    """All of its sequences are let go, its requests leave the limits, and none stays in work that was counted.
+
+    What a scrape no longer waits for is counted too.
+    """
     engine, closed, left = MagicMock(), list[str](), MagicMock()
     engine.service.in_work = 5
     peer = ApiPeer(engine, lost := MagicMock())
     seqs = [Sequence(name, [5], SamplingParams()) for name in "ab"]
     outputs = peer._open[7] = RelayedOutputs(seqs, closed.append, peer, 7, HERE)
     outputs.leave = left
-    peer._count(2, [], [], {})
-    assert engine.service.in_work == 7
+    process = ApiProcess()
+    connect(peer.channel, process.channel)
+    collecting = asyncio.ensure_future(peer.collect())
+    process._service = MagicMock(collect=lambda: collecting.cancel() and [2, [], [], {}])
+    await until(lambda: engine.service.in_work == 7, "the counts")
     peer.channel.connection_lost(None)
     assert (closed, peer._open, engine.service.in_work) == (["a", "b"], {}, 5)
     assert left.call_count == lost.call_count == 1
@@ -141,7 +148,7 @@ async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path
     assert peer._pending == 0
     ended = RelayedOutputs([Sequence("a", [5], SamplingParams())], MagicMock(), peer, 4, HERE)
     peer.send((4, 0), ["last"])
-    ended.fail(ReplicaFailed("no more"))
+    ended.fail(ReplicaFailed("it ended"))
     await until(lambda: found[-1][0] == 4, "the end")
     assert found[-2] == [[4, 0, ["last"]]]
     monkeypatch.setattr(host, "MOST_PENDING", 1)

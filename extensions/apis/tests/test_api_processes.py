@@ -265,7 +265,7 @@ async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path, monkey
     async with replica(tmp_path, 1, look_s=0.05) as served:
         catalog = served.service.catalog
 
-        async def asked(channel: Channel, name: str, *arguments: Any) -> Any:
+        async def watched(channel: Channel, name: str, *arguments: Any) -> Any:
             if name == "begin":
                 begun.append(name)
                 most = {"request_default_max_tokens": len(begun)}
@@ -277,7 +277,7 @@ async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path, monkey
                 os.kill(served.apis.pids[0], signal.SIGKILL)
             return await ask(channel, name, *arguments)
 
-        monkeypatch.setattr(Channel, "ask", asked)
+        monkeypatch.setattr(Channel, "ask", watched)
         monkeypatch.setattr(children, "python", lambda *_: ("sleep", "1000"))
         monkeypatch.setattr(children, "START_S", 1)
         (first,) = served.apis.pids

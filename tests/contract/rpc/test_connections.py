@@ -129,7 +129,7 @@ async def test_silent_connections_that_come_at_once_make_room(secured: bool, tmp
 
 
 async def test_a_connection_that_is_being_opened_counts_once(apis: EndlessApis) -> None:
-    """In no turn of the loop is a server full that holds a little more than half of its bound."""
+    """A server that holds a little more than half of its bound is full in no turn of the loop."""
     host, port = apis.http.address.rsplit(":", 1)
     clients = [socket.create_connection((host, int(port))) for _ in range(BOUND // 2 + 1)]
     for _ in range(20):
