@@ -21,7 +21,7 @@ from tests.e2e.real import EXAMPLES, Answers, deployment, in_float32, oracle_cho
 from tests.support.s3_gateway import S3Server
 from tests.support.tiny import run_engine
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.whole]
+pytestmark = pytest.mark.whole
 MIXED = 8
 
 

@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "numpy": (lambda: STATIC.numpy(), "reads values on the host"),
     "nonzero": (lambda: MASK.nonzero(), "nonzero makes a shape of values"),
     "mask": (lambda: STATIC[MASK], "index makes a shape of values"),
-    "masked write": (lambda: STATIC.clone().__setitem__(MASK, 1.0), "of values|from Python"),
+    "masked write": (lambda: STATIC.clone().__setitem__(MASK, STATIC[0]), "index_put_ makes a shape of values"),
     "repeat": (lambda: INDEX.repeat_interleave(INDEX), "makes a shape of values"),
     "tensor": (lambda: torch.tensor([1, 2]), "takes values from Python"),
     "numpy array": (lambda: torch.from_numpy(np.zeros(3)), "takes values from Python"),
