@@ -211,7 +211,7 @@ def _config(kind: Kind, fields: dict[str, Any]) -> AdapterConfig:
     return AdapterConfig(
         kind=kind,
         rank=fields.get("r"),
-        alpha=float(_or(fields.get("lora_alpha"), DEFAULT_ALPHA)),
+        alpha=float(DEFAULT_ALPHA if (alpha := fields.get("lora_alpha")) is None else alpha),
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
         initial=initial if (initial := str(fields.get("init_lora_weights")).lower()) in RECKONED else "",
@@ -248,10 +248,6 @@ def _trainable_tokens(value: dict[str, list[int]] | list[int]) -> dict[str, tupl
 def is_end(end: str, name: str) -> bool:
     """True where a name of the config means a module of the base."""
     return f".{name}".endswith(f".{end}")
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
 
 
 Targets = tuple[str, ...] | str

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from inference_service.backends.base import LoraBackend
 from inference_service.kernels.experts import ByExpert
-from inference_service.lora.packed import FLOAT, Layout, PackedAdapter, pack_flat, padded
+from inference_service.lora.packed import FLOAT, Layout, PackedAdapter, pack_flat
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert
+from inference_service.lora.vocabulary import padded
 from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 

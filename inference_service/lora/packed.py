@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from inference_service.lora.vocabulary import ROUND, Packing, Vocabulary
+from inference_service.lora.vocabulary import ROUND, Packing, Vocabulary, padded
 from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GroupShape
 
@@ -104,11 +104,6 @@ FLOAT: Final = 4
 """Bytes."""
 
 
-def padded(out: int) -> int:
-    """Return the values from c to d of a module."""
-    return -(-out // ROUND) * ROUND
-
-
 def write_vectors(weights: AdapterWeights, places: Numbers, matrices: Tensor) -> None:
     """Write the vectors of an adapter to their places."""
     for place, (c, d) in weights.vectors.items():
@@ -169,7 +164,7 @@ def with_vocabulary(
     if weights.vocabulary is None:
         return packed
     packing = weights.vocabulary.packed(packed.matrices.dtype)
-    first = -(-len(packed.matrices) // ROUND) * ROUND
+    first = padded(len(packed.matrices))
     matrices = empty(first + packing.numel, packed.matrices.dtype).zero_()
     matrices[: len(packed.matrices)] = packed.matrices
     packing.write(matrices[first:])

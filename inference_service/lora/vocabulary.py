@@ -65,7 +65,7 @@ class Packing:
     @property
     def numel(self) -> int:
         """Elements of the piece."""
-        return sum(_up(place.stop - place.start) for _, place in self._places())
+        return sum(padded(place.stop - place.start) for _, place in self._places())
 
     def write(self, flat: Tensor) -> None:
         """Write it to [numel]."""
@@ -93,7 +93,7 @@ class Packing:
                 whole = tensor.dtype is torch.int32
                 count = tensor.nbytes // self._dtype.itemsize if whole else tensor.numel()
                 yield tensor, slice(at, at + count)
-                at += _up(count)
+                at += padded(count)
 
     @staticmethod
     def _own(table: OwnTable, pieces: Iterator[Tensor]) -> OwnTable:
@@ -220,5 +220,6 @@ def _largest(segments: Iterable[OwnSegment]) -> int:
     return max((each.vocabulary.size or 0 for each in segments), default=0)
 
 
-def _up(count: int) -> int:
+def padded(count: int) -> int:
+    """Return a number of elements with those up to a multiple of `ROUND`."""
     return -(-count // ROUND) * ROUND

@@ -25,6 +25,7 @@ from inference_service.layers.linear import Linear
 from inference_service.models.blocks import Ranks
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
+from inference_service.models.packed import named
 from inference_service.startup.choose import choose_backend
 from inference_service.text.text import Text
 from loramux_shared.bases.config import ModelConfig
@@ -143,7 +144,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         backend = choose_backend(settings, config if shard is None else shard.config)
         if config.encodes or not all(layer.mixer.recorded for layer in config.layers):
             backend = replace(backend, recordable=False)
-        dtype = str(backend.dtype).removeprefix("torch.")
+        dtype = named(backend.dtype)
         packed = may_stay_packed(config, backend.operations.keeps)
         formats = widening(config, placed.record.weights_bytes, dtype, packed=packed)
         if formats and backend.quantization is Rounding.NONE:
@@ -253,7 +254,7 @@ def describe_weights(base: LoadedBase) -> str:
         weights_bytes(config, backend.dtype.itemsize, backend.device.type, kind) / GB
         for kind in (backend.quantization, Rounding.NONE)
     )
-    dtype = str(backend.dtype).removeprefix("torch.")
+    dtype = named(backend.dtype)
     if backend.quantization is Rounding.NONE:
         stays = may_stay_packed(config, backend.operations.keeps)
         if not stays or config.quantization is None:

@@ -22,6 +22,7 @@ from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, FEW_ROWS, MAX_HEAD_DIM, NEVER, CpuOps
 from inference_service.layers.quantized import require_able
+from inference_service.models.packed import named
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import may_stay_packed
 from loramux_shared.faults import SettingsInvalid
@@ -58,7 +59,7 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
 
 def _product(chosen: Backend, config: ModelConfig) -> str:
     operations, rounding = chosen.operations, chosen.quantization
-    dtype = _name(chosen.dtype)
+    dtype = named(chosen.dtype)
     integers = rounding is not Rounding.NONE
     if chosen.device.type != "cpu":
         return str(rounding) if integers else dtype
@@ -84,15 +85,11 @@ def _product(chosen: Backend, config: ModelConfig) -> str:
 def _why(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> str:
     if settings.dtype != "auto":
         return f"LORAMUX_DTYPE={settings.dtype}"
-    if config.dtype == _name(dtype):
+    if config.dtype == named(dtype):
         return f"the checkpoint is {config.dtype}"
     return (
         f"the checkpoint is {config.dtype or 'of a type that its config does not name'}, which is slower here"
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:

@@ -35,6 +35,7 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
+from inference_service.models.packed import named
 from inference_service.serving.engine_thread import EngineThread, Inbox
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.record import Watcher
@@ -192,7 +193,7 @@ def _begin(
     load_s = time.monotonic() - started
     computing = _computing(base)
     report(f"{computing.product}; {computing.reading}")
-    dtype = str(base.backend.dtype).removeprefix("torch.")
+    dtype = named(base.backend.dtype)
     rank, ranks = generation.max_lora_rank, settings.tensor_parallel or 1
     facts = Facts(settings.deployment, datetime.now(UTC), dtype, rank, load_s, computing, ranks)
     _log_loaded(generation, base, bank, engine, limits, registered, facts)
@@ -369,7 +370,7 @@ def _log_loaded(
         **facts,
         merged=generation.merged or "none",
         kv_tokens=stats.blocks_total * stats.block_size,
-        kv_cache_dtype=str(backend.cache_dtype or backend.dtype).removeprefix("torch."),
+        kv_cache_dtype=named(backend.cache_dtype or backend.dtype),
         max_seq_len=limits.max_seq_len,
         seconds=round(about.load_s, 2),
     )

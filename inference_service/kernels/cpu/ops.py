@@ -168,17 +168,14 @@ class CpuOps:
         """For which it was compiled: AVX-512, the same with VNNI or with bfloat16, AVX2 or NEON."""
         self.multiplies = not (dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported())
         """True if `linear` is the fastest product of whole weights here: with AMX, oneDNN's is."""
-        self._compact = library.compact
-        self._compact.argtypes, self._compact.restype = [_TYPES[letter] for letter in "pippi"], ctypes.c_int64
-        self._pack_blocks = library.pack_blocks
-        self._pack_blocks.argtypes, self._pack_blocks.restype = [_TYPES[letter] for letter in "piiipi"], None
+        self._compact = _typed(library.compact, "pippi", ctypes.c_int64)
+        self._pack_blocks = _typed(library.pack_blocks, "piiipi")
         self._pack, self._delta_rule = functions["pack"], functions["delta_rule"]
         self._steps = {name: functions[name] for name in CODES}
         """The operations that a program may have."""
         self._exchange_wide = _function(library, "exchange", torch.float32)
         self._empty: Callable[..., Tensor] = torch.empty
-        self._run = getattr(library, f"run_{DTYPES[dtype]}")
-        self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_int64], None
+        self._run = _typed(getattr(library, f"run_{DTYPES[dtype]}"), "pi")
         self._recording = threading.Lock()
         self.recorder: Recorder | None = None
         """Set while operations are written down."""
@@ -482,8 +479,11 @@ class CpuOps:
 
 
 def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any:
-    function = getattr(library, f"{name}_{DTYPES[dtype]}")
-    function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
+    return _typed(getattr(library, f"{name}_{DTYPES[dtype]}"), _SIGNATURES[name])
+
+
+def _typed(function: Any, letters: str, result: Any = None) -> Any:
+    function.argtypes, function.restype = [_TYPES[letter] for letter in letters], result
     return function
 
 
