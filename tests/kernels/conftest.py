@@ -10,11 +10,11 @@ from inference_service.backends.base import LoraBackend
 from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton_lora import TritonLora
-from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.compiling import kinds_of_machine, kinds_that_run
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.startup.choose import FP8_CAPABILITY
 from tests.kernels.lora_case import GROUPS, LAYERS
+from tests.support.native import opened
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def compiled(native_folder: Path) -> ctypes.CDLL:
-    built = load(native_folder)
+    built = opened(native_folder)
     if built.library is None:
         pytest.skip(built.how)
     return built.library

@@ -27,6 +27,7 @@ from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.base import Store
+from tests.support.native import opened_once
 from tests.support.waiting import BOUND_S
 
 work = pytest.importorskip("loramux_ranks.work", reason="the extension ranks is not there")
@@ -120,7 +121,8 @@ def divided(
     whole, meeting, host = read_config(folder, engine._limits.max_seq_len), _Meeting(world), _Threads()
     for rank in range(world):
         shard = Shard(whole, rank, world, whole.shard(world))
-        chosen = choose_backend(settings, shard.config)
+        with opened_once():
+            chosen = choose_backend(settings, shard.config)
         tensors = Checkpoint(folder, chosen.dtype, chosen.device, quantization=whole.quantization)
         model = Decoder(whole, tensors, chosen.operations, ranks=ThreadRanks(shard, meeting))
         lora = chosen.new_lora()
