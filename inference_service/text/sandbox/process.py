@@ -55,7 +55,7 @@ class SandboxProcess:
             answer = process.stdout.readline()
         except BrokenPipeError:
             return None
-        if answer:
+        if answer.endswith(b"\n"):  # else it ended before, or within it
             return dict(json.loads(answer))
         status = process.wait()
         if status == -signal.SIGPROF:

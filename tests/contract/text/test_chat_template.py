@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,9 @@ def test_a_process_that_does_not_start_is_no_deep_template(capfd: pytest.Capture
     """A sandbox that lacks a module does not start: the error is clear, and the log has Python's reason."""
     assert "does not start" in SandboxProcess("no_such_module").ask({})["error"]
     assert "no_such_module" in capfd.readouterr().err
+
+
+def test_a_process_that_ends_within_its_answer_has_none() -> None:
+    process = SandboxProcess("templates")
+    process._command = (sys.executable, "-c", "print('{', end='')")
+    assert "does not start" in process.ask({})["error"]
