@@ -64,7 +64,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
         apis = load_extension(part).ApiProcesses(
             settings, ready.service, count, services, extensions.rules, relay, keyless=keyless
         )
-        bound = await apis.start()
+        bound = await stop.starting(apis.start())
     if of_models:
         bound["model_ports"] = ", ".join([f"{name}={await each.start()}" for name, each in of_models.items()])
     every: list[ApiServer] = [*([apis] if apis else []), *servers.values(), *of_models.values()]

@@ -1,6 +1,7 @@
 """A service with API processes: it drains at a signal, and its API processes end with it."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import psutil
 import pytest
 
 from loramux import Client
+from tests.support.forks import inference_service
 from tests.support.openai_api import openai_world
-from tests.support.served_process import serving
+from tests.support.served_process import flags_of, serving
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -59,6 +61,19 @@ def test_a_service_with_api_processes_drains(world: World, tmp_path: Path) -> No
         pieces = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
         assert "".join(each["choices"][0]["delta"].get("content") or "" for each in pieces) == alone
         assert process.wait() == 0
+
+
+def test_a_signal_ends_a_start_whose_api_process_hangs(world: World, tmp_path: Path) -> None:
+    """A service that waits for an API process to listen ends at once."""
+    hangs = "import sys, time\nif 'loramux_apis.api' in sys.orig_argv:\n    time.sleep(1e6)\n"
+    (tmp_path / "sitecustomize.py").write_text(hangs)
+    settings = {"LORAMUX_API_PROCESSES": "1", "LORAMUX_KV_MEMORY_GB": "0.01", "PYTHONPATH": str(tmp_path)}
+    flags = flags_of(world, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0")
+    process = inference_service(flags, tmp_path / "log", {**os.environ, **settings}, None)
+    [child] = wait_until(lambda: _children(process.pid), "the API process")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    child.kill()
 
 
 def test_api_processes_end_with_the_engines(world: World, tmp_path: Path) -> None:
