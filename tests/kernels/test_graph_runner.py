@@ -80,7 +80,8 @@ class CountingRecorder:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world = make_world(tmp_path_factory.mktemp("tiny"))
+    """A model of one layer; steps of several are recorded in `test_recorded_steps.py`."""
+    world = make_world(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
     return world, world.built(max_lora_rank=16)
 
 

@@ -151,7 +151,7 @@ CASES = {
     "states": Case(
         STATES.config,
         STATES.adapters,
-        [("all", AGAIN), ("base", AGAIN[:18]), ("wide", [7]), ("base", AGAIN)],
+        [("all", AGAIN), ("base", AGAIN[:18]), ("wide*0.5 + all", [7, 8, 9]), ("base", AGAIN)],
         new=3,
         blocks=16,
         slots=4,
