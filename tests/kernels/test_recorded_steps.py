@@ -32,7 +32,6 @@ from tests.support.tiny import (
 )
 from tests.support.weights import adapter_of
 
-RECORDED = 16
 BLOCKS = 32
 LIMITS = SchedulerLimits(max_tokens=80, max_seqs=3, max_adapters=2, max_seq_len=512)
 """Steps of 64 rows are neither the smallest nor the largest of those that are not recorded."""
@@ -64,7 +63,7 @@ def replace_first(lora: TritonLora, config: ModelConfig) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels tell of themselves when interpreted")
 def test_traffic_launches_what_the_start_has_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of all lengths, in graphs or without, scored or not, and a later adapter launch nothing new."""
-    monkeypatch.setattr(graph_runner, "RECORDED_ROWS", RECORDED)
+    monkeypatch.setattr(graph_runner, "RECORDED_ROWS", 16)
     world = make_world(tmp_path)
     ready = world.load(world.built(max_lora_rank=16), backend="triton")
     runner = runner_of(ready, LIMITS, BLOCKS)

@@ -20,13 +20,9 @@ NAMES = tuple(
     for module in ("self_attn.q_proj", "self_attn.qkv_proj", "mlp.down_proj")
 )
 SILENT: dict[str, Any] = {
-    "rank_pattern": [],
-    "alpha_pattern": [],
+    **{key: [] for key in ("rank_pattern", "alpha_pattern", "exclude_modules", "modules_to_save")},
+    **dict.fromkeys(("layers_to_transform", "layers_pattern")),
     "target_modules": "all-linear",
-    "exclude_modules": [],
-    "modules_to_save": [],
-    "layers_to_transform": None,
-    "layers_pattern": None,
 }
 PIECES = (
     "q_proj", "self_attn", "mlp", ".", r"\.", ".*", ".*?", r"\d", r"\d+", r"\w+", "[0-9]", "[^.]+", "(?:q|k)",
