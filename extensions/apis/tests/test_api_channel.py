@@ -94,10 +94,7 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
 
 
 async def test_a_process_that_is_lost_leaves_nothing() -> None:
-    """All of its sequences are let go, its requests leave the limits, and none stays in work that was counted.
-
-    What a scrape no longer waits for is counted too.
-    """
+    """A lost process has no sequences, limits or counts left; counts need no scrape that waits for them."""
     engine, closed, left = MagicMock(), list[str](), MagicMock()
     engine.service.in_work = 5
     peer = ApiPeer(engine, lost := MagicMock())

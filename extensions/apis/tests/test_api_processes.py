@@ -287,7 +287,9 @@ async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path, monkey
         served.apis.hung_s = BOUND_S
         monkeypatch.setattr(children, "START_S", BOUND_S)
         monkeypatch.setattr(children, "python", python)
-        await until(lambda: ended and served.apis.host.peers, "another process that listens")
+        peers = served.apis.host.peers
+        await until(lambda: ended and len(begun) > ended[0] and peers, "another process that listens")
+        await next(iter(peers)).collect()  # it has read of the generation then
         async with httpx.AsyncClient(timeout=BOUND_S) as web:
             body = {"model": MODEL, "prompt": [5], "ignore_eos": True}
             answer = await web.post(f"http://{served.addresses['http']}/v1/completions", json=body)
