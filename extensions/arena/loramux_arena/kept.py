@@ -4,16 +4,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, Self, TypeVar
+from typing import IO, Any, Final, Self, TypeVar, get_type_hints
 
 from loramux_arena.records import Answer, Likelihood, Row, Verdict
 from loramux_shared.faults import Finding, RequestInvalid, SettingsInvalid
 
 KINDS: Final[Mapping[str, type[Row]]] = {"answer": Answer, "likelihood": Likelihood, "verdict": Verdict}
 EXCERPT: Final = 80
+_WRITTEN: Final[Mapping[Any, Any]] = {float: float | int, float | None: float | int | None}
+"""What a file may have instead of a type."""
 _R = TypeVar("_R", bound=Row)
 
 
@@ -129,19 +131,10 @@ def _row(found: Any) -> Row:
     if not isinstance(found, dict) or found.get("kind") not in KINDS:
         raise ValueError("no object with a kind")
     kind = KINDS[found.pop("kind")]
-    for field in fields(kind):
-        types = _TYPES[str(field.type)]
-        if not isinstance(found.get(field.name), types):
-            raise TypeError(f"{field.name}: {json.dumps(found.get(field.name))}")
-    if unknown := set(found) - {field.name for field in fields(kind)}:
+    known = get_type_hints(kind)
+    for name, stated in known.items():
+        if not isinstance(found.get(name), _WRITTEN.get(stated, stated)):
+            raise TypeError(f"{name}: {json.dumps(found.get(name))}")
+    if unknown := set(found) - set(known):
         raise ValueError(f"unknown field {sorted(unknown)[0]}")
     return kind(**found)
-
-
-_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
-    "str": (str,),
-    "int": (int,),
-    "bool": (bool,),
-    "float": (float, int),
-    "float | None": (float, int, type(None)),
-}
