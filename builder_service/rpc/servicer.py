@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from typing import Final, TypeAlias
+from typing import Final
 
 import grpc
 from pydantic import ValidationError
@@ -27,9 +27,9 @@ from loramux_shared.bundle.manifest import ModuleRow
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import findings_of
 from loramux_shared.faults import DeploymentInvalid, RequestInvalid
+from loramux_shared.rpc.status import Context
 from loramux_shared.wording import SANE_ID
 
-Context: TypeAlias = grpc.aio.ServicerContext
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["BuilderService"].full_name
 
 

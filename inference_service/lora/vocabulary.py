@@ -221,5 +221,5 @@ def _largest(segments: Iterable[OwnSegment]) -> int:
 
 
 def padded(count: int) -> int:
-    """Return a number of elements with those up to a multiple of `ROUND`."""
+    """Return a number of elements, rounded up to a multiple of `ROUND`."""
     return -(-count // ROUND) * ROUND

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Final, TypeAlias
+from typing import Final
 
 import grpc
 
@@ -10,8 +10,8 @@ from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.views import AdapterView, ReplicaView
 from loramux.inference.v1 import adapters_pb2 as pb, adapters_pb2_grpc
 from loramux.messages import message_of
+from loramux_shared.rpc.status import Context
 
-Context: TypeAlias = grpc.aio.ServicerContext
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdapterService"].full_name
 
 

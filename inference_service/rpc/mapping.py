@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, Final, TypeVar
 
-import grpc
 from google.protobuf.message import Message as ProtoMessage
 
 from inference_service.adapters.names import ScaledAdapter
@@ -38,6 +37,7 @@ from loramux.inference.v1 import inference_pb2 as pb
 from loramux.mapping import plain
 from loramux.messages import stamp
 from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.rpc.status import Context
 
 # With 20 alternatives each, a message stays below 1 MB: clients take 4 MB by default.
 PROMPT_TOKENS: Final = 1024
@@ -50,9 +50,7 @@ _KINDS: Mapping[str, Kind] = {
 _REASONS = {EndReason.STOP: pb.FINISH_REASON_STOP, EndReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
 
-def request_from_message(
-    message: pb.GenerateRequest, context: grpc.aio.ServicerContext, max_seq_len: int
-) -> Request:
+def request_from_message(message: pb.GenerateRequest, context: Context, max_seq_len: int) -> Request:
     """Return the request that a message describes, with the deadline of its call.
 
     Raises:
@@ -201,7 +199,7 @@ def adapters_of(message: pb.GenerateRequest | pb.EmbedRequest) -> tuple[ScaledAd
     )
 
 
-def texts_of(context: grpc.aio.ServicerContext) -> dict[str, str]:
+def texts_of(context: Context) -> dict[str, str]:
     """Return the metadata of a call that is text; what comes twice is joined, as RFC 9110 (5.2) says."""
     texts: dict[str, str] = {}
     for name, value in context.invocation_metadata() or ():

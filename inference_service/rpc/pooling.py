@@ -3,7 +3,6 @@
 import time
 from typing import Final
 
-import grpc
 import numpy as np
 
 from inference_service.core.sampling import Sampling
@@ -23,6 +22,7 @@ from inference_service.serving.request import (
 )
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.rpc.status import Context
 from loramux_shared.runtime import Pooling
 
 NO_NEW_TOKENS: Final = Sampling(max_tokens=0)
@@ -38,7 +38,7 @@ def requested_pooling(message: pb.EmbedRequest) -> str | None:
 
 def requests_from_message(
     message: pb.EmbedRequest | pb.ClassifyRequest,
-    context: grpc.aio.ServicerContext,
+    context: Context,
     pooling: Pooling,
     max_seq_len: int,
 ) -> list[Request]:

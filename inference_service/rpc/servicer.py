@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import TypeAlias
 
 import grpc
 
@@ -17,8 +16,8 @@ from inference_service.serving.pooling import check_dimensions, pooled, pooling_
 from inference_service.serving.request import WORDLESS, AnswerDelta, AnswerFinished, AnswerStarted, Event
 from inference_service.serving.service import GenerationService
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
+from loramux_shared.rpc.status import Context
 
-Context: TypeAlias = grpc.aio.ServicerContext
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 

@@ -184,7 +184,7 @@ def _constant(value: float, kind: Any, *shape: int) -> Any:
 
 
 _BLOCKS: Final[dict[tuple[int, ...], dict[str, Any]]] = {}
-"""What types of blocks hold, by the element, which is held with it, and the sizes."""
+"""Element types, shapes and sizes of block types, by the element's identity, which they keep, and the shape."""
 
 
 def _make_block(block: Any, element: Any, shape: Any) -> None:

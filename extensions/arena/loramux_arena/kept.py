@@ -15,7 +15,7 @@ from loramux_shared.faults import Finding, RequestInvalid, SettingsInvalid
 KINDS: Final[Mapping[str, type[Row]]] = {"answer": Answer, "likelihood": Likelihood, "verdict": Verdict}
 EXCERPT: Final = 80
 _WRITTEN: Final[Mapping[Any, Any]] = {float: float | int, float | None: float | int | None}
-"""What a file may have instead of a type."""
+"""Types that JSON may have for a field's type."""
 _R = TypeVar("_R", bound=Row)
 
 

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from inference_service.backends.operations import Backend
+from inference_service.models.packed import named
 from inference_service.startup.base import reading_of
 from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.config import ModelConfig
@@ -58,7 +59,7 @@ def examine(folder: Path) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         **_memory(chosen.device),
-        "dtype": str(chosen.dtype).removeprefix("torch."),
+        "dtype": named(chosen.dtype),
         "backend": chosen.new_lora().name,
         "how": chosen.computing.how,
         "product": chosen.computing.product,

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import ClientStalled, Fault, InternalFault, RequestInvalid, ShuttingDown
-from loramux_shared.rpc.status import abort
+from loramux_shared.rpc.status import Context, abort
 from loramux_shared.rpc.wire import bounded
 from loramux_shared.tracing import Tracing
 
@@ -118,7 +118,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     def _relayed(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         """Return a handler of bytes, which another server reads, that is counted as one of ours."""
 
-        async def relay(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        async def relay(requests: AsyncIterator[bytes], context: Context) -> None:
             async with self._guard(context, method):
                 await handler.stream_stream(requests, context)
 
@@ -145,14 +145,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         return grpc.stream_unary_rpc_method_handler(self._unary(handler.unary_unary, method), **serializers)
 
     def _unary(self, call: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
-        async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def handler(_requests: Any, context: Context) -> Any:
             async with self._guard(context, method):
                 return await call(await self._read(context), context)
 
         return handler
 
     def _upload(self, call: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
-        async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def handler(_requests: Any, context: Context) -> Any:
             async with self._guard(context, method):
                 try:
                     return await call(self._messages(context), context)
@@ -163,14 +163,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
         return handler
 
-    async def _messages(self, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    async def _messages(self, context: Context) -> AsyncIterator[Any]:
         limit_s, late = self._patience.send_s, "the request did not arrive"
         while (message := await self._next(context, limit_s, late)) is not grpc.aio.EOF:
             yield message
             limit_s, late = self._patience.pause_s, "the client sent nothing more of the request"
 
     def _stream(self, call: Callable[..., AsyncGenerator[Any]], method: str) -> Callable[..., Awaitable[None]]:
-        async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> None:
+        async def handler(_requests: Any, context: Context) -> None:
             loop = asyncio.get_running_loop()
             async with (
                 self._guard(context, method) as task,
@@ -188,13 +188,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
         return handler
 
-    async def _read(self, context: grpc.aio.ServicerContext) -> Any:
+    async def _read(self, context: Context) -> Any:
         request = await self._next(context, self._patience.send_s, "the request did not arrive")
         if request is grpc.aio.EOF:
             raise RequestInvalid("the call has no request; expected one message.")
         return request
 
-    async def _next(self, context: grpc.aio.ServicerContext, limit_s: float, late: str) -> Any:
+    async def _next(self, context: Context, limit_s: float, late: str) -> Any:
         try:
             async with asyncio.timeout(limit_s) as limit:
                 self._reading.add(limit)
@@ -241,13 +241,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self._looking = False
         self._look()
 
-    def _traced(self, context: grpc.aio.ServicerContext, method: str) -> AbstractContextManager[None]:
+    def _traced(self, context: Context, method: str) -> AbstractContextManager[None]:
         if self._tracing is None or method in self._untraced:
             return nullcontext()
         return self._tracing.of_call(dict(context.invocation_metadata()), method)
 
     @asynccontextmanager
-    async def _guard(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[asyncio.Task[Any]]:
+    async def _guard(self, context: Context, method: str) -> AsyncIterator[asyncio.Task[Any]]:
         """Count a call as open, trace it, and end it with a status where it raises."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
@@ -286,7 +286,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             self._idle.set()
 
 
-async def _linger(context: grpc.aio.ServicerContext) -> None:
+async def _linger(context: Context) -> None:
     """Read on for a moment: a client that is cut off while it sends may hear nothing of why."""
     left = LINGER_BYTES
     with suppress(TimeoutError, DecodeError, RequestInvalid):

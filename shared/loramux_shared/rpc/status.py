@@ -3,7 +3,7 @@
 Source of the details: https://google.aip.dev/193 and google/rpc/error_details.proto.
 """
 
-from typing import Final
+from typing import Final, TypeAlias
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from loramux_shared.faults import FAULTS, DeadlineExceeded, Fault, Finding, InternalFault, ServerUnavailable
 from loramux_shared.wording import MAX_FINDINGS
 
+Context: TypeAlias = grpc.aio.ServicerContext
 _CLOSED: Final = (
     "it closed the connection. Where it asks clients for a certificate, set LORAMUX_CLIENT_CERT and "
     "LORAMUX_CLIENT_KEY to one that its authority signed."
@@ -105,7 +106,7 @@ def _description(finding: Finding) -> str:
     return str(bare)
 
 
-async def abort(context: grpc.aio.ServicerContext, fault: Fault) -> None:
+async def abort(context: Context, fault: Fault) -> None:
     """End a call with the status of a fault; raises grpc's AbortError."""
     status = rpc_status.to_status(status_of(fault))
     context.set_trailing_metadata(status.trailing_metadata)
