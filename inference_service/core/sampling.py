@@ -146,9 +146,10 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @cached_property
-    def restricts(self) -> bool:
-        """True when some tokens may not come."""
-        return self.allowed_token_ids is not None or bool(self.bad_words)
+    def num_shaped(self) -> float:
+        """Leading tokens of the answer that are not drawn from the model's logits as they are."""
+        restricts = self.allowed_token_ids is not None or self.bad_words
+        return math.inf if self.logit_bias or self.penalizes or restricts else self.min_tokens
 
     @cached_property
     def penalizes(self) -> bool:

@@ -89,6 +89,8 @@ class Progress:
     """When the first step that computes the sequence was submitted, on the clock of ``time.monotonic``."""
 
     # scheduler.Scheduler
+    end: int = NEVER
+    """Tokens of prompt and answer at which it ends by its limit, or by that of the engine."""
     num_computed: int = 0
     """Leading tokens whose keys and values are in the cache; from a prefix, the block manager sets it."""
     in_flight: int = 0
@@ -96,7 +98,8 @@ class Progress:
     num_cached: int = 0
     """Tokens of the prompt that the prefix cache held at the first admission."""
     num_charged: int = 0
-    """Leading tokens that were charged to the sequence's flow; recomputed tokens are not charged again."""
+    """Leading tokens that were charged to the sequence's flow, or found in the prefix cache; recomputed tokens
+    are not charged again."""
 
     # block_manager.BlockManager and blocks.StateSlots
     blocks: array[int] = field(default_factory=lambda: array("i"))
@@ -237,13 +240,13 @@ class Sequence:
         return (-self.priority, self.progress.arrival)
 
 
-class StepOutput(NamedTuple):
+@dataclass(slots=True)
+class StepOutput:
     """The result of one step for one sequence; the last output of a sequence has a finish reason."""
 
     seq_id: str
     token: Token | None
     finish: EndReason | None = None
-    num_cached: int = 0
     first: bool = False
     """True for the first token of an answer."""
     prompt: tuple[Token, ...] = ()
@@ -254,7 +257,8 @@ class StepOutput(NamedTuple):
     """The pooled hidden states, where a vector is asked for."""
 
 
-class Chunk(NamedTuple):
+@dataclass(slots=True)
+class Chunk:
     """Consecutive tokens of one sequence, from ``num_computed`` on."""
 
     seq: Sequence

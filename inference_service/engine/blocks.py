@@ -17,6 +17,8 @@ from typing import Final, Protocol
 
 from inference_service.core.sequence import GONE, NEVER, NOWHERE, Sequence
 
+KEY_BYTES: Final = 16
+
 
 class Tier(Protocol):
     """Blocks that left a pool, by their keys, in slower memory: the extension `tier` makes it.
@@ -231,9 +233,9 @@ def prefix_key(seq: Sequence, index: int, block_size: int) -> int:
     while len(known) <= index:
         parent = known[-1] if known else _seed(seq)
         if len(known) == begins and seq.adapter is not None:
-            parent = _digest(f"{parent}:{seq.adapter.digest}:{seq.invocation}")
+            parent = _digest(f"{parent}:{seq.adapter.digest}:{seq.invocation}".encode())
         tokens = seq.progress.tokens[len(known) * block_size : (len(known) + 1) * block_size]
-        known.append(_digest(",".join(map(str, (parent, *tokens)))))
+        known.append(_digest(array("i", tokens), parent.to_bytes(KEY_BYTES)))
     return known[index]
 
 
@@ -251,11 +253,11 @@ def agreed(kinds: Seq[BlockGroup | StateSlots], seq: Sequence, most: int) -> int
 
 def _seed(seq: Sequence) -> int:
     digest = seq.adapter.digest if seq.adapter and not seq.invocation else ""
-    return _digest(f"{digest}:{seq.cache_salt}") if digest or seq.cache_salt else 0
+    return _digest(f"{digest}:{seq.cache_salt}".encode()) if digest or seq.cache_salt else 0
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=16).digest())
+def _digest(data: bytes | array[int], parent: bytes = b"") -> int:
+    return int.from_bytes(blake2b(data, digest_size=KEY_BYTES, key=parent).digest())
 
 
 NEAR: Final = 16

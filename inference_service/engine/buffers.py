@@ -237,18 +237,18 @@ class StepBuffers:
 def _fill_sampling(fields: npt.NDArray[np.int32], rows: Rows) -> None:
     """Fill fields [capacity, FIELDS] for the sequences that draw a token; the rest is padding."""
     num = len(rows.sampled)
-    packed = b"".join([_drawing(seq) for seq in rows.sampled])
+    generated = [seq.num_generated for seq in rows.sampled]
+    packed = b"".join(map(_drawing, rows.sampled, generated))
     fields[:num] = np.frombuffer(packed, np.int32).reshape(num, FIELDS)
-    fields[:num, GENERATED] = [seq.num_generated for seq in rows.sampled]
-    fields[:num, GENERATED] += np.array(rows.ahead, np.int32)
+    fields[:num, GENERATED] = np.add(generated, rows.ahead)
     fields[num:] = Kind.PADDING
 
 
-def _drawing(seq: Sequence) -> bytes:
+def _drawing(seq: Sequence, generated: int) -> bytes:
     """Return a sequence's parameters of its next draw; padding where `Shaper` draws, for shaped logits."""
     progress = seq.progress
-    if shapes(seq, seq.num_generated):
+    if shapes(seq, generated):
         return _PADDING
     if not progress.drawing:
-        progress.drawing = packed_row(row_params(seq, seq.num_generated))
+        progress.drawing = packed_row(row_params(seq, generated))
     return progress.drawing

@@ -255,9 +255,9 @@ class Engine:
 
     def _begin(self, batch: Batch) -> None:
         now_s = self._clock()
-        for seq, _, _ in batch.chunks:
-            if seq.progress.began_s is None:
-                seq.progress.began_s = now_s
+        for chunk in batch.chunks:
+            if chunk.seq.progress.began_s is None:
+                chunk.seq.progress.began_s = now_s
 
     def _hand_out(self) -> list[StepOutput]:
         outputs, self._outputs = self._outputs, []
@@ -308,13 +308,13 @@ class Engine:
         return StepOutput(seq.id, None, EndReason.FAILED, fault=fault)
 
     def _append(self, seq: Sequence, token: Token) -> StepOutput:
-        progress = seq.progress
-        first = len(progress.tokens) == seq.num_prompt
+        progress, tokens = seq.progress, seq.progress.tokens
+        first = len(tokens) == seq.num_prompt
         if not token.finite or (
             first and any(score.logprob != score.logprob for score in progress.prompt_scores)
         ):
             return self._overflowed(seq)
-        progress.tokens.append(token.id)
+        tokens.append(token.id)
         progress.in_flight -= 1
         finish = self._finish_reason(seq, token)
         if finish:
@@ -323,13 +323,13 @@ class Engine:
         drawn = token if seq.sampling.max_tokens else None  # None: the request asked for the prompt only
         self._generated += drawn is not None
         scores = tuple(progress.prompt_scores) if first else ()
-        return StepOutput(seq.id, drawn, finish, progress.num_cached, first=first, prompt=scores)
+        return StepOutput(seq.id, drawn, finish, first, scores)
 
     def _pooled(self, seq: Sequence, vector: Vector) -> StepOutput:
         if not np.isfinite(vector).all():
             return self._overflowed(seq)
         self.abort(seq.id)
-        return StepOutput(seq.id, None, EndReason.LENGTH, seq.progress.num_cached, first=True, pooled=vector)
+        return StepOutput(seq.id, None, EndReason.LENGTH, first=True, pooled=vector)
 
     def _finish_reason(self, seq: Sequence, token: Token) -> EndReason | None:
         if not seq.sampling.max_tokens:
@@ -344,7 +344,7 @@ class Engine:
                 return EndReason.FAILED
             if seq.grammar.complete:
                 return EndReason.STOP
-        return None if self._limits.left(seq, len(seq.progress.tokens)) > 0 else EndReason.LENGTH
+        return EndReason.LENGTH if len(seq.progress.tokens) >= seq.progress.end else None
 
     def _expire(self) -> float:
         """End those whose deadline has passed; return the time."""

@@ -126,7 +126,7 @@ class Lookup:
             if known is not None and known.rest:
                 known.rest -= 1
             elif plan.lengths.get(seq) == 1 and not looks_back(seq, seq.num_known):
-                left = limits.left(seq, len(seq.progress.tokens))
+                left = seq.progress.end - len(seq.progress.tokens)
                 most[seq] = min(limits.speculative_tokens, room, left - 1)  # the step draws one more
         for seq, draft in self.choose(most, costs, plan).items():
             if seq.grammar is not None:

@@ -77,7 +77,8 @@ class SequenceQueues:
         self._smallest: dict[bool, float] = {}
         """Last results of `_least`, while they hold."""
         self._queues: dict[Key, SequenceQueue] = {}
-        self._of: dict[Sequence, SequenceQueue] = {}
+        self.of: dict[Sequence, SequenceQueue] = {}
+        """The queue that each sequence is in."""
         self._by_adapter: defaultdict[Adapter | None, dict[SequenceQueue, None]] = defaultdict(dict)
         self._running: Counter[str] = Counter()
         """Sequences under way, by flow."""
@@ -112,10 +113,6 @@ class SequenceQueues:
             not queue.share.background and queue.resident for queue in self.waiting
         )
 
-    def of(self, seq: Sequence) -> SequenceQueue:
-        """Return the queue that a sequence is in."""
-        return self._of[seq]
-
     def add(self, seq: Sequence) -> SequenceQueue:
         """Add a waiting sequence to its queue."""
         key = seq.flow, seq.adapters
@@ -131,13 +128,13 @@ class SequenceQueues:
                 self.new[queue] = None
         queue.share = seq.share
         self.in_background += seq.share.background
-        self._of[seq] = queue
+        self.of[seq] = queue
         self._wait(queue, seq)
         return queue
 
     def remove(self, seq: Sequence) -> SequenceQueue:
         """Remove a sequence from its queue, and the queue with its last one."""
-        queue = self._of.pop(seq)
+        queue = self.of.pop(seq)
         self.in_background -= seq.share.background
         if not self._end(queue, seq):
             _leave(queue, seq)
@@ -147,7 +144,7 @@ class SequenceQueues:
 
     def start(self, seq: Sequence) -> None:
         """Move a sequence from those that wait to those that are under way."""
-        queue = self.of(seq)
+        queue = self.of[seq]
         _leave(queue, seq)
         bisect.insort(queue.running, seq, key=order)
         self._running[queue.flow] += 1
@@ -156,7 +153,7 @@ class SequenceQueues:
 
     def stop(self, seq: Sequence) -> None:
         """Let a sequence wait again."""
-        queue = self.of(seq)
+        queue = self.of[seq]
         self._end(queue, seq)
         self._wait(queue, seq)
 
@@ -286,9 +283,9 @@ class SchedulerLimits:
     prefill_first: bool = False
     """True if steps with prompts need not be short for sequences that decode."""
 
-    def left(self, seq: Sequence, length: int) -> int:
-        """Tokens that a sequence of so many of prompt and answer may still have; it ends by its limit at 0."""
-        return min(seq.num_prompt + seq.sampling.max_tokens, self.max_seq_len) - length
+    def end(self, seq: Sequence) -> int:
+        """Return the tokens of prompt and answer at which a sequence ends."""
+        return min(seq.num_prompt + seq.sampling.max_tokens, self.max_seq_len)
 
 
 @dataclass

@@ -35,7 +35,7 @@ class PooledRows(NamedTuple):
     """True if they are the last of them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rows:
     """The rows of a step, base first, then adapter by adapter."""
 
@@ -81,10 +81,10 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
     """Lay a batch out; drawn gives each sequence's place among those that the step before drew a token for."""
     rows = Rows(arrange(batch), batch.drafts)
     for chunk in rows.arrangement.chunks:
-        seq, row, start, length = chunk.seq, len(rows.tokens), chunk.start, chunk.length
-        end = start + length
+        seq, row, length, drafted = chunk.seq, len(rows.tokens), chunk.length, chunk.drafted
         progress = seq.progress
-        tokens = progress.tokens
+        tokens, start = progress.tokens, progress.num_computed
+        end = start + length
         held = progress.blocks, end, progress.tables, progress.state_slot
         rows.contexts.append(Context(row, length, *held, seq.second))
         rows.positions.extend(range(start, end))
@@ -93,16 +93,16 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
             rows.sources.append(drawn[seq])
         else:
             rows.tokens.extend(tokens[start:end])
-            if chunk.drafted:
+            if drafted:
                 rows.tokens.extend(batch.drafts[seq])
             rows.sources.extend([KNOWN] * length)
         if seq.pooling is not None:
             rows.pooled.extend(_pooled(chunk, row, seq.pooling))
-        elif chunk.samples:
-            for ahead in range(chunk.drafted + 1):
+        elif end - drafted == progress.length:
+            for ahead in range(drafted + 1):
                 rows.sampled.append(seq)
                 rows.ahead.append(ahead)
-                rows.last_rows.append(row + length - 1 - chunk.drafted + ahead)
+                rows.last_rows.append(row + length - 1 - drafted + ahead)
         if seq.scores_prompt:
             rows.scored[seq] = _scored(chunk, row)
     return rows
@@ -148,11 +148,11 @@ class Pending:
     vectors: Callable[[], list[tuple[Sequence, Vector]]] = list
     """Waits for those of the sequences whose hidden states are all there."""
 
-    def tokens(self) -> list[tuple[Sequence, Token]]:
+    def tokens(self) -> Iterable[tuple[Sequence, Token]]:
         """Wait for the step; return the new tokens of every sequence for which it draws some."""
         self.finish()
         drawn = zip(self.seqs, self.wait(), strict=True)
-        return list(verified(drawn, self.drafts) if self.drafts else drawn)
+        return verified(drawn, self.drafts) if self.drafts else drawn
 
 
 class StepRunner(Protocol):
@@ -278,7 +278,7 @@ class Runner:
 
     def run(self, batch: Batch) -> list[tuple[Sequence, Token]]:
         """Compute a batch; return the new token of every sequence whose last row was in it."""
-        return self.submit(batch).tokens()
+        return list(self.submit(batch).tokens())
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> Pending:

@@ -177,13 +177,12 @@ def _forbidden(seq: Sequence, *, may_stop: bool) -> array[int]:
 
 def shapes(seq: Sequence, generated: int) -> bool:
     """Return whether a token is not drawn from the model's logits, after so many others of the answer."""
-    return seq.grammar is not None or looks_back(seq, generated)
+    return seq.grammar is not None or generated < seq.sampling.num_shaped
 
 
 def looks_back(seq: Sequence, generated: int) -> bool:
     """Return whether more than a grammar shapes it: what may need to know all tokens before."""
-    params = seq.sampling
-    return bool(params.logit_bias or params.penalizes or params.restricts or generated < params.min_tokens)
+    return generated < seq.sampling.num_shaped
 
 
 def shape(logits: Tensor, seq: Sequence, ahead: int = 0) -> Tensor:

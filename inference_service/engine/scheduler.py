@@ -116,6 +116,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Let a sequence wait; its adapter is wanted from now on."""
+        seq.progress.end = self.limits.end(seq)
         self.queues.add(seq)
         self._waits(seq)
 
@@ -140,7 +141,7 @@ class Scheduler:
             (decodes if one else plan.prompts).append(seq)
         behind = self._step_back(decodes, plan) if self.queues.in_background else []
         if len(decodes) > plan.budget:
-            decodes.sort(key=lambda seq: self.queues.of(seq).served)
+            decodes.sort(key=lambda seq: self.queues.of[seq].served)
         self._decode(decodes, plan)
         self._prefill(plan)
         if behind and not plan.lengths:  # others cannot go on now
@@ -191,23 +192,25 @@ class Scheduler:
         """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
         self.step_times.submitted(self._load, now_s)
         self.queues.changed()
-        computed = 0
-        for seq, length, drafted in batch.chunks:
-            known, progress = length - drafted, seq.progress
+        computed, block_size = 0, self.blocks.block_size
+        for chunk in batch.chunks:
+            seq, known = chunk.seq, chunk.length - chunk.drafted
+            progress = seq.progress
             computed += known
             drawn = known == len(progress.tokens) + progress.in_flight - progress.num_computed
             progress.num_computed += known
             progress.in_flight += drawn
             rows = progress.num_computed - progress.num_charged
             if rows > 0:  # recomputed and cached tokens cost nothing
-                self.queues.charge(self.queues.of(seq), min(rows, length))
+                self.queues.charge(self.queues.of[seq], rows)
                 progress.num_charged = progress.num_computed
-            self.blocks.register(seq)
+            if progress.num_computed >= (progress.num_full + 1) * block_size:
+                self.blocks.register(seq)
         self._credit = min(MOST_CREDIT, self._credit + TWICE * computed)
 
     def accept(self, seq: Sequence) -> None:
         """Note that one more token of a draft held: it was computed, and the one behind it was drawn."""
-        progress, queue = seq.progress, self.queues.of(seq)
+        progress, queue = seq.progress, self.queues.of[seq]
         progress.num_computed += 1
         progress.num_charged += 1
         progress.in_flight += 1
@@ -221,7 +224,7 @@ class Scheduler:
         """
         prompts = [seq for seq in plan.prompts if seq in plan.lengths]
         return (
-            any(self.queues.of(seq).is_new and not seq.share.background for seq in prompts)
+            any(self.queues.of[seq].is_new and not seq.share.background for seq in prompts)
             and not any(map(plan.left, prompts))
             and self.step_times.may_part(plan.decodes)
         )
@@ -271,12 +274,12 @@ class Scheduler:
 
     def _decode(self, decodes: list[Sequence], plan: Plan) -> None:
         """Give those that decode their row; who is furthest ahead gives up the blocks that they lack."""
-        lengths, left = plan.lengths, self.limits.left
+        lengths, preempted = plan.lengths, plan.preempted
         for seq in decodes:
             if not plan.budget:
                 return
             progress = seq.progress
-            if seq in plan.preempted or (progress.in_flight and left(seq, progress.length) <= 0):
+            if seq in preempted or (progress.in_flight and progress.length >= progress.end):
                 continue
             lengths[seq] = 1
             plan.budget -= 1
@@ -296,7 +299,7 @@ class Scheduler:
         """Share what is left of a step among prompts under way and those that wait."""
         turns: list[_Turn] = []
         for seq in plan.prompts:
-            queue = self.queues.of(seq)
+            queue = self.queues.of[seq]
             turns.append((queue.served, 0, seq.order, next(self._numbers), queue, seq))
         turns += [self._turn(queue, plan) for queue in self._candidates(plan)]
         heapq.heapify(turns)
@@ -328,7 +331,7 @@ class Scheduler:
             self._give_shorter(seq, plan)
         rows = self._fitting(seq, plan)
         if rows > 0:
-            plan.give(seq, rows, self.queues.of(seq))
+            plan.give(seq, rows, self.queues.of[seq])
             self._grow(seq, plan)
         if plan.left(seq):
             plan.budget = 0
@@ -348,15 +351,15 @@ class Scheduler:
         plan.budget, plan.seconds = plan.budget - budget, plan.seconds - kept_s
         shorter = self._shorter(long, plan)
         while not plan.full and (seq := next(shorter, None)) is not None:
-            plan.give(seq, self._fitting(seq, plan), self.queues.of(seq))
+            plan.give(seq, self._fitting(seq, plan), self.queues.of[seq])
             self._grow(seq, plan)
         plan.budget += budget
         plan.seconds += kept_s
 
     def _shorter(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:
         """Yield them, those under way and those that wait, which begin for it; none that is less urgent."""
-        queue, left = self.queues.of(long), plan.left(long)
-        others = (seq for seq in plan.prompts if self.queues.of(seq) is queue and seq not in plan.preempted)
+        queue, left = self.queues.of[long], plan.left(long)
+        others = (seq for seq in plan.prompts if self.queues.of[seq] is queue and seq not in plan.preempted)
         under_way = [seq for seq in others if seq.priority >= long.priority and 0 < plan.left(seq) < left]
         under_way.sort(key=plan.left, reverse=True)
         while True:
@@ -421,7 +424,7 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, plan: Plan) -> _Outcome:
         """Begin with one that waits, if everything that it needs is there or is made room for."""
-        queue = self.queues.of(seq)
+        queue = self.queues.of[seq]
         if plan.short:
             return _Outcome.BLOCKED
         if seq in plan.preempted or self.queues.is_full(queue) or not self._finds_place(queue, plan):
@@ -511,8 +514,10 @@ class Scheduler:
             return False
         if not self.blocks.start(seq, spare):
             return False
+        progress = seq.progress
+        progress.num_charged = max(progress.num_charged, progress.num_computed)
         if not seq.num_generated:
-            seq.progress.num_cached = seq.progress.num_computed
+            progress.num_cached = progress.num_computed
         return True
 
     def _waits(self, seq: Sequence) -> None:

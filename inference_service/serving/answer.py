@@ -55,7 +55,7 @@ class Answer:
             events.append(delta)
         if reason is not None:
             self.finished = True
-            events.append(self._finished(reason, outputs[-1]))
+            events.append(self._finished(reason, outputs[-1].token))
         return events
 
     def more(self, outputs: Seq[StepOutput]) -> AnswerDelta:
@@ -86,10 +86,10 @@ class Answer:
         self._count += len(tokens)
         return AnswerDelta(text, tuple(tokens), self._index)
 
-    def _finished(self, reason: EndReason, last: StepOutput) -> AnswerFinished:
-        text, token = self._stops.found, last.token.id if last.token else None
+    def _finished(self, reason: EndReason, last: Token | None) -> AnswerFinished:
+        text, token = self._stops.found, last.id if last else None
         stopped_by = token if text is None and token in self._stop_tokens else None
-        prompt, cached = self.seq.num_prompt, last.num_cached
+        prompt, cached = self.seq.num_prompt, self.seq.progress.num_cached
         return AnswerFinished(reason, text or "", prompt, cached, self._count, self._index, stopped_by)
 
     def _failure(self, output: StepOutput) -> Fault:

@@ -74,7 +74,7 @@ def test_groups_of_layers_have_blocks_of_their_own(
         tuple([block + 100 * group for block in context.blocks] for group in range(groups))
         for context in contexts
     ]
-    own = [context._replace(tables=each) for context, each in zip(contexts, tables, strict=True)]
+    own = [replace(context, tables=each) for context, each in zip(contexts, tables, strict=True)]
     capacity = replace(alone, groups=groups)
     packed = pack_tables(capacity, own)
     together = AttentionTables.allocate(capacity, "cpu")
@@ -82,7 +82,7 @@ def test_groups_of_layers_have_blocks_of_their_own(
         together.packed[part] = torch.from_numpy(packed[part])
     for group in range(groups):
         found = together.of(group)
-        expected = loaded(alone, [context._replace(blocks=context.table(group), tables=()) for context in own])
+        expected = loaded(alone, [replace(context, blocks=context.table(group), tables=()) for context in own])
         for name in ("cache_rows", "decodes", "prefills", "merges"):
             assert torch.equal(getattr(found, name), getattr(expected, name))
         num = sum(-(-context.end // BLOCK_SIZE) for context in contexts)

@@ -157,7 +157,6 @@ def output_to(output: StepOutput, seq: EngineSequence) -> int | list[Any]:
     return [
         None if token is None else _token_to(token),
         None if output.finish is None else output.finish.value,
-        output.num_cached,
         output.first,
         [_token_to(each) for each in output.prompt],
         None if output.fault is None else fault_to(output.fault),
@@ -182,7 +181,7 @@ def output_from(message: int | list[Any], seq: EngineSequence) -> StepOutput:
     """Return the output of a message, and note at the sequence what the engine's has noted."""
     if isinstance(message, int):
         return plain(message)
-    token, finish, num_cached, first, prompt, fault, pooled, cached, began_s, known, failure = message
+    token, finish, first, prompt, fault, pooled, cached, began_s, known, failure = message
     progress = seq.progress
     progress.num_cached, progress.began_s = cached, began_s
     progress.tokens += [0] * (known - seq.num_known)
@@ -192,7 +191,6 @@ def output_from(message: int | list[Any], seq: EngineSequence) -> StepOutput:
         seq.id,
         None if token is None else _token_from(token),
         None if finish is None else EndReason(finish),
-        num_cached,
         first,
         tuple(map(_token_from, prompt)),
         None if fault is None else fault_from(fault),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -151,21 +152,20 @@ def pack_tables(
     Raises:
         ValueError: when chunks, rows, blocks or a chunk's length exceed the capacity, or blocks are missing.
     """
-    needed = [-(-context.end // capacity.block_size) for context in contexts]
-    _check_fits(capacity, contexts, needed)
-    packed = np.empty(capacity.packed_size, dtype=np.int32) if out is None else out
-    section = {name: packed[where] for name, where in capacity.sections.items()}
     chunks = np.array([(c.row, c.length, c.end) for c in contexts], dtype=np.int64).reshape(-1, 3)
     row, length, end = chunks.T
-    first_block = np.cumsum([0, *needed], dtype=np.int64)[:-1]
+    needed = -(-end // capacity.block_size)
+    _check_fits(capacity, contexts, chunks, needed)
+    packed = np.empty(capacity.packed_size, dtype=np.int32) if out is None else out
+    section = {name: packed[where] for name, where in capacity.sections.items()}
+    first_block = np.cumsum(needed) - needed
     section["cache_rows"].fill(NOWHERE)
     chunk, within = runs(length)
     positions = (end - length)[chunk] + within
     for group in range(capacity.groups):
         blocks = section["blocks"][group * capacity.most_blocks :]
-        for context, count, first in zip(contexts, needed, first_block.tolist(), strict=True):
-            table = context.tables[group] if context.tables else context.blocks
-            blocks[first : first + count] = table[:count]
+        held = _held(contexts, group, needed.tolist())
+        blocks[: len(held)] = held
         own = blocks[first_block[chunk] + positions // capacity.block_size]
         own_rows = own * capacity.block_size + positions % capacity.block_size
         section["cache_rows"][group * capacity.rows + row[chunk] + within] = own_rows
@@ -180,7 +180,7 @@ def pack_tables(
         _fill(section["prefills"], prefills)
         merges = np.concatenate([merges, more])
     _fill(section["merges"], merges)
-    unused = capacity.most_blocks - sum(needed)
+    unused = capacity.most_blocks - int(needed.sum())
     return packed[: capacity.packed_size - unused]
 
 
@@ -202,21 +202,30 @@ def _fill(section: npt.NDArray[np.int32], found: Ints) -> None:
     section[found.size :] = 0
 
 
-def _check_fits(capacity: AttentionCapacity, contexts: Sequence[Context], needed: Sequence[int]) -> None:
+def _held(contexts: Sequence[Context], group: int, needed: Sequence[int]) -> array[int]:
+    """Return the blocks that contexts need in a group of layers, one context after the other."""
+    held = array("i")
+    for context, count in zip(contexts, needed, strict=True):
+        table = context.table(group)
+        if count > len(table):
+            raise ValueError(f"{context.end} tokens need {count} blocks, got {len(table)}")
+        held.extend(table[:count])
+    return held
+
+
+def _check_fits(capacity: AttentionCapacity, contexts: Sequence[Context], chunks: Ints, needed: Ints) -> None:
     if len(contexts) > capacity.chunks:
         raise ValueError(f"{len(contexts)} chunks, but room for {capacity.chunks}")
-    for context, count in zip(contexts, needed, strict=True):
-        if not 1 <= context.length <= context.end or context.row < 0:
-            raise ValueError(f"a chunk lies in its context and in the batch, got {context}")
-        if context.row + context.length > capacity.rows:
-            raise ValueError(f"rows up to {context.row + context.length}, but room for {capacity.rows}")
-        if context.length > 1 and capacity.tile is None:
-            raise ValueError(f"a chunk of {context.length} rows, but room for decoding alone")
-        if count > capacity.blocks_per_chunk:
-            raise ValueError(f"a context of {count} blocks, but room for {capacity.blocks_per_chunk}")
-        least = min(map(len, context.tables or (context.blocks,)))
-        if count > least:
-            raise ValueError(f"{context.end} tokens need {count} blocks, got {least}")
+    row, length, end = chunks.T
+    outside = (length < 1) | (length > end) | (row < 0)
+    if outside.any():
+        raise ValueError(f"a chunk lies in its context and in the batch, got {contexts[outside.argmax()]}")
+    if (behind := (row + length).max(initial=0)) > capacity.rows:
+        raise ValueError(f"rows up to {behind}, but room for {capacity.rows}")
+    if capacity.tile is None and (longest := length.max(initial=1)) > 1:
+        raise ValueError(f"a chunk of {longest} rows, but room for decoding alone")
+    if (most := needed.max(initial=0)) > capacity.blocks_per_chunk:
+        raise ValueError(f"a context of {most} blocks, but room for {capacity.blocks_per_chunk}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -95,7 +95,8 @@ def _bits(numbers: Tensor) -> Tensor:
     return numbers.view(torch.int8)
 
 
-class Context(NamedTuple):
+@dataclass(slots=True)
+class Context:
     """The rows of one chunk: consecutive in the batch, and consecutive positions of a sequence."""
 
     row: int

@@ -255,7 +255,6 @@ def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) 
         assert answer == (expected[: len(answer)] if seq_id in aborted else expected)
         assert [output.first for output in mine] == [True, *[False] * (len(mine) - 1)][: len(mine)]
         assert sum(output.finish is not None for output in mine) == (seq_id not in aborted)
-        assert len({output.num_cached for output in mine}) < 2
     assert all(group.pool.num_free == group.pool.num_blocks for group in manager.groups)
     assert not engine._scheduler.lookup._expected
     if manager.states is not None:

@@ -249,7 +249,7 @@ def test_counters_begin_where_others_are(monkeypatch: pytest.MonkeyPatch) -> Non
         every.remove(seq)
     assert [served(f"flow {rows}")[1] for rows in (1, 5)] == [0.0, 5.0]
     assert served("behind", share=Share(background=True))[1] == BACKGROUND
-    high = every.of(served("high", 9)[0])
+    high = every.of[served("high", 9)[0]]
     for seq in [seq for queue in every for seq in queue.waiting if queue.flow not in ("low", "high")]:
         every.remove(seq)
     for counted in (False, True):

@@ -82,7 +82,7 @@ def _answer(stops: Seq[str] = (), *, keep: bool = False) -> Answer:
 
 def _outputs(tokens: Seq[int], finish: EndReason | None = None) -> list[StepOutput]:
     outputs = [StepOutput("0", Token(token)) for token in tokens]
-    outputs[-1] = outputs[-1]._replace(finish=finish)
+    outputs[-1].finish = finish
     return outputs
 
 
