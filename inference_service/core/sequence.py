@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,8 @@ class EndReason(Enum):
     """The step that it was part of failed."""
 
 
-class Token(NamedTuple):
+@dataclass(slots=True)
+class Token:
     """A token, and what the model thought of it.
 
     Log probabilities are the model's own: those of its logits before bias, penalties, masks and temperature.

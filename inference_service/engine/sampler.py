@@ -106,7 +106,8 @@ def sample(
         else:
             own = logits if len(rows) == len(seqs) else logits[rows]
         for row, scored in zip(rows, tokens_of(score(own, drawn, count)), strict=True):
-            tokens[row] = scored._replace(impossible=tokens[row].impossible)
+            scored.impossible = tokens[row].impossible
+            tokens[row] = scored
     return marked(tokens, tops)
 
 
@@ -126,10 +127,11 @@ def scored_rows(seqs: Seq[Sequence], processed: int) -> Iterator[tuple[int, Logp
 
 
 def marked(tokens: list[Token], tops: Seq[float]) -> list[Token]:
-    """Return the tokens of rows with these largest logits; NaN is the largest of a row that has any."""
-    if all(map(math.isfinite, tops)):
-        return tokens
-    return [token._replace(finite=math.isfinite(top)) for token, top in zip(tokens, tops, strict=True)]
+    """Mark and return tokens of rows with these largest logits; NaN is the largest of a row that has any."""
+    if not all(map(math.isfinite, tops)):
+        for token, top in zip(tokens, tops, strict=True):
+            token.finite = math.isfinite(top)
+    return tokens
 
 
 def row_params(

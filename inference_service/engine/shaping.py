@@ -261,7 +261,7 @@ class Reading:
                 for row, token in zip(rows, tokens_of(parts), strict=True):
                     tokens[row] = token
             for row in () if impossible is None else impossible.nonzero().flatten().tolist():
-                tokens[row] = tokens[row]._replace(impossible=True)
+                tokens[row].impossible = True
             return marked(tokens, tops.tolist())
 
         return wait
