@@ -69,7 +69,7 @@ def tell_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
     if issubclass(kind, KeyboardInterrupt):
         return
     cause = error
-    while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
+    while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
     if isinstance(cause, OSError) and cause.strerror:
         place = f": {cause.filename}" if cause.filename else ""

@@ -9,9 +9,10 @@ import json
 import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 from uuid import uuid4
 
 import httpx
@@ -28,6 +29,9 @@ LONGEST_S: Final = 30.0
 SEPARATORS: Final = {each: f"\\u{each:04x}" for each in (0x85, 0x2028, 0x2029)}
 """Ends of lines to many readers, which JSON does not escape."""
 JSON: Final = {"content-type": "application/json"}
+PREFIX: Final = "batch_req_"
+HEAD: Final = f'{{"id": "{PREFIX}'.encode()
+"""Beginning of a line of output."""
 MAX_REPORTED: Final = 20
 """Wrong lines that are reported."""
 
@@ -95,7 +99,7 @@ class Batch:
         requests = self.unanswered()
         self._output.parent.mkdir(parents=True, exist_ok=True)
         counts, unanswered = self.counts, 0
-        with self._output.open("ab") as file:
+        with self._output.open("ab", buffering=0) as file:
             file.truncate(self._length)
 
             async def work() -> None:
@@ -132,21 +136,25 @@ class Batch:
                     return answer
                 retry_after = answer.headers.get("retry-after", "")
                 pause_s = min(LONGEST_S, max(pause_s, float(retry_after) if retry_after.isdecimal() else 0.0))
-            except httpx.TransportError:
+            except httpx.RequestError:
                 pass
             if attempt + 1 != self._attempts:
                 await asyncio.sleep(pause_s)
         return None
 
 
-def _append(file: IO[bytes], request: BatchRequest, answer: httpx.Response) -> None:
+def _append(file: FileIO, request: BatchRequest, answer: httpx.Response) -> None:
     response = {
         "status_code": answer.status_code,
         "request_id": answer.headers.get("x-request-id", ""),
         "body": _body(answer),
     }
-    file.write(_line(request.custom_id, response, None))
-    file.flush()
+    line = memoryview(_line(request.custom_id, response, None))
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def error_line(custom_id: str, code: str, message: str) -> bytes:
@@ -156,7 +164,7 @@ def error_line(custom_id: str, code: str, message: str) -> bytes:
 
 def _line(custom_id: str, response: Any, error: Any) -> bytes:
     line = {
-        "id": f"batch_req_{uuid4().hex}",
+        "id": f"{PREFIX}{uuid4().hex}",
         "custom_id": custom_id,
         "response": response,
         "error": error,
@@ -166,9 +174,9 @@ def _line(custom_id: str, response: Any, error: Any) -> bytes:
 
 def _body(answer: httpx.Response) -> Any:
     try:
-        return answer.json()
+        return _parsed(answer.content)
     except ValueError:  # a proxy's page
-        return answer.text
+        return answer.content.decode(errors="replace")
 
 
 def _requests(source: Path) -> Iterator[BatchRequest]:
@@ -180,7 +188,11 @@ def _requests(source: Path) -> Iterator[BatchRequest]:
 
 
 def _parsed(line: bytes) -> Any:
-    """Return what a line says, read as strictly as the API reads a body, which the request becomes."""
+    """Return what JSON says, read as strictly as the API reads a body, which a line of input becomes.
+
+    Raises:
+        ValueError: it is no JSON, or has what cannot be written as JSON again.
+    """
     return from_json(line, allow_inf_nan=False)
 
 
@@ -247,12 +259,12 @@ def _answered(output: Path) -> tuple[set[str], set[str], int]:
         return answered, refused, 0
     with output.open("rb") as lines:
         for line in lines:
+            if not line.endswith(b"\n") and line[: len(HEAD)] == HEAD[: len(line)]:
+                break  # a killed run left half a line, or all of it but its end
             try:
-                read = json.loads(line)
-                custom_id, status = read["custom_id"], read["response"]["status_code"]
+                read = from_json(line)
+                custom_id, status = str(read["custom_id"]), int(read["response"]["status_code"])
             except (ValueError, LookupError, TypeError) as error:
-                if not line.endswith(b"\n"):  # a killed run left half a line
-                    break
                 raise RequestInvalid(
                     f"{output} is no output of a batch: choose another file, or delete it."
                 ) from error

@@ -23,6 +23,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
@@ -246,14 +247,14 @@ class BatchStore:
         """Return the ids of an owner's files, the oldest first."""
         return self._ids(f"{owner}/files/")
 
-    def check_room(self, owner: str) -> int:
-        """Return the bytes that an owner may still store.
+    def check_room(self, owner: str, least: int = 1) -> int:
+        """Return the bytes that an owner may still store, at least so many.
 
         Raises:
-            RateLimited: there are none, or too many files.
+            RateLimited: there are less, or too many files.
         """
         used = sum(entry.size for entry in self.store.entries(f"{owner}/pieces/"))
-        if used >= MOST_BYTES or len(self.files(owner)) >= MOST_FILES:
+        if MOST_BYTES - used < least or len(self.files(owner)) >= MOST_FILES:
             raise RateLimited(
                 f"the files of this key take {used} bytes: expected less than {MOST_BYTES}, and at most "
                 f"{MOST_FILES} files. Delete some, or wait until they expire."
@@ -290,13 +291,18 @@ class BatchStore:
         Raises:
             RateLimited: too many batches of the owner have not ended.
         """
+        many = RateLimited(
+            f"{MOST_OPEN} batches of this key have not ended. Wait for one, or cancel one.", retry_after_s=60
+        )
         if len(list(self.open(owner))) >= MOST_OPEN:
-            raise RateLimited(
-                f"{MOST_OPEN} batches of this key have not ended. Wait for one, or cancel one.",
-                retry_after_s=60,
-            )
-        self.write(f"{owner}/batches/{created.id}.json", created)
-        self.store.put(f"open/{created.id}/{owner}", b"")
+            raise many
+        keys = f"{owner}/batches/{created.id}.json", f"open/{created.id}/{owner}"
+        self.write(keys[0], created)
+        self.store.put(keys[1], b"")
+        if len(list(self.open(owner))) > MOST_OPEN:  # others were created at the same moment
+            for key in reversed(keys):
+                self.store.delete(key)
+            raise many
         self.changed()
 
     def open(self, owner: str) -> Iterator[str]:
@@ -368,25 +374,35 @@ class BatchStore:
             self._delete_all(work + folder)
 
     def sweep(self) -> None:
-        """Remove files and batches that have expired, and pieces of uploads that were broken off."""
-        now, in_use = time.time(), set(map(self._input_of, self.all_open()))
+        """Remove files and batches that have expired, and pieces of uploads that were broken off.
+
+        Records that are damaged leave with those that are as old.
+        """
+        now, opened = time.time(), self.all_open()
+        in_use = set(map(self._input_of, opened))
         entries = [entry for entry in self.store.entries("of-") if entry.key.count("/") >= 2]
         places = [entry.key.removesuffix(".json").split("/")[:3] for entry in entries]
         files = {name for _, kind, name in places if kind == "files"}
         for entry, (owner, kind, name) in zip(entries, places, strict=True):
             if kind == "files":
-                found = self.find(entry.key, StoredFile)
-                if found is not None and found.is_expired and name not in in_use:
-                    self.remove_file(owner, name)
-                continue
+                with suppress(BatchCorrupt):
+                    found = self.find(entry.key, StoredFile)
+                    if found is not None and found.is_expired and name not in in_use:
+                        self.remove_file(owner, name)
+                    continue
             broken_off = kind == "pieces" and name not in files and now - entry.modified.timestamp() > DAY_S
-            if broken_off or (kind in ("batches", "work") and now - created_s(name) > KEPT_S + DAY_S):
+            if broken_off or (kind in ("files", "batches", "work") and _is_old(name, now)):
                 self.store.delete(entry.key)
+        for batch_id, owner in opened:
+            if _is_old(batch_id, now):
+                self.store.delete(f"open/{batch_id}/{owner}")
 
     def _input_of(self, opened: tuple[str, str]) -> str:
         batch_id, owner = opened
-        created = self.find(f"{owner}/batches/{batch_id}.json", Creation)
-        return "" if created is None else created.input_file_id
+        with suppress(BatchCorrupt):  # it reads no file
+            created = self.find(f"{owner}/batches/{batch_id}.json", Creation)
+            return "" if created is None else created.input_file_id
+        return ""
 
     def _ids(self, prefix: str) -> list[str]:
         return [key.removeprefix(prefix).removesuffix(".json") for key in self.store.list(prefix)]
@@ -455,6 +471,10 @@ def new_file(filename: str, purpose: Literal["batch", "batch_output"], kept_s: i
 def work_key(owner: str, batch_id: str) -> str:
     """Return the beginning of the keys of what is done for a batch."""
     return f"{owner}/work/{batch_id}/"
+
+
+def _is_old(name: str, now: float) -> bool:
+    return now - created_s(name) > KEPT_S + DAY_S
 
 
 def _is_id(name: str) -> bool:

@@ -24,6 +24,7 @@ from inference_service.serving.service import GenerationService
 from loramux_batches.records import (
     DAY_S,
     KEPT_S,
+    MIB,
     MOST_FILE_BYTES,
     URLS,
     BatchState,
@@ -38,7 +39,7 @@ from loramux_batches.records import (
 from loramux_batches.upload import Part, read_form
 from loramux_shared import routes
 from loramux_shared.access.keys import ACCESS
-from loramux_shared.faults import BatchNotFound, FileNotFound
+from loramux_shared.faults import BatchCorrupt, BatchNotFound, FileNotFound
 from loramux_shared.settings import variable
 
 FILE_PAGE: Final = 100
@@ -205,6 +206,7 @@ async def create_file(service: GenerationService, http: HttpRequest) -> Reply[Fi
     pieces = Pieces(batches, owner, file.id)
     try:
         filename, kept_s = await _receive(http, pieces, room)
+        await asyncio.to_thread(batches.check_room, owner, -MIB)  # uploads at the same time saw the same room
     except BaseException:
         await asyncio.shield(asyncio.to_thread(pieces.discard))
         raise
@@ -353,12 +355,12 @@ def _id(http: HttpRequest) -> str:
 
 
 async def _read(reads: list[Callable[[], T]]) -> list[T]:
-    """Return what several reads return, in their order; what was removed meanwhile is left out."""
+    """Return what several reads return, in their order; what was removed or is damaged is left out."""
     places = asyncio.Semaphore(READS)
 
     async def one(read: Callable[[], T]) -> list[T]:
         async with places:
-            with suppress(FileNotFound, BatchNotFound):
+            with suppress(FileNotFound, BatchNotFound, BatchCorrupt):
                 return [await asyncio.to_thread(read)]
         return []
 

@@ -75,4 +75,9 @@ def _begun(head: bytes) -> Part:
     name = headers.get_param("name", header="content-disposition")
     if headers.get_content_disposition() != "form-data" or not isinstance(name, str):
         raise RequestInvalid(BROKEN.format(found="a part without a name"))
-    return Part(name, headers.get_filename())
+    try:
+        filename = headers.get_filename()
+        (filename or "").encode()
+    except ValueError as error:  # the charset that it states is not one of text, or not its own
+        raise RequestInvalid(BROKEN.format(found="a filename that is no text")) from error
+    return Part(name, filename)

@@ -111,6 +111,8 @@ class BatchWorker:
     """Owners and tasks, by batch."""
     _seen: dict[str, tuple[tuple[str, datetime], float]] = field(default_factory=dict)
     """The newest lease of each batch with its time in the store, and when it was first seen here."""
+    _damaged: set[str] = field(default_factory=set)
+    """Batches that are logged as damaged."""
 
     async def run(self) -> None:
         """Look for batches every few seconds, and when one was created here; sweep every hour."""
@@ -153,7 +155,15 @@ class BatchWorker:
             busy = Counter(owner for owner, _ in self._jobs.values())
             batch_id, owner = first = min(waiting, key=lambda each: (busy[each[1]], each[0]))
             waiting.remove(first)
-            job = await asyncio.to_thread(self._take, owner, batch_id)
+            try:
+                job = await asyncio.to_thread(self._take, owner, batch_id)
+            except BatchCorrupt as fault:
+                if batch_id not in self._damaged:
+                    log.warning(
+                        "batch is not begun", batch=batch_id, reason=fault.reason, problem=fault.message
+                    )
+                self._damaged.add(batch_id)
+                continue
             if job is not None:
                 task = asyncio.create_task(self._work(job), name=batch_id)
                 self._jobs[batch_id] = owner, task
@@ -216,11 +226,11 @@ class BatchWorker:
 
     async def _answer(self, job: Job) -> Ending | None:
         """Answer what is not answered yet; returns how the batch ends, None where another replica goes on."""
-        state = await asyncio.to_thread(self.batches.batch, job.owner, job.created.id)
-        if state.ended is not None:  # and a replica was killed before it had cleared up
-            return state.ended
         endpoint = job.created.endpoint
         try:
+            state = await asyncio.to_thread(self.batches.batch, job.owner, job.created.id)
+            if state.ended is not None:  # and a replica was killed before it had cleared up
+                return state.ended
             await asyncio.to_thread(self._fetch, job)
             batch = await asyncio.to_thread(Batch, job.source, job.answers, urls=(endpoint,), attempts=None)
         except RequestInvalid as fault:

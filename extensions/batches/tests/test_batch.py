@@ -64,18 +64,20 @@ async def test_every_request_has_an_answer_refused_ones_too(tmp_path: Path) -> N
 
 
 async def test_a_line_is_one_line_to_every_reader(tmp_path: Path) -> None:
-    """Separators of lines that JSON leaves as they are stand escaped in the output."""
-    text = "a\x85b\u2028c\u2029d\n"
-    await run(written(tmp_path / "in", request(0)), tmp_path / "out", lambda _: httpx.Response(200, json=text))
-    assert answers(tmp_path / "out")["r0"]["body"] == text
+    """Separators of lines that JSON leaves as they are stand escaped in the output; no JSON is text."""
+    texts = "a\x85b\u2028c\u2029d\n", '"\\ud800"'
+    replies = httpx.Response(200, json=texts[0]), httpx.Response(200, content=texts[1])
+    await run(written(tmp_path / "in", request(0), request(1)), tmp_path / "out", lambda n: replies[n])
+    assert tuple(each["body"] for _, each in sorted(answers(tmp_path / "out").items())) == texts
 
 
-async def test_a_run_that_was_killed_is_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ['"respon', '"response": {"status_code": 200}}'])
+async def test_a_run_that_was_killed_is_resumed(tmp_path: Path, more: str) -> None:
     """A second run sends no answered request again, and the one whose line was cut off once more."""
     source, sent = written(tmp_path / "in", *(request(number) for number in range(4))), []
     await run(written(tmp_path / "first", request(0), request(1)), tmp_path / "out", echo)
     with (tmp_path / "out").open("a") as file:
-        file.write('{"id": "batch_req_1", "custom_id": "r2", "respon')
+        file.write('{"id": "batch_req_1", "custom_id": "r2", ' + more)
 
     def answer(number: Any) -> httpx.Response:
         sent.append(number)
@@ -88,7 +90,8 @@ async def test_a_run_that_was_killed_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "busy", [httpx.Response(429, headers={"retry-after": "0"}), httpx.ConnectError("away"), httpx.Response(503)]
+    "busy",
+    [httpx.Response(429, headers={"retry-after": "0"}), httpx.DecodingError("gzip"), httpx.Response(503)],
 )
 async def test_a_busy_server_is_asked_again(tmp_path: Path, busy: Any) -> None:
     """A request that finds the server busy or away is sent again, and answered once."""
@@ -150,12 +153,12 @@ async def test_a_number_that_is_too_large_is_the_answers_matter(tmp_path: Path) 
     assert (counts.done, counts.refused) == (1, 1)
 
 
-def test_another_file_is_never_appended_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("notes", ["my notes\nand more\n", "my notes", '{"custom_id": "a", "response": 1}\n'])
+def test_another_file_is_never_appended_to(tmp_path: Path, notes: str) -> None:
     """A file that is no output of a batch is not changed."""
-    other = written(tmp_path / "notes", "my notes\n", "more of them\n")
     with pytest.raises(RequestInvalid, match="no output of a batch"):
-        Batch(written(tmp_path / "in", request(0)), other)
-    assert other.read_text() == "my notes\nmore of them\n"
+        Batch(written(tmp_path / "in", request(0)), other := written(tmp_path / "notes", notes))
+    assert other.read_text() == notes
 
 
 def test_a_batch_runs_on_a_deployment_that_is_loaded_for_it(

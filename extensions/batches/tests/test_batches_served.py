@@ -27,6 +27,7 @@ from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
 from tests.contract.conftest import aws as aws, store as store
 from tests.support.access import lines, new_entry
+from tests.support.cases import cases
 from tests.support.forks import Forked
 from tests.support.openai_api import open_api, openai_world
 from tests.support.served_process import serving
@@ -246,6 +247,10 @@ async def test_a_key_sees_and_spends_its_own_alone(tmp_path: Path, monkeypatch: 
     assert not (await other.batches.list()).data + (await other.files.list()).data
     with pytest.raises(RateLimitError, match="1 batches of this key have not ended"):
         await created(me, line("a", n="a"))
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(batches, "open", Mock(side_effect=[(), ("another", "this")]))
+        with pytest.raises(RateLimitError):
+            await created(other, line("b", n="b"))
     await created(other, line("b", n="b"))
     monkeypatch.setattr(records, "MOST_BYTES", 100)
     with pytest.raises(RateLimitError, match="the files of this key take"):
@@ -258,7 +263,9 @@ async def test_a_key_sees_and_spends_its_own_alone(tmp_path: Path, monkeypatch: 
 async def test_what_is_damaged_is_not_used(tmp_path: Path) -> None:
     """Damaged answers are asked for again; a damaged file ends its batch, and is not handed out."""
     batches, app = BatchStore(store := MemoryStore()), Echo(1)
-    client = openai_of(tmp_path, batches)
+    client, owner, other = openai_of(tmp_path, batches), owner_of(""), f"batch_{'0' * 32}"
+    for key in (f"{owner}/batches/{other}.json", f"open/{other}/{owner}"):
+        store.put(key, b"damaged, which is no other batch's matter")
 
     def damage(part: str) -> None:
         [key] = [key for key in store.list("") if part in key]
@@ -268,12 +275,13 @@ async def test_what_is_damaged_is_not_used(tmp_path: Path) -> None:
         batch = await created(client, line("a", n="a") + line("b", n="b"))
         await until(lambda: len(app.asked) == 2, "an answer")
     damage("/parts/")
-    async with working(BatchWorker(batches, other := Echo(), None, beat_s=0.01)):
+    async with working(BatchWorker(batches, app := Echo(), None, beat_s=0.01)):
         assert (await until_ended(client, batch)).request_counts.completed == 2
-        assert sorted(other.asked) == ["a", "b"]
+        assert sorted(app.asked) == ["a", "b"]
+        assert [each.id async for each in client.batches.list()] == [batch.id]
     batch = await created(client, line("a", n="a"))
     damage(f"/pieces/{batch.input_file_id}")
-    async with working(BatchWorker(batches, other, None, beat_s=0.01)):
+    async with working(BatchWorker(batches, app, None, beat_s=0.01)):
         ended = await until_ended(client, batch)
     assert (ended.status, ended.errors.data[0].code) == ("failed", "file_unreadable")
     with pytest.raises(InternalServerError, match="is not what was stored there"):
@@ -301,33 +309,8 @@ async def test_lines_that_are_no_requests_fail_the_batch(tmp_path: Path, text: s
     assert [error.code, error.line, error.message] == expected
 
 
-FORM = "multipart/form-data; boundary=B"
-PART = '--B\r\ncontent-disposition: form-data; name="{}"\r\n\r\n{}\r\n'
-FILE = PART.format('file"; filename="a', "{}")
-BATCH = PART.format("purpose", "batch")
-
-
 @pytest.mark.parametrize(
-    ("content_type", "body", "status", "message"),
-    [
-        (FORM, FILE + BATCH + "--B--", 200, '"filename":"a"'),
-        ("application/json", "{}", 415, "expected a form with content-type: multipart/form-data"),
-        ("multipart/form-data", FILE, 415, "expected a form"),
-        (FORM, FILE + BATCH, 400, "found no end"),
-        (FORM, "--B\r\n\r\n\r\nx\r\n--B--", 400, "a part without a name"),
-        (FORM, "x" * 9000, 400, "no beginning of a part"),
-        (FORM, FILE + "--B--", 400, "purpose: expected batch, found none"),
-        (FORM, FILE + PART.format("purpose", "assistants") + "--B--", 400, "expected batch, found assistants"),
-        (FORM, BATCH + "--B--", 400, "file: expected a file, found none"),
-        (FORM, FILE + PART.format("color", "red") + "--B--", 400, "color: expected file, purpose"),
-        (
-            FORM,
-            FILE + BATCH + PART.format("expires_after[anchor]", "created_at") + "--B--",
-            400,
-            "3600 to 2592000",
-        ),
-        (FORM, FILE + PART.format("purpose", "x" * 2000) + "--B--", 400, "at most 1000 characters"),
-    ],
+    ("content_type", "body", "status", "message"), cases(__file__, "test_uploads_are_forms")
 )
 async def test_uploads_are_forms(
     tmp_path: Path, content_type: str, body: str, status: int, message: str
@@ -356,7 +339,8 @@ async def test_what_expired_is_removed(tmp_path: Path) -> None:
     owner, before = owner_of(""), set(store.list(""))
     old = new_file("old", "batch", 0)
     records.Pieces(batches, owner, old.id).close(old)
-    store.put(f"{owner}/work/batch_{'0' * 32}/ended/000001", b"")
+    for key in ("{1}/work/{0}/ended/000001", "{1}/batches/{0}.json", "open/{0}/{1}"):
+        store.put(key.format(f"batch_{'0' * 32}", owner), b"damaged")
     batches.sweep()
     assert set(store.list("")) == before
     with pytest.raises(NotFoundError):

@@ -248,7 +248,7 @@ def test_an_error_of_ours_is_one_line_and_a_file(tmp_path: Path, monkeypatch, ca
 def test_what_the_system_refuses_is_no_mistake_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     """A full disk is an error with the file, without a request to report a bug."""
     error = OSError(28, "No space left on device", "/a/plot.png")
-    group = ExceptionGroup("of tasks", [error])
+    group = ExceptionGroup("of tasks", [error] * 2)
     tell_uncaught(type(group), group, None)
     assert capsys.readouterr().err == "error: SYSTEM: No space left on device: /a/plot.png\n"
 
