@@ -9,7 +9,7 @@ import random
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from datetime import UTC, datetime, timedelta
@@ -71,6 +71,8 @@ class Resolver:
         self._clock = clock
         self._now = now
         self._builds: dict[str, asyncio.Task[None]] = {}
+        self._own: set[str] = set()
+        """Adapters that this replica added."""
         self._refusals: OrderedDict[str, tuple[float, Fault]] = OrderedDict()
         self._added = asyncio.Event()
         self._room = asyncio.Semaphore(BUILDS)
@@ -106,8 +108,13 @@ class Resolver:
             # In a context of its own: the build is for all requests, and survives the first one.
             build = asyncio.create_task(self._add(name, requested, repository), context=Context())
             self._builds[name] = build
-            build.add_done_callback(lambda _: self._builds.pop(name))
+            build.add_done_callback(lambda ended: self._ended(name, ended))
         await asyncio.shield(self._builds[name])
+
+    def _ended(self, name: str, build: asyncio.Task[None]) -> None:
+        del self._builds[name]
+        if not build.cancelled():
+            build.exception()  # asyncio logs one that nobody retrieves: clients may have left
 
     async def _add(self, name: str, requested: str, repository: Repository) -> None:
         began = self._clock()
@@ -126,6 +133,7 @@ class Resolver:
                 "adapter of a request refused", adapter=name, reason=fault.reason, problem=fault.message
             )
             raise
+        self._own.add(name)
         self._added.set()
         log.info("adapter of a request added", adapter=name, seconds=round(self._clock() - began, 2))
 
@@ -144,6 +152,8 @@ class Resolver:
     async def look(self) -> None:
         """Date the marks of adapters in use, and remove those that are idle or too many.
 
+        Which are too many is seen from the marks alone, for then all replicas remove the same.
+
         Raises:
             StoreUnavailable: the store does not answer.
             Fault: the builder removes none.
@@ -154,21 +164,25 @@ class Resolver:
         prefix = self._key()
         entries = await asyncio.to_thread(lambda: list(self._store.entries(prefix)))
         marks = {entry.key.removeprefix(prefix): entry.modified for entry in entries}
-        removable = await self._used(marks)
+        served = {model.name for model in self._catalog.everything}
+        for name in (self._own & served) - marks.keys():  # removed and added again at the same moment
+            await self._mark(name)
+        self._own &= served
+        used = await self._used(marks)
         idle = timedelta(hours=rule.idle_hours)
-        oldest_first = sorted(removable, key=lambda name: removable[name])
-        surplus = max(0, len(removable) - rule.max_adapters)
+        oldest_first = sorted(used, key=lambda name: (marks[name], name))
+        surplus = max(0, len(used) - rule.max_adapters)
         leaving = [
             name
             for place, name in enumerate(oldest_first)
-            if place < surplus or removable[name] + idle < self._now()
+            if place < surplus or used[name] + idle < self._now()
         ]
         await asyncio.gather(*map(self._remove, leaving))
 
-    async def _used(self, marks: Mapping[str, datetime]) -> dict[str, datetime]:
-        """Return when each marked adapter was used last, by any replica; marks without an adapter go."""
+    async def _used(self, marks: dict[str, datetime]) -> dict[str, datetime]:
+        """Return when each marked adapter was used last; put old marks again, and remove those without one."""
         used: dict[str, datetime] = {}
-        for name, modified in marks.items():
+        for name, modified in list(marks.items()):
             try:
                 view = self._manager.get(name)
             except ModelNotFound:
@@ -178,6 +192,7 @@ class Resolver:
             here = self._now() if view.in_flight or view.waiting or view.pinned else view.last_used
             used[name] = max(modified, here or modified)
             if used[name] - modified > TOUCH:
+                marks[name] = used[name]
                 await self._mark(name)
         return used
 

@@ -1,6 +1,7 @@
 """Adapters that requests add by naming a repository: without an engine, and with a builder and a hub."""
 
 import asyncio
+import gc
 from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.support.hub import HubRepo, serve_hub
 from tests.support.openai_api import OpenAIApi, openai_world
 from tests.support.operated import Operated, operated
 from tests.support.served_replicas import open_builder, open_fleet
+from tests.support.waiting import until
 
 LABEL = "hub_key"
 SOURCES = ("hf:lab/*", "s3://models/adapters/*", "https://files.example/*.tar.gz", "mlflow://support/*")
@@ -107,15 +109,23 @@ async def raised(call: Awaitable[None]) -> str:
 
 
 async def test_a_refusal_is_remembered_for_a_minute(replica: Replica) -> None:
-    """A passing failure is not."""
-    deployment, bring = replica.operated.deployment, replica.resolver.bring
+    """A passing failure is not; neither is one logged as an error when the client went away meanwhile."""
+    deployment, bring, errors = replica.operated.deployment, replica.resolver.bring, list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     deployment.refuses = faults.StoreUnavailable("down")
     assert [await raised(bring("lab/a")) for _ in range(2)] == [faults.StoreUnavailable.reason] * 2
     assert len(deployment.asked) == 2
     deployment.refuses = faults.AdapterInvalid("no LoRA")
     assert [await raised(bring("lab/a")) for _ in range(3)] == [faults.AdapterInvalid.reason] * 3
     assert len(deployment.asked) == 3
+    gone = asyncio.create_task(bring("lab/b"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await until(lambda: not replica.resolver._builds, "its end")
     deployment.refuses, replica.time_s = None, REMEMBERED_S + 1
+    del gone
+    gc.collect()
+    assert not errors
     await bring("lab/a")
     assert "lab:a" in replica.names
 
@@ -157,14 +167,18 @@ async def test_idle_adapters_leave_and_used_ones_stay(replica: Replica) -> None:
 
 
 async def test_beyond_the_number_the_oldest_leave() -> None:
-    """Adapters of the deployment file are not counted, and never leave."""
+    """Adapters of the file are not counted, and never leave; uses of a replica alone do not count."""
     replica = Replica(MemoryStore(), max_adapters=2)
     for name in "abcd":
         await replica.resolver.bring(f"lab/{name}")
         replica.store.modified[resolved_key("demo", f"lab:{name}")] = replica.now
         replica.wait(seconds=1)
+    replica.operated.residency.hold(replica.operated.adapter("lab:a"), in_flight=1)
     await replica.resolver.look()
     assert replica.names == {"base", "one", "two", "lab:c", "lab:d"}
+    replica.store.delete(resolved_key("demo", "lab:c"))  # by a replica that had removed the adapter before
+    await replica.resolver.look()
+    assert replica.marks == {"lab:c", "lab:d"}
 
 
 async def test_marks_without_an_adapter_go(replica: Replica) -> None:
