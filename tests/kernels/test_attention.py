@@ -14,44 +14,33 @@ PREFIX = [(33, 4033)]
 BOTH = Layout([*SKEWED[:3], *PREFIX])
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
+of = partial(partial, make_case)
 CASES = {
-    "decode": partial(make_case, Layout([(1, 1), (1, 15), (1, 16), (1, 17), (1, 63)], padding=2)),
-    "decode in pieces": partial(
-        make_case, Layout([(1, 300), (1, 100), (1, 129)], spare=2, decode_only=True), Heads(4, 1, 32)
+    "decode": of(Layout([(1, 1), (1, 15), (1, 16), (1, 17), (1, 63)], padding=2)),
+    "decode in pieces": of(Layout([(1, 300), (1, 100), (1, 129)], spare=2, decode_only=True), Heads(4, 1, 32)),
+    "one chunk of every kind": of(Layout([(1, 40), (20, 20), (7, 90), (1, 1), (2, 17)], padding=3, spare=1)),
+    "large blocks, a group of 8, part of a head rotated": of(
+        Layout([(9, 33), (1, 63), (33, 33)], block_size=32), Heads(8, 1, 80, rotary=32)
     ),
-    "one chunk of every kind": partial(
-        make_case, Layout([(1, 40), (20, 20), (7, 90), (1, 1), (2, 17)], padding=3, spare=1)
+    "no group, heads of 8": of(Layout([(5, 21), (1, 16)]), Heads(2, 2, 8)),
+    "a window within a block": of(Layout([(1, 100), (30, 63), (1, 5), (1, 17)], spare=8), window=5),
+    "a window across blocks": of(Layout([(1, 100), (50, 100), (40, 40)], spare=1), window=37),
+    "rows that see nothing of a whole block of keys": of(Layout([(100, 120)]), Heads(1, 1), window=5),
+    "a window in pieces": of(Layout([(1, 290), (1, 3)], decode_only=True), window=200),
+    "a cap": of(Layout([(1, 63), (21, 40)]), softcap=2.0),
+    "a cap, a window and pieces": of(
+        Layout([(1, 200), (1, 63), (17, 150)]), Heads(4, 1, 96), softcap=5.0, window=140
     ),
-    "large blocks, a group of 8, part of a head rotated": partial(
-        make_case, Layout([(9, 33), (1, 63), (33, 33)], block_size=32), Heads(8, 1, 80, rotary=32)
+    "sinks": of(Layout([(1, 1), (1, 40), (9, 30)], padding=1), Heads(8, 1, 64), sinks=True),
+    "sinks, a cap and a window in pieces": of(
+        Layout([(1, 290), (17, 150)]), Heads(4, 1, 32), softcap=5.0, window=200, sinks=True
     ),
-    "no group, heads of 8": partial(make_case, Layout([(5, 21), (1, 16)]), Heads(2, 2, 8)),
-    "a window within a block": partial(
-        make_case, Layout([(1, 100), (30, 63), (1, 5), (1, 17)], spare=8), window=5
+    "one norm for all heads": of(Layout([(1, 17), (4, 4)], padding=1), Heads(norm="shared")),
+    "a norm for every head": of(Layout([(1, 17), (4, 20)]), Heads(6, 2, 24, rotary=12, norm="own")),
+    "heads of 512, whole and in pieces": of(
+        Layout([(1, 140), (5, 20)], padding=1), Heads(2, 1, 512, norm="own")
     ),
-    "a window across blocks": partial(make_case, Layout([(1, 100), (50, 100), (40, 40)], spare=1), window=37),
-    "rows that see nothing of a whole block of keys": partial(
-        make_case, Layout([(100, 120)]), Heads(1, 1), window=5
-    ),
-    "a window in pieces": partial(make_case, Layout([(1, 290), (1, 3)], decode_only=True), window=200),
-    "a cap": partial(make_case, Layout([(1, 63), (21, 40)]), softcap=2.0),
-    "a cap, a window and pieces": partial(
-        make_case, Layout([(1, 200), (1, 63), (17, 150)]), Heads(4, 1, 96), softcap=5.0, window=140
-    ),
-    "sinks": partial(make_case, Layout([(1, 1), (1, 40), (9, 30)], padding=1), Heads(8, 1, 64), sinks=True),
-    "sinks, a cap and a window in pieces": partial(
-        make_case, Layout([(1, 290), (17, 150)]), Heads(4, 1, 32), softcap=5.0, window=200, sinks=True
-    ),
-    "one norm for all heads": partial(make_case, Layout([(1, 17), (4, 4)], padding=1), Heads(norm="shared")),
-    "a norm for every head": partial(
-        make_case, Layout([(1, 17), (4, 20)]), Heads(6, 2, 24, rotary=12, norm="own")
-    ),
-    "heads of 512, whole and in pieces": partial(
-        make_case, Layout([(1, 140), (5, 20)], padding=1), Heads(2, 1, 512, norm="own")
-    ),
-    "a norm with an offset": partial(
-        make_case, Layout([(1, 17), (4, 20)]), Heads(3, 1, 256, norm="own", offset=1.0)
-    ),
+    "a norm with an offset": of(Layout([(1, 17), (4, 20)]), Heads(3, 1, 256, norm="own", offset=1.0)),
 }
 
 

@@ -31,30 +31,21 @@ from tests.support.cases import cases
 
 MIXED = [(4, 8, 0), (12, 12, 12), (0, 0, 64), (0, 0, 0), (16, 5, 1)]
 
+of = partial(partial, make_case)
 CASES = {
-    "mixed ranks and base": partial(
-        make_case, [4, 0, -1, 2, 1, 0, 3, -1, 2, 1, 1, 4], MIXED, 576, (192, 64, 64)
+    "mixed ranks and base": of([4, 0, -1, 2, 1, 0, 3, -1, 2, 1, 1, 4], MIXED, 576, (192, 64, 64)),
+    "odd sizes": of([1, 1, 0, -1, 2, 0, 1], [(5, 12), (64, 4), (8, 0)], 63, (33, 17)),
+    "one slice": of([0, 2, -1, 2, 1], [(16,), (8,), (4,)], 100, (576,)),
+    "one token each": of([3, 1, 0, 2, 4], MIXED, 100, (64, 64, 17)),
+    "all base": of([-1] * 6, MIXED, 100, (192, 64, 64)),
+    "rank 256": of([1, 0, -1, 1], [(256,), (4,)], 100, (100,)),
+    "a run longer than a tile": of([0] * 20 + [1] * 2, [(8,), (12,)], 63, (64,)),
+    "prefill of one adapter": of([0] * 70, [(16, 0, 4)], 100, (192, 64, 64), tile=PREFILL_TILE),
+    "prefill beside decode": of(
+        [1] * 40 + [0, -1, 2] + [1] * 30, [(4, 4), (64, 16), (8, 0)], 63, (100, 33), tile=PREFILL_TILE
     ),
-    "odd sizes": partial(make_case, [1, 1, 0, -1, 2, 0, 1], [(5, 12), (64, 4), (8, 0)], 63, (33, 17)),
-    "one slice": partial(make_case, [0, 2, -1, 2, 1], [(16,), (8,), (4,)], 100, (576,)),
-    "one token each": partial(make_case, [3, 1, 0, 2, 4], MIXED, 100, (64, 64, 17)),
-    "all base": partial(make_case, [-1] * 6, MIXED, 100, (192, 64, 64)),
-    "rank 256": partial(make_case, [1, 0, -1, 1], [(256,), (4,)], 100, (100,)),
-    "a run longer than a tile": partial(make_case, [0] * 20 + [1] * 2, [(8,), (12,)], 63, (64,)),
-    "prefill of one adapter": partial(make_case, [0] * 70, [(16, 0, 4)], 100, (192, 64, 64), tile=PREFILL_TILE),
-    "prefill beside decode": partial(
-        make_case,
-        [1] * 40 + [0, -1, 2] + [1] * 30,
-        [(4, 4), (64, 16), (8, 0)],
-        63,
-        (100, 33),
-        tile=PREFILL_TILE,
-    ),
-    "parts of few segments": partial(
-        make_case, [1] * 70 + [4] * 3 + [0] * 2, MIXED, 100, (192, 64, 64), tile=PREFILL_TILE
-    ),
-    "composition": partial(
-        make_case,
+    "parts of few segments": of([1] * 70 + [4] * 3 + [0] * 2, MIXED, 100, (192, 64, 64), tile=PREFILL_TILE),
+    "composition": of(
         *([0, 1, 2, 1, 0, -1, 1, 0, 2], [(8, 4), (0, 12), (16, 16)], 63, (64, 33)),
         token_ids=[4, 4, 4, 0, 2, 3, 2, 1, 0],
         scales=[0.5, 2, -1, 1, 0.25, 9, 3, 0, 1],

@@ -125,10 +125,14 @@ def _lora(ops: CpuOps, generator: torch.Generator) -> Pair:
 
 
 def _linear(ops: CpuOps, generator: torch.Generator) -> Pair:
-    x, weight, bias = (_random(ops, generator, *shape) for shape in ((ROWS, 40), (200, 40), (200,)))
-    tiled = ops.tiled(weight, bias)
-    found = x if tiled is None else ops.linear(x, tiled)
-    return found, x.double() @ weight.double().t() + bias.double()
+    """Widths are such that the matrix unit takes, and others."""
+    found, expected = [], []
+    for width in (40, 96):
+        x, weight, bias = (_random(ops, generator, *shape) for shape in ((ROWS, width), (200, width), (200,)))
+        tiled = ops.tiled(weight, bias)
+        found.append(x if tiled is None else ops.linear(x, tiled))
+        expected.append(x.double() @ weight.double().t() + bias.double())
+    return torch.cat(found), torch.cat(expected)
 
 
 def _compact(ops: CpuOps, generator: torch.Generator) -> Pair:
