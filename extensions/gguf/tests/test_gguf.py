@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,13 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.gguf_files import add_tokenizer, write_gguf
 from tests.support import tiny
+from tests.support.cases import cases
 
 VOCAB = 300
-Change = Callable[[gguf.GGUFWriter], None]
 
 
 def write(
-    path: Path, *changes: Change, arch: str = "llama", tokens: int = VOCAB, kind: str = "F32", without: str = ""
+    path: Path, *changes: Any, arch: str = "llama", tokens: int = VOCAB, kind: str = "F32", without: str = ""
 ) -> Path:
     writer = gguf.GGUFWriter(path, arch)
     sizes = {"block_count": 1, "context_length": 64, "embedding_length": 64, "feed_forward_length": 64}
@@ -58,46 +57,17 @@ def write(
     return path
 
 
-REFUSED: dict[str, tuple[dict[str, Any], list[Change], str]] = {
-    "architecture": (
-        {"arch": "mamba"},
-        [],
-        "the architecture 'mamba' is not supported in GGUF; supported: llama",
-    ),
-    "experts": ({}, [lambda w: w.add_expert_count(8)], r"llama\.expert_count is 8, expected 0"),
-    "missing": ({"without": "block_count"}, [], r"llama\.block_count: expected a whole number, found None"),
-    "type": (
-        {"kind": "IQ4_XS"},
-        [],
-        r"tensors of IQ4_XS are not supported \(token_embd\.weight\); supported: F32",
-    ),
-    "tokens": ({"tokens": 299}, [], "299 tokens, and embeddings of 300: they contradict each other"),
-    "pre": (
-        {},
-        [lambda w: w.add_tokenizer_pre("chameleon")],
-        "'chameleon' is not supported; supported: llama-bpe",
-    ),
-    "model": ({}, [lambda w: w.add_tokenizer_model("t5")], "the tokenizer 't5' is not supported"),
-    "split": ({}, [lambda w: w.add_uint16("split.count", 3)], "it is one of 3 parts. Join them"),
-    "token": ({}, [lambda w: w.add_eot_token_id(300)], r"eot_token_id: expected one of 300 tokens, found 300"),
-    "adapter": ({}, [lambda w: w.add_type("adapter")], "it is an adapter of llama.cpp"),
-    "scaling": (
-        {},
-        [lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)],
-        "'longrope' is not supported; supported: linear, yarn",
-    ),
-}
+@pytest.mark.parametrize(("options", "calls", "expected"), cases(__file__, "REFUSED"))
+def test_a_file_that_is_not_served_is_refused_by_name(tmp_path: Path, options, calls, expected: str) -> None:
+    """Calls are those of the writer, by its methods' names; a tokenizer's field is replaced."""
 
+    def change(writer: gguf.GGUFWriter) -> None:
+        for method, *values in calls:
+            writer.kv_data[0].pop(method.replace("add_tokenizer_", "tokenizer.ggml."), None)
+            getattr(writer, method)(*values)
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_file_that_is_not_served_is_refused_by_name(case: str, tmp_path: Path) -> None:
-    options, changes, expected = REFUSED[case]
-    overwriting = [
-        lambda w: w.kv_data[0].pop("tokenizer.ggml.model" if case == "model" else "tokenizer.ggml.pre")
-    ]
-    path = write(tmp_path / "a.gguf", *(overwriting if case in ("model", "pre") else []), *changes, **options)
     with pytest.raises(CheckpointInvalid, match=r"a\.gguf: .*" + expected):
-        as_checkpoint(path, tmp_path / "made")
+        as_checkpoint(write(tmp_path / "a.gguf", change, **options), tmp_path / "made")
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -110,10 +80,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
             CheckpointInvalid, match=r"found other bytes|ends within its header|its tensors end at"
         ):
             read_header(path)
-    for begin, message in (
-        (b"GGUF\x00\x00\x00\x03", "version 50331648 of GGUF is not read"),
-        (b"GGML", "other bytes"),
-    ):
+    reversed_version = b"GGUF\x00\x00\x00\x03", "version 50331648 of GGUF is not read"
+    for begin, message in (reversed_version, (b"GGML", "other bytes")):
         path.write_bytes(begin + whole[len(begin) :])
         with pytest.raises(CheckpointInvalid, match=message):
             read_header(path)
@@ -148,13 +116,8 @@ def test_scaled_positions_follow_from_the_file(tmp_path: Path) -> None:
         path = write(tmp_path / f"{change.__name__}.gguf", change)
         config = json.loads(small_files(read_header(path))["config.json"])
         found[change.__name__] = config["rope_scaling"]
-    assert found["llama3"] == {
-        "rope_type": "llama3",
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    llama = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert found["llama3"] == llama | {"original_max_position_embeddings": 8192}
     assert found["yarn"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     factors[3] += 1
     with pytest.raises(CheckpointInvalid, match=r"expected the factors of Llama 3\.1"):
