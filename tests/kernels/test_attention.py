@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ PREFIX = [(33, 4033)]
 BOTH = Layout([*SKEWED[:3], *PREFIX])
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-of = partial(partial, make_case)
+of: Any = partial(partial, make_case)
 CASES = {
     "decode": of(Layout([(1, 1), (1, 15), (1, 16), (1, 17), (1, 63)], padding=2)),
     "decode in pieces": of(Layout([(1, 300), (1, 100), (1, 129)], spare=2, decode_only=True), Heads(4, 1, 32)),

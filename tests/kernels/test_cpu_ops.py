@@ -172,8 +172,7 @@ def test_the_matrix_unit_multiplies_a_row_the_same_beside_any_others(
     model, ops = ctypes.CDLL(str(tmp_path / "ops.so")), CpuOps(compiled, torch.bfloat16)
     ops._steps["linear"] = _function(model, "linear", torch.bfloat16)
     ctypes.c_int64.in_dll(model, "multiplies_tiles").value = 1
-    others = bytes([1, *[0] * 15, 64, 0, 32, *[0] * 29, 16, 8, *[0] * 14])
-    after = ctypes.create_string_buffer(len(others))
+    others, after = bytes([1, *[0] * 15, 64, 0, 32, *[0] * 29, 16, 8, *[0] * 14]), bytearray(64)
     model.amx_configure(others)
     for rows, width, columns in ((1, 32, 1), (2, 40, 33), (19, 96, 49), (70, 4160, 20)):
         x, weight = torch.randn(rows, width + 3).bfloat16()[:, :width], torch.randn(columns, width).bfloat16()
@@ -183,8 +182,8 @@ def test_the_matrix_unit_multiplies_a_row_the_same_beside_any_others(
         for row in (0, rows // 2, rows - 1):
             assert torch.equal(ops.linear(x[row : row + 1], tiled)[0], found[row])
         model.amx_products()
-    model.amx_configured(after)
-    assert after.raw == others
+    model.amx_configured((ctypes.c_char * 64).from_buffer(after))
+    assert after == others
 
 
 @pytest.mark.parametrize("kind", kinds_that_run(), ids=lambda kind: kind.name)

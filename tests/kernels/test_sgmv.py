@@ -31,7 +31,7 @@ from tests.support.cases import cases
 
 MIXED = [(4, 8, 0), (12, 12, 12), (0, 0, 64), (0, 0, 0), (16, 5, 1)]
 
-of = partial(partial, make_case)
+of: Any = partial(partial, make_case)
 CASES = {
     "mixed ranks and base": of([4, 0, -1, 2, 1, 0, 3, -1, 2, 1, 1, 4], MIXED, 576, (192, 64, 64)),
     "odd sizes": of([1, 1, 0, -1, 2, 0, 1], [(5, 12), (64, 4), (8, 0)], 63, (33, 17)),
