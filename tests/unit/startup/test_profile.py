@@ -93,7 +93,7 @@ class Noted(Runner):
 
     def submit(self, batch: Batch) -> Pending:
         pending = super().submit(batch)
-        self.ran.append(pending.tokens())
+        self.ran.append(list(pending.tokens()))
         return pending
 
 
