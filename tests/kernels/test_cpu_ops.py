@@ -160,9 +160,7 @@ def test_a_linear_multiplies(ops: CpuOps) -> None:
         _assert_close(ops.linear(x, tiled), expected, ops, (rows, width, columns, biased))
 
 
-def test_the_matrix_unit_multiplies_a_row_the_same_beside_any_others(
-    compiled: ctypes.CDLL, tmp_path: Path
-) -> None:
+def test_the_matrix_unit_multiplies_rows_alone_as_together(compiled: ctypes.CDLL, tmp_path: Path) -> None:
     """A model of it does: odd shapes, blocks of K; what a library had configured there is there again."""
     kind, command = KINDS["x86_64"][0], compiler()
     if kind not in kinds_that_run() or command is None:
