@@ -77,6 +77,7 @@ def _of(kind: type[Message], explicit: Mapping[str, Any]) -> dict[str, Any]:
 
 def _prompt(prompt: Prompt, templated: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, str):
+        prompt.encode()  # half a character cannot be sent
         return {"text": prompt}
     items = list(prompt)
     if items and isinstance(items[0], Mapping):

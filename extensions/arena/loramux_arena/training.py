@@ -20,7 +20,7 @@ from loramux_arena.paired import Paired
 from loramux_arena.plan import Plan
 from loramux_arena.questions import Question, read_questions, with_reference
 from loramux_arena.standings import standings
-from loramux_shared.faults import Fault, RequestInvalid
+from loramux_shared.faults import Fault, RequestInvalid, ResourcesExhausted
 
 log = structlog.get_logger()
 
@@ -89,15 +89,20 @@ class PushAdapter(TrainerCallback):  # type: ignore[misc]  # transformers has no
         """Push the adapter as it is now."""
         del args, control
         if self._on == "evaluate" and state.is_world_process_zero:
-            with tempfile.TemporaryDirectory() as folder:
-                model.save_pretrained(folder)
-                self._take(Path(folder), state.global_step)
+            self._take(None, state.global_step, model)
 
-    def _take(self, folder: Path, step: int) -> None:
+    def _take(self, folder: Path | None, step: int, model: Any = None) -> None:
+        """Push a checkpoint of a folder, or a model as it is now."""
         try:
-            with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop of its own
+            with (
+                tempfile.TemporaryDirectory() as own,
+                ThreadPoolExecutor(1) as thread,  # a notebook has an event loop of its own
+            ):
+                if folder is None:
+                    model.save_pretrained(folder := Path(own))
                 pushed = thread.submit(asyncio.run, self._push(folder, step)).result()
-        except Fault as fault:
+        except (Fault, OSError) as error:
+            fault = error if isinstance(error, Fault) else ResourcesExhausted(str(error))
             log.warning("checkpoint was not pushed", step=step, reason=fault.reason, problem=str(fault))
             self.pushed.append(PushedCheckpoint(step, failure=fault))
             return
@@ -120,7 +125,10 @@ class PushAdapter(TrainerCallback):  # type: ignore[misc]  # transformers has no
                 if promoted:
                     info = await client.push(self._deployment, self._name, folder)
             finally:
-                await client.update(self._deployment, remove=[candidate])
+                try:
+                    await client.update(self._deployment, remove=[candidate])
+                except Fault as fault:  # what became of the checkpoint is known all the same
+                    log.warning("candidate stays", adapter=candidate, reason=fault.reason, problem=str(fault))
             return PushedCheckpoint(step, info.digest, info.generation, promoted, compared)
 
     async def _compared(self, client: AsyncClient, candidate: str, generation: int) -> Paired:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from loramux.records import Message, PromptToken, TokenLogprobs
-from loramux_arena.judge import NoVerdict
 from loramux_arena.judge_url import API_KEY, UrlJudge
 from loramux_arena.likelihood import of_reference
 from loramux_arena.paired import bootstrap, holm, sign_test
@@ -114,25 +113,15 @@ async def test_a_judge_behind_an_address() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "expected", "headers", "fault"),
-    [
-        (200, "I like both", {}, NoVerdict),
-        (200, None, {}, NoVerdict),
-        (200, "[[", {}, NoVerdict),
-        (401, "", {}, faults.Unauthenticated),
-        (422, "", {}, faults.RequestInvalid),
-        (429, "", {"retry-after": "7"}, faults.RateLimited),
-        (503, "", {}, faults.ServerUnavailable),
-        (307, "", {"location": "http://127.0.0.1:1/"}, faults.RequestInvalid),
-    ],
+    ("status", "expected", "headers", "reason"), cases(__file__, "test_judges_that_do_not_judge")
 )
 async def test_judges_that_do_not_judge(
-    status: int, expected: object, headers: dict[str, str], fault: type[faults.Fault]
+    status: int, expected: object, headers: dict[str, str], reason: str
 ) -> None:
     """Each failure has a class, which says whether to ask again; a redirect is not followed."""
-    with http(status, expected, headers) as (url, received), pytest.raises(fault) as caught:
+    with http(status, expected, headers) as (url, received), pytest.raises(faults.Fault) as caught:
         await UrlJudge(url, "judge", "").letter(QUESTION_TURNS)
-    assert len(received) == 1
+    assert (len(received), caught.value.reason) == (1, reason)
     if status == 429:
         assert caught.value.retry_after_s == 7.0
     assert (status == 401) == (API_KEY in caught.value.message)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,8 +91,13 @@ async def test_a_push_that_fails_does_not_end_a_training(tmp_path: Path) -> None
     for first in (False, True):
         state.is_world_process_zero = first
         callback.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, control)
-    [pushed] = callback.pushed
-    assert pushed.failure is not None
+    full = PushAdapter("tiny", "trained", on="evaluate")
+    model = SimpleNamespace(save_pretrained=Mock(side_effect=OSError("No space left on device")))
+    full.on_evaluate(None, state, control, model=model)
+    assert [each.failure.reason for each in callback.pushed + full.pushed] == [
+        "REQUEST_INVALID",
+        "RESOURCES_EXHAUSTED",
+    ]
 
 
 def test_prompts_need_references(tmp_path: Path) -> None:

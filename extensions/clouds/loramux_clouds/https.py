@@ -97,7 +97,7 @@ class Https:
             host, port = str(parts.hostname), parts.port or _PORT
             headers = {"Accept-Encoding": "identity", "User-Agent": "loramux", "Accept": accept}
             if authorization and authorization[0] in {host, f"{host}:{port}"}:
-                headers["Authorization"] = authorization[1]
+                headers["Authorization"] = printable(authorization[1], name)
             with _translated(name), self._request(parts, headers, deadline) as response:
                 if response.status in {301, 302, 303, 307, 308}:
                     parts = split_address(response.headers.get("Location", ""), parts.geturl())
@@ -132,6 +132,13 @@ class Https:
             else:
                 return connection
         raise failure or OSError
+
+
+def printable(header: str, name: str) -> str:
+    """Return a header that holds a secret, or raise `SourceRefused` where none may have its characters."""
+    if not re.fullmatch(r"[ -~]+", header):
+        raise SourceRefused(f"{name}: expected printable ASCII in what authorizes, found other characters")
+    return header
 
 
 def split_address(url: str, base: str = "") -> SplitResult:

@@ -20,6 +20,7 @@ import httpx
 from loramux_clouds import s3
 from loramux_clouds.bucket import TIMEOUT_S, Bucket, BucketSource
 from loramux_clouds.fields import fields_of
+from loramux_clouds.https import printable
 from loramux_shared.adapter_files import PIECE
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
@@ -312,7 +313,8 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[MlflowArtifac
     headers = {"Accept-Encoding": "identity", "User-Agent": "loramux"}
     client = httpx.Client(
         base_url=url,
-        headers=headers | ({"Authorization": f"Bearer {token}"} if token and not username else {}),
+        headers=headers
+        | ({"Authorization": printable(f"Bearer {token}", label)} if token and not username else {}),
         auth=httpx.BasicAuth(username, of("password")) if username else None,
         timeout=TIMEOUT_S,
         trust_env=False,  # no proxy and no netrc is between the server and its credentials

@@ -210,7 +210,14 @@ class OciSource(ListedSource):
         """Return a manifest with its digest."""
         body = self._patience.call(
             lambda deadline: b"".join(
-                self._pieces(registry, "manifests", reference, deadline, MAX_MANIFEST, progress)
+                self._pieces(
+                    registry,
+                    "manifests",
+                    reference,
+                    deadline,
+                    MAX_MANIFEST,
+                    deadline.watch(registry.label, progress),
+                )
             ),
             progress,
         )
@@ -301,8 +308,13 @@ class OciSource(ListedSource):
         fields.setdefault("scope", f"repository:{registry.name}:pull")
         host = realm.partition("://")[2].partition("/")[0]
         password = (host, registry.basic) if registry.basic else None
+        watch, body = deadline.watch(registry.label, unwatched), bytearray()
         with self._https.get(f"{realm}?{urlencode(fields)}", deadline, password) as download:
-            body = b"".join(download.pieces())[:MAX_MANIFEST]
+            for piece in download.pieces():
+                watch(len(piece))
+                body += piece
+                if len(body) > MAX_MANIFEST:
+                    raise SourceRefused(f"{registry.label}: {host}: more than {MAX_MANIFEST} bytes in a token")
         try:
             answer = json.loads(body)
             return f"Bearer {answer.get('token') or answer['access_token']}"
@@ -314,7 +326,7 @@ def _first_digest(registry: Registry, index: Mapping[str, Any]) -> str:
     entries = index["manifests"] if isinstance(index["manifests"], list) else []
     for entry in entries:
         found = _DIGEST.fullmatch(str(entry.get("digest"))) if isinstance(entry, dict) else None
-        attached = isinstance(entry, dict) and "vnd.docker.reference.type" in (entry.get("annotations") or {})
+        attached = isinstance(entry, dict) and "vnd.docker.reference.type" in str(entry.get("annotations"))
         if found and not attached:
             return found[1]
     raise SourceRefused(f"{registry.label}: its index names no manifest")
@@ -332,7 +344,7 @@ def _layers(registry: Registry, manifest: Mapping[str, Any]) -> Iterator[Layer]:
             digest = _DIGEST.fullmatch(layer["digest"])
             size, kind = int(layer["size"]), str(layer.get("mediaType", ""))
             notes = dict(layer.get("annotations") or {})
-        except (TypeError, KeyError, ValueError, AttributeError):
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
             digest = None
         if digest is None or size < 0:
             raise SourceRefused(f"{registry.label}: a layer of its manifest has no valid digest or size")

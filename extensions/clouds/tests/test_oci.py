@@ -174,6 +174,15 @@ def test_a_password_of_dockers_config_opens_a_registry(registry: Registry, beare
         registry.source({"username": "ann"}).resolve(registry.repository())
 
 
+@pytest.mark.parametrize("token", [b'{"token": "a\\nb"}', b"x" * (5 << 20)])
+def test_a_token_that_is_none_is_refused(registry: Registry, token: bytes) -> None:
+    """It is bounded, and has the characters of a header."""
+    challenge = f'Bearer realm="https://{registry.host}/token"'
+    registry.site.routes |= {"/v2/lab/a/manifests/v1": guarded(b"{}", "Bearer t", challenge), "/token": token}
+    with pytest.raises(SourceRefused, match=r"authorizes|more than"):
+        registry.source().resolve(registry.repository())
+
+
 def mislabelled(registry: Registry) -> Any:
     layer = registry.layer(b"content", "text", **{TITLE: "a"})
     registry.site.routes[f"/v2/lab/a/blobs/{layer['digest']}"] = b"another"
@@ -185,6 +194,7 @@ def mislabelled(registry: Registry) -> Any:
     [
         (lambda _: {}, SourceRefused),
         (lambda _: {"digest": "md5:1", "size": 1}, SourceRefused),
+        (lambda _: {"digest": f"sha256:{'0' * 64}", "size": float("inf")}, SourceRefused),
         (lambda made: made.layer(b"1", "text", **{TITLE: "../a"}), SourceRefused),
         (lambda made: made.layer(b"1", f"{OCI}.layer.v1.tar+zstd"), SourceRefused),
         (lambda made: made.layer(image(("models/../../a", b"1")), f"{OCI}.layer.v1.tar"), SourceRefused),
@@ -202,7 +212,9 @@ def test_hostile_artifacts_are_refused(
         registry.read(into=tmp_path)
 
 
-@pytest.mark.parametrize("body", [b"[]", b"{", b'{"manifests": []}', b'{"manifests": [{"digest": 1}]}', b"{}"])
+@pytest.mark.parametrize(
+    "body", [b"[]", b"{", b'{"manifests": []}', b'{"manifests": [{"annotations": 1}]}', b"{}"]
+)
 def test_what_is_no_manifest_is_refused(registry: Registry, body: bytes) -> None:
     """A registry's answer is untrusted."""
     registry.site.routes["/v2/lab/a/manifests/latest"] = body

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar, Unpack, overload
 
 import structlog
+from pydantic import ValidationError
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from inference_service.serving.service import GenerationService
@@ -21,7 +22,8 @@ from loramux.vectors import EmbedOptions, ScoreOptions, TextInput
 from loramux_offline.local import LocalClient, load
 from loramux_shared.bundle.names import BASE
 from loramux_shared.deployment import Build, Deployment, Runtime
-from loramux_shared.faults import Fault, Finding, RequestInvalid, SettingsInvalid
+from loramux_shared.deployment_file import findings_of
+from loramux_shared.faults import DeploymentInvalid, Fault, Finding, RequestInvalid, SettingsInvalid
 from loramux_shared.spelling import parse_repository
 
 STORE: Final = "file://~/.local/share/loramux/store"
@@ -145,6 +147,26 @@ class LLM:
         """Return how each text scores under an adapter with a score head, as `loramux.Client.classify` does."""
         return self.run(self._client.classify(model, texts, **options))
 
+    def score(
+        self, queries: str | Sequence[str], texts: Sequence[str], model: str, **options: Unpack[ScoreOptions]
+    ) -> list[float]:
+        """Return how well each text fits its query, or the one query of all, under an adapter with one label.
+
+        Scores are those of `/score` of the HTTP API.
+
+        Raises:
+            RequestInvalid: there is not a query for each text, or the adapter has several labels.
+        """
+        several = [queries] * len(texts) if isinstance(queries, str) else queries
+        if isinstance(texts, str) or len(several) != len(texts):
+            expected, found = "one text, or one for each of texts, a list", f"{len(several)} and {len(texts)}"
+            raise RequestInvalid.of_field("queries and texts do not fit together", "queries", expected, found)
+        scored = self.classify(list(zip(several, texts, strict=True)), model, **options)
+        if len(scored.labels) != 1:
+            found = f"{len(scored.labels)} labels"
+            raise RequestInvalid.of_field("the adapter classifies", "model", "an adapter with one label", found)
+        return [each.scores[0] for each in scored.texts]
+
     chat = generate
     """vLLM's name of `generate` for prompts that are messages."""
 
@@ -260,10 +282,11 @@ def _deployment(
         return deployment
     if deployment is not None:
         return load_deployment(Path(deployment)).deployment
-    build = Build(
-        checkpoint_repository=parse_repository(base),
-        lora_adapters={name: parse_repository(word) for name, word in adapters.items()},
-    )
+    fields = {"checkpoint_repository": parse_repository(base)}
+    try:
+        build = Build(**fields, lora_adapters={name: parse_repository(each) for name, each in adapters.items()})
+    except ValidationError as error:
+        raise DeploymentInvalid("adapters: not every name can be one", findings_of(error, Build)) from error
     # The store may have other deployments of the base: the name is a hash of this build.
     name = f"offline-{sha256(build.model_dump_json().encode()).hexdigest()[:16]}"
     return Deployment(model_name=name, build=build, runtime=Runtime(served_model_name=BASE))

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,12 +73,27 @@ def test_a_whole_answer_is_that_of_a_stream(llm: LLM, options: Any, monkeypatch:
 def test_a_refused_prompt_ends_the_call_or_stands_in_its_place(llm: LLM) -> None:
     """The fault names the prompt; with return_exceptions the others are answered."""
     prompts: list[Any] = ["hello", [10**6], "bye"]
-    with pytest.raises(RequestInvalid, match="prompt 1: "):
-        llm.generate(prompts, max_tokens=4)
+    for wrong in (prompts, ["hello", "\ud800"]):
+        with pytest.raises(RequestInvalid, match="prompt 1: "):
+            llm.generate(wrong, max_tokens=4)
     answers = llm.generate(prompts, max_tokens=4, return_exceptions=True)
     assert [isinstance(answer, Fault) for answer in answers] == [False, True, False]
     with pytest.raises(ModelNotFound, match="nobody"):
         llm.generate(["hello"], "nobody")
+
+
+def test_scores_are_those_of_pairs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One query is for all texts, or each has its own; an adapter with several labels is refused."""
+
+    def classify(pairs: Any, model: str) -> Any:
+        return SimpleNamespace(labels=model, texts=[SimpleNamespace(scores=[pair]) for pair in pairs])
+
+    monkeypatch.setattr(llm, "classify", classify)
+    assert llm.score("q", ["a", "b"], "1") == [("q", "a"), ("q", "b")]
+    assert llm.score(["q", "r"], ["a", "b"], "1") == [("q", "a"), ("r", "b")]
+    for queries, texts, model in ((["q"], ["a", "b"], "1"), (["q"], "a", "1"), ("q", ["a"], "12")):
+        with pytest.raises(RequestInvalid):
+            llm.score(queries, texts, model)
 
 
 class Interrupting(Sequence[str]):
@@ -114,5 +130,6 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(world: World, tmp_path: 
         LLM(world.deployment(), base=str(world.base))
     with pytest.raises(SettingsInvalid, match="no_such_setting: unknown setting"):
         LLM(world.deployment(), store=store, no_such_setting=1)
-    with pytest.raises(DeploymentInvalid):
-        LLM(base="file:no repository")
+    for wrong in ({"base": "file:no repository"}, {"base": "org/base", "adapters": {"a/b": "org/a"}}):
+        with pytest.raises(DeploymentInvalid):
+            LLM(**wrong)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Final, Self
+from uuid import uuid4
 
 import structlog
 
@@ -20,6 +21,7 @@ from loramux.records import DeploymentState
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.options import listen
+from loramux_shared.wording import is_whole
 
 log = structlog.get_logger()
 
@@ -109,18 +111,31 @@ class Updates:
         return found
 
     def publish(self, adapters: Mapping[str, Repository]) -> None:
-        """Update adapters, and return when that has ended; what fails for now is noted again."""
-        try:
-            self._client.update(self._deployment, adapters)
-            *_, last = self._client.watch(self._deployment)
-            if last.state is DeploymentState.FAILED and last.failure is not None:
-                raise last.failure
-        except Fault as fault:
-            log.warning("adapters not updated", adapters=[*adapters], reason=fault.reason, problem=str(fault))
-            if fault.is_passing:
-                self.note(adapters, RETRY_S)
-        else:
-            log.info("adapters updated", adapters=[*adapters], generation=last.generation)
+        """Update adapters, and return when that has ended; what fails for now is noted again.
+
+        Each is an update of its own, so that one that is refused holds up no other: a builder makes one
+        generation of those that wait.
+        """
+        calls = {name: uuid4().hex for name in adapters}
+        for ends in (False, True):
+            for name, call in list(calls.items()):
+                try:
+                    self._advance(name, adapters[name], call, ends=ends)
+                except Fault as fault:
+                    del calls[name]
+                    log.warning("adapter not updated", adapter=name, reason=fault.reason, problem=str(fault))
+                    if fault.is_passing:
+                        self.note({name: adapters[name]}, RETRY_S)
+
+    def _advance(self, name: str, repository: Repository, call: str, *, ends: bool) -> None:
+        """Begin an update, or follow it to its end."""
+        if not ends:
+            self._client.update(self._deployment, {name: repository}, request_id=call)
+            return
+        *_, last = self._client.watch(self._deployment, request_id=call)
+        if last.state is DeploymentState.FAILED and last.failure is not None:
+            raise last.failure
+        log.info("adapter updated", adapter=name, generation=last.generation)
 
     def _run(self) -> None:
         while not self._ended:
@@ -159,7 +174,7 @@ class Receiver(ThreadingHTTPServer):
 
     def take(self, secret: str, body: bytes) -> tuple[int, Collection[str]]:
         """Return the status for an event, and the adapters that it is about."""
-        if not hmac.compare_digest(secret.encode(), self._secret):
+        if not hmac.compare_digest(secret.encode("latin-1", "replace"), self._secret):  # as headers are read
             return 403, ()
         try:
             event = json.loads(body)
@@ -178,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Take an event."""
         length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdigit() or int(length) > MAX_BODY:
+        if not is_whole(length) or int(length) > MAX_BODY:
             return self._answer(413 if length.isdigit() else 411, ())
         body = self.rfile.read(int(length))
         status, adapters = self.server.take(self.headers.get("X-Webhook-Secret", ""), body)

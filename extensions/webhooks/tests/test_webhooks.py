@@ -21,7 +21,7 @@ from tests.support.openai_api import openai_world
 from tests.support.served_replicas import open_builder
 from tests.support.waiting import BOUND_S, wait_until
 
-SECRET = "a secret"  # noqa: S105 - of a test
+SECRET = "a s\xe9cret"  # noqa: S105 - of a test
 
 
 def hf(repo: str, revision: str = "") -> Repository:
@@ -72,19 +72,20 @@ class Fake:
         self.faults = list(faults)
         self.updates: list[list[str]] = []
 
-    def update(self, deployment: str, adapters: Any) -> None:
-        assert deployment == "tiny"
+    def update(self, deployment: str, adapters: Any, request_id: str) -> None:
+        assert (deployment, bool(request_id)) == ("tiny", True)
         if self.faults:
             raise self.faults.pop(0)
         self.updates.append(sorted(adapters))
 
-    def watch(self, deployment: str) -> Iterator[Any]:
+    def watch(self, deployment: str, request_id: str) -> Iterator[Any]:
         """Report the end of the build."""
+        assert request_id
         return iter([type("Info", (), {"state": deployment, "failure": None, "generation": 2})])
 
 
 def test_events_are_debounced_and_passing_failures_repeated() -> None:
-    """Adapters that are quiet go together; an adapter that is refused waits for its next event."""
+    """Adapters that are quiet are due together; one that is refused waits for its next event."""
     time_s = [0.0]
     client = Fake(StoreUnavailable("down"), AdapterInvalid("no LoRA"))
     updates = Updates(client, "tiny", 10, clock=lambda: time_s[0])
@@ -105,7 +106,7 @@ def test_events_are_debounced_and_passing_failures_repeated() -> None:
     updates.publish({"a": a})
     assert due(2 * RETRY_S) == []
     updates.publish({"a": a, "b": b})
-    assert client.updates == [["a", "b"]]
+    assert client.updates == [["a"], ["b"]]
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def receiver() -> Iterator[tuple[str, Updates]]:
 def test_an_event_needs_the_secret_and_a_bounded_body(receiver: tuple[str, Updates]) -> None:
     """Nothing follows from other requests."""
     url, updates = receiver
-    headers = {"X-Webhook-Secret": SECRET}
+    headers = {"X-Webhook-Secret": SECRET.encode()}
     for status, kwargs in (
         (403, {"json": event()}),
         (403, {"json": event(), "headers": {"X-Webhook-Secret": "other"}}),
@@ -136,7 +137,7 @@ def test_an_event_needs_the_secret_and_a_bounded_body(receiver: tuple[str, Updat
 
 
 async def test_a_push_to_a_hub_is_served(tmp_path: Path) -> None:
-    """The adapter's next version is the new commit."""
+    """The adapter's next version is the new commit, whatever is refused at the same moment."""
     world = openai_world(tmp_path / "world")
     folders = [*world[0].adapters.values()]
     first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders[:2])
@@ -150,7 +151,7 @@ async def test_a_push_to_a_hub_is_served(tmp_path: Path) -> None:
                     digests = []
                     for commit, files in (("a" * 40, first), ("b" * 40, second)):
                         hub.repos["lab/a"] = HubRepo({"main": commit}, files)
-                        updates.note(followed.touched(event()))
+                        updates.note(followed.touched(event()) | {"absent": hf("lab/absent")})
                         found = wait_until(lambda commit=commit: served(commit), "the new version")
                         digests.append(found)
                     assert digests[0] != digests[1]

@@ -23,6 +23,7 @@ from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.runtime import ReasoningParser
 from tests.support.access import lines, new_entry
+from tests.support.cases import cases
 from tests.support.generations import change_deployed
 from tests.support.openai_api import OpenAIApi
 from tests.support.talker import Talker, open_talker
@@ -147,19 +148,7 @@ async def test_a_demanded_call_is_made_and_answered(claude: AsyncAnthropic) -> N
     assert used.input_tokens + (used.cache_read_input_tokens or 0) == len(prompt)
 
 
-@pytest.mark.parametrize(
-    ("fields", "kind", "expected"),
-    [
-        ({"model": "nope"}, "NotFoundError", "no model 'nope'"),
-        ({"extra_body": {"temprature": 1}}, "BadRequestError", "Did you mean temperature?"),
-        ({"max_tokens": 10**4}, "BadRequestError", "context limit: 7 + 10000 > 256, decrease"),
-        (
-            {"messages": [{"role": "user", "content": "x" * 300}]},
-            "BadRequestError",
-            "prompt is too long: 305 tokens > 255 maximum",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("fields", "kind", "expected"), cases(__file__, "test_refusals_are_the_clients_own"))
 async def test_refusals_are_the_clients_own(
     claude: AsyncAnthropic, fields: dict[str, Any], kind: str, expected: str
 ) -> None:
