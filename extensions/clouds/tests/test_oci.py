@@ -176,7 +176,7 @@ def test_a_password_of_dockers_config_opens_a_registry(registry: Registry, beare
 
 @pytest.mark.parametrize("token", [b'{"token": "a\\nb"}', b"x" * (5 << 20)])
 def test_a_token_that_is_none_is_refused(registry: Registry, token: bytes) -> None:
-    """It is bounded, and has the characters of a header."""
+    """A token is bounded, and has the characters of a header."""
     challenge = f'Bearer realm="https://{registry.host}/token"'
     registry.site.routes |= {"/v2/lab/a/manifests/v1": guarded(b"{}", "Bearer t", challenge), "/token": token}
     with pytest.raises(SourceRefused, match=r"authorizes|more than"):

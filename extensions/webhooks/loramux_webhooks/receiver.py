@@ -113,7 +113,7 @@ class Updates:
     def publish(self, adapters: Mapping[str, Repository]) -> None:
         """Update adapters, and return when that has ended; what fails for now is noted again.
 
-        Each is an update of its own, so that one that is refused holds up no other: a builder makes one
+        Each is an update of its own, so that one that is refused blocks no other: a builder makes one
         generation of those that wait.
         """
         calls = {name: uuid4().hex for name in adapters}
