@@ -85,8 +85,8 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
         progress = seq.progress
         tokens, start = progress.tokens, progress.num_computed
         end = start + length
-        held = progress.blocks, end, progress.tables, progress.state_slot
-        rows.contexts.append(Context(row, length, *held, seq.second))
+        state = progress.state_slot
+        rows.contexts.append(Context(row, length, progress.blocks, end, progress.tables, state, seq.second))
         rows.positions.extend(range(start, end))
         if start == len(tokens):
             rows.tokens.append(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -152,8 +151,8 @@ def pack_tables(
     Raises:
         ValueError: when chunks, rows, blocks or a chunk's length exceed the capacity, or blocks are missing.
     """
-    chunks = np.array([(c.row, c.length, c.end) for c in contexts], dtype=np.int64).reshape(-1, 3)
-    row, length, end = chunks.T
+    columns = [c.row for c in contexts], [c.length for c in contexts], [c.end for c in contexts]
+    row, length, end = chunks = np.array(columns, dtype=np.int64)
     needed = -(-end // capacity.block_size)
     _check_fits(capacity, contexts, chunks, needed)
     packed = np.empty(capacity.packed_size, dtype=np.int32) if out is None else out
@@ -164,8 +163,11 @@ def pack_tables(
     positions = (end - length)[chunk] + within
     for group in range(capacity.groups):
         blocks = section["blocks"][group * capacity.most_blocks :]
-        held = _held(contexts, group, needed.tolist())
-        blocks[: len(held)] = held
+        for context, count, first in zip(contexts, needed.tolist(), first_block.tolist(), strict=True):
+            table = context.table(group)
+            if count > len(table):
+                raise ValueError(f"{context.end} tokens need {count} blocks, got {len(table)}")
+            blocks[first : first + count] = table[:count]
         own = blocks[first_block[chunk] + positions // capacity.block_size]
         own_rows = own * capacity.block_size + positions % capacity.block_size
         section["cache_rows"][group * capacity.rows + row[chunk] + within] = own_rows
@@ -202,21 +204,10 @@ def _fill(section: npt.NDArray[np.int32], found: Ints) -> None:
     section[found.size :] = 0
 
 
-def _held(contexts: Sequence[Context], group: int, needed: Sequence[int]) -> array[int]:
-    """Return the blocks that contexts need in a group of layers, one context after the other."""
-    held = array("i")
-    for context, count in zip(contexts, needed, strict=True):
-        table = context.table(group)
-        if count > len(table):
-            raise ValueError(f"{context.end} tokens need {count} blocks, got {len(table)}")
-        held.extend(table[:count])
-    return held
-
-
 def _check_fits(capacity: AttentionCapacity, contexts: Sequence[Context], chunks: Ints, needed: Ints) -> None:
     if len(contexts) > capacity.chunks:
         raise ValueError(f"{len(contexts)} chunks, but room for {capacity.chunks}")
-    row, length, end = chunks.T
+    row, length, end = chunks
     outside = (length < 1) | (length > end) | (row < 0)
     if outside.any():
         raise ValueError(f"a chunk lies in its context and in the batch, got {contexts[outside.argmax()]}")

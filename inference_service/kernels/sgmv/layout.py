@@ -189,7 +189,7 @@ class SegmentCapacity:
         """Segments with those of rows without an adapter."""
         return max(self.segments, min(self.rows, self.segments + -(-self.rows // self.tile)))
 
-    @property
+    @cached_property
     def sections(self) -> dict[str, slice]:
         """Return the place of each array in the one int32 buffer that a step copies to the device."""
         return sections(
@@ -234,7 +234,7 @@ def pack_segments(
     slots = np.asarray(slots, dtype=np.int64)
     tokens = np.arange(slots.size) if token_ids is None else np.asarray(token_ids, dtype=np.int64)
     kept = np.nonzero(slots >= 0)[0]
-    turns = _turns(tokens[kept])
+    turns = np.zeros_like(kept) if token_ids is None else _turns(tokens[kept])
     _check_fits(capacity, slots[kept], turns, scaled=scales is not None)
 
     order = np.lexsort((tokens[kept], slots[kept], turns))
