@@ -94,10 +94,8 @@ async def test_a_push_that_fails_does_not_end_a_training(tmp_path: Path) -> None
     full = PushAdapter("tiny", "trained", on="evaluate")
     model = SimpleNamespace(save_pretrained=Mock(side_effect=OSError("No space left on device")))
     full.on_evaluate(None, state, control, model=model)
-    assert [each.failure.reason for each in callback.pushed + full.pushed] == [
-        "REQUEST_INVALID",
-        "RESOURCES_EXHAUSTED",
-    ]
+    reasons = [each.failure.reason for each in callback.pushed + full.pushed]
+    assert reasons == ["REQUEST_INVALID", "RESOURCES_EXHAUSTED"]
 
 
 def test_prompts_need_references(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoNotFound
 from loramux_shared.sources.base import Progress, Resolved, Room, unwatched
 from loramux_shared.sources.cache import missing_files
-from loramux_shared.sources.files import disk_errors, inside
+from loramux_shared.sources.files import closed_with, disk_errors, inside
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 
@@ -87,4 +87,4 @@ class ListedSource(ABC):
         with disk_errors():
             if self._work_dir:
                 self._work_dir.mkdir(parents=True, exist_ok=True)
-            return opened.enter_context(tempfile.TemporaryFile(dir=self._work_dir))
+            return closed_with(opened, tempfile.TemporaryFile(dir=self._work_dir))

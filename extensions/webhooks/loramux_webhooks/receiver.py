@@ -6,6 +6,7 @@ https://huggingface.co/docs/hub/webhooks: a POST with the secret in ``X-Webhook-
 import hmac
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -166,6 +167,11 @@ class Receiver(ThreadingHTTPServer):
         self._secret = secret.encode()
         self._followed = followed
         self._updates = updates
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report what failed, but for clients that went away."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:

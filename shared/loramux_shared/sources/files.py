@@ -137,16 +137,25 @@ def whole(target: Path) -> Iterator[IO[bytes]]:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=PART)
     try:
-        with os.fdopen(descriptor, "wb") as sink:
-            yield sink
-            with disk_errors():
-                sink.flush()
+        with ExitStack() as opened:
+            yield closed_with(opened, os.fdopen(descriptor, "wb"))
         with disk_errors():
             Path(name).replace(target)
     except BaseException:
         with suppress(FileNotFoundError):
             Path(name).unlink()
         raise
+
+
+def closed_with(opened: ExitStack, file: IO[bytes]) -> IO[bytes]:
+    """Have a file closed, and what it has not written yet named where that does not fit the disk."""
+
+    def close() -> None:
+        with disk_errors():
+            file.close()
+
+    opened.callback(close)
+    return file
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Paths that people do not mean: bytes that are no UTF-8, a NUL, links to themselves, pipes and devices."""
 
 import os
+import resource
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -13,6 +14,7 @@ from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.extensions import PARTS
 from loramux_shared.faults import Fault, SourceChanged, SourceRefused, StoreUnavailable
+from loramux_shared.sources.files import whole
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, open_sources
 from loramux_shared.storage.local import LocalStore
@@ -160,3 +162,15 @@ def test_what_is_missing_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch
     text = "the extension 's3' needs packages that are not installed here (no_such_package_of_amazon): "
     assert str(refusal.value) == text + "pip install 'loramux[s3]'"
     assert refusal.value.repository == "s3://bucket/one"
+
+
+def test_a_file_that_does_not_fit_the_disk_is_named(tmp_path: Path) -> None:
+    """Bytes that wait to be written when it is closed do not fit either; nothing of it stays."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, most[1]))
+    try:
+        with pytest.raises(faults.ResourcesExhausted), whole(tmp_path / "a") as sink:
+            sink.writelines([bytes(1 << 20), b"a"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert not list(tmp_path.iterdir())
