@@ -1,5 +1,10 @@
 """``python -m loramux_apis.api FD``: one API process; the service starts it, and nobody else."""
 
+from loramux_apis import parent
+
+if __name__ == "__main__":
+    parent.watch()  # what follows takes seconds to import
+
 import asyncio
 import gc
 import signal
@@ -142,6 +147,7 @@ async def serve(descriptor: int) -> int:
 
 def main() -> int:
     """Run an API process; signals are the engine's process's to take, which drains this one."""
+    parent.IMPORTED.set()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     raise_limit()

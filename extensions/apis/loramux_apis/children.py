@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 from asyncio.subprocess import Process
 from collections.abc import Callable, Collection, Coroutine
@@ -134,11 +135,10 @@ class ApiProcesses:
     async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:  # noqa: ARG002
         """Let all requests end, then the processes; False where some were cut, by the processes' own word."""
         self.ending = True
-        finished = await asyncio.gather(*(child.end(timeout_s) for child in self._children))
         for each in (self._port, self._listener):
-            if each is not None:
+            if each is not None:  # the processes have theirs; behind the last one, nobody would accept
                 each.close()
-        return all(finished)
+        return all(await asyncio.gather(*(child.end(timeout_s) for child in self._children)))
 
     async def _tell(self, word: str) -> None:
         """Ask every process for something, and wait for those that answer."""
@@ -279,4 +279,4 @@ class _Child:
 def _kill(process: Process) -> None:
     if process.returncode is None:
         with suppress(ProcessLookupError):
-            process.kill()
+            os.kill(process.pid, signal.SIGKILL)  # asyncio's own may take the status of one that has ended

@@ -43,7 +43,11 @@ class HttpRelay:
 
 
 class RpcRelay(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types here
-    """Passes calls on to the engine's own server, message by message, without reading them."""
+    """Passes calls on to the engine's own server without reading them.
+
+    Requests are one message, except those for reflection: a call that ends while its client writes a stream has
+    the status of the write instead of its own.
+    """
 
     def __init__(self, address: str, servicer: InferenceServicer) -> None:
         self._channel = grpc.aio.insecure_channel(address, CLIENT_OPTIONS)
@@ -59,19 +63,26 @@ class RpcRelay(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         if method.startswith(f"/{health.SERVICE_NAME}/"):
             return None
 
-        async def relay(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-            call = self._channel.stream_stream(method)(
-                requests, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata())
+        streams = method.startswith("/grpc.")
+        begin = self._channel.stream_stream(method) if streams else self._channel.unary_stream(method)
+
+        async def relay(
+            request: AsyncIterator[bytes] | bytes, context: grpc.aio.ServicerContext
+        ) -> AsyncIterator[bytes]:
+            call = begin(
+                request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata())
             )
             try:
                 async for message in call:
-                    await context.write(message)
+                    yield message
             except grpc.aio.AioRpcError as error:
                 await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata()))
             finally:
                 call.cancel()
 
-        return grpc.stream_stream_rpc_method_handler(relay)
+        if streams:
+            return grpc.stream_stream_rpc_method_handler(relay)
+        return grpc.unary_stream_rpc_method_handler(relay)
 
     async def close(self) -> None:
         """Close the connection to the engine's process."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -113,7 +114,10 @@ async def replica(
     try:
         yield Replica(made, thread, apis, addresses)
     finally:
-        await asyncio.gather(apis.drain(0, thread.cut), rpc.drain(0))
+        ends = asyncio.gather(apis.drain(0, thread.cut), rpc.drain(0))
+        await asyncio.sleep(0)
+        assert apis.descriptors == (-1,)  # nobody would accept from it once the processes have ended
+        await ends
         await thread.stop()
 
 
@@ -305,6 +309,14 @@ async def test_an_address_in_use_is_named(tmp_path: Path, served: Replica) -> No
         apis = ApiProcesses(settings, served.service, 1, (SERVICE_NAME,), CORE, inside, keyless=True)
         with pytest.raises(SettingsInvalid, match="cannot listen"):
             await apis.start()
+
+
+async def test_a_call_that_is_refused_unread_has_its_status(served: Replica) -> None:
+    """A call that the engine's process refuses while its request is on the way ends with that refusal."""
+    async with grpc.aio.insecure_channel(served.addresses["grpc"]) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(f"/{SERVICE_NAME}/Unknown")(bytes(4 << 20))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_an_engine_that_fails_ends_health_first(tmp_path: Path) -> None:

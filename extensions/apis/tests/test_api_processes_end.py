@@ -63,9 +63,10 @@ def test_a_service_with_api_processes_drains(world: World, tmp_path: Path) -> No
         assert process.wait() == 0
 
 
-def test_a_signal_ends_a_start_whose_api_process_hangs(world: World, tmp_path: Path) -> None:
-    """A service that waits for an API process to listen ends at once."""
-    hangs = "import sys, time\nif 'loramux_apis.api' in sys.orig_argv:\n    time.sleep(1e6)\n"
+def test_a_signal_ends_a_start_whose_api_process_imports(world: World, tmp_path: Path) -> None:
+    """A service that waits for an API process to listen ends at once, and the process with it."""
+    hangs = "import sys, time\nif 'loramux_apis.api' in sys.orig_argv:\n    sys.meta_path.insert(0, time)\n"
+    hangs += "time.find_spec = lambda name, *_: time.sleep(1e6 if name == 'asyncio' else 0)\n"
     (tmp_path / "sitecustomize.py").write_text(hangs)
     settings = {"LORAMUX_API_PROCESSES": "1", "LORAMUX_KV_MEMORY_GB": "0.01", "PYTHONPATH": str(tmp_path)}
     flags = flags_of(world, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0")
@@ -73,7 +74,7 @@ def test_a_signal_ends_a_start_whose_api_process_hangs(world: World, tmp_path: P
     [child] = wait_until(lambda: _children(process.pid), "the API process")
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
-    child.kill()
+    wait_until(lambda: not child.is_running(), "the end of the API process")
 
 
 def test_api_processes_end_with_the_engines(world: World, tmp_path: Path) -> None:

@@ -185,7 +185,10 @@ class Connections:
         return False
 
     def _is_full(self) -> bool:
-        return len(self._state.connections) + len(self._unopened()) >= self._bound
+        held = len(self._state.connections)
+        if held + len(self._opening) < self._bound:  # far from it: the cost of a connection is none of all
+            return False
+        return held + len(self._unopened()) >= self._bound
 
     def _unopened(self) -> list[tuple[float, asyncio.Task[None]]]:
         """Return the connections that are neither open nor given up, and since when they are being opened."""

@@ -1,6 +1,8 @@
 """The outer side: processes that answer questions and are started again after they ended, and pools of them."""
 
 import json
+import os
+import select
 import signal
 import subprocess
 import threading
@@ -14,6 +16,9 @@ from inference_service.text.sandbox.loop import CPU_S, TOO_DEEP
 from loramux_shared.process import python
 
 IDLE_S: Final = 60.0
+STILL_S: Final = 60.0
+"""For an answer that takes a second of a core, on a machine that has none to spare."""
+PIECE: Final = 1 << 16
 TURN_S: Final = 0.01
 """Questions of one kind are answered for so long while others wait; a thread for each costs more than most."""
 
@@ -24,6 +29,8 @@ class SandboxProcess:
     def __init__(self, module: str, idle_s: float = IDLE_S, cpu_s: float = CPU_S) -> None:
         """Take a module of this package that calls `loop.serve`; the process ends after idle_s without one."""
         self._cpu_s = cpu_s
+        self.still_s = STILL_S
+        """A process that has not answered for so long is ended."""
         self._command = python(f"{__package__}.{module}", f"{idle_s}", f"{cpu_s}")
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -45,16 +52,18 @@ class SandboxProcess:
 
     def _exchange(self, line: bytes) -> dict[str, str] | None:
         if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 - our own module
+            self._process = subprocess.Popen(  # noqa: S603 - our own module
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            )
         process = self._process
-        assert process.stdin is not None  # noqa: S101 - both are pipes
-        assert process.stdout is not None  # noqa: S101
         try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            answer = process.stdout.readline()
+            answer = self._answer(process, line)
         except BrokenPipeError:
             return None
+        except TimeoutError:
+            process.kill()
+            process.wait()
+            return {"error": f"its sandbox did not answer for {self.still_s:g} s. Send the request again."}
         if answer.endswith(b"\n"):  # else it ended before, or within it
             return dict(json.loads(answer))
         status = process.wait()
@@ -63,6 +72,31 @@ class SandboxProcess:
         if status > 0:  # Python ended itself: the process lacks a module, or a right
             return _LOST
         return None if status == 0 else TOO_DEEP
+
+    def _answer(self, process: subprocess.Popen[bytes], line: bytes) -> bytearray:
+        """Write a line and read one, or what the process wrote before its end.
+
+        Raises:
+            BrokenPipeError: it had ended before.
+            TimeoutError: it stands still, or gets no core.
+        """
+        assert process.stdin is not None  # noqa: S101 - both are pipes
+        assert process.stdout is not None  # noqa: S101
+        ours, theirs = process.stdin.fileno(), process.stdout.fileno()
+        os.set_blocking(ours, False)
+        until_s, left, answer = time.monotonic() + self.still_s, memoryview(line), bytearray()
+        while not answer.endswith(b"\n"):
+            ready = select.poll()
+            ready.register(*((ours, select.POLLOUT) if left else (theirs, select.POLLIN)))
+            if not ready.poll(max(0.0, until_s - time.monotonic()) * 1000):
+                raise TimeoutError
+            if left:
+                left = left[os.write(ours, left) :]
+            elif piece := os.read(theirs, PIECE):
+                answer += piece
+            else:
+                break
+        return answer
 
 
 _LOST: Final = {"error": "the template's sandbox does not start; the server's log has the reason"}

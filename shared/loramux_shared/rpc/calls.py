@@ -111,18 +111,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         handler = await continuation(details)
         if handler is None or details.method.startswith("/grpc."):
             return handler
-        if handler.request_deserializer is None:
-            return self._relayed(handler, details.method)
         return self.wrap(handler, details.method)
-
-    def _relayed(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
-        """Return a handler of bytes, which another server reads, that is counted as one of ours."""
-
-        async def relay(requests: AsyncIterator[bytes], context: Context) -> None:
-            async with self._guard(context, method):
-                await handler.stream_stream(requests, context)
-
-        return grpc.stream_stream_rpc_method_handler(relay)
 
     def wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         """Return a handler that passes here what it does.
@@ -131,7 +120,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         for as long as the client likes. Of a method that wants a stream, each message has to come in time.
         """
         serializers = {
-            "request_deserializer": bounded(handler.request_deserializer),
+            "request_deserializer": handler.request_deserializer and bounded(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.response_streaming:

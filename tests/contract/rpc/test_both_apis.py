@@ -1,7 +1,6 @@
 """The requests of the HTTP API over gRPC: both accept the same, and refuse the same, each in its own words."""
 
 import json
-import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,14 +11,12 @@ import pytest_asyncio
 from inference_service.rpc.servicer import SERVICE_NAME
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.requests import generate_request
-from tests.fuzz.apis import CALL, FuzzedApis
+from tests.fuzz.apis import FuzzedApis
+from tests.support.cases import cases
 from tests.support.grpc_api import open_rpc
 from tests.support.openai_api import open_api, openai_world
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-USER = {"role": "user", "content": "x"}
-CALL_TURN = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-LOOK = {"type": "function", "function": {"name": "look"}}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -32,21 +29,7 @@ async def apis(api_processes: int, tmp_path_factory: pytest.TempPathFactory) -> 
         yield FuzzedApis(http.http, {SERVICE_NAME: channel}, {})
 
 
-TURNS: list[tuple[list[dict[str, Any]], dict[str, Any], bool]] = [
-    ([{"role": "developer", "content": "x"}, USER], {}, True),
-    ([USER, CALL_TURN, {"role": "tool", "content": "4", "tool_call_id": "c1"}], {"tools": [LOOK]}, True),
-    ([{"role": "tool", "content": "x"}], {}, False),
-    ([USER | {"tool_calls": [CALL]}], {}, False),
-    ([CALL_TURN | {"tool_calls": [CALL | {"function": {"name": "", "arguments": "{}"}}]}], {}, False),
-    ([], {}, False),
-    ([USER], {"tools": [LOOK | {"function": {"name": "a b"}}]}, False),
-    ([USER], {"chat_template_kwargs": {"enable_thinking": False, "documents": [{"text": "x"}]}}, True),
-    ([USER], {"chat_template_kwargs": {"messages": []}}, False),
-]
-"""Messages, options of a chat, and whether they are taken."""
-
-
-@pytest.mark.parametrize(("messages", "options", "taken"), TURNS)
+@pytest.mark.parametrize(("messages", "options", "taken"), cases(__file__, "test_turns_tools_and_variables"))
 async def test_turns_tools_and_variables(
     apis: FuzzedApis, messages: list[dict[str, Any]], options: dict[str, Any], taken: bool
 ) -> None:
@@ -61,19 +44,7 @@ async def test_turns_tools_and_variables(
     assert (reported, stated) == (("OK", "OK") if taken else ("invalid_value", "REQUEST_INVALID"))
 
 
-MIXED: list[tuple[str, list[tuple[str, float | None]], bool]] = [
-    ("all*0.5 + rs*-1.5", [("all", 0.5), ("rs", -1.5)], True),
-    ("all+all*-1", [("all", None), ("all", -1.0)], True),
-    ("rs*8.5", [("rs", 8.5)], False),
-    ("rs*nan", [("rs", math.nan)], False),
-    ("+".join(["all"] * 9), [("all", 1.0)] * 9, False),
-    ("rs*inf+all", [("rs", math.inf), ("all", None)], False),
-    ("base*0.5+all", [("base", 0.5), ("all", None)], False),
-    ("all*0.5+", [("all", 0.5), ("", 1.0)], False),
-]
-
-
-@pytest.mark.parametrize(("model", "adapters", "taken"), MIXED)
+@pytest.mark.parametrize(("model", "adapters", "taken"), cases(__file__, "test_mixtures"))
 async def test_mixtures(
     apis: FuzzedApis, model: str, adapters: list[tuple[str, float | None]], taken: bool
 ) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ async def test_a_template_that_loops_delays_no_other() -> None:
 
 
 def test_a_process_that_is_gone_is_started_again() -> None:
-    """A sandbox that exited while it was idle is restarted, and the request succeeds."""
+    """A sandbox that ended while it was idle, or that stands still, is replaced."""
     process = SandboxProcess("templates")
     question = {"source": "hi", "variables": {}}
     for end in (lambda child: child.stdin.close(), lambda child: child.kill(), lambda child: child.kill()):
@@ -104,6 +105,11 @@ def test_a_process_that_is_gone_is_started_again() -> None:
         child = process._process
         end(child)  # the first as after a long idle time
         child.wait(BOUND_S)
+    assert process.ask(question) == {"text": "hi"}
+    process._process.send_signal(signal.SIGSTOP)
+    process.still_s = 0
+    assert "did not answer" in process.ask(question)["error"]
+    process.still_s = BOUND_S
     assert process.ask(question) == {"text": "hi"}
     process.close()
 
