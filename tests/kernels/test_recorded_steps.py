@@ -71,7 +71,7 @@ def test_traffic_launches_what_the_start_has_launched(tmp_path: Path, monkeypatc
         run(ready, runner, [("base", 1, SamplingParams(max_tokens=2))])
     with noted(monkeypatch) as known:
         runner.capture()
-    assert {capacity.rows for capacity, *_ in runner._traces} == {32, 80}
+    assert {capacity.rows for capacity, *_ in runner._traces} == {16, 32, 80}
     replace_first(runner._segmented, runner._model.config)
     draw = random.Random(0)
     kinds = [
