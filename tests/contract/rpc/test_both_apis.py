@@ -17,6 +17,8 @@ from tests.support.grpc_api import open_rpc
 from tests.support.openai_api import open_api, openai_world
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+TURNS = cases(__file__, "TURNS")
+"""Messages, options of a chat, and whether they are taken."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -29,7 +31,7 @@ async def apis(api_processes: int, tmp_path_factory: pytest.TempPathFactory) -> 
         yield FuzzedApis(http.http, {SERVICE_NAME: channel}, {})
 
 
-@pytest.mark.parametrize(("messages", "options", "taken"), cases(__file__, "test_turns_tools_and_variables"))
+@pytest.mark.parametrize(("messages", "options", "taken"), TURNS)
 async def test_turns_tools_and_variables(
     apis: FuzzedApis, messages: list[dict[str, Any]], options: dict[str, Any], taken: bool
 ) -> None:
