@@ -72,6 +72,8 @@ def inference_service(
     before: Callable[[], None] | None = None,
 ) -> Forked:
     """Run the service with flags, after a function of a module if given; its log is appended to a file."""
+    native = importlib.import_module("tests.support.native")
+    native.opened(native.NATIVE)  # compiled before anybody waits for the service, for as long as that takes
     return Forked(_run, "inference_service", list(flags), str(log), dict(environment), before)
 
 

@@ -1,15 +1,16 @@
 """``python -m loramux_apis.api FD``: one API process; the service starts it, and nobody else."""
 
-from loramux_apis import parent
+import sys
+
+from loramux_shared import parent
 
 if __name__ == "__main__":
-    parent.watch()  # what follows takes seconds to import
+    parent.watch(int(sys.argv[1]))  # what follows takes seconds to import
 
 import asyncio
 import gc
 import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 

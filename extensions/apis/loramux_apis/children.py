@@ -211,7 +211,9 @@ class _Child:
             try:
                 async with asyncio.timeout(timeout_s + ENDED_S):
                     finished = bool(await peer.channel.ask("drain", timeout_s))
-            except (TimeoutError, Fault):
+            except (TimeoutError, Fault) as error:
+                why = str(error) or "it did not answer in time"
+                log.warning("API process did not drain: its requests were cut", why=why)
                 finished = False
             peer.channel.close()
         elif process is not None:

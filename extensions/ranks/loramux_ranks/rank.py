@@ -4,9 +4,15 @@ The numbers are descriptors of sockets to the process of the engine, see `loramu
 of all ranks; the rank ends when the sockets are closed.
 """
 
+import sys
+
+from loramux_shared import parent
+
+if __name__ == "__main__":
+    parent.watch(int(sys.argv[2]))  # what follows takes seconds to import
+
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -163,6 +169,7 @@ class Rank(Follower):
 
 def main() -> int:
     """Compute until the engine's process closes the sockets; signals are that one's to take."""
+    parent.IMPORTED.set()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     log_to_stderr()

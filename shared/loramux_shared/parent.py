@@ -1,0 +1,22 @@
+"""The end of a helper process that loses the one it helps while it imports what it works with."""
+
+import os
+import select
+import threading
+from typing import Final
+
+IMPORTED: Final = threading.Event()
+"""Set when the process notices by itself that its channel is closed."""
+
+
+def watch(channel: int) -> None:
+    """End at once when the channel of a descriptor is closed before that; a port may be held."""
+    threading.Thread(target=_wait, args=(channel,), daemon=True).start()
+
+
+def _wait(channel: int) -> None:
+    closed = select.poll()
+    closed.register(channel, 0)  # a peer that is gone is always reported
+    closed.poll()
+    if not IMPORTED.is_set():
+        os._exit(1)
