@@ -263,7 +263,7 @@ async def test_a_rank_that_dies_or_hangs_ends_the_replica(
 
 
 def test_a_rank_that_begins_late_is_waited_for() -> None:
-    """A rank answers what was asked before it began, fails where it begins too late, and ends with the engine's."""
+    """A rank answers what was asked before it began, fails where that is too late, and ends with the engine."""
     left = RankHost(2)
     left._closed.set()
     left._ranks[0].hang_up()

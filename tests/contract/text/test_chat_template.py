@@ -172,7 +172,7 @@ async def test_a_template_that_hides_the_last_message_cannot_go_on_with_it() -> 
 
 
 def test_a_process_that_does_not_start_is_no_deep_template(capfd: pytest.CaptureFixture[str]) -> None:
-    """A sandbox that lacks a module has a clear error, and Python's reason in the log; half an answer is none."""
+    """A sandbox that lacks a module has a clear error, and its reason in the log; half an answer is none."""
     assert "does not start" in SandboxProcess("no_such_module").ask({})["error"]
     assert "no_such_module" in capfd.readouterr().err
     process = SandboxProcess("templates")
