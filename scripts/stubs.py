@@ -2,6 +2,7 @@
 
 Stubs demand a grpcio and a protobuf as new as the compiler that wrote them. This is the oldest whose output
 works with protobuf 6 and 7; it is installed without its dependencies, whose protobuf would be older than ours.
+For Python 3.14 and newer there is no wheel of it, and nothing is done.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-
-from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +27,8 @@ def generate(target: Path) -> list[Path]:
 
 def compile_folder(folder: Path, target: Path) -> None:
     """Write the stubs of a folder below target."""
+    from grpc_tools import protoc
+
     target.mkdir(parents=True, exist_ok=True)
     protos = sorted(folder.rglob("*.proto"))
     include = importlib.resources.files("grpc_tools") / "_proto"
@@ -39,6 +40,8 @@ def compile_folder(folder: Path, target: Path) -> None:
 
 def main() -> None:
     """Regenerate, or compare."""
+    if sys.version_info >= (3, 14):
+        return
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
         stale = [path for path in generate(fresh) if not _same(fresh / path, ROOT / path)]

@@ -1,5 +1,6 @@
 """LOCAL: folders of this machine, below the roots that the operator allows; a file of GGUF stands for one."""
 
+import errno
 import os
 import tempfile
 import time
@@ -121,6 +122,7 @@ class LocalSource:
     def _allowed(self, path: Path) -> Path:
         try:
             real = path.resolve()
+            _require_end(real)
         except (OSError, RuntimeError, ValueError):
             raise SourceRefused(
                 f"LOCAL {str(path)[:200]!r}: not a path of this server: it has a NUL or a circular link"
@@ -144,6 +146,15 @@ class LocalSource:
                 yield child
             elif depth and child.is_dir() and not child.is_symlink():
                 yield from self._walk(child, depth - 1)
+
+
+def _require_end(path: Path) -> None:
+    """Raise OSError for links in a circle, which Python 3.13 and newer return as they are."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
 
 
 def _listed(path: Path) -> SourceFile:

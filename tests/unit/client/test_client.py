@@ -221,6 +221,7 @@ def _run(path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={"PYTHONPATH": path}, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="there are no wheels of the oldest packages")
 def test_a_stream_beside_protobuf_6(alone: str, fakes: Fakes, deployment: Callable[..., str]) -> None:
     """A client's imports are installed, an answer streams, and a deployment file is read."""
     file = deployment("support", "one")
@@ -244,6 +245,6 @@ def test_the_oldest_are_those_that_the_project_names() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     floors = {part[0]: part[1] for each in project["dependencies"] if (part := re.split(">=|,", each))}
     lines = (ROOT / "tests/support/oldest.txt").read_text().splitlines()
-    tried = dict(line.split("==") for line in lines if not line.startswith("#"))
+    tried = dict(re.split("==|;", line)[:2] for line in lines if not line.startswith("#"))
     assert tried.keys() == floors.keys()
     assert all(tried[name].startswith(floor) for name, floor in floors.items())
