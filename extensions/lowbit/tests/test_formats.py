@@ -263,9 +263,6 @@ def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
     [
         *cases(__file__, "test_hostile_tensors_are_refused_by_name"),
         ("fp8", _to("weight_scale_inv", lambda scale: scale * torch.nan), "found nan to nan"),
-        ("fp8", _to("weight_scale_inv", torch.ones(2, 2)), r"implies scales \[2, 3\] or \[1, 1\] or \[48, 1\]"),
-        ("fp8", _to("weight_scale_inv", torch.ones(4, 2, 3)), "expected a grid of scales"),
-        ("fp8", _to("weight_scale", torch.ones(2, 3)), "expected one of weight_scale_inv and weight_scale"),
         ("fp8", _to("weight", lambda weight: (weight.float() * torch.nan).to(weight.dtype)), "found NaN"),
         (
             "fp8",
@@ -274,29 +271,19 @@ def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
         ),
         ("fp8", _to("weight", lambda weight: weight[1:]), r"expected shape \(48, 80\), found \(47, 80\)"),
         (PACKED, _to("weight_shape", torch.tensor([48, 79])), r"implies \[48, 80\], found \[48, 79\]"),
-        (PACKED, _to("weight_packed", torch.zeros(48, 20).int()), "80 numbers of int4, found 20 words"),
-        (PACKED, _to("weight_zero_point", torch.zeros(5, 5).int()), "weight_zero_point: expected shape"),
-        (PACKED, _to("weight_g_idx", torch.full((80,), 5)), "expected groups from 0 to 4, found 5 to 5"),
-        (PACKED, _to("weight_global_scale", torch.ones(1)), "stands beside layer.weight, and is not read"),
-        (PACKED, _to("weight_scale", torch.ones(48, 4)), r"expected shape \(6, 4\)"),
-        (INTEGERS, _to("weight_zero_point", torch.ones(48, 1).char()), "no such weight for int8 with zero"),
-        (INTEGERS, _to("k_scale", torch.ones(1)), "layer.k_scale: it stands beside"),
-        ("gptq", _to("g_idx", torch.full((80,), -2).int()), "found -2 to -2"),
         ("gptq", _to("qzeros", lambda zeros: zeros[:, :1]), r"expected shape \(5, 6\)"),
-        ("gptq", _to("scales", torch.ones(0, 48)), r"qzeros: expected shape \(0, 6\), found \(5, 6\)"),
         ("gptq", _to("scales", lambda scale: scale * torch.inf), "found nan to nan"),
         ("gptq", _to("qweight", lambda words: words.long()), "expected int32, found int64"),
-        ("awq", _to("scales", torch.tensor(1.0)), r"scales: expected shape \(0, 48\)"),
         ("nf4", _to("weight.quant_map", torch.linspace(-1, 1, 16)), "the sixteen numbers of nf4, found others"),
         ("nf4", _to("weight", lambda data: data[1:]), "expected 1920 bytes, found 1919"),
-        ("nf4", _to("weight.quant_state.bitsandbytes__nf4", torch.zeros(3).byte()), "expected JSON"),
-        ("int8", _to("SCB", torch.ones(80)), r"SCB: expected shape \(48,\) or \(48, 1\)"),
-        ("int8", _to("weight_format", torch.tensor(1).byte()), "expected 0, rows side by side"),
     ],
 )
 def test_hostile_tensors_are_refused_by_name(tmp_path: Path, kind: str, change: Any, expected: str) -> None:
     """A refusal has the found and the expected value; nothing is guessed, and nothing is left over."""
-    if not callable(change):  # the name of a tensor that is absent, or fields of a state
+    if isinstance(change, list):
+        name, shape, value, dtype = change
+        change = _to(name, torch.full(shape, value, dtype=getattr(torch, dtype)))
+    elif not callable(change):  # the name of a tensor that is absent, or fields of a state
         change = _to(change) if isinstance(change, str) else _state(**change)
     with pytest.raises(CheckpointInvalid, match=expected):
         kept(tmp_path, kind, change)[0].get("layer.weight", (48, 80))

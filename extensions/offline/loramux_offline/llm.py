@@ -9,14 +9,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Final, Literal, Self, TypeVar, Unpack, cast, overload
 
 import structlog
 from pydantic import ValidationError
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from inference_service.serving.service import GenerationService
-from loramux import Classifications, Completion, Embeddings, ModelInfo, load_deployment
+from loramux import Classification, Completion, ModelInfo, load_deployment
 from loramux.records import GenerateOptions, Prompt
 from loramux.vectors import EmbedOptions, ScoreOptions, TextInput
 from loramux_offline.local import LocalClient, load
@@ -137,35 +137,67 @@ class LLM:
 
         return self._ask_all(ask, self._names(model, len(prompts)), progress, return_exceptions)
 
-    def embed(self, texts: Sequence[TextInput], model: str = "", **options: Unpack[EmbedOptions]) -> Embeddings:
-        """Return the vector of each text, as `loramux.Client.embed` does."""
-        return self.run(self._client.embed(model or self._base, texts, **options))
+    def embed(
+        self,
+        texts: Sequence[TextInput],
+        model: Models = "",
+        *,
+        progress: bool | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> list[tuple[float, ...]]:
+        """Return the vector of each text; options are those of `loramux.Client.embed`.
+
+        Raises:
+            Interrupted: Ctrl-C; it has the vectors that are complete.
+            Fault: why a text was refused or failed.
+        """
+
+        async def ask(index: int, name: str) -> tuple[float, ...]:
+            return (await self._client.embed(name, [texts[index]], **options)).vectors[0]
+
+        return self._of_texts(ask, texts, model, progress)
 
     def classify(
-        self, texts: Sequence[TextInput], model: str, **options: Unpack[ScoreOptions]
-    ) -> Classifications:
-        """Return how each text scores under an adapter with a score head, as `loramux.Client.classify` does."""
-        return self.run(self._client.classify(model, texts, **options))
+        self,
+        texts: Sequence[TextInput],
+        model: Models,
+        *,
+        progress: bool | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> list[Classification]:
+        """Return how each text, or pair of texts, scores under an adapter with a score head."""
+
+        async def ask(index: int, name: str) -> Classification:
+            return (await self._client.classify(name, [texts[index]], **options)).texts[0]
+
+        return self._of_texts(ask, texts, model, progress)
 
     def score(
-        self, queries: str | Sequence[str], texts: Sequence[str], model: str, **options: Unpack[ScoreOptions]
+        self,
+        queries: str | Sequence[str],
+        texts: Sequence[str],
+        model: Models,
+        *,
+        progress: bool | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> list[float]:
         """Return how well each text fits its query, or the one query of all, under an adapter with one label.
 
         Scores are those of `/score` of the HTTP API.
 
         Raises:
-            RequestInvalid: there is not a query for each text, or the adapter has several labels.
+            RequestInvalid: there is not a query for each text, or an adapter has several labels.
         """
         several = [queries] * len(texts) if isinstance(queries, str) else queries
         if isinstance(texts, str) or len(several) != len(texts):
             expected, found = "one text, or one for each of texts, a list", f"{len(several)} and {len(texts)}"
             raise RequestInvalid.of_field("queries and texts do not fit together", "queries", expected, found)
-        scored = self.classify(list(zip(several, texts, strict=True)), model, **options)
-        if len(scored.labels) != 1:
-            found = f"{len(scored.labels)} labels"
-            raise RequestInvalid.of_field("the adapter classifies", "model", "an adapter with one label", found)
-        return [each.scores[0] for each in scored.texts]
+        pairs = list(zip(several, texts, strict=True))
+        scores = [each.scores for each in self.classify(pairs, model, progress=progress, **options)]
+        if labels := max(map(len, scores), default=1) - 1:
+            expected, found = "an adapter with one label", f"{labels + 1} labels"
+            raise RequestInvalid.of_field("the adapter classifies", "model", expected, found)
+        return [score for (score,) in scores]
 
     chat = generate
     """vLLM's name of `generate` for prompts that are messages."""
@@ -192,6 +224,17 @@ class LLM:
             finding = Finding(code="E_BAD_FIELD", where="model", expected=expected, found=found)
             raise RequestInvalid("models and prompts do not fit together", [finding])
         return [name or self._base for name in names]
+
+    def _of_texts(
+        self,
+        ask: Callable[[int, str], Awaitable[T]],
+        texts: Sequence[TextInput],
+        model: Models,
+        progress: bool | None,
+    ) -> list[T]:
+        if isinstance(texts, str):
+            raise _no_list("texts")
+        return cast(list[T], self._ask_all(ask, self._names(model, len(texts)), progress, False))
 
     def _ask_all(
         self,
@@ -264,7 +307,7 @@ class LLM:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended `LLM.generate`."""
+    """Ctrl-C ended a call for a list."""
 
     def __init__(self, answers: Sequence[Any]) -> None:
         done = sum(answer is not None for answer in answers)

@@ -11,7 +11,7 @@ import pytest
 
 import loramux
 from loramux_offline.llm import LLM, Interrupted
-from loramux_offline.local import WholeAnswers
+from loramux_offline.local import LocalClient, WholeAnswers
 from loramux_shared.faults import DeploymentInvalid, Fault, ModelNotFound, RequestInvalid, SettingsInvalid
 from tests.support.openai_api import openai_world
 from tests.support.tiny import World
@@ -44,8 +44,7 @@ def alone(llm: LLM, prompt: Any, model: str, **options: Any) -> str:
 def test_answers_come_in_the_order_of_the_prompts(llm: LLM, world: World) -> None:
     """Texts, tokens and messages, each for a model of its own, answer as each does alone."""
     models = ["", *world.adapters]
-    prompts = [prompt for prompt in ("hello", [5, 6, 7], HELLO) for _ in models]
-    names = models * 3
+    prompts, names = [prompt for prompt in ("hello", [5, 6, 7], HELLO) for _ in models], models * 3
     answers = llm.generate(prompts, names, max_tokens=6)
     expected = [alone(llm, prompt, name, max_tokens=6) for prompt, name in zip(prompts, names, strict=True)]
     assert [answer.text for answer in answers] == expected
@@ -81,18 +80,22 @@ def test_a_refused_prompt_ends_the_call_or_stands_in_its_place(llm: LLM) -> None
         llm.generate(["hello"], "nobody")
 
 
-def test_scores_are_those_of_pairs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One query is for all texts, or each has its own; an adapter with several labels is refused."""
+def test_vectors_and_scores_come_in_order(llm: LLM, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text has a model and a query of its own, or that of all; an adapter with several labels is refused."""
+    models = ["", *world.adapters] * 2
+    texts = (["hello", "bye", "yes"] * len(models))[: len(models)]
+    expected = [llm.embed([text], model)[0] for text, model in zip(texts, models, strict=True)]
+    assert llm.embed(texts, models) == expected
 
-    def classify(pairs: Any, model: str) -> Any:
-        return SimpleNamespace(labels=model, texts=[SimpleNamespace(scores=[pair]) for pair in pairs])
+    async def classify(_: Any, model: str, pairs: Any) -> Any:
+        return SimpleNamespace(texts=[SimpleNamespace(scores=[*pairs, *model[1:]])])
 
-    monkeypatch.setattr(llm, "classify", classify)
+    monkeypatch.setattr(LocalClient, "classify", classify)
     assert llm.score("q", ["a", "b"], "1") == [("q", "a"), ("q", "b")]
-    assert llm.score(["q", "r"], ["a", "b"], "1") == [("q", "a"), ("r", "b")]
-    for queries, texts, model in ((["q"], ["a", "b"], "1"), (["q"], "a", "1"), ("q", ["a"], "12")):
+    assert llm.score(["q", "r"], ["a", "b"], ["1", "2"]) == [("q", "a"), ("r", "b")]
+    for wrong in ((["q"], ["a", "b"], "1"), (["q"], "a", "1"), ("q", ["a", "b"], ["1", "12"])):
         with pytest.raises(RequestInvalid):
-            llm.score(queries, texts, model)
+            llm.score(*wrong)
 
 
 class Interrupting(Sequence[str]):
