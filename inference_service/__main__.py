@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import argparse
 import asyncio
 import sys
+from importlib import import_module
 
 import structlog
 
@@ -93,6 +94,7 @@ async def serve(settings: InferenceSettings) -> int:
     log.info("reading the deployment", deployment=settings.deployment, store=store.uri)
     await stop.starting(asyncio.to_thread(require_deployment, store, settings.deployment))
     report("importing torch")
+    await stop.starting(asyncio.to_thread(import_module, "inference_service.process"))
     from inference_service.process import run
 
     return await run(settings, guard, stop)

@@ -219,8 +219,8 @@ class _Addresses:
     def _on_replicas(self, stub: Callable[[Any], Any]) -> Any:
         return self._fleet.calls(stub) if self._fleet else self._connect(stub, self.inference)
 
-    def _connect(self, stub: Callable[[Any], Any], address: str) -> Any:
-        channel = self._credentials.channel(address, self._kind)
+    def _connect(self, stub: Callable[[Any], Any], address: str, kind: Any = None) -> Any:
+        channel = self._credentials.channel(address, kind or self._kind)
         self._channels.append(channel)
         return Calls(stub(channel), self._credentials)
 
@@ -300,6 +300,11 @@ class AsyncClient(Awaiting, _Addresses):
     rollback_replica = awaited(AdapterMethods.rollback_replica)
     replica = awaited(AdapterMethods.replica)
 
+    @cached_property
+    def _uploads(self) -> Any:
+        # grpc.aio may lose the status of a server that ends a call while messages are sent: grpc/grpc#36066.
+        return self._connect(_builder_stub, self.builder, grpc)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -309,4 +314,5 @@ class AsyncClient(Awaiting, _Addresses):
     async def close(self) -> None:
         """Close the connections; open streams end with `CallFailed`."""
         for channel in self._all_channels():
-            await channel.close()
+            if (closing := channel.close()) is not None:
+                await closing

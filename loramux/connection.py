@@ -167,6 +167,10 @@ class Calls:
 
         return call
 
+    def begin(self, name: str, messages: Iterator[Any], timeout_s: float | None) -> Any:
+        """Begin a call that sends a stream of messages, on a channel for threads; returns its future."""
+        return getattr(self._stub, name).future(messages, timeout=timeout_s, metadata=self._metadata)
+
 
 def _model_header(model: str) -> tuple[tuple[str, str], ...]:
     """Return the header for a name; none for what no header may hold, and no model is called."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeAlias, TypeVar
@@ -80,14 +80,17 @@ class Awaiting:
 
     _target: Callable[[Service], str]
     _calls: Callable[[Service], Any]
+    _uploads: Any
+    """The builder's `Calls` on a channel for threads."""
 
     async def _ask(self, ask: Ask | Stream[Any]) -> Any:
         if isinstance(ask, Stream):
             async with aclosing(self._stream(ask)) as records:
                 return [record async for record in records]
-        request = _in_threads(ask.request) if isinstance(ask.request, Iterator) else ask.request
         with named(self._target(ask.service)):
-            return await getattr(self._calls(ask.service), ask.method)(request, timeout=ask.timeout_s)
+            if isinstance(ask.request, Iterator):
+                return await _result(self._uploads.begin(ask.method, ask.request, ask.timeout_s))
+            return await getattr(self._calls(ask.service), ask.method)(ask.request, timeout=ask.timeout_s)
 
     async def _stream(self, stream: Stream[T]) -> AsyncGenerator[T, None]:
         call = getattr(self._calls(stream.service), stream.method)(stream.request, timeout=stream.timeout_s)
@@ -174,6 +177,17 @@ def _signed(call: _C, method: Callable[..., Any], form: str) -> _C:
     return call
 
 
-async def _in_threads(messages: Iterator[Any]) -> AsyncIterator[Any]:
-    while (message := await asyncio.to_thread(next, messages, None)) is not None:
-        yield message
+async def _result(call: Any) -> Any:
+    """Return the answer of a call that runs on gRPC's threads; it is cancelled with this task."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def on_end(_call: Any) -> None:
+        with suppress(RuntimeError):  # the loop was closed
+            loop.call_soon_threadsafe(ended.set)
+
+    call.add_done_callback(on_end)
+    try:
+        await ended.wait()
+    finally:
+        call.cancel()
+    return call.result()
