@@ -94,7 +94,7 @@ async def serve(settings: InferenceSettings) -> int:
     log.info("reading the deployment", deployment=settings.deployment, store=store.uri)
     await stop.starting(asyncio.to_thread(require_deployment, store, settings.deployment))
     report("importing torch")
-    await stop.starting(asyncio.to_thread(import_module, "inference_service.process"))
+    await stop.starting(asyncio.to_thread(import_module, "inference_service.process"))  # a signal ends it
     from inference_service.process import run
 
     return await run(settings, guard, stop)

@@ -137,6 +137,17 @@ async def test_every_rpc_asks_for_a_key_of_its_scope(guarded: Any) -> None:
             assert [each if each in REFUSED else "in" for each in stated] == expected, (method, stated)
 
 
+async def test_refused_uploads_have_the_status_of_their_key(tmp_path: Path) -> None:
+    """A server that ends uploads while their clients write is heard by each of them."""
+    server = RpcServer("127.0.0.1:0", {BUILDER: builder_servicer(tmp_path).register}, Guard(RING))
+    files = {str(number): b"x" for number in range(100)}
+    async with AsyncClient(builder=await server.start(), api_key=KEYS["infer"], timeout_s=BOUND_S) as client:
+        pushes = [client.push("tiny", "two", files) for _ in range(400)]  # one in 50 lost it with grpc.aio
+        refused = await asyncio.gather(*pushes, return_exceptions=True)
+    assert {type(each) for each in refused} == {PermissionDenied}
+    await server.drain(BOUND_S)
+
+
 async def test_what_does_not_exist_asks_for_a_key_too(guarded: Any) -> None:
     """Unknown methods are refused without a key, and a method of another service needs admin."""
     service, channel = guarded

@@ -15,9 +15,13 @@ from pathlib import Path
 import pytest
 
 from inference_service.__main__ import serve
+from loramux_shared.bundle.deployments import publish_generation
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.process import python
 from loramux_shared.settings import InferenceSettings, load_settings
+from loramux_shared.storage.open import open_store
 from tests.support.forks import Forked, builder_service, inference_service
+from tests.support.generations import generation
 from tests.support.waiting import BOUND_S, wait_until
 
 SERVICES = {"inference_service": inference_service, "builder_service": builder_service}
@@ -93,6 +97,23 @@ def test_a_signal_ends_a_start_that_waits(
         assert logged(process, log, WAITS[module])["store"] == "s3://bucket/prefix"
         process.send_signal(number)
         assert process.wait(BOUND_S) == 128 + number
+
+
+def test_a_signal_ends_a_start_that_imports_torch(tmp_path: Path) -> None:
+    """A start whose imports take long ends at once."""
+    store = f"file://{tmp_path}"
+    publish_generation(open_store(store), generation())
+    (tmp_path / "torch.py").write_text("import time; print('begun', flush=True); time.sleep(1e6)")
+    command = python("inference_service", "--deployment", "tiny", "--store", store, "--grpc", "127.0.0.1:0")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"begun\n"
+            process.terminate()
+            assert process.wait(BOUND_S) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("api", ["grpc", "http"])

@@ -77,28 +77,14 @@ def test_values_that_fit_no_field_are_all_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "where"),
-    [
-        (
-            lambda client: client.rollback("d", 10**22, expected_generation=-(10**22)),
-            ["to", "expected_generation"],
-        ),
-        (lambda client: client.update("\udcff", remove=["\udcff"]), ["name", "remove"]),
-        (lambda client: client.push("\udcff", "a", {}), ["deployment"]),
-        (lambda client: client.history("\udcff"), ["name"]),
-        (lambda client: client.cancel("\udcff"), ["name"]),
-        (lambda client: client.deployment("\udcff"), ["name"]),
-        (lambda client: list(client.watch("\udcff")), ["name"]),
-        (lambda client: client.pin("\udcff"), ["name"]),
-        (lambda client: client.rollback_replica(2**64), ["to"]),
-    ],
+    ("call", "fields", "where"), cases(__file__, "test_calls_with_values_that_fit_no_field_are_refused")
 )
 def test_calls_with_values_that_fit_no_field_are_refused(
-    client: Client, call: Callable[[Client], Any], where: list[str]
+    client: Client, call: str, fields: dict[str, Any], where: list[str]
 ) -> None:
     """A number beyond its field, or text that is no Unicode, is named before a call is made."""
     with pytest.raises(faults.RequestInvalid) as caught:
-        call(client)
+        list(getattr(client, call)(**fields))
     assert [item.where for item in caught.value.findings] == where
 
 

@@ -5,32 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from loramux_shared.deployment import Build, Deployment, Repository, Runtime, SourceKind
+from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS, DeploymentFile, load_deployment
 from loramux_shared.faults import DeploymentInvalid, Finding
 from tests.support.cases import cases
 
 HOSTED = Path(__file__).with_name("hosted.yaml").read_text()
-
-HUB = SourceKind.HF
-EXPECTED = Deployment(
-    model_name="Qwen2.5-Coder-LoRA",
-    build=Build(
-        checkpoint_repository=Repository(
-            source=HUB, repo="Qwen/Qwen2.5-Coder-1.5B-Instruct", revision="abc123"
-        ),
-        max_seq_len=8192,
-        lora_adapters={
-            "lora1": Repository(
-                source=HUB,
-                repo="org/adapter",
-                revision="def456",
-                runtime_secret_name="hf_access_token",  # noqa: S106
-            )
-        },
-    ),
-    runtime=Runtime(served_model_name="Qwen2.5-Coder-base", request_default_max_tokens=512),
-)
+EXPECTED = Deployment.model_validate(cases(__file__, "EXPECTED"))
 
 
 def _load(tmp_path: Path, text: str, name: str = "deployment.yaml") -> DeploymentFile:
