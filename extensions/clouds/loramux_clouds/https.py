@@ -43,7 +43,7 @@ class PinnedConnection(HTTPSConnection):
 
 
 class Challenged(RepoGated):
-    """A server that wants authorization, in the way that its challenge says."""
+    """The server that an address names wants authorization, in the way that its challenge says."""
 
     challenge = ""
 
@@ -87,23 +87,26 @@ class Https:
     ) -> Iterator[Download]:
         """Yield what an address or a redirect of it answers; authorization is (host, header).
 
+        Behind a redirect to another host or port, no authorization is sent, and no challenge counts.
+
         Raises:
             SourceRefused: an address on the way may not be reached.
             RepoNotFound, RepoGated, SourceUnavailable: what the last one answers.
         """
-        parts = split_address(url)
+        parts, away = split_address(url), False
         for _ in range(MAX_REDIRECTS + 1):
             name = without_query(parts)
-            host, port = str(parts.hostname), parts.port or _PORT
+            host, port = _origin(parts)
             headers = {"Accept-Encoding": "identity", "User-Agent": "loramux", "Accept": accept}
-            if authorization and authorization[0] in {host, f"{host}:{port}"}:
+            if authorization and not away and authorization[0] in {host, f"{host}:{port}"}:
                 headers["Authorization"] = printable(authorization[1], name)
             with _translated(name), self._request(parts, headers, deadline) as response:
                 if response.status in {301, 302, 303, 307, 308}:
                     parts = split_address(response.headers.get("Location", ""), parts.geturl())
+                    away = away or _origin(parts) != (host, port)
                     continue
                 if response.status != 200:
-                    raise _answered(response, name)
+                    raise _answered(response, name, away=away)
                 yield Download(response, name)
                 return
         raise SourceRefused(f"{without_query(parts)}: more than {MAX_REDIRECTS} redirects")
@@ -114,7 +117,7 @@ class Https:
     ) -> Iterator[HTTPResponse]:
         """Yield the response of the first address that can be connected to."""
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        with closing(self._connect(str(parts.hostname), parts.port or _PORT)) as connection:
+        with closing(self._connect(*_origin(parts))) as connection:
             with _ended_after(deadline.left_s, connection):
                 connection.request("GET", target, headers=headers)
                 response = connection.getresponse()
@@ -154,6 +157,10 @@ def split_address(url: str, base: str = "") -> SplitResult:
     if parts.username is not None or parts.password is not None:
         raise SourceRefused(f"REMOTE_URL {without_query(parts)}: a name or password in an address is refused")
     return parts
+
+
+def _origin(parts: SplitResult) -> tuple[str, int]:
+    return str(parts.hostname), parts.port or _PORT
 
 
 def without_query(parts: SplitResult) -> str:
@@ -203,12 +210,15 @@ def _translated(name: str) -> Iterator[None]:
         ) from None
 
 
-def _answered(response: HTTPResponse, name: str) -> Fault:
+def _answered(response: HTTPResponse, name: str, *, away: bool) -> Fault:
     status = response.status
     if status in {404, 410}:
         return RepoNotFound(f"REMOTE_URL {name}: not found ({status}). Correct the address.")
     if status in {400, 401, 403}:
-        gated = Challenged(f"REMOTE_URL {name}: refused ({status}). Signed addresses expire: make a new one.")
+        message = f"REMOTE_URL {name}: refused ({status}). Signed addresses expire: make a new one."
+        if away:
+            return RepoGated(message)
+        gated = Challenged(message)
         gated.challenge = response.headers.get("WWW-Authenticate", "")
         return gated
     message = f"REMOTE_URL {name}: answered with status {status}"

@@ -22,7 +22,7 @@ from loramux_shared.sources.secrets import Secrets
 from loramux_shared.spelling import parse_repository
 from tests.contract.sources.test_source_secrets import PATIENCE
 from tests.support.archives import member, pack, pack_members
-from tests.support.https_server import Route, Site, serve_https
+from tests.support.https_server import Route, Site, redirect, serve_https
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 99}
 PASSWORD = "Basic " + base64.b64encode(b"ann:pw").decode()
@@ -61,7 +61,8 @@ class Registry:
     def source(self, auth: Mapping[str, str] | None = None) -> OciSource:
         """Return a source that may reach the registry, and has a password where one is given."""
         environment = {} if auth is None else {"DOCKER_AUTH_CONFIG": json.dumps({"auths": {self.host: auth}})}
-        return OciSource(Https(AddressGuard((self.host,))), Secrets(None, environment), None, PATIENCE)
+        guard = AddressGuard((self.host, "localhost"))
+        return OciSource(Https(guard), Secrets(None, environment), None, PATIENCE)
 
     def read(self, reference: str = ":v1", into: Path | None = None) -> tuple[str, dict[str, bytes]]:
         source = self.source()
@@ -74,7 +75,7 @@ class Registry:
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
-    with serve_https(tmp_path, "127.0.0.1") as site:
+    with serve_https(tmp_path, "127.0.0.1", "localhost") as site:
         monkeypatch.setenv("SSL_CERT_FILE", str(site.ca_file))
         yield Registry(site)
 
@@ -172,6 +173,16 @@ def test_a_password_of_dockers_config_opens_a_registry(registry: Registry, beare
         assert "other" not in caught.value.message
     with pytest.raises(SourceRefused, match="expected docker's config"):
         registry.source({"username": "ann"}).resolve(registry.repository())
+
+
+def test_a_password_goes_to_no_realm_behind_a_redirect(registry: Registry) -> None:
+    """The challenge of another host than the registry's is a refusal, and no token is fetched."""
+    away, routes = f"https://localhost:{registry.site.port}", registry.site.routes
+    routes |= {"/v2/lab/a/manifests/v1": redirect(f"{away}/a"), "/token": b'{"token": "t"}'}
+    routes["/a"] = guarded(b"{}", "Bearer t", f'Bearer realm="{away}/token"')
+    with pytest.raises(RepoGated, match="localhost"):
+        registry.source({"username": "ann", "password": "pw"}).resolve(registry.repository())
+    assert [path for _, path in registry.site.requests] == ["/v2/lab/a/manifests/v1", "/a"]
 
 
 @pytest.mark.parametrize("token", [b'{"token": "a\\nb"}', b"x" * (5 << 20)])
