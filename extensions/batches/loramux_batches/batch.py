@@ -5,9 +5,11 @@ line of output has id, custom_id, response (status_code, request_id, body) and e
 """
 
 import asyncio
+import fcntl
 import json
 import random
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from itertools import count
@@ -85,10 +87,34 @@ class Batch:
         self._output = output
         self._pause_s = pause_s
         self._attempts = attempts
-        ids = _checked(source, urls)
-        answered, refused, self._length = _answered(output)
-        self._done = answered & ids
-        self.counts = Counts(len(ids), len(self._done), len(refused & ids))
+        self._ids = _checked(source, urls)
+        self._resume()
+
+    def _resume(self) -> None:
+        answered, refused, self._length = _answered(self._output)
+        self._done = answered & self._ids
+        self.counts = Counts(len(self._ids), len(self._done), len(refused & self._ids))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs from the output until this one ends, however it ends.
+
+        Raises:
+            RequestInvalid: another run writes it.
+        """
+        self._output.parent.mkdir(parents=True, exist_ok=True)
+        with self._output.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RequestInvalid(
+                    f"another run-batch writes {self._output}: expected one run at a time. Wait for its end, "
+                    "or choose another file."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            self._resume()  # an earlier run may have written more until it ended
+            yield
 
     async def run(self, http: httpx.AsyncClient, concurrency: int, on_answer: Callable[[], None]) -> Counts:
         """Send what is not answered, as many at once; each answer is written when it comes.

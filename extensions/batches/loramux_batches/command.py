@@ -63,7 +63,7 @@ def run_batch(
         batch = Batch(source, output)
     except OSError as error:
         raise RequestInvalid(f"cannot read {error.filename}: {error.strerror}.") from error
-    with _loaded(deployment) if deployment else nullcontext() as llm:
+    with batch.alone(), _loaded(deployment) if deployment else nullcontext() as llm:
         counts = _run(batch, url, llm, concurrency)
     if as_json:
         emit({"total": counts.total, "answered": counts.done, "refused": counts.refused})

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from loramux.cli.main import app
 from loramux_batches.batch import ATTEMPTS, Batch, Counts
 from loramux_shared.faults import RequestInvalid
+from tests.support.cases import cases
 from tests.support.openai_api import openai_world
 
 CHAT = "/v1/chat/completions"
@@ -123,24 +124,10 @@ async def test_a_server_that_is_away_ends_the_batch(tmp_path: Path) -> None:
     assert len(set(sent)) <= 4
 
 
-@pytest.mark.parametrize(
-    ("line", "where"),
-    [
-        ("{\n", ""),
-        ("[]\n", ""),
-        ("[" * 10_000 + "\n", ""),
-        (request(1, body={"seed": float("nan")}), ""),
-        (request(1, custom_id="\udc00"), ""),
-        (request(1, custom_id=""), ", custom_id"),
-        (request(0), ", custom_id"),
-        (request(1, method="GET"), ", method"),
-        (request(1, url="/v1/models"), ", url"),
-        (request(1, body=[]), ", body"),
-        (request(1, body={"stream": True}), ", body.stream"),
-    ],
-)
+@pytest.mark.parametrize(("line", "where"), [*cases(__file__, "test_wrong_lines"), ("[" * 10_000 + "\n", "")])
 def test_wrong_lines_are_named_before_anything_is_sent(tmp_path: Path, line: Any, where: str) -> None:
     """The finding has the number of the line and its field."""
+    line = request(1, **line) if isinstance(line, dict) else line
     with pytest.raises(RequestInvalid) as refused:
         Batch(written(tmp_path / "in", request(0), line), tmp_path / "out")
     assert refused.value.findings[0].where == f"line 2{where}"
@@ -159,6 +146,18 @@ def test_another_file_is_never_appended_to(tmp_path: Path, notes: str) -> None:
     with pytest.raises(RequestInvalid, match="no output of a batch"):
         Batch(written(tmp_path / "in", request(0)), other := written(tmp_path / "notes", notes))
     assert other.read_text() == notes
+
+
+def test_two_runs_never_write_one_output(tmp_path: Path) -> None:
+    """The second is refused by name until the first ends, and reads what that has written meanwhile."""
+    first, second = (Batch(written(tmp_path / "in", request(0)), tmp_path / "out") for _ in range(2))
+    with first.alone():
+        ran = CliRunner().invoke(app, ["run-batch", str(tmp_path / "in"), str(tmp_path / "out")])
+        assert ran.exit_code, ran.output
+        assert "another run-batch writes" in str(ran.exception) + ran.output
+        written(tmp_path / "out", {"id": "batch_req_1", "custom_id": "r0", "response": {"status_code": 200}})
+    with second.alone():
+        assert second.counts.left == 0
 
 
 def test_a_batch_runs_on_a_deployment_that_is_loaded_for_it(

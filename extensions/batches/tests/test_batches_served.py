@@ -288,17 +288,7 @@ async def test_what_is_damaged_is_not_used(tmp_path: Path) -> None:
         await client.files.content(batch.input_file_id)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", ["invalid_request_count", None, "expected 1 to 50000 requests, found 0."]),
-        (line("a") * 2, ["invalid_line", 2, "expected a text that no other line has, found 'a'"]),
-        (
-            line("a").replace("chat/", "") + "{",
-            ["invalid_line", 1, f"expected '{CHAT}', found '/v1/completions'"],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), cases(__file__, "test_lines_that_are_no_requests"))
 async def test_lines_that_are_no_requests_fail_the_batch(tmp_path: Path, text: str, expected: Any) -> None:
     """Errors name the line, what was expected and what was found; no request is sent."""
     client = openai_of(tmp_path, batches := BatchStore(MemoryStore()))
