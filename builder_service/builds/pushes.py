@@ -25,6 +25,7 @@ from loramux_shared.faults import (
     ResourcesExhausted,
     ShuttingDown,
 )
+from loramux_shared.rpc.stopping import shielded
 from loramux_shared.storage.patient import PatientStore
 
 RUNNING: Final = 4
@@ -165,7 +166,7 @@ async def _until_done(
     """Wait for a thread; after a cancellation, until the thread noticed, since its folder is removed then."""
     waiting = asyncio.wrap_future(making)
     try:
-        return await asyncio.shield(waiting)
+        return await shielded(waiting)
     except asyncio.CancelledError:
         shop.progress.stop()
         await asyncio.gather(waiting, return_exceptions=True)

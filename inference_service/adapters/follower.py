@@ -16,6 +16,7 @@ from loramux_shared.bundle.deployments import READ_AGAIN_S, read_generation, rea
 from loramux_shared.bundle.generation import Current, Generation
 from loramux_shared.deployment import Merge
 from loramux_shared.faults import BundleCorrupt, Fault, ReplicaBehind, StoreUnavailable
+from loramux_shared.rpc.stopping import shielded
 from loramux_shared.storage.base import Store
 
 log = structlog.get_logger()
@@ -150,7 +151,7 @@ class Follower:
         if self._looking is None or self._looking.done():  # a finished look is removed a moment later
             self._looking = asyncio.create_task(self._look_once())
             self._looking.add_done_callback(self._looked)
-        await asyncio.shield(self._looking)
+        await shielded(self._looking)
 
     def _looked(self, look: asyncio.Task[None]) -> None:
         if self._looking is look:

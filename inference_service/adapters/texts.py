@@ -17,6 +17,7 @@ from inference_service.core.sequence import Vector
 from inference_service.text.text import Text
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
+from loramux_shared.rpc.stopping import shielded
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class AdapterTexts:
             reading = self._workers.submit(partial(self._read, digest, name))
             self._reading[digest] = reading
             reading.add_done_callback(lambda _: self._reading.pop(digest, None))
-        return await asyncio.shield(asyncio.wrap_future(reading))
+        return await shielded(asyncio.wrap_future(reading))
 
     async def scorer(self, digest: str) -> Scorer:
         """Return the score head of an adapter that classifies, or of the base, which has no digest.

@@ -23,6 +23,7 @@ from inference_service.text.sandbox.grammars import LIMITS
 from inference_service.text.sandbox.process import SandboxProcess
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.rpc.stopping import shielded
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -109,7 +110,8 @@ class Constraints:
         while len(self._matchers) > CACHED:
             self._matchers.popitem(last=False)
         try:
-            start = await asyncio.wait_for(asyncio.shield(future), COMPILE_TIMEOUT_S)
+            async with asyncio.timeout(COMPILE_TIMEOUT_S):
+                start = await shielded(future)
         except TimeoutError:
             reason = f"not ready after {COMPILE_TIMEOUT_S:g} s"
             raise _refused(constraint, reason, "Simplify it, or retry.") from None

@@ -18,6 +18,7 @@ from inference_service.core.sequence import EndReason, Sequence, StepOutput
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.watchdog import Watchdog
 from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown
+from loramux_shared.rpc.stopping import shielded
 
 if TYPE_CHECKING:  # which would import torch
     from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
@@ -168,7 +169,7 @@ class EngineThread:
     async def ended(self) -> str | None:
         """Wait until the thread ends; return the failure, or None when it was stopped."""
         assert self._ended is not None  # noqa: S101 - it was started
-        return await asyncio.shield(self._ended)
+        return await shielded(self._ended)
 
     def cut(self, fault: Fault | None = None) -> None:
         """End every open stream with a fault, SHUTTING_DOWN by default, and refuse new ones."""

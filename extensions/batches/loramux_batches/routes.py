@@ -40,6 +40,7 @@ from loramux_batches.upload import Part, read_form
 from loramux_shared import routes
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import BatchCorrupt, BatchNotFound, FileNotFound
+from loramux_shared.rpc.stopping import shielded
 from loramux_shared.settings import variable
 
 FILE_PAGE: Final = 100
@@ -208,7 +209,7 @@ async def create_file(service: GenerationService, http: HttpRequest) -> Reply[Fi
         filename, kept_s = await _receive(http, pieces, room)
         await asyncio.to_thread(batches.check_room, owner, -MIB)  # uploads at the same time saw the same room
     except BaseException:
-        await asyncio.shield(asyncio.to_thread(pieces.discard))
+        await shielded(asyncio.ensure_future(asyncio.to_thread(pieces.discard)))
         raise
     named = file.model_copy(update={"filename": filename[:512], "expires_at": file.created_at + kept_s})
     return Reply(_file(await asyncio.to_thread(pieces.close, named)))

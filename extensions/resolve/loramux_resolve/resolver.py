@@ -32,6 +32,7 @@ from loramux_shared.faults import (
     QueueFull,
     RequestInvalid,
 )
+from loramux_shared.rpc.stopping import shielded
 from loramux_shared.storage.base import Store
 
 log = structlog.get_logger()
@@ -108,13 +109,8 @@ class Resolver:
             # In a context of its own: the build is for all requests, and survives the first one.
             build = asyncio.create_task(self._add(name, requested, repository), context=Context())
             self._builds[name] = build
-            build.add_done_callback(lambda ended: self._ended(name, ended))
-        await asyncio.shield(self._builds[name])
-
-    def _ended(self, name: str, build: asyncio.Task[None]) -> None:
-        del self._builds[name]
-        if not build.cancelled():
-            build.exception()  # asyncio logs one that nobody retrieves: clients may have left
+            build.add_done_callback(lambda _: self._builds.pop(name))
+        await shielded(self._builds[name])
 
     async def _add(self, name: str, requested: str, repository: Repository) -> None:
         began = self._clock()

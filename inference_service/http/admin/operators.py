@@ -15,6 +15,7 @@ from inference_service.http.wire.errors import Error, error_body, headers_of, st
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import AdapterExists, Fault, PermissionDenied
+from loramux_shared.rpc.stopping import shielded
 
 VLLM_TYPES: Final = {400: "BadRequestError", 404: "NotFoundError"}
 """Other statuses have the reason of the fault."""
@@ -215,7 +216,7 @@ async def roll_back(service: GenerationService, http: HttpRequest) -> Reply[Roll
     """Publish an older generation again; returns when it is served."""
     body = await read_body(http, RollbackBody)
     # The rollback continues when its client disconnects: a published generation is served.
-    generation = await asyncio.shield(manager_of(http).roll_back(body.to))
+    generation = await shielded(asyncio.ensure_future(manager_of(http).roll_back(body.to)))
     return Reply({"generation": generation})
 
 

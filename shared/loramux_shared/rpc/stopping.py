@@ -44,6 +44,17 @@ async def first_of(*works: Coroutine[Any, Any, object]) -> None:
             task.cancel()
 
 
+async def shielded(work: asyncio.Future[T]) -> T:
+    """Return the result of work that goes on when its caller leaves; no log then reports its failure.
+
+    asyncio.shield leaves the failure to the log: "exception was never retrieved", or "in shielded future".
+    """
+    if not work.done():
+        work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        await asyncio.wait((work,))
+    return work.result()
+
+
 class Stop:
     """The first signal since this was made, on the running event loop; a second one kills as usual."""
 

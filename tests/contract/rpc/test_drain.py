@@ -1,6 +1,7 @@
 """The end of open, half sent and new requests in a drain: each gets SHUTTING_DOWN, once."""
 
 import asyncio
+import gc
 import json
 import signal
 import socket
@@ -18,7 +19,7 @@ from loramux import AsyncClient
 from loramux_shared.faults import ShuttingDown
 from loramux_shared.rpc import calls, server
 from loramux_shared.rpc.status import fault_of
-from loramux_shared.rpc.stopping import Stop, leave
+from loramux_shared.rpc.stopping import Stop, leave, shielded
 from tests.support.endless import BOUND, MODEL, EndlessApis
 from tests.support.raw_http import JSON, RawClient
 from tests.support.waiting import BOUND_S, Clock, ended, until
@@ -62,6 +63,22 @@ async def test_signals_that_come_at_once_count_once() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert await stop.wait() is signal.SIGTERM
     await passes()
+    assert not raised
+
+
+async def test_shielded_work_outlasts_its_caller() -> None:
+    """Work whose caller left is not cancelled; when it fails then, asyncio logs nothing."""
+    loop, raised = asyncio.get_running_loop(), list[object]()
+    loop.set_exception_handler(lambda _, context: raised.append(context))
+    gone = asyncio.create_task(shielded(work := loop.create_future()))
+    await passes()
+    gone.cancel()
+    await passes()
+    assert (gone.cancelled(), work.cancelled()) == (True, False)
+    work.set_exception(ShuttingDown("failed"))
+    await passes()
+    del gone, work
+    gc.collect()
     assert not raised
 
 
