@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -85,11 +87,8 @@ async def created(client: AsyncOpenAI, text: str, **more: Any) -> Any:
 
 async def until_ended(client: AsyncOpenAI, batch: Any) -> Any:
     """The batch when it has ended."""
-    while (found := await client.batches.retrieve(batch.id)).status in (
-        "validating",
-        "in_progress",
-        "cancelling",
-    ):
+    open_ones = {"validating", "in_progress", "cancelling"}
+    while (found := await client.batches.retrieve(batch.id)).status in open_ones:
         await asyncio.sleep(0.01)
     return found
 
@@ -183,16 +182,8 @@ async def test_two_replicas_never_take_one_batch(workers: int) -> None:
     for _ in range(20):
         batches, now = BatchStore(MemoryStore()), int(time.time())
         batch_id, owner = records.new_id("batch_"), owner_of("")
-        creation = Creation(
-            id=batch_id,
-            key_id="",
-            input_file_id="",
-            endpoint=CHAT,
-            metadata=None,
-            created_at=now,
-            expires_at=now + 60,
-            kept_s=60,
-        )
+        times = {"created_at": now, "expires_at": now + 60, "kept_s": 60}
+        creation = Creation(id=batch_id, key_id="", input_file_id="", endpoint=CHAT, metadata=None, **times)
         batches.create(owner, creation)
         rivals = [BatchWorker(batches, Echo(), None) for _ in range(workers)]
         taken = await asyncio.gather(*(asyncio.to_thread(each._take, owner, batch_id) for each in rivals))
@@ -344,9 +335,17 @@ async def test_without_a_store_there_are_none(tmp_path: Path) -> None:
         await openai_of(tmp_path, None).batches.list()
 
 
-def short_leases() -> None:
-    """Let a process believe sooner that another one was killed."""
-    work.BatchWorker = partial(BatchWorker, lease_s=0.3, beat_s=0.05)  # type: ignore[misc,assignment]
+def short_leases(most: float) -> None:
+    """Let a process believe sooner that another one was killed, and answer so many requests at most."""
+    sent = count()
+
+    def worker(batches: BatchStore, app: Any, *rest: Any) -> BatchWorker:
+        async def some(*call: Any) -> None:
+            await (app(*call) if next(sent) < most else asyncio.Event().wait())
+
+        return BatchWorker(batches, some, *rest, lease_s=0.3, beat_s=0.05)
+
+    work.BatchWorker = worker  # type: ignore[misc,assignment]
 
 
 @pytest.mark.parametrize("api_processes", ["0", "1"])
@@ -360,8 +359,8 @@ async def test_a_process_is_killed_in_the_middle(tmp_path: Path, api_processes: 
         body = {"model": "base", "prompt": [5, 6, number % 7 + 3], "max_tokens": 100, "ignore_eos": True}
         text += line(f"r{number}", **body).replace(CHAT, "/v1/completions")
     batch: Any = None
-    for end in (Forked.kill, Forked.terminate, None):
-        with serving(world, tmp_path, short_leases, **settings) as (process, ready):
+    for end, most in ((Forked.kill, 100), (Forked.terminate, 100), (None, math.inf)):
+        with serving(world, tmp_path, partial(short_leases, most), **settings) as (process, ready):
             async with AsyncOpenAI(
                 base_url=f"http://{ready['http']}/v1", api_key="none", timeout=BOUND_S
             ) as client:
