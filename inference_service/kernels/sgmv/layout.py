@@ -281,7 +281,7 @@ def _segment_starts(
 ) -> npt.NDArray[np.intp]:
     new = np.ones(slots.size, dtype=bool)
     new[1:] = (np.diff(slots) != 0) | (np.diff(turns) != 0)
-    return np.nonzero(_since_true(new) % tile == 0)[0]
+    return np.flatnonzero(_since_true(new) % tile == 0)
 
 
 def _since_true(new: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
