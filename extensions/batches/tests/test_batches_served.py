@@ -358,14 +358,14 @@ async def test_a_process_is_killed_in_the_middle(tmp_path: Path, api_processes: 
     for number in range(300):
         body = {"model": "base", "prompt": [5, 6, number % 7 + 3], "max_tokens": 100, "ignore_eos": True}
         text += line(f"r{number}", **body).replace(CHAT, "/v1/completions")
-    batch: Any = None
+    batch, before = None, 0
+    beside = openai_of(tmp_path, BatchStore(open_store(settings["LORAMUX_BATCH_STORE"])))
     for end, most in ((Forked.kill, 100), (Forked.terminate, 100), (None, math.inf)):
         with serving(world, tmp_path, partial(short_leases, most), **settings) as (process, ready):
             async with AsyncOpenAI(
                 base_url=f"http://{ready['http']}/v1", api_key="none", timeout=BOUND_S
             ) as client:
                 batch = batch or await created(client, text, endpoint="/v1/completions")
-                before = (await client.batches.retrieve(batch.id)).request_counts.completed
                 if end is None:
                     ended = await until_ended(client, batch)
                     break
@@ -374,6 +374,6 @@ async def test_a_process_is_killed_in_the_middle(tmp_path: Path, api_processes: 
                 assert found.status == "in_progress"
             end(process)
             process.wait()
-    client = openai_of(tmp_path, BatchStore(open_store(settings["LORAMUX_BATCH_STORE"])))
+        before = (await beside.batches.retrieve(batch.id)).request_counts.completed
     assert (ended.status, ended.request_counts.completed) == ("completed", 300)
-    assert len(await answers(client, ended.output_file_id)) == 300
+    assert len(await answers(beside, ended.output_file_id)) == 300
