@@ -2,6 +2,7 @@
 
 import os
 import select
+import signal
 import threading
 from typing import Final
 
@@ -10,7 +11,11 @@ IMPORTED: Final = threading.Event()
 
 
 def watch(channel: int) -> None:
-    """End at once when the channel of a descriptor is closed before that; a port may be held."""
+    """End at once when the channel of a descriptor is closed before that; a port may be held.
+
+    Ctrl-C of a terminal is for the process that is helped, which closes the channel then.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_wait, args=(channel,), daemon=True).start()
 
 
