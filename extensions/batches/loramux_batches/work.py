@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import secrets
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -74,6 +75,8 @@ class Job:
     stored: int = 0
     """Bytes of the answers that are in the store."""
     parts: int = 0
+    storing: threading.Lock = field(default_factory=threading.Lock)
+    """Held while answers are stored, which goes on in its thread where its task was cancelled."""
     over: Literal["", "cancelled", "expired", "lost", "completed"] = ""
     """Why the other requests are not sent; empty: they are."""
 
@@ -328,7 +331,7 @@ class BatchWorker:
 
     def _store(self, job: Job) -> None:
         """Store the answers that are not stored yet."""
-        with job.answers.open("rb") as answers:
+        with job.storing, job.answers.open("rb") as answers:
             answers.seek(job.stored)
             for lines in _chunks(answers):
                 failed = sum(map(_is_failed, lines))

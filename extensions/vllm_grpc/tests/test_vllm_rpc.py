@@ -217,6 +217,7 @@ async def test_the_load_is_at_both_paths(apis: VllmApis) -> None:
             await anext(events)
             await until(lambda: service.engine.stats.running, "a running request")
             await pause(apis)
+            await until(lambda: service.engine.stats.waiting + service.engine.stats.running == 4, "all four")
             stats = service.engine.stats
             for path in ("/loads?model=base", "/v1/loads?include=core,disagg,queues,memory"):
                 [load] = (await web.get(path)).json()["loads"]
