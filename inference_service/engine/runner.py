@@ -98,7 +98,7 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
             rows.sources.extend([KNOWN] * length)
         if seq.pooling is not None:
             rows.pooled.extend(_pooled(chunk, row, seq.pooling))
-        elif end - drafted == progress.length:
+        elif end - drafted == progress.length:  # as Chunk.samples
             for ahead in range(drafted + 1):
                 rows.sampled.append(seq)
                 rows.ahead.append(ahead)

@@ -179,7 +179,7 @@ def _forbidden(seq: Sequence, *, may_stop: bool) -> array[int]:
 
 def shapes(seq: Sequence, generated: int) -> bool:
     """Return whether a token is not drawn from the model's logits, after so many others of the answer."""
-    return seq.grammar is not None or generated < seq.sampling.num_shaped
+    return seq.grammar is not None or looks_back(seq, generated)
 
 
 def looks_back(seq: Sequence, generated: int) -> bool:

@@ -6,8 +6,7 @@ import signal
 import threading
 from typing import Final
 
-IMPORTED: Final = threading.Event()
-"""Set when the process notices by itself that its channel is closed."""
+_imported: Final = threading.Event()
 
 
 def watch(channel: int) -> None:
@@ -19,9 +18,15 @@ def watch(channel: int) -> None:
     threading.Thread(target=_wait, args=(channel,), daemon=True).start()
 
 
+def imported() -> None:
+    """Leave the end to what was imported, which notices a closed channel itself; signals stay the other's."""
+    _imported.set()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _wait(channel: int) -> None:
     closed = select.poll()
     closed.register(channel, 0)  # a peer that is gone is always reported
     closed.poll()
-    if not IMPORTED.is_set():
+    if not _imported.is_set():
         os._exit(1)

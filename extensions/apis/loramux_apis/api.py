@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 import asyncio
 import gc
-import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -148,9 +147,7 @@ async def serve(descriptor: int) -> int:
 
 def main() -> int:
     """Run an API process; signals are the engine's process's to take, which drains this one."""
-    parent.IMPORTED.set()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    parent.imported()
     raise_limit()
     log_to_stderr()
     try:

@@ -113,7 +113,8 @@ class Batch:
                 ) from None
             except OSError:
                 pass  # a file system without locks
-            self._resume()  # an earlier run may have written more until it ended
+            if file.tell() != self._length:  # an earlier run wrote more, or its end
+                self._resume()
             yield
 
     async def run(self, http: httpx.AsyncClient, concurrency: int, on_answer: Callable[[], None]) -> Counts:

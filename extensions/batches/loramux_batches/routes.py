@@ -209,7 +209,7 @@ async def create_file(service: GenerationService, http: HttpRequest) -> Reply[Fi
         filename, kept_s = await _receive(http, pieces, room)
         await asyncio.to_thread(batches.check_room, owner, -MIB)  # uploads at the same time saw the same room
     except BaseException:
-        await shielded(asyncio.ensure_future(asyncio.to_thread(pieces.discard)))
+        await shielded(asyncio.to_thread(pieces.discard))
         raise
     named = file.model_copy(update={"filename": filename[:512], "expires_at": file.created_at + kept_s})
     return Reply(_file(await asyncio.to_thread(pieces.close, named)))

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     parent.watch(int(sys.argv[2]))  # what follows takes seconds to import
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -169,9 +168,7 @@ class Rank(Follower):
 
 def main() -> int:
     """Compute until the engine's process closes the sockets; signals are that one's to take."""
-    parent.IMPORTED.set()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    parent.imported()
     log_to_stderr()
     bound_arenas()
     steps, control, shared = map(int, sys.argv[1:])

@@ -9,7 +9,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Final, Self
@@ -117,26 +118,28 @@ class Updates:
         Each is an update of its own, so that one that is refused blocks no other: a builder makes one
         generation of those that wait.
         """
-        calls = {name: uuid4().hex for name in adapters}
-        for ends in (False, True):
-            for name, call in list(calls.items()):
-                try:
-                    self._advance(name, adapters[name], call, ends=ends)
-                except Fault as fault:
-                    del calls[name]
-                    log.warning("adapter not updated", adapter=name, reason=fault.reason, problem=str(fault))
-                    if fault.is_passing:
-                        self.note({name: adapters[name]}, RETRY_S)
+        begun = {}
+        for name, repository in adapters.items():
+            with self._trying(name, repository):
+                call = uuid4().hex
+                self._client.update(self._deployment, {name: repository}, request_id=call)
+                begun[name] = call
+        for name, call in begun.items():
+            with self._trying(name, adapters[name]):
+                *_, last = self._client.watch(self._deployment, request_id=call)
+                if last.state is DeploymentState.FAILED and last.failure is not None:
+                    raise last.failure
+                log.info("adapter updated", adapter=name, generation=last.generation)
 
-    def _advance(self, name: str, repository: Repository, call: str, *, ends: bool) -> None:
-        """Begin an update, or follow it to its end."""
-        if not ends:
-            self._client.update(self._deployment, {name: repository}, request_id=call)
-            return
-        *_, last = self._client.watch(self._deployment, request_id=call)
-        if last.state is DeploymentState.FAILED and last.failure is not None:
-            raise last.failure
-        log.info("adapter updated", adapter=name, generation=last.generation)
+    @contextmanager
+    def _trying(self, name: str, repository: Repository) -> Iterator[None]:
+        """Report a fault of an adapter's update, and note one that may pass again."""
+        try:
+            yield
+        except Fault as fault:
+            log.warning("adapter not updated", adapter=name, reason=fault.reason, problem=str(fault))
+            if fault.is_passing:
+                self.note({name: repository}, RETRY_S)
 
     def _run(self) -> None:
         while not self._ended:

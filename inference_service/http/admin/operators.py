@@ -1,6 +1,5 @@
 """Routes for operators' changes of adapters: vLLM's two, and ours for the page."""
 
-import asyncio
 from typing import Annotated, ClassVar, Final, Literal, NotRequired, cast
 
 from pydantic import Field
@@ -216,7 +215,7 @@ async def roll_back(service: GenerationService, http: HttpRequest) -> Reply[Roll
     """Publish an older generation again; returns when it is served."""
     body = await read_body(http, RollbackBody)
     # The rollback continues when its client disconnects: a published generation is served.
-    generation = await shielded(asyncio.ensure_future(manager_of(http).roll_back(body.to)))
+    generation = await shielded(manager_of(http).roll_back(body.to))
     return Reply({"generation": generation})
 
 

@@ -125,7 +125,7 @@ def _lora(ops: CpuOps, generator: torch.Generator) -> Pair:
 
 
 def _linear(ops: CpuOps, generator: torch.Generator) -> Pair:
-    """Widths are such that the matrix unit takes, and others."""
+    """One width is made of whole tiles of a matrix unit, the other is not."""
     found, expected = [], []
     for width in (40, 96):
         x, weight, bias = (_random(ops, generator, *shape) for shape in ((ROWS, width), (200, width), (200,)))

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Collection, Coroutine
+from collections.abc import Awaitable, Collection, Coroutine
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -44,11 +44,12 @@ async def first_of(*works: Coroutine[Any, Any, object]) -> None:
             task.cancel()
 
 
-async def shielded(work: asyncio.Future[T]) -> T:
-    """Return the result of work that goes on when its caller leaves; no log then reports its failure.
+async def shielded(awaited: Awaitable[T]) -> T:
+    """Return the result of what goes on when its caller leaves; no log then reports its failure.
 
     asyncio.shield leaves the failure to the log: "exception was never retrieved", or "in shielded future".
     """
+    work = asyncio.ensure_future(awaited)
     if not work.done():
         work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         await asyncio.wait((work,))
