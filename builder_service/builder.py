@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.journal import BuildLimits
+from builder_service.builds.keeper import BuildLimits
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext, Identity, claim_identity
 from loramux_shared.faults import SettingsInvalid

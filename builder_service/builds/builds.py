@@ -3,22 +3,26 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Final
+from functools import partial
+from typing import Final, ParamSpec, TypeVar
 
 import structlog
 
-from builder_service.builds.journal import BuildLimits, Journal, JournalEntry, Keeper
+from builder_service.builds.journal import FIRST, LAST, Journal, JournalEntry, Order, TakenOver, Ticket
+from builder_service.builds.keeper import BuildLimits, Keeper
 from builder_service.builds.pushes import Pushes
 from builder_service.builds.running import Failures, RunningBuild, place_of
 from builder_service.builds.shown import BuildViews
 from builder_service.builds.turns import MAX_ATTEMPTS, Group, Turns
 from builder_service.builds.views import BuildState, DeploymentView, served_number
-from builder_service.pipeline.build import BuildResult
+from builder_service.pipeline.build import BuildResult, build
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import JointProgress
-from builder_service.pipeline.update import Update, check_update, joined, rollback
+from builder_service.pipeline.progress import INTERRUPTED, JointProgress
+from builder_service.pipeline.update import Update, check_update, joined, rollback, update
 from builder_service.pipeline.validate import check_deployment
+from loramux_shared.bundle.deployments import Identity, find_applied
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import (
     BuildCancelled,
@@ -33,10 +37,16 @@ from loramux_shared.faults import (
     StoreUnavailable,
 )
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 log = structlog.get_logger()
 
 STOP_GRACE_S: Final = 15.0
 """For a build that was asked to stop, and waits for a network."""
+AGAIN_S: Final = 1.0
+"""Before the store is asked again that did not answer."""
+RECORDING_THREADS: Final = 16
 CANCELLED: Final = "a client cancelled the build; the deployment is unchanged"
 
 
@@ -47,22 +57,33 @@ class Builds(BuildViews):
         super().__init__(context.store)
         self._context = context
         self._limits = limits or BuildLimits()
-        self._journal = Journal(context.store, context.owner or "builder")
+        loop = asyncio.get_running_loop()
+        owner, lease_s = context.owner or "builder", self._limits.lease_s
+        self._journal = Journal(context.store, owner, lease_s, lambda: loop.time())
+        self.keeper = Keeper(context.store, self._journal, self._limits, self._take_up, lambda: loop.time())
+        self._keeping: list[asyncio.Task[None]] = []
+        self.broken = asyncio.Event()
+        """Set where the builder cannot go on and has to be started again."""
+        self._recording = ThreadPoolExecutor(RECORDING_THREADS, "journal")
+        self._places: dict[str, asyncio.Task[int]] = {}
+        """Looks at the queues that have not begun."""
+        self._looking: dict[str, asyncio.Lock] = {}
+        self._ending = asyncio.Event()
+        """Set where builds do not end here any more."""
         self._failures = Failures(place_of(context))
         self._pool = ThreadPoolExecutor(self._limits.running, "build")
         self._slots = asyncio.Semaphore(self._limits.running)
-        self._turns = Turns(self._make)
+        self._turns = Turns(self._make, self._first_foreign)
         self._open: dict[RunningBuild, None] = {}
         """Those that have not ended, in order."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._keeping: asyncio.Task[None] | None = None
         self._draining = False
         self.pushes = Pushes(context, self.published)
         self.on_end: Callable[[RunningBuild], None] = lambda _: None
         """Called with each build that ended."""
 
     async def recover(self) -> int:
-        """Take up the builds that the last run of the builder did not end; returns how many.
+        """Take up the builds that earlier runs of the builder did not end, before any call; returns how many.
 
         From now on this builder gives signs of life, and takes over the builds of those that do not. Raise
         StoreUnavailable where the store does not answer.
@@ -71,12 +92,20 @@ class Builds(BuildViews):
             failed = RunningBuild.failed(record)
             self._builds[failed.name] = failed
             self._requests.remember(failed.entry.request_id, failed)
-        entries = await asyncio.to_thread(self._journal.mine)
-        for entry in entries:
-            self._take_up(entry)
-        keeper = Keeper(self._journal, self._limits, self._take_over)
-        self._keeping = asyncio.create_task(keeper.run(), name="journal")
-        return len(entries)
+        count = await self.keeper.recover()
+        for work in (self.keeper.beat(), self.keeper.look()):
+            task = asyncio.create_task(work, name="journal")
+            task.add_done_callback(self._judge)
+            self._keeping.append(task)
+        return count
+
+    def _judge(self, keeping: asyncio.Task[None]) -> None:
+        """End the builder with a task without which others take its builds."""
+        if not keeping.cancelled():
+            log.critical(
+                "journal is not looked after any more, the builder stops", exc_info=keeping.exception()
+            )
+            self.broken.set()
 
     async def build(
         self, deployment: Deployment, request_id: str = "", *, verify: bool = False, exact: bool = False
@@ -117,7 +146,8 @@ class Builds(BuildViews):
         """
         entry = JournalEntry(update=wish, request_id=request_id, create_time=datetime.now(UTC))
         if self._find(entry) is None and self._running(wish.name) is None:
-            await asyncio.to_thread(check_update, self._context.store, wish)
+            identity = Identity((entry.draw_id(),))
+            await asyncio.to_thread(check_update, self._context.store, wish, identity)
         return await self._accepted(entry)
 
     async def rollback(self, name: str, to: int | None, expected: int | None) -> BuildResult:
@@ -171,10 +201,11 @@ class Builds(BuildViews):
             return await self.get(name)
         for running in [running for running in self._open if running.name == name]:
             await running.accepted.wait()
-            if running.state is BuildState.BUILDING:
-                running.entry = running.entry.model_copy(update={"cancelled": True})
-                await asyncio.to_thread(self._journal.update, running.key, running.entry)
-                running.stop(BuildCancelled(CANCELLED))
+            async with running.recording:
+                if running.state is BuildState.BUILDING and running in self._open:
+                    running.entry = running.entry.model_copy(update={"cancelled": True})
+                    await self._in_thread(self._journal.replace, running.ticket, running.entry)
+                    running.stop(BuildCancelled(CANCELLED))
         return last.view()
 
     async def drain(self, timeout_s: float) -> None:
@@ -184,13 +215,19 @@ class Builds(BuildViews):
         self.pushes.stop()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
+        self._ending.set()
         for running in self._open:
             running.stop()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_GRACE_S)
-        if self._keeping is not None:
-            self._keeping.cancel()
+        for keeping in self._keeping:
+            keeping.cancel()
+        self.keeper.close()
+        self._recording.shutdown(wait=False)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if not self._tasks:
+            with suppress(StoreUnavailable):  # others wait for a lease then
+                await asyncio.to_thread(self._journal.end_run)
 
     def count_running(self) -> int:
         """Return how many builds run or wait, on any thread."""
@@ -209,58 +246,119 @@ class Builds(BuildViews):
             raise BuildInProgress(f"another build of {entry.name!r} runs. Watch it, then call again.")
         return None
 
-    def _start(self, entry: JournalEntry) -> RunningBuild:
-        running = RunningBuild(entry)
+    def _start(self, entry: JournalEntry, ticket: Ticket | None = None) -> RunningBuild:
+        running = RunningBuild(entry, ticket)
         running.before = self._builds.get(running.name)
         self._builds[running.name] = running
         self._open[running] = None
-        self._journal.add(running.key, entry)
         self._requests.remember(entry.request_id, running)
         self._news.tell(running.name)
-        task = asyncio.create_task(self._run(running), name=f"build {running.name}")
+        task = asyncio.create_task(self._run(running, ticket), name=f"build {running.name}")
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._ended(task, running))
         return running
 
-    def _take_up(self, entry: JournalEntry) -> RunningBuild:
-        name, attempt = entry.name, entry.attempt + 1
-        log.warning("build was interrupted, running it again", deployment=name, attempt=attempt)
-        return self._start(entry.model_copy(update={"attempt": attempt}))
+    async def _take_up(self, ticket: Ticket, entry: JournalEntry) -> None:
+        log.warning("build was interrupted, running it again", deployment=entry.name, attempt=entry.attempt)
+        await self._start(entry, ticket).accepted.wait()
 
-    async def _run(self, running: RunningBuild) -> None:
+    async def _run(self, running: RunningBuild, ticket: Ticket | None) -> None:
         """Run a build to its end, which is reported after the journal forgot it."""
         try:
-            await self._accept(running)
+            served = await self._in_thread(served_number, self._context.store, running.name)
+            running.accept(ticket or await self._record(running.entry), served)
         except Fault as fault:
             self._retract(running)
             running.refuse(fault)
             return
         try:
+            end = await self._outcome(running)
+        except (BuildInterrupted, TakenOver) as why:
+            log.warning(
+                "build was interrupted, it continues at another builder or start", deployment=running.name
+            )
+            if isinstance(why, TakenOver):
+                self._retract(running)
+            running.interrupt()
+            return
+        self._open.pop(running, None)
+        if isinstance(end, Fault):
+            log.warning("build failed", deployment=running.name, reason=end.reason, problem=str(end))
+            running.fail(end)
+        else:
+            log.info("build ended", deployment=running.name, generation=end.generation.number)
+            running.succeed(end)
+
+    async def _record(self, entry: JournalEntry) -> Ticket:
+        """Put an entry behind all others of its deployment; calls at the same moment share a look at those."""
+        pending = self._places.get(entry.name)
+        if pending is None:
+            pending = self._places[entry.name] = asyncio.create_task(self._look(entry.name))
+        return await self._in_thread(self._journal.add, await pending, entry.draw_id(), entry)
+
+    async def _look(self, name: str) -> int:
+        async with self._looking.setdefault(name, asyncio.Lock()):
+            del self._places[name]  # a call from now on needs a later look
+            return await self._in_thread(self._journal.next_place, name)
+
+    async def _outcome(self, running: RunningBuild) -> BuildResult | Fault:
+        """Return the end of a build, which the journal has forgotten then.
+
+        Raises:
+            BuildInterrupted: the builder stops first.
+            TakenOver: another builder has it.
+        """
+        try:
             result = await self._turns.result(running)
         except BuildInterrupted:
-            log.warning("build was interrupted, it continues at the next start", deployment=running.name)
-            self._journal.leave(running.name)
-            running.interrupt()
+            raise
         except Fault as fault:
-            log.warning("build failed", deployment=running.name, reason=fault.reason, problem=str(fault))
-            await asyncio.to_thread(self._failures.write, running.record(fault))
+            applied = await self._until_answered(
+                find_applied, self._context.store, running.name, running.ticket.change
+            )
+            if applied is None:
+                await asyncio.to_thread(self._failures.write, running.record(fault))
+                await self._forget(running)
+                return fault
+            result = BuildResult(applied, unchanged=False)
+        await asyncio.to_thread(self._failures.remove, running.name)
+        with suppress(TakenOver):  # it finds itself published there
             await self._forget(running)
-            self._open.pop(running, None)
-            running.fail(fault)
-        else:
-            log.info("build ended", deployment=running.name, generation=result.generation.number)
-            await asyncio.to_thread(self._failures.remove, running.name)
-            await self._forget(running)
-            self._open.pop(running, None)
-            running.succeed(result)
+        return result
 
-    async def _accept(self, running: RunningBuild) -> None:
-        await asyncio.to_thread(self._journal.save, running.key, running.name)
-        running.accept(await asyncio.to_thread(served_number, self._context.store, running.name))
+    async def _forget(self, running: RunningBuild) -> None:
+        async with running.recording:
+            await self._until_answered(self._journal.remove, running.ticket)
+
+    async def _until_answered(self, operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what a store answers, however late; raise BuildInterrupted where the builder stops."""
+        while True:
+            try:
+                return await self._in_thread(operation, *args, **kwargs)
+            except StoreUnavailable as fault:
+                log.warning("journal waits for the store, trying again", problem=fault.message)
+            if self._ending.is_set():
+                raise BuildInterrupted(INTERRUPTED)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(AGAIN_S):
+                    await self._ending.wait()
+
+    async def _in_thread(self, operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._recording, partial(operation, *args, **kwargs))
+
+    async def _first_foreign(self, name: str) -> Order:
+        try:
+            queue = await self._in_thread(self._journal.queue, name)
+        except StoreUnavailable as fault:
+            log.warning("builds wait for the store", deployment=name, problem=fault.message)
+            return FIRST
+        left, run = self.keeper.left, self._journal.run
+        return next((each.order for each in queue if each.run != run and each not in left), LAST)
 
     async def _make(self, group: Group) -> BuildResult:
         """Run builds of one deployment as one, when there is a slot for them."""
-        first = group[0]
+        first, tickets = group[0], [running.ticket for running in group]
         if first.entry.cancelled:
             raise BuildCancelled(CANCELLED)
         if first.entry.attempt > MAX_ATTEMPTS:
@@ -269,16 +367,19 @@ class Builds(BuildViews):
                 "Check the builder's log, then build again."
             )
         await first.wait_for(self._slots)
-        entry, progress = first.entry, first.progress
-        if len(group) > 1:
+        identity = Identity(tuple(ticket.change for ticket in tickets), partial(self._journal.require, tickets))
+        progress = JointProgress([running.progress for running in group]) if len(group) > 1 else first.progress
+        if (whole := first.entry.deployment) is not None:
+            options = {"verify": first.entry.verify, "exact": first.entry.exact}
+            work = partial(build, whole, self._context, progress, identity=identity, **options)
+        else:
             wish = joined([running.entry.update for running in group if running.entry.update])
-            entry = entry.model_copy(update={"update": wish})
-            progress = JointProgress([running.progress for running in group])
+            work = partial(update, wish, self._context, progress, identity)
         loop, timeout_s = asyncio.get_running_loop(), self._limits.timeout_s
         late = BuildTimedOut(f"the build took longer than {timeout_s:g} s, which is the limit of this builder")
         timer = loop.call_later(timeout_s, _stop, group, late)
         try:
-            return await loop.run_in_executor(self._pool, entry.run, self._context, progress)
+            return await loop.run_in_executor(self._pool, work)
         except OSError as error:
             raise ResourcesExhausted(
                 f"the builder's work folder: {error.strerror or type(error).__name__}. "
@@ -288,19 +389,8 @@ class Builds(BuildViews):
             timer.cancel()
             self._slots.release()
 
-    async def _take_over(self, entry: JournalEntry) -> bool:
-        """Run the build of another builder; True when its entry is not needed any more."""
-        others = [running for running in self._open if running.name == entry.name]
-        if any(running.entry.wish == entry.wish for running in others):
-            return True
-        if self._draining or (others and entry.update is None):
-            return False
-        running = self._take_up(entry)
-        await running.accepted.wait()
-        return running.refusal is None
-
     def _retract(self, running: RunningBuild) -> None:
-        """Forget a build that was not accepted; the call may be repeated."""
+        """Forget a build that was not accepted, or is another builder's now; the call may be repeated."""
         self._open.pop(running, None)
         self._requests.forget(running.entry.request_id)
         if self._builds.get(running.name) is running:
@@ -311,15 +401,6 @@ class Builds(BuildViews):
             if before is not None:
                 self._builds[running.name] = before
 
-    async def _forget(self, running: RunningBuild) -> None:
-        try:
-            await asyncio.to_thread(self._journal.remove, running.key, running.name)
-        except StoreUnavailable as fault:
-            log.warning(
-                "journal entry could not be removed, so the build runs again at the next start",
-                problem=fault.message,
-            )
-
     def _ended(self, task: asyncio.Task[None], running: RunningBuild) -> None:
         self._tasks.discard(task)
         self._open.pop(running, None)
@@ -328,9 +409,6 @@ class Builds(BuildViews):
             log.error("build failed: unexpected error", deployment=running.name, exc_info=problem)
             fault = InternalFault("internal error; the builder's log has the details. Please report it.")
             running.refuse(fault) if not running.accepted.is_set() else running.fail(fault)
-            forgetting = asyncio.create_task(self._forget(running))
-            self._tasks.add(forgetting)
-            forgetting.add_done_callback(self._tasks.discard)
         self.on_end(running)
         self._following.forget(running.name)
 

@@ -1,42 +1,42 @@
-"""Builds that were accepted and have not ended, kept in the store for a builder that is started again.
+"""Accepted changes that have not ended, in the store: one queue for each deployment, which all builders share.
 
 ::
 
-    builds/<deployment>/<owner>.json     written before the build begins, removed when it ended
+    builds/<deployment>/<place>-<arrival>-<id>-<run>.json    put before the call is answered
+    builders/<run>.json                                      put again every few seconds while a builder lives
 
-The owner writes it again every few seconds while the build runs. An entry that does not change for a while
-belongs to a builder that is gone, and is taken over by any other one. The changes of a deployment that wait for
-their turn stand in one entry, so that hundreds which come at once cost few requests.
+A run is one life of a builder. Only the run in its key puts an entry again, or removes it when its change
+ended; a run that takes an entry over puts one of its own, in the same place, before it removes the old one. A
+change begins when no other builder has an earlier place, and is published only while its entry is there.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import threading
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
+from typing import Final, TypeAlias
 
 import structlog
 from pydantic import Field, model_validator
 
-from builder_service.pipeline.build import BuildResult, build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.update import Update, update
-from loramux_shared.bundle.generation import BUILDS_PREFIX
-from loramux_shared.bundle.manifest import Record
+from builder_service.pipeline.update import Update
+from loramux_shared.bundle.generation import BUILDERS_PREFIX, BUILDS_PREFIX
+from loramux_shared.bundle.manifest import Record, sha256_hex
 from loramux_shared.deployment import Deployment
-from loramux_shared.faults import BundleCorrupt, QueueFull, RecordTooLarge, StoreUnavailable
-from loramux_shared.storage.base import JOURNAL_BYTES, ObjectMissing, Store, bound_of
+from loramux_shared.faults import BundleCorrupt, RequestInvalid, StoreUnavailable
+from loramux_shared.storage.base import ObjectMissing, Store, bound_of
 
 log = structlog.get_logger()
 
 
 class JournalEntry(Record):
-    """An accepted build: of a whole deployment, or an update of one."""
+    """An accepted change: a build of a whole deployment, or an update of one."""
 
     deployment: Deployment | None = None
     update: Update | None = None
@@ -47,13 +47,9 @@ class JournalEntry(Record):
     request_id: str = ""
     create_time: datetime
     attempt: int = Field(default=1, ge=1)
-    """Counts the starts of a builder that ran it."""
+    """Counts the runs of builders that began it."""
     cancelled: bool = False
     """True if a client cancelled it."""
-    beat: int = 0
-    """Changes while its builder lives."""
-    behind: tuple[JournalEntry, ...] = Field(default=(), exclude_if=lambda behind: not behind)
-    """The builds of the deployment that were accepted after it."""
 
     @model_validator(mode="after")
     def _is_one(self) -> JournalEntry:
@@ -64,224 +60,229 @@ class JournalEntry(Record):
     @property
     def name(self) -> str:
         """The deployment's name."""
-        return self.update.name if self.update else self._whole.model_name
+        return self.update.name if self.update else self.whole.model_name
 
     @property
     def adapters(self) -> Collection[str]:
         """The names of the adapters that are made."""
-        return self.update.add if self.update else self._whole.build.lora_adapters
+        return self.update.add if self.update else self.whole.build.lora_adapters
 
     @property
     def wish(self) -> tuple[Deployment | None, Update | None, bool, bool]:
-        """Return the content of the request, which is equal for a repeated call."""
+        """The content of the request, which is equal for a repeated call."""
         return self.deployment, self.update, self.verify, self.exact
 
     @property
-    def _whole(self) -> Deployment:
+    def whole(self) -> Deployment:
+        """The deployment of a build."""
         assert self.deployment is not None  # noqa: S101 - the validator's word
         return self.deployment
 
-    def run(self, context: BuildContext, progress: Progress) -> BuildResult:
-        """Do it. Blocks; raises what `build` and `update` raise."""
-        if self.update is not None:
-            return update(self.update, context, progress, again=self.attempt > 1)
-        return build(self._whole, context, progress, verify=self.verify, exact=self.exact)
+    def draw_id(self) -> str:
+        """Return an id: the same for each call with one request id and content, else a new one."""
+        if not self.request_id:
+            return uuid.uuid4().hex
+        content = self.model_dump_json(include={"deployment", "update", "verify", "exact", "request_id"})
+        return sha256_hex(content.encode())[:32]
 
 
-@dataclass
-class _Page:
-    """The builds of a deployment that have not ended, and what of them is in the store."""
+_KEY: Final = re.compile(
+    r"builds/([^/]+)/([0-9]{10})-([0-9]{6})-([0-9a-f]{32})-([0-9A-Za-z]+\.[0-9a-f]{16})\.json"
+)
+_BEAT: Final = re.compile(r"builders/([0-9A-Za-z]+\.[0-9a-f]{16})\.json")
 
-    entries: dict[str, JournalEntry] = field(default_factory=dict)
-    """Keyed by build."""
-    left: bool = False
-    """True if the builds continue in another run of a builder: then the store is not changed."""
-    changes: Iterator[int] = field(default_factory=partial(itertools.count, 1))
-    stored: int = 0
-    """The newest of the changes that are in the store."""
-    beat: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held during a write: a beat must not bring back an entry that is being removed."""
+
+Order: TypeAlias = tuple[int, int, str]
+"""Sorts the queue of a deployment, whoever has an entry."""
+FIRST: Final[Order] = (0, 0, "")
+LAST: Final[Order] = (10**10, 0, "")
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """An entry's place in the queue of its deployment, and the run of a builder to which it belongs."""
+
+    deployment: str
+    place: int
+    arrival: int
+    """Order of the calls that one run answered with the same place."""
+    change: str
+    """Id of the change."""
+    run: str
+
+    @property
+    def order(self) -> Order:
+        """Its place among all entries of the deployment."""
+        return self.place, self.arrival, self.change
+
+    @property
+    def key(self) -> str:
+        """The entry's key in the store."""
+        place = f"{self.place:010d}-{self.arrival:06d}"
+        return f"{BUILDS_PREFIX}{self.deployment}/{place}-{self.change}-{self.run}.json"
+
+    @classmethod
+    def parse(cls, key: str) -> Ticket | None:
+        """Return the ticket of a key; None for what is no entry's."""
+        match = _KEY.fullmatch(key)
+        return cls(match[1], int(match[2]), int(match[3]), match[4], match[5]) if match else None
+
+
+class TakenOver(Exception):
+    """Another builder has the change now; what becomes of it is reported there."""
 
 
 class Journal:
-    """The entries of all builders on a store, of which one's own may be written; blocking.
+    """The queues of a store, and the entries of one run of a builder in them; blocking, from any thread."""
 
-    Calls about one deployment that come while one of them writes are written together.
-    """
-
-    def __init__(self, store: Store, owner: str) -> None:
+    def __init__(
+        self, store: Store, owner: str, lease_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Begin a run of an owner; an owner has one run at a time, and is judged dead after lease_s seconds."""
         self._store = store
         self._owner = owner
-        self._pages: dict[str, _Page] = {}
-
-    def add(self, key: str, entry: JournalEntry) -> None:
-        """Take a build that is about to begin, under a key of the caller's choice; does not block."""
-        self._pages.setdefault(entry.name, _Page()).entries[key] = entry
-
-    def save(self, key: str, name: str) -> None:
-        """Record a build that was added.
-
-        Raises:
-            StoreUnavailable: it is not recorded, and was removed from the builds.
-            QueueFull: likewise; those that wait are too large together.
-        """
-        try:
-            self._store_page(name)
-        except BaseException:
-            self._pages[name].entries.pop(key, None)
-            raise
-
-    def update(self, key: str, entry: JournalEntry) -> None:
-        """Record what changed about a build, unless it ended meanwhile."""
-        page = self._pages[entry.name]
-        if key in page.entries:
-            page.entries[key] = entry
-            self._store_page(entry.name)
-
-    def remove(self, key: str, name: str) -> None:
-        """Forget a build that ended."""
-        self._pages[name].entries.pop(key, None)
-        self._store_page(name)
-
-    def leave(self, name: str) -> None:
-        """Leave the unfinished builds of a deployment to the next builder."""
-        self._pages[name].left = True
+        self.run = f"{owner}.{secrets.token_hex(8)}"
+        self._lease_s = lease_s
+        self._clock = clock
+        self._beats = itertools.count(1)
+        self._arrivals = itertools.count()
+        self._beat_at: float | None = None
+        self._lapses = 0
+        """Times that others may have judged this run dead."""
+        self._leaving: dict[str, int] = {}
+        """Keys of entries that are being removed, each with the lapses before it was seen to be there."""
+        self._doubtful: dict[str, None] = {}
+        """Keys that are to be removed: of entries that may have been put, or that were taken over."""
 
     def beat(self) -> None:
-        """Show that this builder lives."""
-        for name, page in list(self._pages.items()):
-            if page.entries:
-                page.beat += 1
-                self._store_page(name)
+        """Show that this run lives."""
+        began = self._clock()
+        self._store.put(f"{BUILDERS_PREFIX}{self.run}.json", b'{"beat":%d}' % next(self._beats))
+        self._lapses += self._is_late(began)
+        self._beat_at = began
 
-    def _store_page(self, name: str) -> None:
-        page = self._pages[name]
-        change = next(page.changes)
-        with page.lock:
-            if page.stored > change or page.left:
-                return
-            change = next(page.changes)  # higher than the number of each change whose entries are read here
-            entries = list(page.entries.values())
-            if entries:
-                update = {"beat": page.beat, "behind": tuple(entries[1:])}
-                data = entries[0].model_copy(update=update).to_bytes()
-                if len(data) > bound_of(self._key(name)):
-                    raise QueueFull(
-                        f"the changes of {name} in the queue are too large together. Call again later."
-                    )
-                self._store.put(self._key(name), data)
-            else:
-                self._store.delete(self._key(name))
-            page.stored = change
+    def end_run(self, run: str | None = None) -> None:
+        """Remove the sign of life of a run, this one by default: others take over at once what it leaves."""
+        self._store.delete(f"{BUILDERS_PREFIX}{run or self.run}.json")
 
-    def mine(self) -> list[JournalEntry]:
-        """Return the builds that an earlier run of this owner did not end."""
-        found = self._read(lambda owner: owner == self._owner)
-        return [entry for key, data in found.items() for entry in self.parse(key, data)]
+    def _is_late(self, now: float | None = None) -> bool:
+        since = self._beat_at
+        return since is not None and (self._clock() if now is None else now) - since >= self._lease_s
 
-    def others(self) -> dict[str, bytes]:
-        """Return the entries of other builders by key."""
-        return self._read(lambda owner: owner != self._owner)
+    def next_place(self, deployment: str) -> int:
+        """Return the place behind all entries of a deployment."""
+        return max((ticket.place for ticket in self.queue(deployment)), default=0) + 1
 
-    def parse(self, key: str, data: bytes) -> list[JournalEntry]:
-        """Return the builds of an entry; one that cannot be read is logged and removed."""
+    def add(self, place: int, change: str, entry: JournalEntry) -> Ticket:
+        """Record a change.
+
+        Raises:
+            RequestInvalid: it is too large.
+            StoreUnavailable: it is not recorded.
+        """
+        ticket = Ticket(entry.name, place, next(self._arrivals) % 10**6, change, self.run)
+        data = entry.to_bytes()
+        if len(data) > (most := bound_of(ticket.key)):
+            raise RequestInvalid(f"the deployment: expected at most {most} bytes as JSON, found {len(data)}.")
         try:
-            first = JournalEntry.from_bytes(data, what=key)
-        except BundleCorrupt as damage:
-            self._dropped(key, damage)
-            return []
-        return [first.model_copy(update={"behind": ()}), *first.behind]
+            self._store.put(ticket.key, data)
+        except StoreUnavailable:
+            self._doubtful[ticket.key] = None  # it may be there all the same
+            raise
+        return ticket
 
-    def drop(self, key: str) -> None:
-        """Remove an entry of another builder, which was taken over."""
-        self._store.delete(key)
+    def replace(self, ticket: Ticket, entry: JournalEntry) -> None:
+        """Record what changed about a change, unless another builder has it. Not beside `remove` of it."""
+        if self._holds([ticket]):
+            self._store.put(ticket.key, entry.to_bytes())
 
-    def _read(self, selects: Callable[[str], bool]) -> dict[str, bytes]:
-        found, left = dict[str, bytes](), JOURNAL_BYTES
-        for key in list(self._store.list(BUILDS_PREFIX)):
-            if selects(key.rpartition("/")[2].removesuffix(".json")):
+    def remove(self, ticket: Ticket) -> None:
+        """Forget a change that ended; may be repeated.
+
+        Raises:
+            TakenOver: others may have the change, which may end otherwise there.
+            StoreUnavailable: it may still be there.
+        """
+        if ticket.key not in self._leaving:
+            if self._is_late():
+                raise StoreUnavailable(
+                    f"{self._store.uri}: the builder could not show that it lives for a while."
+                )
+            lapses = self._lapses
+            self.require([ticket])
+            self._leaving[ticket.key] = lapses
+        self._store.delete(ticket.key)
+        if self._leaving.pop(ticket.key) != self._lapses or self._is_late():
+            raise TakenOver
+
+    def tidy(self) -> None:
+        """Remove the entries that must not stay."""
+        for key in tuple(self._doubtful):
+            self._store.delete(key)
+            del self._doubtful[key]
+
+    def require(self, tickets: Collection[Ticket]) -> None:
+        """Raise TakenOver unless all entries are there."""
+        if not self._holds(tickets):
+            raise TakenOver
+
+    def _holds(self, tickets: Collection[Ticket]) -> bool:
+        there = {ticket for name in {each.deployment for each in tickets} for ticket in self.queue(name)}
+        return there.issuperset(tickets)
+
+    def queue(self, deployment: str = "") -> list[Ticket]:
+        """Return the entries of a deployment, or of all, in their order."""
+        prefix = f"{BUILDS_PREFIX}{deployment}/" if deployment else BUILDS_PREFIX
+        found = [ticket for key in self._store.list(prefix) if (ticket := Ticket.parse(key)) is not None]
+        return sorted(found, key=lambda ticket: ticket.order)
+
+    def beats(self) -> dict[str, bytes]:
+        """Return the signs of life of all runs."""
+        found = dict[str, bytes]()
+        for key in list(self._store.list(BUILDERS_PREFIX)):
+            if match := _BEAT.fullmatch(key):
                 try:
-                    data = self._store.get(key)
+                    found[match[1]] = self._store.get(key)
                 except ObjectMissing:
                     continue
-                except RecordTooLarge as damage:
-                    self._dropped(key, damage)
-                    continue
-                left -= len(data)
-                if left < 0:
-                    log.warning(
-                        "journal entries exceed their size limit together, the rest is ignored", first=key
-                    )
-                    break
-                found[key] = data
         return found
 
-    def _dropped(self, key: str, damage: BundleCorrupt) -> None:
-        log.warning("journal entry is damaged, ignored", key=key, problem=damage.message)
-        self._store.delete(key)
+    def is_ended(self, run: str) -> bool:
+        """True for the earlier runs of this owner."""
+        return run != self.run and run.partition(".")[0] == self._owner
 
-    def _key(self, name: str) -> str:
-        return f"{BUILDS_PREFIX}{name}/{self._owner}.json"
+    def take(self, ticket: Ticket) -> tuple[Ticket, JournalEntry] | None:
+        """Take over the entry of a run that ended; None where it is gone, or no entry of this release.
+
+        An entry that cannot be read is left where it is. Raise StoreUnavailable where it was not taken.
+        """
+        try:
+            entry = JournalEntry.from_bytes(self._store.get(ticket.key), what=ticket.key)
+        except ObjectMissing:
+            return None
+        except BundleCorrupt as damage:
+            log.warning("journal entry cannot be read, a release that can may take it", problem=damage.message)
+            return None
+        taken, entry = replace(ticket, run=self.run), entry.model_copy(update={"attempt": entry.attempt + 1})
+        self._doubtful[taken.key] = None
+        self._store.put(taken.key, entry.to_bytes())
+        del self._doubtful[taken.key]
+        self._doubtful[ticket.key] = None
+        return taken, entry
 
 
 class Abandoned:
-    """Finds the entries that do not change. Compares what it saw itself: clocks of others do not matter."""
+    """Finds runs that give no signs of life. It compares what it saw itself: clocks of others do not matter."""
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
         self._seen: dict[str, tuple[bytes, float]] = {}
 
-    def among(self, entries: Mapping[str, bytes], now_s: float) -> list[str]:
-        """Return the keys of entries that are what they were a lease ago."""
+    def among(self, runs: Collection[str], beats: Mapping[str, bytes], now_s: float) -> set[str]:
+        """Return the runs without a sign of life for a lease: without any, or with the one of a lease ago."""
         before, self._seen = self._seen, {}
-        for key, data in entries.items():
-            same = key in before and before[key][0] == data
-            self._seen[key] = before[key] if same else (data, now_s)
-        return [key for key, (_, since_s) in self._seen.items() if now_s - since_s >= self._lease_s]
-
-
-@dataclass(frozen=True)
-class BuildLimits:
-    """The operator's limits of builds."""
-
-    running: int = 2
-    """Builds at once; others wait."""
-    waiting: int = 1000
-    """Builds that wait; one more is answered QUEUE_FULL."""
-    timeout_s: float = 6 * 3600
-    """Seconds that one build may run."""
-    beat_s: float = 15
-    """Between two signs of life of the running builds."""
-    lease_s: float = 90
-    """Seconds without a sign of life after which another builder takes a build over."""
-
-
-class Keeper:
-    """Works until it is cancelled; take_over runs a build, and says whether its old entry may go."""
-
-    def __init__(
-        self, journal: Journal, limits: BuildLimits, take_over: Callable[[JournalEntry], Awaitable[bool]]
-    ) -> None:
-        self._journal = journal
-        self._beat_s = limits.beat_s
-        self._abandoned = Abandoned(limits.lease_s)
-        self._take_over = take_over
-
-    async def run(self) -> None:
-        """Give a sign of life, then look at the others' builds, again and again."""
-        while True:
-            await asyncio.sleep(self._beat_s)
-            try:
-                await self._round()
-            except StoreUnavailable as fault:
-                log.warning("journal cannot be written: the store does not answer", problem=fault.message)
-
-    async def _round(self) -> None:
-        await asyncio.to_thread(self._journal.beat)
-        others = await asyncio.to_thread(self._journal.others)
-        for key in self._abandoned.among(others, asyncio.get_running_loop().time()):
-            entries = await asyncio.to_thread(self._journal.parse, key, others[key])
-            taken = [await self._take_over(entry) for entry in entries]
-            if all(taken):
-                await asyncio.to_thread(self._journal.drop, key)
+        for run, beat in beats.items():
+            same = run in before and before[run][0] == beat
+            self._seen[run] = before[run] if same else (beat, now_s)
+        living = {run for run, (_, since_s) in self._seen.items() if now_s - since_s < self._lease_s}
+        return set(runs) - living

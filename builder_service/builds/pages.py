@@ -115,7 +115,8 @@ def _view(
         return GenerationView(number, None, number == served, damage=generation or "it is gone")
     older = before if isinstance(before, Generation) else None
     changes = _changes(generation, older)
-    settings = {"adapters": generation.adapters, "number": number, "create_time": generation.create_time}
+    same = ("adapters", "number", "create_time", "changes")
+    settings = {name: getattr(generation, name) for name in same}
     return GenerationView(
         number,
         generation.create_time,

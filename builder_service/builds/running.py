@@ -6,7 +6,6 @@ Failures are kept beside the work folder: a failed build leaves nothing in the s
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from typing import Final
 
 import structlog
 
-from builder_service.builds.journal import JournalEntry
+from builder_service.builds.journal import JournalEntry, Ticket
 from builder_service.builds.views import BuildState, DeploymentView
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
@@ -103,10 +102,12 @@ WATCH_INTERVAL_S: Final = 0.05
 class RunningBuild:
     """A build from the moment it is accepted; it keeps its end."""
 
-    def __init__(self, entry: JournalEntry) -> None:
+    def __init__(self, entry: JournalEntry, ticket: Ticket | None = None) -> None:
+        """Run an entry; without a ticket, it gets one before it is accepted."""
         self.entry = entry
-        self.key = uuid.uuid4().hex
-        """Key in the journal."""
+        self._ticket = ticket
+        self.recording = asyncio.Lock()
+        """Held while its entry in the journal changes: it must not come back after it was removed."""
         self.state = BuildState.BUILDING
         self.generation = 0
         self.failure: Fault | None = None
@@ -146,9 +147,15 @@ class RunningBuild:
             waiting.cancel()
             self.progress.check()
 
-    def accept(self, generation: int) -> None:
+    @property
+    def ticket(self) -> Ticket:
+        """Its place in the journal, once it is accepted."""
+        assert self._ticket is not None  # noqa: S101 - nobody asks before
+        return self._ticket
+
+    def accept(self, ticket: Ticket, generation: int) -> None:
         """Go on as a recorded build, while this generation is served."""
-        self.generation, self.before = generation, None
+        self._ticket, self.generation, self.before = ticket, generation, None
         self.accepted.set()
 
     def refuse(self, fault: Fault) -> None:
@@ -193,7 +200,7 @@ class RunningBuild:
         return running
 
     def interrupt(self) -> None:
-        """Stay unfinished; the next start of the builder takes it up."""
+        """Stay unfinished here; another builder, or the next start of this one, goes on with it."""
         self.interrupted = True
         self._changed()
 
@@ -223,7 +230,7 @@ class RunningBuild:
                     return
                 if self.interrupted:
                     raise ShuttingDown(
-                        "the builder stops; the build continues when it is started again. Watch again."
+                        "this builder stops; the build continues at another, or at its next start. Watch again."
                     )
                 await changed.wait()
                 await asyncio.sleep(WATCH_INTERVAL_S)

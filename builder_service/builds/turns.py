@@ -4,13 +4,16 @@ Lives on the event loop.
 """
 
 import asyncio
-from collections import deque
+from bisect import insort
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
+from builder_service.builds.journal import Order, TakenOver
 from builder_service.builds.running import RunningBuild
 from builder_service.pipeline.build import BuildResult
+from loramux_shared.bundle.deployments import PartlyApplied
 from loramux_shared.faults import BuildInterrupted, BuildTimedOut, Fault, InternalFault, StoreUnavailable
 
 Group: TypeAlias = Sequence[RunningBuild]
@@ -18,36 +21,46 @@ OF_ALL: Final = (BuildInterrupted, BuildTimedOut, InternalFault, StoreUnavailabl
 """Faults that a smaller group would meet too."""
 MAX_ATTEMPTS: Final = 3
 """Starts of the builder that one build may outlive; then it is given up, for it may be what kills it."""
+FOREIGN_POLL_S: Final = 1.0
+"""Between two looks at a change of another builder that comes first."""
 
 
 @dataclass
 class _Queue:
     """The builds of a deployment that have not begun, each with its result to come."""
 
-    waiting: deque[RunningBuild] = field(default_factory=deque)
+    waiting: list[RunningBuild] = field(default_factory=list)
+    """In the order of the journal."""
     halves: list[Group] = field(default_factory=list)
     """Groups that failed together and are tried apart; the next one is last."""
     results: dict[RunningBuild, asyncio.Future[BuildResult]] = field(default_factory=dict)
 
-    def next_group(self) -> Group:
-        """Take the builds of the next turn, in the order in which they were accepted."""
-        if self.halves:
-            return self.halves.pop()
-        group = [self.waiting.popleft()]
+    def next_group(self, foreign: Order) -> Group:
+        """Take the builds of the next turn: the first, and others that come before another builder's change."""
+        group = [self.waiting.pop(0)]
         touched = set(_touched(group[0]))
-        while self.waiting and _may_join(group[0], self.waiting[0]):
+        while self.waiting and self.waiting[0].ticket.order < foreign and _may_join(group[0], self.waiting[0]):
             if not touched.isdisjoint(_touched(self.waiting[0])):
                 break
             touched |= _touched(self.waiting[0])
-            group.append(self.waiting.popleft())
+            group.append(self.waiting.pop(0))
         return group
 
 
 class Turns:
-    """Gives each build its turn; make runs a group of builds of one deployment, which is one change."""
+    """Gives each build its turn."""
 
-    def __init__(self, make: Callable[[Group], Awaitable[BuildResult]]) -> None:
+    def __init__(
+        self,
+        make: Callable[[Group], Awaitable[BuildResult]],
+        first_foreign: Callable[[str], Awaitable[Order]],
+    ) -> None:
+        """Run groups of builds of one deployment by make, each as one change.
+
+        first_foreign returns the place of the first change of a deployment that other builders have.
+        """
         self._make = make
+        self._first_foreign = first_foreign
         self._queues: dict[str, _Queue] = {}
         self._serving: set[asyncio.Task[None]] = set()
 
@@ -56,6 +69,7 @@ class Turns:
 
         Raises:
             Fault: why this build failed; no failure of another build of its group is one of it.
+            TakenOver: another builder has it now.
         """
         queue = self._queues.get(running.name)
         if queue is None:
@@ -64,26 +78,42 @@ class Turns:
             self._serving.add(task)
             task.add_done_callback(self._serving.discard)
         queue.results[running] = result = asyncio.Future[BuildResult]()
-        queue.waiting.append(running)
+        insort(queue.waiting, running, key=lambda each: each.ticket.order)
         return await result
 
     async def _serve(self, name: str, queue: _Queue) -> None:
         while queue.waiting or queue.halves:
-            group = queue.next_group()
+            group: Group = queue.halves.pop() if queue.halves else ()
             try:
+                group = group or await self._next_group(name, queue)
                 result = await self._make(group)
             except BaseException as error:  # noqa: BLE001 - each build of the group ends with it
-                if len(group) > 1 and isinstance(error, Fault) and not isinstance(error, OF_ALL):
+                if len(group) > 1 and _is_of_one(error):
                     middle = len(group) // 2
                     queue.halves += [group[middle:], group[:middle]]
                     continue
-                for running in group:
+                for running in group or [queue.waiting.pop(0)]:
                     own = error.copy() if isinstance(error, Fault) else error
                     queue.results.pop(running).set_exception(own)
             else:
                 for running in group:
                     queue.results.pop(running).set_result(result)
         del self._queues[name]
+
+    async def _next_group(self, name: str, queue: _Queue) -> Group:
+        """Wait until no other builder's change comes first; a build that is to end need not wait."""
+        while True:
+            foreign, first = await self._first_foreign(name), queue.waiting[0]
+            if first.ticket.order < foreign or first.stopping.is_set():
+                return queue.next_group(foreign)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FOREIGN_POLL_S):
+                    await first.stopping.wait()
+
+
+def _is_of_one(error: BaseException) -> bool:
+    """True for what a smaller group may be spared."""
+    return isinstance(error, TakenOver | PartlyApplied | Fault) and not isinstance(error, OF_ALL)
 
 
 def _touched(running: RunningBuild) -> frozenset[str]:

@@ -12,15 +12,18 @@ from builder_service.pipeline.making import Workshop, hold, making, prover, work
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.deployments import (
+    NAMELESS,
+    Identity,
     current_generation,
-    newest_generation,
+    newest_or_none,
+    point_at_highest,
     publish_change,
     publish_generation,
 )
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation, Recipe
 from loramux_shared.deployment import Deployment, Dtype, Merge, Runtime, SourceKind
 from loramux_shared.extensions import need_extension
-from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, DeploymentNotFound, Fault, Finding
+from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, Fault, Finding
 from loramux_shared.runtime import Pooling
 from loramux_shared.sources.checkpoint import Base, describe_base
 from loramux_shared.storage.base import Store
@@ -48,11 +51,13 @@ def build(
     *,
     verify: bool = False,
     exact: bool = False,
+    identity: Identity = NAMELESS,
 ) -> BuildResult:
     """Build a deployment. Blocks; everything is checked before anything is written to the store.
 
     Adapters that were added or pushed to it stay, unless the deployment names others like them. With exact they
-    leave. With verify, every byte of the bundles that are kept is read back.
+    leave. With verify, every byte of the bundles that are kept is read back. A build that was published under
+    the same identity is not repeated.
 
     Raises:
         AdapterInvalid: with every violation of every adapter.
@@ -65,16 +70,20 @@ def build(
     while True:
         try:
             with workshop(context, store, progress) as shop:
-                return _build(deployment, shop, verify=verify, exact=exact)
+                return _build(deployment, shop, identity, verify=verify, exact=exact)
         except Moved:
             log.info("adapters were added during the build, building again", deployment=deployment.model_name)
 
 
-def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool) -> BuildResult:
+def _build(
+    deployment: Deployment, shop: Workshop, identity: Identity, *, verify: bool, exact: bool
+) -> BuildResult:
     store, progress = shop.store, shop.progress
+    before = newest_or_none(store, deployment.model_name)
+    if before is not None and identity.applied_in(before):
+        return replayed(store, before, deployment.build.lora_adapters, progress)
     base = _describe_base(deployment, shop)
     _check_base(deployment.runtime, base.model, prove=deployment.build.prove)
-    before = _newest(store, deployment.model_name)
     made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
     draft = _draft(deployment, base.record, made.book.dtype)
     if (speculator := deployment.runtime.speculator) is not None:
@@ -100,14 +109,17 @@ def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool)
     for name, record in added.items():
         if name in named and records[name].digest != record.digest:
             progress.warn(name, _replaced(record))
-    progress.check()
     _hold_on(store, before, records.values())
     merged = draft.model_copy(update={"adapters": dict(sorted(records.items()))})
-    if before is None or exact:
-        published = publish_generation(store, merged)
-    else:
-        published = _publish_beside(merged, added, before, shop)
+    published = _publish(merged, None if before is None or exact else added, shop, identity)
     return BuildResult(published, unchanged=before is not None and published.number == before.number)
+
+
+def replayed(store: Store, newest: Generation, names: Iterable[str], progress: Progress) -> BuildResult:
+    """Return the result of changes that the newest generation has already, and let it be served."""
+    for name in newest.adapters.keys() & set(names):
+        progress.settle(name, newest.adapters[name])
+    return BuildResult(point_at_highest(store, newest), unchanged=False)
 
 
 def _check_base(runtime: Runtime, model: ModelConfig, *, prove: bool) -> None:
@@ -161,27 +173,22 @@ def _replaced(record: AdapterRecord) -> Finding:
     )
 
 
-def _publish_beside(
-    planned: Generation, added: Mapping[str, AdapterRecord], before: Generation, shop: Workshop
+def _publish(
+    planned: Generation, added: Mapping[str, AdapterRecord] | None, shop: Workshop, identity: Identity
 ) -> Generation:
-    """Publish; raise Moved where other adapters were added meanwhile."""
+    """Publish; raise Moved where others than the added adapters were added meanwhile, unless added is None."""
+    store, name, check = PatientStore(shop.context.store), planned.deployment, shop.progress.check
 
     def change(current: Generation) -> Generation:
         if added_to(current) != added and not current.same_content(planned):
             raise Moved
         return planned
 
-    name, check = planned.deployment, shop.progress.check
+    check()  # a build that is stopped from here on is published all the same
     with shop.context.publishing(name):
-        return publish_change(shop.store, name, change, known=before, check=check)[0]
-
-
-def _newest(store: Store, name: str) -> Generation | None:
-    """Return the newest generation, or None where there is none, or it cannot be read."""
-    try:
-        return newest_generation(store, name)
-    except (BundleCorrupt, DeploymentNotFound):
-        return None
+        if added is None:
+            return publish_generation(store, planned, identity)
+        return publish_change(store, name, change, identity, check=check)[0]
 
 
 def served_generation(store: Store, name: str) -> Generation | None:

@@ -7,14 +7,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import structlog
 from pydantic import Field, model_validator
 
-from builder_service.pipeline.build import BuildResult, digests_of
+from builder_service.pipeline.build import BuildResult, digests_of, replayed
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.keep import Keeping, Moved, keep, same_conditions
 from builder_service.pipeline.making import Making, Workshop, hold, making, prover, workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.push import PushedAdapter
 from loramux_shared.bundle.claims import generation_numbers
-from loramux_shared.bundle.deployments import newest_generation, publish_change, read_generation, require
+from loramux_shared.bundle.deployments import (
+    NAMELESS,
+    Identity,
+    newest_generation,
+    publish_change,
+    read_generation,
+    require,
+)
 from loramux_shared.bundle.generation import AdapterRecord, Generation, Recipe
 from loramux_shared.bundle.names import Name, StoredName
 from loramux_shared.deployment import Build, LoraConfiguration, Model, Repository
@@ -61,11 +68,13 @@ def joined(wishes: Sequence[Update]) -> Update:
 log = structlog.get_logger()
 
 
-def update(wish: Update, context: BuildContext, progress: Progress, *, again: bool = False) -> BuildResult:
+def update(
+    wish: Update, context: BuildContext, progress: Progress, identity: Identity = NAMELESS
+) -> BuildResult:
     """Make what comes in and publish the generation that follows. Blocks.
 
-    Adapters that the wish does not name are not even resolved. With again, an earlier run was killed, and may
-    have published it.
+    Adapters that the wish does not name are not even resolved. An update that was published under the same
+    identity is not repeated.
 
     Raises:
         AdapterInvalid: with every violation of every adapter.
@@ -75,14 +84,15 @@ def update(wish: Update, context: BuildContext, progress: Progress, *, again: bo
     known: Generation | None = None
     while True:
         before = known = newest_generation(store, wish.name, known)
-        if not again:
-            judge(before, wish)
+        if identity.applied_in(before):
+            return replayed(store, before, wish.add, progress)
+        judge(before, wish)
         records: dict[str, AdapterRecord] = {}
         if wish.add:
             with workshop(context, store, progress) as shop:
                 records = _making(shop, before).make(wish.add, Keeping(before))
         try:
-            return _publish(context, store, before, wish, records, progress.check, again)
+            return _publish(context, before, wish, records, progress.check, identity)
         except Moved:
             log.info("base or settings changed during the update, making it again", deployment=wish.name)
 
@@ -105,7 +115,7 @@ def push(pushed: PushedAdapter, shop: Workshop, expected: int | None) -> tuple[B
     record = found.get(pushed.name) or _making(shop, before).make_fetched(fetched)
     try:
         wish = Update(name=pushed.deployment, add={pushed.name: record.source}, expected_generation=expected)
-        result = _publish(shop.context, store, before, wish, {pushed.name: record}, check, again=False)
+        result = _publish(shop.context, before, wish, {pushed.name: record}, check, NAMELESS)
     except Moved as moved:
         raise GenerationMismatch(
             f"deployment {pushed.deployment}: its base or settings changed while the adapter was made. "
@@ -130,9 +140,11 @@ def _added(record: AdapterRecord, before: AdapterRecord | None) -> AdapterRecord
     return record.model_copy(update={"added": not own})
 
 
-def check_update(store: Store, wish: Update) -> None:
-    """Raise what `newest_generation` and `judge` do, before an update runs. Blocks."""
-    judge(newest_generation(store, wish.name), wish)
+def check_update(store: Store, wish: Update, identity: Identity) -> None:
+    """Raise what `newest_generation` and `judge` do, unless the update was published before. Blocks."""
+    newest = newest_generation(store, wish.name)
+    if not identity.applied_in(newest):
+        judge(newest, wish)
 
 
 def judge(before: Generation, wish: Update) -> None:
@@ -188,27 +200,26 @@ def _settings_of(generation: Generation) -> Build:
 
 def _publish(
     context: BuildContext,
-    store: Store,
     before: Generation,
     wish: Update,
     records: Mapping[str, AdapterRecord],
     check: Callable[[], None],
-    again: bool,
+    identity: Identity,
 ) -> BuildResult:
     def change(current: Generation) -> Generation:
         if records and not same_conditions(before, current):
             raise Moved
         planned = changed(current, records, wish.remove)
-        if wish.must_be_new and not again:
+        if wish.must_be_new:
             there = records.keys() & current.adapters.keys()
             _require_new(current, {name for name in there if current.adapters[name] != planned.adapters[name]})
         return planned
 
-    name = before.deployment
-    check()
+    name, store = before.deployment, PatientStore(context.store)
+    check()  # an update that is stopped from here on is published all the same
     with context.publishing(name):
         generation, new = publish_change(
-            store, name, change, expected=wish.expected_generation, again=again, known=before, check=check
+            store, name, change, identity, expected=wish.expected_generation, known=before, check=check
         )
     return BuildResult(generation, unchanged=not new)
 

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.journal import BuildLimits
+from builder_service.builds.keeper import BuildLimits
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER, BuilderServicer

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.journal import BuildLimits, Journal, JournalEntry
+from builder_service.builds.journal import Journal, JournalEntry
+from builder_service.builds.keeper import BuildLimits
 from builder_service.builds.views import DeploymentView
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
@@ -37,8 +38,6 @@ class Gated(MemoryStore):
         self.gate, self.waiting = threading.Event(), threading.Event()
         self.gate.set()
         self.down = False
-        self.looks = 0
-        """At the journal."""
 
     def put(self, key: str, data: bytes | Path) -> None:
         if self.down:
@@ -47,10 +46,6 @@ class Gated(MemoryStore):
             self.waiting.set()
             assert self.gate.wait(BOUND_S), f"the gate stayed shut for {key}"
         super().put(key, data)
-
-    def list(self, prefix: str) -> Iterator[str]:
-        self.looks += prefix == BUILDS_PREFIX
-        return super().list(prefix)
 
 
 class Builders:
@@ -112,10 +107,10 @@ class Builders:
 
 def journaled(store: Store, owner: str, *entries: JournalEntry) -> None:
     """Leave builds as an owner that was killed does."""
-    journal = Journal(store, owner)
+    journal = Journal(store, owner, HOUR)
+    journal.beat()
     for number, entry in enumerate(entries):
-        journal.add(str(number), entry)
-    journal.save("0", entries[0].name)
+        journal.add(number, entry.draw_id(), entry)
 
 
 async def ended(builds: Builds, name: str = "tiny") -> DeploymentView:

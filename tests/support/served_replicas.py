@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.journal import BuildLimits
+from builder_service.builds.keeper import BuildLimits
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer

@@ -5,14 +5,16 @@ generation must both be in the end, on a store without conditional writes: docs/
 """
 
 import re
+import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final, TypeAlias, TypeVar
 
 import structlog
 
-from loramux_shared.bundle.claims import MAX_CLAIMS, STALE, alone, claim_number, generation_numbers
+from loramux_shared.bundle.claims import MAX_CLAIMS, STALE, alone, generation_numbers
 from loramux_shared.bundle.generation import (
     DEPLOYMENTS_PREFIX,
     Current,
@@ -122,45 +124,6 @@ def read_generation(store: Store, name: str, number: int, *, sha256: str | None 
     return generation
 
 
-def publish_generation(store: Store, generation: Generation) -> Generation:
-    """Make a generation the served one and return it as published: with a number of its own.
-
-    The bundles that it names must be in the store already. The current generation is returned, and nothing
-    is written, when it has the same content. A generation that a killed builder left without a pointer is
-    taken up when it has this content, and skipped otherwise. Damaged records are logged and replaced.
-
-    Any number of builders may publish at once, on a store that has no conditional writes: none overwrites
-    another's generation, and in the end the pointer names the highest; see docs/decisions/0003.
-
-    Raises:
-        DeploymentInvalid: its names conflict.
-        StoreUnavailable: the store does not answer, or others publish the same deployment without end.
-    """
-    generation.check_names()
-    name = generation.deployment
-    current = _unless_damaged(lambda: current_generation(store, name))
-    if current is not None and current.same_content(generation):
-        return current
-    published = _left_behind(store, generation, current.number if current else 0)
-    if published is None:
-        number, claim = claim_number(store, name, current.number if current else 0)
-        published = generation.model_copy(update={"number": number})
-        store.put(generation_key(name, number), published.to_bytes())
-        store.delete(claim)
-    point_at_highest(store, published)
-    return published
-
-
-def _left_behind(store: Store, generation: Generation, served: int) -> Generation | None:
-    """Return a generation with this content that is newer than the served one."""
-    name = generation.deployment
-    numbers = generation_numbers(store, name)
-    if not numbers or numbers[-1] <= served:
-        return None
-    left = read_whole(store, name, numbers[-1])
-    return left if left is not None and left.same_content(generation) else None
-
-
 def point_at_highest(store: Store, published: Generation) -> Generation:
     """Let the pointer name the highest generation, ours or another's, and return that: its bundles are there.
 
@@ -214,6 +177,8 @@ def _unless_damaged(read: Callable[[], T | None]) -> T | None:
 Change: TypeAlias = Callable[[Generation], Generation]
 """Returns what a generation becomes. It is called again on another generation where the first was not the
 newest any more; what it raises ends the change, and nothing is published."""
+MAX_CHANGE_IDS: Final = 1000
+"""Ids of changes that a generation names: more than can be published while a replay of one is possible."""
 
 
 def newest_generation(store: Store, name: str, known: Generation | None = None) -> Generation:
@@ -230,64 +195,145 @@ def newest_generation(store: Store, name: str, known: Generation | None = None) 
     if known is not None and numbers and numbers[-1] == known.number:
         return known
     served = None if not numbers else current_generation(store, name)
-    if served is None:
-        raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {stored_deployments(store)}")
     for number in reversed(numbers):
-        if number <= served.number:
+        if served is not None and number <= served.number:
             break
         if (higher := read_whole(store, name, number)) is not None:
             return higher
+    if served is None:
+        raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {stored_deployments(store)}")
     return served
+
+
+def newest_or_none(store: Store, name: str, known: Generation | None = None) -> Generation | None:
+    """Return the newest generation, or None where there is none, or it cannot be read."""
+    try:
+        return newest_generation(store, name, known)
+    except (BundleCorrupt, DeploymentNotFound):
+        return None
+
+
+class PartlyApplied(Exception):
+    """Some of several changes were published before: each is to be tried alone."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The changes that a publication makes, so that a replay of them is recognised."""
+
+    ids: tuple[str, ...] = ()
+    """Empty: a change that nobody repeats under its id."""
+    require_owned: Callable[[], None] = lambda: None
+    """Raises where they are another builder's now; called before anything is written."""
+
+    def applied_in(self, generation: Generation | None) -> bool:
+        """True when a generation has these changes already; raise PartlyApplied where it has some of them."""
+        found = set(self.ids).intersection(generation.changes if generation is not None else ())
+        if found and len(found) < len(self.ids):
+            raise PartlyApplied
+        return bool(found)
+
+
+NAMELESS: Final = Identity()
+
+
+def publish_generation(store: Store, generation: Generation, identity: Identity = NAMELESS) -> Generation:
+    """Make a generation the served one and return it as published: with a number of its own.
+
+    The bundles that it names must be in the store already. Where the newest generation has the same content,
+    that is returned, and nothing is written. Damaged records are logged and replaced.
+
+    Raises:
+        DeploymentInvalid: its names conflict.
+        StoreUnavailable: the store does not answer, or others publish the same deployment without end.
+    """
+    return _publish(store, generation.deployment, lambda _: generation, newest_or_none, identity)[0]
 
 
 def publish_change(
     store: Store,
     name: str,
     change: Change,
+    identity: Identity = NAMELESS,
     *,
     expected: int | None = None,
-    again: bool = False,
     known: Generation | None = None,
     stale: timedelta = STALE,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Generation, bool]:
     """Apply a change to the newest generation and serve what comes of it; returns it, and whether it is new.
 
-    Nothing is published where the change changes nothing. With again, this may have been done already, by
-    someone who was killed: then finding it done is right whatever was expected.
+    Nothing is published where the change changes nothing, or was published before.
 
     Raises:
         GenerationMismatch: the newest generation is another than the expected one.
         DeploymentNotFound, BundleCorrupt: see `newest_generation`.
         DeploymentInvalid: the names of what comes of it do not fit together.
         StoreUnavailable: the store does not answer, or others publish the same deployment without end.
-        Fault: what the change raises.
+        Fault: what the change and the identity raise.
     """
-    published: Generation | None = None
+
+    def checked(before: Generation | None) -> Generation:
+        assert before is not None  # noqa: S101 - newest_generation raises instead
+        require(before, expected)
+        return change(before)
+
+    return _publish(store, name, checked, newest_generation, identity, known, stale, check)
+
+
+def _publish(
+    store: Store,
+    name: str,
+    change: Callable[[Generation | None], Generation],
+    newest: Callable[[Store, str, Generation | None], Generation | None],
+    identity: Identity,
+    known: Generation | None = None,
+    stale: timedelta = STALE,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Generation, bool]:
+    identity = identity if identity.ids else replace(identity, ids=(secrets.token_hex(16),))
+    before = newest(store, name, known)
+    if not identity.applied_in(before):
+        change(before).check_names()  # what cannot be published claims no number
     for _ in range(MAX_CLAIMS):
-        before = known = newest_generation(store, name, known)
-        if not (published or again):
-            require(before, expected)
-        changed = change(before)
-        if changed.same_content(before):
-            return point_at_highest(store, before), published is not None
-        changed.check_names()
-        with alone(store, name, stale=stale, check=check) as number:
-            before = newest_generation(store, name, before)
-            if before.number > number:  # a build took a higher number meanwhile
-                continue
-            require(before, expected)
-            changed = change(before)
-            if changed.same_content(before):
-                continue
+        with alone(store, name, stale=stale, check=check) as claim:
+            identity.require_owned()
+            before = newest(store, name, before)
+            done = identity.applied_in(before)
+            changed = before if done and before is not None else change(before)
+            if before is not None and changed.same_content(before) and not claim.contested:
+                return point_at_highest(store, before), done
             changed.check_names()
-            update = {"number": number, "create_time": datetime.now(UTC)}
+            ids = dict.fromkeys((*identity.ids, *(before.changes if before else ())))
+            update = {
+                "number": claim.number,
+                "create_time": datetime.now(UTC),
+                "changes": tuple(ids)[: max(MAX_CHANGE_IDS, len(identity.ids))],
+            }
             published = changed.model_copy(update=update)
-            store.put(generation_key(name, number), published.to_bytes())
-        if point_at_highest(store, published).number == number:
-            return published, True
-        # Another builder took this one for dead and continued alone, or published after it: find out which.
+            store.put(generation_key(name, claim.number), published.to_bytes())
+            if claim.stands():
+                point_at_highest(store, published)
+                return published, True
     raise StoreUnavailable(f"{store.uri}: too many builders publish {name!r} at once. Try again later.")
+
+
+def settle(store: Store, name: str) -> Generation | None:
+    """Return the newest generation, above all that a builder which stood still may write; None without one.
+
+    Where such a builder seems to be, the newest generation is published once more.
+    """
+    newest = newest_or_none(store, name)
+    return newest and publish_change(store, name, lambda current: current, known=newest)[0]
+
+
+def find_applied(store: Store, name: str, change: str) -> Generation | None:
+    """Return the newest generation where it has a change, though publishing that seemed to fail; else None."""
+    identity = Identity((change,))
+    if not identity.applied_in(newest_or_none(store, name)):
+        return None
+    newest = settle(store, name)
+    return newest if identity.applied_in(newest) else None
 
 
 def require(generation: Generation, expected: int | None) -> None:

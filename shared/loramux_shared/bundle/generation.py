@@ -7,7 +7,8 @@
     deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
     deployments/<name>/resolved/<adapter>              empty; put again while requests use it
     deployments/<name>/current.json                    which generation is served, with its digest
-    builds/<name>/<builder>.json                       while a build runs, and until a killed one is taken up
+    builds/<name>/<place>-<id>-<builder>.json          an accepted change that has not ended
+    builders/<builder>.json                            put again while the builder lives
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from loramux_shared.faults import DeploymentInvalid
 from loramux_shared.runtime import Pooling, ReasoningParser, Rounding, ToolParser, unset
 
 BUILDS_PREFIX: Final = "builds/"
+BUILDERS_PREFIX: Final = "builders/"
 DEPLOYMENTS_PREFIX: Final = "deployments/"
 CONVERTER: Final = 1
 """Raised when the same adapter would be judged otherwise or give another bundle: then all are built again."""
@@ -147,6 +149,8 @@ class Generation(Record):
     resolve: Resolve | None = Field(default=None, exclude_if=unset)
     recipe: Recipe | None = Field(default=None, exclude_if=unset)
     """None in generations of older releases."""
+    changes: tuple[str, ...] = Field(default=(), max_length=10_000, exclude_if=lambda ids: not ids)
+    """Ids of the changes that led here, the newest first, so that none is applied again."""
 
     @property
     def merged(self) -> str | None:
@@ -175,7 +179,12 @@ class Generation(Record):
         """True when only number and time differ, and what sources say of files that are the same."""
         if self.adapters.keys() != other.adapters.keys():
             return False
-        aside = {"number": self.number, "create_time": self.create_time, "adapters": {}}
+        aside = {
+            "number": self.number,
+            "create_time": self.create_time,
+            "adapters": {},
+            "changes": self.changes,
+        }
         return self.model_copy(update={"adapters": {}}) == other.model_copy(update=aside) and all(
             record.same_content(other.adapters[name]) for name, record in self.adapters.items()
         )

@@ -120,6 +120,7 @@ class RpcServer:
         self._names = ("", *services)
         self.serving = False
         """Health that the server reports."""
+        self._bound = False
         admission = [AdmissionInterceptor(guard.keyring, rules)] if guard.keyring is not None else []
         interceptors = [*admission, self._interceptor]
         options = server_options(max_connections or connections_per_server(), shared=self._shared)
@@ -133,13 +134,12 @@ class RpcServer:
         names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
-    async def start(self) -> str:
-        """Listen, and return the bound address (port 0 draws a free one).
+    def bind(self) -> None:
+        """Take the address, of which port 0 draws a free one; calls wait until `start`.
 
         Raises:
             SettingsInvalid: the address is taken or no ``HOST:PORT``, or the files of TLS are no good.
         """
-        await self.set_serving(False)
         if not self._shared:
             require_free(self.address)
         host, _, port = self.address.rpartition(":")
@@ -150,9 +150,16 @@ class RpcServer:
             bound = 0
         if not (bound and host and (unix or is_whole(port))):
             raise cannot_listen(self.address, "gRPC could not bind it")
-        await self._server.start()
         if not unix:
             self.address = f"{host}:{bound}"
+        self._bound = True
+
+    async def start(self) -> str:
+        """Listen, and return the bound address; raise SettingsInvalid as `bind` does."""
+        await self.set_serving(False)
+        if not self._bound:
+            self.bind()
+        await self._server.start()
         return self.address
 
     def _bind(self) -> int:

@@ -13,7 +13,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.journal import BuildLimits
+from builder_service.builds.keeper import BuildLimits
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER, BuilderServicer

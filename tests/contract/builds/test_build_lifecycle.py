@@ -1,31 +1,36 @@
 """Builds that end early: cancels, deadlines, restarts, other builders; and bundles that are damaged."""
 
 import asyncio
-import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
-from builder_service.builds import journal
-from builder_service.builds.journal import Journal, JournalEntry
+from builder_service.builds.builds import Builds
+from builder_service.builds.journal import JournalEntry, Ticket
 from builder_service.builds.views import BuildState
 from builder_service.pipeline.progress import AdapterProgress
 from builder_service.pipeline.update import Update
 from loramux.client import AsyncClient
 from loramux.records import DeploymentState
 from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.generation import BUILDERS_PREFIX, BUILDS_PREFIX
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.faults import BundleCorrupt, DeploymentNotFound, QueueFull, RequestIdReused
-from loramux_shared.storage.base import Store, bound_of
-from loramux_shared.storage.memory import MemoryStore
+from loramux_shared.faults import (
+    BundleCorrupt,
+    DeploymentNotFound,
+    QueueFull,
+    RequestIdReused,
+    StoreUnavailable,
+)
+from loramux_shared.storage.base import Store
 from tests.support import folders
 from tests.support.adapters import write_adapter, write_base
 from tests.support.builders import HOUR, OTHER, OWNER, Builders, Gated, ended, journaled
-from tests.support.waiting import Clock, until
+from tests.support.waiting import Clock, bounded, until
 
 
 @pytest.fixture
@@ -63,7 +68,7 @@ async def test_a_cancelled_build_stays_cancelled_after_a_kill(world: Builders) -
     assert await builds.recover() == 1
     last = await ended(builds)
     assert last.failure.reason == "BUILD_CANCELLED"
-    assert list(world.store.objects) == []
+    assert (world.journal, current_generation(world.store, "tiny")) == ([], None)
 
 
 async def test_a_failure_is_of_its_store(world: Builders) -> None:
@@ -127,91 +132,151 @@ async def test_a_failure_is_explained_after_a_restart(world: Builders) -> None:
     assert (await third.get("tiny")).state is BuildState.ACTIVE
 
 
-class Beats:
-    """The hours between two signs of life of the builders of a world: they pass when a test lets them."""
-
-    def __init__(self, world: Builders, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.world, self.clock, self.asleep = world, Clock(), 0
-        sleep = asyncio.sleep
-
-        async def watched(seconds: float) -> None:
-            self.asleep += seconds == HOUR
-            try:
-                await sleep(seconds)
-            finally:
-                self.asleep -= seconds == HOUR
-
-        monkeypatch.setattr(asyncio, "sleep", watched)
-
-    async def __call__(self, count: int) -> None:
-        """Let every builder beat so often, and look at the journal."""
-        builders = len(self.world.started)
-        for looks in range(
-            self.world.store.looks + builders, self.world.store.looks + count * builders + 1, builders
-        ):
-            await until(lambda: self.asleep == builders, "builders between two beats")
-            self.clock.advance(HOUR)
-            await until(
-                lambda looks=looks: (self.asleep, self.world.store.looks) == (builders, looks), "a beat of each"
-            )
+async def killed(world: Builders, *entries: JournalEntry) -> Builds:
+    """Leave changes of another builder that was killed; return a builder that saw it alive once."""
+    journaled(world.store, OTHER, *entries)
+    builds = world.builder(beat_s=HOUR, lease_s=2 * HOUR, timeout_s=1e9)
+    assert await builds.recover() == 0
+    await builds.keeper.look_once()
+    return builds
 
 
-@pytest.fixture
-async def beats(world: Builders, monkeypatch: pytest.MonkeyPatch) -> Beats:
-    return Beats(world, monkeypatch)
+def runs(world: Builders) -> list[str]:
+    """Return the owners of the changes that have not ended."""
+    return [ticket.run.partition(".")[0] for key in world.journal if (ticket := Ticket.parse(key))]
 
 
 @pytest.mark.parametrize("updates", [False, True], ids=["a build", "an update"])
-async def test_the_work_of_a_dead_builder_is_taken_over(world: Builders, beats: Beats, updates: bool) -> None:
-    """A build without a heartbeat continues on another builder after a lease, under the same name."""
-    wish = {"deployment": world.deployment("one")}
+async def test_the_work_of_a_dead_builder_is_taken_over(world: Builders, updates: bool) -> None:
+    """A change of a builder without a heartbeat continues on another one after a lease, and not before."""
+    clock, wish = Clock(), {"deployment": world.deployment("one")}
     if updates:
         world.store.gate.set()
         first = world.builder()
         await first.build(world.deployment("one"))
         await ended(first)
-        world.started.clear()
         wish = {"update": Update(name="tiny", add={"two": world.repository("two")})}
         world.store.gate.clear()
-    journaled(world.store, OTHER, JournalEntry(**wish, create_time=datetime.now(UTC)))
-    builds = world.builder(beat_s=HOUR, lease_s=2 * HOUR, timeout_s=1e9)
-    assert await builds.recover() == 0
-    await beats(2)
-    assert world.journal == [f"builds/tiny/{OTHER}.json"]
-    await beats(1)
-    await until(lambda: world.journal == [f"builds/tiny/{OWNER}.json"], "the take-over", lambda: world.journal)
+    builds = await killed(world, JournalEntry(**wish, create_time=datetime.now(UTC)))
+    clock.advance(HOUR)
+    await builds.keeper.look_once()
+    assert runs(world) == [OTHER]
+    clock.advance(HOUR)
+    await builds.keeper.look_once()
+    assert runs(world) == [OWNER]
     world.store.gate.set()
     assert (await ended(builds)).state is BuildState.ACTIVE
     assert (world.journal, list(world.generation.adapters)) == ([], ["one", "two"] if updates else ["one"])
 
 
-async def test_the_build_of_a_living_builder_is_left_alone(world: Builders, beats: Beats) -> None:
+async def test_the_build_of_a_living_builder_is_left_alone(world: Builders) -> None:
     """A builder that gives signs of life keeps its build for longer than the lease of others."""
-    living = world.builder(OTHER, beat_s=HOUR, timeout_s=1e9)
+    clock, living = Clock(), world.builder(OTHER, beat_s=HOUR, lease_s=2 * HOUR, timeout_s=1e9)
     await living.recover()
     await living.build(world.deployment("one"))
-    await world.builder(beat_s=HOUR, lease_s=2 * HOUR).recover()
-    await beats(5)
-    [key] = world.journal
-    assert (key, json.loads(world.store.get(key))["beat"]) == (f"builds/tiny/{OTHER}.json", 5)
+    other = world.builder(beat_s=HOUR, lease_s=2 * HOUR)
+    await other.recover()
+    for _ in range(5):
+        beats = {key: world.store.get(key) for key in world.store.list(BUILDERS_PREFIX) if OTHER in key}
+        clock.advance(HOUR)
+        await until(lambda beats=beats: any(world.store.get(key) != beats[key] for key in beats), "a heartbeat")
+        await other.keeper.look_once()
+    assert runs(world) == [OTHER]
     world.store.gate.set()
     assert (await ended(living)).state is BuildState.ACTIVE
 
 
-def test_entries_beyond_their_bounds_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An entry that is too large is removed; of entries that are too large together the first ones are read."""
-    store = MemoryStore()
-    key = f"builds/a/{OTHER}.json"
-    store.objects[key] = bytes(bound_of(key) + 1)
-    store.objects |= {f"builds/{name}/{OTHER}.json": bytes(10) for name in "bcd"}
-    monkeypatch.setattr(journal, "JOURNAL_BYTES", 25)
-    with capture_logs() as logs:
-        assert list(Journal(store, OWNER).others()) == [f"builds/{name}/{OTHER}.json" for name in "bc"]
-    assert key not in store.objects
-    assert [line["event"].partition(",")[0] for line in logs] == [
-        "journal entry is damaged",
-        "journal entries exceed their size limit together",
-    ]
+async def test_a_change_that_cannot_be_read_stays_and_holds_up_nobody(world: Builders) -> None:
+    """An entry of another release, or a damaged one, is neither removed nor waited for."""
+    world.store.gate.set()
+    builds = await killed(
+        world, JournalEntry(deployment=world.deployment("two"), create_time=datetime.now(UTC))
+    )
+    [key] = world.journal
+    world.store.objects[key] = b'{"of": "a later release"}'
+    clock = Clock()
+    clock.advance(2 * HOUR)
+    await builds.keeper.look_once()
+    await builds.build(world.deployment("one"))
+    assert (await ended(builds)).state is BuildState.ACTIVE
+    assert world.journal == [key]
+
+
+async def test_a_change_waits_for_an_earlier_one_of_another_builder(world: Builders) -> None:
+    """Two builders with changes of one deployment publish them in the order in which they were accepted."""
+    world.store.gate.set()
+    one, other = world.builder(), world.builder(OTHER)
+    for builds in (one, other):
+        await builds.recover()
+    await one.build(world.deployment("one"))
+    await ended(one)
+    world.store.gate.clear()
+    await one.update(Update(name="tiny", add={"x": world.repository("two")}), "first")
+    await until(world.store.waiting.is_set, "the first change at the gate")
+    await other.update(Update(name="tiny", add={"x": world.repository("three")}), "second")
+    assert world.generation.number == 1
+    world.store.gate.set()
+    views = [view async for view in other.watch("tiny", request_id="second")]
+    assert (views[-1].state, views[-1].generation) == (BuildState.ACTIVE, 3)
+    assert world.generation.adapters["x"].source.repo.endswith("three")
+
+
+async def test_a_change_that_was_published_is_not_applied_again(world: Builders) -> None:
+    """A journal entry whose change is in a generation ends without another one, whatever came after it."""
+    world.store.gate.set()
+    first = world.builder()
+    await first.recover()
+    await first.build(world.deployment("one"))
+    await ended(first)
+    entry = JournalEntry(
+        update=Update(name="tiny", add={"x": world.repository("two")}),
+        request_id="r",
+        create_time=datetime.now(UTC),
+    )
+    journaled(world.store, OTHER, entry)
+    left = dict(world.store.objects)
+    for number, owner in ((2, OTHER), (4, "2" * 16)):
+        again = world.builder(owner)
+        if number == 4:
+            await first.rollback("tiny", 1, None)
+            key = next(key for key in left if key.startswith(BUILDS_PREFIX))
+            world.store.objects[key.replace(OTHER, owner)] = left[key]
+        assert await again.recover() == 1
+        assert (await ended(again)).state is BuildState.ACTIVE
+        assert (world.generation.number, "x" in world.generation.adapters) == (
+            (2, True) if number == 2 else (3, False)
+        )
+
+
+async def test_a_removal_that_fails_is_repeated_before_anybody_hears(world: Builders) -> None:
+    """A build whose entry cannot be removed is reported only after that: no later start runs it again."""
+    builds = world.builder()
+    await builds.recover()
+    await builds.build(world.deployment("one"))
+    refused = threading.Event()
+    delete = world.store.delete
+
+    def fail(key: str) -> None:
+        if key.startswith(BUILDS_PREFIX) and not refused.is_set():
+            refused.set()
+            raise StoreUnavailable("the store is down")
+        delete(key)
+
+    world.store.delete = fail
+    world.store.gate.set()
+    assert (await ended(builds)).state is BuildState.ACTIVE
+    assert (refused.is_set(), world.journal) == (True, [])
+
+
+async def test_a_heartbeat_that_raises_ends_the_builder(world: Builders) -> None:
+    """A builder whose signs of life end by a defect ends, instead of living on while others take its builds."""
+    builds, clock = world.builder(beat_s=HOUR), Clock()
+    await builds.recover()
+    await asyncio.sleep(0)  # the heartbeat waits now
+    world.store.put = None
+    clock.advance(HOUR)
+    async with bounded("the end of the heartbeat"):
+        await builds.broken.wait()
 
 
 def flip(data: bytes) -> bytes:

@@ -14,7 +14,7 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.update import update
 from loramux.cli.main import app
 from loramux_shared.bundle.claims import generation_numbers
-from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.deployments import Identity, current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import StoreUnavailable
 from tests.contract.builds.test_turns import wish
@@ -46,16 +46,17 @@ async def test_updates_that_are_refused_together_leave_nothing(world: Builders) 
 def test_an_update_killed_at_any_operation_is_made_once(world: Builders, after: bool) -> None:
     """Readers see the old generation or the new one, and the retry ends with both adapters."""
     query, context = wish(world, "two", expected_generation=1), world.context()
+    identity = Identity(("an id",))
     for dies_at in range(1, 60):
         store = copied(world.store)
         mortal = Mortal(store, dies_at, after=after)
         with suppress(Killed):
-            update(query, replace(context, store=mortal), Progress(["two"]))
+            update(query, replace(context, store=mortal), Progress(["two"]), identity)
         for record in current_generation(store, "tiny").adapters.values():
             read_bundle(store, record.digest)
         for key in store.list("deployments/tiny/claims/"):
             del store.modified[key]  # time went by since then
-        update(query, replace(context, store=store), Progress(["two"]), again=True)
+        update(query, replace(context, store=store), Progress(["two"]), identity)
         assert list(current_generation(store, "tiny").adapters) == ["one", "two"]
         assert len(generation_numbers(store, "tiny")) == 2
         if not mortal.dead:

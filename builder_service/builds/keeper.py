@@ -1,0 +1,128 @@
+"""A builder's signs of life, and its look at the queues of builders that give none."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from builder_service.builds.journal import Abandoned, Journal, JournalEntry, Ticket
+from loramux_shared.bundle.deployments import newest_or_none, point_at_highest, settle
+from loramux_shared.faults import Fault, StoreUnavailable
+from loramux_shared.storage.base import Store
+
+log = structlog.get_logger()
+
+WATCHED_S: Final = 3600.0
+"""For a deployment whose changes were taken over: a builder that stood still may put an old pointer."""
+
+
+@dataclass(frozen=True)
+class BuildLimits:
+    """The operator's limits of builds."""
+
+    running: int = 2
+    """Builds at once; others wait."""
+    waiting: int = 1000
+    """Builds that wait; one more is answered QUEUE_FULL."""
+    timeout_s: float = 6 * 3600
+    """Seconds that one build may run."""
+    beat_s: float = 15
+    """Between two signs of life of the builder."""
+    lease_s: float = 90
+    """Seconds without a sign of life after which another builder takes a builder's changes over."""
+
+
+class Keeper:
+    """Two tasks: one gives signs of life, the other takes over what builders leave that give none."""
+
+    def __init__(
+        self,
+        store: Store,
+        journal: Journal,
+        limits: BuildLimits,
+        take_up: Callable[[Ticket, JournalEntry], Awaitable[None]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Call take_up with each entry that became one of this builder."""
+        self._store = store
+        self._journal = journal
+        self._beat_s = limits.beat_s
+        self._abandoned = Abandoned(limits.lease_s)
+        self._take_up = take_up
+        self._clock = clock
+        self._beating = ThreadPoolExecutor(1, "heartbeat")
+        self._watched: dict[str, float] = {}
+        """Deployments to look after, each with the time until when."""
+        self.left: frozenset[Ticket] = frozenset()
+        """Entries of dead builders that cannot be read: they hold up nobody."""
+
+    async def recover(self) -> int:
+        """Begin to live, and take up what earlier runs of this owner left; returns how many changes."""
+        await asyncio.to_thread(self._journal.beat)
+        tickets = await asyncio.to_thread(self._journal.queue)
+        taken = [await self._take(ticket) for ticket in tickets if self._journal.is_ended(ticket.run)]
+        await asyncio.to_thread(self._journal.tidy)
+        for run in await asyncio.to_thread(self._journal.beats):
+            if self._journal.is_ended(run):
+                await asyncio.to_thread(self._journal.end_run, run)
+        return sum(taken)
+
+    async def beat(self) -> None:
+        """Give signs of life until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._beat_s)
+            try:
+                await loop.run_in_executor(self._beating, self._journal.beat)
+            except StoreUnavailable as fault:
+                log.warning("heartbeat failed: the store does not answer", problem=fault.message)
+
+    async def look(self) -> None:
+        """Look after the queues until it is cancelled."""
+        while True:
+            await asyncio.sleep(self._beat_s)
+            try:
+                await self.look_once()
+            except Fault as fault:
+                log.warning("journal could not be looked through", reason=fault.reason, problem=fault.message)
+
+    async def look_once(self) -> None:
+        """Take over the entries of builders that died, and let the newest generation of theirs be served."""
+        await asyncio.to_thread(self._journal.tidy)
+        tickets = await asyncio.to_thread(self._journal.queue)  # before the signs of life, which come first
+        beats = await asyncio.to_thread(self._journal.beats)
+        runs = {ticket.run for ticket in tickets} | beats.keys()
+        dead = self._abandoned.among(runs - {self._journal.run}, beats, self._clock())
+        abandoned = {ticket: None for ticket in tickets if ticket.run in dead}
+        new = [ticket for ticket in abandoned if ticket not in self.left]
+        for name in dict.fromkeys(ticket.deployment for ticket in new):
+            await asyncio.to_thread(settle, self._store, name)
+            self._watched[name] = self._clock() + WATCHED_S
+        left = [ticket for ticket in new if not await self._take(ticket)]
+        self.left = frozenset((*left, *(self.left & abandoned.keys())))
+        await asyncio.to_thread(self._journal.tidy)
+        for run in dead & beats.keys() - {ticket.run for ticket in self.left}:
+            await asyncio.to_thread(self._journal.end_run, run)
+        await self._serve_newest()
+
+    async def _serve_newest(self) -> None:
+        for name, until in tuple(self._watched.items()):
+            newest = await asyncio.to_thread(newest_or_none, self._store, name)
+            if newest is not None:
+                await asyncio.to_thread(point_at_highest, self._store, newest)
+            if self._clock() > until:
+                del self._watched[name]
+
+    async def _take(self, ticket: Ticket) -> bool:
+        taken = await asyncio.to_thread(self._journal.take, ticket)
+        if taken is not None:
+            await self._take_up(*taken)
+        return taken is not None
+
+    def close(self) -> None:
+        """End the thread of the heartbeat."""
+        self._beating.shutdown(wait=False)
