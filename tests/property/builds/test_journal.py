@@ -1,0 +1,239 @@
+"""A model of the builders' queue: clients, two or three builders, a store that fails, deaths and standstills.
+
+Each change gives one of three names an adapter that no other change gives it, so that what was served tells which
+changes were applied, how often and in which order.
+"""
+
+import asyncio
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import structlog
+
+from builder_service.builds import journal
+from builder_service.builds.builds import Builds
+from builder_service.builds.keeper import BuildLimits
+from builder_service.builds.views import BuildState
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.update import Update
+from loramux_shared.bundle import claims, deployments
+from loramux_shared.bundle.deployments import current_generation, publish_generation
+from loramux_shared.bundle.generation import BUILDS_PREFIX
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import Fault, ShuttingDown
+from loramux_shared.storage import patient
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.builders import Builders
+from tests.support.examples import examples
+from tests.support.folders import built
+from tests.support.mortal import Killed
+from tests.support.simulation import Host, HostStore, Simulation, TimedStore
+
+HISTORIES = examples(40)
+NAMES = ("a", "b", "c")
+VERSIONS = 24
+LIMITS = BuildLimits(timeout_s=1e9)
+
+
+@dataclass
+class Change:
+    """A change as its client sees it."""
+
+    name: str
+    version: str
+    asked: float
+    accepted: float | None = None
+    told: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Life:
+    """A builder until it dies."""
+
+    owner: str
+    host: Host
+    builds: Builds
+
+
+class History:
+    """One drawn history."""
+
+    def __init__(self, seed: int, start: MemoryStore, base: BuildContext, folder: Path) -> None:
+        self.loop = Simulation(seed)
+        self.draw, self.store = self.loop.draw, TimedStore(self.loop.time)
+        self.store.objects.update(start.objects)
+        self.base, self.folder, self.uri = base, folder, f"memory://{seed}"
+        self.lives: dict[str, Life] = {}
+        self.changes: list[Change] = []
+        self.served: list[tuple[int, dict[str, str]]] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def look(self) -> None:
+        """Note what is served now."""
+        found = current_generation(self.store, "tiny")
+        assert found is not None
+        state = {name: record.source.repo for name, record in found.adapters.items() if name in NAMES}
+        if not self.served or self.served[-1][0] < found.number:
+            self.served.append((found.number, state))
+
+    async def begin(self, owner: str) -> None:
+        """Start a builder, again and again where the store does not answer."""
+        while True:
+            host = Host()
+            store: Store = HostStore(self.loop, host, self.store, self.uri)
+            context = BuildContext(store, self.base.sources, self.folder, owner=owner, bases=self.base.bases)
+            builds = Builds(context, LIMITS)
+            try:
+                await builds.recover()
+            except Fault:
+                host.dead = True
+                with suppress(Killed):
+                    await builds.drain(0)
+                await asyncio.sleep(1)
+            else:
+                self.lives[owner] = Life(owner, host, builds)
+                return
+
+    def kill(self, owner: str) -> None:
+        self.lives.pop(owner).host.dead = True
+
+    async def ask(self, version: int) -> None:
+        """Be a client: ask a builder for a change, and follow it to its end."""
+        change = Change(self.draw.choice(NAMES), f"v{version}", self.loop.time())
+        self.changes.append(change)
+        life, request_id = self.lives[self.draw.choice(sorted(self.lives))], f"r{version}"
+        source = Repository(source=SourceKind.PUSHED, repo=change.version)
+        wish = Update(name="tiny", add={change.name: source})
+        try:
+            await life.builds.update(wish, request_id)
+            if life.host.dead:
+                return
+            change.accepted = self.loop.time()
+            async for view in life.builds.watch("tiny", request_id=request_id):
+                state = view.state
+        except (Fault, Killed) as error:
+            assert life.host.dead or change.accepted is None or isinstance(error, ShuttingDown), error
+            return
+        if not life.host.dead:
+            assert state is not BuildState.BUILDING
+            change.told.append(state)
+
+    async def live(self) -> None:
+        """Let clients ask while builders die and stand still and the store fails; then let all end."""
+        owners = [str(number) * 16 for number in range(self.draw.choice((2, 2, 3)))]
+        for owner in owners:
+            await self.begin(owner)
+        self.loop.faults = self.draw.choice((0.0, 0.1))
+        for version in range(self.draw.randint(2, 8)):
+            self.tasks.append(asyncio.create_task(self.ask(version)))
+            await asyncio.sleep(self.draw.choice((0, 0.1, 1, 20)))
+            await self.disturb(owners)
+        self.loop.faults = 0.0
+        for owner in owners:
+            if owner not in self.lives and (self.draw.random() < 0.7 or not self.lives):
+                await self.begin(owner)
+        for _ in range(40):
+            if not list(self.store.list(BUILDS_PREFIX)):
+                break
+            await asyncio.sleep(30)
+        await asyncio.sleep(120)  # whoever stood still writes what it was about to
+        await asyncio.gather(*self.tasks)
+        for life in self.lives.values():
+            await life.builds.drain(1)
+
+    async def disturb(self, owners: list[str]) -> None:
+        """Let a builder die, stand still, or begin again."""
+        event = self.draw.random()
+        if event < 0.2 and len(self.lives) > 1:
+            self.kill(self.draw.choice(sorted(self.lives)))
+        elif event < 0.4:
+            life = self.lives[self.draw.choice(sorted(self.lives))]
+            life.host.still_until = self.loop.time() + self.draw.choice((20, 100, 200))
+        elif event < 0.6:
+            for owner in owners:
+                if owner not in self.lives:
+                    await self.begin(owner)
+
+    def check(self) -> None:
+        """Nothing accepted was lost, nothing was applied twice or in another order, no client was misled."""
+        assert list(self.store.list(BUILDS_PREFIX)) == []
+        applied: dict[str, list[int]] = {}
+        for (_, before), (number, after) in zip([(0, dict[str, str]()), *self.served], self.served, strict=False):
+            for name in after.keys():
+                if before.get(name) != after[name]:
+                    applied.setdefault(after[name], []).append(number)
+        for change in self.changes:
+            numbers = applied.get(change.version, [])
+            if change.accepted is not None:
+                expected = [BuildState.FAILED] if not numbers else [BuildState.ACTIVE]
+                assert change.told in ([], expected), (change, numbers)
+            assert len(numbers) <= 1, (change, numbers)
+        self.check_order()
+
+    def check_order(self) -> None:
+        """The newest change of a name that was accepted is what is served, unless others were asked beside it."""
+        _, state = self.served[-1]
+        for name in NAMES:
+            of_name = [change for change in self.changes if change.name == name]
+            accepted = [c for c in of_name if c.accepted is not None and BuildState.FAILED not in c.told]
+            for change in accepted:
+                behind = [c for c in of_name if c is not change and (c.accepted is None or c.accepted > change.asked)]
+                allowed = {change.version, *(c.version for c in behind)}
+                assert state.get(name) in allowed, (name, state, of_name)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryStore, BuildContext]:
+    """A deployment with an adapter for each change that can come, all with one bundle."""
+    world = Builders(tmp_path_factory.mktemp("journal"))
+    context = world.context()
+    generation = built(world.deployment("one"), context).generation
+    record = generation.adapters["one"]
+    pool = {
+        f"v{number}": record.model_copy(
+            update={"source": Repository(source=SourceKind.PUSHED, repo=f"v{number}"), "added": True}
+        )
+        for number in range(VERSIONS)
+    }
+    publish_generation(world.store, generation.model_copy(update={"adapters": pool}))
+    return world.store, context
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    with structlog.testing.capture_logs():
+        yield
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("first", range(0, HISTORIES, 20))
+def test_nothing_accepted_is_lost_or_applied_twice(
+    first: int, start: tuple[MemoryStore, BuildContext], monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    """Every history ends with an empty queue, and with each accepted change applied once and in order."""
+    for seed in range(first, first + 20):
+        with tempfile.TemporaryDirectory() as folder:
+            history = History(seed, *start, Path(folder))
+            clock = SimpleNamespace(sleep=history.loop.sleep, monotonic=history.loop.monotonic)
+            for module in (claims, patient):
+                monkeypatch.setattr(module, "time", clock)
+            monkeypatch.setattr(claims, "random", history.loop)
+            for module in (claims, journal, deployments):
+                monkeypatch.setattr(module, "secrets", history.loop)
+            history.loop.after_step = history.look
+            try:
+                history.loop.run_until_complete(history.live())
+                history.look()
+                history.check()
+            except BaseException as error:
+                error.add_note(f"history {seed}")
+                raise
+            finally:
+                history.loop.close()
