@@ -6,11 +6,13 @@ https://huggingface.co/docs/hub/webhooks: a POST with the secret in ``X-Webhook-
 import hmac
 import json
 import re
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Final, Self
@@ -28,8 +30,12 @@ from loramux_shared.wording import is_whole
 log = structlog.get_logger()
 
 MAX_BODY: Final = 1 << 20
-TIMEOUT_S: Final = 20.0
-"""Seconds for which a connection may be silent."""
+REQUEST_S: Final = 20.0
+"""Seconds from a connection to the end of its request, which is its only one."""
+MAX_CONNECTIONS: Final = 64
+"""Connections that are open at once; above it the oldest one ends."""
+MAX_DEBOUNCES: Final = 6
+"""Debounce times for which an update waits while events go on."""
 RETRY_S: Final = 30.0
 """Seconds before an update is repeated that the builder had no room or no store for."""
 MAIN: Final = "main"
@@ -65,8 +71,21 @@ class Followed:
         }
 
 
+@dataclass(frozen=True)
+class _Due:
+    """The time of an adapter's next update."""
+
+    at_s: float
+    latest_s: float
+    """Time after which events no longer postpone it."""
+    repository: Repository
+
+
 class Updates:
-    """Updates of a deployment's adapters, each after its last event was some seconds ago; in one thread."""
+    """Updates of a deployment's adapters, each after its last event was some seconds ago; in one thread.
+
+    An adapter whose events go on is updated after MAX_DEBOUNCES times as long.
+    """
 
     def __init__(
         self,
@@ -79,7 +98,7 @@ class Updates:
         self._deployment = deployment
         self._debounce_s = debounce_s
         self._clock = clock
-        self._due: dict[str, tuple[float, Repository]] = {}
+        self._due: dict[str, _Due] = {}
         self._news = threading.Condition()
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="updates", daemon=True)
@@ -94,20 +113,23 @@ class Updates:
         with self._news:
             self._ended = True
             self._news.notify()
-        self._thread.join(TIMEOUT_S)
+        self._thread.join(REQUEST_S)
 
     def note(self, adapters: Mapping[str, Repository], after_s: float | None = None) -> None:
         """Have adapters updated once they were quiet for the time."""
-        due = self._clock() + (self._debounce_s if after_s is None else after_s)
+        now, quiet_s = self._clock(), self._debounce_s if after_s is None else after_s
         with self._news:
-            self._due |= {name: (due, repository) for name, repository in adapters.items()}
+            for name, repository in adapters.items():
+                earlier = self._due.get(name)
+                latest_s = earlier.latest_s if earlier else now + max(quiet_s, MAX_DEBOUNCES * self._debounce_s)
+                self._due[name] = _Due(min(now + quiet_s, latest_s), latest_s, repository)
             self._news.notify()
 
     def take(self) -> dict[str, Repository]:
         """Return the adapters whose time has come, which are no longer noted."""
         now = self._clock()
         with self._news:
-            found = {name: repository for name, (due, repository) in self._due.items() if due <= now}
+            found = {name: due.repository for name, due in self._due.items() if due.at_s <= now}
             for name in found:
                 del self._due[name]
         return found
@@ -147,7 +169,7 @@ class Updates:
                 self.publish(adapters)
                 continue
             with self._news:
-                soonest = min((due for due, _ in self._due.values()), default=None)
+                soonest = min((due.at_s for due in self._due.values()), default=None)
                 if not self._ended:
                     self._news.wait(None if soonest is None else max(0.0, soonest - self._clock()))
 
@@ -157,7 +179,16 @@ class Receiver(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, address: str, secret: str, followed: Followed, updates: Updates) -> None:
+    def __init__(
+        self,
+        address: str,
+        secret: str,
+        followed: Followed,
+        updates: Updates,
+        *,
+        max_connections: int = MAX_CONNECTIONS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Listen on ``HOST:PORT``.
 
         Raises:
@@ -170,6 +201,35 @@ class Receiver(ThreadingHTTPServer):
         self._secret = secret.encode()
         self._followed = followed
         self._updates = updates
+        self._clock = clock
+        self._places = threading.BoundedSemaphore(max_connections)
+        self._open: dict[socket.socket, float] = {}
+        """Ends of the time of connections, the oldest first."""
+        self._opening = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Read a connection in a thread; where all places are taken, the oldest connection ends first."""
+        if not self._places.acquire(blocking=False):
+            with self._opening:
+                _cut(*list(self._open)[:1])
+            self._places.acquire()
+        with self._opening:
+            self._open[request] = self._clock() + REQUEST_S
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection whose thread ends."""
+        with self._opening:
+            known = self._open.pop(request, None) is not None
+        super().shutdown_request(request)
+        if known:
+            self._places.release()
+
+    def service_actions(self) -> None:
+        """End connections whose time is over; called about twice a second."""
+        now = self._clock()
+        with self._opening:
+            _cut(*(request for request, end_s in self._open.items() if end_s <= now))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report what failed, but for clients that went away."""
@@ -180,6 +240,11 @@ class Receiver(ThreadingHTTPServer):
     def address(self) -> str:
         """Return where it listens."""
         return f"{self.server_address[0]!s}:{self.server_address[1]}"
+
+    @property
+    def connections(self) -> int:
+        """Return the number of connections that are open."""
+        return len(self._open)
 
     def take(self, secret: str, body: bytes) -> tuple[int, Collection[str]]:
         """Return the status for an event, and the adapters that it is about."""
@@ -195,9 +260,15 @@ class Receiver(ThreadingHTTPServer):
         return 202, touched
 
 
+def _cut(*connections: socket.socket) -> None:
+    """Let reads and writes of connections end; their threads close them."""
+    for each in connections:
+        with suppress(OSError):  # the client was first
+            each.shutdown(socket.SHUT_RDWR)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: Receiver
-    timeout = TIMEOUT_S
 
     def do_POST(self) -> None:
         """Take an event."""
@@ -205,6 +276,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not is_whole(length) or int(length) > MAX_BODY:
             return self._answer(413 if length.isdigit() else 411, ())
         body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            return self._answer(400, ())
         status, adapters = self.server.take(self.headers.get("X-Webhook-Secret", ""), body)
         return self._answer(status, adapters)
 

@@ -1,6 +1,8 @@
 """Events of a hub become updates of the adapters that follow its repositories."""
 
 import asyncio
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from loramux.client import Client
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid, StoreUnavailable
-from loramux_webhooks.receiver import RETRY_S, Followed, Receiver, Updates
+from loramux_webhooks.receiver import MAX_DEBOUNCES, REQUEST_S, RETRY_S, Followed, Receiver, Updates
 from tests.support.https_server import served
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.openai_api import openai_world
@@ -109,6 +111,18 @@ def test_events_are_debounced_and_passing_failures_repeated() -> None:
     assert client.updates == [["a"], ["b"]]
 
 
+def test_events_without_end_postpone_an_update_so_long() -> None:
+    """It is due after MAX_DEBOUNCES debounce times, with the newest repository, and so is the one behind it."""
+    time_s = [0.0]
+    updates = Updates(Fake(), "tiny", 10, clock=lambda: time_s[0])
+    due = []
+    while time_s[0] < 2.5 * MAX_DEBOUNCES * 10:
+        updates.note({"a": hf("lab/a", f"v{time_s[0]:g}")})
+        time_s[0] += 5
+        due += [(time_s[0], each.revision) for each in updates.take().values()]
+    assert due == [(60, "v55"), (120, "v115")]
+
+
 @pytest.fixture
 def receiver() -> Iterator[tuple[str, Updates]]:
     """A receiver whose updates nobody takes."""
@@ -134,6 +148,43 @@ def test_an_event_needs_the_secret_and_a_bounded_body(receiver: tuple[str, Updat
     assert (answer.status_code, answer.json()) == (202, {"adapters": ["main", "tagged"]})
     assert updates.take().keys() == {"main", "tagged"}
     assert httpx.get(url, timeout=BOUND_S).status_code == 200
+
+
+def test_connections_that_say_nothing_leave_for_new_ones() -> None:
+    """There are as many threads as places, and an event is taken behind any number of silent connections."""
+    receiver = Receiver("127.0.0.1:0", SECRET, FOLLOWED, Updates(Fake(), "tiny", 0), max_connections=2)
+    before = threading.active_count()
+    with served(receiver) as address:
+        host, port = address.split(":")
+        silent = [socket.create_connection((host, int(port)), BOUND_S) for _ in range(20)]
+        answer = httpx.get(f"http://{address}", timeout=BOUND_S)
+        assert (answer.status_code, receiver.connections <= 2) == (200, True)
+        wait_until(lambda: threading.active_count() <= before + 1 + 2, "the end of other threads")
+        assert [each.recv(1) for each in silent[:-1]] == [b""] * 19
+        for each in silent:
+            each.close()
+
+
+@pytest.mark.parametrize(
+    "sent", ["", "POST / HTTP/1.1\r\nhost: a", "POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\n{"]
+)
+def test_a_request_has_its_time_alone(sent: str) -> None:
+    """However its bytes drip in, its connection ends when that is over."""
+    time_s = [0.0]
+    updates = Updates(Fake(), "tiny", 0)
+    receiver = Receiver("127.0.0.1:0", SECRET, FOLLOWED, updates, clock=lambda: time_s[0])
+    with served(receiver) as address:
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port)), BOUND_S) as drip:
+            drip.sendall(sent.encode())
+            wait_until(lambda: receiver.connections == 1, "the connection")
+            time_s[0] = REQUEST_S - 1
+            receiver.service_actions()
+            drip.sendall(b" ")
+            assert receiver.connections == 1
+            time_s[0] = REQUEST_S
+            assert drip.recv(1) == b""
+        wait_until(lambda: not receiver.connections, "the end of the connection")
 
 
 async def test_a_push_to_a_hub_is_served(tmp_path: Path) -> None:
