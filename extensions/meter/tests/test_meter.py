@@ -2,19 +2,13 @@
 
 import select
 import socket
-import threading
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
 
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from loramux_meter import meter as metrics
-from loramux_meter.meter import MAX_CLIENTS, BuildMeter, MetricsServer
+from loramux_meter.meter import LIMIT_S, MAX_CLIENTS, BuildMeter, MetricsServer
 from loramux_shared.faults import SettingsInvalid
 from tests.support.builders import Builders
 from tests.support.metrics import Scrape
@@ -66,36 +60,23 @@ def test_an_address_that_is_taken() -> None:
             BuildMeter(lambda: 0).listen(f"127.0.0.1:{port}", insecure=False)
 
 
-class Clocks(list[Callable[[], None]]):
-    """The timers of a module: each fires when the test fires it."""
-
-    def timer(self, _: float, fire: Callable[..., None], provided: tuple[object, ...]) -> threading.Thread:
-        self.append(partial(fire, *provided))
-        made = threading.Thread()
-        made.cancel = lambda: None  # type: ignore[attr-defined]
-        return made
-
-
-def test_silent_clients_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients beyond the bound are closed at once, silent ones after their time; then others are answered."""
-    clocks = Clocks()
-    monkeypatch.setattr(metrics, "threading", Mock(wraps=threading, Timer=clocks.timer))
+def test_silent_clients_are_closed() -> None:
+    """Those beyond the bound leave for newer ones, the others after their time; somebody is always answered."""
+    time_s = [0.0]
     registry = CollectorRegistry()
     Gauge("seen", "1.", registry=registry).set(1)
-    api = MetricsServer("127.0.0.1", 0, registry)
+    api = MetricsServer("127.0.0.1", 0, registry, clock=lambda: time_s[0])
     api.start()
     address = ("127.0.0.1", api.server_port)
     try:
         idle = [socket.create_connection(address, timeout=BOUND_S) for _ in range(2 * MAX_CLIENTS)]
-        wait_until(
-            lambda: len(closed_of(idle)) == MAX_CLIENTS == len(clocks), "the end of those beyond the bound"
-        )
-        for fire in clocks:
-            fire()
+        wait_until(lambda: closed_of(idle) == idle[:MAX_CLIENTS], "the end of those beyond the bound")
+        text = httpx.get(f"http://{address[0]}:{address[1]}/metrics", timeout=BOUND_S).text
+        assert ("seen 1.0" in text, closed_of(idle)) == (True, idle[: MAX_CLIENTS + 1])
+        time_s[0] = LIMIT_S
         assert [each.recv(1) for each in idle] == [b""] * len(idle)
         for each in idle:
             each.close()
-        assert "seen 1.0" in wait_until(lambda: answer_of(address), "a place for another client")
     finally:
         api.shutdown()
         api.server_close()
@@ -103,10 +84,3 @@ def test_silent_clients_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def closed_of(connections: list[socket.socket]) -> list[socket.socket]:
     return select.select(connections, [], [], 0)[0]
-
-
-def answer_of(address: tuple[str, int]) -> str:
-    """Return the answer at an address; empty where the connection is closed unread."""
-    with suppress(httpx.TransportError):
-        return httpx.get(f"http://{address[0]}:{address[1]}/metrics", timeout=BOUND_S).text
-    return ""

@@ -6,14 +6,13 @@ https://huggingface.co/docs/hub/webhooks: a POST with the secret in ``X-Webhook-
 import hmac
 import json
 import re
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from types import TracebackType
 from typing import Any, Final, Self
 from uuid import uuid4
@@ -22,6 +21,7 @@ import structlog
 
 from loramux.client import Client
 from loramux.records import DeploymentState
+from loramux_shared.bounded_server import BoundedHttpServer
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.options import listen
@@ -32,6 +32,8 @@ log = structlog.get_logger()
 MAX_BODY: Final = 1 << 20
 REQUEST_S: Final = 20.0
 """Seconds from a connection to the end of its request, which is its only one."""
+STOP_S: Final = 20.0
+"""Seconds for which the end waits for an update."""
 MAX_CONNECTIONS: Final = 64
 """Connections that are open at once; above it the oldest one ends."""
 MAX_DEBOUNCES: Final = 6
@@ -113,7 +115,7 @@ class Updates:
         with self._news:
             self._ended = True
             self._news.notify()
-        self._thread.join(REQUEST_S)
+        self._thread.join(STOP_S)
 
     def note(self, adapters: Mapping[str, Repository], after_s: float | None = None) -> None:
         """Have adapters updated once they were quiet for the time."""
@@ -174,10 +176,8 @@ class Updates:
                     self._news.wait(None if soonest is None else max(0.0, soonest - self._clock()))
 
 
-class Receiver(ThreadingHTTPServer):
+class Receiver(BoundedHttpServer):
     """The address that a hub posts events to."""
-
-    daemon_threads = True
 
     def __init__(
         self,
@@ -195,41 +195,17 @@ class Receiver(ThreadingHTTPServer):
             SettingsInvalid: the address is in use, or not one of this machine.
         """
         listening = listen(address)
-        super().__init__(listening.getsockname()[:2], _Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listening
+        super().__init__(
+            listening.getsockname()[:2],
+            _Handler,
+            max_connections=max_connections,
+            limit_s=REQUEST_S,
+            listening=listening,
+            clock=clock,
+        )
         self._secret = secret.encode()
         self._followed = followed
         self._updates = updates
-        self._clock = clock
-        self._places = threading.BoundedSemaphore(max_connections)
-        self._open: dict[socket.socket, float] = {}
-        """Ends of the time of connections, the oldest first."""
-        self._opening = threading.Lock()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Read a connection in a thread; where all places are taken, the oldest connection ends first."""
-        if not self._places.acquire(blocking=False):
-            with self._opening:
-                _cut(*list(self._open)[:1])
-            self._places.acquire()
-        with self._opening:
-            self._open[request] = self._clock() + REQUEST_S
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection whose thread ends."""
-        with self._opening:
-            known = self._open.pop(request, None) is not None
-        super().shutdown_request(request)
-        if known:
-            self._places.release()
-
-    def service_actions(self) -> None:
-        """End connections whose time is over; called about twice a second."""
-        now = self._clock()
-        with self._opening:
-            _cut(*(request for request, end_s in self._open.items() if end_s <= now))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report what failed, but for clients that went away."""
@@ -240,11 +216,6 @@ class Receiver(ThreadingHTTPServer):
     def address(self) -> str:
         """Return where it listens."""
         return f"{self.server_address[0]!s}:{self.server_address[1]}"
-
-    @property
-    def connections(self) -> int:
-        """Return the number of connections that are open."""
-        return len(self._open)
 
     def take(self, secret: str, body: bytes) -> tuple[int, Collection[str]]:
         """Return the status for an event, and the adapters that it is about."""
@@ -258,13 +229,6 @@ class Receiver(ThreadingHTTPServer):
         if touched:
             self._updates.note(touched)
         return 202, touched
-
-
-def _cut(*connections: socket.socket) -> None:
-    """Let reads and writes of connections end; their threads close them."""
-    for each in connections:
-        with suppress(OSError):  # the client was first
-            each.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):
