@@ -423,10 +423,6 @@ class Pieces:
         self._keys: list[str] = []
         self.size = 0
 
-    def fills(self, part: bytes) -> bool:
-        """Return True if these bytes complete a piece, so that adding them takes a while."""
-        return len(self._data) + len(part) >= PIECE_BYTES
-
     def add(self, part: bytes) -> None:
         """Add bytes; a piece that they complete is stored."""
         self._data += part

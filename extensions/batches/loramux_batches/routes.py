@@ -11,7 +11,6 @@ from functools import partial
 from typing import Annotated, Final, Literal, TypeVar, cast
 
 from pydantic import Field
-from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from typing_extensions import TypedDict
@@ -36,7 +35,7 @@ from loramux_batches.records import (
     new_id,
     owner_of,
 )
-from loramux_batches.upload import Part, read_form
+from loramux_batches.upload import Form
 from loramux_shared import routes
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import BatchCorrupt, BatchNotFound, FileNotFound
@@ -48,8 +47,6 @@ BATCH_PAGE: Final = 20
 OCTETS: Final = "application/octet-stream"
 READS: Final = 16
 """Records of a page that are read at once."""
-MAX_FIELD: Final = 1000
-"""Bytes of a field of a form that is no file."""
 OTHER_FIELDS: Final = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 T = TypeVar("T")
 Seconds = Annotated[int, Field(ge=3600, le=KEPT_S)]
@@ -326,25 +323,13 @@ def _store(service: GenerationService) -> BatchStore:
 
 async def _receive(http: HttpRequest, pieces: Pieces, room: int) -> tuple[str, int]:
     """Store the file of a form; returns its name, and for how many seconds it is kept."""
-    fields, part, filename = dict[str, str](), Part("", None), None
-    async for each in read_form(http):
-        if isinstance(each, Part):
-            if each.name != "file" and each.name not in OTHER_FIELDS:
-                raise refused(each.name, f"file, {', '.join(OTHER_FIELDS)}", "another field")
-            filename, part = (each.filename or "file") if each.name == "file" else filename, each
-        elif part.name != "file":
-            fields[part.name] = fields.get(part.name, "") + each.decode(errors="replace")
-            if len(fields[part.name]) > MAX_FIELD:
-                raise refused(part.name, f"at most {MAX_FIELD} characters", "more")
-        elif pieces.size + len(each) > room:
-            raise HTTPException(413, f"the file is larger than {room} bytes.")
-        elif pieces.fills(each):
-            await asyncio.to_thread(pieces.add, each)
-        else:
-            pieces.add(each)
-    if filename is None:
+    form = Form(http.headers.get("content-type", ""), OTHER_FIELDS, pieces, room)
+    async for data in http.stream():
+        await asyncio.to_thread(form.write, data)
+    form.close()
+    if form.filename is None:
         raise refused("file", "a file", "none")
-    return filename, _checked_fields(fields)
+    return form.filename, _checked_fields(form.fields)
 
 
 def _owner() -> str:

@@ -1,83 +1,120 @@
-"""Forms as clients upload files with them: ``multipart/form-data`` (RFC 7578), read as it arrives."""
+"""Forms as clients upload files with them: ``multipart/form-data`` (RFC 7578), read as they arrive."""
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from email.message import Message
-from email.parser import HeaderParser
+import logging
+from collections.abc import Collection
 from typing import Final
 
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
-from starlette.requests import Request as HttpRequest
 
+from inference_service.serving.bounds import refused
+from loramux_batches.records import Pieces
 from loramux_shared.faults import RequestInvalid
 
-MAX_HEAD: Final = 8 << 10
-"""Bytes of the headers of one part."""
+MAX_PARTS: Final = 16
+"""Parts of a form, of which one is the file."""
+MAX_FIELD: Final = 1000
+"""Bytes of a field that is no file."""
+MAX_FRAMING_BYTES: Final = 64 << 10
+"""Bytes beside the file's: boundaries, headers, fields, and what is around the parts."""
 BROKEN: Final = "the body is no form: expected multipart/form-data (RFC 7578), found {found}."
 
-
-@dataclass(frozen=True)
-class Part:
-    """The beginning of a part of a form."""
-
-    name: str
-    filename: str | None
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the refusal says what is wrong
 
 
-async def read_form(http: HttpRequest) -> AsyncIterator[Part | bytes]:
-    """Yield the parts of a form, each followed by its bytes as they arrive.
+class Form:
+    """A form with short fields and one file, whose bytes become pieces. Its methods block."""
 
-    Raises:
-        HTTPException: 415 where the body is no form.
-        RequestInvalid: the form is broken.
-        ClientDisconnect: the client went away.
-    """
-    declared = Message()
-    declared["content-type"] = http.headers.get("content-type", "")
-    boundary = declared.get_param("boundary")
-    if declared.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
-        raise HTTPException(
-            415,
-            f"expected a form with content-type: multipart/form-data, found {declared['content-type'][:80]!r}.",
-        )
-    mark, data, in_part = f"\r\n--{boundary}".encode(), b"\r\n", False
-    stream = http.stream()
-    async for more in stream:
-        data += more
-        while (place := data.find(mark)) >= 0 and len(data) >= place + len(mark) + 2:
-            if in_part and place:
-                yield data[:place]
-            rest = data[place + len(mark) :]
-            if rest.startswith(b"--"):
-                async for _ in stream:
-                    pass
-                return
-            head, end, body = rest.partition(b"\r\n\r\n")
-            if (not in_part and place) or not rest.startswith(b"\r\n") or len(head) > MAX_HEAD:
-                raise RequestInvalid(BROKEN.format(found="a part without a head"))
-            if not end:
-                data = data[place:]
-                break
-            yield _begun(head[2:])
-            data, in_part = body, True
-        else:
-            kept = len(mark) + 2
-            if in_part and len(data) > kept:
-                yield data[:-kept]
-                data = data[-kept:]
-            elif len(data) > MAX_HEAD:
-                raise RequestInvalid(BROKEN.format(found="no beginning of a part"))
-    raise RequestInvalid(BROKEN.format(found="no end"))
+    def __init__(self, content_type: str, names: Collection[str], pieces: Pieces, room: int) -> None:
+        """Expect fields of these names, and a file of at most room bytes.
 
+        Raises:
+            HTTPException: 415 where the body is no form.
+        """
+        kind, options = parse_options_header(content_type)
+        if kind != b"multipart/form-data" or not options.get(b"boundary"):
+            raise HTTPException(
+                415, f"expected a form with content-type: multipart/form-data, found {content_type[:80]!r}."
+            )
+        self.fields: dict[str, str] = {}
+        self.filename: str | None = None
+        self._names = names
+        self._pieces = pieces
+        self._room = room
+        self._size = self._parts = 0
+        self._ended = False
+        self._name = ""
+        """Name of the part that is being read."""
+        self._header, self._value = bytearray(), bytearray()
+        self._disposition = ""
+        try:
+            self._parser = MultipartParser(
+                options[b"boundary"],
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+                    "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+                    "on_header_end": self._end_header,
+                    "on_headers_finished": self._end_head,
+                    "on_part_data": lambda data, start, end: self._add(data[start:end]),
+                    "on_end": self._end,
+                },
+            )
+        except FormParserError as error:
+            raise RequestInvalid(BROKEN.format(found="a boundary that is too long")) from error
 
-def _begun(head: bytes) -> Part:
-    headers = HeaderParser().parsestr(head.decode(errors="replace"))
-    name = headers.get_param("name", header="content-disposition")
-    if headers.get_content_disposition() != "form-data" or not isinstance(name, str):
-        raise RequestInvalid(BROKEN.format(found="a part without a name"))
-    try:
-        filename = headers.get_filename()
-        (filename or "").encode()
-    except ValueError as error:  # the charset that it states is not one of text, or not its own
-        raise RequestInvalid(BROKEN.format(found="a filename that is no text")) from error
-    return Part(name, filename)
+    def write(self, data: bytes) -> None:
+        """Take the next bytes of the body.
+
+        Raises:
+            RequestInvalid: the form is broken, or has too much beside its file.
+            HTTPException: 413 where the file is too large.
+        """
+        self._size += len(data)
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise RequestInvalid(BROKEN.format(found="no beginning of a part")) from error
+        if self._size - self._pieces.size > MAX_FRAMING_BYTES:
+            raise RequestInvalid(BROKEN.format(found=f"more than {MAX_FRAMING_BYTES} bytes beside the file"))
+
+    def close(self) -> None:
+        """Note the end of the body; raise RequestInvalid where the form has none."""
+        if not self._ended:
+            raise RequestInvalid(BROKEN.format(found="no end"))
+
+    def _begin(self) -> None:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise RequestInvalid(BROKEN.format(found=f"more than {MAX_PARTS} parts"))
+        self._disposition = ""
+
+    def _end_header(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value.decode("latin-1")
+        self._header.clear()
+        self._value.clear()
+
+    def _end_head(self) -> None:
+        kind, options = parse_options_header(self._disposition)
+        if kind != b"form-data" or b"name" not in options:
+            raise RequestInvalid(BROKEN.format(found="a part without a name"))
+        self._name = options[b"name"].decode(errors="replace")
+        if self._name == "file":
+            self.filename = options.get(b"filename", b"").decode(errors="replace") or "file"
+        elif self._name not in self._names:
+            raise refused(self._name, f"file, {', '.join(self._names)}", "another field")
+
+    def _add(self, data: bytes) -> None:
+        if self._name == "file":
+            if self._pieces.size + len(data) > self._room:
+                raise HTTPException(413, f"the file is larger than {self._room} bytes.")
+            self._pieces.add(data)
+            return
+        self.fields[self._name] = self.fields.get(self._name, "") + data.decode(errors="replace")
+        if len(self.fields[self._name]) > MAX_FIELD:
+            raise refused(self._name, f"at most {MAX_FIELD} characters", "more")
+
+    def _end(self) -> None:
+        self._ended = True

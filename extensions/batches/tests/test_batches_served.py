@@ -313,6 +313,41 @@ async def test_uploads_are_forms(
     assert bool(list(store.list(""))) is (status == 200)
 
 
+FILE_PART = b'--B\r\ncontent-disposition: form-data; name="file"\r\n\r\n{}\r\n'
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "found"),
+    [
+        (b"", FILE_PART * 100, "more than 16 parts"),
+        (b"", b"--B\r\n\r\n\r\n" * 100, "a part without a name"),
+        (b"\r\n", b"\r\n" * 1000, "more than 65536 bytes beside the file"),
+        (FILE_PART + b"--B--", b"x" * 1000, "more than 65536 bytes beside the file"),
+        (b"--B\r\n", b"x-a: b\r\n" * 100, "no beginning of a part"),
+    ],
+    ids=["parts", "nameless parts", "preamble", "epilogue", "headers"],
+)
+async def test_a_form_without_end_is_refused_early(
+    tmp_path: Path, first: bytes, again: bytes, found: str
+) -> None:
+    """Whatever it repeats: parts, headers, or bytes around them."""
+    service, chunks = silent_service(tmp_path), count()
+    service.batches = BatchStore(store := MemoryStore())
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield first
+        while next(chunks) < 1000:
+            yield again
+
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(create_app(service)), base_url="http://api"
+    ) as http:
+        headers = {"content-type": "multipart/form-data; boundary=B"}
+        answer = await http.post("/v1/files", content=endless(), headers=headers)
+    assert (answer.status_code, found in answer.text, next(chunks) < 100) == (400, True, True), answer.text
+    assert not list(store.list(""))
+
+
 async def test_what_expired_is_removed(tmp_path: Path) -> None:
     """A sweep removes expired files, pieces of broken uploads and old batches, and nothing else."""
     client = openai_of(tmp_path, batches := BatchStore(store := MemoryStore()))
