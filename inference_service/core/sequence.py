@@ -179,6 +179,8 @@ class Sequence:
     """
     share: Share = FAIR
     """Share of its queue."""
+    key_id: str = ""
+    """API key of the request; empty: none was needed."""
 
     num_prompt: int = field(init=False)
     progress: Progress = field(init=False, repr=False)

@@ -7,7 +7,6 @@ result is posted to the engine's thread, on which all of this is called.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 import queue
@@ -32,6 +31,7 @@ from inference_service.engine.residents import (
     Standing,
 )
 from inference_service.lora.places import Places, taken_by
+from loramux_shared.access.shares import Shares
 from loramux_shared.faults import Fault, ResourcesExhausted
 
 if TYPE_CHECKING:  # which would import torch
@@ -40,7 +40,9 @@ if TYPE_CHECKING:  # which would import torch
 log = structlog.get_logger()
 
 LOADS: Final = 12
-"""Adapters on their way at once: each holds its matrices in the host's memory until it has its place."""
+"""Adapters on their way at once, which keys share: each holds its matrices in the host's memory until it has
+its place.
+"""
 FIRST_PAUSE_S: Final = 1.0
 LAST_PAUSE_S: Final = 60.0
 """Behind the first load that failed, and behind many: nobody tries again before."""
@@ -94,7 +96,7 @@ class Residency(Residents):
         self._held: list[Standing] = []
         self._by_slot: dict[int, Standing] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._on_the_way = 0
+        self._on_the_way = Shares(LOADS)
         self._uses = itertools.count(1)
         self._submitted = self._resolved = 0
         self._released: deque[tuple[int, Standing]] = deque()
@@ -102,18 +104,20 @@ class Residency(Residents):
     @property
     def wanting(self) -> bool:
         """Return True if `bring_in` has anything to do."""
-        return bool(self._held or (self._absent and self._on_the_way < LOADS) or self._may_prefetch)
+        return bool(self._held or (self._absent and self._has_room) or self._may_prefetch)
 
     @property
     def settled(self) -> bool:
         """True when nothing is on its way and nothing is to be."""
-        return not self._on_the_way and not self._absent and not self._later
+        return not self._on_the_way.taken and not self._absent and not self._later
 
     @property
     def retry_s(self) -> float:
         """When a load that failed is to be tried again, on the clock of ``time.monotonic``; infinite: never."""
-        failed = (entry.retry_s for entry in self._absent if entry.fault is not None)
-        return min(failed, default=math.inf) if self._on_the_way < LOADS else math.inf
+        failed = [entry for entry in self._absent if entry.fault is not None] if self._has_room else []
+        return min(
+            (entry.retry_s for entry in failed if self._key_in_share(entry) is not None), default=math.inf
+        )
 
     @property
     def releasing(self) -> bool:
@@ -154,17 +158,21 @@ class Residency(Residents):
         entry = self._entries.get(adapter)
         return entry.fault if entry is not None and entry.retry_s > self._clock() else None
 
-    def want(self, adapter: Adapter) -> None:
-        """Note that one more sequence waits for an adapter."""
+    def want(self, adapter: Adapter, key_id: str = "") -> None:
+        """Note that one more sequence, of an API key, waits for an adapter."""
         entry = self._entry(adapter)
         entry.waiting += 1
+        entry.keys[key_id] += 1
         self.stats.waits += entry.state is not AdapterState.RESIDENT
         self._consider(entry)
 
-    def unwant(self, adapter: Adapter) -> None:
+    def unwant(self, adapter: Adapter, key_id: str = "") -> None:
         """Note that a sequence stopped waiting for it; an adapter without waiters is not loaded."""
         entry = self._entries[adapter]
         entry.waiting -= 1
+        entry.keys[key_id] -= 1
+        if not entry.keys[key_id]:
+            del entry.keys[key_id]
         self._reconsider(entry)
 
     def pin(self, adapter: Adapter) -> None:
@@ -230,16 +238,18 @@ class Residency(Residents):
         Adapters that are wanted together have their ranks from the same sequence: the most urgent one gets all
         of its places before another gets one of them, so that no two keep half of what they need.
         """
-        if self._absent and self._on_the_way < LOADS:
-            free = LOADS - self._on_the_way
+        if self._absent and self._has_room:
             now = self._clock()
-            ready = (entry for entry in self._absent if entry.retry_s <= now)
-            for entry in heapq.nsmallest(free, ready, key=lambda each: ranks.get(each.adapter, _NOBODY)):
-                self._load(entry)
+            ready = [entry for entry in self._absent if entry.retry_s <= now]
+            for entry in sorted(ready, key=lambda each: ranks.get(each.adapter, _NOBODY)):
+                if (key_id := self._key_in_share(entry)) is not None:
+                    self._load(entry, key_id)
+                if not self._has_room:
+                    break
         if self._may_prefetch:
             self.prefetch(self._later.popleft())
             for entry in tuple(self._absent):
-                self._load(entry)
+                self._load(entry, "")
         for entry in sorted(self._held, key=lambda each: ranks.get(each.adapter, _NOBODY)):
             self._give_place(entry, ranks)
         groups = ([self._entries[adapter] for adapter in adapters] for adapters in together)
@@ -251,7 +261,15 @@ class Residency(Residents):
 
     @property
     def _may_prefetch(self) -> bool:
-        return bool(self._later) and not self._on_the_way and not self._absent
+        return bool(self._later) and not self._on_the_way.taken and not self._absent
+
+    @property
+    def _has_room(self) -> bool:
+        return self._on_the_way.taken < LOADS
+
+    def _key_in_share(self, entry: Standing) -> str | None:
+        """Return an API key that waits for an adapter and has a share left for its load; None: no key has."""
+        return next(filter(self._on_the_way.may_take, entry.keys or ("",)), None)
 
     def _entry(self, adapter: Adapter) -> Standing:
         return self._entries.setdefault(adapter, Standing(adapter))
@@ -278,11 +296,11 @@ class Residency(Residents):
                     self._entries.pop(entry.adapter, None)
         self.changes += self.wanting
 
-    def _load(self, entry: Standing) -> None:
+    def _load(self, entry: Standing, key_id: str) -> None:
         del self._absent[entry]
-        entry.state = AdapterState.LOADING
+        entry.state, entry.key_id = AdapterState.LOADING, key_id
         entry.began_s = self._clock()
-        self._on_the_way += 1
+        self._on_the_way.take(key_id)
         self._loader.load(
             entry.adapter, lambda packed, tier: self._post(partial(self._loaded, entry, packed, tier))
         )
@@ -404,7 +422,7 @@ class Residency(Residents):
         self.changes += 1
         entry.fault, entry.pause_s, entry.retry_s, entry.prefetched = None, 0.0, -math.inf, False
         self._touch(entry)
-        self._on_the_way -= 1
+        self._on_the_way.give_back(entry.key_id)
         self.stats.loaded(self._clock() - entry.began_s)
 
     def _evict(self, entry: Standing) -> None:
@@ -433,7 +451,7 @@ class Residency(Residents):
         self.changes += 1
         self._packed.pop(entry, None)
         entry.state, entry.starved = AdapterState.ABSENT, False
-        self._on_the_way -= 1
+        self._on_the_way.give_back(entry.key_id)
 
     def _fail(self, entry: Standing, fault: Fault) -> None:
         """Note why a load failed; sequences that wait for it end, and a retry waits for a while."""

@@ -106,10 +106,10 @@ class Residents:
         """Return why an adapter's last load failed, until it may be retried."""
         return None
 
-    def want(self, adapter: Adapter) -> None:
-        """Note that one more sequence waits for an adapter."""
+    def want(self, adapter: Adapter, key_id: str = "") -> None:
+        """Note that one more sequence, of an API key, waits for an adapter."""
 
-    def unwant(self, adapter: Adapter) -> None:
+    def unwant(self, adapter: Adapter, key_id: str = "") -> None:
         """Note that a sequence stopped waiting for it."""
 
     def acquire(self, adapter: Adapter) -> None:
@@ -164,6 +164,10 @@ class Standing:
     """Sequences under way on it."""
     waiting: int = 0
     """Sequences that wait for it or for a seat."""
+    keys: Counter[str] = field(default_factory=Counter)
+    """The same, by the API keys of their requests."""
+    key_id: str = ""
+    """API key whose share it takes on its way."""
     pinned: bool = False
     last_used_s: float | None = None
     """On the clock of ``time.monotonic``."""

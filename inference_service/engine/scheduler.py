@@ -523,12 +523,12 @@ class Scheduler:
     def _waits(self, seq: Sequence) -> None:
         self.num_waiting += 1
         for adapter in seq.adapters:
-            self._residents.want(adapter)
+            self._residents.want(adapter, seq.key_id)
 
     def _stop_waiting(self, seq: Sequence) -> None:
         self.num_waiting -= 1
         for adapter in seq.adapters:
-            self._residents.unwant(adapter)
+            self._residents.unwant(adapter, seq.key_id)
 
     def _let_go(self, seq: Sequence) -> None:
         self.blocks.release(seq)

@@ -8,7 +8,7 @@ from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request as HttpRequest
 from starlette.routing import Route, Router, compile_path
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference_service.adapters.manager import AdapterManager
 from inference_service.http.admin import operators, state
@@ -39,8 +39,10 @@ from loramux_shared import routes
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import Scope as AccessScope
+from loramux_shared.access.shares import Shares
 from loramux_shared.extensions import HTTP_ROUTES, load_extensions
 from loramux_shared.faults import Fault, InternalFault
+from loramux_shared.process import connections_per_server
 from loramux_shared.routes import ROUTES
 from loramux_shared.tracing import Tracing
 
@@ -102,16 +104,20 @@ def create_app(
     tracing: Tracing | None = None,
     adapters: AdapterManager | None = None,
     relay: Handler | None = None,
+    max_connections: int | None = None,
 ) -> Front:
     """Return the ASGI application; with a keyring, all but health and the page asks for a key.
 
     Without adapters, those of the service's catalog are there for good. relay answers what reads no prompt,
-    where the engine is in another process.
+    where the engine is in another process. Keys share max_connections requests that are open at once.
     """
     app = Application(service, relay)
     app.state.keyless = keyring is None
     app.state.adapters = adapters or service.adapters
-    guarded = app if keyring is None else AccessMiddleware(app, keyring, scope_of, fault_response)
+    guarded: ASGIApp = app
+    if keyring is not None:
+        places = Shares(max_connections or connections_per_server())
+        guarded = AccessMiddleware(app, keyring, scope_of, fault_response, places)
     traced = guarded if tracing is None else tracing.over(guarded, TRACED)
     return Front(traced, service.metrics.responded)
 

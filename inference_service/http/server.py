@@ -41,7 +41,8 @@ class HttpServer:
     ) -> None:
         """Serve at most max_connections at once; what the limit on open files allows when not given."""
         self.address = address
-        self._front = create_app(service, guard.keyring, tracing, adapters, relay)
+        bound = max_connections or connections_per_server()
+        self._front = create_app(service, guard.keyring, tracing, adapters, relay, bound)
         config = uvicorn.Config(
             self._front,
             log_config=None,
@@ -65,7 +66,6 @@ class HttpServer:
                 leaving=lambda: self._front.leaving or self._front.draining,
             )
 
-        bound = max_connections or connections_per_server()
         tls = guard.tls.following_context() if guard.tls is not None else None
         self.connections = Connections(state, connection, patience, bound, tls)
 

@@ -17,6 +17,7 @@ import structlog
 from inference_service.core.sequence import EndReason, Sequence, StepOutput
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.watchdog import Watchdog
+from loramux_shared.access.shares import is_in_share
 from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown
 from loramux_shared.rpc.stopping import shielded
 
@@ -128,7 +129,7 @@ class EngineThread:
         self._delivery = Delivery()
         self._inbox = inbox or Inbox()
         self._streams: dict[str, Outputs] = {}
-        self._under_way: set[str] = set()
+        self._under_way: dict[str, Sequence] = {}
         """Sequences of streams that have not ended, for all that is known here."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[str | None] | None = None
@@ -196,16 +197,16 @@ class EngineThread:
         find the prompt in the prefix cache.
 
         Raises:
-            QueueFull: too many sequences wait.
+            QueueFull: too many sequences wait, or the API key has its share of those that may.
             ShuttingDown: the engine was stopped.
             ReplicaFailed: the engine failed.
         """
         if self._stopped is not None:
             raise self._stopped.copy()
-        self._require_room(len(seqs))
+        self._require_room(seqs)
         outputs = make(seqs, self._close)
         self._streams |= {seq.id: outputs for seq in seqs}
-        self._under_way |= {seq.id for seq in seqs}
+        self._under_way |= {seq.id: seq for seq in seqs}
         self._delivery.came = True
         if self._held is not None:
             self._held[seqs[0].id] = seqs[0]
@@ -213,17 +214,28 @@ class EngineThread:
             self._begin(seqs[0])
         return outputs
 
-    def _require_room(self, new: int) -> None:
+    def _require_room(self, new: Seq[Sequence]) -> None:
         """Refuse sequences that would wait behind a full queue.
 
         Those that no step has seen wait only where there are more of them than free seats. A step may find no
         blocks for some; while it leaves as many as the queue holds, nobody is let in for a seat.
         """
         stats = self._engine.stats
-        unseated = len(self._under_way) + new - stats.running
+        unseated = len(self._under_way) + len(new) - stats.running
         free = max(0, stats.seats - stats.running) if stats.left < self.max_queue else 0
-        if min(unseated, max(stats.left, unseated - free)) > self.max_queue:
+        waiting = min(unseated, max(stats.left, unseated - free))
+        if waiting > self.max_queue:
             raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
+        key_id, left = new[0].key_id, self.max_queue - waiting
+        if is_in_share(key_id, waiting, left):
+            return
+        others = self._under_way.values()
+        own = len(new) + sum(seq.key_id == key_id and seq.progress.began_s is None for seq in others)
+        if not is_in_share(key_id, min(own, waiting), left):
+            raise QueueFull(
+                f"requests of the API key {key_id!r} have its share of the {self.max_queue} that may wait. "
+                "Retry in a moment, or add a replica."
+            )
 
     async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
         """Pause all sequences, and return when no step is running; new requests wait.
@@ -284,7 +296,7 @@ class EngineThread:
         if self._held is not None:
             self._held.pop(seq_id, None)
         if seq_id in self._under_way:  # else it ended by itself, and the thread need not wake
-            self._under_way.remove(seq_id)
+            del self._under_way[seq_id]
             self._inbox.post(partial(self._engine.abort, seq_id))
 
     def _run(self) -> None:
@@ -379,7 +391,7 @@ class EngineThread:
             if stream is None:
                 continue
             if outputs[-1].finish is not None:
-                self._under_way.discard(seq_id)
+                self._under_way.pop(seq_id, None)
             for seq in stream.put(seq_id, outputs):
                 self._begin(seq)
             if paced and stream.paced:

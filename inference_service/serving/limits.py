@@ -104,6 +104,8 @@ class Ticket:
     """Queue of its sequences: the model's, or the key's own in the model."""
     share: Share
     bounds: Sequence[_Bound]
+    key_id: str = ""
+    """API key of the request."""
     _seq: EngineSequence | None = field(default=None, init=False)
 
     @property
@@ -176,7 +178,7 @@ class Limiter:
         share = _share(of_model, of_key)
         if access.background:
             flow, share = f"{flow}/background", replace(share, background=True)
-        ticket = Ticket(flow, share, bounds)
+        ticket = Ticket(flow, share, bounds, access.key_id)
         for bound in bounds:
             bound.meter.enter(ticket)
         try:

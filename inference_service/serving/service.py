@@ -275,6 +275,7 @@ class GenerationService:
                 counted=model.names if model.parts else (),
                 flow=ticket.flow,
                 share=ticket.share,
+                key_id=ticket.key_id,
             )
             stops = StopTexts(request.sampling.stop, keep=request.sampling.include_stop_str_in_output)
             detokenizer = terms.text.detokenizer(

@@ -1,5 +1,6 @@
 """A replica for tests of operators: real manager, pins and registry; no engine, store or builder."""
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -104,6 +105,9 @@ class FakeDeployment:
         self.racing: list[Mapping[str, int]] = []
         """Changes that others publish right before the next ones."""
         self.refuses: faults.Fault | None = None
+        self.building = asyncio.Event()
+        """What is added waits for it."""
+        self.building.set()
 
     @property
     def newest(self) -> Generation:
@@ -118,6 +122,7 @@ class FakeDeployment:
 
     async def add(self, name: str, repository: Repository, *, must_be_new: bool) -> int:
         self.asked.append((name, repository, must_be_new))
+        await self.building.wait()
         self._race()
         if must_be_new and name in self.newest.adapters:
             raise faults.AdapterExists(f"expected a new adapter, found {name}")

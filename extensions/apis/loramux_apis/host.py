@@ -246,6 +246,7 @@ class ApiPeer:
                     counted=served.names if served.parts else (),
                     flow=ticket.flow,
                     share=ticket.share,
+                    key_id=ticket.key_id,
                 )
                 for index in range(n)
             ]

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loramux_shared import routes
 from loramux_shared.access.guard import open_guard
+from loramux_shared.access.shares import Shares
 from loramux_shared.faults import BatchCorrupt, BatchNotFound, FileNotFound, RateLimited, RequestInvalid
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.base import ObjectMissing, Store
@@ -41,6 +42,8 @@ MOST_FILE_BYTES: Final = 200 * MIB
 MOST_BYTES: Final = 10_000 * MIB
 """Bytes of all files of a key."""
 MOST_FILES: Final = 3000
+UPLOADS: Final = 32
+"""Files that a process receives at once, which keys share; each holds a piece in memory."""
 MOST_OPEN: Final = 16
 """Batches of a key that have not ended."""
 DAY_S: Final = 24 * 3600
@@ -181,6 +184,8 @@ class BatchStore:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.uploads = Shares(UPLOADS)
+        """Used on the event loop alone."""
         self.changed: Callable[[], None] = lambda: None
         """Called when a batch was created or cancelled here; on any thread."""
 

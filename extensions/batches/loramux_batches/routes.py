@@ -198,7 +198,13 @@ class BatchList(TypedDict):
 
 async def create_file(service: GenerationService, http: HttpRequest) -> Reply[FileObject]:
     """Store a file of requests for a batch: a form with `file` and `purpose`."""
-    batches, owner = _store(service), _owner()
+    batches = _store(service)
+    with batches.uploads.held(ACCESS.get().key_id, "files that are being uploaded"):
+        return Reply(_file(await _create_file(batches, http)))
+
+
+async def _create_file(batches: BatchStore, http: HttpRequest) -> StoredFile:
+    owner = _owner()
     room = min(MOST_FILE_BYTES, await asyncio.to_thread(batches.check_room, owner))
     file = new_file("", "batch", KEPT_S)
     pieces = Pieces(batches, owner, file.id)
@@ -209,7 +215,7 @@ async def create_file(service: GenerationService, http: HttpRequest) -> Reply[Fi
         await shielded(asyncio.to_thread(pieces.discard))
         raise
     named = file.model_copy(update={"filename": filename[:512], "expires_at": file.created_at + kept_s})
-    return Reply(_file(await asyncio.to_thread(pieces.close, named)))
+    return await asyncio.to_thread(pieces.close, named)
 
 
 async def list_files(service: GenerationService, http: HttpRequest) -> Reply[FileList]:

@@ -28,10 +28,12 @@ from loramux_batches.records import (
     Pieces,
     new_file,
     output_id,
+    owner_of,
     work_key,
 )
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import ACCESS, EVERYTHING, Access
+from loramux_shared.access.shares import Shares
 from loramux_shared.faults import BatchCorrupt, Fault, FileNotFound, Finding, RequestInvalid, StoreUnavailable
 from loramux_shared.process import working_folder
 from loramux_shared.storage.base import ObjectMissing
@@ -48,7 +50,7 @@ LEASE_S: Final = 60.0
 """Seconds after which a lease that was not renewed ends, on the clock of the replica that sees it."""
 SWEEP_S: Final = 3600.0
 AT_ONCE: Final = 4
-"""Batches that a replica works on."""
+"""Batches that a replica works on, which keys share."""
 MOST_REQUESTS: Final = 128
 """Requests of a batch that are open at once, at most."""
 MOST_LINES: Final = 50_000
@@ -112,6 +114,7 @@ class BatchWorker:
     _token: str = field(default_factory=lambda: secrets.token_hex(8))
     _jobs: dict[str, tuple[str, asyncio.Task[bool]]] = field(default_factory=dict)
     """Owners and tasks, by batch."""
+    _places: Shares = field(default_factory=lambda: Shares(AT_ONCE))
     _seen: dict[str, tuple[tuple[str, datetime], float]] = field(default_factory=dict)
     """The newest lease of each batch with its time in the store, and when it was first seen here."""
     _damaged: set[str] = field(default_factory=set)
@@ -154,7 +157,7 @@ class BatchWorker:
         opened = await asyncio.to_thread(self.batches.all_open)
         self._seen = {batch_id: self._seen[batch_id] for batch_id, _ in opened if batch_id in self._seen}
         waiting = [each for each in opened if each[0] not in self._jobs]
-        while waiting and len(self._jobs) < AT_ONCE:
+        while waiting := [each for each in waiting if self._places.may_take(_key_of(each[1]))]:
             busy = Counter(owner for owner, _ in self._jobs.values())
             batch_id, owner = first = min(waiting, key=lambda each: (busy[each[1]], each[0]))
             waiting.remove(first)
@@ -170,10 +173,12 @@ class BatchWorker:
             if job is not None:
                 task = asyncio.create_task(self._work(job), name=batch_id)
                 self._jobs[batch_id] = owner, task
+                self._places.take(_key_of(owner))
                 task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[bool]) -> None:
-        del self._jobs[task.get_name()]
+        owner, _ = self._jobs.pop(task.get_name())
+        self._places.give_back(_key_of(owner))
         if task.cancelled():
             return
         if (error := task.exception()) is not None:
@@ -377,6 +382,11 @@ class BatchWorker:
         if job.answers.exists():
             self._store(job)
         self.batches.store.put(f"{job.lease}.over", b"")
+
+
+def _key_of(owner: str) -> str:
+    """Return what stands for an owner's API key; empty: batches without one."""
+    return "" if owner == owner_of("") else owner
 
 
 def _epoch(key: str) -> int:

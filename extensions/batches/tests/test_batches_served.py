@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -249,6 +249,26 @@ async def test_a_key_sees_and_spends_its_own_alone(tmp_path: Path, monkeypatch: 
     async with working(BatchWorker(batches, app, Keyring(text=lines(mine[1])), beat_s=0.01)):
         assert (await until_ended(me, batch)).status == "completed"
     assert app.asked == ["a"]
+
+
+async def test_one_key_does_not_hold_all_places(tmp_path: Path) -> None:
+    """It has half of a replica's places for batches, and half of those for uploads; others find the rest."""
+    (mine, me), (theirs, them) = new_entry("me", "infer"), new_entry("them", "infer")
+    ring, batches, app = Keyring(text=lines(me, them)), BatchStore(MemoryStore()), Echo(0)
+    my_api, their_api = (openai_of(tmp_path, batches, ring, key) for key in (mine, theirs))
+    for number in range(4):
+        await created(my_api, line(f"m{number}", n=f"m{number}"))
+    worker = BatchWorker(batches, app, ring, beat_s=0.01)
+    async with working(worker):
+        await until(lambda: app.asked == ["m0", "m1"], "two batches of a key", lambda: app.asked)
+        await created(their_api, line("t", n="t"))
+        await until(lambda: app.asked[2:] == ["t"], "another key's batch", lambda: app.asked)
+    with ExitStack() as places:
+        for _ in range(records.UPLOADS // 2):
+            places.enter_context(batches.uploads.held("me", "files"))
+        with pytest.raises(RateLimitError, match="this key has its share of 32 places"):
+            await created(my_api, line("m", n="m"))
+        await created(their_api, line("t2", n="t2"))
 
 
 async def test_what_is_damaged_is_not_used(tmp_path: Path) -> None:

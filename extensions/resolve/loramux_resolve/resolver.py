@@ -21,6 +21,7 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.changing import repository_of
 from inference_service.adapters.manager import AdapterManager
 from loramux_shared.access.keys import ACCESS, Scope
+from loramux_shared.access.shares import Shares
 from loramux_shared.bundle.generation import resolved_key
 from loramux_shared.bundle.names import bad_name, name_of_path
 from loramux_shared.deployment import Repository, Resolve, SourceKind
@@ -29,8 +30,8 @@ from loramux_shared.faults import (
     Fault,
     ModelNotFound,
     PermissionDenied,
-    QueueFull,
     RequestInvalid,
+    StoreUnavailable,
 )
 from loramux_shared.rpc.stopping import shielded
 from loramux_shared.storage.base import Store
@@ -42,7 +43,7 @@ LOOK_S: Final = 60.0
 TOUCH: Final = timedelta(minutes=5)
 """Age at which the mark of an adapter in use is put again."""
 ABANDONED: Final = timedelta(hours=1)
-"""Age at which a mark without an adapter goes: its build ended without one."""
+"""Age at which a mark without an adapter goes: its build was interrupted."""
 REMEMBERED_S: Final = 60.0
 """Seconds for which a refusal is repeated without another build."""
 REFUSALS: Final = 1000
@@ -50,7 +51,8 @@ REFUSALS: Final = 1000
 BUILDS: Final = 16
 """Adapters that one replica has built for requests at once; others wait."""
 MOST_BUILDS: Final = 256
-"""Adapters that are built or wait for that."""
+"""Adapters that are built or wait for that; keys share both."""
+WHAT: Final = "adapters that are being added"
 
 
 class Resolver:
@@ -76,14 +78,15 @@ class Resolver:
         """Adapters that this replica added."""
         self._refusals: OrderedDict[str, tuple[float, Fault]] = OrderedDict()
         self._added = asyncio.Event()
-        self._room = asyncio.Semaphore(BUILDS)
+        self._places = Shares(MOST_BUILDS)
+        self._running = Shares(BUILDS)
 
     async def bring(self, requested: str) -> None:
         """Return when an adapter is served, or at once if the deployment has no source that matches the name.
 
         Raises:
             PermissionDenied: the key lacks the scope.
-            QueueFull: too many adapters are being added.
+            QueueFull: too many adapters are being added, or the key has its share of them.
             RequestInvalid: the repository's name is too long, or has characters that no adapter's name has.
             Fault: what the builder refuses the adapter for; for a minute without another build.
         """
@@ -103,28 +106,26 @@ class Resolver:
         until, refusal = self._refusals.get(requested, (0.0, None))
         if refusal is not None and self._clock() < until:
             raise refusal.copy()
-        if name not in self._builds and len(self._builds) >= MOST_BUILDS:
-            raise QueueFull(f"{MOST_BUILDS} adapters are being added already. Retry in a moment.")
         if name not in self._builds:
             # In a context of its own: the build is for all requests, and survives the first one.
-            build = asyncio.create_task(self._add(name, requested, repository), context=Context())
-            self._builds[name] = build
+            adding = self._add(name, requested, repository, ACCESS.get().key_id)
+            build = self._builds[name] = asyncio.create_task(adding, context=Context())
             build.add_done_callback(lambda _: self._builds.pop(name))
         await shielded(self._builds[name])
 
-    async def _add(self, name: str, requested: str, repository: Repository) -> None:
+    async def _add(self, name: str, requested: str, repository: Repository, key_id: str) -> None:
         began = self._clock()
-        await self._mark(name)
         try:
-            async with self._room:
-                with suppress(AdapterExists):  # another replica was first
-                    await self._manager.load(name, repository)
+            with self._places.held(key_id, WHAT):
+                async with self._running.awaited(key_id, WHAT):
+                    await self._mark(name)
+                    with suppress(AdapterExists):  # another replica was first
+                        await self._manager.load(name, repository)
         except Fault as fault:
-            if not fault.is_passing:
-                refusal = fault.copy()
-                self._refusals[requested] = (self._clock() + REMEMBERED_S, refusal)
-                while len(self._refusals) > REFUSALS:
-                    self._refusals.popitem(last=False)
+            if not fault.is_passing:  # else the builder may still add it
+                self._remember(requested, fault)
+                with suppress(StoreUnavailable):
+                    await self._unmark(name)
             log.warning(
                 "adapter of a request refused", adapter=name, reason=fault.reason, problem=fault.message
             )
@@ -132,6 +133,11 @@ class Resolver:
         self._own.add(name)
         self._added.set()
         log.info("adapter of a request added", adapter=name, seconds=round(self._clock() - began, 2))
+
+    def _remember(self, requested: str, refusal: Fault) -> None:
+        self._refusals[requested] = (self._clock() + REMEMBERED_S, refusal.copy())
+        while len(self._refusals) > REFUSALS:
+            self._refusals.popitem(last=False)
 
     async def run(self) -> None:
         """Look at the marks every minute, and after each adapter that was added, until cancelled."""

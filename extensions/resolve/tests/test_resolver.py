@@ -9,7 +9,7 @@ import pytest
 
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import ModelReference, Request, RequestPrompt
-from loramux_resolve.resolver import MOST_BUILDS, REMEMBERED_S, Resolver, allowed
+from loramux_resolve.resolver import BUILDS, MOST_BUILDS, REMEMBERED_S, Resolver, allowed
 from loramux_shared import faults
 from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.bundle.deployments import require_deployment
@@ -21,6 +21,7 @@ from tests.support.hub import HubRepo, serve_hub
 from tests.support.openai_api import OpenAIApi, openai_world
 from tests.support.operated import Operated, operated
 from tests.support.served_replicas import open_builder, open_fleet
+from tests.support.waiting import ended, until
 
 LABEL = "hub_key"
 SOURCES = ("hf:lab/*", "s3://models/adapters/*", "https://files.example/*.tar.gz", "mlflow://support/*")
@@ -141,6 +142,26 @@ async def test_names_and_builds_are_bounded(replica: Replica) -> None:
     assert reasons == [""] * MOST_BUILDS + [faults.QueueFull.reason]
 
 
+async def test_one_key_does_not_hold_all_builds(replica: Replica) -> None:
+    """It has half of those at once and of those that wait; another key's adapter is built beside them."""
+    deployment, scopes = replica.operated.deployment, frozenset({Scope.RESOLVE})
+    deployment.building.clear()
+
+    def bring(key_id: str, name: str) -> asyncio.Task[str]:
+        ACCESS.set(Access(key_id, scopes))
+        return asyncio.create_task(raised(replica.resolver.bring(f"lab/{name}")))
+
+    calls = [bring("a", f"a{number}") for number in range(MOST_BUILDS)]
+    await until(lambda: len(deployment.asked) == BUILDS // 2, "builds", lambda: len(deployment.asked))
+    other = bring("b", "b")
+    await until(lambda: deployment.asked[-1][0] == "lab:b", "the other key's build")
+    assert len(replica.marks) == BUILDS // 2 + 1
+    deployment.building.set()
+    reasons = await ended(asyncio.gather(other, *calls), "all builds")
+    half = MOST_BUILDS // 2
+    assert reasons == [""] * (1 + half) + [faults.QueueFull.reason] * half
+
+
 async def test_idle_adapters_leave_and_used_ones_stay(replica: Replica) -> None:
     """The use by another replica counts too, as the date of the mark."""
     for name in ("idle", "running", "elsewhere"):
@@ -172,8 +193,11 @@ async def test_beyond_the_number_the_oldest_leave() -> None:
 
 
 async def test_marks_without_an_adapter_go(replica: Replica) -> None:
-    """A refused build leaves one; so does a removal by an operator."""
+    """A refused build leaves none; one that may still end well, or a removal by an operator, leaves one."""
     replica.operated.deployment.refuses = faults.AdapterInvalid("no LoRA")
+    await raised(replica.resolver.bring("lab/junk"))
+    assert not replica.marks
+    replica.operated.deployment.refuses = faults.StoreUnavailable("down")
     await raised(replica.resolver.bring("lab/a"))
     await replica.resolver.look()
     assert replica.marks == {"lab:a"}

@@ -166,13 +166,15 @@ class World:
         self.ends: dict[str, StepOutput] = {}
         self.aborted: set[str] = set()
 
-    def ask(self, *numbers: int, new: int = 3, flow: str | None = None) -> Sequence:
+    def ask(self, *numbers: int, new: int = 3, flow: str | None = None, key_id: str = "") -> Sequence:
         """Send a request for an adapter, or a mixture of several, or the base."""
         name = str(next(_ids))
         tokens = [int(name) * 1000 + index for index in range(3)]
         parts = [(self.adapters[number], 1.0 if len(numbers) == 1 else 0.5) for number in numbers]
         flow = str(numbers) if flow is None else flow
-        seq = Sequence(name, tokens, SamplingParams(max_tokens=new), Mixture.of(parts), flow=flow)
+        seq = Sequence(
+            name, tokens, SamplingParams(max_tokens=new), Mixture.of(parts), flow=flow, key_id=key_id
+        )
         self.asked.append(seq)
         self.engine.add(seq)
         return seq
@@ -419,6 +421,24 @@ def test_the_least_urgent_adapter_leaves_first() -> None:
             world.commands.popleft()()
     assert world.resident() == {0, 3, 4}
     assert world.residency.stats.evictions == 2
+
+
+def test_loads_are_shared_by_keys() -> None:
+    """One key has half of the loads at once; adapters of other keys come beside them, and all come in."""
+    world = World(40, [1] * 34, seqs=40, adapters=40)
+    requests = [world.ask(number, key_id="a") for number in range(30)]
+    world.step()
+    assert len(world.loader.begun) == LOADS // 2
+    requests += [world.ask(number, key_id="b") for number in range(30, 33)]
+    requests.append(world.ask(0, key_id="c"))
+    world.step()
+    assert len(world.loader.begun) == LOADS // 2 + 3
+    requests += [world.ask(29, key_id="d")]
+    world.step()
+    assert len(world.loader.begun) == LOADS // 2 + 4, "a key whose adapter another key waits for in vain"
+    world.settle()
+    assert world.residency.settled
+    assert all(world.ends[seq.id].finish is EndReason.LENGTH for seq in requests)
 
 
 def test_a_failed_step_holds_no_adapter() -> None:

@@ -121,6 +121,26 @@ async def test_free_seats_that_a_step_cannot_fill_let_nobody_in(threads: Threads
     assert {await end(each) for each in taken} == {EndReason.LENGTH}
 
 
+async def test_one_key_does_not_fill_the_queue(threads: Threads) -> None:
+    """It has half of the places, the next key half of the rest, and calls without a key have all."""
+    device = Device(held_from=1)
+    thread = threads.make(device, max_queue=8, seqs=2)
+    thread.start()
+    taken = [submit(thread, key_id="a") for _ in range(2)]
+    await until(lambda: thread.stats.running == 2, "two that run", lambda: thread.stats)
+    taken += [submit(thread, key_id="a") for _ in range(4)]
+    with pytest.raises(QueueFull, match="requests of the API key 'a' have its share of the 8 that may wait"):
+        submit(thread, key_id="a")
+    with pytest.raises(QueueFull, match="'b'"):
+        submit(thread, key_id="b", n=3)
+    taken += [submit(thread, key_id="b", n=2)]
+    taken += [submit(thread, key_id="") for _ in range(2)]
+    with pytest.raises(QueueFull, match="8 requests wait already"):
+        submit(thread)
+    device.go.set()
+    assert {await end(each) for each in taken} == {EndReason.LENGTH}
+
+
 HELD_AT = 3
 
 

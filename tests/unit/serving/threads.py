@@ -79,10 +79,15 @@ class Threads:
 
 
 def submit(
-    thread: EngineThread, prompt: int = 3, new: int = 2, deadline_s: float | None = None, n: int = 1
+    thread: EngineThread,
+    prompt: int = 3,
+    new: int = 2,
+    deadline_s: float | None = None,
+    n: int = 1,
+    key_id: str = "",
 ) -> Outputs:
-    prompts, sampling = [[5] * prompt] * n, SamplingParams(max_tokens=new)
-    return thread.submit([Sequence(f"{next(_ids)}", each, sampling, deadline_s=deadline_s) for each in prompts])
+    fields = {"sampling": SamplingParams(max_tokens=new), "deadline_s": deadline_s, "key_id": key_id}
+    return thread.submit([Sequence(f"{next(_ids)}", [5] * prompt, **fields) for _ in range(n)])
 
 
 async def following(outputs: Outputs) -> list[StepOutput]:
