@@ -22,6 +22,8 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import INTERRUPTED, JointProgress
 from builder_service.pipeline.update import Update, check_update, joined, rollback, update
 from builder_service.pipeline.validate import check_deployment
+from loramux_shared.access.keys import ACCESS
+from loramux_shared.access.shares import is_in_share
 from loramux_shared.bundle.deployments import Identity, find_applied
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import (
@@ -174,15 +176,26 @@ class Builds(BuildViews):
         self._refuse_when_draining()
         found = self._find(entry)
         if found is None:
-            waiting = self.count_running()
-            if waiting >= self._limits.running + self._limits.waiting:
-                raise QueueFull(f"{waiting} builds run or wait, which is the limit. Call again later.")
+            self._require_room()
             found = self._start(entry)
         self._requests.remember(entry.request_id, found)
         await found.accepted.wait()
         if found.refusal is not None:
             raise found.refusal
         return found.view()
+
+    def _require_room(self) -> None:
+        """Refuse a build where as many as may wait already, or the key has its share of them."""
+        waiting, key_id = self.count_running(), ACCESS.get().key_id
+        left = self._limits.running + self._limits.waiting - waiting
+        if left <= 0:
+            raise QueueFull(f"{waiting} builds run or wait, which is the limit. Call again later.")
+        own = sum(running.key_id == key_id for running in self._open)
+        if not is_in_share(key_id, own + 1, left - 1):
+            raise QueueFull(
+                f"{own} builds of this key run or wait, which is its share of {waiting + left}. "
+                "Call again later."
+            )
 
     def _refuse_when_draining(self) -> None:
         if self._draining:

@@ -12,6 +12,8 @@ from builder_service.pipeline.making import Workshop, workshop
 from builder_service.pipeline.progress import AdapterProgress, Progress
 from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.update import changed, push
+from loramux_shared.access.keys import ACCESS
+from loramux_shared.access.shares import Shares
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bundle.deployments import newest_generation, require
 from loramux_shared.bundle.generation import AdapterRecord
@@ -20,7 +22,6 @@ from loramux_shared.faults import (
     BuildInterrupted,
     ClientStalled,
     DeploymentInvalid,
-    QueueFull,
     RequestInvalid,
     ResourcesExhausted,
     ShuttingDown,
@@ -31,7 +32,7 @@ from loramux_shared.storage.patient import PatientStore
 RUNNING: Final = 4
 """Pushed adapters that are made at once; others wait."""
 OPEN: Final = 64
-"""Uploads that are open at once."""
+"""Uploads that are open at once, which keys share."""
 UPLOAD_S: Final = 600.0
 """For a whole upload."""
 
@@ -73,6 +74,7 @@ class Pushes:
         self._context = context
         self._published = published
         self._pool = ThreadPoolExecutor(RUNNING, "push")
+        self._places = Shares(OPEN)
         self._open: set[Progress] = set()
         self._stopped = False
 
@@ -94,8 +96,10 @@ class Pushes:
         """
         if self._stopped:
             raise ShuttingDown("the builder is shutting down. Retry with its successor.")
-        if len(self._open) >= OPEN:
-            raise QueueFull(f"{OPEN} adapters are being pushed, which is the limit. Push again later.")
+        with self._places.held(ACCESS.get().key_id, "adapters that are being pushed"):
+            return await self._take(parts)
+
+    async def _take(self, parts: AsyncIterator[Upload | PushedChunk]) -> Pushed:
         upload = await anext(parts, None)
         if not isinstance(upload, Upload):
             raise RequestInvalid("the first message of PutAdapter: expected an upload, found something else.")

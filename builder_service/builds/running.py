@@ -19,6 +19,7 @@ from builder_service.builds.views import BuildState, DeploymentView
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress, Stage
+from loramux_shared.access.keys import ACCESS
 from loramux_shared.bundle.manifest import Record, sha256_hex
 from loramux_shared.faults import FAULTS, BundleCorrupt, Fault, Finding, InternalFault, ShuttingDown
 
@@ -108,6 +109,8 @@ class RunningBuild:
         self._ticket = ticket
         self.recording = asyncio.Lock()
         """Held while its entry in the journal changes: it must not come back after it was removed."""
+        self.key_id = ACCESS.get().key_id
+        """API key of the call; empty: it was taken up, or none was needed."""
         self.state = BuildState.BUILDING
         self.generation = 0
         self.failure: Fault | None = None

@@ -252,7 +252,7 @@ class ClientStalled(Fault, status=Status.ABORTED):
 
 
 class QueueFull(Fault, status=Status.RESOURCE_EXHAUSTED, retry_after_s=1.0):
-    """Too many requests wait."""
+    """Too many requests wait, or the API key has its share of what is scarce."""
 
 
 class RateLimited(Fault, status=Status.RESOURCE_EXHAUSTED, retry_after_s=1.0):

@@ -15,6 +15,7 @@ from builder_service.pipeline.progress import AdapterProgress
 from builder_service.pipeline.update import Update
 from loramux.client import AsyncClient
 from loramux.records import DeploymentState
+from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import BUILDERS_PREFIX, BUILDS_PREFIX
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
@@ -106,6 +107,23 @@ async def test_too_many_waiting_builds_are_refused(world: Builders) -> None:
     with pytest.raises(QueueFull, match="2 builds run or wait"):
         await builds.build(world.deployment("one", name="c"))
     assert len(world.journal) == 2
+
+
+async def test_one_key_does_not_fill_the_queue(world: Builders) -> None:
+    """It has half of the builds that may run or wait; another key finds a place."""
+    builds = world.builder(running=1, waiting=3)
+
+    async def build(key_id: str, name: str) -> None:
+        ACCESS.set(Access(key_id, frozenset({Scope.BUILD})))
+        await builds.build(world.deployment("one", name=name))
+
+    await build("a", "a0")
+    await build("a", "a1")
+    with pytest.raises(QueueFull, match="2 builds of this key run or wait, which is its share of 4"):
+        await build("a", "a2")
+    await build("b", "b0")
+    await build("", "c0")
+    assert len(world.journal) == 4
 
 
 async def test_a_failure_is_explained_after_a_restart(world: Builders) -> None:
