@@ -252,7 +252,7 @@ async def test_a_key_sees_and_spends_its_own_alone(tmp_path: Path, monkeypatch: 
 
 
 async def test_one_key_does_not_hold_all_places(tmp_path: Path) -> None:
-    """It has half of a replica's places for batches, and half of those for uploads; others find the rest."""
+    """A key has half of a replica's places for batches, and half of those for uploads; others find the rest."""
     (mine, me), (theirs, them) = new_entry("me", "infer"), new_entry("them", "infer")
     ring, batches, app = Keyring(text=lines(me, them)), BatchStore(MemoryStore()), Echo(0)
     my_api, their_api = (openai_of(tmp_path, batches, ring, key) for key in (mine, theirs))

@@ -61,7 +61,7 @@ def test_an_address_that_is_taken() -> None:
 
 
 def test_silent_clients_are_closed() -> None:
-    """Those beyond the bound leave for newer ones, the others after their time; somebody is always answered."""
+    """The oldest beyond the bound leave for newer ones, others after their time; a new client is answered."""
     time_s = [0.0]
     registry = CollectorRegistry()
     Gauge("seen", "1.", registry=registry).set(1)

@@ -1,7 +1,8 @@
 """Adapters that requests add to a deployment, and that leave it when no request uses them.
 
-`deployments/<name>/resolved/<adapter>` marks each in the store, so that replicas agree on which they are and on
-when one was used last: a replica that uses one puts its mark again, and the store dates it.
+`deployments/<name>/resolved/<adapter>` marks each in the store, so that replicas agree on which they are, on
+the API key that added one, and on when one was used last: a replica that uses one puts its mark again, and the
+store dates it.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import random
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from contextvars import Context
 from datetime import UTC, datetime, timedelta
@@ -34,7 +35,7 @@ from loramux_shared.faults import (
     StoreUnavailable,
 )
 from loramux_shared.rpc.stopping import shielded
-from loramux_shared.storage.base import Store
+from loramux_shared.storage.base import ObjectMissing, Store
 
 log = structlog.get_logger()
 
@@ -76,6 +77,8 @@ class Resolver:
         self._builds: dict[str, asyncio.Task[None]] = {}
         self._own: set[str] = set()
         """Adapters that this replica added."""
+        self._key_ids: dict[str, str] = {}
+        """API keys that added marked adapters, as far as their marks were read or put here."""
         self._refusals: OrderedDict[str, tuple[float, Fault]] = OrderedDict()
         self._added = asyncio.Event()
         self._places = Shares(MOST_BUILDS)
@@ -118,6 +121,7 @@ class Resolver:
         try:
             with self._places.held(key_id, WHAT):
                 async with self._running.awaited(key_id, WHAT):
+                    self._key_ids[name] = key_id
                     await self._mark(name)
                     with suppress(AdapterExists):  # another replica was first
                         await self._manager.load(name, repository)
@@ -170,16 +174,22 @@ class Resolver:
         for name in (self._own & served) - marks.keys():  # removed and added again at the same moment
             await self._mark(name)
         self._own &= served
+        self._key_ids = await asyncio.to_thread(self._keys_of, tuple(marks), dict(self._key_ids))
         used = await self._used(marks)
         idle = timedelta(hours=rule.idle_hours)
-        oldest_first = sorted(used, key=lambda name: (marks[name], name))
-        surplus = max(0, len(used) - rule.max_adapters)
-        leaving = [
-            name
-            for place, name in enumerate(oldest_first)
-            if place < surplus or used[name] + idle < self._now()
-        ]
-        await asyncio.gather(*map(self._remove, leaving))
+        leaving = {name for name in used if used[name] + idle < self._now()}
+        dated = {name: marks[name] for name in used}
+        leaving.update(surplus(dated, self._key_ids, rule.max_adapters))
+        await asyncio.gather(*map(self._remove, sorted(leaving)))
+
+    def _keys_of(self, names: Collection[str], known: Mapping[str, str]) -> dict[str, str]:
+        """Return which keys added marked adapters; marks that are new here are read."""
+        found = {name: known[name] for name in names if name in known}
+        for name in names:
+            with suppress(ObjectMissing):  # another replica removed it a moment ago
+                if name not in found:
+                    found[name] = self._store.get(self._key(name)).decode(errors="replace")
+        return found
 
     async def _used(self, marks: dict[str, datetime]) -> dict[str, datetime]:
         """Return when each marked adapter was used last; put old marks again, and remove those without one."""
@@ -208,10 +218,26 @@ class Resolver:
         return resolved_key(self._catalog.deployed.deployment, name)
 
     async def _mark(self, name: str) -> None:
-        await asyncio.to_thread(self._store.put, self._key(name), b"")
+        await asyncio.to_thread(self._store.put, self._key(name), self._key_ids.get(name, "").encode())
 
     async def _unmark(self, name: str) -> None:
         await asyncio.to_thread(self._store.delete, self._key(name))
+
+
+def surplus(marks: Mapping[str, datetime], key_ids: Mapping[str, str], most: int) -> list[str]:
+    """Return the adapters that are too many, by the dates of their marks.
+
+    The key with the most adapters loses the one that was used longest ago, as often as there are too many.
+    """
+    newest_first: dict[str, list[str]] = {}
+    for name in sorted(marks, key=lambda name: (marks[name], name), reverse=True):
+        newest_first.setdefault(key_ids.get(name, ""), []).append(name)
+    leaving = []
+    for _ in range(len(marks) - most):
+        of_key = min(newest_first.values(), key=lambda names: (-len(names), marks[names[-1]], names[-1]))
+        leaving.append(of_key.pop())
+        newest_first = {key_id: names for key_id, names in newest_first.items() if names}
+    return leaving
 
 
 def allowed(rule: Resolve, requested: str) -> Repository | None:

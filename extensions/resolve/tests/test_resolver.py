@@ -143,7 +143,7 @@ async def test_names_and_builds_are_bounded(replica: Replica) -> None:
 
 
 async def test_one_key_does_not_hold_all_builds(replica: Replica) -> None:
-    """It has half of those at once and of those that wait; another key's adapter is built beside them."""
+    """A key has half of those at once and of those that wait; another key's adapter is built beside them."""
     deployment, scopes = replica.operated.deployment, frozenset({Scope.RESOLVE})
     deployment.building.clear()
 
@@ -190,6 +190,21 @@ async def test_beyond_the_number_the_oldest_leave() -> None:
     replica.store.delete(resolved_key("demo", "lab:c"))  # by a replica that had removed the adapter before
     await replica.resolver.look()
     assert replica.marks == {"lab:c", "lab:d"}
+
+
+async def test_the_key_that_added_most_loses_its_own() -> None:
+    """Adapters of other keys stay, on a replica too that knows the keys from the marks alone."""
+    store = MemoryStore()
+    replica = Replica(store, max_adapters=4)
+    for key_id, names in (("b", "12"), ("a", "34567")):
+        ACCESS.set(Access(key_id, frozenset({Scope.RESOLVE})))
+        for name in names:
+            await replica.resolver.bring(f"lab/{name}")
+            store.modified[resolved_key("demo", f"lab:{name}")] = replica.now
+            replica.wait(seconds=1)
+    other = Resolver(replica.operated.manager, replica.operated.names, store, now=lambda: replica.now)
+    await other.look()
+    assert replica.marks == {"lab:1", "lab:2", "lab:6", "lab:7"}
 
 
 async def test_marks_without_an_adapter_go(replica: Replica) -> None:

@@ -112,7 +112,7 @@ def test_events_are_debounced_and_passing_failures_repeated() -> None:
 
 
 def test_events_without_end_postpone_an_update_so_long() -> None:
-    """It is due after MAX_DEBOUNCES debounce times, with the newest repository, and so is the one behind it."""
+    """An update is due after MAX_DEBOUNCES debounce times, with the newest repository; so is the next one."""
     time_s = [0.0]
     updates = Updates(Fake(), "tiny", 10, clock=lambda: time_s[0])
     due = []

@@ -110,7 +110,7 @@ async def test_too_many_waiting_builds_are_refused(world: Builders) -> None:
 
 
 async def test_one_key_does_not_fill_the_queue(world: Builders) -> None:
-    """It has half of the builds that may run or wait; another key finds a place."""
+    """A key has half of the builds that may run or wait; another key finds a place."""
     builds = world.builder(running=1, waiting=3)
 
     async def build(key_id: str, name: str) -> None:

@@ -45,7 +45,7 @@ def test_busy_keys_come_to_equal_shares(places: int, keys: int) -> None:
 
 
 def test_calls_without_a_key_have_all() -> None:
-    """They are one caller; where all is taken, the refusal is another than for a share."""
+    """Such calls are one caller; where all is taken, the refusal is another than for a share."""
     shares = Shares(2)
     with (
         shares.held("", "x"),
@@ -63,8 +63,8 @@ def test_calls_without_a_key_have_all() -> None:
     assert (shares.taken, is_in_share("a", 2, 0), is_in_share("", 2, 0)) == (0, False, True)
 
 
-async def test_whoever_waits_has_the_place_that_comes_free() -> None:
-    """The key with a share left is first, and one that is cancelled leaves nothing behind."""
+async def test_a_place_that_comes_free_goes_to_a_key_with_a_share_left() -> None:
+    """The order is that of arrival otherwise, and a caller that is cancelled leaves nothing behind."""
     shares, order = Shares(2), list[str]()
 
     async def work(name: str, done: asyncio.Event) -> None:
@@ -87,33 +87,33 @@ async def test_whoever_waits_has_the_place_that_comes_free() -> None:
 async def test_one_key_does_not_hold_all_open_requests() -> None:
     """The request above its share is refused by name, and one of another key is let in."""
     (mine, me), (theirs, them) = new_entry("me", "infer"), new_entry("them", "infer")
-    asked, go = list[str](), asyncio.Event()
+    answered, go = list[str](), asyncio.Event()
 
     async def app(scope: Message, _receive: object, _send: object) -> None:
-        asked.append(scope["who"])
+        answered.append(scope["caller"])
         await go.wait()
 
     def refusal(scope: Message, fault: Fault) -> App:
         async def refuse(_scope: Message, _receive: object, _send: object) -> None:
-            asked.append(f"{scope['who']} {fault.reason}")
+            answered.append(f"{scope['caller']} {fault.reason}")
 
         return refuse
 
-    def call(who: str, key: str) -> Awaitable[None]:
-        scope = {"type": "http", "path": "/", "who": who, "headers": [(b"x-api-key", key.encode())]}
+    def call(caller: str, key: str) -> Awaitable[None]:
+        scope = {"type": "http", "path": "/", "caller": caller, "headers": [(b"x-api-key", key.encode())]}
         return guarded(scope, _nothing, _nothing)
 
     ring = Keyring(text=lines(me, them))
     guarded = AccessMiddleware(app, ring, lambda _: me.scopes[0], refusal, Shares(4))
     calls = [asyncio.ensure_future(call("me", mine)) for _ in range(3)]
     calls.append(asyncio.ensure_future(call("them", theirs)))
-    await until(lambda: len(asked) == 4, "all calls", lambda: asked)
-    assert asked == ["me", "me", "me QUEUE_FULL", "them"]
+    await until(lambda: len(answered) == 4, "all calls", lambda: answered)
+    assert answered == ["me", "me", "me QUEUE_FULL", "them"]
     go.set()
     await ended(asyncio.gather(*calls), "the answers")
     go.clear()
     calls = [asyncio.ensure_future(call("me", mine)) for _ in range(2)]
-    await until(lambda: asked[4:] == ["me", "me"], "the places again", lambda: asked)
+    await until(lambda: answered[4:] == ["me", "me"], "the places again", lambda: answered)
     go.set()
     await ended(asyncio.gather(*calls), "the answers")
 

@@ -122,7 +122,7 @@ async def test_free_seats_that_a_step_cannot_fill_let_nobody_in(threads: Threads
 
 
 async def test_one_key_does_not_fill_the_queue(threads: Threads) -> None:
-    """It has half of the places, the next key half of the rest, and calls without a key have all."""
+    """A key has half of the places, the next one half of the rest, and calls without a key have all."""
     device = Device(held_from=1)
     thread = threads.make(device, max_queue=8, seqs=2)
     thread.start()
