@@ -1,4 +1,4 @@
-"""Several builders on one store in one thread at a time: the order of their requests, faults and deaths is drawn.
+"""Several builders on one store, one thread at a time: the order of requests, faults and deaths is drawn.
 
 The event loop has a clock of its own. What it runs in threads goes on by one request to the store at a time, so
 that a seed gives the same history each time.
@@ -159,7 +159,7 @@ class _Steps(selectors.SelectSelector):
 
 @dataclass
 class HostStore(Through):
-    """The store as one builder reaches it: a request waits for its turn, and may fail before or after it acts."""
+    """The store as one builder reaches it: a request has its turn, and may fail before or after it acts."""
 
     simulation: Simulation
     host: Host

@@ -1,15 +1,15 @@
 """A model of the builders' queue: clients, two or three builders, a store that fails, deaths and standstills.
 
-Each change gives one of three names an adapter that no other change gives it, so that what was served tells which
-changes were applied, how often and in which order.
+Each change gives one of three names an adapter that no other change gives it, or brings a name that must be
+new, so that what was served tells which changes were applied, how often and in which order.
 """
 
 import asyncio
-import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ import structlog
 from builder_service.builds import journal
 from builder_service.builds.builds import Builds
 from builder_service.builds.keeper import BuildLimits
+from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import BuildState
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.update import Update
@@ -51,6 +52,9 @@ class Change:
     asked: float
     accepted: float | None = None
     told: list[str] = field(default_factory=list)
+    """Ends that the client saw."""
+    ends: set[str] = field(default_factory=set)
+    """Ends at any builder."""
 
 
 @dataclass
@@ -74,12 +78,14 @@ class History:
         self.changes: list[Change] = []
         self.served: list[tuple[int, dict[str, str]]] = []
         self.tasks: list[asyncio.Task[None]] = []
+        self.strange: set[BaseException] = set()
+        """Failures of watches that no client should see."""
 
     def look(self) -> None:
         """Note what is served now."""
         found = current_generation(self.store, "tiny")
         assert found is not None
-        state = {name: record.source.repo for name, record in found.adapters.items() if name in NAMES}
+        state = {name: record.source.repo for name, record in found.adapters.items() if name[0] != "v"}
         if not self.served or self.served[-1][0] < found.number:
             self.served.append((found.number, state))
 
@@ -90,6 +96,7 @@ class History:
             store: Store = HostStore(self.loop, host, self.store, self.uri)
             context = BuildContext(store, self.base.sources, self.folder, owner=owner, bases=self.base.bases)
             builds = Builds(context, LIMITS)
+            builds.on_end = partial(self.note, host)
             try:
                 await builds.recover()
             except Fault:
@@ -101,16 +108,23 @@ class History:
                 self.lives[owner] = Life(owner, host, builds)
                 return
 
+    def note(self, host: Host, running: RunningBuild) -> None:
+        """Note the end of a change at a builder that lives."""
+        if not host.dead and running.refusal is None and running.state is not BuildState.BUILDING:
+            change = self.changes[int(running.entry.request_id[1:])]
+            change.ends.add(running.state if running.failure is None else running.failure.reason)
+
     def kill(self, owner: str) -> None:
         self.lives.pop(owner).host.dead = True
 
     async def ask(self, version: int) -> None:
         """Be a client: ask a builder for a change, and follow it to its end."""
-        change = Change(self.draw.choice(NAMES), f"v{version}", self.loop.time())
+        name = self.draw.choice((*NAMES, f"new-{version}"))
+        change = Change(name, f"v{version}", self.loop.time())
         self.changes.append(change)
         life, request_id = self.lives[self.draw.choice(sorted(self.lives))], f"r{version}"
         source = Repository(source=SourceKind.PUSHED, repo=change.version)
-        wish = Update(name="tiny", add={change.name: source})
+        wish = Update(name="tiny", add={name: source}, must_be_new=name not in NAMES)
         try:
             await life.builds.update(wish, request_id)
             if life.host.dead:
@@ -119,7 +133,9 @@ class History:
             async for view in life.builds.watch("tiny", request_id=request_id):
                 state = view.state
         except (Fault, Killed) as error:
-            assert life.host.dead or change.accepted is None or isinstance(error, ShuttingDown), error
+            self.strange |= (
+                {error} if change.accepted and not isinstance(error, ShuttingDown | Killed) else set()
+            )
             return
         if not life.host.dead:
             assert state is not BuildState.BUILDING
@@ -130,7 +146,7 @@ class History:
         owners = [str(number) * 16 for number in range(self.draw.choice((2, 2, 3)))]
         for owner in owners:
             await self.begin(owner)
-        self.loop.faults = self.draw.choice((0.0, 0.1))
+        self.loop.faults = self.draw.choice((0.0, 0.1, 0.4))
         for version in range(self.draw.randint(2, 8)):
             self.tasks.append(asyncio.create_task(self.ask(version)))
             await asyncio.sleep(self.draw.choice((0, 0.1, 1, 20)))
@@ -164,13 +180,17 @@ class History:
     def check(self) -> None:
         """Nothing accepted was lost, nothing was applied twice or in another order, no client was misled."""
         assert list(self.store.list(BUILDS_PREFIX)) == []
+        assert not self.strange
         applied: dict[str, list[int]] = {}
-        for (_, before), (number, after) in zip([(0, dict[str, str]()), *self.served], self.served, strict=False):
-            for name in after.keys():
+        for (_, before), (number, after) in zip(
+            [(0, dict[str, str]()), *self.served], self.served, strict=False
+        ):
+            for name in after:
                 if before.get(name) != after[name]:
                     applied.setdefault(after[name], []).append(number)
         for change in self.changes:
             numbers = applied.get(change.version, [])
+            assert change.ends <= ({BuildState.ACTIVE} if numbers else {"STORE_UNAVAILABLE"}), (change, numbers)
             if change.accepted is not None:
                 expected = [BuildState.FAILED] if not numbers else [BuildState.ACTIVE]
                 assert change.told in ([], expected), (change, numbers)
@@ -178,13 +198,15 @@ class History:
         self.check_order()
 
     def check_order(self) -> None:
-        """The newest change of a name that was accepted is what is served, unless others were asked beside it."""
+        """The newest accepted change of a name is what is served, unless others were asked beside it."""
         _, state = self.served[-1]
         for name in NAMES:
             of_name = [change for change in self.changes if change.name == name]
             accepted = [c for c in of_name if c.accepted is not None and BuildState.FAILED not in c.told]
             for change in accepted:
-                behind = [c for c in of_name if c is not change and (c.accepted is None or c.accepted > change.asked)]
+                behind = [
+                    c for c in of_name if c is not change and (c.accepted is None or c.accepted > change.asked)
+                ]
                 allowed = {change.version, *(c.version for c in behind)}
                 assert state.get(name) in allowed, (name, state, of_name)
 
