@@ -29,8 +29,8 @@ EMBED_FIX: Final = (
     "(merge_and_unload), or train without added tokens."
 )
 BIAS_FIX: Final = (
-    "Biases of projections of attention and dense MLP are served, where the base has some: train with bias "
-    "lora_only, or merge it into the base (merge_and_unload) and serve a full model."
+    "Biases of the linears of layers are served, where the base has some: train with bias lora_only, or merge "
+    "it into the base (merge_and_unload) and serve a full model."
 )
 
 

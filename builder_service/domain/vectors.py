@@ -14,7 +14,6 @@ from builder_service.domain.full_tensors import BaseTensors
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import Lone, Pair, features_of, parts_of
 from builder_service.domain.rules.stacks import MERGE
-from builder_service.domain.rules.vectors import has_bias
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import LoraKey
 from loramux_shared.bases.config import ModelConfig
@@ -92,12 +91,14 @@ class VectorReader:
 
     def of_pair(self, pair: Pair, scale: float, found: AdapterVectors) -> None:
         """Add what stands beside A and B, whose product has a scale."""
-        c, bias = np.ones(pair.b.shape[0], np.float32), self._base_bias(pair.key)
+        c, base_bias = np.ones(pair.b.shape[0], np.float32), self._base_bias(pair.key)
+        bias = np.zeros_like(c) if base_bias is None else base_bias
         if pair.magnitude is not None:
             c = self._vector(pair.magnitude)
             norms = None if self.normalised else self._norms(pair, scale)
             c = c if norms is None else divided(c, norms)
-        d = self._trained(pair.key, pair.bias, bias, found).astype(np.float64) - c.astype(np.float64) * bias
+        trained = bias if pair.bias is None else self._trained(pair.key, pair.bias, base_bias, found)
+        d = trained.astype(np.float64) - c.astype(np.float64) * bias
         if pair.lora_bias is not None:
             d += scale * self._vector(pair.lora_bias).astype(np.float64)
         self._add(pair.key, c, d.astype(np.float32), found)
@@ -115,7 +116,8 @@ class VectorReader:
     def of_bias(self, lone: Lone, found: AdapterVectors) -> None:
         """Add a bias alone."""
         bias = self._base_bias(lone.key)
-        d = self._trained(lone.key, lone.vector, bias, found).astype(np.float64) - bias
+        trained = self._trained(lone.key, lone.vector, bias, found)
+        d = np.zeros(trained.shape) if bias is None else trained.astype(np.float64) - bias
         self._add(lone.key, np.ones(d.shape, np.float32), d.astype(np.float32), found)
 
     def _add(self, key: LoraKey, c: Array, d: Array, found: AdapterVectors) -> None:
@@ -139,31 +141,37 @@ class VectorReader:
         values: Array = self.file.read(tensor.name).astype(np.float32)
         return values
 
-    def _trained(self, key: LoraKey, tensor: Tensor | None, bias: Array, found: AdapterVectors) -> Array:
-        """Return the bias that is served: the trained one, or else the base's."""
-        if tensor is None:
-            return bias
-        if not has_bias(key, self.base):
+    def _trained(self, key: LoraKey, tensor: Tensor, bias: Array | None, found: AdapterVectors) -> Array:
+        """Return a trained bias; report it where the base has none."""
+        if bias is None:
             expected, fix = "none, for the base has none", "The adapter was trained on another base."
             self.report.add("E_BIAS", key.place, expected=expected, found="a trained bias", fix=fix)
-            return bias
         trained = self._vector(tensor)
-        if np.array_equal(trained, bias):
+        if bias is not None and np.array_equal(trained, bias):
             found.redundant.append(tensor.name)
         return trained
 
-    def _base_bias(self, key: LoraKey) -> Array:
-        out = sum(stop - start for _, (start, stop) in parts_of(key, self.base))
-        if has_bias(key, self.base):
-            file, name = self._of_base(key, "bias")
-            if file is not None:
+    def _base_bias(self, key: LoraKey) -> Array | None:
+        """Return the bias that the base's tensors have for a module; None where they have none."""
+        for name in key.names_in(self.base.names, "bias"):
+            file = None if self.weights is None else self.weights.find(name)
+            if file is None:
+                continue
+            kind, out = (
+                file.tensors[name].dtype,
+                sum(stop - start for _, (start, stop) in parts_of(key, self.base)),
+            )
+            if kind in READABLE and file.tensors[name].shape == (out,):
                 bias: Array = file.read(name).astype(np.float32)
                 return bias
-        return np.zeros(out, np.float32)
+            expected = f"the base's {key.leaf}.bias of {out} values in float32, float16 or bfloat16"
+            shape = f"{kind} {list(file.tensors[name].shape)}"
+            self.report.add("E_BIAS", key.place, cause=kind, expected=expected, found=shape, fix=MERGE)
+        return None
 
     def _norms(self, pair: Pair, scale: float) -> Array | None:
         """Return the norms of the rows of W + sBA, in float64; None where W cannot be read."""
-        file, name = self._of_base(pair.key, "weight")
+        file, name = self._weight_of(pair.key)
         if file is None:
             return None
         a, b = self.file.read(pair.a.name).astype(np.float64), self.file.read(pair.b.name).astype(np.float64)
@@ -175,22 +183,21 @@ class VectorReader:
             self.progress(0)
         return norms
 
-    def _of_base(self, key: LoraKey, kind: str) -> tuple[TensorFile | None, str]:
-        """Return the file that has a tensor of a module, and its name; report where it is kept otherwise."""
-        for name in key.names_in(self.base.names, kind):
+    def _weight_of(self, key: LoraKey) -> tuple[TensorFile | None, str]:
+        """Return the file that has the base's weight of a module, and its name; report where none has."""
+        for name in key.names_in(self.base.names, "weight"):
             file = None if self.weights is None else self.weights.find(name)
             if file is not None and file.tensors[name].dtype in READABLE:
                 return file, name
-            if kind == "weight" and (file := self._widened(key, name)) is not None:
+            if (file := self._widened(key, name)) is not None:
                 return file, name
         quantized = "weights of few bits" if self.base.quantization is not None else "none"
-        code = "E_DORA" if kind == "weight" else "E_BIAS"
-        expected = f"the base's {key.leaf}.{kind} in float32, float16 or bfloat16"
+        expected = f"the base's {key.leaf}.weight in float32, float16 or bfloat16"
         fix = f"Build with a base whose weights were not rounded. Or: {MERGE}"
-        if kind == "weight" and self.base.quantization is not None:
+        if self.base.quantization is not None:
             expected = "torch beside the builder, to widen the base's weights"
             fix = "Install it there: pip install 'loramux[inference]'."
-        self.report.add(code, key.place, cause=(kind, quantized), expected=expected, found=quantized, fix=fix)
+        self.report.add("E_DORA", key.place, cause=quantized, expected=expected, found=quantized, fix=fix)
         return None, ""
 
     def _widened(self, key: LoraKey, name: str) -> TensorFile | None:

@@ -83,8 +83,8 @@ _REFUSED: Final = (
      "or in the names of the authors' code; or a quantized base, where the builder has no torch to widen it",
      "Correct `use_dora`, install `loramux[inference]` beside the builder, or merge it; the finding has the "
      "reason."),
-    ("E_BIAS", "biases of modules that have none in the base or are no projection of attention or dense MLP, "
-     "or that PEFT would not load", "Train with `bias` `none` or `lora_only`, or merge it; the finding has the "
+    ("E_BIAS", "biases of modules that have none in the base or are no linear of its layers, or that PEFT "
+     "would not load", "Train with `bias` `none` or `lora_only`, or merge it; the finding has the "
      "reason."),
     ("E_VARIANT", "a variant whose factors are not plain A and B (Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA), "
      "or a feature that PEFT has for LoRA alone, beside another kind",

@@ -18,12 +18,6 @@ _CODES: Final[Mapping[Side, str]] = {
     "bias": "E_BIAS",
     "bare_bias": "E_BIAS",
 }
-_BIASED: Final = {
-    **dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_heads"), "qkv_bias"),
-    "attn_dense": "o_bias",
-    **dict.fromkeys(("mlp_h_to_4h", "mlp_gate", "mlp_4h_to_h"), "mlp_bias"),
-}
-"""Field of `ModelConfig` that is true if a module has a bias."""
 
 
 def refuse_vectors(key: LoraKey, tensors: Mapping[Side, Tensor], report: Grouping) -> bool:
@@ -140,12 +134,6 @@ def report_left_out(place: str, field: str, what: str, config: AdapterConfig, re
         found=f"{what} of them, which PEFT would not load",
         fix=f"Correct {field}, if they were trained; else save the adapter without these tensors.",
     )
-
-
-def has_bias(key: LoraKey, base: ModelConfig) -> bool:
-    """Return True if a module of the base has a bias."""
-    flag = _BIASED.get(key.modules[0].name)
-    return flag is not None and bool(getattr(base, flag))
 
 
 def _check_length(
