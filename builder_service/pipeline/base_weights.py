@@ -41,8 +41,6 @@ class BaseWeights:
         self._lock = threading.Lock()
         self._shards: dict[str, str] | None = None
         self._open: dict[str, TensorFile] = {}
-        self._verified = False
-        """Whether a file of GGUF was found to be the one that was recorded."""
         self._widener: Any = None
 
     @property
@@ -55,14 +53,11 @@ class BaseWeights:
 
         Raises:
             BundleCorrupt: a file of the base differs from what was recorded when the build began.
-            CheckpointInvalid: a file of the base is not a safetensors file or no index.
+            CheckpointInvalid: a file of the base is not a safetensors file, no file of GGUF, or no index.
             Fault: what the source raises.
         """
         with self._lock:
             shard = self._shard_of(name)
-            if GGUF in self._base.files and not self._verified:
-                self.fetch(GGUF)
-                self._verified = True
             if shard is None or shard not in self._base.files:
                 return None
             file = self._open.get(shard) or self._read(shard)
@@ -107,7 +102,7 @@ class BaseWeights:
 
     def _shard_of(self, name: str) -> str | None:
         if INDEX not in self._base.files:
-            return WEIGHTS
+            return GGUF if GGUF in self._base.files else WEIGHTS
         if self._shards is None:
             path = self.fetch(INDEX)
             try:
@@ -122,8 +117,11 @@ class BaseWeights:
 
     def _read(self, shard: str) -> TensorFile:
         path = self.fetch(shard)
+        read = (
+            need_extension("gguf.tensors", f"a base in {GGUF}").read_tensors if shard == GGUF else read_header
+        )
         try:
-            file = read_header(path)
+            file: TensorFile = read(path)
         except HeaderInvalid as error:
             raise CheckpointInvalid(f"base: {shard}: {error}") from error
         self._open[shard] = file

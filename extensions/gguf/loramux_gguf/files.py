@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from loramux_gguf.header import FREQUENCIES, GgufHeader, read_header
+from loramux_gguf.header import FREQUENCIES, WHOLE, GgufHeader, TensorPlace, read_header
 from loramux_gguf.tokenizer import tokenizer_json
 from loramux_shared.bundle.manifest import sha256_hex
 from loramux_shared.sources.checkpoint import GGUF
@@ -146,6 +146,40 @@ def architecture_of(header: GgufHeader) -> GgufArchitecture:
     return ARCHITECTURES[name]
 
 
+def checkpoint_name(header: GgufHeader, name: str, place: TensorPlace) -> str:
+    """Return a tensor's name in a checkpoint; that of one of blocks ends with their type.
+
+    Raises:
+        CheckpointInvalid: no architecture that is served has it.
+    """
+    stem, _, last = name.rpartition(".")
+    found = AROUND.get(stem)
+    if stem.startswith("blk."):
+        _, layer, part = (*stem.split(".", 2), "")[:3]
+        found = f"model.layers.{layer}.{OF_LAYER[part]}" if part in OF_LAYER else None
+    if found is None or last not in ("weight", "bias"):
+        raise header.invalid(f"the tensor {name} is none of {header.text('general.architecture')}.")
+    return f"{found}.{last}" if place.type in WHOLE else f"{found}.{last}.{place.type}"
+
+
+def rows_of_head(header: GgufHeader, name: str) -> int | None:
+    """Return the rows of a head whose rotated pairs are neighbours in the file; None for all other tensors.
+
+    Raises:
+        CheckpointInvalid: the rows are not those of the heads.
+    """
+    part = name.split(".")[-2]
+    if part not in ("attn_q", "attn_k") or not architecture_of(header).turned:
+        return None
+    arch, rows = header.text("general.architecture"), header.tensors[name].shape[0]
+    heads = header.integer(f"{arch}.attention.head_count")
+    if part == "attn_k":
+        heads = header.integer(f"{arch}.attention.head_count_kv", heads)
+    if heads < 1 or rows % (2 * heads):
+        raise header.invalid(f"{name}: {rows} rows are not those of {heads} heads.")
+    return rows // heads
+
+
 def config_of(path: Path) -> dict[str, Any]:
     """Return the content of ``config.json`` of a file.
 
@@ -198,6 +232,7 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     }
     if name == "llama":
         config["attention_bias"] = "blk.0.attn_output.bias" in header.tensors
+        config["mlp_bias"] = "blk.0.ffn_down.bias" in header.tensors
     if kinds:
         config["quantization_config"] = {
             "quant_method": "gguf",

@@ -34,6 +34,8 @@ SIZES: Final = {
     "Q5_1": (32, 24), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
 }  # fmt: skip
 """Types that are served: values of a block, and its bytes."""
+WHOLE: Final = ("F32", "F16", "BF16")
+"""Those of numbers that are kept one by one."""
 
 
 @dataclass(frozen=True)

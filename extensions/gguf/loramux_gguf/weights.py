@@ -13,8 +13,8 @@ from inference_service.kernels.blocks import WeightBlocks
 from inference_service.models.packed import Keepable, Pieces
 from inference_service.models.shard import Shard, ShardReader
 from loramux_gguf.blocks import BLOCK_TYPES
-from loramux_gguf.files import AROUND, OF_LAYER, architecture_of
-from loramux_gguf.header import FREQUENCIES, GgufHeader, TensorPlace, read_header
+from loramux_gguf.files import checkpoint_name, rows_of_head
+from loramux_gguf.header import FREQUENCIES, GgufHeader, read_header
 from loramux_shared.bases.formats import WeightScheme
 from loramux_shared.faults import CheckpointInvalid
 
@@ -28,7 +28,9 @@ def names_of(path: Path) -> list[str]:
         CheckpointInvalid: the file is not one that is served.
     """
     header = read_header(path)
-    return [_name(header, name, place) for name, place in header.tensors.items() if name != FREQUENCIES]
+    return [
+        checkpoint_name(header, name, place) for name, place in header.tensors.items() if name != FREQUENCIES
+    ]
 
 
 def read_gguf(path: Path) -> Shard:
@@ -47,7 +49,7 @@ def read_gguf(path: Path) -> Shard:
             data = torch.empty(place.num_bytes, dtype=torch.uint8)
             reader.fill(memoryview(data.numpy().data))
             if name != FREQUENCIES:
-                tensors[_name(header, name, place)] = _shaped(header, name, data)
+                tensors[checkpoint_name(header, name, place)] = _shaped(header, name, data)
         return Shard(tensors, {}, reader.rest())
 
 
@@ -60,7 +62,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     """
     header = read_header(path)
     for own, place in header.tensors.items():
-        if own != FREQUENCIES and _name(header, own, place) == name:
+        if own != FREQUENCIES and checkpoint_name(header, own, place) == name:
             with path.open("rb") as file:
                 file.seek(place.offset)
                 data = torch.frombuffer(bytearray(file.read(place.num_bytes)), dtype=torch.uint8)
@@ -76,34 +78,12 @@ def _shaped(header: GgufHeader, name: str, data: Tensor) -> Tensor:
     return _in_halves(header, name, tensor)
 
 
-def _name(header: GgufHeader, name: str, place: TensorPlace) -> str:
-    """Return a tensor's name in a checkpoint.
-
-    Raises:
-        CheckpointInvalid: no architecture that is served has it.
-    """
-    stem, _, last = name.rpartition(".")
-    found = AROUND.get(stem)
-    if stem.startswith("blk."):
-        _, layer, part = (*stem.split(".", 2), "")[:3]
-        found = f"model.layers.{layer}.{OF_LAYER[part]}" if part in OF_LAYER else None
-    if found is None or last not in ("weight", "bias"):
-        raise header.invalid(f"the tensor {name} is none of {header.text('general.architecture')}.")
-    return f"{found}.{last}" if place.type in FLOATS else f"{found}.{last}.{place.type}"
-
-
 def _in_halves(header: GgufHeader, name: str, tensor: Tensor) -> Tensor:
     """Return queries and keys with the rows of a head in halves that are rotated, as checkpoints have them."""
-    part = name.split(".")[-2]
-    if part not in ("attn_q", "attn_k") or not architecture_of(header).turned:
+    head = rows_of_head(header, name)
+    if head is None:
         return tensor
-    arch = header.text("general.architecture")
-    heads = header.integer(f"{arch}.attention.head_count")
-    if part == "attn_k":
-        heads = header.integer(f"{arch}.attention.head_count_kv", heads)
-    if tensor.shape[0] % (2 * heads):
-        raise header.invalid(f"{name}: {tensor.shape[0]} rows are not those of {heads} heads.")
-    return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return tensor.view(-1, head // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 class FoundBlocks:

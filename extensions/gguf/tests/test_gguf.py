@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,11 +197,11 @@ def of_types(stem: str) -> str:
     return "F16" if stem == "blk.1.attn_q" else TYPES[stem.rpartition(".")[2]]
 
 
-def make(root: Path, config: Any) -> tiny.World:
+def make(root: Path, config: Any, kinds: Callable[[str], str] = of_types) -> tiny.World:
     """Make a world whose base is of GGUF; its checkpoint in safetensors means the same."""
     world = tiny.make_world_of(root, config, tiny.ADAPTERS)
     written = json.loads((world.base / "config.json").read_text())
-    write_gguf(root / "tiny.gguf", world.base, written | {"rope_theta": 10000.0}, of_types)
+    write_gguf(root / "tiny.gguf", world.base, written | {"rope_theta": 10000.0}, kinds)
     return replace(world, base=root / "tiny.gguf")
 
 
@@ -248,15 +249,38 @@ def test_an_adapter_alone_is_not_merged_into_blocks(llama: tiny.World) -> None:
     assert llama.load(store).bank is not None
 
 
-def test_dora_is_over_the_norms_of_the_dequantised_weights(llama: tiny.World, tmp_path: Path) -> None:
-    """A process beside the builder reads the weights: answers are PEFT's, of blocks and of whole queries."""
-    base, folder = llama.root / "base", tmp_path / "dora"
-    tiny.make_adapter(base, folder, 3, r=4, lora_alpha=9, use_dora=True, target_modules=["q_proj", "down_proj"])
-    sources = open_sources(local_roots=[llama.root, tmp_path], work_dir=tmp_path)
-    world, store = replace(llama, adapters={"dora": folder}), MemoryStore()
+def test_biases_of_attention_and_mlp_are_served(tmp_path: Path) -> None:
+    """A file with biases of all linears answers as transformers with the same ones."""
+    world = make(tmp_path, LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True))
+    expected = [
+        tiny.oracle_tokens(tiny.oracle(tmp_path / "base", world.adapters.get(name)), PROMPT, NEW)
+        for name in ("base", "all")
+    ]
+    assert answers(world, ["base", "all"]) == expected
+
+
+def require_dora_as_peft(world: tiny.World, into: Path, **config: Any) -> None:
+    """Build an adapter of DoRA, and compare its answers with PEFT's."""
+    base, folder = world.root / "base", into / "dora"
+    tiny.make_adapter(base, folder, 3, r=4, lora_alpha=9, use_dora=True, **config)
+    sources = open_sources(local_roots=[world.root, into], work_dir=into)
+    world, store = replace(world, adapters={"dora": folder}), MemoryStore()
     build(world.deployment(), BuildContext(store, sources), Progress(["dora"]))
     expected = tiny.oracle_tokens(tiny.oracle(base, folder), PROMPT, NEW)
     assert tiny.run_engine(world.load(store), [("dora", PROMPT)], NEW) == [expected]
+
+
+def test_dora_is_over_the_norms_of_the_dequantised_weights(llama: tiny.World, tmp_path: Path) -> None:
+    """A process beside the builder reads the weights: answers are PEFT's, of blocks and of whole queries."""
+    require_dora_as_peft(llama, tmp_path, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config])
+def test_dora_is_over_weights_that_a_file_keeps_whole(family: Any, tmp_path: Path) -> None:
+    """The builder reads weights and biases of a file without blocks itself, in a checkpoint's order of rows."""
+    biased = {"attention_bias": True} if family is LlamaConfig else {}
+    world = make(tmp_path, family(**SMALL | biased), lambda stem: "F32" if stem.endswith("_q") else "F16")
+    require_dora_as_peft(world, tmp_path, target_modules=["q_proj", "k_proj", "up_proj"], bias="lora_only")
 
 
 def test_the_file_in_a_folder_is_to_be_named_itself(llama: tiny.World) -> None:

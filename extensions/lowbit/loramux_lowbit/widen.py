@@ -59,9 +59,6 @@ def widen(base: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     else:
         where, read = _tensors(base), _read
         found = None if quantization is None else Found(quantization.format, where)
-    if file.exists() and name in where:
-        whole: Tensor = read(file, name)
-        return whole.float()
     if quantization is None or found is None or name not in found:
         raise CheckpointInvalid(f"{name}: expected a weight of few bits, found none.")
     tensors = {role: read(where[each], each) for role, each in found.parts(name).items()}
