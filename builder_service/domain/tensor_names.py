@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from loramux_shared.bases.config import TensorNames
+from loramux_shared.bases.unused import TOWER
 from loramux_shared.bundle.modules import (
     BY_PATH,
     EXPERTS,
@@ -61,9 +62,6 @@ _OF_NO_LAYER: Final = re.compile(r"(?P<decoder>(?:[^.]+\.)*?)(?P<path>embed_toke
 _BIAS: Final = re.compile(r"(?P<module>.+?)(?P<wrapped>\.base_layer)?\.bias")
 _PLACE: Final = re.compile(
     r"(?P<decoder>(?:[^.]+\.)*?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>[^.]+(?:\.[^.]+)*)"
-)
-_TOWER: Final = re.compile(
-    r"(?:^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|mm_projector|embed_vision|embed_audio)\."
 )
 # A whole matrix or a bias of the base, as PEFT saves it or as a raw state dict names it.
 _FULL: Final = re.compile(
@@ -303,7 +301,7 @@ def nearest_key(
 
 
 def _lora_key(match: re.Match[str], modules: _Modules, side: Side) -> LoraKey | TowerKey | RefusedKey:
-    if tower := _TOWER.search(match["module"]):
+    if tower := TOWER.search(match["module"]):
         return TowerKey(tower[1])
     name = match["module"]
     before = next((each for each in modules.layers if name.startswith(each)), None)

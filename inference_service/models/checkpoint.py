@@ -11,12 +11,15 @@ from torch import Tensor
 
 from inference_service.models.packed import FLOATS, Integers, Keepable, Kept, Packed, Pieces, widened
 from inference_service.models.shard import Shard, ShardInvalid, read_shard
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats import Quantization
+from loramux_shared.bases.unused import unknown
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.sources.checkpoint import GGUF
 from loramux_shared.sources.files import hash_if_there
+from loramux_shared.wording import counted, listed
 
 INDEX = "model.safetensors.index.json"
 Verify = Callable[[str, FileDigest | None], None]
@@ -86,6 +89,7 @@ class Checkpoint:
         """Weights of few bits that were looked at, and will be widened."""
         self._others: dict[str, str] = {}
         self._found = None
+        self._taken: set[str] = set()
         for path in _files(folder, verify):
             if path.name == GGUF:
                 gguf = need_extension("gguf.weights", "a base in GGUF")
@@ -176,7 +180,24 @@ class Checkpoint:
                 f"{name}: {self._others[name]} is not supported; supported: bfloat16, float16, float32, and "
                 "what is read of a quantization_config."
             )
+        self._taken.add(name)
         return self._held.pop(name)
+
+    def require_used(self, config: ModelConfig) -> None:
+        """Raise CheckpointInvalid where a tensor was not asked for, once the whole base was read.
+
+        A base may have parts beside those that are served, and biases of zeros, as AutoGPTQ saves them.
+        """
+        left = unknown(self._where.keys() - self._taken, config)
+        if names := [name for name in left if not self._is_zero_bias(name)]:
+            raise CheckpointInvalid(
+                f"the base has {counted(len(names), 'tensor')} that {config.architecture} does not use as "
+                f"config.json describes it, and would answer without them: {listed(names)}. Correct it, or "
+                "choose a base whose tensors it describes."
+            )
+
+    def _is_zero_bias(self, name: str) -> bool:
+        return name.endswith(".bias") and not self._take(name).any()
 
     def _load(self, path: Path) -> None:
         try:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 import structlog
 import torch
@@ -191,8 +191,12 @@ def read_model(
     tensors = checkpoint(placed, backend.dtype, backend.device, config.quantization)
     if config.encodes:
         encoders = need_extension("encoders.model", f"a base of architecture {config.architecture}")
-        return cast(Decoder, encoders.read_encoder(config, tensors, backend.operations, backend.quantization))
-    return Decoder(config, tensors, backend.operations, backend.quantization, ranks)
+        read: Decoder = encoders.read_encoder(config, tensors, backend.operations, backend.quantization)
+    else:
+        read = Decoder(config, tensors, backend.operations, backend.quantization, ranks)
+    if ranks is None or ranks.shard.is_first:  # which reads all
+        tensors.require_used(config)
+    return read
 
 
 def set_threads(settings: InferenceSettings) -> None:

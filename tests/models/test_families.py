@@ -332,6 +332,24 @@ def test_undescribed_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> 
         Decoder(read_config(tmp_path), Checkpoint(tmp_path, torch.float32, device))
 
 
+def test_tensors_that_a_config_does_not_describe_are_refused_by_name(tmp_path: Path) -> None:
+    """A base whose biases its config leaves out would answer without them; biases of zeros change nothing."""
+    base = tmp_path / "base"
+    make_checkpoint(base, CASES["llama-dynamic"].config)
+    world, file = World(base, {}, tmp_path), base / "model.safetensors"
+    tensors = load_file(file)
+    bias = {f"model.layers.{index}.mlp.down_proj.bias": torch.zeros(SIZES["hidden_size"]) for index in (0, 1)}
+    save_file(tensors | bias, file)
+    world.load(world.built())
+    bias["model.layers.1.mlp.down_proj.bias"][3] = 1e-3
+    save_file(tensors | bias, file)
+    expected = (
+        r"1 tensor that LlamaForCausalLM does not use .*: model\.layers\.1\.mlp\.down_proj\.bias\. Correct"
+    )
+    with pytest.raises(CheckpointInvalid, match=expected):
+        world.load(world.built())
+
+
 @pytest.mark.parametrize("answers", _swept_but("qwen3_5-images", "granite-4"), indirect=True)
 def test_a_merged_adapter_equals_transformers(answers: Answers) -> None:
     """Merged weights answer as the adapter does, also in delta rules' slices and queries with gates."""

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -257,6 +258,22 @@ def test_biases_of_attention_and_mlp_are_served(tmp_path: Path) -> None:
         for name in ("base", "all")
     ]
     assert answers(world, ["base", "all"]) == expected
+
+
+@pytest.mark.parametrize("part", ["q_proj", "up_proj"])
+def test_biases_that_no_architecture_has_are_refused(part: str, tmp_path: Path) -> None:
+    """Biases of some linears alone are those of no model that is served: it would answer without them."""
+    base = tmp_path / "base"
+    tiny.make_checkpoint(base, LlamaConfig(**SMALL))
+    rows, where = (256, "self_attn") if part == "q_proj" else (512, "mlp")
+    name = f"model.layers.0.{where}.{part}.bias"
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {name: np.ones(rows, np.float32)}, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text()) | {"rope_theta": 10000.0}
+    write_gguf(tmp_path / "tiny.gguf", base, config, of_types)
+    world = tiny.World(tmp_path / "tiny.gguf", {}, tmp_path)
+    with pytest.raises(CheckpointInvalid, match=rf"1 tensor that LlamaForCausalLM does not use .*{name}"):
+        world.load(world.built())
 
 
 def require_dora_as_peft(world: tiny.World, into: Path, **config: Any) -> None:
