@@ -122,6 +122,7 @@ class GenerationService:
                 defaults = await self.naming.defaults(model)
                 terms = self._terms(request, defaults)
                 tokens, second = await terms.prompt(self.limits.max_seq_len)
+                terms.check_rows(tokens, second)
                 if (by_ending := request.output.constraint_by_ending) is not None:
                     constraint = by_ending.behind(terms.text.end_of(tokens))
                     output = replace(request.output, constraint=constraint)

@@ -37,6 +37,8 @@ class ServingLimits:
     """Numbers of a vector."""
     encodes: bool = False
     """True if the base is an encoder, which makes vectors alone."""
+    token_types: int = 0
+    """Types by which an encoder tells the texts of a pair apart; 0: by none."""
 
 
 class PromptTokens(NamedTuple):
@@ -113,6 +115,20 @@ class Terms:
             cut = longest - (usual if most_new is None else most_new)
         found = PromptTokens(tokens, second)
         return found if cut is None or cut < 1 else found.last(cut)
+
+    def check_rows(self, tokens: list[int], second: int) -> None:
+        """Raise RequestInvalid for tokens, or types of tokens, that the model's tables have no rows for: its
+        tokenizer may know others, which no step could compute.
+        """
+        vocab, types = self.text.vocab, self.limits.token_types
+        if (largest := max(tokens)) >= vocab:
+            problem = "the tokenizer of the model makes tokens that the model does not have."
+            raise RequestInvalid.of_field(problem, "prompt", f"tokens from 0 to {vocab - 1}", str(largest))
+        if types == 1 and second < len(tokens):
+            problem = "the tokenizer of the model tells the texts of a pair apart, and the model does not."
+            raise RequestInvalid.of_field(
+                problem, "prompt", "one text: type_vocab_size of the base is 1", "two"
+            )
 
     def _cut(self, texts: tuple[str, ...], most: int) -> PromptTokens:
         """Return texts as an encoder was trained on them where they are too long: without their ends."""

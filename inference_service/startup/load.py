@@ -243,7 +243,7 @@ def _begin(
         catalog,
         base.text,
         thread,
-        ServingLimits(limits.max_seq_len, ends, hidden, base.config.encodes),
+        ServingLimits(limits.max_seq_len, ends, hidden, base.config.encodes, base.config.token_types),
         watchers,
         adapters=manager,
         follower=follower,

@@ -48,7 +48,13 @@ def served_to(service: GenerationService) -> dict[str, Any]:
         "template": None if text.template is None else text.template.source,
         "vocab": text.vocab,
         "special": text.special_tokens,
-        "limits": [limits.max_seq_len, list(limits.eos_token_ids), limits.hidden_size, limits.encodes],
+        "limits": [
+            limits.max_seq_len,
+            list(limits.eos_token_ids),
+            limits.hidden_size,
+            limits.encodes,
+            limits.token_types,
+        ],
         "max_queue": service.max_queue,
         "pooling": service.pooling_of_base,
         "logprobs_mode": service.logprobs_mode,
@@ -246,14 +252,14 @@ class RemoteService(GenerationService):
         source, special, vocab = served["template"], served["special"], served["vocab"]
         template = ChatTemplate(source, special) if source else None
         text = Text.from_json(served["tokenizer"], template, vocab, special)
-        max_seq_len, ends, hidden, encodes = served["limits"]
+        max_seq_len, ends, hidden, encodes, types = served["limits"]
         self.remote = RemoteEngine(served["max_queue"])
         reader = cast(BundleReader, RemoteReader(self.remote))
         super().__init__(
             Catalog(1, served["base"], ()),
             text,
             cast(EngineThread, self.remote),  # other parts of the API answer what the engine's thread would
-            ServingLimits(max_seq_len, frozenset(ends), hidden, encodes),
+            ServingLimits(max_seq_len, frozenset(ends), hidden, encodes, types),
             texts=AdapterTexts(reader, text),
             pooling_of_base=messages.pooling_from(served["pooling"]),
             parsers_of=parsers_of,

@@ -34,8 +34,6 @@ class EncoderConfig(ModelConfig):
 
     table_rows: int = 0
     """Rows of the table of positions."""
-    token_types: int = 0
-    """Rows of the table of token types."""
     padding: int | None = None
     """The token that has no position of its own, by which positions begin, as RoBERTa has it; None: at 0."""
     hidden_act: str = "gelu"
@@ -97,12 +95,12 @@ def _read(config: HfConfig, prefix: str, sizes: Mapping[str, int] = SIZES) -> En
         "qkv_bias": True,
         "o_bias": True,
         "mlp_bias": True,
+        "token_types": config.size("type_vocab_size", 2),
     }
     described = {each.name: getattr(model, each.name) for each in fields(ModelConfig)} | own
     return EncoderConfig(
         **described,
         table_rows=rows,
-        token_types=config.size("type_vocab_size", 2),
         hidden_act=config.text("hidden_act", "gelu"),
         labels=_labels(config) if config.architecture.endswith(SCORES) else (),
         problem_type=config.text("problem_type", "") or None,

@@ -291,3 +291,24 @@ async def test_switches_of_a_config_that_are_not_served_are_refused(field: str, 
     assert read_fields(fields).encodes
     with pytest.raises(CheckpointInvalid, match=field):
         read_fields(fields | {field: value})
+
+
+async def test_a_pair_without_rows_for_its_types_ends_alone(tmp_path: Path) -> None:
+    """A base of one token type whose tokenizer has two refuses pairs, and tokens that it has no row for."""
+    config, base = copy.deepcopy(FAMILIES["bert"]), tmp_path / "base"
+    config.type_vocab_size, config.id2label = 1, {0: "relevance"}
+    write_base(transformers.AutoModelForSequenceClassification.from_config(config), base)
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_tokens([f"more {number}" for number in range(VOCAB)])
+    tokenizer.save(str(base / "tokenizer.json"))
+    world, whole = World(base, {}, tmp_path), loaded(base, 1).eval()
+    async with open_api((world, world.built())) as api:
+        answer = await api.post("/rerank", model="base", query=QUERY, documents=DOCUMENTS)
+        assert (answer.status_code, "type_vocab_size of the base is 1" in answer.text) == (400, True)
+        answer = await api.post("/classify", model="base", input=f"more {VOCAB - 1}")
+        assert (answer.status_code, f"tokens from 0 to {VOCAB - 1}" in answer.text) == (400, True)
+        [found] = (await answer_of(api, "/classify", model="base", input=[PROMPTS[0]], use_activation=False))[
+            "data"
+        ]
+        with torch.no_grad():
+            close(found["probs"], whole(torch.tensor([PROMPTS[0]])).logits[0])

@@ -143,6 +143,8 @@ class ModelConfig:
     logit_divisor: float = 1.0
     quantization: Quantization | None = None
     """Storage format of the linears; None: the type in which they are served."""
+    token_types: int = 0
+    """Rows of an encoder's table of token types; 0: it has none, and no type changes an answer."""
 
     encodes: ClassVar[bool] = False
     """True of an encoder, which makes vectors alone, of sequences that a step computes whole."""
