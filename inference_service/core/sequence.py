@@ -37,7 +37,7 @@ class EndReason(Enum):
     DEADLINE = "deadline"
     """Its deadline passed."""
     FAILED = "failed"
-    """The step that it was part of failed."""
+    """A step raised for it."""
 
 
 @dataclass(slots=True)
@@ -131,6 +131,11 @@ class Progress:
     num_pooled: int = 0
     """Leading tokens whose hidden states are in the mean, where that is asked for; recomputed ones do not count
     twice."""
+
+    def restart(self) -> None:
+        """Drop what steps began that were never resolved; the known tokens stay."""
+        self.in_flight = self.num_pooled = 0
+        self.num_scored = len(self.prompt_scores)
 
     @property
     def length(self) -> int:

@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -18,6 +19,7 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending, StepRunner
 from inference_service.engine.scheduler import Scheduler
+from inference_service.engine.search import Search
 from loramux_shared.faults import ModelUnusable, NumericsFault
 
 OVERFLOWS: Final = 3
@@ -133,6 +135,9 @@ class Engine:
         if lookup is not None:
             self._scheduler.lookup = lookup
         self._seqs: dict[str, Sequence] = {}
+        self._aside: dict[str, Sequence] = {}
+        """Those that the scheduler does not have, while a search for the one that a step raises for goes on."""
+        self._search = Search()
         self._under_way: deque[Pending] = deque()
         self._outputs: list[StepOutput] = []  # not handed out yet: a step that raises loses none
         self._earliest_s = math.inf  # no deadline of a sequence comes before
@@ -154,14 +159,18 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """True when no sequence is under way or waits."""
+        """True when no sequence is under way or waits, but those that are set aside."""
         return not self._seqs
 
     @property
     def idle_until_s(self) -> float:
         """When the next step has something to do, on the engine's clock; infinite: when something arrives."""
         busy = self._scheduler.running or self._under_way or self._outputs or self._scheduler.may_begin
-        return -math.inf if busy else min(self._earliest_s, self._residency.retry_s)
+        return (
+            -math.inf
+            if busy or self._search.has_passed(self._seqs)
+            else min(self._earliest_s, self._residency.retry_s)
+        )
 
     @property
     def resting_until_s(self) -> float:
@@ -172,7 +181,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot."""
         return EngineStats(
-            waiting=self._scheduler.num_waiting,
+            waiting=self._scheduler.num_waiting + len(self._aside),
             running=len(self._scheduler.running),
             blocks_free=self._blocks.num_free,
             blocks_total=self._blocks.num_blocks,
@@ -192,7 +201,8 @@ class Engine:
     @property
     def sequence_counts(self) -> SequenceCounts:
         """Return the running and waiting sequences; may be called on another thread."""
-        running, waiting = tuple(self._scheduler.running), self._scheduler.waiting
+        running = tuple(self._scheduler.running)
+        waiting = (*self._scheduler.waiting, *tuple(self._aside.values()))
         return SequenceCounts(
             *(Counter(name for seq in seqs for name in _names(seq)) for seqs in (running, waiting))
         )
@@ -209,15 +219,19 @@ class Engine:
             return
         self._arrivals += 1
         seq.progress.arrival = self._arrivals
-        self._seqs[seq.id] = seq
         self._earliest_s = min(self._earliest_s, _deadline(seq))
-        self._scheduler.add(seq)
+        if self._search.trial:
+            self._aside[seq.id] = seq
+        else:
+            self._let_in(seq)
 
     def abort(self, seq_id: str) -> None:
         """Forget a sequence and free what it holds; no output follows. Unknown ids are ignored."""
         seq = self._seqs.pop(seq_id, None)
         if seq is not None:
             self._scheduler.remove(seq)
+        else:
+            self._aside.pop(seq_id, None)
 
     def step(self) -> list[StepOutput]:
         """Submit one batch, and return the outputs of the oldest one under way if the runner is full."""
@@ -235,6 +249,11 @@ class Engine:
             self._resolve(self._under_way.popleft())
         for pending in self._under_way:
             pending.finish()
+        if self._search.has_passed(self._seqs):
+            while self._under_way:
+                self._resolve(self._under_way.popleft())
+            self._withdraw()
+            self.retry()
         return self._hand_out()
 
     def rest(self) -> list[StepOutput]:
@@ -244,14 +263,52 @@ class Engine:
         self._expire()
         return self._hand_out()
 
+    def set_aside(self) -> list[StepOutput]:
+        """Take every sequence out of the scheduler, after a step that raised, until `retry`.
+
+        Their known tokens are computed again, for the step may have written to any block and state that they
+        had. A sequence that a step is known to raise for ends as FAILED.
+        """
+        running = [seq.id for seq in self._scheduler.running] or list(self._seqs)
+        self._forget_steps()
+        self._withdraw()
+        found = self._search.divide(running)
+        for seq in filter(None, map(self._aside.get, found)):
+            log.error("request failed: an engine step raises for it", request=seq.id, model=seq.model)
+        self._end(found, EndReason.FAILED)
+        return self._hand_out()
+
+    def retry(self) -> None:
+        """Let in the next group that a step may raise for; after the last one, all that were set aside."""
+        group = self._search.next_group(self._aside)
+        for seq_id in group or tuple(self._aside):
+            self._let_in(self._aside.pop(seq_id))
+        self._search.trial = {seq_id: len(self._seqs[seq_id].progress.tokens) for seq_id in group}
+        self._earliest_s = -math.inf  # unknown
+
     def fail_all(self) -> list[StepOutput]:
-        """End every sequence as FAILED, after a step that raised."""
+        """End every sequence that is not set aside as FAILED, after a step that raised."""
+        self._forget_steps()
+        self._end(tuple(self._seqs), EndReason.FAILED)
+        return self._hand_out()
+
+    def _forget_steps(self) -> None:
         self._under_way.clear()
         self._scheduler.step_times.forget_steps()
         self._residency.resolved(everything=True)
         self._blocks.forget_all()
-        self._end(tuple(self._seqs), EndReason.FAILED)
-        return self._hand_out()
+
+    def _let_in(self, seq: Sequence) -> None:
+        self._seqs[seq.id] = seq
+        self._scheduler.add(seq)
+
+    def _withdraw(self) -> None:
+        """Set every sequence aside, as another object: what the runner knows of the old one is not used."""
+        for seq in self._seqs.values():
+            self._scheduler.remove(seq)
+            seq.progress.restart()
+            self._aside[seq.id] = copy(seq)
+        self._seqs.clear()
 
     def _begin(self, batch: Batch) -> None:
         now_s = self._clock()
@@ -350,8 +407,11 @@ class Engine:
         """End those whose deadline has passed; return the time."""
         now = self._clock()
         if self._earliest_s <= now:
-            self._end([seq.id for seq in self._seqs.values() if _deadline(seq) <= now], EndReason.DEADLINE)
-            self._earliest_s = min(map(_deadline, self._seqs.values()), default=math.inf)
+            aside = self._aside.values() if self._search.trial else ()  # else a probe runs, which drops outputs
+            seqs = [*self._seqs.values(), *aside]
+            self._end([seq.id for seq in seqs if _deadline(seq) <= now], EndReason.DEADLINE)
+            left = (deadline for deadline in map(_deadline, seqs) if deadline > now)
+            self._earliest_s = min(left, default=math.inf)
         return now
 
 

@@ -99,9 +99,10 @@ class EngineThread:
     """Runs steps while there is work; hands every output to the stream of its sequence.
 
     Every sequence that was submitted ends once: with an output that has a finish reason, with a fault, or when
-    it is dropped. A step that raises ends its sequences. Then the probe runs steps that are known to work:
-    where it fails too, or a step takes longer than step_timeout_s, the engine has failed, and `ended` returns
-    why. Outputs are handed over together every interval_s, because an API that wakes up for every token takes
+    it is dropped. After a step that raised the probe runs steps that are known to work: where it fails too, or
+    a step takes longer than step_timeout_s, the engine has failed, and `ended` returns why. Else the sequences
+    of the step run again, in halves, until the one is found that it raises for: that one ends, and the others
+    go on. Outputs are handed over together every interval_s, because an API that wakes up for every token takes
     the cores from the steps; the first and the last of a sequence go at once. With them goes all that waits,
     unless there are so many streams that some would always begin or end: see `Delivery`.
     """
@@ -322,9 +323,10 @@ class EngineThread:
                     outputs = self._engine.rest() if self._resting else self._engine.step()
                 except Exception as error:  # every request must end, whatever a step raised
                     log.exception("engine step failed", running=self._engine.stats.running)
-                    outputs = self._engine.fail_all()
+                    outputs = self._engine.set_aside()
                     if not self._recovers():
                         return f"every engine step fails since a {type(error).__name__}"
+                    self._engine.retry()
             self._send(outputs)
             self._tell_rested()
             if self._after_step is not None:

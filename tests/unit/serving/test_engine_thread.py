@@ -47,6 +47,23 @@ async def test_what_others_held_for_a_moment_is_waited_for(threads: Threads, pau
     assert thread._inbox.post.call_count == 1  # what ended by itself is not aborted too
 
 
+async def test_a_request_that_a_step_raises_for_ends_alone(threads: Threads, pauses: list[float]) -> None:
+    """Of five requests in a step, the one that it raises for fails; the others get all of their tokens."""
+    device = Device()
+
+    def out_of_range(batch: Batch) -> None:
+        if any(chunk.seq.num_prompt == 9 for chunk in batch.chunks):
+            raise IndexError
+
+    device.before_step = out_of_range
+    thread = threads.make(device)
+    asked = [submit(thread, prompt, new=5) for prompt in (3, 4, 9, 5, 6)]
+    thread.start()
+    ends = await asyncio.gather(*(end(each) for each in asked))
+    assert ends == [EndReason.LENGTH] * 2 + [EndReason.FAILED] + [EndReason.LENGTH] * 2
+    assert await end(submit(thread)) is EndReason.LENGTH
+
+
 def _gone(batch: Batch) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
