@@ -10,7 +10,7 @@ class Search:
     raises.
 
     A group of one that raises is found. After a search that finds none, its sequences are spared once: where a
-    step raises with them again, they are the ones that end. So a failure that takes company has an end too.
+    step raises with them again, they are the ones that end. So a failure of several together has an end too.
     """
 
     def __init__(self) -> None:

@@ -145,7 +145,7 @@ SEQUENCES = st.lists(
 def test_who_a_step_raises_for_ends_alone(
     sequences: list[tuple[int, int, bool, int]], depth: int, states: bool, late: bool
 ) -> None:
-    """Of sequences that come at any step, those that raise end as FAILED, the others with their answers."""
+    """Sequences that raise end as FAILED, at whichever step they come; the others end with their answers."""
     bad = {str(number) for number, (_, _, raises, _) in enumerate(sequences) if raises}
     world = World(Machine(depth, lambda ids: bool(ids & bad), late=late), states=states)
     shared = list(range(30))  # prompts begin alike, so that the prefix cache has hits
@@ -161,8 +161,8 @@ def test_who_a_step_raises_for_ends_alone(
         assert raises or world.tokens[name] == answer(prompt, new)
 
 
-def test_a_failure_that_takes_company_ends() -> None:
-    """Where no sequence raises alone, those of a step go on once; they end where one raises with them again."""
+def test_a_failure_of_several_together_ends() -> None:
+    """Sequences that raise only together go on once, and end where a step raises with them again."""
     world = World(Machine(0, lambda ids: len(ids & {"a", "b", "c"}) > 1))
     for name in "abcd":
         world.ask(name, [3, 4], 12)

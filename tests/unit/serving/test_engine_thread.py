@@ -48,7 +48,7 @@ async def test_what_others_held_for_a_moment_is_waited_for(threads: Threads, pau
 
 
 async def test_a_request_that_a_step_raises_for_ends_alone(threads: Threads, pauses: list[float]) -> None:
-    """Of five requests in a step, the one that it raises for fails; the others get all of their tokens."""
+    """The one of five requests that a step raises for fails; the others get all of their tokens."""
     device = Device()
 
     def out_of_range(batch: Batch) -> None:
@@ -57,9 +57,9 @@ async def test_a_request_that_a_step_raises_for_ends_alone(threads: Threads, pau
 
     device.before_step = out_of_range
     thread = threads.make(device)
-    asked = [submit(thread, prompt, new=5) for prompt in (3, 4, 9, 5, 6)]
+    requests = [submit(thread, prompt, new=5) for prompt in (3, 4, 9, 5, 6)]
     thread.start()
-    ends = await asyncio.gather(*(end(each) for each in asked))
+    ends = await asyncio.gather(*(end(each) for each in requests))
     assert ends == [EndReason.LENGTH] * 2 + [EndReason.FAILED] + [EndReason.LENGTH] * 2
     assert await end(submit(thread)) is EndReason.LENGTH
 
