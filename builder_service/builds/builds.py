@@ -1,6 +1,7 @@
 """Builds as a service: accepted at once, run in threads, watched by anyone, taken up after a restart."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -190,10 +191,10 @@ class Builds(BuildViews):
         left = self._limits.running + self._limits.waiting - waiting
         if left <= 0:
             raise QueueFull(f"{waiting} builds run or wait, which is the limit. Call again later.")
-        own = sum(running.key_id == key_id for running in self._open)
-        if not is_in_share(key_id, own + 1, left - 1):
+        held = Counter(running.key_id for running in self._open)
+        if not is_in_share(key_id, held, waiting + left):
             raise QueueFull(
-                f"{own} builds of this key run or wait, which is its share of {waiting + left}. "
+                f"{held[key_id]} builds of this key run or wait, which is its share of {waiting + left}. "
                 "Call again later."
             )
 

@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence as Seq
 from enum import StrEnum
 from functools import partial
@@ -227,12 +228,12 @@ class EngineThread:
         waiting = min(unseated, max(stats.left, unseated - free))
         if waiting > self.max_queue:
             raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
-        key_id, left = new[0].key_id, self.max_queue - waiting
-        if is_in_share(key_id, waiting, left):
+        key_id = new[0].key_id
+        if not key_id or 2 * waiting <= self.max_queue:  # of two keys, each may have half
             return
-        others = self._under_way.values()
-        own = len(new) + sum(seq.key_id == key_id and seq.progress.began_s is None for seq in others)
-        if not is_in_share(key_id, min(own, waiting), left):
+        held = Counter(seq.key_id for seq in self._under_way.values() if seq.progress.began_s is None)
+        held[key_id] += len(new) - 1
+        if not is_in_share(key_id, held, self.max_queue):
             raise QueueFull(
                 f"requests of the API key {key_id!r} have its share of the {self.max_queue} that may wait. "
                 "Retry in a moment, or add a replica."

@@ -2,21 +2,22 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
 from loramux_shared.faults import QueueFull
 
 
-def is_in_share(key_id: str, held: int, free: int) -> bool:
-    """Return True if a key that holds so many places, the new ones included, leaves enough of them free.
+def is_in_share(key_id: str, held: Mapping[str, int], places: int) -> bool:
+    """Return True if a key may take one more of so many places, of which keys hold some already.
 
-    A key takes a place while it holds fewer than are free: "Dynamic queue length thresholds for shared-memory
-    packet switches", Choudhury and Hahne, 1998. One key has at most half of all places, k busy ones come to one
-    part of k + 1 each, and the next one finds a place at once. Calls without a key, whose id is empty, are one
-    caller that may have all.
+    A key that has one leaves the last place to others, and has its part of all: the places divided by the keys
+    that hold any. So a key that is alone has all but one, and the next key finds a place at once. Calls without
+    a key, whose id is empty, are one caller that may have all.
     """
-    return not key_id or held <= free + 1
+    own, keys = held.get(key_id, 0) + 1, len(held.keys() | {key_id})
+    is_last = sum(held.values()) + 1 >= places
+    return not key_id or own == 1 or (not is_last and own <= -(-places // keys))
 
 
 class Shares:
@@ -31,8 +32,7 @@ class Shares:
 
     def may_take(self, key_id: str) -> bool:
         """Return True if a place is free for a key."""
-        free = self.places - self.taken - 1
-        return free >= 0 and is_in_share(key_id, self._held[key_id] + 1, free)
+        return self.taken < self.places and is_in_share(key_id, self._held, self.places)
 
     def take(self, key_id: str) -> None:
         """Take a place, whether it is free or not."""
