@@ -93,7 +93,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         extensions = import_module("loramux_shared.extensions")
         if added := extensions.find_extensions(extensions.NAMES).get(name):
-            return added.load()
+            return extensions.load_extension(added)
         raise AttributeError(f"module 'loramux' has no attribute {name!r}")
     if name == "faults":
         return import_module("loramux.faults")

@@ -64,6 +64,12 @@ class ChatTemplate:
             raise RequestInvalid("the chat template refuses the messages.", [finding])
         return _before(mark, answer["text"]) if mark else answer["text"]
 
+    async def marks(self) -> tuple[str, ...]:
+        """Return the words right before and right behind a user's message; raise what `render` does."""
+        content = secrets.token_hex(16)
+        before, _, behind = (await self.render([{"role": "user", "content": content}])).partition(content)
+        return (*before.split()[-1:], *behind.split()[:1])
+
 
 def _before(mark: str, rendered: str) -> str:
     before, found, behind = rendered.rpartition(mark)

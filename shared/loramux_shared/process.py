@@ -9,7 +9,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Literal
@@ -59,8 +59,23 @@ STATUS: Final = "STATUS="
 """The prefix of a line for people."""
 
 
+_HEARING: Final[list[Callable[[str], None]]] = []
+
+
+@contextmanager
+def hearing(tell: Callable[[str], None]) -> Iterator[None]:
+    """Pass all that a start in this process reports within the block to a function, on any thread."""
+    _HEARING.append(tell)
+    try:
+        yield
+    finally:
+        _HEARING.remove(tell)
+
+
 def report(doing: str) -> None:
     """Say what a start does now, in a few words."""
+    for tell in tuple(_HEARING):
+        tell(doing)
     notify(f"{STATUS}{doing}")
 
 

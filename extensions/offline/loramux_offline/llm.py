@@ -15,6 +15,7 @@ import structlog
 from pydantic import ValidationError
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
+from inference_service.serving.request import Request
 from inference_service.serving.service import GenerationService
 from loramux import Classification, Completion, ModelInfo, load_deployment
 from loramux.records import GenerateOptions, Prompt
@@ -30,6 +31,7 @@ STORE: Final = "file://~/.local/share/loramux/store"
 Models = str | Sequence[str]
 """A name of a model for all prompts, or one for each; empty: the base."""
 T = TypeVar("T")
+log = structlog.get_logger()
 
 
 class LLM:
@@ -38,7 +40,8 @@ class LLM:
     ::
 
         llm = LLM(base="HuggingFaceTB/SmolLM2-135M-Instruct", adapters={"support": "./support-lora"})
-        for answer in llm.generate(["Where is my order?", "Hello"], "support", max_tokens=64):
+        asked = [[{"role": "user", "content": text}] for text in ("Where is my order?", "Hello")]
+        for answer in llm.chat(asked, "support", max_tokens=64):
             print(answer.text)
 
     Methods may be called by several threads at once; their prompts share the steps of the engine. The model is
@@ -52,13 +55,15 @@ class LLM:
         base: str = "",
         adapters: Mapping[str, str] | None = None,
         store: str = STORE,
+        progress: bool = True,
         **settings: Any,
     ) -> None:
         """Build and load a deployment (a file or an object), or a base with adapters by their names.
 
         Repositories are written as on the command line: ``org/name@revision``, a folder, ``s3://bucket/prefix``.
-        Bundles are kept in the store, so that the next start converts nothing again. settings are those of a
-        replica (docs/reference/settings.md), such as ``threads=8`` or ``dtype="bfloat16"``.
+        Bundles are kept in the store, so that the next start converts nothing again. progress says on stderr
+        what is built and loaded. settings are those of a replica (docs/reference/settings.md), such as
+        ``threads=8`` or ``dtype="bfloat16"``.
 
         Raises:
             SettingsInvalid: a setting is unknown or its value is not allowed.
@@ -74,8 +79,10 @@ class LLM:
         self._thread = threading.Thread(target=self._loop.run_forever, name="loramux", daemon=True)
         self._thread.start()
         self._closed = False
+        self._warned, self._warning = False, asyncio.Lock()
+        self._marks: dict[str, tuple[str, ...]] = {}
         try:
-            self._replica = self.run(load(loaded, store, **settings))
+            self._replica = self.run(load(loaded, store, progress=progress, **settings))
             self.run(self._begin())
         except BaseException:
             self._end()
@@ -122,7 +129,8 @@ class LLM:
 
         A prompt is text, a list of token ids, or a list of messages for the chat template; model is a name, or
         one for each prompt. Options are those of `loramux.Client.complete`. progress shows a bar; by default
-        where stderr is a terminal.
+        where stderr is a terminal. A warning, once, names a text without a mark of its model's chat template:
+        models that were trained on chats often end such an answer at once.
 
         Raises:
             Interrupted: Ctrl-C; it has the answers that are complete.
@@ -132,8 +140,11 @@ class LLM:
         if isinstance(prompts, str):
             raise _no_list("prompts")
 
-        def ask(index: int, name: str) -> Awaitable[Completion]:
-            return self._client.complete(name, prompts[index], **options)
+        async def ask(index: int, name: str) -> Completion:
+            prompt = prompts[index]
+            if isinstance(prompt, str):
+                await self._warn_of_plain_text(index, prompt, name)
+            return await self._client.complete(name, prompt, **options)
 
         return self._ask_all(ask, self._names(model, len(prompts)), progress, return_exceptions)
 
@@ -218,12 +229,40 @@ class LLM:
         self.close()
 
     def _names(self, model: Models, count: int) -> list[str]:
-        names = [model] * count if isinstance(model, str) else list(model)
+        names = [model] if isinstance(model, str) else list(model)
+        names = names * count if len(names) == 1 else names
         if len(names) != count:
             expected, found = f"one name, or {count}: one for each prompt", f"{len(names)} names"
             finding = Finding(code="E_BAD_FIELD", where="model", expected=expected, found=found)
             raise RequestInvalid("models and prompts do not fit together", [finding])
         return [name or self._base for name in names]
+
+    async def _warn_of_plain_text(self, index: int, text: str, name: str) -> None:
+        """Warn, once, of a text that has no mark of its model's chat template."""
+        async with self._warning:
+            if not self._warned and name not in self._marks:
+                self._marks[name] = await self._marks_of(name)
+            marks = () if self._warned else self._marks[name]
+            if not marks or any(mark in text for mark in marks):
+                return
+            self._warned = True
+        log.warning(
+            "prompt has no mark of its model's chat template, so the answer may end at once: call chat with "
+            "messages; not said again",
+            prompt=index,
+            model=name,
+            expected_marks=marks,
+        )
+
+    async def _marks_of(self, name: str) -> tuple[str, ...]:
+        """Return marks of the chat template of a model; none where it has none, or cannot be asked."""
+        try:
+            served = await self.service.naming.choose(Request.of(name, ""))
+            defaults = await self.service.naming.defaults(served.model)
+            template = defaults.template or self.service.text.template
+            return await template.marks() if template is not None else ()
+        except Fault:
+            return ()
 
     def _of_texts(
         self,

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -17,9 +17,14 @@ from inference_service.serving.delivery import Sink
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, Request
 from inference_service.serving.service import GenerationService
 from loramux import AsyncClient, Deployment
+from loramux.cli import shell
 from loramux.cli.build import follow_build
+from loramux.cli.build_view import BuildView
+from loramux.records import DeploymentInfo
 from loramux_shared.deployment import SourceKind
+from loramux_shared.process import hearing
 from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings
+from loramux_shared.wording import counted
 
 HERE = "this process"
 
@@ -110,22 +115,24 @@ class LocalClient(AsyncClient):
             self._adapters = LocalCalls(AdapterServicer(replica.operators.manager))
 
 
-async def build(deployment: Deployment, settings: BuilderSettings) -> None:
-    """Fetch, check, convert and publish the adapters of a deployment.
+async def build(
+    deployment: Deployment, settings: BuilderSettings, tell: Callable[[DeploymentInfo], None]
+) -> None:
+    """Fetch, check, convert and publish the adapters of a deployment; its states are told.
 
     Raises:
         Fault: what the build failed with.
     """
     builder = await Builder.open(settings)
     try:
-        await follow_build(LocalClient(builder), deployment, lambda _: None, exact=True)
+        await follow_build(LocalClient(builder), deployment, tell, exact=True)
     finally:
         builder.checks.stop()
         await builder.builds.drain(0)
 
 
-async def load(deployment: Deployment, store: str, **settings: Any) -> Replica:
-    """Build a deployment and load it; folders that it names may be read.
+async def load(deployment: Deployment, store: str, *, progress: bool, **settings: Any) -> Replica:
+    """Build a deployment and load it; folders that it names may be read. progress is shown as a command's is.
 
     Raises:
         Fault: what a builder refuses, or what loading raises.
@@ -136,5 +143,12 @@ async def load(deployment: Deployment, store: str, **settings: Any) -> Replica:
     replica_settings = load_settings(
         InferenceSettings, **common, deployment=deployment.model_name, **usual | settings
     )
-    await build(deployment, load_settings(BuilderSettings, **common))
-    return await Replica.load(replica_settings)
+    builder_settings = load_settings(BuilderSettings, **common)
+    if not progress:
+        await build(deployment, builder_settings, lambda _: None)
+        return await Replica.load(replica_settings)
+    shell.say(f"building {counted(len(deployment.build.lora_adapters), 'adapter')}")
+    with BuildView() as view:
+        await build(deployment, builder_settings, view.update)
+    with shell.step("loading the base and its adapters") as came, hearing(came.tell):
+        return await Replica.load(replica_settings)

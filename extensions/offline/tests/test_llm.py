@@ -1,6 +1,8 @@
 """A model in the process of a program: lists of prompts, their order, faults, and Ctrl-C."""
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 import loramux
 from loramux_offline.llm import LLM, Interrupted
@@ -50,6 +53,9 @@ def test_answers_come_in_the_order_of_the_prompts(llm: LLM, world: World) -> Non
     assert [answer.text for answer in answers] == expected
     assert [answer.started.model for answer in answers] == [name or "base" for name in names]
     assert len(set(expected)) > 3
+    assert [each.text for each in llm.generate(prompts[:2], models[-1:], max_tokens=6)] == [
+        alone(llm, prompt, models[-1], max_tokens=6) for prompt in prompts[:2]
+    ]
     assert [model.name for model in llm.models()] == ["base", *sorted(world.adapters)]
 
 
@@ -67,6 +73,25 @@ def test_a_whole_answer_is_that_of_a_stream(llm: LLM, options: Any, monkeypatch:
     streamed = llm.generate(prompts, names, max_tokens=9, **options)
     for one, other in zip(whole, streamed, strict=True):
         assert (one.choices, one.prompt) == (other.choices, other.prompt)
+
+
+def warnings_of(lines: Sequence[Any]) -> list[Any]:
+    return [line for line in lines if line["log_level"] == "warning"]
+
+
+def test_a_text_without_marks_of_the_chat_template_is_warned_of_once(llm: LLM, world: World) -> None:
+    """Messages, tokens and a text with a mark are silent; the first plain text is named, with what it lacks."""
+    mark, *_ = marks = llm.run(llm._marks_of("base"))
+    llm._warned = False
+    with capture_logs() as lines:
+        llm.generate([f"{mark} hello", [5, 6, 7], HELLO], max_tokens=2)
+        assert not warnings_of(lines)
+        llm.generate([f"{mark} hello", "hello", "bye"], ["", *[*world.adapters][:2]], max_tokens=2)
+        llm.generate(["hello"], max_tokens=2)
+    [line] = warnings_of(lines)
+    assert "call chat with messages" in line["event"]
+    assert line["prompt"] in (1, 2)
+    assert line["expected_marks"] == marks
 
 
 def test_a_refused_prompt_ends_the_call_or_stands_in_its_place(llm: LLM) -> None:
@@ -120,6 +145,27 @@ def test_ctrl_c_ends_a_call_and_not_the_model(llm: LLM) -> None:
     assert alone(llm, "hello", "", max_tokens=2)
     wait_until(lambda: llm.service.engine.stats.running == 0, "nothing runs")
     assert llm.service.engine.stats.tokens_generated - before < 3 * 400
+
+
+def test_a_start_says_what_it_does(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is built and loaded is on stderr, as commands have it, and nothing where that is not wanted."""
+    adapters = {name: str(folder) for name, folder in [*world.adapters.items()][:1]}
+    start = {"base": str(world.base), "adapters": adapters, "store": f"file://{world.root}/store", **SETTINGS}
+    with loramux.LLM(**start):
+        pass
+    err = capfd.readouterr().err
+    order = ("building 1 adapter", f"{next(iter(adapters))}: done", "loading the base", "reading the base, ")
+    assert [part for part in order if part not in err] == []
+    with loramux.LLM(**start, progress=False):
+        pass
+    assert not capfd.readouterr().err
+
+
+def test_a_name_whose_packages_are_not_installed_names_its_extra() -> None:
+    """A client has no tqdm, which `loramux.LLM` imports."""
+    code = "import sys; sys.modules['tqdm'] = None; import loramux; loramux.LLM"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "not installed here (tqdm): pip install 'loramux[offline]'" in done.stderr
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing(world: World, tmp_path: Path) -> None:
