@@ -1,11 +1,14 @@
-"""Puts the operations of CPUs into a wheel, compiled for every kind of processor of this kind of machine.
+"""Builds a wheel: hatchling's backend, with the operations of CPUs and links that lead somewhere.
 
-A wheel is pure where nothing can be compiled: without a C++ compiler, and on other systems than Linux. What it
-lacks is compiled at the first start instead. An editable installation compiles nothing either.
+The operations are compiled for every kind of processor of this kind of machine. A wheel is pure where nothing
+can be compiled: without a C++ compiler, and on other systems than Linux. What it lacks is compiled at the first
+start instead. An editable installation compiles nothing either. Metadata are written without a build:
+hatchling hides that from pip, which then builds a wheel for its metadata and another one to install.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -15,8 +18,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hatchling.build import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_editable,
+    get_requires_for_build_sdist,
+    get_requires_for_build_wheel,
+)
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.builders.wheel import WheelBuilder
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_wheel",
+]
+REPOSITORY_URL = "LORAMUX_REPOSITORY_URL"
+"""Environment variable: where the sources of this release are, as https://HOST/OWNER/NAME."""
+LINK = re.compile(r"(!?)\[([^]]*)\]\((?![a-z]+:|#)([^)]+)\)")
 PACKAGE = "inference_service/kernels/cpu"
 
 
@@ -36,7 +61,8 @@ class CompiledOperations(BuildHookInterface[Any]):
             sys.path.remove(self.root)
         self.folder = tempfile.TemporaryDirectory(prefix="loramux-build-")
         try:
-            made = compiling.compile_beforehand(Path(self.folder.name) / compiling.BEFOREHAND)
+            into = Path(self.folder.name) / compiling.BEFOREHAND
+            made = compiling.compile_beforehand(into, self.app.display_info)
         except subprocess.CalledProcessError as error:
             self._warn(compiling.reason(error))
         except OSError as error:
@@ -57,6 +83,37 @@ class CompiledOperations(BuildHookInterface[Any]):
             f"The wheel has no compiled operations ({why}). The inference service compiles them at its first "
             "start, or computes by torch's, more slowly, where it finds no C++ compiler either."
         )
+
+
+class Links(MetadataHookInterface):
+    """Names the repository, and makes the README's links absolute, in a release that states where that is."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Set the fields that are dynamic."""
+        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        metadata["urls"] = {}
+        if home := os.environ.get(REPOSITORY_URL, "").rstrip("/"):
+            page, raw = (f"{home}/{kind}/v{metadata['version']}/" for kind in ("blob", "raw"))
+            text = LINK.sub(lambda link: f"{link[1]}[{link[2]}]({raw if link[1] else page}{link[3]})", text)
+            metadata["urls"] = {
+                "Homepage": home,
+                "Documentation": f"{page}docs/index.md",
+                "Changelog": f"{page}CHANGELOG.md",
+            }
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
+
+
+def prepare_metadata_for_build_wheel(
+    metadata_directory: str,
+    config_settings: dict[str, Any] | None = None,  # noqa: ARG001
+) -> str:
+    """Write the metadata of a wheel, as hatchling does where pip does not ask: no hook here changes them."""
+    builder = WheelBuilder(str(Path.cwd()))
+    info = Path(metadata_directory) / f"{builder.artifact_project_id}.dist-info"
+    info.mkdir()
+    text = builder.config.core_metadata_constructor(builder.metadata)
+    (info / "METADATA").write_text(text, encoding="utf-8")
+    return info.name
 
 
 def system_of(libraries: Sequence[Path]) -> str:

@@ -7,7 +7,6 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -r
 WORKDIR /source
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY builder_service builder_service
-COPY examples examples
 COPY inference_service inference_service
 COPY loramux loramux
 COPY extensions extensions

@@ -20,6 +20,7 @@ from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit, exit_of
 from loramux.cli.tables import fitted, fitting_columns
 from loramux_shared.faults import Fault, SettingsInvalid
+from loramux_shared.pages import page
 from loramux_shared.signatures import read_signer
 
 P = ParamSpec("P")
@@ -66,12 +67,15 @@ TruncateTo = Annotated[
 SignedBy = Annotated[
     list[str] | None,
     typer.Option(
-        "--signed-by", metavar="SIGNER", help="Required signer; repeatable: extensions/signing/README.md"
+        "--signed-by",
+        metavar="SIGNER",
+        help=f"Required signer; repeatable: {page('extensions/signing/README.md')}",
     ),
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Deployment file (YAML).", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON; see docs/reference/cli.md.")]
-JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines; see docs/reference/cli.md.")]
+_PAGE: Final = page("docs/reference/cli.md")
+Json = Annotated[bool, typer.Option("--json", help=f"Print JSON; see {_PAGE}.")]
+JsonLines = Annotated[bool, typer.Option("--json", help=f"Print JSON lines; see {_PAGE}.")]
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

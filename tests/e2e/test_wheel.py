@@ -4,7 +4,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,16 +14,19 @@ from hatchling.builders.wheel import WheelBuilder
 from packaging.tags import sys_tags
 from packaging.utils import parse_wheel_filename
 
-from hatch_build import CompiledOperations
+import hatch_build
+from hatch_build import REPOSITORY_URL, CompiledOperations, Links
 from inference_service.kernels.cpu import compiling
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.compiling import kinds_of_machine, kinds_that_run
+from loramux_shared.pages import begin_of_pages
 from tests.support.native import as_in_a_wheel
 from tests.support.root import ROOT
 
 CORE = ("loramux", "shared/loramux_shared", "builder_service", "inference_service")
 PACKAGES = {path.name: path for path in (*map(ROOT.joinpath, CORE), *ROOT.glob("extensions/*/loramux_*"))}
 OURS = set(PACKAGES)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NOT_INSTALLED = {path.name for path in ROOT.iterdir() if path.is_dir()} - OURS
 IMPORT = """
 import importlib, pkgutil, sys
@@ -38,7 +43,7 @@ for top in ("loramux", "loramux_shared", "builder_service"):
 def built(tmp_path: Path, beforehand: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The wheel, with operations that were compiled once for all tests."""
 
-    def copied(into: Path) -> list[Path]:
+    def copied(into: Path, _: Callable[[str], None]) -> list[Path]:
         shutil.copytree(beforehand, into)
         return [compiling.place(into, kind) for kind in kinds_of_machine()]
 
@@ -85,10 +90,49 @@ def test_without_a_compiler_a_wheel_is_pure_and_says_so(
 
 def test_an_editable_installation_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An editable installation leaves compilation to the first start after a change of the source."""
-    monkeypatch.setattr(compiling, "compile_beforehand", lambda _: pytest.fail("it does"))
+    monkeypatch.setattr(compiling, "compile_beforehand", lambda *_: pytest.fail("it does"))
     data: dict[str, object] = {}
     CompiledOperations(str(ROOT), {}, None, None, str(tmp_path), "wheel").initialize("editable", data)
     assert not data
+
+
+def test_pip_gets_the_metadata_of_a_wheel_without_compiling(built: Path, tmp_path: Path) -> None:
+    """What pip asks for before it builds a wheel is there, and says what the wheel says."""
+    ask = "import sys, hatch_build as it; print(it.prepare_metadata_for_build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", ask, tmp_path],
+        env={"PIP_BUILD_TRACKER": str(tmp_path), "PATH": ""},
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    with zipfile.ZipFile(built) as archive:
+        of_wheel = archive.read(f"{done.stdout.strip()}/METADATA").decode()
+    assert (tmp_path / done.stdout.strip() / "METADATA").read_text() == of_wheel
+    assert PROJECT["build-system"]["build-backend"] == hatch_build.__name__
+
+
+def test_a_release_names_its_repository_and_its_links_lead_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links of the README, and pages in messages, are URLs of the release's tag; elsewhere they are paths."""
+    fields = {"version": "1.2.3"}
+    links = Links(str(ROOT), {})
+    links.update(local := dict(fields))
+    assert local["readme"]["text"] == (ROOT / "README.md").read_text()
+    assert local["urls"] == {}
+    monkeypatch.setenv(REPOSITORY_URL, "https://git.example/us/loramux")
+    links.update(released := dict(fields))
+    targets = re.findall(r"\]\(([^)]*)\)", released["readme"]["text"])
+    assert all(target.startswith("https://") for target in targets)
+    assert "https://git.example/us/loramux/blob/v1.2.3/docs/index.md" in targets
+    assert "https://git.example/us/loramux/raw/v1.2.3/docs/images/page.webp" in targets
+    urls = "".join(f"Project-URL: {label}, {url}\n" for label, url in released["urls"].items())
+    assert begin_of_pages(f"Name: loramux\n{urls}") == "https://git.example/us/loramux/blob/v1.2.3/"
+    assert begin_of_pages("Name: loramux\n") == ""
+
+
+def test_a_wheel_has_no_large_files(built: Path) -> None:
+    """The adapters of the demo stay in the sources; libraries alone are large."""
+    with zipfile.ZipFile(built) as archive:
+        large = {each.filename: each.file_size for each in archive.infolist() if each.file_size > 200_000}
+    assert {Path(name).suffix for name in large} <= {".so"}
 
 
 def test_a_wheel_stays_out_of_other_projects_way(built: Path, tmp_path: Path) -> None:

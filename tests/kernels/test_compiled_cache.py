@@ -126,6 +126,29 @@ def test_what_is_kept_is_closed_to_others_and_serves_the_next_start(retained: Pa
     assert [path.stat().st_ino for path in retained.parent.iterdir()] == [before]
 
 
+def test_beforehand_each_part_is_compiled_once_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kinds of processors share a part that is the same for them; a line says when each part is done."""
+    calls = tmp_path / "calls"
+    made_of = ('while [ "$1" != -o ]; do shift; done', ': > "$2"')
+    monkeypatch.setenv("CXX", str(script(tmp_path / "counting", f'echo "$*" >> {calls}', *made_of)))
+    lines: list[str] = []
+    libraries = compiling.compile_beforehand(tmp_path / "made", lines.append)
+    assert all(path.is_file() for path in libraries)
+    compiled = [line.partition(" -o ")[0] for line in calls.read_text().splitlines() if " -c " in line]
+    assert len(set(compiled)) == len(compiled) <= 2 * len(libraries)
+    if len(libraries) > 1:
+        assert len(compiled) < 2 * len(libraries)
+    assert lines[0].startswith(f"compiling {len(compiled)} parts, ")
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        f"compiled {done} of {len(compiled)} parts" for done in range(1, len(compiled) + 1)
+    ]
+    calls.unlink()
+    assert compiling.compile_beforehand(tmp_path / "made") == libraries
+    assert not calls.exists()
+
+
 @needs_compiler
 def test_folders_of_starts_that_were_killed_are_removed(retained: Path) -> None:
     """A start removes the folders of killed starts, and leaves a folder that may still be in use."""

@@ -22,6 +22,7 @@ from loramux_bench.figures import Figures, Outcome, Percentiles, Report, report
 from loramux_bench.plot import plot as draw, require_plot
 from loramux_bench.workload import Workload, read_prompts, words_for
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.pages import page
 
 DURATION_S = 10.0
 CONCURRENCY = 8
@@ -58,7 +59,9 @@ PromptTokens = Annotated[
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option("--prompts", metavar="FILE", help="File, a prompt a line; see extensions/bench/README.md."),
+    typer.Option(
+        "--prompts", metavar="FILE", help=f"File, a prompt a line; see {page('extensions/bench/README.md')}."
+    ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens of an answer.")]
 Eos = Annotated[bool, typer.Option("--eos", help="Let answers end earlier.")]

@@ -35,6 +35,7 @@ from loramux_openapi.parts import (
     path_parameter,
     query_parameters,
 )
+from loramux_shared.pages import page
 from loramux_shared.routes import OPENAPI
 from loramux_shared.wording import SANE_ID
 
@@ -43,7 +44,8 @@ SCHEMAS: Final = "#/components/schemas/"
 ABOUT: Final = (
     "OpenAI's API, and Anthropic's messages, of a loramux replica; a model is the base or one of its adapters. "
     "The schemas list the parameters with their types and bounds; one that can only be null is refused, and "
-    "null is the same as unset. Their meaning: docs/reference/openai.md and docs/reference/anthropic.md. Not "
+    f"null is the same as unset. Their meaning: {page('docs/reference/openai.md')} and "
+    f"{page('docs/reference/anthropic.md')}. Not "
     "listed here: a method that a path does not have gets 405, and a request that is not HTTP/1.1 gets 400, "
     "417, 501 or 505. Answers may get new fields: ignore unknown ones."
 )

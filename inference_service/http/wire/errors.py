@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from loramux_shared.extensions import absent
 from loramux_shared.faults import Fault, Finding, RequestInvalid, Status
+from loramux_shared.pages import page
 from loramux_shared.routes import ROUTES
 from loramux_shared.wording import MAX_FINDINGS, counted, expected_of, nearest
 
@@ -112,7 +113,7 @@ def http_error(http: Request, error: HTTPException) -> tuple[str, str]:
         path = http.url.path
         served = error.headers["Allow"] if error.headers else _alike(path.rstrip("/"))
         but = f", but {served} {'are' if ',' in served else 'is'}" if served else ""
-        message = f"{http.method} {path[:200]} is not served{but}; see docs/reference/openai.md."
+        message = f"{http.method} {path[:200]} is not served{but}; see {page('docs/reference/openai.md')}."
     return message, code
 
 

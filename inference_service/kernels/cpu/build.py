@@ -178,4 +178,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    compiling.compile_beforehand(BEFOREHAND)
+    compiling.compile_beforehand(BEFOREHAND, log.info)

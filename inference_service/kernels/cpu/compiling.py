@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
@@ -35,6 +36,8 @@ FLAGS = (
 )
 TYPES: Final = ("ONLY_FLOAT32", "ONLY_BFLOAT16")
 """Parts of ops.cpp that are compiled by themselves."""
+VNNI: Final = "-mavx512vnni"
+"""An option that changes nothing of float32: products of integers are in the other part."""
 COMPILERS: Final = ("c++", "g++", "clang++")
 INTERVAL_S = 10.0
 """Between two calls of `Waiting`."""
@@ -58,8 +61,8 @@ _V4: Final = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "av
 _VNNI: Final = _V4 | frozenset(["avx512_vnni"])
 KINDS: Final = {
     "x86_64": (
-        Kind("avx512bf16", ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"), _VNNI | {"avx512_bf16"}),
-        Kind("avx512vnni", ("-march=x86-64-v4", "-mavx512vnni"), _VNNI),
+        Kind("avx512bf16", ("-march=x86-64-v4", "-mavx512bf16", VNNI), _VNNI | {"avx512_bf16"}),
+        Kind("avx512vnni", ("-march=x86-64-v4", VNNI), _VNNI),
         Kind("avx512", ("-march=x86-64-v4",), _V4),
         Kind("avx2", ("-march=x86-64-v3",), _V3),
     ),
@@ -101,8 +104,9 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
 
 
-def compile_beforehand(into: Path) -> list[Path]:
+def compile_beforehand(into: Path, tell: Callable[[str], None] = lambda _: None) -> list[Path]:
     """Compile for every kind of processor of this kind of machine what is not there yet; return all of it.
+    As many compilers run as there are cores; tell is called with a line whenever one of them is done.
 
     Raises:
         CompilerMissing: something is to be compiled, and there is no compiler.
@@ -111,13 +115,52 @@ def compile_beforehand(into: Path) -> list[Path]:
     """
     into.mkdir(exist_ok=True)
     places = {kind: place(into, kind) for kind in kinds_of_machine()}
-    for kind, path in places.items():
-        if not path.is_file():
-            found = compiler()
-            if found is None:
-                raise CompilerMissing
-            compile_library(found, flags_of(kind), path)
+    if missing := {kind: path for kind, path in places.items() if not path.is_file()}:
+        found = compiler()
+        if found is None:
+            raise CompilerMissing
+        _compile_kinds(found, missing, into, tell)
     return list(places.values())
+
+
+def _compile_kinds(compiler: str, places: Mapping[Kind, Path], into: Path, tell: Callable[[str], None]) -> None:
+    """Compile libraries of several kinds; parts that are the same for some of them are compiled once."""
+    began, cores = time.monotonic(), os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(dir=into) as folder, ThreadPoolExecutor(cores) as pool:
+        # those that take longest come first
+        parts = dict.fromkeys((only, _flags_of_part(only, kind)) for only in reversed(TYPES) for kind in places)
+        objects = {part: str(Path(folder) / f"{number}.o") for number, part in enumerate(parts)}
+        names = ", ".join(kind.name for kind in places)
+        tell(f"compiling {len(parts)} parts, {min(cores, len(parts))} at a time, for the processors {names}")
+        compiled = [pool.submit(run, _compiling(compiler, *part, to)) for part, to in objects.items()]
+        try:
+            for done, each in enumerate(as_completed(compiled), 1):
+                each.result()
+                tell(f"compiled {done} of {len(parts)} parts, {time.monotonic() - began:.0f} s so far")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        for kind, path in places.items():
+            made = [objects[only, _flags_of_part(only, kind)] for only in TYPES]
+            _link(compiler, flags_of(kind), made, Path(folder), path)
+
+
+def _compiling(compiler: str, only: str, flags: Sequence[str], to: str) -> list[str]:
+    return [compiler, *flags, "-c", f"-D{only}", str(SOURCE), "-o", to]
+
+
+def _link(
+    compiler: str,
+    flags: Sequence[str],
+    objects: Iterable[str],
+    folder: Path,
+    target: Path,
+    waiting: Waiting = lambda _: None,
+    began: float | None = None,
+) -> None:
+    made = folder / target.name
+    run([compiler, *flags, *objects, "-o", str(made)], waiting=waiting, began=began)
+    made.replace(target)
 
 
 def reason(error: subprocess.CalledProcessError) -> str:
@@ -136,13 +179,9 @@ def compile_library(
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = {only: str(Path(folder) / f"{only}.o") for only in TYPES}
-        compiled = (
-            [compiler, *flags, "-c", f"-D{only}", str(SOURCE), "-o", to] for only, to in objects.items()
-        )
+        compiled = (_compiling(compiler, only, flags, to) for only, to in objects.items())
         run(*compiled, waiting=waiting, began=began)
-        made = Path(folder) / target.name
-        run([compiler, *flags, *objects.values(), "-o", str(made)], waiting=waiting, began=began)
-        made.replace(target)
+        _link(compiler, flags, objects.values(), Path(folder), target, waiting, began)
 
 
 def run(*commands: list[str], waiting: Waiting = lambda _: None, began: float | None = None) -> None:
@@ -187,3 +226,7 @@ def source() -> bytes:
 def flags_of(kind: Kind) -> list[str]:
     """Return what the compiler is given for a kind of processor."""
     return [*(flag for flag in FLAGS if flag != "-march=native"), *kind.options]
+
+
+def _flags_of_part(only: str, kind: Kind) -> tuple[str, ...]:
+    return tuple(flag for flag in flags_of(kind) if (only, flag) != ("ONLY_FLOAT32", VNNI))

@@ -93,6 +93,8 @@ extern "C" void pack_blocks(const void* numbers, int64_t rows, int64_t K, int64_
   pack_numbers((const uint8_t*)numbers, rows, K, bits, (uint8_t*)to, threads);
 }
 
+#endif
+#ifndef ONLY_FLOAT32
 // The instruction set of this build, as text.
 extern "C" const char* instructions() {
 #if defined(__AVX512BF16__)
@@ -109,8 +111,7 @@ extern "C" const char* instructions() {
   return "no vectors";
 #endif
 }
-#endif
-#ifndef ONLY_FLOAT32
+
 int64_t widened_from = Unit<bf16>::multiplied ? INT64_MAX : 1;
 int64_t multiplies_tiles = 0;
 EXPORT(bf16, bfloat16)

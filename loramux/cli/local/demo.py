@@ -24,6 +24,7 @@ from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux.records import Delta, Finished, FinishReason, Message, ModelInfo
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.pages import page
 
 DEMO_STORE = "file://~/.cache/loramux/demo-store"
 PROMPT = "Tell me about the sea."
@@ -40,7 +41,10 @@ def demo(
     store: shell.Store = DEMO_STORE,
     threads: shell.Threads = None,
     api_processes: shell.ApiProcesses = None,
-    folder: Annotated[Path | None, typer.Option("--examples", hidden=True)] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--examples", metavar="DIR", help="Folder examples/ of the sources; default: found."),
+    ] = None,
 ) -> None:
     """Build small adapters, serve them, ask all of them at once.
 
@@ -99,12 +103,16 @@ def _written_ns(file: Path) -> int | None:
 
 
 def find_examples() -> Path:
-    """Return the folder of examples: inside an installed package, beside it in a checkout."""
+    """Return the folder of examples: beside the package in the sources, inside it in an image."""
     package = Path(__file__).resolve().parents[2]
     for folder in (package / "examples", package.parent / "examples"):
         if (folder / "deployment.yaml").is_file():
             return folder
-    raise SettingsInvalid(f"the examples are missing: no deployment.yaml in {package.parent / 'examples'}")
+    raise SettingsInvalid(
+        "the demo's adapters are not part of an installation: expected the folder examples/ of the sources of "
+        f"loramux ({page('examples')}), found none beside the package. Run `make demo` in a clone, or give the "
+        "folder: --examples DIR."
+    )
 
 
 MIN_COLUMN = 38
