@@ -312,6 +312,25 @@ async def test_the_panel_rests_while_nobody_looks(page: Page, tmp_path: Path) ->
         await page.call("Page.removeScriptToEvaluateOnNewDocument", **script)
 
 
+async def test_no_card_is_cut(page: Page, tmp_path: Path) -> None:
+    """Five cards, as the demo has them, stand side by side on a laptop; more take another row."""
+    names = ["bard", "json", "pirate", "legal", "medical", "support"]
+    says = {name: ["The sea is a vast and mysterious realm. " * 9] for name in names}
+    async with scripted_api(ScriptedPage(tmp_path, names, says)) as url:
+        await _open(page, url, 7)
+        for name in names[-2:]:
+            await page.click(f".model input[value={name}]")
+        for cards, rows in ((6, 2), (5, 1)):
+            await _ask(page, "Tell me about the sea.")
+            await page.until(f"{DONE} && document.querySelectorAll('article').length === {cards}")
+            await page.photograph(ARTIFACTS / f"page-{cards}-cards.png")
+            shown = "[...document.querySelectorAll('article')].map((each) => each.getBoundingClientRect())"
+            assert await page.eval(f"{shown}.every((each) => each.left >= 0 && each.right <= innerWidth)")
+            assert await page.eval(f"new Set({shown}.map((each) => each.top)).size") == rows
+            assert await overflow(page) == 0
+            await page.click(f".model input[value={names[-1]}]")
+
+
 async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path) -> None:
     """The panel lists each name with version and place; an action is reported, and the list follows."""
     replica = operated(["one", "two"])
@@ -323,6 +342,7 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
         assert await page.texts(".model .version") == ["000000 ○", "000000 ○"]
         await page.click("#operate summary")
         await page.until("document.querySelector('#replica').textContent.includes('generation 1, current')")
+        assert (await page.text("#push")).endswith("--name my-adapter --deployment demo")
         await page.click("#pin")
         await page.until(f"{reported} === 'Pinned: one, two.'")
         await page.until("document.querySelectorAll('.tier')[1].textContent === '●'")

@@ -183,12 +183,16 @@ def rollback(
             raise fault.with_message(
                 f"{fault.message}. For generation {name}: `loramux rollback --to {name}`"
             ) from fault
+        published = [] if done.unchanged or as_json else client.history(deployment_name, 1)
     if as_json:
         emit({"deployment": deployment_name, **asdict(done)})
         return
     content = f", as generation {done.restored}" if done.restored else ""
     unchanged = ", unchanged" if done.unchanged else ""
     shell.show(f"deployment {deployment_name}: generation {done.generation} is published{content}{unchanged}")
+    for each in published:
+        if each.number == done.generation:  # nobody published another one since
+            shell.show(f"changes: {_changes(each)}")
 
 
 def _changes(generation: GenerationInfo) -> str:

@@ -130,13 +130,14 @@ def new(
     entry = _entry(key, about | ({"limits": limits} if limits else {}))
     if file is not None:
         append_entry(file.expanduser(), entry)
-        shell.say(f"{entry.id} is in {file}; the key is not shown again", "dim")
     if as_json:
         emit({"key": key, "entry": entry})
-        return
-    shell.show(key)
-    if file is None:
-        shell.say("the key is not shown again; the line for the keys file or LORAMUX_API_KEYS:", "dim")
+    else:
+        shell.show(key)
+    if file is not None:
+        shell.say(f"{entry.id} is in {file}; the key above is not shown again", "dim")
+    elif not as_json:
+        shell.say("the key above is not shown again; the line for the keys file or LORAMUX_API_KEYS:", "dim")
         shell.show(entry.line())
 
 

@@ -83,9 +83,10 @@ async def test_history_and_rollback(world: Builders) -> None:
         stated = await run("history")
         assert [line.split()[0] for line in stated.splitlines()[1:]] == ["4", "3", "2", "1"]
         assert "-three, two" in stated.splitlines()[1]
-        assert "generation 5 is published, as generation 3" in await run("rollback", "tiny", "--to", "3")
+        stated = await run("rollback", "tiny", "--to", "3")
+        assert "generation 5 is published, as generation 3\nchanges: +three, two\n" in stated
         assert list(world.generation.adapters) == ["one", "three", "two"]
-        assert "generation 6 is published, as generation 4" in await run("rollback")
+        assert "generation 6 is published, as generation 4\nchanges: -three, two\n" in await run("rollback")
         assert "generation 7 is published, as generation 3" in await run("rollback", "--to", "3")
         assert "`loramux rollback --to 1`" in await run("rollback", "1", code=1)
         history = json.loads(await run("history", "tiny", "--limit", "1", "--json"))

@@ -177,12 +177,12 @@ async def _service(name: str, address: Address) -> Place:
 
 
 def show_diagnosis(found: Diagnosis) -> None:
-    """Print a diagnosis."""
-    present = {name: version for name, version in found.versions.items() if version}
-    _line("installed", ", ".join(f"{name} {version}" for name, version in present.items()))
-    for extra in found.extras:
-        lacks = f"lacks {', '.join(extra.missing)}: {extra.cure}"
-        _line(f"[{extra.name}]", lacks if extra.missing else "ok")
+    """Print a diagnosis: the verdict, what a replica would run on and reach, then what is installed."""
+    for problem in found.problems:
+        shell.show(f"wrong: {problem}", "bold red")
+    if not found.problems:
+        shell.show("nothing is wrong", "bold green")
+    shell.show()
     machine = found.machine
     memory = decimal(machine.memory_bytes)
     _line("machine", f"{machine.system}, {machine.cores} cores, {memory} of memory, Python {machine.python}")
@@ -196,10 +196,18 @@ def show_diagnosis(found: Diagnosis) -> None:
         on_cpu = chosen is not None and chosen.device == "cpu"
         _show_sizes(found.base, on_cpu=on_cpu, compact=chosen is not None and HELD in chosen.product)
     shell.show()
-    for problem in found.problems:
-        shell.show(f"wrong: {problem}", "bold red")
-    if not found.problems:
-        shell.show("nothing is wrong", "bold green")
+    _show_installed(found)
+
+
+def _show_installed(found: Diagnosis) -> None:
+    """Print versions, the extras that lack something, and the others in one line."""
+    present = {name: version for name, version in found.versions.items() if version}
+    _line("installed", ", ".join(f"{name} {version}" for name, version in present.items()))
+    for extra in found.extras:
+        if extra.missing:
+            _line(f"[{extra.name}]", f"lacks {', '.join(extra.missing)}: {extra.cure}")
+    if complete := [extra.name for extra in found.extras if not extra.missing]:
+        _line("extras", f"complete: {', '.join(complete)}")
 
 
 def _show_inference(found: Diagnosis) -> None:

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from loramux.cli.main import app
 from loramux_doctor import installed
-from loramux_doctor.command import services
-from loramux_doctor.machine import Inference, look_at_store
+from loramux_doctor.command import Diagnosis, services, show_diagnosis
+from loramux_doctor.installed import Extra
+from loramux_doctor.machine import Inference, look_at_machine, look_at_store
 from loramux_doctor.sizes import PROCESS_BYTES, TOUCHED_BYTES, read_base, sizes_of, weight_files_bytes
 from loramux_shared.access.guard import Guard
 from loramux_shared.bases.groups import features_of
@@ -213,6 +214,26 @@ def test_all_of_it(base: Path, fakes: Fakes) -> None:
     assert [fit["rank"] for fit in found["base"]["fits"]] == [8, 16, 32, 64]
 
 
+def test_what_matters_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    """The verdict is the first line; extras come last: those that lack something, the others in one line."""
+    found = Diagnosis(
+        problems=(),
+        versions={"loramux": "1.0", "triton": None},
+        extras=(Extra("cli", ()), Extra("s3", ("boto3",)), Extra("store", ())),
+        machine=look_at_machine(Path("/")),
+        inference="no torch",
+        places=(),
+        base=None,
+    )
+    show_diagnosis(found)
+    first, _, *_, runs, _, installed, lacking, complete = capsys.readouterr().out.splitlines()
+    assert first == "nothing is wrong"
+    assert runs == "runs on      nothing: no torch"
+    assert installed == "installed    loramux 1.0"
+    assert lacking == "[s3]         lacks boto3: pip install 'loramux[s3]'"
+    assert complete == "extras       complete: cli, store"
+
+
 def test_slow_operations_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow operations are a failure: a replica would start, and its slowness would have no explanation."""
     slow = "torch operations (no C++ compiler found): slower; install g++"
@@ -222,7 +243,7 @@ def test_slow_operations_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loramux_doctor.command.look_at_inference", lambda _: chosen)
     code, text = doctor("--grpc", "127.0.0.1:1", "--builder", "127.0.0.1:1")
     assert code == 1
-    assert f"wrong: {slow}" in text
+    assert text.startswith(f"wrong: {slow}\n")
 
 
 def test_what_is_wrong_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,7 @@ export class Operate {
       const said = await work();
       const [{ replica }] = await Promise.all([getJson("v1/adapters?page_size=1"), this.#changed()]);
       $("#replica").textContent = described(replica, this.#picker.adapters);
+      $("#push").textContent = `loramux push ./trained --name my-adapter --deployment ${replica.deployment}`;
       this.#say(said);
     } catch (error) {
       this.#say(error.message);
