@@ -324,9 +324,9 @@ async def test_no_card_is_cut(page: Page, tmp_path: Path) -> None:
             await _ask(page, "Tell me about the sea.")
             await page.until(f"{DONE} && document.querySelectorAll('article').length === {cards}")
             await page.photograph(ARTIFACTS / f"page-{cards}-cards.png")
-            shown = "[...document.querySelectorAll('article')].map((each) => each.getBoundingClientRect())"
-            assert await page.eval(f"{shown}.every((each) => each.left >= 0 && each.right <= innerWidth)")
-            assert await page.eval(f"new Set({shown}.map((each) => each.top)).size") == rows
+            places = "[...document.querySelectorAll('article')].map((each) => each.getBoundingClientRect())"
+            assert await page.eval(f"{places}.every((each) => each.left >= 0 && each.right <= innerWidth)")
+            assert await page.eval(f"new Set({places}.map((each) => each.top)).size") == rows
             assert await overflow(page) == 0
             await page.click(f".model input[value={names[-1]}]")
 

@@ -97,7 +97,7 @@ def test_an_editable_installation_compiles_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_pip_gets_the_metadata_of_a_wheel_without_compiling(built: Path, tmp_path: Path) -> None:
-    """What pip asks for before it builds a wheel is there, and says what the wheel says."""
+    """The metadata that pip asks for before it builds a wheel are those of the wheel."""
     ask = "import sys, hatch_build as it; print(it.prepare_metadata_for_build_wheel(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", ask, tmp_path],

@@ -5,10 +5,12 @@ import stat
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from loramux.cli.main import app
 from loramux.connection import API_KEY
 from loramux_shared.access.keyring import Keyring
-from loramux_shared.access.keys import Scope, parse_keys
+from loramux_shared.access.keys import PREFIX, Scope, parse_keys
 from tests.support.commands import run
 
 
@@ -30,8 +32,11 @@ def test_a_new_key_is_printed_once(tmp_path: Path) -> None:
     assert (access.key_id, access.models) == ("ci", {"a"})
 
 
-def test_without_a_file_the_line_is_printed_too() -> None:
-    """The key comes first without --file, and then the line that keeps it."""
+def test_without_a_file_the_line_is_printed_too(tmp_path: Path) -> None:
+    """The key comes first, then the remark on it, and without --file the line that keeps it."""
+    for more in ((), ("--file", str(tmp_path / "keys.jsonl"))):
+        both = CliRunner().invoke(app, ["keys", "new", "--scope", "infer", *more]).output  # stdout and stderr
+        assert both.index(PREFIX) < both.index("the key above is not shown again")
     code, text, _ = run("keys", "new", "--scope", "build", "--scope", "infer", "--comment", "Ann's")
     key, line = text.splitlines()
     [entry] = parse_keys(line, "stdout")

@@ -148,7 +148,7 @@ def test_ctrl_c_ends_a_call_and_not_the_model(llm: LLM) -> None:
 
 
 def test_a_start_says_what_it_does(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    """What is built and loaded is on stderr, as commands have it, and nothing where that is not wanted."""
+    """A start writes what it builds and loads to stderr, as commands do, and nothing with progress=False."""
     adapters = {name: str(folder) for name, folder in [*world.adapters.items()][:1]}
     start = {"base": str(world.base), "adapters": adapters, "store": f"file://{world.root}/store", **SETTINGS}
     with loramux.LLM(**start):
