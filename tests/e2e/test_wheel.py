@@ -8,6 +8,7 @@ import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hatchling.builders.wheel import WheelBuilder
@@ -112,7 +113,7 @@ def test_pip_gets_the_metadata_of_a_wheel_without_compiling(built: Path, tmp_pat
 
 def test_a_release_names_its_repository_and_its_links_lead_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Links of the README, and pages in messages, are URLs of the release's tag; elsewhere they are paths."""
-    fields = {"version": "1.2.3"}
+    fields: dict[str, Any] = {"version": "1.2.3"}
     links = Links(str(ROOT), {})
     links.update(local := dict(fields))
     assert local["readme"]["text"] == (ROOT / "README.md").read_text()
