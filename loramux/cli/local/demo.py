@@ -109,9 +109,9 @@ def find_examples() -> Path:
         if (folder / "deployment.yaml").is_file():
             return folder
     raise SettingsInvalid(
-        "the demo's adapters are not part of an installation: expected the folder examples/ of the sources of "
-        f"loramux ({page('examples')}), found none beside the package. Run `make demo` in a clone, or give the "
-        "folder: --examples DIR."
+        "the demo's adapters are not part of an installation: expected the folder "
+        f"{page('examples')} of the sources, found none beside the package. Run `make demo` in a clone of the "
+        "sources, or give their folder: --examples DIR."
     )
 
 
