@@ -18,6 +18,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final, TypeAlias
@@ -157,13 +158,13 @@ class Journal:
     def beat(self) -> None:
         """Show that this run lives."""
         began = self._clock()
-        self._store.put(f"{BUILDERS_PREFIX}{self.run}.json", b'{"beat":%d}' % next(self._beats))
+        self._store.put(_beat_key(self.run), b'{"beat":%d}' % next(self._beats))
         self._lapses += self._is_late(began)
         self._beat_at = began
 
     def end_run(self, run: str | None = None) -> None:
         """Remove the sign of life of a run, this one by default: others take over at once what it leaves."""
-        self._store.delete(f"{BUILDERS_PREFIX}{run or self.run}.json")
+        self._store.delete(_beat_key(run or self.run))
 
     def _is_late(self, now: float | None = None) -> bool:
         since = self._beat_at
@@ -236,15 +237,16 @@ class Journal:
         found = [ticket for key in self._store.list(prefix) if (ticket := Ticket.parse(key)) is not None]
         return sorted(found, key=lambda ticket: ticket.order)
 
+    def runs(self) -> list[str]:
+        """Return the runs that gave a sign of life, and were not ended."""
+        return [match[1] for key in self._store.list(BUILDERS_PREFIX) if (match := _BEAT.fullmatch(key))]
+
     def beats(self) -> dict[str, bytes]:
         """Return the signs of life of all runs."""
         found = dict[str, bytes]()
-        for key in list(self._store.list(BUILDERS_PREFIX)):
-            if match := _BEAT.fullmatch(key):
-                try:
-                    found[match[1]] = self._store.get(key)
-                except ObjectMissing:
-                    continue
+        for run in self.runs():
+            with suppress(ObjectMissing):
+                found[run] = self._store.get(_beat_key(run))
         return found
 
     def is_ended(self, run: str) -> bool:
@@ -269,6 +271,10 @@ class Journal:
         del self._doubtful[taken.key]
         self._doubtful[ticket.key] = None
         return taken, entry
+
+
+def _beat_key(run: str) -> str:
+    return f"{BUILDERS_PREFIX}{run}.json"
 
 
 class Abandoned:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -65,10 +66,11 @@ class Keeper:
         await asyncio.to_thread(self._journal.beat)
         tickets = await asyncio.to_thread(self._journal.queue)
         taken = [await self._take(ticket) for ticket in tickets if self._journal.is_ended(ticket.run)]
-        await asyncio.to_thread(self._journal.tidy)
-        for run in await asyncio.to_thread(self._journal.beats):
-            if self._journal.is_ended(run):
-                await asyncio.to_thread(self._journal.end_run, run)
+        with suppress(StoreUnavailable):  # it is done later
+            await asyncio.to_thread(self._journal.tidy)
+            for run in await asyncio.to_thread(self._journal.runs):
+                if self._journal.is_ended(run):
+                    await asyncio.to_thread(self._journal.end_run, run)
         return sum(taken)
 
     async def beat(self) -> None:
