@@ -20,8 +20,14 @@ from loramux_shared.sources.files import hash_pieces, is_text
 MAX_UNPACKED: Final = 1 << 30
 MAX_RATIO: Final = 20
 """Unpacked to packed, above MAX_UNPACKED. Trained weights shrink by less than half, a bomb by a thousand."""
-MAX_HEADER: Final = PIECE
-"""Largest read of a header: tarfile reads the long names and attributes of a member whole."""
+MAX_HEADER: Final = 64 << 10
+"""Bytes of a member's headers together, long names and attributes among them: tarfile reads them whole."""
+MAX_SHARED: Final = 4 << 10
+"""Characters of the attributes that hold for all members: tarfile copies them for each. Git writes 50."""
+MAX_NAME: Final = 1024
+"""Characters of a member's name: a listing holds all of them."""
+_MANY_DIGITS: Final = re.compile(rb"[0-9]{129}")
+"""Digits in a header that tarfile takes the square of their number for, before Python 3.11.10 and 3.12.6."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Archive:
     max_unpacked: int = MAX_UNPACKED
     plain: bool = False
     """Whether the archive may be a tar that is not compressed."""
+    start: int = 0
+    """Place in the file, which may hold several archives."""
 
     def listing(self, progress: Progress = unwatched, under: str = "") -> dict[str, SourceFile]:
         """Return every file by its name in the archive, with its digest; under leaves out other folders.
@@ -65,21 +73,31 @@ class Archive:
     def _members(
         self, progress: Progress, under: str = ""
     ) -> Iterator[tuple[tarfile.TarInfo, Iterator[bytes]]]:
-        plain = self.plain and os.pread(self.file.fileno(), 2, 0) != b"\x1f\x8b"
-        raw = _Pieces(self.file)
+        plain = self.plain and os.pread(self.file.fileno(), 2, self.start) != b"\x1f\x8b"
+        raw = _Pieces(self.file, self.start, self.start + self.size)
         with _refused(self.name), raw if plain else gzip.GzipFile(fileobj=raw, mode="rb") as packed:
             most = max(self.max_unpacked, MAX_RATIO * self.size)
             stream = _Forward(packed, most, self.name, progress)
             with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for count, member in enumerate(tar):
+                for count, member in enumerate(iter(tar.next, None)):
+                    stream.headers = 0
+                    tar.members.clear()  # tarfile keeps them, each with its attributes
                     if count == MAX_FILES:
                         raise SourceRefused(f"{self.name}: more than {MAX_FILES} files and folders")
+                    self._check_shared(tar.pax_headers)
                     if not member.name.removeprefix("./").startswith(under):
                         continue
                     member.name = self._checked(member)
                     if member.isreg():
                         yield member, stream.take(member.offset_data, member.size)
             stream.drain()
+
+    def _check_shared(self, attributes: Mapping[str, str]) -> None:
+        if sum(len(key) + len(value) for key, value in attributes.items()) > MAX_SHARED:
+            raise SourceRefused(
+                f"{self.name}: attributes of all members of more than {MAX_SHARED} characters. "
+                "Pack it with `tar -czf`."
+            )
 
     def _checked(self, member: tarfile.TarInfo) -> str:
         """Return a member's name without ``./``, or raise `SourceRefused`."""
@@ -92,20 +110,24 @@ class Archive:
             )
         if member.size < 0 or (member.isreg() and not parts):
             raise SourceRefused(f"{self.name}: {name} has no valid header")
+        if len(member.name) > MAX_NAME:
+            raise SourceRefused(f"{self.name}: {name}: a name of more than {MAX_NAME} characters")
         return "/".join(parts)
 
 
 class _Pieces(io.RawIOBase):
-    """A file from its beginning, with a position of its own."""
+    """A part of a file, with a position of its own."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], start: int, end: int) -> None:
         super().__init__()
         self._file = file
-        self._position = 0
+        self._position = start
+        self._end = end
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes."""
-        data = os.pread(self._file.fileno(), size, self._position)
+        left = self._end - self._position
+        data = os.pread(self._file.fileno(), min(size, left) if size >= 0 else left, self._position)
         self._position += len(data)
         return data
 
@@ -120,11 +142,20 @@ class _Forward(io.RawIOBase):
         self._name = name
         self._progress = progress
         self._position = 0
+        self.headers = 0
+        """Bytes of headers that were read for the next member."""
 
     def read(self, size: int = -1) -> bytes:
-        """Return bytes; a whole file at once is never asked for."""
-        if not 0 <= size <= MAX_HEADER:
+        """Return bytes of a member's headers."""
+        if not 0 <= size <= MAX_HEADER - self.headers:
             raise SourceRefused(f"{self._name}: a header of more than {MAX_HEADER} bytes")
+        self.headers += size
+        data = self._read(size)
+        if _MANY_DIGITS.search(data):
+            raise SourceRefused(f"{self._name}: a header with more than 128 digits in a row")
+        return data
+
+    def _read(self, size: int) -> bytes:
         data = bytearray()
         with _refused(self._name):
             while len(data) < size and (piece := self._packed.read(size - len(data))):
@@ -139,7 +170,7 @@ class _Forward(io.RawIOBase):
         """Go forward."""
         if whence != io.SEEK_SET or offset < self._position:
             raise SourceRefused(f"{self._name}: its headers point backwards")
-        while self._position < offset and self.read(min(PIECE, offset - self._position)):
+        while self._position < offset and self._read(min(PIECE, offset - self._position)):
             pass
         return self._position
 
@@ -151,7 +182,7 @@ class _Forward(io.RawIOBase):
         """Yield a member's bytes."""
         self.seek(start)
         while size:
-            piece = self.read(min(PIECE, size))
+            piece = self._read(min(PIECE, size))
             if not piece:
                 raise _damaged(self._name)
             size -= len(piece)
@@ -159,7 +190,7 @@ class _Forward(io.RawIOBase):
 
     def drain(self) -> None:
         """Read to the end, where the checksum is."""
-        while self.read(PIECE):
+        while self._read(PIECE):
             pass
 
 

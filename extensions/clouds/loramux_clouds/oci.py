@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, Final
 from urllib.parse import urlencode
 
-from loramux_clouds.archive import Archive, inner_files
+from loramux_clouds.archive import MAX_UNPACKED, Archive, inner_files
 from loramux_clouds.https import Challenged, Https
 from loramux_clouds.listed import ListedSource
 from loramux_clouds.public import AddressGuard
@@ -75,17 +76,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class ResolvedArtifact(Resolved):
-    """An artifact; archives among its layers are in files without names, until it is closed."""
+    """An artifact; archives among its layers are in one file without a name, until it is closed."""
 
     where: Mapping[str, tuple[Layer, str]]
     """Layer of each file, and its name there."""
-    archives: Mapping[str, Archive]
-    """Downloaded archives by digest."""
+    archives: Mapping[Layer, Archive]
+    """Downloaded archives."""
+    file: IO[bytes]
+    """File that holds the archives."""
 
     def close(self) -> None:
         """Close the archives, which frees their space."""
-        for archive in self.archives.values():
-            archive.file.close()
+        self.file.close()
 
 
 @dataclass(frozen=True)
@@ -120,21 +122,23 @@ class OciSource(ListedSource):
         if "manifests" in manifest:  # an index by platform, which all hold the same model
             chosen = _first_digest(registry, manifest)
             _, manifest = self._manifest(registry, f"sha256:{chosen}", progress)
-        where: dict[str, tuple[Layer, str]] = {}
-        files: dict[str, SourceFile] = {}
-        archives: dict[str, Archive] = {}
+        # A layer that comes again leaves the files of its last place.
+        layers = list(dict.fromkeys(reversed(list(_layers(registry, manifest)))))
+        if len(layers) > MAX_FILES:
+            raise SourceRefused(f"{registry.label}: more than {MAX_FILES} layers")
+        most = MAX_UNPACKED // max(1, sum(not layer.file for layer in layers))
+        seen = _Overlay(registry.label)
+        archives: dict[Layer, Archive] = {}
         with ExitStack() as opened:
-            for layer in _layers(registry, manifest):
+            file = self._unnamed(opened)
+            for layer in layers:
                 if layer.file:
-                    where[layer.file] = layer, layer.file
-                    files[layer.file] = SourceFile(layer.size, layer.digest)
+                    seen.add(layer, {layer.file: SourceFile(layer.size, layer.digest)})
                     continue
-                if layer.digest not in archives:
-                    file = opened.enter_context(self._downloaded(registry, layer, progress, room))
-                    archives[layer.digest] = Archive(file, registry.label, layer.size, plain=True)
-                _overlay(where, files, layer, archives[layer.digest].listing(progress, layer.under))
-            if len(files) > MAX_FILES:
-                raise SourceRefused(f"{registry.label}: more than {MAX_FILES} files")
+                start = self._download(registry, layer, file, progress, room)
+                archives[layer] = Archive(file, registry.label, layer.size, most, plain=True, start=start)
+                seen.add(layer, archives[layer].listing(progress, layer.under))
+            files, where = seen.files, seen.where
             names = inner_files(files, repository.subfolder)
             if not names:
                 inner = repository.subfolder
@@ -146,6 +150,7 @@ class OciSource(ListedSource):
             {short: files[name] for short, name in names.items()},
             {short: where[name] for short, name in names.items()},
             archives,
+            file,
         )
 
     def fetch(
@@ -155,16 +160,16 @@ class OciSource(ListedSource):
         artifact = _artifact(resolved)
         registry = self._registry(resolved.repository)
         fetched: dict[str, FileDigest] = {}
-        packed: dict[str, dict[str, str]] = {}
+        packed: dict[Layer, dict[str, str]] = {}
         for name in names:
             layer, inner = artifact.where[name]
             if not layer.file:
-                packed.setdefault(layer.digest, {})[inner] = name
+                packed.setdefault(layer, {})[inner] = name
                 continue
             with whole(inside(into, name)) as sink:
                 fetched[name] = self._blob(registry, layer, sink, progress)
-        for digest, inside_of in packed.items():
-            for name, pieces in artifact.archives[digest].read(inside_of, progress):
+        for layer, inside_of in packed.items():
+            for name, pieces in artifact.archives[layer].read(inside_of, progress):
                 with whole(inside(into, name)) as sink:
                     fetched[name] = hash_pieces(pieces, progress, sink)
         return fetched
@@ -232,26 +237,28 @@ class OciSource(ListedSource):
             raise SourceRefused(f"{registry.label}: its manifest has neither layers nor manifests")
         return digest, manifest
 
-    def _downloaded(self, registry: Registry, layer: Layer, progress: Progress, room: Room) -> IO[bytes]:
-        """Return a file without a name that holds a layer."""
+    def _download(
+        self, registry: Registry, layer: Layer, file: IO[bytes], progress: Progress, room: Room
+    ) -> int:
+        """Append a layer to a file, and return its place there."""
         if layer.size > MAX_ARCHIVE:
             raise SourceRefused(
                 f"{registry.label}: {layer.size} bytes, and an archive has at most {MAX_ARCHIVE}"
             )
         room(layer.size)
-        with ExitStack() as opened, disk_errors():
-            file = self._unnamed(opened)
+        with disk_errors():
+            start = file.tell()
             self._blob(registry, layer, file, progress)
             file.flush()
-            opened.pop_all()
-        return file
+        return start
 
     def _blob(self, registry: Registry, layer: Layer, sink: IO[bytes], progress: Progress) -> FileDigest:
-        """Write a layer; another content than the manifest names is fetched once more."""
+        """Append a layer; another content than the manifest names is fetched once more."""
         problems: list[str] = []
+        start = sink.tell()
 
         def attempt(deadline: TimeLeft) -> FileDigest:
-            sink.seek(0)
+            sink.seek(start)
             sink.truncate()
             watch = deadline.watch(registry.label, progress)
             pieces = self._pieces(registry, "blobs", f"sha256:{layer.digest}", deadline, layer.size, watch)
@@ -363,28 +370,37 @@ def _layers(registry: Registry, manifest: Mapping[str, Any]) -> Iterator[Layer]:
             yield Layer(digest[1], size, file.removeprefix("./"), "")
 
 
-def _overlay(
-    where: dict[str, tuple[Layer, str]],
-    files: dict[str, SourceFile],
-    layer: Layer,
-    listing: Mapping[str, SourceFile],
-) -> None:
-    """Put a layer over those before it: whiteouts remove what they name."""
-    for long in listing:
-        folder, _, name = long.removeprefix(layer.under).rpartition("/")
-        if name.startswith(".wh."):
-            prefix = f"{folder}/" if folder else ""
-            gone = prefix if name == ".wh..wh..opq" else prefix + name.removeprefix(".wh.")
-            for each in [
-                each
-                for each in files
-                if each == gone or each.startswith(f"{gone.rstrip('/')}/" if gone else "")
-            ]:
-                del files[each], where[each]
-    for long, file in listing.items():
-        if not long.rpartition("/")[2].startswith(".wh."):
+class _Overlay:
+    """The files of layers over each other, which are added from the last to the first."""
+
+    def __init__(self, label: str) -> None:
+        self.files: dict[str, SourceFile] = {}
+        self.where: dict[str, tuple[Layer, str]] = {}
+        self._label = label
+        self._removed: set[str] = set()
+        """Files and folders, each after a slash, that whiteouts of later layers name."""
+
+    def add(self, layer: Layer, listing: Mapping[str, SourceFile]) -> None:
+        """Add the layer under those that are there: it may lose files to them, and its whiteouts hold for the
+        next; raise SourceRefused for too many names.
+        """
+        removed: set[str] = set()
+        for long, file in listing.items():
             short = long.removeprefix(layer.under)
-            files[short], where[short] = file, (layer, long)
+            folder, _, name = short.rpartition("/")
+            if name.startswith(".wh."):
+                hidden = "" if name == ".wh..wh..opq" else name.removeprefix(".wh.")
+                removed.add(f"{_above(folder)[-1]}/{hidden}".rstrip("/"))
+            elif short not in self.files and self._removed.isdisjoint(_above(short)):
+                self.files[short], self.where[short] = file, (layer, long)
+        self._removed |= removed
+        if len(self.files) + len(self._removed) > MAX_FILES:
+            raise SourceRefused(f"{self._label}: more than {MAX_FILES} files")
+
+
+def _above(path: str) -> list[str]:
+    """Return a path and the folders above it, each after a slash; the root is empty."""
+    return list(accumulate(path.split("/") if path else (), "{}/{}".format, initial=""))
 
 
 def _artifact(resolved: Resolved) -> ResolvedArtifact:

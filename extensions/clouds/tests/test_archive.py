@@ -4,6 +4,7 @@ import gzip
 import tarfile
 import tempfile
 import tracemalloc
+from contextlib import nullcontext
 from ipaddress import ip_address
 
 import pytest
@@ -92,8 +93,68 @@ def test_a_long_name_is_not_read_into_memory():
 def test_headers_that_nest_are_refused():
     """A thousand long names in a row end neither the process nor the check."""
     name = member("././@LongLink", 4, tarfile.GNUTYPE_LONGNAME).tobuf() + b"abc\0".ljust(512, b"\0")
-    with pytest.raises(SourceRefused, match="or damaged"):
+    with pytest.raises(SourceRefused, match="a header of more than"):
         opened(gzip.compress(name * 3000)).listing()
+
+
+def peak_of_listing(data: bytes, refusal: str) -> int:
+    """Return the most bytes that a listing held; a refusal that is empty means that there is none."""
+    archive = opened(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(SourceRefused, match=refusal) if refusal else nullcontext():
+            archive.listing()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def attributes(size: int, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """Return a header of pax with so many bytes of short attributes, each of another name."""
+    fields = b"".join(b"13 k%06d=x\n" % number for number in range(size // 13))
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = kind, len(fields)
+    return header.tobuf() + fields.ljust(-(-len(fields) // 512) * 512, b"\0")
+
+
+def test_attributes_of_all_members_are_bounded():
+    """A header that tarfile would copy for each member is refused, before it is copied for a second one."""
+    data = attributes(60_000, tarfile.XGLTYPE) + b"".join(member(str(n)).tobuf() for n in range(100))
+    assert peak_of_listing(gzip.compress(data), "attributes of all members of more than 4096") < 8 << 20
+    # Many headers make them large too.
+    data = b"".join(
+        attributes(1200, tarfile.XGLTYPE).replace(b" k", b" %c" % (97 + n)) + member(str(n)).tobuf()
+        for n in range(9)
+    )
+    with pytest.raises(SourceRefused, match="attributes of all members"):
+        opened(gzip.compress(data)).listing()
+
+
+def test_attributes_of_a_member_are_not_kept():
+    """A listing holds names, sizes and digests; what a member carries beside them goes with the member."""
+    data = b"".join(attributes(12_000) + member(str(n)).tobuf() for n in range(200))
+    assert peak_of_listing(gzip.compress(data + bytes(1024)), "") < 2 << 20
+
+
+def test_attributes_of_a_member_are_bounded():
+    """Several headers before one member count together."""
+    data = attributes(30_000) * 3 + member("x").tobuf()
+    with pytest.raises(SourceRefused, match="a header of more than 65536"):
+        opened(gzip.compress(data + bytes(1024))).listing()
+
+
+def test_digits_of_a_header_are_bounded():
+    """Digits without an end, which tarfile of some releases searches again from each, are refused."""
+    header = attributes(60_000)[:512] + b"1" * 60_000
+    with pytest.raises(SourceRefused, match="more than 128 digits in a row"):
+        opened(gzip.compress(header + bytes(4096))).listing()
+
+
+def test_a_name_has_so_many_characters():
+    """A name of a thousand characters is taken, and a longer one refused, for a listing holds all of them."""
+    assert list(opened(pack({"x" * 1024: b""})).listing()) == ["x" * 1024]
+    with pytest.raises(SourceRefused, match="a name of more than 1024 characters"):
+        opened(pack({"x" * 1025: b""})).listing()
 
 
 def test_a_negative_size_is_refused():

@@ -21,7 +21,7 @@ from loramux_shared.faults import BundleCorrupt, Fault, RepoGated, RepoNotFound,
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.spelling import parse_repository
 from tests.contract.sources.test_source_secrets import PATIENCE
-from tests.support.archives import member, pack, pack_members
+from tests.support.archives import member, pack, pack_members, zeros
 from tests.support.https_server import Route, Site, redirect, serve_https
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 99}
@@ -242,3 +242,62 @@ def test_addresses_and_digests_are_checked(registry: Registry) -> None:
         registry.source().resolve(registry.repository(":v9"))
     with pytest.raises(SourceRefused, match="expected oci://HOST"):
         registry.source().resolve(parse_repository("oci://host"))
+
+
+def test_a_layer_that_is_listed_again_is_unpacked_once(registry: Registry) -> None:
+    """A manifest that lists one layer twenty times is read as quickly as one that lists it once."""
+    layer = registry.layer(
+        pack({f"models/{name}": data for name, data in FILES.items()}), f"{OCI}.layer.v1.tar+gzip"
+    )
+    pieces: dict[int, int] = {}
+    for times in (1, 20):
+        registry.tag(*[layer] * times)
+        calls: list[int] = []
+        with closing(registry.source().resolve(registry.repository(), calls.append)) as resolved:
+            assert set(resolved.files) == set(FILES)
+        pieces[times] = sum(count == 0 for count in calls)
+    assert pieces[20] == pieces[1] > 0
+
+
+def test_all_layers_together_unpack_to_so_much(registry: Registry) -> None:
+    """Each of several layers may unpack to its part of what one may: together they are no larger bomb."""
+    bomb = gzip.compress(member("models/x", 40 << 20).tobuf(), 1) + zeros(40 << 20)
+    layers = [registry.layer(bomb, f"{OCI}.layer.v1.tar+gzip")]
+    layers += [registry.layer(pack({f"models/{n}": b"x"}), f"{OCI}.layer.v1.tar+gzip") for n in range(30)]
+    registry.tag(*layers)
+    with pytest.raises(SourceRefused, match=f"unpacks to more than {(1 << 30) // 31} bytes"):
+        registry.source().resolve(registry.repository())
+
+
+def test_layers_share_one_open_file(registry: Registry, tmp_path: Path) -> None:
+    """An artifact of fifty archives holds one file open, and each is read from its place there."""
+    layers = [
+        registry.layer(pack({f"models/{n}": str(n).encode() * n}), f"{OCI}.layer.v1.tar+gzip")
+        for n in range(50)
+    ]
+    registry.tag(*layers)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    source = registry.source()
+    with closing(source.resolve(registry.repository())) as resolved:
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+        source.fetch(resolved, resolved.files, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.glob("[0-9]*")} == {
+        str(n): str(n) * n for n in range(50)
+    }
+
+
+def test_whiteouts_are_looked_up(registry: Registry) -> None:
+    """Thousands of whiteouts over thousands of files name files, folders, and all that a folder had."""
+    names = [f"models/{n % 90}/{n}" for n in range(9000)]
+    system = image(*((name, b"") for name in names), ("models/kept/x", b""), ("models/emptied/x", b""))
+    gone = [f"models/{n % 90}/.wh.{n}" for n in range(4500)] + [f"models/.wh.{n}" for n in range(45, 90)]
+    above = image(
+        *((name, b"") for name in (*gone, "models/emptied/.wh..wh..opq", "models/emptied/new")),
+        ("models/7/7", b"again"),
+    )
+    registry.tag(*(registry.layer(data, f"{OCI}.layer.v1.tar") for data in (system, above)))
+    with closing(registry.source().resolve(registry.repository())) as resolved:
+        found = set(resolved.files)
+    kept = {f"{n % 90}/{n}" for n in range(4500, 9000) if n % 90 < 45}
+    assert found == kept | {"kept/x", "emptied/new", "7/7"}
+    assert resolved.files["7/7"].size == 5
