@@ -27,8 +27,8 @@ from builder_service.domain.rules.config import (
     refusals,
 )
 from builder_service.domain.sandbox import TooCostly
-from builder_service.domain.strict_json import JsonInvalid, excerpt, parse
 from loramux_shared.faults import Finding
+from loramux_shared.untrusted_json import JsonInvalid, excerpt, parse_strict_json
 
 DEFAULT_ALPHA: Final = 8.0
 """PEFT's own."""
@@ -188,7 +188,7 @@ class ParsedConfig:
 def parse_config(data: bytes) -> ParsedConfig:
     """Read a config; every violation is found, not only the first."""
     try:
-        fields = parse(data)
+        fields = parse_strict_json(data)
     except JsonInvalid as error:
         return ParsedConfig(None, (bad_config("", "a JSON object", f"invalid JSON ({error})"),))
     if not isinstance(fields, dict):

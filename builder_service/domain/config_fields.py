@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from builder_service.domain import peft_names
 from builder_service.domain.sandbox import Bounds, ask
-from builder_service.domain.strict_json import excerpt, quoted
 from loramux_shared.faults import Finding
+from loramux_shared.untrusted_json import excerpt, quoted
 from loramux_shared.wording import listed
 
 MAX_PATTERN: Final = 4096

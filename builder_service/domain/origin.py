@@ -4,11 +4,11 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from builder_service.domain.strict_json import excerpt
 from loramux_shared.adapter_files import CONFIG
 from loramux_shared.bundle.generation import BaseRecord, Descent
 from loramux_shared.faults import Finding
 from loramux_shared.sources.licence import OTHER, README
+from loramux_shared.untrusted_json import excerpt
 
 
 def origin_warnings(

@@ -17,14 +17,12 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
-from builder_service.domain.strict_json import JsonInvalid, parse
 from loramux_shared.adapter_files import INDEX, WEIGHTS
 from loramux_shared.bundle.npy import Array
+from loramux_shared.untrusted_json import MAX_SHARD_TENSORS, JsonInvalid, of_tensors, parse_strict_json
 
 MAX_HEADER: Final = 16 << 20
 """Bytes; a shard of a hundred thousand tensors has about half of it."""
-MAX_TENSORS: Final = 1 << 17
-"""Most tensors of a base's shard; the largest model with experts has 91,991 in all of its shards."""
 MAX_DIMS: Final = 8
 MAX_SIZE: Final = 1 << 48
 """Largest dimension and offset."""
@@ -137,7 +135,7 @@ def _span(tensor: Tensor, rows: tuple[int, int] | None) -> tuple[int, int]:
     return rows[0] * width, rows[1] * width
 
 
-def read_header(path: Path, max_tensors: int = MAX_TENSORS) -> TensorFile:
+def read_header(path: Path, max_tensors: int = MAX_SHARD_TENSORS) -> TensorFile:
     """Read the header of a file.
 
     Raises:
@@ -156,10 +154,12 @@ def read_header(path: Path, max_tensors: int = MAX_TENSORS) -> TensorFile:
     if not text.startswith(b"{"):
         raise HeaderInvalid(f"the header begins with byte {text[0]:#04x}, not with an object")
     try:
-        entries = parse(text)
+        entries = parse_strict_json(text, of_tensors(max_tensors))
     except JsonInvalid as error:
         raise HeaderInvalid(f"the header is not JSON: {error}") from error
     _check_metadata(entries.pop("__metadata__", None))
+    if len(entries) > max_tensors:  # whatever their keys are spelled like
+        raise TooManyTensors(str(len(entries)))
     tensors = [_tensor(name, entry, 8 + length) for name, entry in entries.items()]
     _without_gaps(tensors, 8 + length, size)
     return TensorFile(path, {tensor.name: tensor for tensor in tensors})
@@ -227,7 +227,7 @@ def read_weights(folder: Path, max_tensors: int) -> TensorFile:
     """
     if (folder / WEIGHTS).exists():
         return read_header(folder / WEIGHTS, max_tensors)
-    index = _index(folder / INDEX)
+    index = _index(folder / INDEX, max_tensors)
     if len(index) > max_tensors:
         raise TooManyTensors(str(len(index)))
     found: dict[str, TensorFile] = {}
@@ -244,11 +244,11 @@ def read_weights(folder: Path, max_tensors: int) -> TensorFile:
     return Sharded(folder / INDEX, {name: shard.tensors[name] for name, shard in found.items()}, found)
 
 
-def _index(path: Path) -> dict[str, str]:
+def _index(path: Path, max_tensors: int) -> dict[str, str]:
     if (size := path.stat().st_size) > MAX_INDEX:
         raise HeaderInvalid(f"{INDEX}: {size} bytes, at most {MAX_INDEX}")
     try:
-        table = parse(path.read_bytes())
+        table = parse_strict_json(path.read_bytes(), of_tensors(max_tensors))
     except JsonInvalid as error:
         raise HeaderInvalid(f"{INDEX}: not valid JSON: {error}") from error
     files = table.get("weight_map") if isinstance(table, dict) else None

@@ -14,11 +14,11 @@ from builder_service.domain.full_tensors import FullTensor
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.rules.texts import bad_text
 from builder_service.domain.safetensors_header import READABLE, TensorFile
-from builder_service.domain.strict_json import JsonInvalid, excerpt, parse
 from loramux_shared.adapter_files import MODEL_CONFIG
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import MAX_LABEL, MAX_LABELS, PROBLEM_TYPES, ScoreHead, names_of_labels
 from loramux_shared.faults import Finding
+from loramux_shared.untrusted_json import JsonInvalid, excerpt, parse_strict_json
 
 SCORE: Final = "score"
 SAVED: Final = (SCORE, "classifier")
@@ -76,7 +76,7 @@ def plan_score(
 def with_labels(planned: PlannedScore, data: bytes) -> tuple[PlannedScore, list[Finding]]:
     """Return a head with what a ``config.json`` beside it says of its labels, and what is wrong there."""
     try:
-        fields = parse(data)
+        fields = parse_strict_json(data)
     except JsonInvalid as error:
         return planned, [bad_text(MODEL_CONFIG, "", "a JSON object", f"invalid JSON ({error})")]
     if not isinstance(fields, dict):

@@ -3,7 +3,6 @@
 Bases as they were recorded are read again without a look at their weights.
 """
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
-from builder_service.domain.strict_json import JsonInvalid, parse
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats import QUANTIZE, with_quantize
 from loramux_shared.bases.read import read_fields
@@ -23,6 +21,7 @@ from loramux_shared.sources.base import Progress, Room, unwatched
 from loramux_shared.sources.checkpoint import CONFIG, GENERATION, GGUF, INDEX, WEIGHTS, Base
 from loramux_shared.sources.files import hash_if_there
 from loramux_shared.sources.open import Sources
+from loramux_shared.untrusted_json import JsonInvalid, parse_json, parse_strict_json
 
 MAX_INDEX: Final = 64 << 20
 
@@ -106,7 +105,7 @@ class BaseWeights:
         if self._shards is None:
             path = self.fetch(INDEX)
             try:
-                table = parse(path.read_bytes()) if path.stat().st_size <= MAX_INDEX else None
+                table = parse_strict_json(path.read_bytes()) if path.stat().st_size <= MAX_INDEX else None
             except JsonInvalid as error:
                 raise CheckpointInvalid(f"base: {INDEX}: {error}") from error
             shards = table.get("weight_map") if isinstance(table, dict) else None
@@ -192,5 +191,5 @@ def _key(record: BaseRecord, max_seq_len: int | None) -> _Key:
 
 
 def _fields(weights: BaseWeights, name: str) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(weights.fetch(name).read_bytes())
+    fields: dict[str, Any] = parse_json(weights.fetch(name).read_bytes())
     return fields

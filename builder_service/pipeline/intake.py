@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook
+from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, most_tensors
 from builder_service.domain.safetensors_header import HeaderInvalid, read_header
 from builder_service.pipeline.context import BuildContext, Space
 from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gathered
@@ -87,25 +87,24 @@ class Intake:
         return checked
 
     def _check(self, fetched: FetchedAdapter) -> CheckedAdapter:
-        heavy = self.context.heavy if _largest_tensor(fetched) > HEAVY_BYTES else nullcontext()
+        heavy = self.context.heavy if self._largest_tensor(fetched) > HEAVY_BYTES else nullcontext()
         with heavy, self.context.compute:
             return check_fetched(fetched, self.book, self.progress)
+
+    def _largest_tensor(self, fetched: FetchedAdapter) -> int:
+        """Return the bytes of the largest tensor of a large file; of the file where that is not known."""
+        size = max((file.size for file in fetched.files.values()), default=0)
+        if size <= HEAVY_FILE:
+            return 0
+        if WEIGHTS not in fetched.files:
+            return size
+        try:
+            tensors = read_header(fetched.folder / WEIGHTS, most_tensors(self.book.limits.base)).tensors
+        except HeaderInvalid:  # which the rules will say
+            return 0
+        return max((tensor.size for tensor in tensors.values()), default=0)
 
 
 def identity(fetched: FetchedAdapter) -> Identity:
     """Return what two adapters have in common whose bundles are one."""
     return tuple(sorted((name, file.sha256) for name, file in fetched.files.items()))
-
-
-def _largest_tensor(fetched: FetchedAdapter) -> int:
-    """Return the bytes of the largest tensor of a large file; of the file where that is not known."""
-    size = max((file.size for file in fetched.files.values()), default=0)
-    if size <= HEAVY_FILE:
-        return 0
-    if WEIGHTS not in fetched.files:
-        return size
-    try:
-        tensors = read_header(fetched.folder / WEIGHTS).tensors
-    except HeaderInvalid:  # which the rules will say
-        return 0
-    return max((tensor.size for tensor in tensors.values()), default=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from loramux_shared.bundle.kinds import SILENT
 from loramux_shared.bundle.manifest import OWN_TOKENS_FILE, TEXT_FILES
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, Finding, RequestInvalid
+from loramux_shared.untrusted_json import parse_json
 
 TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES
 
@@ -91,7 +91,7 @@ def _eos(generation: Mapping[str, Any], tokenizer: Mapping[str, Any], base: Text
 
 def _fields(name: str, file: str, texts: Mapping[str, bytes]) -> dict[str, Any]:
     try:
-        fields = json.loads(texts.get(file, b"{}"))
+        fields = parse_json(texts.get(file, b"{}"))
     except ValueError as error:
         raise _refused(name, file, "JSON", str(error)) from error
     if not isinstance(fields, dict):

@@ -13,6 +13,7 @@ from inference_service.core.constraint import Constraint
 from inference_service.serving.bounds import check_texts, refused, role_of, thought_of
 from inference_service.serving.request import Message, Request
 from loramux_shared.faults import Fault
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 
 SWITCHES: Final = ("enable_thinking", "thinking")
 """Variables with which templates turn thinking on and off: of Qwen, SmolLM and Gemma; of Granite."""
@@ -254,8 +255,8 @@ def with_effort(variables: Mapping[str, Any] | None, effort: str | None) -> Mapp
 def _arguments(text: str) -> Any:
     """Return the arguments as an object, which templates write as JSON; text that is none stays text."""
     try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError):
+        arguments = parse_json(text)
+    except JsonInvalid:
         return text
     return arguments if isinstance(arguments, dict) else text
 

@@ -1,6 +1,5 @@
 """Tensors of a checkpoint in safetensors, single or sharded."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -19,6 +18,7 @@ from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.sources.checkpoint import GGUF
 from loramux_shared.sources.files import hash_if_there
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 from loramux_shared.wording import counted, listed
 
 INDEX = "model.safetensors.index.json"
@@ -229,8 +229,8 @@ def _files(folder: Path, verify: Verify) -> list[Path]:
             raise CheckpointInvalid(f"the base checkpoint has neither model.safetensors nor {INDEX}.")
         return [single]
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+    except (JsonInvalid, KeyError, AttributeError, TypeError) as error:
         raise CheckpointInvalid(f"{INDEX} is no index: expected an object with weight_map.") from error
     for name in names:
         plain = Path(name).name == name

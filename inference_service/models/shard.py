@@ -5,7 +5,6 @@ and a truncation would end the process with SIGBUS.
 """
 
 import hashlib
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.untrusted_json import MAX_SHARD_TENSORS, of_tensors, parse_json
 
 TYPES: Final = {
     "BF16": torch.bfloat16,
@@ -115,14 +115,14 @@ def _header(reader: ShardReader, file_size: int) -> dict[str, tuple[str, list[in
     if length > min(MAX_HEADER, file_size):
         raise ShardInvalid(f"a header of {length} bytes in a file of {file_size}")
     try:
-        table: dict[str, Any] = json.loads(reader.take(length))
+        table: dict[str, Any] = parse_json(reader.take(length), of_tensors(MAX_SHARD_TENSORS))
         table.pop("__metadata__", None)
         entries = []
         for name, each in table.items():
             begin, end = map(int, each["data_offsets"])
             entries.append((begin, end, name, str(each["dtype"]), [int(size) for size in each["shape"]]))
         entries.sort()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ShardInvalid("its header is no table of tensors") from error
     found, at = {}, 0
     for begin, end, name, dtype, shape in entries:

@@ -1,6 +1,5 @@
 """Requests, events and models as messages of ``loramux.inference.v1``, in both directions."""
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -38,6 +37,7 @@ from loramux.mapping import plain
 from loramux.messages import stamp
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.rpc.status import Context
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 
 # With 20 alternatives each, a message stays below 1 MB: clients take 4 MB by default.
 PROMPT_TOKENS: Final = 1024
@@ -180,9 +180,9 @@ def _present(message: Any, names: Iterable[str]) -> dict[str, str]:
 
 def _object(where: str, text: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        found = str(error)[:200]
+        value = parse_json(text)
+    except JsonInvalid as error:
+        found = str(error)
     else:
         if isinstance(value, dict):
             return value

@@ -8,8 +8,6 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, Final, get_args
 
-import numpy as np
-
 from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import (
     KNOBS,
@@ -22,6 +20,7 @@ from inference_service.core.sampling import (
 )
 from inference_service.serving.request import Message, Request
 from loramux_shared.faults import Finding, PromptTooLong, RequestInvalid
+from loramux_shared.untrusted_json import Bounds
 from loramux_shared.wording import MAX_FINDINGS, SANE_ID
 
 COUNTED: Final = 128 * 1024
@@ -53,20 +52,7 @@ MAX_NAMES: Final = 32_768
 """Names, objects and lists, together."""
 
 
-def unfolds_to(data: bytes) -> str:
-    """Say what a JSON text has too much of, before it is parsed; empty where nothing."""
-    if not _too_much(data):  # counts characters in strings too: nearly always enough
-        return ""
-    unescaped = data.replace(rb"\\", b"  ").replace(rb"\"", b"  ")
-    text = np.frombuffer(unescaped, np.uint8)
-    outside = np.cumsum(text == ord('"'), dtype=np.uint8) & 1 == 0  # parity survives the overflow
-    return _too_much(text[outside].tobytes())
-
-
-def _too_much(data: bytes) -> str:
-    if data.count(b":") + data.count(b"{") + data.count(b"[") > MAX_NAMES:
-        return f"more than {MAX_NAMES} names, objects and lists"
-    return f"more than {MAX_VALUES} values" if data.count(b",") > MAX_VALUES else ""
+JSON: Final = Bounds(MAX_NAMES, MAX_VALUES)
 
 
 def json_bytes(value: object) -> int | None:
@@ -79,7 +65,7 @@ def json_bytes(value: object) -> int | None:
 
 def check_texts(texts: Iterable[str]) -> None:
     """Raise RequestInvalid for JSON texts inside a request that together have too much in them."""
-    if much := unfolds_to(",".join(texts).encode(errors="replace")):
+    if much := JSON.exceeded_by(",".join(texts).encode(errors="replace")):
         raise RequestInvalid(f"the JSON texts of the request have {much}. Send less.")
 
 

@@ -6,7 +6,6 @@ llguidance does the work: only `_question`, `_Tokens` and `_Matcher` know it.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from inference_service.text.sandbox.process import SandboxProcess
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.rpc.stopping import shielded
+from loramux_shared.untrusted_json import parse_json
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -178,10 +178,10 @@ def _language(constraint: Constraint) -> Mapping[str, str]:
 
 def _schema_grammar(constraint: Constraint) -> str:
     try:
-        schema = json.loads(constraint.text)
+        schema = parse_json(constraint.text)
         if isinstance(schema, dict | bool):
             return LLMatcher.grammar_from_json_schema(constraint.text, defaults=JSON_OPTIONS)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _refused(constraint, f"the schema is not JSON: {error}") from error
     raise _refused(constraint, f"the schema is a {type(schema).__name__}", "Send an object.")
 

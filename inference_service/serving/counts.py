@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
+from loramux_shared.untrusted_json import parse_json
+
 MOST: Final = 100_000
 """Repeats of one part, nested ones multiplied; more than any answer has."""
 MOST_UP_TO: Final = 2**31 - 1
@@ -28,7 +30,7 @@ def too_many(kind: str, text: str) -> str | None:
         case "regex":
             return _in_regex(text)
         case "json_schema":
-            return next(_in_schema(json.loads(text)), None)
+            return next(_in_schema(parse_json(text)), None)
         case "lark" | "gbnf":
             return next(_in_grammar(text), None)
     return None

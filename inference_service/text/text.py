@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from inference_service.text.vocabulary import TokenBytes
 from loramux_shared.bundle.added_tokens import OwnTokens
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
+from loramux_shared.untrusted_json import parse_json
 
 SLICE_CHARS: Final = 32 * 1024
 SHORT_CHARS: Final = 512
@@ -344,4 +344,4 @@ def template_in(config: Mapping[str, Any]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_bytes())) if path.exists() else {}
+    return dict(parse_json(path.read_bytes())) if path.exists() else {}

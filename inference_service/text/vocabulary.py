@@ -33,7 +33,7 @@ class TokenBytes:
         """Read a tokenizer's decoder; size is the model's vocabulary, which may be larger or smaller."""
         self.size = size
         self._tokenizer = tokenizer
-        decoders = _decoders(json.loads(tokenizer.to_str())["decoder"])
+        decoders = _decoders(json.loads(tokenizer.to_str())["decoder"])  # noqa: TID251 - the library wrote it
         kinds = {decoder["type"] for decoder in decoders}
         self._byte_level = "ByteLevel" in kinds
         self.pieces = Pieces(tokenizer) if kinds == {"ByteLevel"} else None

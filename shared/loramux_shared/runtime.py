@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, Field
 
 from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 
 
 class Rounding(StrEnum):
@@ -149,8 +149,8 @@ def pooling_in(folder: Path, *, encodes: bool = False) -> Pooling | None:
     if not path.exists():
         return Pooling.MEAN if encodes else Pooling.LAST
     try:
-        fields = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(path.read_bytes())
+    except JsonInvalid as error:
         raise CheckpointInvalid(f"the base's {FILE} is not valid JSON. Correct or remove it.") from error
     if not isinstance(fields, dict):
         raise CheckpointInvalid(f"the base's {FILE} must be an object. Correct or remove it.")

@@ -29,7 +29,6 @@ from builder_service.domain.rules.values import check_magnitudes, check_values
 from builder_service.domain.rules.vectors import check_lone
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors, read_weights
 from builder_service.domain.score_heads import PlannedScore, plan_score
-from builder_service.domain.strict_json import excerpt
 from builder_service.domain.vectors import AdapterVectors, VectorReader
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bases.config import ModelConfig
@@ -41,6 +40,7 @@ from loramux_shared.bundle.modules import BY_NAME, NO_LAYER
 from loramux_shared.deployment import Dtype
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import Finding
+from loramux_shared.untrusted_json import excerpt
 from loramux_shared.wording import listed
 
 MAX_CONFIG = 4 << 20

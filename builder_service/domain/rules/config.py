@@ -4,9 +4,9 @@ import re
 from typing import Any, Final
 
 from builder_service.domain.kinds import Kind, kind_of
-from builder_service.domain.strict_json import excerpt, quoted
 from loramux_shared.bundle.manifest import MAX_INVOCATION
 from loramux_shared.faults import Finding
+from loramux_shared.untrusted_json import excerpt, quoted
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
 CONVERTED: Final = (

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from builder_service.domain.strict_json import JsonInvalid, excerpt, parse
 from loramux_shared.bundle.manifest import TEXT_FILES
 from loramux_shared.faults import Finding
 from loramux_shared.runtime import MAX_TEMPERATURE
+from loramux_shared.untrusted_json import JsonInvalid, excerpt, parse_strict_json
 from loramux_shared.wording import listed
 
 TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES
@@ -57,7 +57,7 @@ def check_texts(files: Mapping[str, bytes], vocab: int) -> list[Finding]:
 
 def _check_json(name: str, data: bytes, vocab: int) -> list[Finding]:
     try:
-        fields = parse(data)
+        fields = parse_strict_json(data)
     except JsonInvalid as error:
         return [bad_text(name, "", "a JSON object", f"invalid JSON ({error})")]
     if not isinstance(fields, dict):

@@ -22,6 +22,7 @@ from loramux_shared.faults import (
     SettingsInvalid,
     Unauthenticated,
 )
+from loramux_shared.untrusted_json import parse_json
 from loramux_shared.wording import is_whole
 
 API_KEY: Final = "LORAMUX_JUDGE_API_KEY"
@@ -128,11 +129,11 @@ class UrlJudge:
 def _verdict(answer: bytes) -> str:
     """Return the letter of an answer of OpenAI's API: in JSON as it was asked for, or bare."""
     try:
-        content = json.loads(answer)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        content = parse_json(answer)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
         raise NoVerdict("the judge's answer has no choices[0].message.content") from None
     try:
-        found = json.loads(content)["verdict"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = parse_json(content)["verdict"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         found = content
     return letter_in(str(found))

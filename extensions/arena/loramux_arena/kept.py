@@ -11,6 +11,7 @@ from typing import IO, Any, Final, Self, TypeVar, get_type_hints
 
 from loramux_arena.records import Answer, Likelihood, Row, Verdict
 from loramux_shared.faults import Finding, RequestInvalid, SettingsInvalid
+from loramux_shared.untrusted_json import parse_json
 
 KINDS: Final[Mapping[str, type[Row]]] = {"answer": Answer, "likelihood": Likelihood, "verdict": Verdict}
 EXCERPT: Final = 80
@@ -95,7 +96,7 @@ class AnswerFile:
             if not line.strip():
                 continue
             try:
-                row = _row(json.loads(line))
+                row = _row(parse_json(line))
             except (ValueError, TypeError, RecursionError) as error:
                 if not _is_torn(line):
                     findings.append(

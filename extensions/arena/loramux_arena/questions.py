@@ -9,6 +9,7 @@ from typing import Any, Final
 from loramux.records import Prompt
 from loramux.requests import generate_request
 from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.untrusted_json import parse_json
 
 KINDS: Final = ("prompt", "messages", "text")
 """Exactly one of them says what is asked."""
@@ -99,8 +100,8 @@ def _question(line: str, number: int, system: str) -> Question:
     if not line.startswith("{"):
         return Question(str(number), _turns(line, system))
     try:
-        fields: dict[str, Any] = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        fields: dict[str, Any] = parse_json(line)
+    except ValueError as error:
         raise _Bad("E_BAD_FIELD", "JSON, as the line begins with {", error) from error
     if unknown := [name for name in fields if name not in FIELDS]:
         raise _Bad("E_UNKNOWN_FIELD", f"one of {', '.join(FIELDS)}", unknown[0])

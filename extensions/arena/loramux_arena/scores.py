@@ -7,6 +7,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Final, TypeAlias
 
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.untrusted_json import parse_json
 
 Scorer: TypeAlias = Callable[[str, str], bool]
 """Answer and reference to whether they agree."""
@@ -38,7 +39,7 @@ def _numeric(answer: str, reference: str) -> bool:
 
 def _json(answer: str, reference: str) -> bool:
     try:
-        return equal(json_in(answer), json.loads(reference))
+        return equal(json_in(answer), parse_json(reference))
     except (ValueError, RecursionError):
         return False
 
@@ -111,7 +112,7 @@ def json_in(text: str) -> Any:
         RecursionError: it is deeper than Python reads.
     """
     fenced = _FENCE.findall(text)
-    return json.loads(fenced[0] if len(fenced) == 1 else text, parse_constant=_no_constant)
+    return json.loads(fenced[0] if len(fenced) == 1 else text, parse_constant=_no_constant)  # noqa: TID251 - an answer, as long as its tokens
 
 
 def _no_constant(word: str) -> Any:

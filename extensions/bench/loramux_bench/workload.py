@@ -1,6 +1,5 @@
 """The requests of a load: prompts, models in turn, and start times."""
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from loramux.client import AsyncClient
 from loramux.records import GenerateOptions, Prompt
 from loramux_shared.faults import RequestInvalid
+from loramux_shared.untrusted_json import parse_json
 
 _TEXT = """
     the river road north wind stone bread letter window garden music engine paper winter silver market answer
@@ -97,7 +97,7 @@ def _prompt(line: str, where: str) -> Prompt:
     if not line.startswith("{"):
         return line
     try:
-        fields: dict[str, Any] = json.loads(line)
+        fields: dict[str, Any] = parse_json(line)
     except ValueError as error:
         raise RequestInvalid(f"{where}: begins with {{ but is not JSON: {error}") from error
     match fields:

@@ -1,10 +1,10 @@
 """Secrets of several fields."""
 
-import json
 from collections.abc import Collection
 
 from loramux_shared.faults import SourceRefused
 from loramux_shared.sources.secrets import Secrets
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 
 
 def fields_of(
@@ -19,8 +19,8 @@ def fields_of(
     if text is None:
         return {}
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
+        data = parse_json(text)
+    except JsonInvalid:
         data = None  # the error's text would repeat the secret
     known = {*required, *optional}
     if not (

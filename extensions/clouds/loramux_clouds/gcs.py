@@ -1,6 +1,5 @@
 """GCS: folders of buckets of Google Cloud Storage, over its JSON API."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -31,6 +30,7 @@ from loramux_shared.faults import (
 from loramux_shared.sources.base import SourceFile
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
+from loramux_shared.untrusted_json import parse_json
 
 ENDPOINT: Final = "https://storage.googleapis.com"
 EMULATOR_VARIABLE: Final = "STORAGE_EMULATOR_HOST"
@@ -138,9 +138,9 @@ def _credentials(repository: Repository, secrets: Secrets) -> Credentials:
     text = secrets.get(name) if name else None
     if text is not None:
         try:
-            info: dict[str, Any] = json.loads(text)
+            info: dict[str, Any] = parse_json(text)
             return _from_key(info, scopes=SCOPES)
-        except (GoogleAuthError, ValueError, TypeError, AttributeError, RecursionError):
+        except (GoogleAuthError, ValueError, TypeError, AttributeError):
             raise SourceRefused(f"secret {name!r}: expected the JSON key of a service account") from None
     if name:
         warn_unset(repository)

@@ -3,7 +3,6 @@
 https://mlflow.org/docs/latest/rest-api.html. The operator names the server; an address names what is on it.
 """
 
-import json
 import re
 import ssl
 import time
@@ -36,6 +35,7 @@ from loramux_shared.sources.base import MAX_FILES, Resolved, SourceFile
 from loramux_shared.sources.files import inside, pin_content
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 from loramux_shared.wording import is_whole
 
 MAX_ANSWER: Final = 4 << 20
@@ -73,8 +73,8 @@ class TrackingServer:
                 if time.monotonic() - started > TIMEOUT_S:
                     raise SourceUnavailable(f"{self.label}: {path}: the answer is too slow. Try again.")
         try:
-            answer = json.loads(body)
-        except (ValueError, RecursionError):
+            answer = parse_json(bytes(body))
+        except JsonInvalid:
             answer = None
         if not isinstance(answer, dict):
             raise self.unexpected(path, "a JSON object", "something else")

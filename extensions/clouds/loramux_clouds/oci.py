@@ -7,7 +7,6 @@ of the manifest is the revision: with it, everything below it is pinned.
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -37,6 +36,7 @@ from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, Sou
 from loramux_shared.sources.files import disk_errors, hash_pieces, inside, whole
 from loramux_shared.sources.retry import TimeLeft
 from loramux_shared.sources.secrets import Secrets
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 
 MANIFESTS: Final = (
     "application/vnd.oci.image.manifest.v1+json",
@@ -196,13 +196,13 @@ class OciSource(ListedSource):
         if text is None:
             return ""
         try:
-            auths = json.loads(text)["auths"]
+            auths = parse_json(text)["auths"]
             entry = auths.get(host) or auths.get(f"https://{host}") or {}
             if not entry and host == "docker.io":
                 entry = auths.get("https://index.docker.io/v1/") or {}
             plain = base64.b64decode(entry.get("auth", ""), validate=True)
             plain = plain or ":".join((entry["username"], entry["password"])).encode() if entry else b""
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error):
+        except (ValueError, KeyError, TypeError, AttributeError, binascii.Error):
             raise SourceRefused(
                 f"secret {name or 'DOCKER_AUTH_CONFIG'!r}: expected docker's config.json with an object auths, "
                 "and in it auth, or username and password, by host. Helpers of credentials are not called."
@@ -230,8 +230,8 @@ class OciSource(ListedSource):
         if reference.startswith("sha256:") and reference != f"sha256:{digest}":
             raise BundleCorrupt(f"{registry.label}: expected a manifest of {reference}, found sha256:{digest}")
         try:
-            manifest = json.loads(body)
-        except (ValueError, RecursionError):
+            manifest = parse_json(body)
+        except JsonInvalid:
             manifest = None
         if not isinstance(manifest, dict) or not ("layers" in manifest or "manifests" in manifest):
             raise SourceRefused(f"{registry.label}: its manifest has neither layers nor manifests")
@@ -323,9 +323,9 @@ class OciSource(ListedSource):
                 if len(body) > MAX_MANIFEST:
                     raise SourceRefused(f"{registry.label}: {host}: more than {MAX_MANIFEST} bytes in a token")
         try:
-            answer = json.loads(body)
+            answer = parse_json(bytes(body))
             return f"Bearer {answer.get('token') or answer['access_token']}"
-        except (ValueError, KeyError, AttributeError, RecursionError):
+        except (ValueError, KeyError, AttributeError):
             raise SourceRefused(f"{registry.label}: {host} answered without a token") from None
 
 

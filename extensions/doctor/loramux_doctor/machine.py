@@ -1,7 +1,6 @@
 """The machine, what a replica would run on here, and the places that it would use."""
 
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from loramux_shared.bundle.deployments import list_deployments
 from loramux_shared.faults import Fault
 from loramux_shared.process import python
 from loramux_shared.storage.open import open_store
+from loramux_shared.untrusted_json import parse_json
 from loramux_shared.wording import counted
 
 
@@ -87,7 +87,7 @@ def look_at_inference(folder: Path) -> Inference | str:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return f"the inference service does not start: {lines[-1]}"
-    answer: Mapping[str, Any] = json.loads(done.stdout)
+    answer: Mapping[str, Any] = parse_json(done.stdout)
     if "fault" in answer:
         return str(answer["fault"]["message"])
     return Inference(**{name: answer[name] for name in Inference.__dataclass_fields__})

@@ -1,6 +1,5 @@
 """The memory that a base and its adapters take."""
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted, Setting
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.spelling import GGUF_SUFFIX
+from loramux_shared.untrusted_json import parse_json
 
 RANKS: Final = (8, 16, 32, 64)
 CARDS: Final = (2, 4, 8, 16)
@@ -93,7 +93,7 @@ def read_base(path: Path) -> dict[str, Any]:
         return described
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise CheckpointInvalid(f"{file}: expected the config.json of a checkpoint: {why}") from error

@@ -1,6 +1,5 @@
 """``loramux kernels``: what a replica on a GPU would compile at its start, compiled for an image."""
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from loramux.cli.exits import Exit
 from loramux_shared.faults import FAULTS
 from loramux_shared.process import python
 from loramux_shared.settings import require_triton
+from loramux_shared.untrusted_json import parse_json
 
 
 @shell.command
@@ -41,7 +41,7 @@ def kernels(
         done = subprocess.run([*command, *sizes], stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603 - our own module
     if done.returncode:
         raise typer.Exit(Exit.FAILED)
-    answer: dict[str, Any] = json.loads(done.stdout)
+    answer: dict[str, Any] = parse_json(done.stdout)
     if "fault" in answer:
         raise FAULTS[answer["fault"]["reason"]](answer["fault"]["message"])
     if as_json:

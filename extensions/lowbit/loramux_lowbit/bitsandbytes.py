@@ -3,7 +3,6 @@
 Blocks of a flat weight in nf4 and fp4 (QLoRA, arXiv 2305.14314), int8 by rows.
 """
 
-import json
 from typing import Any, Final
 
 import torch
@@ -13,6 +12,7 @@ from inference_service.models.packed import Pieces
 from loramux_lowbit.words import looked_up, pairs
 from loramux_shared.bases.formats import Numbers
 from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 
 NF4: Final = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -124,8 +124,8 @@ def _state(pieces: Pieces, role: str) -> dict[str, Any]:
     """Return what is written beside a weight; its shape and its numbers must be those that are meant."""
     data = bytes(pieces.take(role, (torch.uint8,)).flatten().tolist())
     try:
-        state = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        state = parse_json(data)
+    except JsonInvalid as error:
         raise pieces.invalid(role, "expected JSON.") from error
     if not isinstance(state, dict):
         raise pieces.invalid(role, "expected an object.")

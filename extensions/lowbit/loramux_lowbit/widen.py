@@ -34,7 +34,7 @@ def main() -> int:
     for line in sys.stdin:
         answer: dict[str, Any] = {}
         try:
-            request = json.loads(line)
+            request = json.loads(line)  # noqa: TID251 - a process of ours asks
             weight = widen(Path(request["base"]), request["name"], tuple(request["shape"]))
             save_file({request["name"]: weight}, request["into"])
         except Fault as fault:

@@ -77,7 +77,7 @@ class Widener:
         except BrokenPipeError:
             reply = b""
         if reply:
-            answer: dict[str, Any] = json.loads(reply)
+            answer: dict[str, Any] = json.loads(reply)  # noqa: TID251 - a process of ours answers
             return answer
         self._process = None
         if (status := process.wait()) < 0:

@@ -32,7 +32,7 @@ TOP: Final = 16
 
 def main() -> int:
     """Answer the request on stdin; returns the exit status."""
-    request = json.load(sys.stdin)
+    request = json.load(sys.stdin)  # noqa: TID251 - a process of ours asks
     if request.get("threads"):
         torch.set_num_threads(request["threads"])
     try:

@@ -4,7 +4,6 @@ The builder has its own reading of these files; a proof compares the two. Whatev
 the builder before, so this is short.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from loramux_prove.vocabulary_source import OwnTable, read_own
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import BY_ID
 from loramux_shared.faults import AdapterInvalid
+from loramux_shared.untrusted_json import parse_json
 
 # The modules of a linear of a checkpoint, in the order of its output rows.
 _PARTS: Final = {
@@ -74,7 +74,7 @@ def read_adapter(
     """Read the files of an adapter that the builder accepted; some took a part of the base's weights."""
     if not (folder / "adapter_config.json").exists():
         return _cut(_read_npy(folder, base), {}, truncate_to)
-    config = json.loads((folder / "adapter_config.json").read_bytes())
+    config = parse_json((folder / "adapter_config.json").read_bytes())
     files = sorted(folder.glob("adapter_model*.safetensors"))
     tensors = {
         _plain(key): tensor for key, tensor in chain.from_iterable(load_file(file).items() for file in files)

@@ -114,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     second.add_argument(
         "--address", required=True, help="address of the cluster: HOST:PORT, auto or ray://HOST:PORT"
     )
-    second.add_argument("--builder", type=json.loads, help="settings of a builder, as JSON")
-    second.add_argument("--options", type=json.loads, help="`loramux_ray.app.Options`, as JSON")
+    second.add_argument("--builder", type=json.loads, help="settings of a builder, as JSON")  # noqa: TID251 - an operator writes it
+    second.add_argument("--options", type=json.loads, help="`loramux_ray.app.Options`, as JSON")  # noqa: TID251 - an operator writes it
     for each in (first, second):
         each.add_argument(
             "--grpc", required=True, help="HOST:PORT of Ray's gRPC proxies; the host is Ray's choice"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, MutableMapping
 from contextlib import aclosing
 from typing import Any, Final
@@ -20,6 +19,7 @@ from loramux_ray.names import ENGINE, MODEL
 from loramux_shared.faults import Fault
 from loramux_shared.routes import ROUTES
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
+from loramux_shared.untrusted_json import parse_json
 
 RETRIED: Final = frozenset(route.path for route in ROUTES if route.method == "POST" and route.repeatable)
 """Routes that may be retried, beside everything that only reads."""
@@ -129,9 +129,9 @@ def _model(scope: Scope, body: bytes) -> str:
         if name == MODEL.encode():
             return str(value.decode("latin-1"))
     try:
-        parsed = json.loads(body)
+        parsed = parse_json(body)
         model = parsed.get("lora_path") or parsed.get("model")
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         return ""  # a replica refuses the body with the reason
     return model if isinstance(model, str) else ""
 

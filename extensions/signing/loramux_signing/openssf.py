@@ -4,7 +4,6 @@ A signature is a Sigstore bundle with a DSSE envelope around an in-toto statemen
 their sha256. The library of that name makes and verifies it; which files it must list says who reads them.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any, Final
 from loramux_shared.faults import SettingsInvalid, SignatureInvalid, SourceUnavailable
 from loramux_shared.signatures import MAX_SIGNATURE, SIGNATURE, SIGSTORE, SigningKey, label
 from loramux_shared.sources.files import disk_errors
+from loramux_shared.untrusted_json import parse_json
 from loramux_shared.wording import listed
 
 GIT: Final = (".git", ".gitattributes", ".github", ".gitignore")
@@ -118,11 +118,11 @@ def _signed(manifest: Any, by: str, what: str) -> Signed:
 def _check_form(signature: bytes, what: str) -> None:
     """Refuse what the library would read without bounds, or with a word on stdout."""
     try:
-        material = json.loads(signature[: MAX_SIGNATURE + 1].decode())["verificationMaterial"]
+        material = parse_json(signature[: MAX_SIGNATURE + 1].decode())["verificationMaterial"]
         key = material.get("publicKey")
         hinted = key is None or (isinstance(key["hint"], str) and bool(key["hint"]))
         form = hinted and len(signature) <= MAX_SIGNATURE
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         form = False
     if not form:
         raise SignatureInvalid(

@@ -1,11 +1,11 @@
 """The small files of the base, for clients that make text into tokens themselves."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, Final
 
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.checkpoint import CONFIG, INDEX, PlacedBase
+from loramux_shared.untrusted_json import parse_json
 
 GONE: Final = (
     "the tokenizer's files changed since this replica was started. Restore them, or restart the replica."
@@ -41,5 +41,5 @@ class BaseFiles:
             CheckpointInvalid: it is not there any more, or another.
         """
         if self._config is None:
-            self._config = json.loads(self.read()[CONFIG])
+            self._config = parse_json(self.read()[CONFIG])
         return self._config

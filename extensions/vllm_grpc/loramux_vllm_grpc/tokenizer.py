@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from inference_service.text.text import Text
+from loramux_shared.untrusted_json import parse_json
 from loramux_vllm_grpc.base_files import BaseFiles
 
 CHUNK: Final = 64 * 1024
@@ -66,7 +67,7 @@ class Archives:
             files[TOKENIZER] = text.tokenizer_json().encode()
         if template:
             files[TEMPLATE] = template.encode()
-            config = json.loads(files.get(CONFIG, b"{}"))
+            config = parse_json(files.get(CONFIG, b"{}"))
             files[CONFIG] = json.dumps(config | {"chat_template": template}, ensure_ascii=False).encode()
         made = io.BytesIO()
         with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:

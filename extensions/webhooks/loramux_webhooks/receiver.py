@@ -25,6 +25,7 @@ from loramux_shared.bounded_server import BoundedHttpServer
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.options import listen
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 from loramux_shared.wording import is_whole
 
 log = structlog.get_logger()
@@ -222,8 +223,8 @@ class Receiver(BoundedHttpServer):
         if not hmac.compare_digest(secret.encode("latin-1", "replace"), self._secret):  # as headers are read
             return 403, ()
         try:
-            event = json.loads(body)
-        except (ValueError, RecursionError):
+            event = parse_json(body)
+        except JsonInvalid:
             return 400, ()
         touched = self._followed.touched(event)
         if touched:

@@ -62,7 +62,7 @@ def translated(question: dict[str, Any]) -> dict[str, str]:
 
 def put_into(around: str, grammar: str) -> str:
     """Return the grammar of some Lark in which another grammar is ``@answer``."""
-    grammars = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    grammars = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]  # noqa: TID251 - the sandbox bounds its memory
     first, *others = grammars
     return json.dumps({"grammars": [{"lark_grammar": around}, {**first, "name": "answer"}, *others]})
 

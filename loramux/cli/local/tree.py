@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from loramux.cli import shell
 from loramux_shared.faults import FAULTS, Fault, ServerUnavailable, Status
 from loramux_shared.process import READY, SOCKET, STATUS, python, socket_folder
 from loramux_shared.rpc.status import CallFailed
+from loramux_shared.untrusted_json import parse_json
 
 DRAIN_S = 120.0  # longer than a service takes to drain; then it is killed
 DEATH_NOTICE_S = 0.5  # a broken connection is often seen before the death that broke it
@@ -296,7 +296,7 @@ def important(line: str) -> str:
     if not line.startswith("{"):
         return line if _MATTERS.search(line) else ""
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except ValueError:
         return ""
     if str(fields.pop("level", "")).lower() not in _LEVELS:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 
 
 class HfConfig:
@@ -130,10 +131,10 @@ def _is_number(value: Any) -> bool:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the object of a file, None where there is none; raise CheckpointInvalid for something else."""
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except JsonInvalid as error:
         raise CheckpointInvalid(f"{path.name} is not valid JSON.") from error
     if not isinstance(data, dict):
         raise CheckpointInvalid(f"{path.name}: expected an object, found {type(data).__name__}.")

@@ -1,6 +1,5 @@
 """Base checkpoints: which files serving needs, what they are, and how a replica gets them."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -25,6 +24,7 @@ from loramux_shared.sources.files import hash_if_there, inside, scratch, whole
 from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.sources.open import Sources
 from loramux_shared.spelling import GGUF_SUFFIX
+from loramux_shared.untrusted_json import JsonInvalid, parse_json
 from loramux_shared.wording import listed
 
 log = structlog.get_logger()
@@ -224,8 +224,8 @@ def _read_json(source: Source, resolved: Resolved, name: str, work_dir: Path | N
     with scratch(work_dir) as folder:
         source.fetch(resolved, [name], folder)
         try:
-            data = json.loads((folder / name).read_bytes())
-        except (ValueError, RecursionError) as error:
+            data = parse_json((folder / name).read_bytes())
+        except JsonInvalid as error:
             raise CheckpointInvalid(f"{what}: not valid JSON") from error
     if not isinstance(data, dict):
         raise CheckpointInvalid(f"{what}: expected an object, found {type(data).__name__}")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from inference_service.serving.bounds import MAX_NAMES, unfolds_to
+from inference_service.serving.bounds import JSON, MAX_NAMES
 from inference_service.text.text import SLICE_CHARS, Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.deployment_file import parse_deployment
@@ -27,7 +27,7 @@ PIECES = st.sampled_from(["ab ", "abab", "a", " ", "\n\n\n\n", "b" * 40, "é", "
 def test_json_unfolds_to_nothing_else(value: Any) -> None:
     """Brackets, colons and commas inside of texts do not count, however they are escaped."""
     stated = json.dumps(json.dumps(value) * 3)
-    assert unfolds_to(f"[{stated}]".encode()) == ""
+    assert JSON.exceeded_by(f"[{stated}]".encode()) == ""
 
 
 @pytest.mark.parametrize("element", ["[],", "{},", '"a":[],', '{"a":1},', "[[]],"])
@@ -36,8 +36,8 @@ def test_json_of_too_many_names_and_lists_is_reported(element: str) -> None:
     per = sum(map(element.count, "[{:"))
     fits = element * (MAX_NAMES // per)
     quiet = '"[{:\\"[[",'
-    assert unfolds_to((quiet * 9 + fits).encode()) == ""
-    assert "names" in unfolds_to((quiet * 9 + fits + element).encode())
+    assert JSON.exceeded_by((quiet * 9 + fits).encode()) == ""
+    assert "names" in JSON.exceeded_by((quiet * 9 + fits + element).encode())
 
 
 def byte_pairs() -> Tokenizer:
