@@ -122,7 +122,7 @@ def _token(header: GgufHeader, use: str, count: int) -> int | None:
     number = header.fields.get(f"tokenizer.ggml.{use}_token_id")
     if number is not None and not (isinstance(number, int) and 0 <= number < count):
         raise header.invalid(
-            f"tokenizer.ggml.{use}_token_id: expected one of {count} tokens, found {number!r}."
+            f"tokenizer.ggml.{use}_token_id: expected one of {count} tokens, found {number!r:.80}."
         )
     return number
 

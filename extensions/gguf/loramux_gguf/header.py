@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.sources.files import is_text
 from loramux_shared.wording import listed
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 ALIGNMENT: Final = 32
-MOST_ENTRIES: Final = 1 << 20
+MAX_HEADER: Final = 64 << 20
+"""Bytes of a header; that of Gemma 3, with 262,144 tokens, has 1.5e7."""
+MAX_ENTRIES: Final = 1 << 16
 """Tensors, and entries of metadata: more than any model has."""
+MAX_VALUES: Final = 1 << 21
+"""Values of all arrays together; the largest vocabularies have 1.3e6 tokens, scores, types and merges."""
+MAX_TEXT: Final = 1 << 20
+"""Bytes of a text: of a chat template."""
+MAX_ITEM: Final = 1 << 10
+"""Bytes of a text in an array: a token is cut at each of its characters."""
+MAX_FREQUENCIES: Final = 1 << 12
 MOST_DIMENSIONS: Final = 4
 NUMBERS: Final = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """Types of numbers in metadata, as `struct` writes them."""
@@ -72,7 +82,10 @@ class GgufHeader:
 
     def text(self, key: str, default: str = "") -> str:
         """Return a string of the metadata."""
-        return str(self._typed(key, str, default, "a text"))
+        text = str(self._typed(key, str, default, "a text"))
+        if not is_text(text):
+            raise self.invalid(f"{key}: expected UTF-8, found other bytes. Convert the model again.")
+        return text
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Return a whole number of the metadata; without a default it must be there."""
@@ -84,7 +97,7 @@ class GgufHeader:
         if isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, float) or not math.isfinite(value):
-            raise self.invalid(f"{key}: expected a number, found {value!r}.")
+            raise self.invalid(f"{key}: expected a number, found {value!r:.80}.")
         return float(f"{value:.7g}")
 
     def array(self, key: str, of: type) -> list[Any]:
@@ -92,12 +105,14 @@ class GgufHeader:
         values = self.fields.get(key, [])
         if not isinstance(values, list) or not all(isinstance(each, of) for each in values):
             raise self.invalid(f"{key}: expected an array of {of.__name__}.")
+        if of is str and not is_text("".join(values)):
+            raise self.invalid(f"{key}: expected UTF-8, found other bytes. Convert the model again.")
         return values
 
     def _typed(self, key: str, kind: type, default: Any, expected: str) -> Any:
         value = self.fields.get(key, default)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.invalid(f"{key}: expected {expected}, found {value!r}.")
+            raise self.invalid(f"{key}: expected {expected}, found {value!r:.80}.")
         return value
 
 
@@ -119,7 +134,7 @@ def read_header(path: Path) -> GgufHeader:
                 f"version {version} of GGUF is not read; read: {listed([str(each) for each in VERSIONS])}, "
                 "little-endian. Convert the model again."
             )
-        if max(counts) > MOST_ENTRIES:
+        if max(counts) > MAX_ENTRIES:
             raise reader.invalid(f"{max(counts)} entries in its header: it is damaged.")
         tensors, entries = counts
         fields = dict(reader.entry() for _ in range(entries))
@@ -128,7 +143,8 @@ def read_header(path: Path) -> GgufHeader:
         parts = fields.get("split.count", 1)
         if parts != 1:
             raise header.invalid(
-                f"it is one of {parts} parts. Join them: `llama-gguf-split --merge FIRST_PART model.gguf`."
+                f"it is one of {parts!r:.80} parts. Join them: "
+                "`llama-gguf-split --merge FIRST_PART model.gguf`."
             )
         _check_types(header, places)
         _place(header, places, reader)
@@ -154,7 +170,7 @@ def _place(header: GgufHeader, places: list[tuple[str, TensorPlace]], reader: _H
     """Enter the tensors with their places in the file."""
     alignment = header.fields.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
-        raise header.invalid(f"general.alignment: expected a positive number, found {alignment!r}.")
+        raise header.invalid(f"general.alignment: expected a positive number, found {alignment!r:.80}.")
     first, end = -(-reader.at // alignment) * alignment, 0
     for name, place in sorted(places, key=lambda each: each[1].offset):
         if name in header.tensors:
@@ -174,13 +190,15 @@ class _HeaderReader:
 
     def __init__(self, name: str, file: IO[bytes], size: int) -> None:
         self._name, self._file = name, file
-        self.size, self.at = size, 0
+        self.size, self.at, self._values_left = size, 0, MAX_VALUES
 
     def invalid(self, what: str) -> CheckpointInvalid:
         return CheckpointInvalid(f"{self._name}: {what}")
 
     def take(self, count: int) -> bytes:
         """Return the next bytes."""
+        if self.at + count > MAX_HEADER:
+            raise self.invalid(f"its header has more than {MAX_HEADER} bytes: it is damaged.")
         data = self._file.read(count) if count <= self.size - self.at else b""
         if len(data) != count:
             raise self.invalid(f"it ends within its header, at byte {self.size}. Is the download complete?")
@@ -191,33 +209,43 @@ class _HeaderReader:
         """Return the next numbers."""
         return struct.unpack(f"<{kinds}", self.take(struct.calcsize(f"<{kinds}")))
 
-    def text(self) -> str:
+    def text(self, most: int = MAX_TEXT) -> str:
         """Return the next text; bytes that are none stay what they are."""
         [length] = self.numbers("Q")
+        if most < length <= self.size - self.at:
+            raise self.invalid(f"a text of {length} bytes in its header, expected at most {most}.")
         return self.take(length).decode(errors="surrogateescape")
+
+    def name(self) -> str:
+        """Return the next name of a tensor, or key of the metadata."""
+        name = self.text(MAX_ITEM)
+        if not is_text(name):
+            raise self.invalid(f"the name {name!r} is not UTF-8. Convert the model again.")
+        return name
 
     def entry(self) -> tuple[str, Any]:
         """Return the next key of the metadata, and its value."""
-        key = self.text()
+        key = self.name()
         [kind] = self.numbers("I")
         return key, self._values(key, kind, 1)[0] if kind != ARRAY else self._array(key)
 
     def _array(self, key: str) -> list[Any]:
         kind, count = self.numbers("IQ")
-        if count > self.size:
+        if count > self._values_left:
             raise self.invalid(f"{key} has {count} values: its header is damaged.")
-        return self._values(key, kind, count)
+        self._values_left -= count
+        return self._values(key, kind, count, MAX_ITEM)
 
-    def _values(self, key: str, kind: int, count: int) -> list[Any]:
+    def _values(self, key: str, kind: int, count: int, longest: int = MAX_TEXT) -> list[Any]:
         if kind == TEXT:
-            return [self.text() for _ in range(count)]
+            return [self.text(longest) for _ in range(count)]
         if kind not in NUMBERS:
             raise self.invalid(f"{key} is of type {kind}, which no metadata has: its header is damaged.")
         return list(self.numbers(f"{count}{NUMBERS[kind]}"))
 
     def tensor(self) -> tuple[str, TensorPlace]:
         """Return the name of the next tensor, and its offset among the tensors."""
-        name = self.text()
+        name = self.name()
         [dimensions] = self.numbers("I")
         if dimensions > MOST_DIMENSIONS:
             raise self.invalid(f"{name} has {dimensions} dimensions: its header is damaged.")
@@ -229,5 +257,7 @@ class _HeaderReader:
         """Return the values of a small tensor in float32."""
         if place.type != "F32":
             raise self.invalid(f"{FREQUENCIES}: expected F32, found {place.type}.")
+        if place.num_bytes > 4 * MAX_FREQUENCIES:
+            raise self.invalid(f"{FREQUENCIES}: expected at most {MAX_FREQUENCIES} factors.")
         self._file.seek(place.offset)
         return struct.unpack(f"<{place.num_bytes // 4}f", self._file.read(place.num_bytes))

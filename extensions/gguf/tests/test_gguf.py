@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import struct
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +98,74 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
             small_files(read_header(path))
         except CheckpointInvalid:
             continue
+
+
+def header_of(*parts: tuple[str, Any], tensors: int = 0, entries: int = 1) -> bytes:
+    """Return the beginning of a file whose metadata is packed so."""
+    body = b"".join(struct.pack(f"<{kinds}", *values) for kinds, values in parts)
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + body
+
+
+def array(kind: int, count: int) -> bytes:
+    """Return a file whose metadata is an array of zeros: of bytes, or of empty texts."""
+    head = header_of(("Q1sIIQ", (1, b"x", 9, kind, count)))
+    return head + bytes(count * (8 if kind == 8 else 1))
+
+
+@pytest.mark.parametrize(
+    "data", [array(0, 4 << 20), array(8, (2 << 20) + 1), header_of(("Q", (4 << 20,))) + bytes(5 << 20)]
+)
+def test_a_header_makes_no_more_memory_than_a_vocabulary_needs(tmp_path: Path, data: bytes) -> None:
+    """Arrays and texts that no model has are refused before anything is made of them."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(CheckpointInvalid, match=r"values: its header is damaged|a text of \d+ bytes"):
+        read_header(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_the_header_of_a_large_file_is_not_read_without_end(tmp_path: Path) -> None:
+    """Many arrays that are each within the bounds end at the bound of all of them; so do many texts."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(header_of(*[("Q1sIIQ1000000x", (1, b"x", 9, 0, 1_000_000))] * 3, entries=3))
+    with pytest.raises(CheckpointInvalid, match="x has 1000000 values"):
+        read_header(path)
+    path.write_bytes(header_of(*[("Q1sIQ1048576x", (1, b"x", 8, 1 << 20))] * 65, entries=65))
+    with pytest.raises(CheckpointInvalid, match="more than 67108864 bytes"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        header_of(("Q2sI", (2, b"\xe9x", 4))),
+        header_of(("Q2sI", (2, b"\xe9x", 1)), tensors=1, entries=0),
+        header_of(("Q2sIQQIQ", (2, b"\xe9x", 2, 4, 4, 99, 0)), tensors=1, entries=0),
+    ],
+)
+def test_names_that_are_no_text_are_refused_by_name(tmp_path: Path, data: bytes) -> None:
+    """A refusal can be sent as a message: it holds no half of a character."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(data + bytes(64))
+    with pytest.raises(CheckpointInvalid, match="is not UTF-8") as caught:
+        read_header(path)
+    caught.value.message.encode()
+
+
+@pytest.mark.parametrize("key", [b"tokenizer.chat_template", b"tokenizer.ggml.model"])
+def test_texts_that_are_used_are_utf_8(tmp_path: Path, key: bytes) -> None:
+    """A template, a licence or a token of other bytes is refused; what nobody reads may be anything."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(header_of((f"Q{len(key)}sIQ2s", (len(key), key, 8, 2, b"\xe9x"))) + bytes(64))
+    header = read_header(path)
+    with pytest.raises(CheckpointInvalid, match=f"{key.decode()}: expected UTF-8"):
+        header.text(key.decode())
+    path.write_bytes(header_of(("Q1sIIQQ2s", (1, b"x", 9, 8, 1, 2, b"\xe9x"))) + bytes(64))
+    with pytest.raises(CheckpointInvalid, match="x: expected UTF-8"):
+        read_header(path).array("x", str)
 
 
 def test_scaled_positions_follow_from_the_file(tmp_path: Path) -> None:

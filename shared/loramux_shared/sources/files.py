@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -127,7 +128,7 @@ def inside(folder: Path, name: str) -> Path:
 
 def is_text(name: str) -> bool:
     """True unless a name has parts that are no UTF-8: a disk's bytes, or half of a JSON escape."""
-    return not any("\ud800" <= char <= "\udfff" for char in name)
+    return not re.search("[\ud800-\udfff]", name)
 
 
 @contextmanager
