@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.making import Workshop, workshop
+from builder_service.pipeline.making import workshop
 from builder_service.pipeline.progress import AdapterProgress, Progress
 from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.update import changed, push
@@ -28,6 +29,8 @@ from loramux_shared.faults import (
 )
 from loramux_shared.rpc.stopping import shielded
 from loramux_shared.storage.patient import PatientStore
+
+T = TypeVar("T")
 
 RUNNING: Final = 4
 """Pushed adapters that are made at once; others wait."""
@@ -94,13 +97,16 @@ class Pushes:
             RecordTooLarge: an object of the store exceeds its bound.
             SignatureInvalid: the newest generation has no signature of a signer that this builder trusts.
         """
+        async with _in_time():
+            upload = await anext(parts, None)
         if self._stopped:
             raise ShuttingDown("the builder is shutting down. Retry with its successor.")
         with self._places.held(ACCESS.get().key_id, "adapters that are being pushed"):
-            return await self._take(parts)
+            return await self._take(upload, parts)
 
-    async def _take(self, parts: AsyncIterator[Upload | PushedChunk]) -> Pushed:
-        upload = await anext(parts, None)
+    async def _take(
+        self, upload: Upload | PushedChunk | None, parts: AsyncIterator[Upload | PushedChunk]
+    ) -> Pushed:
         if not isinstance(upload, Upload):
             raise RequestInvalid("the first message of PutAdapter: expected an upload, found something else.")
         if finding := bad_name(upload.name, "name"):
@@ -134,13 +140,10 @@ class Pushes:
             adapter = PushedAdapter(
                 upload.deployment, upload.name, shop.work / "adapter-0", shop.space, others=upload.other_files
             )
-            try:
-                async with asyncio.timeout(UPLOAD_S):
-                    await _receive(adapter, upload, parts, progress)
-            except TimeoutError:
-                raise ClientStalled(f"the upload took longer than {UPLOAD_S:g} s.") from None
+            async with _in_time():
+                await _receive(adapter, upload, parts, progress)
             making = self._pool.submit(push, adapter, shop, upload.expected_generation)
-            result, record = await _until_done(making, shop)
+            result, record = await _until_done(asyncio.wrap_future(making), progress)
         if not result.unchanged:
             await self._published(upload.deployment)
         return Pushed(result, record, progress.adapters[0])
@@ -156,22 +159,32 @@ async def _receive(
     adapter: PushedAdapter, upload: Upload, parts: AsyncIterator[Upload | PushedChunk], progress: Progress
 ) -> None:
     if upload.config:
-        await asyncio.to_thread(adapter.write, CONFIG, upload.config)
+        await _until_done(asyncio.to_thread(adapter.write, CONFIG, upload.config), progress)
     async for part in parts:
         if isinstance(part, Upload):
             raise RequestInvalid("PutAdapter: expected chunks after the first message, found another upload.")
         progress.advance(adapter.name, len(part.data))
-        await asyncio.to_thread(adapter.write, part.file or WEIGHTS, part.data)
+        await _until_done(asyncio.to_thread(adapter.write, part.file or WEIGHTS, part.data), progress)
 
 
-async def _until_done(
-    making: Future[tuple[BuildResult, AdapterRecord]], shop: Workshop
-) -> tuple[BuildResult, AdapterRecord]:
-    """Wait for a thread; after a cancellation, until the thread noticed, since its folder is removed then."""
-    waiting = asyncio.wrap_future(making)
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    """Bound the time of what a client sends."""
     try:
-        return await shielded(waiting)
+        async with asyncio.timeout(UPLOAD_S):
+            yield
+    except TimeoutError:
+        raise ClientStalled(f"the upload took longer than {UPLOAD_S:g} s.") from None
+
+
+async def _until_done(work: Awaitable[T], progress: Progress) -> T:
+    """Wait for a thread; after a cancellation, until the thread noticed, since its folder is removed then."""
+    working = asyncio.ensure_future(work)
+    try:
+        return await shielded(working)
     except asyncio.CancelledError:
-        shop.progress.stop()
-        await asyncio.gather(waiting, return_exceptions=True)
+        progress.stop()
+        while not working.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait((working,))
         raise

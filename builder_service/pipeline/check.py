@@ -1,8 +1,10 @@
 """Check: everything that a build would find in one adapter; nothing is written to the store."""
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,20 +17,35 @@ from builder_service.pipeline.lineage import lineage
 from builder_service.pipeline.making import workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
+from loramux_shared.access.keys import ACCESS
+from loramux_shared.access.shares import Shares
 from loramux_shared.bases.memory import ITEM_BYTES, widening
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest, ModuleRow, ScoreHead, npy_files
 from loramux_shared.bundle.npy import DESCR, header_bytes
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Deployment, Dtype, Repository
-from loramux_shared.faults import BuildInterrupted, Fault, Finding, ResourcesExhausted, ShuttingDown
+from loramux_shared.faults import (
+    BuildInterrupted,
+    BuildTimedOut,
+    Fault,
+    Finding,
+    ResourcesExhausted,
+    ShuttingDown,
+    SourceUnavailable,
+)
 from loramux_shared.sources.checkpoint import GGUF, Base, describe_base
 
 ADAPTER: Final = "adapter"
 """The name of the one adapter of a check."""
 _PREFIX: Final = f"adapter {ADAPTER!r}: "
 MAX_CONCURRENT: Final = 2
-"""Checks that run at once; others wait."""
+"""Checks that compute at once; others wait."""
+MAX_OPEN: Final = 16
+"""Checks that fetch or compute at once: most wait for sources, which costs no processor."""
+MAX_CHECK_S: Final = 600.0
+"""Seconds of a check: what takes longer to fetch is built."""
+TOO_SLOW: Final = f"the check took longer than {MAX_CHECK_S:g} s. Use a nearer copy, or build the adapter."
 
 
 @dataclass(frozen=True)
@@ -59,8 +76,13 @@ class CheckedReport:
         return all(finding.code.startswith("W_") for finding in self.findings)
 
 
-def check_one(deployment: Deployment, context: BuildContext, progress: Progress) -> CheckedReport:
-    """Check the adapter of a deployment that has one. Blocks.
+def check_one(
+    deployment: Deployment,
+    context: BuildContext,
+    progress: Progress,
+    computing: AbstractContextManager[object] | None = None,
+) -> CheckedReport:
+    """Check the adapter of a deployment that has one; computing is held while it computes. Blocks.
 
     Raises:
         Fault: what the base or a source raises; rules that are broken are findings.
@@ -77,7 +99,8 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
         book = rulebook(base.model, build.lora_configuration, shop.weights(base.record))
         adapters, signers = build.lora_adapters, build.signed_by
         [fetched] = fetch_adapters(adapters, sources, shop.space, shop.work, progress, signers)
-        checked = check_fetched(fetched, book, progress)
+        with computing or nullcontext():
+            checked = check_fetched(fetched, book, progress)
         rows = tuple(planned.row for planned in checked.rows)
         changes = bool(rows or checked.replaced)
         named = _origin_warnings(checked.base_model_name, base.record, fetched, context) if changes else []
@@ -128,11 +151,15 @@ def _files_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:
 
 
 class Checks:
-    """Checks as a service: in threads, a bounded number at once, stopped when the caller is gone."""
+    """Checks as a service: in threads, a bounded number at once, for a bounded time, stopped when the caller is
+    gone.
+    """
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
-        self._pool = ThreadPoolExecutor(MAX_CONCURRENT, "check")
+        self._pool = ThreadPoolExecutor(MAX_OPEN, "check")
+        self._places = Shares(MAX_OPEN)
+        self._computing = threading.Semaphore(MAX_CONCURRENT)
         self._running: set[Progress] = set()
         self._stopped = False
 
@@ -146,13 +173,22 @@ class Checks:
             BundleCorrupt: what a source raises.
         """
         check_deployment(deployment)
+        async with self._places.awaited(ACCESS.get().key_id, "checks"):
+            return await self._check(deployment)
+
+    async def _check(self, deployment: Deployment) -> CheckedReport:
         if self._stopped:
             raise ShuttingDown("the builder is shutting down. Retry with its successor.")
         progress = Progress(deployment.build.lora_adapters)
         self._running.add(progress)
         loop = asyncio.get_running_loop()
+        late = loop.call_later(MAX_CHECK_S, progress.stop, BuildTimedOut(TOO_SLOW))
         try:
-            return await loop.run_in_executor(self._pool, check_one, deployment, self._context, progress)
+            return await loop.run_in_executor(
+                self._pool, check_one, deployment, self._context, progress, self._computing
+            )
+        except BuildTimedOut as fault:
+            raise SourceUnavailable(fault.message) from fault
         except BuildInterrupted as fault:
             raise ShuttingDown("the builder stopped during the check. Retry with its successor.") from fault
         except Fault as fault:
@@ -161,6 +197,7 @@ class Checks:
             problem = error.strerror or type(error).__name__
             raise ResourcesExhausted(f"the builder's work folder: {problem}. Free some space.") from error
         finally:
+            late.cancel()
             progress.stop()
             self._running.discard(progress)
 

@@ -75,7 +75,7 @@ class PushedAdapter:
         self._sizes[file] = size
         self._hashes.setdefault(file, hashlib.sha256()).update(data)
         with disk_errors():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)  # in a work folder, which is there until the push ended
             with (self.folder / file).open("ab") as sink:
                 sink.write(data)
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,19 @@ import pytest
 from builder_service.pipeline import check
 from builder_service.pipeline.progress import Progress
 from loramux.client import AsyncClient
-from loramux.faults import CheckpointInvalid, DeploymentInvalid, RepoNotFound, ShuttingDown, SourceRefused
+from loramux.faults import (
+    CheckpointInvalid,
+    DeploymentInvalid,
+    RepoNotFound,
+    ShuttingDown,
+    SourceRefused,
+    SourceUnavailable,
+)
 from loramux.records import AdapterReport
-from loramux_shared.deployment import Dtype, LoraConfiguration
+from loramux_shared.deployment import Dtype, LoraConfiguration, Repository
 from tests.support.adapters import HIDDEN, tensors, write_adapter
 from tests.support.builders import Builders
-from tests.support.waiting import until, wait_until
+from tests.support.waiting import BOUND_S, Clock, ended, until, wait_until
 
 
 class Served(Builders):
@@ -135,6 +144,44 @@ async def test_a_check_that_nobody_waits_for_is_stopped(world: Served, monkeypat
     assert list(work.iterdir()) != []
     call.cancel()
     await until(lambda: not list(work.iterdir()), "the end of the check", lambda: [*work.rglob("*")])
+
+
+async def test_slow_sources_hold_no_place(world: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks that wait for their sources do not keep another one from being made."""
+    fetch, slow, begun = check.fetch_adapters, threading.Event(), 0
+
+    def held(adapters: Mapping[str, Repository], *others: Any) -> Any:
+        nonlocal begun
+        if any(each.repo.endswith("two") for each in adapters.values()):
+            begun += 1
+            assert slow.wait(BOUND_S)
+        return fetch(adapters, *others)
+
+    monkeypatch.setattr(check, "fetch_adapters", held)
+    waiting = [asyncio.create_task(world.check("two")) for _ in range(5)]
+    try:
+        await until(lambda: begun == 5, "five checks to wait for a source")
+        assert (await ended(world.check("one"), "the check between slow ones")).accepted
+    finally:
+        slow.set()
+    assert all(report.accepted for report in await asyncio.gather(*waiting))
+
+
+async def test_a_check_ends_in_time(world: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that sends bytes slowly, without an end, is SOURCE_UNAVAILABLE; its files are gone."""
+    begun, clock = threading.Event(), Clock()
+
+    def dripping(*given: Any) -> None:
+        begun.set()
+        wait_until(given[4].check, "the end of the check")
+
+    monkeypatch.setattr(check, "fetch_adapters", dripping)
+    call = asyncio.create_task(world.check("one"))
+    await until(begun.is_set, "the check")
+    clock.advance(check.MAX_CHECK_S)
+    with pytest.raises(SourceUnavailable, match="the check took longer than 600 s"):
+        await ended(call, "the check")
+    assert list((world.folder / "work").iterdir()) == []
 
 
 async def test_a_builder_that_stops_refuses_new_calls(world: Served) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import shutil
+import threading
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ import grpc
 import pytest
 
 from builder_service.builds import pushes, shown
+from builder_service.builds.pushes import PushedChunk, Upload
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Ledger
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.update import Update, update
 from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc
@@ -27,7 +31,7 @@ from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.status import fault_of
 from tests.golden.wild.shape import Shape
 from tests.support.builders import HOUR, Builders, Gated
-from tests.support.waiting import Clock, until
+from tests.support.waiting import BOUND_S, Clock, ended, until
 
 
 class World(Builders):
@@ -359,6 +363,77 @@ async def test_an_upload_that_stalls_is_ended(
     assert isinstance(fault, faults.ClientStalled)
     assert why in fault.message
     await until(lambda: world.uploads == [], "the end of the upload")
+
+
+class HeldLock:
+    """A lock that a thread waits for until a test opens it."""
+
+    def __init__(self) -> None:
+        self.asked, self.open = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        self.asked.set()
+        assert self.open.wait(BOUND_S)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+async def published(_deployment: str) -> None:
+    """Take note of a generation."""
+
+
+async def uploaded(*sent: Upload | PushedChunk) -> AsyncIterator[Upload | PushedChunk]:
+    """Return the parts of an upload that goes on."""
+    for part in sent:
+        yield part
+    await asyncio.Event().wait()
+
+
+async def test_an_upload_that_is_cut_off_leaves_nothing(world: World) -> None:
+    """A write that runs when a client goes away, however often, ends before its folder is removed."""
+    lock: Any = HeldLock()
+    context = replace(world.context(), _ledger=Ledger(lock=lock))
+    upload = asyncio.create_task(pushes.Pushes(context, published).put(uploaded(Upload("tiny", "two", b"{}"))))
+    await until(lock.asked.is_set, "the write of the config")
+    for _ in range(2):
+        upload.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not upload.done()
+    lock.open.set()
+    with pytest.raises(asyncio.CancelledError):
+        await ended(upload, "the end of the upload")
+    assert world.uploads == []
+
+
+async def test_an_upload_begins_in_time(world: World) -> None:
+    """A client that sends no first message is CLIENT_STALLED, and takes no place of another."""
+    clock, places = Clock(), pushes.Pushes(world.context(), published)
+    silent = [asyncio.create_task(places.put(uploaded())) for _ in range(pushes.OPEN)]
+    await asyncio.sleep(0)
+    wrong = places.put(uploaded(PushedChunk("", b"x")))
+    with pytest.raises(faults.RequestInvalid, match="first message"):
+        await ended(wrong, "the refusal of a wrong message")
+    clock.advance(pushes.UPLOAD_S)
+    waited = asyncio.gather(*silent, return_exceptions=True)
+    for each in await ended(waited, "the end of silent uploads"):
+        assert isinstance(each, faults.ClientStalled)
+
+
+async def test_uploads_that_begin_together_are_bounded(world: World) -> None:
+    """The bound of open uploads holds for those whose first messages come at the same time."""
+    places = pushes.Pushes(world.context(), published)
+    begun = [
+        asyncio.create_task(places.put(uploaded(Upload("tiny", "two", b"{}")))) for _ in range(pushes.OPEN + 3)
+    ]
+    await until(lambda: sum(each.done() for each in begun) == 3, "three refusals")
+    for each in begun:
+        if each.done():
+            assert isinstance(each.exception(), faults.QueueFull)
+        each.cancel()
+    await asyncio.gather(*begun, return_exceptions=True)
+    assert world.uploads == []
 
 
 async def test_a_rollback_serves_what_was_served(world: World) -> None:
