@@ -81,7 +81,8 @@ class Archive:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 for count, member in enumerate(iter(tar.next, None)):
                     stream.headers = 0
-                    tar.members.clear()  # tarfile keeps them, each with its attributes
+                    # tarfile keeps them, each with its attributes; typeshed does not name the list.
+                    tar.members.clear()  # type: ignore[attr-defined]
                     if count == MAX_FILES:
                         raise SourceRefused(f"{self.name}: more than {MAX_FILES} files and folders")
                     self._check_shared(tar.pax_headers)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from builder_service.pipeline import check
+from builder_service.pipeline.fetch import fetch_adapters
 from builder_service.pipeline.progress import Progress
 from loramux.client import AsyncClient
 from loramux.faults import (
@@ -148,14 +149,14 @@ async def test_a_check_that_nobody_waits_for_is_stopped(world: Served, monkeypat
 
 async def test_slow_sources_hold_no_place(world: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks that wait for their sources do not keep another one from being made."""
-    fetch, slow, begun = check.fetch_adapters, threading.Event(), 0
+    slow, begun = threading.Event(), 0
 
     def held(adapters: Mapping[str, Repository], *others: Any) -> Any:
         nonlocal begun
         if any(each.repo.endswith("two") for each in adapters.values()):
             begun += 1
             assert slow.wait(BOUND_S)
-        return fetch(adapters, *others)
+        return fetch_adapters(adapters, *others)
 
     monkeypatch.setattr(check, "fetch_adapters", held)
     waiting = [asyncio.create_task(world.check("two")) for _ in range(5)]

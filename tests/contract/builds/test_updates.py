@@ -423,10 +423,16 @@ async def test_an_upload_begins_in_time(world: World) -> None:
 
 async def test_uploads_that_begin_together_are_bounded(world: World) -> None:
     """The bound of open uploads holds for those whose first messages come at the same time."""
-    places = pushes.Pushes(world.context(), published)
-    begun = [
-        asyncio.create_task(places.put(uploaded(Upload("tiny", "two", b"{}")))) for _ in range(pushes.OPEN + 3)
-    ]
+    places, together = pushes.Pushes(world.context(), published), asyncio.Event()
+
+    async def late() -> AsyncIterator[Upload | PushedChunk]:
+        await together.wait()
+        async for part in uploaded(Upload("tiny", "two", b"{}")):
+            yield part
+
+    begun = [asyncio.create_task(places.put(late())) for _ in range(pushes.OPEN + 3)]
+    await asyncio.sleep(0)
+    together.set()
     await until(lambda: sum(each.done() for each in begun) == 3, "three refusals")
     for each in begun:
         if each.done():

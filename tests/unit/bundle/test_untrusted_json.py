@@ -38,7 +38,7 @@ def test_too_much_of_json_is_refused_before_it_is_parsed(parse: Any) -> None:
 
 @given(st.text('ab"\\[{:,\u2200', max_size=40), st.integers(0, 3))
 def test_texts_count_as_one_value(text: str, shift: int) -> None:
-    """Brackets and commas inside of a text do not count, wherever the pieces that are looked at end."""
+    """Brackets and commas inside of a text do not count, nor at the ends of the pieces that are counted."""
     padded = " " * (PIECE - shift) + json.dumps([text * 30] * 9)
     assert parse_strict_json(padded.encode(), SMALL) == parse_json(padded, SMALL) == [text * 30] * 9
     with pytest.raises(JsonInvalid, match="names, objects and lists"):
@@ -47,7 +47,7 @@ def test_texts_count_as_one_value(text: str, shift: int) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_no_encoding_hides_brackets(encoding: str) -> None:
-    """What json reads in other encodings is counted in them: bytes of characters are no quotes."""
+    """Text in other encodings is counted as it is read: bytes of its characters are no quotes."""
     text = '["\u2200\u2222\u2200",' + "[]," * 20 + "0]"
     assert parse_json(text.encode(encoding)) == json.loads(text)
     with pytest.raises(JsonInvalid, match="names, objects and lists"):
