@@ -172,9 +172,9 @@ async def test_a_check_ends_in_time(world: Served, monkeypatch: pytest.MonkeyPat
     """A source that sends bytes slowly, without an end, is SOURCE_UNAVAILABLE; its files are gone."""
     begun, clock = threading.Event(), Clock()
 
-    def dripping(*given: Any) -> None:
+    def dripping(*arguments: Any) -> None:
         begun.set()
-        wait_until(given[4].check, "the end of the check")
+        wait_until(arguments[4].check, "the end of the check")
 
     monkeypatch.setattr(check, "fetch_adapters", dripping)
     call = asyncio.create_task(world.check("one"))
