@@ -65,7 +65,7 @@ TELL_S: Final = 1.0
 SWITCH_S: Final = 0.0005
 """Seconds that the engine's thread waits for the interpreter at most, while another one packs an adapter.
 
-5 ms are Python's own. See docs/decisions/0081-measured.md.
+5 ms are Python's own. See docs/decisions/tried.md.
 """
 
 

@@ -169,7 +169,7 @@ class AdapterLoader:
         self._reads = Workers("bundles", LOADS)
         # One thread computes: teams of threads would wait for each other, and take cores from the steps.
         self._work = Workers("adapters", threads, prepare=one_thread)
-        torch.set_num_threads(torch.get_num_threads())  # of threads that are not yet begun; see decision 38
+        torch.set_num_threads(torch.get_num_threads())  # of threads that are not yet begun
 
     @property
     def host_bytes(self) -> int:

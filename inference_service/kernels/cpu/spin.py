@@ -29,7 +29,7 @@ REST_S: Final = 5.0
 CONTENDED: Final = 0.6
 """Share of a core for which threads of this process waited, from which on sleep is faster.
 
-Measured, see docs/decisions/0043-spinning.md.
+Measured, see docs/decisions/tried.md.
 """
 FREE: Final = 0.5
 """Below, they spin again."""

@@ -1,7 +1,7 @@
 """Deployments in a store: their generations, the pointer to the served one, and changes that are never lost.
 
 A build says what a deployment is; a change says what is to be otherwise. Two changes that begin at the same
-generation must both be in the end, on a store without conditional writes: docs/decisions/0036.
+generation must both be in the end, on a store without conditional writes: docs/decisions/0039.
 """
 
 import re
