@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 from google.protobuf.message import Message
@@ -46,6 +47,10 @@ OPTIONS_HEAD = """\
 Keywords of the methods above; None is an option that is not set. Every call takes `timeout_s`. What
 GenerateOptions explains means the same elsewhere.
 """
+RECORDS_HEAD = """\
+A field without a type has the meaning of the field of that name in the linked message. The value of an enum is its
+name in lower case.
+"""
 MESSAGES: dict[str, type[Message]] = {
     "AdapterChange": builder_pb2.AdapterChange,
     "AdapterInfo": builder_pb2.AdapterBuild,
@@ -83,6 +88,7 @@ def page() -> str:
         OPTIONS_HEAD,
         *map(_kind, OPTIONS),
         "## Records\n",
+        RECORDS_HEAD,
         *map(_kind, records),
     ]
     return "\n".join(parts)
@@ -121,7 +127,10 @@ def _kind(kind: type) -> str:
         known = set(message.fields_by_name)
         service = message.full_name.split(".")[1]
         text += f" Fields as in [{message.name}](grpc.md#{service}{message.name.lower()})."
-    listed = entries_of((f"`{name}{named}`", "" if name in known else meaning) for name, named, meaning in rows)
+    listed = entries_of(
+        (f"`{name}`", "") if name in known or issubclass(kind, Enum) else (f"`{name}{named}`", meaning)
+        for name, named, meaning in rows
+    )
     return "\n".join(filter(None, (f"### {kind.__name__}\n\n{text}\n", listed)))
 
 
