@@ -48,8 +48,8 @@ Keywords of the methods above; None is an option that is not set. Every call tak
 GenerateOptions explains means the same elsewhere.
 """
 RECORDS_HEAD = """\
-A field without a type has the meaning of the field of that name in the linked message. The value of an enum is its
-name in lower case.
+A field without a type has the meaning of the field of that name in the linked message. The value of an enum
+is its name in lower case.
 """
 MESSAGES: dict[str, type[Message]] = {
     "AdapterChange": builder_pb2.AdapterChange,

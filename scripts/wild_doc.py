@@ -25,8 +25,8 @@ again.
 EXACT = """\
 ## Exact
 
-What PEFT 0.2 to 0.21 saves of each [kind](adapters.md#kinds) is exact. The shapes of PEFT below have a warning, or keys
-that PEFT itself does not know.
+What PEFT 0.2 to 0.21 saves of each [kind](adapters.md#kinds) is exact. The shapes of PEFT below have a
+warning, or keys that PEFT itself does not know.
 """
 
 
