@@ -48,8 +48,8 @@ Keywords of the methods above; None is an option that is not set. Every call tak
 GenerateOptions explains means the same elsewhere.
 """
 RECORDS_HEAD = """\
-A field without a type has the meaning of the field of that name in the linked message. The value of an enum
-is its name in lower case.
+A record with a link has the fields of that message, by the same names, beside those that are listed. The value
+of an enum is its name in lower case.
 """
 MESSAGES: dict[str, type[Message]] = {
     "AdapterChange": builder_pb2.AdapterChange,
@@ -127,6 +127,8 @@ def _kind(kind: type) -> str:
         known = set(message.fields_by_name)
         service = message.full_name.split(".")[1]
         text += f" Fields as in [{message.name}](grpc.md#{service}{message.name.lower()})."
+        if kind not in OPTIONS:
+            rows = [row for row in rows if row[0] not in known]
     listed = entries_of(
         (f"`{name}`", "") if name in known or issubclass(kind, Enum) else (f"`{name}{named}`", meaning)
         for name, named, meaning in rows
