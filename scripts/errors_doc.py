@@ -22,10 +22,8 @@ violation per finding, a `google.rpc.RetryInfo`, and in the ErrorInfo's metadata
 being read. A failed build has the same in `Deployment.failure`.
 
 A finding has a code, the adapter, the place, what was expected, what was found and what to do; there is one
-per code and cause, not one per layer. Codes with `E_` refuse an adapter, and with it the build. Codes with
-`W_` are warnings, which the bundle's manifest keeps. Where sources of several adapters fail, each adapter has
-a finding whose code is its reason. *Merge it* means: `merge_and_unload` the adapter into its base, and serve
-a full model.
+per code and cause. Codes with `E_` refuse an adapter, and with it the build; `W_` are warnings. *Merge it*
+means: `merge_and_unload` the adapter into its base, and serve a full model.
 """
 
 

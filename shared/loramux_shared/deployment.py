@@ -234,22 +234,20 @@ class Runtime(Model):
     request_default_max_tokens: int | None = Field(default=None, ge=1)
     """New tokens of a request that sets no limit; as many as fit when not given."""
     speculative_tokens: int | None = Field(default=None, ge=0, lt=2**31)
-    """Tokens of a request that are guessed from what it said before, and verified, in a step, at most: for
-    answers that repeat their prompt. 0: none. A replica's ``LORAMUX_SPECULATIVE_TOKENS`` comes first; where
-    neither says it, 8 on a CPU and none on a GPU."""
+    """Tokens of a request that a step drafts at most, from what it said before. 0: none. A replica's
+    ``LORAMUX_SPECULATIVE_TOKENS`` comes first; where neither says it, 8 on a CPU and none on a GPU."""
     speculator: Speculator | None = None
     """A draft model, beside prompt lookup."""
     serve_base: bool = True
     """False: the adapters only; the base's name is then unknown to clients."""
     merge: Merge = Merge.AUTO
-    """Merging of the one adapter of a deployment that hides its base into the weights at load, which then run
-    at the speed of the base. ``always`` refuses a deployment for which that is impossible.
-    """
+    """Merging of the one adapter of a deployment that hides its base into the weights at load. ``always``
+    refuses a deployment for which that is impossible."""
     quantization: Rounding = Rounding.NONE
     """Rounding of the weights of the base's linears when a replica loads them.
 
-    ``none``, ``fp8`` (on GPUs), ``int8`` or ``int4``. Adapters stay as they are, and none is merged into such
-    weights. A replica's ``LORAMUX_QUANTIZATION`` comes first.
+    ``fp8`` is for GPUs. Adapters stay as they are, and none is merged. A replica's ``LORAMUX_QUANTIZATION``
+    comes first.
     """
     tool_parser: ToolParser = ToolParser.AUTO
     """The form in which the models write calls of tools: docs/reference/openai.md has them. ``auto``: what the

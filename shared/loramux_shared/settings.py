@@ -216,13 +216,12 @@ class Settings(BaseSettings):
     extensions/signing/README.md.
     """
     drain_delay_s: SecondsOrZero = 0
-    """Seconds after SIGTERM in which health says no and requests are still taken, so that proxies turn away
-    before any is refused."""
+    """Seconds after SIGTERM in which health says no and requests are still taken."""
     drain_timeout_s: SecondsOrZero = 30
     """Seconds that running work may take to end after SIGTERM and drain_delay_s before it is cut off."""
     stall_timeout_s: Seconds = 30
-    """Seconds that an answer may wait for a client that does not read, and that a client may pause in what it
-    sends: an upload, or the body of a request; then it is cut off."""
+    """Seconds that a client may pause in reading an answer, or in sending a body or an upload; then it is cut
+    off."""
     log_format: LogFormat = "auto"
     """The log on stderr; auto: text on a terminal, else JSON lines."""
 
@@ -307,28 +306,26 @@ class InferenceSettings(Settings):
     deterministic: bool = False
     """Answer the same, bit for bit, in any batch and after prefix hits; on a CPU with compiled operations."""
     max_batch_tokens: OfDevice = None
-    """Most tokens per step, prompts and answers together; beside answers, prompts have fewer: steps stay short.
-    auto: 1024 on a CPU, 8192 on a GPU."""
+    """Most tokens per step, prompts and answers together; auto: 1024 on a CPU, 8192 on a GPU."""
     max_batch_seqs: OfDevice = None
     """Sequences per step, at most its tokens; auto: 64 on a CPU, 256 on a GPU."""
     max_batch_adapters: Count = 64
     """Distinct adapters per step."""
     adapter_memory_gb: Gigabytes | None = None
-    """Memory of resident adapters in GB (10^9 bytes); when not given, room for all that are registered at the
-    start and some more, up to a quarter of what weights leave free (on a GPU 30 %)."""
+    """Memory of resident adapters in GB (10^9 bytes); when not given, room for those of the start and some
+    more, up to a quarter of what weights leave free (on a GPU 30 %)."""
     preload: Annotated[int, Field(ge=0, lt=2**31)] = 16
     """Adapters that are loaded before the replica says that it is ready; the others follow while it serves."""
     kv_memory_gb: Gigabytes | None = None
     """Memory of the KV cache in GB (10^9 bytes); chosen from what is free when not given."""
     kv_cache_dtype: Literal["auto", "fp8", "int8"] = "auto"
-    """The type of the KV cache; auto: the model's. In 8 bits it holds nearly twice the tokens: int8 on GPUs of
-    capability 8.0, fp8, which is less exact, of 8.9; compiled operations of a CPU have neither."""
+    """The type of the KV cache; auto: the model's. 8 bits hold nearly twice the tokens, on GPUs: int8 from
+    capability 8.0 on, fp8, which is less exact, from 8.9 on."""
     block_size: Annotated[Count, AfterValidator(_power_of_two)] = 16
     """Tokens per block of the KV cache; a power of two."""
     speculative_tokens: CountOfDevice = None
-    """Tokens of a request that are guessed from what it said before, and verified, in a step, at most; fewer or
-    none where they cost more than they save. Answers stay what they are; those that repeat their prompt come
-    faster. 0: none; auto: what the deployment's runtime says, else 8 on a CPU, 0 on a GPU."""
+    """Tokens of a request that a step drafts at most, from what it said before; answers stay the same. 0: none;
+    auto: what the deployment's runtime says, else 8 on a CPU, 0 on a GPU."""
     max_queue: Count = 1024
     """Requests that wait; one more is answered QUEUE_FULL."""
     step_timeout_s: Seconds = 300
@@ -341,16 +338,15 @@ class InferenceSettings(Settings):
     Locked memory of a GPU's machine, or for a CPU a file without a name in cache_dir. 0: none.
     """
     stream_interval_ms: CountOfDevice = None
-    """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each;
-    auto: 40 on a CPU, 10 on a GPU. With hundreds of answers under way it is longer by itself."""
+    """Interval at which tokens of running answers are sent together, first and last ones at once; 0: each;
+    auto: 40 on a CPU, 10 on a GPU."""
     prefill_first: bool = False
-    """Compute prompts before answers under way go on: more tokens a second, for batch jobs. Otherwise steps
-    with prompts are kept short."""
+    """Compute prompts before answers under way go on: more tokens a second, for batch jobs."""
     cache_dir: HomePath = Path("~/.cache/loramux")
     """Holds base checkpoints and bundles that were fetched, and what was compiled. Replicas may share it."""
     adapter_disk_gb: GigabytesOrZero = 20
-    """GB (10^9 bytes) of bundles in cache_dir; those that were not used for longest leave. 0: none are kept. A
-    store in a folder of the same file system is never copied."""
+    """GB (10^9 bytes) of bundles in cache_dir; the least recently used leave. A store in a folder of the same
+    file system is never copied."""
     adapter_host_gb: GigabytesOrZero = 8
     """GB (10^9 bytes) of a GPU machine's memory, locked at the start, for adapters that left the device."""
     adapter_threads: Workers = 1
@@ -362,8 +358,8 @@ class InferenceSettings(Settings):
     builder: Destination | None = None
     """HOST:PORT of a builder (or grpcs://HOST:PORT) that announces new generations."""
     logprobs_mode: Literal["raw", "processed"] = "raw"
-    """Log probabilities of answers where a request says none: raw are the model's own; processed are those that
-    a token is drawn by, after penalties, bias, temperature and the rest (vLLM's processed_logprobs)."""
+    """Log probabilities of answers where a request says none: raw are the model's own, processed those that a
+    token is drawn by (vLLM's processed_logprobs)."""
     metrics_models: Count = 1000
     """Models that have series of their own in `/metrics`; what the rest count is that of the model (others)."""
     log_prompts: bool = False
