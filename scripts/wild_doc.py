@@ -25,22 +25,29 @@ again.
 EXACT = """\
 ## Exact
 
-What PEFT 0.2 to 0.21 saves of each [kind](adapters.md#kinds) is exact. The shapes of PEFT below have a
-warning, or keys that PEFT itself does not know.
+What PEFT 0.2 to 0.21 saves of each [kind](adapters.md#kinds) is exact, and so are plain adapters of {others}.
+The shapes below have a warning, or keys that PEFT itself does not know.
 """
 
 
 def page() -> str:
     """Return the whole page."""
     exact = [shape for shape in SHAPES if not shape.refused]
-    remarkable = [shape for shape in exact if shape.writer != "PEFT" or _result(shape)]
+    remarkable = [shape for shape in exact if _result(shape)]
+    others = sorted({shape.writer for shape in exact if not _result(shape)} - {"PEFT"})
     counts = (
         f"{len(SHAPES)} shapes tried: {len(exact)} exact, {len(SHAPES) - len(exact)} refused by name. "
         f"Of the exact ones PEFT loads {sum(shape.under is None for shape in exact)} as they are."
     )
     head = HEAD.format(counts=counts, peft="0.21")
     return "\n".join(
-        (head, EXACT, _list(remarkable), "## Refused\n", _list([each for each in SHAPES if each.refused]))
+        (
+            head,
+            EXACT.format(others=", ".join(others)),
+            _list(remarkable),
+            "## Refused\n",
+            _list([each for each in SHAPES if each.refused]),
+        )
     )
 
 
