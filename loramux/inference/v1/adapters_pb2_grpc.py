@@ -28,10 +28,9 @@ if _version_not_supported:
 class AdapterServiceStub(object):
     """AdapterService shows operators the adapters of a replica, and changes them.
 
-    A replica converts nothing: for LoadAdapter, UnloadAdapter and RollbackReplica its builder publishes
-    the deployment's next generation, and the call answers when this replica serves it; every other replica that
-    follows the deployment takes it over too. A refusal of the builder arrives with the builder's own
-    status and reason; see docs/reference/errors.md.
+    For LoadAdapter, UnloadAdapter and RollbackReplica the replica's builder publishes the deployment's next
+    generation, and the call answers when this replica serves it. A refusal of the builder arrives with its own
+    status and reason.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
     reason is one of the names in docs/reference/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
@@ -108,10 +107,9 @@ class AdapterServiceStub(object):
 class AdapterServiceServicer(object):
     """AdapterService shows operators the adapters of a replica, and changes them.
 
-    A replica converts nothing: for LoadAdapter, UnloadAdapter and RollbackReplica its builder publishes
-    the deployment's next generation, and the call answers when this replica serves it; every other replica that
-    follows the deployment takes it over too. A refusal of the builder arrives with the builder's own
-    status and reason; see docs/reference/errors.md.
+    For LoadAdapter, UnloadAdapter and RollbackReplica the replica's builder publishes the deployment's next
+    generation, and the call answers when this replica serves it. A refusal of the builder arrives with its own
+    status and reason.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
     reason is one of the names in docs/reference/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
@@ -285,10 +283,9 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 class AdapterService(object):
     """AdapterService shows operators the adapters of a replica, and changes them.
 
-    A replica converts nothing: for LoadAdapter, UnloadAdapter and RollbackReplica its builder publishes
-    the deployment's next generation, and the call answers when this replica serves it; every other replica that
-    follows the deployment takes it over too. A refusal of the builder arrives with the builder's own
-    status and reason; see docs/reference/errors.md.
+    For LoadAdapter, UnloadAdapter and RollbackReplica the replica's builder publishes the deployment's next
+    generation, and the call answers when this replica serves it. A refusal of the builder arrives with its own
+    status and reason.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
     reason is one of the names in docs/reference/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE

@@ -66,7 +66,15 @@ def test_the_schema_takes_what_the_program_takes() -> None:
     assert not accepts({"trt_llm": {"runtime": {}}})
 
 
-ELSEWHERE = {"1_Pooling/config.json", "builders/", "claims/", "resolved/", "lora_adapter/", "native/", "tests/artifacts/"}
+ELSEWHERE = {
+    "1_Pooling/config.json",
+    "builders/",
+    "claims/",
+    "resolved/",
+    "lora_adapter/",
+    "native/",
+    "tests/artifacts/",
+}
 """Folders of a store, of the cache, and of what tests leave."""
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 ROOMS = ("", "inference_service", "builder_service", "shared/loramux_shared", "docs")
