@@ -3,12 +3,14 @@
 Bundles are converted and published several at once, each only once, and with its manifest last.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import structlog
 
@@ -24,18 +26,24 @@ from builder_service.pipeline.lineage import Lineage, lineage
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter, rulebook
 from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord, Descent
-from loramux_shared.bundle.manifest import MANIFEST_FILE, apart, bundle_key
+from loramux_shared.bundle.manifest import MANIFEST_FILE, REMOVAL_FILE, apart, bundle_key
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Build, Merge, Repository
 from loramux_shared.extensions import need_extension
-from loramux_shared.faults import BundleCorrupt, DeploymentInvalid
+from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, StoreUnavailable
 from loramux_shared.sources.base import Room
 from loramux_shared.sources.checkpoint import Base
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage.base import ObjectMissing, Store
 
 log = structlog.get_logger()
+
+
+REMOVAL_LOOKS: Final = 120
+REMOVAL_PAUSE_S: Final = 0.5
+MAX_REMOVAL: Final = timedelta(minutes=10)
+"""For the removal of one bundle: a few requests."""
 
 
 def publish_bundle(
@@ -65,6 +73,7 @@ def publish_bundle(
             progress.advance(name, expected.size)
     if not reused or bundle.digest not in served:
         store.put(bundle_key(bundle.digest, MANIFEST_FILE), bundle.manifest_bytes)
+        outlast_removal(store, bundle.digest, bundle.paths)
     repaired = not reused and (manifest is not None or bundle.digest in served)
     if repaired:
         log.warning("damaged bundle repaired", digest=bundle.digest, adapters=list(names))
@@ -86,9 +95,31 @@ def hold(store: Store, digests: Collection[str]) -> None:
     for digest in sorted(digests):
         manifest = read_manifest(store, digest)
         store.put(bundle_key(digest, MANIFEST_FILE), manifest.to_bytes())
-        there = set(store.list(bundle_key(digest, "")))
-        if lost := sorted(name for name in manifest.files if bundle_key(digest, name) not in there):
+        outlast_removal(store, digest, manifest.files)
+
+
+def outlast_removal(
+    store: Store, digest: str, files: Iterable[str], wait: Callable[[float], None] = time.sleep
+) -> None:
+    """Wait while `loramux gc` is about to remove a bundle whose manifest was put just now, which it sees.
+
+    Raises:
+        BundleCorrupt: a file is not there, or not any more.
+        StoreUnavailable: the removal does not end.
+    """
+    names = {bundle_key(digest, file) for file in (MANIFEST_FILE, *files)}
+    manifest, mark = bundle_key(digest, MANIFEST_FILE), bundle_key(digest, REMOVAL_FILE)
+    for _ in range(REMOVAL_LOOKS):
+        there = {entry.key: entry for entry in store.entries(bundle_key(digest, ""))}
+        if lost := sorted(names - there.keys()):
             raise BundleCorrupt(f"bundle {digest[:12]}: {lost[0]} is not in {store.uri}. Build again.")
+        if mark not in there:
+            return
+        if there[manifest].modified - there[mark].modified > MAX_REMOVAL:
+            store.delete(mark)  # the process that put it was killed
+            return
+        wait(REMOVAL_PAUSE_S)
+    raise StoreUnavailable(f"bundle {digest[:12]} is being removed by loramux gc. Build again in a while.")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Final
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import read_generation, read_pointer
 from loramux_shared.bundle.generation import BUILDS_PREFIX, DEPLOYMENTS_PREFIX, generation_key, signature_key
-from loramux_shared.bundle.manifest import MANIFEST_FILE
+from loramux_shared.bundle.manifest import MANIFEST_FILE, REMOVAL_FILE, bundle_key
 from loramux_shared.faults import BuildInProgress
 from loramux_shared.storage.base import Entry, Store
 
@@ -186,9 +186,10 @@ def remove(store: Store, orphan: Orphan) -> bool:
     Raises:
         StoreUnavailable: the store does not answer.
     """
+    if orphan.kind is Kind.BUNDLE:
+        return _remove_bundle(store, orphan)
     first = orphan.entries[0].key
-    prefix = first.rpartition("/")[0] + "/" if orphan.kind is Kind.BUNDLE else first.removesuffix(".sig")
-    now_there = {entry.key: entry.modified for entry in store.entries(prefix)}
+    now_there = {entry.key: entry.modified for entry in store.entries(first.removesuffix(".sig"))}
     if any(modified > orphan.modified for modified in now_there.values()):
         return False
     if orphan.kind is Kind.SIGNATURE and first.removesuffix(".sig") in now_there:
@@ -196,6 +197,21 @@ def remove(store: Store, orphan: Orphan) -> bool:
     for entry in orphan.entries:
         store.delete(entry.key)
     return True
+
+
+def _remove_bundle(store: Store, orphan: Orphan) -> bool:
+    """Remove a bundle unless a builder put any of it again, which sees the mark otherwise and waits."""
+    mark = bundle_key(orphan.name, REMOVAL_FILE)
+    store.put(mark, b"")
+    now_there = {entry.key: entry.modified for entry in store.entries(bundle_key(orphan.name, ""))}
+    unchanged = mark in now_there and all(
+        modified <= orphan.modified for key, modified in now_there.items() if key != mark
+    )
+    for entry in orphan.entries if unchanged else ():
+        if entry.key != mark:
+            store.delete(entry.key)
+    store.delete(mark)
+    return unchanged
 
 
 def _claims(store: Store, records: list[Entry]) -> Iterator[Orphan]:

@@ -1,5 +1,6 @@
 """Unreferenced objects: found, spared while they are young, removed on request."""
 
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.making import outlast_removal
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.update import rollback
 from loramux.cli.main import app
@@ -16,11 +18,11 @@ from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import claim_key, generation_key
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
-from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.bundle.reader import read_bundle, read_manifest
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import BuildInProgress, BundleCorrupt
 from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.base import Store
+from loramux_shared.storage.base import Entry, Store
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
@@ -109,6 +111,72 @@ def test_a_bundle_that_a_build_found_again_is_spared(tmp_path):
     assert not remove(store, orphan)
     assert find_orphans(store, grace=DAY, now=LATER).old == ()
     read_bundle(store, orphan.name)
+
+
+class Meeting(MemoryStore):
+    """A store in which a builder needs a bundle again at a drawn request of its removal."""
+
+    def __init__(self, at: int, need: Callable[[Store], None]) -> None:
+        super().__init__()
+        self.left, self.need = at, need
+
+    def meet(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.need(self)
+
+    def delete(self, key: str) -> None:
+        self.meet()
+        super().delete(key)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        super().put(key, data)
+        self.meet()
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        found = list(super().entries(prefix))
+        self.meet()
+        yield from found
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_bundle_that_is_needed_while_it_is_removed(tmp_path, at):
+    """A builder that reuses a bundle while it is removed keeps it whole, or is told that it goes."""
+    source = published(tmp_path, "a b", "a")
+    lose_generation(source, 1)
+    ends: list[str] = []
+
+    def need(store: Store) -> None:
+        store.left = 0
+
+        def let_go_on(_: float) -> None:
+            raise InterruptedError
+
+        try:
+            hold_bundle(store, let_go_on)
+            ends.append("kept")
+        except BundleCorrupt:
+            ends.append("gone")
+        except InterruptedError:
+            ends.append("waits")
+
+    [orphan] = (each for each in find_orphans(source, grace=DAY, now=LATER).old if each.kind is Kind.BUNDLE)
+
+    def hold_bundle(store: Store, wait: Callable[[float], None]) -> None:
+        manifest = read_manifest(store, orphan.name)
+        store.put(bundle_key(orphan.name, MANIFEST_FILE), manifest.to_bytes())
+        outlast_removal(store, orphan.name, manifest.files, wait)
+
+    store = Meeting(0, need)
+    store.objects, store.modified = dict(source.objects), dict.fromkeys(source.objects, orphan.modified)
+    store.left = at
+    removed = remove(store, orphan)
+    [end] = ends
+    assert end != "kept" or not removed
+    if not removed:
+        hold_bundle(store, lambda _: None)
+        read_bundle(store, orphan.name)
+    assert not any(key.endswith("/removal") for key in store.objects)
 
 
 def test_generations_beyond_those_that_are_kept(tmp_path):

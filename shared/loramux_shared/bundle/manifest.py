@@ -408,3 +408,8 @@ def verify(data: bytes | bytearray | memoryview, sha256: str, what: str) -> None
 def bundle_key(digest: str, file: str) -> str:
     """Return the key of a file of a bundle."""
     return f"bundles/sha256/{digest}/{file}"
+
+
+REMOVAL_FILE: Final = "removal"
+"""Empty object of a bundle that is being removed, put first and deleted last. A builder that needs the bundle
+puts its manifest, then looks for this; a removal puts this, then looks for a younger manifest."""
