@@ -94,7 +94,7 @@ _BEAT: Final = re.compile(r"builders/([0-9A-Za-z]+\.[0-9a-f]{16})\.json")
 
 
 Order: TypeAlias = tuple[int, int, str]
-"""Sorts the queue of a deployment, whoever has an entry."""
+"""Sort key of a deployment's queue, the same for the entries of all builders."""
 FIRST: Final[Order] = (0, 0, "")
 LAST: Final[Order] = (10**10, 0, "")
 
@@ -113,7 +113,7 @@ class Ticket:
 
     @property
     def order(self) -> Order:
-        """Its place among all entries of the deployment."""
+        """Return the place among all entries of the deployment."""
         return self.place, self.arrival, self.change
 
     @property

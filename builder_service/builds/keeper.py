@@ -59,7 +59,7 @@ class Keeper:
         self._watched: dict[str, float] = {}
         """Deployments to look after, each with the time until when."""
         self.left: frozenset[Ticket] = frozenset()
-        """Entries of dead builders that cannot be read: they hold up nobody."""
+        """Entries of dead builders that cannot be read: no change waits for them."""
 
     async def recover(self) -> int:
         """Begin to live, and take up what earlier runs of this owner left; returns how many changes."""

@@ -152,7 +152,7 @@ class RunningBuild:
 
     @property
     def ticket(self) -> Ticket:
-        """Its place in the journal, once it is accepted."""
+        """Return the place in the journal of an accepted build."""
         assert self._ticket is not None  # noqa: S101 - nobody asks before
         return self._ticket
 

@@ -204,7 +204,7 @@ async def test_the_build_of_a_living_builder_is_left_alone(world: Builders) -> N
     assert (await ended(living)).state is BuildState.ACTIVE
 
 
-async def test_a_change_that_cannot_be_read_stays_and_holds_up_nobody(world: Builders) -> None:
+async def test_a_change_that_cannot_be_read_stays_and_blocks_nothing(world: Builders) -> None:
     """An entry of another release, or a damaged one, is neither removed nor waited for."""
     world.store.gate.set()
     builds = await killed(
@@ -266,7 +266,7 @@ async def test_a_change_that_was_published_is_not_applied_again(world: Builders)
         )
 
 
-async def test_a_removal_that_fails_is_repeated_before_anybody_hears(world: Builders) -> None:
+async def test_a_removal_that_fails_is_repeated_before_the_end_is_reported(world: Builders) -> None:
     """A build whose entry cannot be removed is reported only after that: no later start runs it again."""
     builds = world.builder()
     await builds.recover()

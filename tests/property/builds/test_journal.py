@@ -49,9 +49,9 @@ class Change:
 
     name: str
     version: str
-    asked: float
+    call_time: float
     accepted: float | None = None
-    told: list[str] = field(default_factory=list)
+    reported: list[str] = field(default_factory=list)
     """Ends that the client saw."""
     ends: set[str] = field(default_factory=set)
     """Ends at any builder."""
@@ -139,7 +139,7 @@ class History:
             return
         if not life.host.dead:
             assert state is not BuildState.BUILDING
-            change.told.append(state)
+            change.reported.append(state)
 
     async def live(self) -> None:
         """Let clients ask while builders die and stand still and the store fails; then let all end."""
@@ -159,7 +159,7 @@ class History:
             if not list(self.store.list(BUILDS_PREFIX)):
                 break
             await asyncio.sleep(30)
-        await asyncio.sleep(120)  # whoever stood still writes what it was about to
+        await asyncio.sleep(120)  # a builder that stood still writes what it was about to
         await asyncio.gather(*self.tasks)
         for life in self.lives.values():
             await life.builds.drain(1)
@@ -193,19 +193,21 @@ class History:
             assert change.ends <= ({BuildState.ACTIVE} if numbers else {"STORE_UNAVAILABLE"}), (change, numbers)
             if change.accepted is not None:
                 expected = [BuildState.FAILED] if not numbers else [BuildState.ACTIVE]
-                assert change.told in ([], expected), (change, numbers)
+                assert change.reported in ([], expected), (change, numbers)
             assert len(numbers) <= 1, (change, numbers)
         self.check_order()
 
     def check_order(self) -> None:
-        """The newest accepted change of a name is what is served, unless others were asked beside it."""
+        """The newest accepted change of a name is what is served, unless others were call_time beside it."""
         _, state = self.served[-1]
         for name in NAMES:
             of_name = [change for change in self.changes if change.name == name]
-            accepted = [c for c in of_name if c.accepted is not None and BuildState.FAILED not in c.told]
+            accepted = [c for c in of_name if c.accepted is not None and BuildState.FAILED not in c.reported]
             for change in accepted:
                 behind = [
-                    c for c in of_name if c is not change and (c.accepted is None or c.accepted > change.asked)
+                    c
+                    for c in of_name
+                    if c is not change and (c.accepted is None or c.accepted > change.call_time)
                 ]
                 allowed = {change.version, *(c.version for c in behind)}
                 assert state.get(name) in allowed, (name, state, of_name)
