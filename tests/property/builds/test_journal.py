@@ -198,7 +198,7 @@ class History:
         self.check_order()
 
     def check_order(self) -> None:
-        """The newest accepted change of a name is what is served, unless others were call_time beside it."""
+        """The newest accepted change of a name is what is served, unless other calls were under way."""
         _, state = self.served[-1]
         for name in NAMES:
             of_name = [change for change in self.changes if change.name == name]
