@@ -279,7 +279,7 @@ class Builds(BuildViews):
     async def _run(self, running: RunningBuild, ticket: Ticket | None) -> None:
         """Run a build to its end, which is reported after the journal forgot it."""
         try:
-            served = await self._in_thread(served_number, self._context.store, running.name)
+            served = await self._served(running.name, is_recorded=ticket is not None)
             running.accept(ticket or await self._record(running.entry), served)
         except Fault as fault:
             self._retract(running)
@@ -302,6 +302,15 @@ class Builds(BuildViews):
         else:
             log.info("build ended", deployment=running.name, generation=end.generation.number)
             running.succeed(end)
+
+    async def _served(self, name: str, *, is_recorded: bool) -> int:
+        """Return the number of the served generation; what is recorded runs also where nobody knows it: 0."""
+        try:
+            return await self._in_thread(served_number, self._context.store, name)
+        except StoreUnavailable:
+            if is_recorded:
+                return 0
+            raise
 
     async def _record(self, entry: JournalEntry) -> Ticket:
         """Put an entry behind all others of its deployment; calls at the same moment share a look at those."""

@@ -10,11 +10,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
+import structlog
+
 from builder_service.builds.journal import Order, TakenOver
 from builder_service.builds.running import RunningBuild
 from builder_service.pipeline.build import BuildResult
 from loramux_shared.bundle.deployments import PartlyApplied
 from loramux_shared.faults import BuildInterrupted, BuildTimedOut, Fault, InternalFault, StoreUnavailable
+
+log = structlog.get_logger()
 
 Group: TypeAlias = Sequence[RunningBuild]
 OF_ALL: Final = (BuildInterrupted, BuildTimedOut, InternalFault, StoreUnavailable)
@@ -93,8 +97,7 @@ class Turns:
                     queue.halves += [group[middle:], group[:middle]]
                     continue
                 for running in group or [queue.waiting.pop(0)]:
-                    own = error.copy() if isinstance(error, Fault) else error
-                    queue.results.pop(running).set_exception(own)
+                    queue.results.pop(running).set_exception(_own(error))
             else:
                 for running in group:
                     queue.results.pop(running).set_result(result)
@@ -109,6 +112,16 @@ class Turns:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FOREIGN_POLL_S):
                     await first.stopping.wait()
+
+
+def _own(error: BaseException) -> BaseException:
+    """Return the error with which one build of a group ends."""
+    if isinstance(error, Fault):
+        return error.copy()
+    if isinstance(error, TakenOver) or not isinstance(error, Exception):
+        return error
+    log.error("build failed: unexpected error", exc_info=error)
+    return InternalFault("internal error; the builder's log has the details. Please report it.")
 
 
 def _is_of_one(error: BaseException) -> bool:
