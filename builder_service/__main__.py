@@ -21,7 +21,7 @@ from builder_service.builds.builds import Builds
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux_shared.access.guard import open_guard
 from loramux_shared.extensions import need_extension
-from loramux_shared.faults import Fault, InternalFault, SettingsInvalid
+from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.server import RpcServer
@@ -82,8 +82,8 @@ async def serve(settings: BuilderSettings) -> None:
         store=store,
         builds_taken_up=recovered,
     )
-    number = await stop.wait_beside(builds.broken.wait())
-    log.info("draining", signal=number and number.name, timeout_s=settings.drain_timeout_s)
+    number = await stop.wait()
+    log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
     await leave([server], settings.drain_delay_s)
     checks.stop()
     # The watchers' streams end with the builds, so the builds must end first.
@@ -93,8 +93,6 @@ async def serve(settings: BuilderSettings) -> None:
     if tracing is not None:
         await asyncio.to_thread(tracing.close)
     log.info("builder service stopped")
-    if number is None:
-        raise InternalFault("the builder stopped by itself; its log says why. Start it again.")
 
 
 async def _start(server: RpcServer, builds: Builds) -> tuple[str, int]:

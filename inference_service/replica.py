@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Final, NoReturn, Self
 
 import structlog
@@ -15,7 +16,7 @@ from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.startup.load import Ready, load_apart
 from inference_service.store import open_batches, open_replica_store
 from loramux.client import AsyncClient
-from loramux_shared.rpc.stopping import first_of
+from loramux_shared.rpc.stopping import first_of, supervise
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.tracing import Tracing, open_tracing
 
@@ -36,15 +37,17 @@ class Operators:
     def begin(self) -> None:
         """Follow the deployment from now on, and listen to the builder where one is known."""
         follower = self._ready.follower
-        self._tasks.append(asyncio.create_task(follower.run(), name="follower"))
+        self._supervise("follower", follower.run)
         if self._ready.resolver is not None:
-            self._tasks.append(asyncio.create_task(self._ready.resolver.run(), name="resolver"))
+            self._supervise("resolver", self._ready.resolver.run)
         if self._settings.builder:
             news = BuilderNews(self._settings.builder, self._settings.deployment, follower.nudge)
-            self._tasks.append(asyncio.create_task(news.run(), name="news"))
+            self._supervise("news", news.run)
         if (batches := self._ready.service.batches) is not None:
-            work = batches.work(self._ready.service, self._settings)
-            self._tasks.append(asyncio.create_task(work, name="batches"))
+            self._supervise("batches", partial(batches.work, self._ready.service, self._settings))
+
+    def _supervise(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        self._tasks.append(asyncio.create_task(supervise(name, work), name=name))
 
     async def end(self) -> None:
         """Follow nothing any more."""

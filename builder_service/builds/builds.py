@@ -39,6 +39,7 @@ from loramux_shared.faults import (
     ShuttingDown,
     StoreUnavailable,
 )
+from loramux_shared.rpc.stopping import supervise
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,8 +66,6 @@ class Builds(BuildViews):
         self._journal = Journal(context.store, owner, lease_s, lambda: loop.time())
         self.keeper = Keeper(context.store, self._journal, self._limits, self._take_up, lambda: loop.time())
         self._keeping: list[asyncio.Task[None]] = []
-        self.broken = asyncio.Event()
-        """Set where the builder cannot go on and has to be started again."""
         self._recording = ThreadPoolExecutor(RECORDING_THREADS, "journal")
         self._places: dict[str, asyncio.Task[int]] = {}
         """Looks at the queues that have not begun."""
@@ -96,19 +95,9 @@ class Builds(BuildViews):
             self._builds[failed.name] = failed
             self._requests.remember(failed.entry.request_id, failed)
         count = await self.keeper.recover()
-        for work in (self.keeper.beat(), self.keeper.look()):
-            task = asyncio.create_task(work, name="journal")
-            task.add_done_callback(self._judge)
-            self._keeping.append(task)
+        for name, work in (("heartbeat", self.keeper.beat), ("takeover", self.keeper.look)):
+            self._keeping.append(asyncio.create_task(supervise(name, work), name=name))
         return count
-
-    def _judge(self, keeping: asyncio.Task[None]) -> None:
-        """End the builder with a task without which others take its builds."""
-        if not keeping.cancelled():
-            log.critical(
-                "journal is not looked after any more, the builder stops", exc_info=keeping.exception()
-            )
-            self.broken.set()
 
     async def build(
         self, deployment: Deployment, request_id: str = "", *, verify: bool = False, exact: bool = False

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Self
 
 import pytest
 from typer.testing import CliRunner
@@ -116,7 +117,7 @@ def test_a_bundle_that_a_build_found_again_is_spared(tmp_path):
 class Meeting(MemoryStore):
     """A store in which a builder needs a bundle again at a drawn request of its removal."""
 
-    def __init__(self, at: int, need: Callable[[Store], None]) -> None:
+    def __init__(self, at: int, need: Callable[[Self], None]) -> None:
         super().__init__()
         self.left, self.need = at, need
 
@@ -146,7 +147,7 @@ def test_a_bundle_that_is_needed_while_it_is_removed(tmp_path, at):
     lose_generation(source, 1)
     ends: list[str] = []
 
-    def need(store: Store) -> None:
+    def need(store: Meeting) -> None:
         store.left = 0
 
         def let_go_on(_: float) -> None:

@@ -14,6 +14,7 @@ from uvicorn.server import ServerState
 
 from inference_service.http.wire.protocol import LINGER_S, BoundedHttp, ClientTimeouts
 from loramux_shared.arrival import unread_bytes
+from loramux_shared.rpc.stopping import supervise
 
 ACCEPTS: Final = 64
 """Connections that are taken at a time; in between those that are open have their turn."""
@@ -69,7 +70,7 @@ class Connections:
         self._keep_time()
         self._listener = listener
         self._listen()
-        self._watching = asyncio.create_task(self._watch())
+        self._watching = asyncio.create_task(supervise("connections", self._watch))
 
     def announce(self) -> None:
         """Let the answers that have not begun say that their connections end behind them."""

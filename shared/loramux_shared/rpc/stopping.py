@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -54,6 +54,16 @@ async def shielded(awaited: Awaitable[T]) -> T:
         work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         await asyncio.wait((work,))
     return work.result()
+
+
+async def supervise(name: str, work: Callable[[], Awaitable[None]], pause_s: float = 5.0) -> None:
+    """Run what a service needs for as long as it lives: after a defect it begins again, and the log says so."""
+    while True:
+        try:
+            return await work()
+        except Exception:
+            log.exception("background task failed, beginning again", task=name, pause_s=pause_s)
+        await asyncio.sleep(pause_s)
 
 
 class Stop:

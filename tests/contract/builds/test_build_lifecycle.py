@@ -31,7 +31,7 @@ from loramux_shared.storage.base import Store
 from tests.support import folders
 from tests.support.adapters import write_adapter, write_base
 from tests.support.builders import HOUR, OTHER, OWNER, Builders, Gated, ended, journaled
-from tests.support.waiting import Clock, bounded, until
+from tests.support.waiting import Clock, until
 
 
 @pytest.fixture
@@ -286,15 +286,21 @@ async def test_a_removal_that_fails_is_repeated_before_the_end_is_reported(world
     assert (refused.is_set(), world.journal) == (True, [])
 
 
-async def test_a_heartbeat_that_raises_ends_the_builder(world: Builders) -> None:
-    """A builder whose signs of life end by a defect ends, instead of living on while others take its builds."""
+async def test_a_heartbeat_that_raises_begins_again(world: Builders) -> None:
+    """A builder whose heartbeat meets a defect gives signs of life again: nobody takes its builds."""
     builds, clock = world.builder(beat_s=HOUR), Clock()
     await builds.recover()
     await asyncio.sleep(0)  # the heartbeat waits now
-    world.store.put = None
+    [key] = world.store.list(BUILDERS_PREFIX)
+    before, world.store.defect = world.store.get(key), True
     clock.advance(HOUR)
-    async with bounded("the end of the heartbeat"):
-        await builds.broken.wait()
+    await until(lambda: not world.store.defect, "the defect")
+
+    def comes_later() -> bool:
+        clock.advance(HOUR)
+        return world.store.get(key) != before
+
+    await until(comes_later, "the next heartbeat")
 
 
 def flip(data: bytes) -> bytes:
