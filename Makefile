@@ -34,7 +34,6 @@ static: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(if $(EXTENSIONS),$(BIN)/lint-imports extensions/imports.toml)
 	$(BIN)/buf lint
-	$(if $(EXTENSIONS),$(BIN)/buf lint extensions/vllm_grpc)
 	$(BIN)/python scripts/words.py
 	$(BIN)/python scripts/stubs.py --check
 	$(if $(EXTENSIONS),$(BIN)/python -m scripts.docs --check)

@@ -34,7 +34,7 @@ from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.extensions import need_extension
 from loramux_shared.process import log_to_stderr, raise_limit
-from loramux_shared.rpc.server import CORE, RpcServer
+from loramux_shared.rpc.server import RpcServer
 from loramux_shared.settings import InferenceSettings
 
 VOCAB: Final = 512
@@ -107,7 +107,7 @@ async def serve(device: Instant, api_processes: int = 0) -> None:
         if api_processes:
             settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0")
             made_apart = need_extension("apis", "API processes").ApiProcesses
-            apis = made_apart(settings, made, api_processes, (SERVICE_NAME,), CORE, inside, keyless=True)
+            apis = made_apart(settings, made, api_processes, (SERVICE_NAME,), inside, keyless=True)
             addresses = await apis.start()
             await apis.set_serving()
         keep_what_is_loaded()

@@ -18,7 +18,7 @@ import structlog
 from inference_service.store import open_batches, open_replica_store
 from loramux_shared.access.guard import open_guard
 from loramux_shared.bundle.deployments import require_deployment
-from loramux_shared.extensions import PARTS, SERVICES, absent, find_extensions
+from loramux_shared.extensions import PARTS, absent, find_extensions
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.process import log_to_stderr, raise_limit, report
 from loramux_shared.rpc.options import require_free
@@ -33,7 +33,6 @@ FLAGS = {
     "http": "HOST:PORT of the HTTP APIs; closed when not given",
     "api_processes": "processes that answer both APIs beside the engine's; 0: none; auto",
     "batch_store": "URI of the store of files and batches; off when not given",
-    "model_ports": "MODEL=HOST:PORT, by commas: gRPC addresses of one model each",
     "deployment": "the deployment to serve",
     "backend": "auto, native, torch or triton",
     "device": "auto, cpu or cuda",
@@ -74,12 +73,10 @@ async def serve(settings: InferenceSettings) -> int:
     """
     stop = Stop()
     raise_limit()
-    listening = (settings.grpc, settings.http, *settings.addresses_of_models.values())
-    addresses = [address for address in listening if address]
+    addresses = [address for address in (settings.grpc, settings.http) if address]
     guard = open_guard(settings, *addresses)
     for address in addresses:
         require_free(address)
-    require_services_of_models(settings)
     if settings.api_processes and "apis" not in find_extensions(PARTS):
         raise absent(f"{variable('api_processes')}={settings.api_processes}", "apis")
     if (settings.api_processes or 0) > 1 and settings.grpc.startswith("unix:"):
@@ -98,15 +95,6 @@ async def serve(settings: InferenceSettings) -> int:
     from inference_service.process import run
 
     return await run(settings, guard, stop)
-
-
-def require_services_of_models(settings: InferenceSettings) -> None:
-    """Raise SettingsInvalid for addresses of single models where no extension has services for them."""
-    if settings.model_ports and not find_extensions(SERVICES):
-        raise SettingsInvalid(
-            f"{variable('model_ports')} is set: expected an extension that serves these addresses, found none. "
-            "Install loramux with its extensions (vllm_grpc is one), or unset the variable."
-        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from inference_service.http.wire import protocol
 from inference_service.replica import TELL_S, Replica, end_broken
 from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer
-from inference_service.rpc.extensions import Extensions, Services
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux_shared.access.guard import Guard
 from loramux_shared.extensions import PARTS, find_extensions, load_extension
@@ -33,16 +32,14 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     replica = await stop.starting(Replica.load(settings))
     ready, operators, tracing = replica.ready, replica.operators, replica.tracing
     stall_s = settings.stall_timeout_s
-    extensions = Extensions.load(ready.service, operators.manager)
     part = find_extensions(PARTS).get("apis")
     count = 0 if part is None else settings.sizes(ready.device).api_processes
-    services: Services = {
+    services = {
         SERVICE_NAME: InferenceServicer(ready.service).register,
         adapters_rpc.SERVICE_NAME: AdapterServicer(operators.manager).register,
-        **extensions.of_all_models(lambda: server.serving),
     }
     patience = calls.Patience(read_s=stall_s, pause_s=stall_s)
-    serve = partial(RpcServer, guard=guard, tracing=tracing, patience=patience, rules=extensions.rules)
+    serve = partial(RpcServer, guard=guard, tracing=tracing, patience=patience)
     sockets = ExitStack()
     atexit.register(sockets.close)
     relay = f"unix:{sockets.enter_context(socket_folder())}/engine" if count else ""
@@ -53,24 +50,16 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
         http_patience = protocol.ClientTimeouts(read_s=stall_s, pause_s=stall_s)
         servers["http"] = HttpServer(settings.http, ready.service, guard, tracing, http_patience)
     servers["grpc"] = server
-    of_models = {
-        model: serve(address, extensions.of_model(model, lambda: server.serving))
-        for model, address in settings.addresses_of_models.items()
-    }
     bound = {name: await each.start() for name, each in servers.items()}
     apis = None
     if part is not None and count:
         keyless = guard.keyring is None
         apis = load_extension(part).ApiProcesses(
-            settings, ready.service, count, services, extensions.rules, relay, keyless=keyless
+            settings, ready.service, count, services, relay, keyless=keyless
         )
         bound = await stop.starting(apis.start())
-    if of_models:
-        bound["model_ports"] = ", ".join([f"{name}={await each.start()}" for name, each in of_models.items()])
-    every: list[ApiServer] = [*([apis] if apis else []), *servers.values(), *of_models.values()]
+    every: list[ApiServer] = [*([apis] if apis else []), *servers.values()]
     replica.begin(partial(_refuse, every))
-    for each in of_models.values():
-        await each.set_serving(True)
     if apis is not None:
         await apis.set_serving()
     await server.set_serving(True)

@@ -1,4 +1,4 @@
-"""Generate the gRPC stubs from protos/, and those of extensions from theirs; with --check, compare.
+"""Generate the gRPC stubs from protos/; with --check, compare.
 
 Stubs demand a grpcio and a protobuf as new as the compiler that wrote them. This is the oldest whose output
 works with protobuf 6 and 7; it is installed without its dependencies, whose protobuf would be older than ours.
@@ -18,24 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def generate(target: Path) -> list[Path]:
     """Write the stubs below target, where they lie below the root, and return their paths relative to it."""
-    for folder in (ROOT / "protos", *ROOT.glob("extensions/*/protos")):
-        compile_folder(folder, target / folder.parent.relative_to(ROOT))
-    for pyi in target.rglob("*_pb2.pyi"):  # grpcio-tools leaves trailing blanks in some releases
-        pyi.write_text("\n".join(line.rstrip() for line in pyi.read_text().splitlines()) + "\n")
-    return sorted(path.relative_to(target) for path in target.rglob("*_pb2*.py*"))
-
-
-def compile_folder(folder: Path, target: Path) -> None:
-    """Write the stubs of a folder below target."""
     from grpc_tools import protoc
 
-    target.mkdir(parents=True, exist_ok=True)
-    protos = sorted(folder.rglob("*.proto"))
+    folder = ROOT / "protos"
     include = importlib.resources.files("grpc_tools") / "_proto"
     args = [f"-I{folder}", f"-I{include}"]
     args += [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
-    if protoc.main(["protoc", *args, *map(str, protos)]):
+    if protoc.main(["protoc", *args, *map(str, sorted(folder.rglob("*.proto")))]):
         raise SystemExit("protoc failed")
+    for pyi in target.rglob("*_pb2.pyi"):  # grpcio-tools leaves trailing blanks in some releases
+        pyi.write_text("\n".join(line.rstrip() for line in pyi.read_text().splitlines()) + "\n")
+    return sorted(path.relative_to(target) for path in target.rglob("*_pb2*.py*"))
 
 
 def main() -> None:

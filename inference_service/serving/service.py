@@ -33,7 +33,6 @@ from inference_service.text.text import StopTexts, Text
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import InternalFault
 from loramux_shared.runtime import OF_DECODERS, OF_ENCODERS, Parsers, Pooling, ReasoningParser, ToolParser
-from loramux_shared.sources.checkpoint import PlacedBase
 
 ParsersOf = Callable[[ToolParser, ReasoningParser], Parsers]
 
@@ -60,7 +59,6 @@ class GenerationService:
         follower: GenerationFollower | None = None,
         texts: AdapterTexts | None = None,
         resolver: Resolver | None = None,
-        placed: PlacedBase | None = None,
         pooling_of_base: Pooling | None = Pooling.LAST,
         parsers_of: ParsersOf = Parsers,
         logprobs_mode: LogprobsMode = "raw",
@@ -83,8 +81,6 @@ class GenerationService:
         self.metrics = Metrics(catalog, engine, self.adapters, metrics_models)
         self.naming = Naming(catalog, follower, texts, resolver)
         self.logprobs_mode: LogprobsMode = logprobs_mode
-        self.placed = placed
-        """The base's checkpoint; None: the service was made without one."""
         self.limiter = Limiter()
         self.texts = texts
         self.pooling_of_base = pooling_of_base

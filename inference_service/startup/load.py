@@ -249,7 +249,6 @@ def _begin(
         follower=follower,
         texts=base.texts(BundleReader(store, None)) if bank is None else bank.texts,
         resolver=resolver,
-        placed=base.placed,
         pooling_of_base=base.pooling,
         parsers_of=settings.parsers,
         logprobs_mode=settings.logprobs_mode,

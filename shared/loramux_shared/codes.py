@@ -238,7 +238,6 @@ CURES: Final = {
     "RESOURCES_EXHAUSTED": "free or add memory or disk; the message has the numbers",
     "NO_BUILDER": "start the replica with `--builder HOST:PORT`, or load `bundle:DIGEST`",
     "SETTINGS_INVALID": "use a value that the message allows",
-    "METHOD_UNSUPPORTED": "use the alternative in the message",
     "INTERNAL": "report it; the server's log has the details",
 }
 """Cures by the reason of a fault."""

@@ -15,8 +15,6 @@ PARTS: Final = "loramux.parts"
 """The entry points of modules that the core calls where a setting asks for one, as a `Protocol` there says."""
 HTTP_ROUTES: Final = "loramux.routes"
 """The entry points of routes of the HTTP API: tuples of `inference_service.http.endpoint.Endpoint`."""
-SERVICES: Final = "loramux.services"
-"""The entry points of gRPC services of a replica: classes as `inference_service.rpc.extensions` says."""
 
 NAMES: Final = "loramux.names"
 """The entry points of names that the package `loramux` has where an extension is installed."""

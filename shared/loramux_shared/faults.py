@@ -307,10 +307,6 @@ class SettingsInvalid(Fault, status=Status.FAILED_PRECONDITION):
     """A setting with a bad name or value; the message says what is allowed."""
 
 
-class MethodUnsupported(Fault, status=Status.UNIMPLEMENTED):
-    """A method of another server's service, as of vLLM's, that is not served here."""
-
-
 class InternalFault(Fault, status=Status.INTERNAL):
     """A failure of loramux itself; the server's log has the details under the request id."""
 

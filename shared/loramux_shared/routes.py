@@ -74,8 +74,8 @@ PING: Final = Route("GET", "/ping", None)
 POST_PING: Final = Route("POST", "/ping", None)
 STATE: Final = Route("GET", "/state")
 LOAD: Final = Route("GET", "/load", Scope.METRICS)
-LOADS: Final = Route("GET", "/loads", Scope.METRICS, extension="vllm_grpc")
-LOADS_V1: Final = Route("GET", "/v1/loads", Scope.METRICS, extension="vllm_grpc")
+LOADS: Final = Route("GET", "/loads", Scope.METRICS, extension="compat")
+LOADS_V1: Final = Route("GET", "/v1/loads", Scope.METRICS, extension="compat")
 METRICS: Final = Route("GET", "/metrics", Scope.METRICS)
 
 MODEL_HEADER: Final = "x-loramux-model"
@@ -94,6 +94,6 @@ SCOPES: Final[Mapping[str, Scope | None]] = {
     BUILDER_SERVICE: Scope.BUILD,
     "grpc.reflection.v1alpha.ServerReflection": None,
 }
-"""The scope of the keys that open a gRPC service; None: any key."""
+"""The scope of the keys that open a gRPC service; None: any key. A service that is not here needs admin."""
 OF_A_MODEL: Final = ("Generate", "Embed", "Classify")
 """The methods of INFERENCE_SERVICE that one model answers; its name is field 1 of their requests."""

@@ -70,19 +70,6 @@ def _split_hosts(value: Any) -> Any:
     return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
 
-def _model_port(value: str) -> str:
-    model, _, address = value.rpartition("=")
-    if not model:
-        raise ValueError("MODEL=HOST:PORT, for example support=127.0.0.1:50061, separated by commas")
-    return f"{model}={_address(address)}"
-
-
-def _each_once(values: tuple[str, ...]) -> tuple[str, ...]:
-    if len({value.rpartition("=")[0] for value in values}) < len(values):
-        raise ValueError("each model once")
-    return values
-
-
 def _signer(value: str) -> str:
     return read_signer(value, Path())
 
@@ -119,14 +106,6 @@ Folders = Annotated[
 
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_split_hosts)]
 """Hosts; in a variable separated by commas."""
-
-ModelPorts = Annotated[
-    tuple[Annotated[str, AfterValidator(_model_port)], ...],
-    NoDecode,
-    BeforeValidator(_split_hosts),
-    AfterValidator(_each_once),
-]
-"""MODEL=HOST:PORT, separated by commas."""
 
 Signers = Annotated[
     tuple[Annotated[str, AfterValidator(_signer)], ...], NoDecode, BeforeValidator(_split_hosts)
@@ -266,9 +245,6 @@ class InferenceSettings(Settings):
     """
     batch_store: str | None = Field(default=None, min_length=1)
     """The store of files and batches of OpenAI's API, as `store` is written; without it there are none."""
-    model_ports: ModelPorts = ()
-    """gRPC addresses that stand for one model each, MODEL=HOST:PORT by commas: for gateways whose workers have
-    one model, as SMG's over gRPC. Any name of a model will do, a mixture's too. None under Ray."""
     backend: Literal["auto", "native", "torch", "triton"] = "auto"
     """The kernels; auto: triton on CUDA, else native (compiled) where that can be, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -372,11 +348,6 @@ class InferenceSettings(Settings):
         if seqs and tokens and seqs > tokens:
             raise ValueError(f"at most {variable('max_batch_tokens')}={tokens}: each answer takes one a step")
         return seqs
-
-    @property
-    def addresses_of_models(self) -> dict[str, str]:
-        """Return the addresses of the ports of single models, by model."""
-        return {port.rpartition("=")[0]: port.rpartition("=")[2] for port in self.model_ports}
 
     @property
     def rounding(self) -> Rounding:

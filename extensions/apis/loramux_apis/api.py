@@ -24,11 +24,10 @@ from loramux_apis.channel import Channel
 from loramux_apis.relay import HttpRelay, RpcRelay
 from loramux_apis.remote import RemoteService
 from loramux_shared.access.guard import open_guard
-from loramux_shared.access.keys import Scope
 from loramux_shared.faults import Fault
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc import calls
-from loramux_shared.rpc.server import RpcServer, Rules
+from loramux_shared.rpc.server import RpcServer
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.tracing import Tracing, open_tracing
 
@@ -80,18 +79,12 @@ class ApiProcess:
         service = self._service = RemoteService(facts["served"], settings.parsers, watchers)
         service.attach(self.channel)
         service.batches = open_batches(settings)
-        scopes, keyless, untraced = facts["rules"]
         self._rpc = RpcServer(
             facts["grpc"],
             {name: lambda _: None for name in facts["services"]},
             guard,
             self._tracing,
             calls.Patience(read_s=stall_s, pause_s=stall_s),
-            rules=Rules(
-                {name: None if scope is None else Scope(scope) for name, scope in scopes.items()},
-                tuple(keyless),
-                frozenset(untraced),
-            ),
             relay=RpcRelay(facts["relay"], InferenceServicer(service)),
         )
         bound = {"grpc": await self._rpc.start()}

@@ -18,7 +18,6 @@ from loramux_apis.remote import deployed_to, served_to
 from loramux_shared.faults import Fault, ReplicaFailed
 from loramux_shared.process import SOCKET, python
 from loramux_shared.rpc.options import listen, reserve
-from loramux_shared.rpc.server import Rules
 from loramux_shared.settings import InferenceSettings
 
 log = structlog.get_logger()
@@ -54,20 +53,14 @@ class ApiProcesses:
         service: GenerationService,
         count: int,
         services: Collection[str],
-        rules: Rules,
         relay: str,
         *,
         keyless: bool,
         hung_s: float = HUNG_S,
         look_s: float = LOOK_S,
     ) -> None:
-        """Serve services of these names and rules; relay is the address of the engine's own server."""
-        scopes = {name: None if scope is None else str(scope) for name, scope in rules.scopes.items()}
-        self._about = {
-            "services": list(services),
-            "rules": [scopes, list(rules.keyless), list(rules.untraced)],
-            "relay": relay,
-        }
+        """Serve services of these names; relay is the address of the engine's own server."""
+        self._about = {"services": list(services), "relay": relay}
         self.host = ApiHost(service, keyless=keyless)
         self.hung_s, self.look_s = hung_s, look_s
         self.ending = self.serving = False

@@ -29,7 +29,7 @@ from loramux_apis.channel import Channel
 from loramux_apis.children import ApiProcesses
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import python
-from loramux_shared.rpc.server import CORE, RpcServer
+from loramux_shared.rpc.server import RpcServer
 from loramux_shared.runtime import Limits
 from loramux_shared.settings import InferenceSettings
 from tests.support.access import Certificates, lines, new_entry
@@ -105,7 +105,7 @@ async def replica(
     await rpc.start()
     settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0", **guarded)
     apis = ApiProcesses(
-        settings, made, count, (SERVICE_NAME,), CORE, inside, keyless=not guarded, hung_s=BOUND_S, **times
+        settings, made, count, (SERVICE_NAME,), inside, keyless=not guarded, hung_s=BOUND_S, **times
     )
     addresses = await apis.start()
     thread.start(apis.refuse)
@@ -306,7 +306,7 @@ async def test_an_address_in_use_is_named(tmp_path: Path, served: Replica) -> No
         addresses = {"grpc": "127.0.0.1:0", name: served.addresses[name]}
         settings = InferenceSettings(deployment=MODEL, **addresses)
         inside = f"unix:{tmp_path}/engine"
-        apis = ApiProcesses(settings, served.service, 1, (SERVICE_NAME,), CORE, inside, keyless=True)
+        apis = ApiProcesses(settings, served.service, 1, (SERVICE_NAME,), inside, keyless=True)
         with pytest.raises(SettingsInvalid, match="cannot listen"):
             await apis.start()
 

@@ -22,7 +22,7 @@ from tests.contract.http.test_vllm_parameters import world as world
 from tests.contract.rpc.test_both_apis import TURNS
 from tests.support.openai_api import OpenAIApi
 from tests.support.operated import Operated, operated
-from tests.support.silent import SilentEngine, silent_service
+from tests.support.silent import IDLE, SilentEngine, silent_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 USER = {"role": "user", "content": "Hi"}
@@ -54,6 +54,23 @@ async def test_trainers_learn_which_server_it_is(web: httpx.AsyncClient) -> None
     assert info["model_config"]["dtype"] == "bfloat16"
     assert info["lora_config"] == {"max_loras": 4, "max_lora_rank": 64}
     assert (await web.get("/server_info", params={"config_format": "text"})).status_code == 400
+
+
+async def test_the_load_is_at_both_paths(tmp_path: Path) -> None:
+    """Sequences, seats and tokens of the cache are at the two paths that gateways try."""
+    service = silent_service(tmp_path)
+    cast(Any, service.engine).stats = replace(IDLE, running=3, waiting=2, blocks_free=6, seats=4)
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
+        for path in ("/loads?model=base", "/v1/loads?include=core,disagg,queues,memory"):
+            [load] = (await web.get(path)).json()["loads"]
+            assert [load[f"num_{name}_reqs"] for name in ("running", "waiting", "total")] == [3, 2, 5]
+            assert (load["max_running_requests"], load["utilization"]) == (4, 0.75)
+            assert (load["num_used_tokens"], load["max_total_num_tokens"], load["token_usage"]) == (
+                32,
+                128,
+                0.25,
+            )
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.settings import InferenceSettings, load_settings, variable
+from loramux_shared.settings import InferenceSettings, load_settings
 
 ADDRESSES: Final = ("grpc", "http")
 """Settings that name addresses, which Ray has.
@@ -23,11 +23,6 @@ def engine_settings(values: Mapping[str, Any]) -> InferenceSettings:
     wrong = [
         f"{name}: Ray's proxies listen where Ray is told" for name in ADDRESSES if values.get(name) is not None
     ]
-    if settings.model_ports:
-        wrong.append(
-            f"{variable('model_ports')}: expected none under Ray, which has no ports of one model and no "
-            "services of vLLM's; ask for the model by name, or serve with `loramux serve`"
-        )
     if wrong:
         raise SettingsInvalid("; ".join(wrong))
     return settings

@@ -31,10 +31,6 @@ StoreFlag = Annotated[
 KeysFile = Annotated[
     Path | None, typer.Option("--keys-file", metavar="FILE", help="File of API keys; see loramux keys.")
 ]
-ModelPorts = Annotated[
-    str | None,
-    typer.Option("--model-ports", metavar="LIST", help="MODEL=HOST:PORT,...: a gRPC port per model."),
-]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Accept other machines without keys.")]
 
 
@@ -63,7 +59,6 @@ def serve(
     store: StoreFlag = None,
     grpc: Listen = None,
     http: ListenHttp = None,
-    model_ports: ModelPorts = None,
     local_root: shell.LocalRoots = None,
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,
@@ -91,7 +86,7 @@ def serve(
     Example: loramux serve --deployment my-model --store s3://models/loramux
     """
     engine = {"backend": backend, "dtype": dtype, "threads": threads, "api_processes": api_processes}
-    engine |= {"builder": builder, "on-base-change": on_base_change, "model-ports": model_ports}
+    engine |= {"builder": builder, "on-base-change": on_base_change}
     argv = inference_command(deployment, store, grpc, local_root or (), engine, http)
     become([*argv, *access_flags(keys_file, insecure)])
 

@@ -50,11 +50,8 @@ USUAL: Final = Patience()
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types here
     """Ends every call of our services once: with its answer, or with the status of a fault."""
 
-    def __init__(
-        self, tracing: Tracing | None = None, patience: Patience = USUAL, untraced: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, tracing: Tracing | None = None, patience: Patience = USUAL) -> None:
         self._tracing = tracing
-        self._untraced = untraced
         self._patience = patience
         self.draining = False
         self._refused_s = -math.inf
@@ -231,7 +228,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self._look()
 
     def _traced(self, context: Context, method: str) -> AbstractContextManager[None]:
-        if self._tracing is None or method in self._untraced:
+        if self._tracing is None:
             return nullcontext()
         return self._tracing.of_call(dict(context.invocation_metadata()), method)
 

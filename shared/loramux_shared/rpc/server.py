@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -24,37 +23,15 @@ from loramux_shared.rpc.status import abort
 from loramux_shared.tracing import Tracing
 from loramux_shared.wording import is_whole
 
-
-@dataclass(frozen=True)
-class Rules:
-    """The rules of some services."""
-
-    scopes: Mapping[str, Scope | None] = field(default_factory=dict)
-    """Scopes of keys by service, or by method (``package.Service/Method``), which comes first; None: any key.
-
-    A service that is not named needs admin.
-    """
-    keyless: tuple[str, ...] = ()
-    """Prefixes of the paths of calls that need no key."""
-    untraced: frozenset[str] = frozenset()
-    """Paths of calls that make no spans."""
-
-    def __add__(self, other: Rules) -> Rules:
-        """Return the rules of the services of both."""
-        return Rules(
-            {**self.scopes, **other.scopes}, self.keyless + other.keyless, self.untraced | other.untraced
-        )
-
-
-CORE: Final = Rules(routes.SCOPES, keyless=("/grpc.health.v1.Health/",))
+HEALTH_CALLS: Final = f"/{health.SERVICE_NAME}/"
+"""How the paths of calls begin that need no key."""
 
 
 class AdmissionInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types here
     """Refuses a call whose key is missing, unknown or of another scope, before its request is read."""
 
-    def __init__(self, keyring: Keyring, rules: Rules = CORE) -> None:
+    def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
-        self._rules = rules
 
     async def intercept_service(
         self,
@@ -62,11 +39,10 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  #
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """Let a call in, with the rights of its key, or end it."""
-        if details.method.startswith(self._rules.keyless):
+        if details.method.startswith(HEALTH_CALLS):
             return await continuation(details)
-        method = details.method.removeprefix("/")
-        scopes = self._rules.scopes
-        scope = scopes.get(method, scopes.get(method.rpartition("/")[0], Scope.ADMIN))
+        service = details.method.removeprefix("/").rpartition("/")[0]
+        scope = routes.SCOPES.get(service, Scope.ADMIN)
         headers = [value for name, value in details.invocation_metadata if name == "authorization"]
         try:
             access = self._keyring.authorize(bearer(headers), scope)
@@ -106,7 +82,6 @@ class RpcServer:
         tracing: Tracing | None = None,
         patience: Patience = USUAL,
         max_connections: int | None = None,
-        rules: Rules = CORE,
         relay: grpc.GenericRpcHandler | None = None,
     ) -> None:
         """Take at most max_connections at once; what the limit on open files allows when not given.
@@ -116,12 +91,10 @@ class RpcServer:
         self.address = address
         self._shared = relay is not None
         self._tls = guard.tls
-        self._interceptor = CallInterceptor(tracing, patience, rules.untraced)
+        self._interceptor = CallInterceptor(tracing, patience)
         self._names = ("", *services)
-        self.serving = False
-        """Health that the server reports."""
         self._bound = False
-        admission = [AdmissionInterceptor(guard.keyring, rules)] if guard.keyring is not None else []
+        admission = [AdmissionInterceptor(guard.keyring)] if guard.keyring is not None else []
         interceptors = [*admission, self._interceptor]
         options = server_options(max_connections or connections_per_server(), shared=self._shared)
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
@@ -169,7 +142,6 @@ class RpcServer:
 
     async def set_serving(self, ready: bool) -> None:
         """Set the health of every service, and notify the process that started this one that it is ready."""
-        self.serving = ready
         status = health_pb2.HealthCheckResponse
         for name in self._names:
             await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
@@ -184,7 +156,6 @@ class RpcServer:
     async def refuse(self) -> None:
         """Take no new calls, and be NOT_SERVING from now on."""
         self._interceptor.drain()
-        self.serving = False
         notify(STOPPING)
         await self._health.enter_graceful_shutdown()
 

@@ -37,7 +37,6 @@ ELSEWHERE = {
     "PROOF_FAILED",
     "BUILD_INTERRUPTED",  # the build continues when the builder starts again
     *("FILE_NOT_FOUND", "BATCH_NOT_FOUND", "BATCH_CORRUPT"),  # of routes of HTTP
-    "METHOD_UNSUPPORTED",  # of services that others named
     "INTERNAL",  # nobody's intention
 }
 

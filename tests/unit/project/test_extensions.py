@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_shared.extensions import HTTP_ROUTES, SERVICES, find_extensions, load_extensions, package_of
+from loramux_shared.extensions import HTTP_ROUTES, find_extensions, load_extensions, package_of
 from loramux_shared.faults import SettingsInvalid
 from tests.support.root import ROOT
 
@@ -36,7 +36,7 @@ def test_entry_points_whose_package_is_gone_are_left_out(
 
 COMES_WITH = {"pydantic-core": "pydantic", "typing-extensions": "pydantic", "botocore": "boto3"}
 """Packages that another one brings as a part of its interface."""
-ROUTES = (package_of(point) for group in (HTTP_ROUTES, SERVICES) for point in find_extensions(group).values())
+ROUTES = map(package_of, find_extensions(HTTP_ROUTES).values())
 LOADED = dict.fromkeys(ROUTES, "builder,inference") | {
     "loramux": "cli",
     "loramux_shared": "builder",

@@ -67,17 +67,6 @@ def test_allowed_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "expected HOST or HOST:PORT" in _refusal(BuilderSettings)
 
 
-def test_model_ports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ports of single models are names with addresses, by commas, each name once; a blend has one too."""
-    monkeypatch.setenv("LORAMUX_DEPLOYMENT", "d")
-    monkeypatch.setenv("LORAMUX_MODEL_PORTS", "a*0.5+b=127.0.0.1:1, c=[::1]:2")
-    addresses = load_settings(InferenceSettings).addresses_of_models
-    assert addresses == {"a*0.5+b": "127.0.0.1:1", "c": "[::1]:2"}
-    for wrong, why in (("a", "MODEL=HOST:PORT"), ("a=1", "HOST:PORT"), ("a=h:1,a=h:2", "each model once")):
-        monkeypatch.setenv("LORAMUX_MODEL_PORTS", wrong)
-        assert f"LORAMUX_MODEL_PORTS={wrong}: expected {why}" in _refusal(InferenceSettings)
-
-
 @pytest.mark.parametrize(("name", "value", "allowed"), cases(__file__, "test_a_bad_value"))
 def test_a_bad_value(name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")

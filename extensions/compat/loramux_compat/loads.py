@@ -1,17 +1,13 @@
-"""The load of a replica, in SGLang's words: for gateways, over HTTP and gRPC."""
+"""``GET /loads`` and ``GET /v1/loads``: the load of a replica, in SGLang's words."""
 
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Final
 
 from starlette.requests import Request as HttpRequest
 from typing_extensions import TypedDict
 
-from inference_service.http.endpoint import Endpoint
 from inference_service.http.wire.reply import Reply
-from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService
-from loramux_shared import routes
 
 
 class RankLoad(TypedDict):
@@ -38,9 +34,9 @@ class Loads(TypedDict):
     loads: list[RankLoad]
 
 
-def loads(engine: EngineThread) -> Loads:
-    """Return the load of a replica, which is one rank of one, in SGLang's words."""
-    stats = engine.stats
+async def show_loads(service: GenerationService, http: HttpRequest) -> Reply[Loads]:  # noqa: ARG001
+    """Return how full the replica is, in SGLang's words; it is one rank of one."""
+    stats = service.engine.stats
     total = stats.blocks_total * stats.block_size
     used = total - stats.blocks_free * stats.block_size
     load: RankLoad = {
@@ -56,13 +52,4 @@ def loads(engine: EngineThread) -> Loads:
         "max_running_requests": stats.seats,
     }
     now = datetime.now(UTC).isoformat()
-    return {"timestamp": now, "version": version("loramux"), "dp_rank_count": 1, "loads": [load]}
-
-
-async def show_loads(service: GenerationService, http: HttpRequest) -> Reply[Loads]:  # noqa: ARG001
-    """Return how full the replica is, in SGLang's words; it is one rank of one."""
-    return Reply(loads(service.engine))
-
-
-ROUTES: Final = tuple(Endpoint(route, show_loads) for route in (routes.LOADS, routes.LOADS_V1))
-"""The routes of this extension."""
+    return Reply({"timestamp": now, "version": version("loramux"), "dp_rank_count": 1, "loads": [load]})

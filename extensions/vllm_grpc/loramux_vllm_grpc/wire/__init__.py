@@ -1,1 +1,0 @@
-"""Messages of vLLM's gRPC services, generated from ``extensions/vllm_grpc/protos``."""
