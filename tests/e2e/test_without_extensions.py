@@ -117,10 +117,10 @@ from inference_service.http.app import Application
 async def ask():
     transport = httpx.ASGITransport(Application(None))
     async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
-        print((await web.post("/v1/responses/compact")).text)
+        print((await web.post("/tokenize")).text)
 asyncio.run(ask())
 """
-    assert "pip install 'loramux[compact]'" in run(tree, route)
+    assert "pip install 'loramux[compat]'" in run(tree, route)
 
 
 def test_its_import_contracts_hold(tree: Path) -> None:

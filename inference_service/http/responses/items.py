@@ -162,7 +162,7 @@ TEXT_FIELDS: Final = {"input_text": "text", "output_text": "text", "text": "text
 """Parts that hold text, and their key for it."""
 THOUGHT: Final = {"reasoning_text": "text"}
 SUMMED_UP: Final = {"summary_text": "text"}
-SERVED: Final = "Messages, calls, their outputs, reasoning and compactions are served."
+SERVED: Final = "Messages, calls, their outputs and reasoning are served."
 NOTHING_STORED: Final = "Responses are not stored: send the earlier items in input."
 Status = Literal["in_progress", "completed", "incomplete"] | None
 
@@ -255,15 +255,6 @@ class ReasoningItem(Body):
     status: Status = None
 
 
-class CompactionItem(Body):
-    """The item that replaces all before it: a conversation that this server summarized, see `compact`."""
-
-    type: Literal["compaction"]
-    encrypted_content: str
-    id: str | None = None
-    created_by: str | None = None
-
-
 def _refuse(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "item_reference":
@@ -281,14 +272,13 @@ def _kind(value: Any) -> str:
     return f"[{kind}]" if kind in KINDS else "[other]"
 
 
-KINDS: Final = ("message", "function_call", "function_call_output", "reasoning", "compaction")
-Item = MessageItem | CallItem | OutputItem | ReasoningItem | CompactionItem
+KINDS: Final = ("message", "function_call", "function_call_output", "reasoning")
+Item = MessageItem | CallItem | OutputItem | ReasoningItem
 AnyItem = Annotated[
     Annotated[MessageItem, Tag("[message]")]
     | Annotated[CallItem, Tag("[function_call]")]
     | Annotated[OutputItem, Tag("[function_call_output]")]
     | Annotated[ReasoningItem, Tag("[reasoning]")]
-    | Annotated[CompactionItem, Tag("[compaction]")]
     | Annotated[Never, PlainValidator(_refuse), SkipJsonSchema(), Tag("[other]")],
     Discriminator(_kind),
 ]

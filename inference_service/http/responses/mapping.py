@@ -1,8 +1,8 @@
 """The map from the bodies of responses to conversations, and from items to their turns.
 
-The assistant's part of one turn comes in several items, and is one message: reasoning, text and calls. So are
-the instructions and the messages of systems and developers before all others: templates know one system
-message. A compaction is part of that one too, and stands for the conversation before it.
+The assistant's part of one turn comes in several items, and is one message: reasoning, text and calls.
+So are the instructions and the messages of systems and developers before all others: templates know one system
+message.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,6 @@ from inference_service.core.constraint import Constraint
 from inference_service.http.openai.mapping import one_constraint, request_of
 from inference_service.http.responses.items import (
     CallItem,
-    CompactionItem,
     Item,
     MessageItem,
     OutputItem,
@@ -41,13 +40,11 @@ from inference_service.serving.bounds import refused
 SYSTEM: Final = ("system", "developer")
 PLACE: Final = "input"
 """Place of every turn: clients sent items, and several can be one turn."""
-SUMMED_UP: Final = "What was said before, summed up:\n"
-"""Stands before the summary of a compaction."""
 
 
 def turns_of(instructions: str | None, items: str | Sequence[Item]) -> tuple[Turn, ...]:
     """Return the turns of a text, or of items, behind the instructions; raise RequestInvalid for an output of
-    no call, and for reasoning or a compaction of other servers.
+    no call, and for reasoning of other servers.
     """
     if not isinstance(items, str):
         _check_calls(items)
@@ -56,19 +53,6 @@ def turns_of(instructions: str | None, items: str | Sequence[Item]) -> tuple[Tur
     texts = [text for text in (instructions, *(turn.content for turn in before)) if text is not None]
     system = [Turn("system", "\n\n".join(texts), place=PLACE)] if texts else []
     return (*system, *turns[len(before) :])
-
-
-def leading(items: Sequence[Item]) -> list[MessageItem]:
-    """Return the system's and developers' turns before any other turn."""
-    first = takewhile(lambda item: isinstance(item, MessageItem) and item.role in SYSTEM, items)
-    return [item for item in first if isinstance(item, MessageItem)]
-
-
-def _in_force(items: Sequence[Item]) -> Iterator[tuple[int, Item]]:
-    """Yield the items that count, with their places: a compaction stands for all before it but the lead."""
-    last = max((nth for nth, item in enumerate(items) if isinstance(item, CompactionItem)), default=0)
-    yield from enumerate(leading(items[:last]))
-    yield from enumerate(items[last:], last)
 
 
 @dataclass
@@ -98,14 +82,12 @@ class _AssistantTurn:
 
 def _turns(items: Sequence[Item]) -> Iterator[Turn]:
     answer = _AssistantTurn()
-    for index, item in _in_force(items):
+    for index, item in enumerate(items):
         theirs = isinstance(item, OutputItem) or (isinstance(item, MessageItem) and item.role != "assistant")
         if theirs or (answer.is_whole and not isinstance(item, CallItem)):
             yield from answer.turn()
             answer = _AssistantTurn()
         match item:
-            case CompactionItem(encrypted_content=content):
-                yield Turn("system", SUMMED_UP + _uncarried(content, index), place=PLACE)
             case OutputItem():
                 yield Turn("tool", item.output, call_id=item.call_id, place=PLACE)
             case MessageItem() if theirs:
@@ -141,8 +123,8 @@ def chat_of(body: ResponsesBody, headers: Mapping[str, str] = NO_HEADERS) -> Cha
     """Return the conversation that a body asks to continue.
 
     Raises:
-        RequestInvalid: fields contradict each other, an output is that of no call, reasoning or a compaction is
-            not ours, or a header is wrong.
+        RequestInvalid: fields contradict each other, an output is that of no call, reasoning is not ours, or a
+            header is wrong.
     """
     with in_words_of(body):
         turns = turns_of(body.instructions, body.input)
@@ -170,10 +152,8 @@ def _check_calls(items: Sequence[Item]) -> None:
     for index, item in enumerate(items):
         if isinstance(item, OutputItem):
             if item.call_id not in calls:
-                expected = "the call_id of a function_call before it, after the last compaction"
+                expected = "the call_id of a function_call before it"
                 raise refused(f"input[{index}].call_id", expected, repr(item.call_id[:80]))
-        elif isinstance(item, CompactionItem):
-            calls.clear()
         else:
             calls.add(getattr(item, "call_id", ""))
 

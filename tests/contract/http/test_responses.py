@@ -9,7 +9,6 @@ import pytest_asyncio
 from pydantic import BaseModel
 
 from inference_service.core.sequence import EndReason
-from inference_service.http.responses.items import carried
 from loramux_shared.faults import RateLimited, ReplicaFailed, RequestInvalid
 from loramux_shared.runtime import ReasoningParser
 from tests.support.cases import cases
@@ -144,19 +143,6 @@ async def test_reasoning_is_an_item_and_comes_back(api: TalkerApi) -> None:
         assert (await api.post(PATH, model="pirate", input=requests)).status_code == 200
         [_, turn, _] = api.talker.last
         assert (turn["reasoning"], turn["content"], len(turn["tool_calls"])) == ("Hm.", "So.", 1)
-
-
-async def test_a_summary_of_elsewhere_is_refused(api: TalkerApi) -> None:
-    """An output whose call a summary replaced, and a summary of another server, are refused by their places."""
-    hi, call = {"role": "user", "content": "Hi"}, {"type": "function_call", "call_id": "c", "name": "f"}
-    output = {"type": "function_call_output", "call_id": "c", "output": "4"}
-    summary = {"type": "compaction", "encrypted_content": carried("So.")}
-    for items, param in (
-        ([hi, call | {"arguments": "{}"}, summary, output], "input[3].call_id"),
-        ([summary | {"encrypted_content": "gAAAA"}], "input[0].encrypted_content"),
-    ):
-        refused = await api.post(PATH, model="pirate", input=items)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = cases(__file__, "REFUSED")

@@ -1,1 +1,0 @@
-"""The lineage of bases, as a hub tells it."""
