@@ -88,7 +88,7 @@ def _view(store: Store, generation: Generation) -> DeploymentView:
         except BundleCorrupt as found:
             damage = found
         else:
-            extra = origin_warnings(manifest.base_model_name, record.licence, generation.base, record.lineage)
+            extra = origin_warnings(manifest.base_model_name, record.licence, generation.base)
             adapter = adapter.described(record.digest, manifest, extra)
         adapters.append(adapter)
     return DeploymentView(

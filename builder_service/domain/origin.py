@@ -1,21 +1,18 @@
 """Warnings about an adapter's origin: the name of its base, and the licences of both."""
 
 import re
-from collections.abc import Sequence
 from typing import Final
 
 from loramux_shared.adapter_files import CONFIG
-from loramux_shared.bundle.generation import BaseRecord, Descent
+from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.faults import Finding
 from loramux_shared.sources.licence import OTHER, README
 from loramux_shared.untrusted_json import excerpt
 
 
-def origin_warnings(
-    named: str, licence: str, base: BaseRecord, lineage: Sequence[Descent] = ()
-) -> list[Finding]:
+def origin_warnings(named: str, licence: str, base: BaseRecord) -> list[Finding]:
     """Return the warnings about the base and the licence that an adapter names."""
-    found = (base_warning(named, base.source.label, lineage), licence_warning(licence, base.licence))
+    found = (base_warning(named, base.source.label), licence_warning(licence, base.licence))
     return [finding for finding in found if finding is not None]
 
 
@@ -47,30 +44,18 @@ _FORMAT: Final = re.compile(
 """Suffix of the name of a copy of a base, after a hyphen: the format of its weights."""
 _MANNER: Final = re.compile(r"unsloth|ud|dynamic|static|block|channel|g(32|64|128)")
 """Words that may stand beside the format."""
-QUANTIZED: Final = "quantized"
-_WORDS: Final = {
-    "finetune": "a finetune of",
-    "merge": "a merge of",
-    "adapter": "an adapter of",
-    QUANTIZED: "a quantised copy of",
-    "": "derived from",
-}
-"""Relations of the hub, in words."""
 
 
-def base_warning(named: str, base: str, lineage: Sequence[Descent] = ()) -> Finding | None:
+def base_warning(named: str, base: str) -> Finding | None:
     """Return a warning when an adapter names another base than the one it will run on; its shapes fit.
 
     Args:
         named: what the adapter says.
         base: the deployment's.
-        lineage: what the hub says that either was made from.
     """
-    if named and _copies(named, lineage) & _copies(base, lineage):
+    if named and plain_name(named) == plain_name(base):
         return None
     found, fix = excerpt(named) or "no name", "Its shapes fit. Check that it was trained on this base."
-    for descent in lineage:
-        found += f"; {descent.model} is {_WORDS[descent.relation]} {descent.parent}, as the hub says"
     return Finding(
         code="W_BASE", where=f"{CONFIG}: base_model_name_or_path", expected=base, found=found, fix=fix
     )
@@ -84,15 +69,3 @@ def plain_name(name: str) -> str:
         end -= 1
     copied = any(map(_FORMAT.fullmatch, words[end:]))
     return "-".join(words[:end] if copied else words)
-
-
-def _copies(name: str, lineage: Sequence[Descent]) -> set[str]:
-    """Return the plain names of a model and of those that it is a quantised copy of."""
-    names = {plain_name(name)}
-    for _ in lineage:  # an entry adds one name at most
-        names |= {
-            plain_name(each.parent)
-            for each in lineage
-            if each.relation == QUANTIZED and plain_name(each.model) in names
-        }
-    return names

@@ -12,15 +12,13 @@ from builder_service.domain.origin import origin_warnings
 from builder_service.domain.rules.adapter import CheckedAdapter
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.convert import bundle_bytes
-from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
-from builder_service.pipeline.lineage import lineage
+from builder_service.pipeline.fetch import fetch_adapters
 from builder_service.pipeline.making import workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.access.shares import Shares
 from loramux_shared.bases.memory import ITEM_BYTES, widening
-from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest, ModuleRow, ScoreHead, npy_files
 from loramux_shared.bundle.npy import DESCR, header_bytes
 from loramux_shared.codes import CODES
@@ -103,7 +101,7 @@ def check_one(
             checked = check_fetched(fetched, book, progress)
         rows = tuple(planned.row for planned in checked.rows)
         changes = bool(rows or checked.replaced)
-        named = _origin_warnings(checked.base_model_name, base.record, fetched, context) if changes else []
+        named = origin_warnings(checked.base_model_name, fetched.licence, base.record) if changes else []
         found = [*checked.findings, *named, *fetched.warnings]
         found += _widened(base)
         found.sort(key=lambda finding: finding.code.startswith("W_"))
@@ -123,13 +121,6 @@ def check_one(
             checked.invocation_tokens,
             checked.score.head if checked.score else None,
         )
-
-
-def _origin_warnings(
-    named: str, base: BaseRecord, adapter: FetchedAdapter, context: BuildContext
-) -> list[Finding]:
-    known = lineage(context.sources)(named, base.source, [adapter.source])
-    return origin_warnings(named, adapter.licence, base, known)
 
 
 def _widened(base: Base) -> list[Finding]:

@@ -151,7 +151,7 @@ def keep(
     reused = [each for each in candidates if fit[each.record.digest]]
     for each in reused:
         named = each.record.summary.base_model_name if each.record.summary else ""
-        origin = origin_warnings(named, each.record.licence, base, each.record.lineage)
+        origin = origin_warnings(named, each.record.licence, base)
         extra = [*origin, *each.warnings]
         progress.settle(each.name, each.record, extra, read_back=verify)
     return {each.name: each.record for each in reused}

@@ -22,10 +22,9 @@ from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_
 from builder_service.pipeline.fetch import FetchedAdapter, gathered, list_adapters
 from builder_service.pipeline.intake import Identity, Intake, identity
 from builder_service.pipeline.keep import Keeping, keep
-from builder_service.pipeline.lineage import Lineage, lineage
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter, rulebook
-from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord, Descent
+from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord
 from loramux_shared.bundle.manifest import MANIFEST_FILE, REMOVAL_FILE, apart, bundle_key
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.bundle.reader import read_manifest
@@ -147,7 +146,7 @@ def duplicates(adapters: Sequence[ValidAdapter]) -> list[Duplicates]:
     return [Duplicates(tuple(group)) for group in found.values()]
 
 
-def _record(fetched: FetchedAdapter, bundle: BuiltBundle, lineage: tuple[Descent, ...]) -> AdapterRecord:
+def _record(fetched: FetchedAdapter, bundle: BuiltBundle) -> AdapterRecord:
     return AdapterRecord(
         digest=bundle.digest,
         source=fetched.source,
@@ -155,7 +154,6 @@ def _record(fetched: FetchedAdapter, bundle: BuiltBundle, lineage: tuple[Descent
         listing=fetched.listing,
         converter=CONVERTER,
         invocation_tokens=bundle.manifest.invocation_tokens,
-        lineage=lineage,
         licence=fetched.licence,
     )
 
@@ -292,18 +290,15 @@ class Making:
             proofs = prover().prove_adapters(
                 firsts, self.settings, self.base.record, sources, shop.work, shop.progress, shop.room
             )
-        known = lineage(sources)
         with ThreadPoolExecutor(shop.context.parallel_adapters, "output") as pool:
             futures = {
-                group.names[0]: pool.submit(self._put_out_group, group, proof, known)
+                group.names[0]: pool.submit(self._put_out_group, group, proof)
                 for group, proof in zip(groups, proofs, strict=True)
             }
         records = gathered(futures, shop.progress)
         return {name: record for each in records for name, record in each.items()}
 
-    def _put_out_group(
-        self, group: Duplicates, proof: Proof | None, lineage: Lineage
-    ) -> dict[str, AdapterRecord]:
+    def _put_out_group(self, group: Duplicates, proof: Proof | None) -> dict[str, AdapterRecord]:
         shop, base, dtype = self.shop, self.base.record, self.book.dtype
         for name in group.names:
             shop.progress.enter(name, Stage.CONVERTING)
@@ -311,12 +306,11 @@ class Making:
         with shop.space.writing(size, f"the bundle of adapter {group.names[0]!r}"), shop.context.compute:
             bundle = convert_adapter(group.first, dtype, shop.progress, proof)
         adapters, named = [each.fetched for each in group.adapters], bundle.manifest.base_model_name
-        known = lineage(named, base.source, [adapter.source for adapter in adapters])
         for adapter in adapters:
-            extra = [*origin_warnings(named, adapter.licence, base, known), *adapter.warnings]
+            extra = [*origin_warnings(named, adapter.licence, base), *adapter.warnings]
             shop.progress.describe(adapter.name, bundle.digest, bundle.manifest, extra)
         publish_bundle(shop.store, bundle, group.names, self.served, shop.progress)
-        return {adapter.name: _record(adapter, bundle, known) for adapter in adapters}
+        return {adapter.name: _record(adapter, bundle) for adapter in adapters}
 
 
 def making(shop: Workshop, base: Base, settings: Build, served: frozenset[str], merge: Merge) -> Making:

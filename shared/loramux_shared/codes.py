@@ -152,7 +152,7 @@ _WARNED: Final = (
     ("W_ODENSE", "o_proj where heads x head_dim differs from hidden: TensorRT-LLM could not read these rows",
      "Nothing; loramux serves them."),
     ("W_BASE", "the adapter names another base than the deployment, and they are not the same in two formats, "
-     "by name or by the hub's data; its shapes fit", "Check that it was trained on this base."),
+     "by name; its shapes fit", "Check that it was trained on this base."),
     ("W_LICENSE", "adapter and base name different licences in the front matter of their `README.md`, or only "
      "one of them names one", "Check that both licences allow your use."),
     ("W_REDUNDANT_EMBED", "whole matrices or biases that are equal to the base's own, value by value, are left "

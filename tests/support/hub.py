@@ -34,11 +34,6 @@ class HubRepo:
     """How often each file is sent with a flipped bit."""
     listed: dict[str, Any] = field(default_factory=dict)
     """Replacement of the listing of every file."""
-    card: dict[str, Any] = field(default_factory=dict)
-    """The model's card."""
-    tags: tuple[str, ...] = ()
-    status: int = 0
-    """Answered to every question about it, where it is not 0."""
     lfs: tuple[str, ...] = ()
     """Files that the hub keeps as LFS objects."""
 
@@ -88,9 +83,6 @@ class _Handler(Answering):
             return
         match = _INFO.fullmatch(path) or _FILE.fullmatch(path)
         repo = self.hub.repos.get(match["repo"]) if match else None
-        if repo and repo.status:
-            self.answer(repo.status, b"")
-            return
         opened = repo and (not repo.token or self.headers.get("Authorization") == f"Bearer {repo.token}")
         if match is None or repo is None or not (opened or repo.gated):
             self._error(401, "RepoNotFound")
@@ -112,8 +104,6 @@ class _Handler(Answering):
                 "id": match["repo"],
                 "sha": commit,
                 "siblings": [_sibling(repo, file) for file in repo.files],
-                "cardData": repo.card,
-                "tags": repo.tags,
             }
             self.answer(200, json.dumps(body).encode(), **{"Content-Type": "application/json"})
         elif path not in repo.files:

@@ -39,15 +39,6 @@ CONVERTER: Final = 1
 """Raised when the same adapter would be judged otherwise or give another bundle: then all are built again."""
 
 
-class Descent(Model):
-    """A statement of a hub about the origin of a model."""
-
-    model: str
-    relation: Literal["quantized", "finetune", "merge", "adapter", ""]
-    """Kind of origin; empty where the hub names none."""
-    parent: str
-
-
 class AdapterRecord(Model):
     """An adapter of a generation."""
 
@@ -63,8 +54,6 @@ class AdapterRecord(Model):
     """The builder's rules and arithmetic by which the bundle was made; see `CONVERTER`."""
     invocation_tokens: Tokens = Field(default=(), exclude_if=unset)
     """Those of its manifest."""
-    lineage: tuple[Descent, ...] = Field(default=(), exclude_if=lambda lineage: not lineage)
-    """Origins that an asked hub reported, where the adapter names another base than the deployment's."""
     licence: str = Field(default="", exclude_if=lambda licence: not licence)
     """Licence that the repository names."""
     added: bool = Field(default=False, exclude_if=lambda added: not added)
@@ -79,9 +68,8 @@ class AdapterRecord(Model):
         return apart(self.invocation_tokens, summary.modules, summary.vocab, summary.num_labels)
 
     def same_content(self, other: AdapterRecord) -> bool:
-        """True when only what sources say of the same files and bases differs."""
-        extras = {"listing": self.listing, "lineage": self.lineage}
-        return self is other or self == other.model_copy(update=extras)
+        """True when only what sources say of the same files differs."""
+        return self is other or self == other.model_copy(update={"listing": self.listing})
 
 
 class BaseRecord(Model):

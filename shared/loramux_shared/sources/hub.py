@@ -69,7 +69,7 @@ class HubSource:
     ) -> None:
         self._secrets = secrets
         self._work_dir = work_dir
-        self.endpoint = endpoint
+        self._endpoint = endpoint
         self._patience = patience or RetryPolicy()
 
     def resolve(
@@ -77,7 +77,7 @@ class HubSource:
     ) -> Resolved:
         """List a repository's files with their sizes at the commit that its revision names."""
         del room
-        api = HfApi(endpoint=self.endpoint, token=self._token(repository))
+        api = HfApi(endpoint=self._endpoint, token=self._token(repository))
         prefix = f"{repository.subfolder}/" if repository.subfolder else ""
 
         def listing(_: Progress) -> tuple[str, dict[str, SourceFile]]:
@@ -170,7 +170,7 @@ class HubSource:
                 revision=repository.revision,
                 local_dir=into,
                 token=self._token(repository),
-                endpoint=self.endpoint,
+                endpoint=self._endpoint,
                 tqdm_class=_meter(_at_most(size, f"HF {repository.repo}: {name}", watch)),
             ),
             progress,
@@ -189,14 +189,14 @@ class HubSource:
 
         def attempt(deadline: TimeLeft) -> _T:
             watch = deadline.watch(f"HF {repository.repo}", progress)
-            with translated(repository, hint):
+            with _translated(repository, hint):
                 return call(watch)
 
         return self._patience.call(attempt, progress)
 
 
 @contextmanager
-def translated(repository: Repository, hint: str) -> Iterator[None]:
+def _translated(repository: Repository, hint: str) -> Iterator[None]:
     """Turn the failures of the hub's client into ours; their texts hold addresses, and are not repeated."""
     repo, revision = f"HF {repository.repo}", repository.revision or "main"
     try:

@@ -16,7 +16,6 @@ from loramux_shared.bundle.generation import (
     AdapterRecord,
     BaseRecord,
     Current,
-    Descent,
     Generation,
     Recipe,
     SpeculatorRecord,
@@ -250,7 +249,7 @@ def test_a_record_has_the_keys_that_the_page_names(record: type[Model], expected
 
 
 INSIDE = (
-    AddedToken, AdapterRecord, AdapterSummary, BaseRecord, Coverage, Descent, Effect, FileDigest, Finding,
+    AddedToken, AdapterRecord, AdapterSummary, BaseRecord, Coverage, Effect, FileDigest, Finding,
     Limits, ModelLimits, OwnTokens, Probe, Proof, Recipe, Replaced, Repository, ScoreHead, ProbeLogprob,
     SpeculatorRecord, Truncation, Resolve,
 )  # fmt: skip

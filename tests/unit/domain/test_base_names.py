@@ -3,13 +3,8 @@
 import pytest
 
 from builder_service.domain.origin import base_warning, licence_warning
-from loramux_shared.bundle.generation import Descent
 from loramux_shared.sources.licence import licence_in, licence_of
 from tests.support.cases import cases
-
-
-def descent(model: str, relation: str, parent: str) -> Descent:
-    return Descent.model_validate({"model": model, "relation": relation, "parent": parent})
 
 
 @pytest.mark.parametrize("copy", cases(__file__, "test_a_copy_in_another_format_is_the_base"))
@@ -25,17 +20,6 @@ def test_anything_else_is_worth_a_warning(other: str) -> None:
     warning = base_warning(other, "Qwen/Qwen3-8B")
     assert warning is not None
     assert (warning.code, warning.expected, warning.found) == ("W_BASE", "Qwen/Qwen3-8B", other or "no name")
-
-
-def test_quantised_copies_by_the_hub_are_the_base() -> None:
-    """Quantised copies are followed over several steps, from the adapter's and the deployment's side."""
-    steps = [
-        descent("org/mine", "quantized", "lab/Copy-8B"),
-        descent("lab/Copy-8B", "quantized", "Qwen/Qwen3-8B"),
-    ]
-    for order in (steps, steps[::-1]):
-        assert base_warning("org/mine", "Qwen/Qwen3-8B", order) is None
-        assert base_warning("Qwen/Qwen3-8B-AWQ", "org/mine", order) is None
 
 
 @pytest.mark.parametrize(
