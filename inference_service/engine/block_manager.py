@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass
 
-from inference_service.core.sequence import GONE, NEVER, Sequence
+from inference_service.core.sequence import NEVER, Sequence
 from inference_service.engine.blocks import BlockGroup, BlockPool, StateSlots, agreed, prefix_key
 from loramux_shared.bases.cache import window_blocks
 
@@ -19,21 +19,6 @@ class CacheStats:
 
     queried: int = 0
     hit: int = 0
-    restored: int = 0
-    """Those of them that the tier had."""
-
-
-@dataclass(frozen=True)
-class TierStats:
-    """The content of a tier, and its counters."""
-
-    num_bytes: int
-    stored: int
-    """Blocks that were copied into it."""
-    restored: int
-    """Blocks that were copied back."""
-    hit_tokens: int
-    """Tokens of sequences whose blocks were copied back."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +105,7 @@ class BlockManager:
         if lacking is not None:
             self._refuse(seq, lacking, found, usable, spare)
             return False
-        restored = 0
         for group, table in zip(self.groups, progress.tables, strict=True):
-            if group.pool.tier is not None:
-                restored = max(restored, group.restore(seq, table, found))
             if group.window is None:
                 group.grow(table, self.blocks_for(len(progress.tokens)) - len(table))
         progress.room = min(map(len, progress.tables)) * self.block_size
@@ -131,7 +113,6 @@ class BlockManager:
             self.states.begin(seq, found, known)
         self.stats.queried += len(progress.tokens)
         self.stats.hit += progress.num_computed
-        self.stats.restored += restored * self.block_size
         return True
 
     def still_refused(self, seq: Sequence, spare: float | None = None) -> bool:
@@ -211,25 +192,6 @@ class BlockManager:
         if self.states is not None:
             self.states.keep()
 
-    def move(self) -> None:
-        """Copy blocks to the tier and back, where there is one; before a step is submitted."""
-        for group in self.groups:
-            if group.pool.tier is not None:
-                group.pool.tier.move()
-
-    @property
-    def tier_stats(self) -> TierStats | None:
-        """Return a snapshot of all groups' tiers; None where there are none."""
-        tiers = [group.pool.tier for group in self.groups if group.pool.tier is not None]
-        if not tiers:
-            return None
-        return TierStats(
-            sum(tier.num_bytes for tier in tiers),
-            sum(tier.stored for tier in tiers),
-            sum(tier.restored for tier in tiers),
-            self.stats.restored,
-        )
-
     def copies(self) -> tuple[Mapping[int, int], ...]:
         """Return the copies among states before the next step, as `Batch` has them."""
         return () if self.states is None else self.states.copies()
@@ -246,10 +208,9 @@ class BlockManager:
         progress = seq.progress
         whole = self.blocks_for(len(progress.tokens))
         for group, table in zip(self.groups, progress.tables, strict=True):
-            absent = table.count(GONE)  # behind the window, or in the tier
-            missing = whole - len(table) + absent - group.first_seen(progress.num_computed)
+            missing = whole - len(table)
             if group.window is not None:
-                held = len(table) - absent
+                held = len(table) - group.first_seen(progress.num_computed)
                 missing = min(missing, window_blocks(group.window, self.block_size, self.block_size) - held)
             if missing > group.to_give(spare):
                 return group.pool

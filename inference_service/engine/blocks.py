@@ -13,54 +13,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence as Seq
 from hashlib import blake2b
 from itertools import cycle
-from typing import Final, Protocol
+from typing import Final
 
 from inference_service.core.sequence import GONE, NEVER, NOWHERE, Sequence
 
 KEY_BYTES: Final = 16
-
-
-class Tier(Protocol):
-    """Blocks that left a pool, by their keys, in slower memory: the extension `tier` makes it.
-
-    All copies are made at once, before the next step.
-    """
-
-    stored: int
-    """Blocks that were copied into it."""
-    restored: int
-    """Blocks that were copied back."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the bytes of the blocks that it has."""
-        ...
-
-    def __contains__(self, key: int) -> bool: ...
-
-    def store(self, key: int, block: int) -> None:
-        """Take in what a block holds now."""
-        ...
-
-    def hold(self, keys: Iterable[int]) -> None:
-        """Keep blocks that it has until the copies are made."""
-        ...
-
-    def restore(self, key: int, block: int) -> None:
-        """Give a block what is known by a key that is held."""
-        ...
-
-    def forget(self, key: int) -> None:
-        """Drop the block with a key, if there is one."""
-        ...
-
-    def forget_all(self) -> None:
-        """Drop all blocks, and make no copies."""
-        ...
-
-    def move(self) -> None:
-        """Make the copies."""
-        ...
 
 
 class BlockPool:
@@ -74,14 +31,13 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.releases = 0
         """Number of times that a block became free."""
-        self.tier: Tier | None = None
         self._refs = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._by_key: dict[int, int] = {}
         self._key_of: dict[int, int] = {}
 
     def __contains__(self, key: int) -> bool:
-        return key in self._by_key or (self.tier is not None and key in self.tier)
+        return key in self._by_key
 
     @property
     def num_free(self) -> int:
@@ -89,10 +45,8 @@ class BlockPool:
         return len(self._free)
 
     def hold(self, key: int) -> int:
-        """Hold the block that is known by a key, and return it; GONE where the tier has it."""
-        block = self._by_key.get(key, GONE)
-        if block == GONE:
-            return GONE
+        """Hold the block that is known by a key, and return it."""
+        block = self._by_key[key]
         if not self._refs[block]:
             del self._free[block]
         self._refs[block] += 1
@@ -104,8 +58,6 @@ class BlockPool:
         key = self._key_of.pop(block, None)
         if key is not None:
             del self._by_key[key]
-            if self.tier is not None:
-                self.tier.store(key, block)
         self._refs[block] = 1
         return block
 
@@ -131,8 +83,6 @@ class BlockPool:
 
     def forget(self, key: int) -> None:
         """Remove the block with a key, if there is one, from later look-ups."""
-        if self.tier is not None:
-            self.tier.forget(key)
         block = self._by_key.pop(key, None)
         if block is not None:
             del self._key_of[block]
@@ -143,8 +93,6 @@ class BlockPool:
         """Let no block be found any more."""
         self._by_key.clear()
         self._key_of.clear()
-        if self.tier is not None:
-            self.tier.forget_all()
 
 
 class BlockGroup:
@@ -185,18 +133,6 @@ class BlockGroup:
         table.extend([GONE] * first)
         for index in range(first, count):
             table.append(self.pool.hold(prefix_key(seq, index, self._block_size)))
-
-    def restore(self, seq: Sequence, table: array[int], count: int) -> int:
-        """Take blocks for those of the leading ``count`` that the tier has, and return how many they are."""
-        places = range(self.first_seen(count * self._block_size), count)
-        keys = {index: prefix_key(seq, index, self._block_size) for index in places if table[index] == GONE}
-        if keys and self.pool.tier is not None:
-            self.pool.tier.hold(keys.values())
-            for index, key in keys.items():
-                table[index] = self.pool.take()
-                self.pool.tier.restore(key, table[index])
-                self.pool.note(key, table[index])
-        return len(keys)
 
     def to_give(self, spare: float | None) -> int:
         """Blocks that are free, without a part of all that must stay so, one at least; None: all are."""

@@ -13,7 +13,7 @@ import structlog
 
 from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token, Vector
-from inference_service.engine.block_manager import BlockManager, TierStats
+from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.lookup import Lookup
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
@@ -93,8 +93,6 @@ class EngineStats:
     """Sequences that the last step left waiting; `waiting` has those too that came since."""
     seats: int = 0
     """Sequences that may run at once."""
-    tier: TierStats | None = None
-    """Blocks that left the cache and are kept; None without a tier."""
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -195,7 +193,6 @@ class Engine:
             tokens_accepted=self._scheduler.lookup.accepted,
             left=self._left,
             seats=self._limits.max_seqs,
-            tier=self._blocks.tier_stats,
         )
 
     @property
@@ -241,7 +238,6 @@ class Engine:
         self._end_failed_loads()
         if batch.chunks:
             self._begin(batch)
-            self._blocks.move()
             self._under_way.append(self._runner.submit(batch))
             self._residency.submitted()
             self._scheduler.commit(batch, began_s)

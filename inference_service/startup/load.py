@@ -320,9 +320,6 @@ def _engine(
     limits = replace(limits_of(plan.max_seq_len), max_seqs=plan.seqs)
     blocks = blocks_of(plan, model.config, settings)
     runner = _runner(base, lora, plan.blocks, block_size, limits, plan.slots)
-    if settings.prefix_host_gb:
-        what = f"LORAMUX_PREFIX_HOST_GB={settings.prefix_host_gb:g}"
-        need_extension("tier", what).open_tiers(settings, model.config, blocks, runner)
     if backend.recordable:
         _record(runner, model.device)
         proofs = find_extensions(PARTS).get("prove.replay") if base.host is None else None

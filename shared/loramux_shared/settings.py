@@ -308,11 +308,6 @@ class InferenceSettings(Settings):
     """Seconds that one step may take, kernels that it compiles included; then the replica ends with exit 5."""
     prefix_cache: bool = True
     """Keep the blocks of earlier prompts, for prompts that begin alike."""
-    prefix_host_gb: GigabytesOrZero = 0
-    """GB (10^9 bytes) for blocks that left the KV cache, which prompts copy back instead of computing them.
-
-    Locked memory of a GPU's machine, or for a CPU a file without a name in cache_dir. 0: none.
-    """
     stream_interval_ms: CountOfDevice = None
     """Interval at which tokens of running answers are sent together, first and last ones at once; 0: each;
     auto: 40 on a CPU, 10 on a GPU."""

@@ -77,14 +77,6 @@ def _memory(stats: EngineStats) -> Iterator[Metric]:
         ("accepted_tokens", "Drafted tokens that were accepted.", stats.tokens_accepted),
     ):
         yield CounterMetricFamily(f"loramux_{name}", text, value)
-    if (tier := stats.tier) is not None:
-        yield GaugeMetricFamily("loramux_prefix_tier_bytes", "Bytes of blocks in the tier.", tier.num_bytes)
-        for name, text, value in (
-            ("stored_blocks", "Blocks that were copied into the tier.", tier.stored),
-            ("restored_blocks", "Blocks that were copied back from the tier.", tier.restored),
-            ("hit_tokens", "Tokens copied back from the tier instead of computed.", tier.hit_tokens),
-        ):
-            yield CounterMetricFamily(f"loramux_prefix_tier_{name}", text, value)
 
 
 def _for_gateways(stats: EngineStats, base: str) -> Iterator[Metric]:
