@@ -1,6 +1,5 @@
 """The choice of a replica's kernels and its device."""
 
-import ctypes
 import os
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,6 @@ from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.computing import Computing, Lack
 from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
-from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, FEW_ROWS, MAX_HEAD_DIM, NEVER, CpuOps
 from inference_service.layers.quantized import require_able
 from inference_service.models.packed import named
@@ -76,8 +74,6 @@ def _product(chosen: Backend, config: ModelConfig) -> str:
     if few_bits:
         how = "times rows of 8 bits" if chosen.dtype is torch.bfloat16 else "widened in registers"
         return f"{few_bits} {how} ({instructions})"
-    if operations.ops.amx:
-        return f"{dtype} by AMX ({instructions})"
     widened = ""
     if chosen.dtype is torch.bfloat16 and operations.ops.widened_from.value < NEVER:
         few = f" from {FEW_ROWS} rows on, which is faster here" if "bfloat16" in instructions else ""
@@ -160,30 +156,11 @@ def _native_operations(
 
 def _require_compiled(settings: InferenceSettings, how: str) -> None:
     """Raise SettingsInvalid for what compiled operations alone can do, where a replica would have others."""
-    for is_set, name, why in (
-        (settings.deterministic, "DETERMINISTIC", "rows may depend on each other"),
-        (settings.amx, "AMX", "products are a library's"),
-    ):
-        if is_set:
-            raise SettingsInvalid(
-                f"LORAMUX_{name}=true needs a CPU and compiled operations, found {how}, whose {why}. Set it "
-                "to false; or LORAMUX_DEVICE=cpu, LORAMUX_BACKEND=auto and LORAMUX_NATIVE=true, with a C++ "
-                "compiler."
-            )
-
-
-def _use_amx(ops: CpuOps, library: ctypes.CDLL) -> None:
-    """Multiply by the matrix unit; raise SettingsInvalid where there is none, or where it is wrong."""
-    if not ops.use_amx():
-        found = named(ops.dtype) if ops.units == 1 else ops.instructions
+    if settings.deterministic:
         raise SettingsInvalid(
-            f"LORAMUX_AMX=true needs bfloat16 and a CPU with AMX that a process may use, found {found}. Set it "
-            "to false."
-        )
-    wrong = first_wrong(library)
-    if wrong:
-        raise SettingsInvalid(
-            f"LORAMUX_AMX=true: the {wrong} computes something else on this processor. Set it to false."
+            f"LORAMUX_DETERMINISTIC=true needs a CPU and compiled operations, found {how}, whose rows may "
+            "depend on each other. Set it to false; or LORAMUX_DEVICE=cpu, LORAMUX_BACKEND=auto and "
+            "LORAMUX_NATIVE=true, with a C++ compiler."
         )
 
 
@@ -228,10 +205,7 @@ def _native(
     built = build.load(settings.cache_dir / "native")
     if built.library is None:
         return None, Computing(how=built.how, lack=built.lack)
-    ops = CpuOps(built.library, dtype)
-    if settings.amx:
-        _use_amx(ops, built.library)
-    return ops, Computing("native", built.how)
+    return CpuOps(built.library, dtype), Computing("native", built.how)
 
 
 def _unsupported(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> str | None:

@@ -269,9 +269,6 @@ class InferenceSettings(Settings):
     """The marks between which the models reason; the same."""
     native: bool = True
     """Use compiled operations on a CPU; a wheel has them, or the first start compiles them."""
-    amx: bool = False
-    """Multiply bfloat16 weights by the matrix unit of an Intel CPU (AMX) with loramux's product instead of
-    oneDNN's. So far only an emulator has run it; the start compares it with torch's."""
     threads: Workers | None = None
     """Threads that compute on the CPU, of each rank; as many as cores together when not given."""
     spin: Literal["auto", "always", "never"] = "auto"

@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-import subprocess
 from array import array
 from functools import cache
 from itertools import product
@@ -16,12 +15,7 @@ from torch import Tensor
 
 from inference_service.core.constraint import packed
 from inference_service.kernels.cpu.compiling import (
-    KINDS,
-    SOURCE,
-    TYPES,
     Kind,
-    compiler,
-    flags_of,
     kinds_that_run,
 )
 from inference_service.kernels.cpu.ops import (
@@ -33,7 +27,6 @@ from inference_service.kernels.cpu.ops import (
     Chunks,
     CpuOps,
     Table,
-    _function,
     adapters_of,
 )
 from inference_service.kernels.rows import Activation
@@ -158,30 +151,6 @@ def test_a_linear_multiplies(ops: CpuOps) -> None:
         tiled = ops.tiled(weight, bias)
         expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
         _assert_close(ops.linear(x, tiled), expected, ops, (rows, width, columns, biased))
-
-
-def test_the_matrix_unit_multiplies_rows_alone_as_together(compiled: ctypes.CDLL, tmp_path: Path) -> None:
-    """A model of it does: odd shapes, blocks of K; what a library had configured there is there again."""
-    kind, command = KINDS["x86_64"][0], compiler()
-    if kind not in kinds_that_run() or command is None:
-        pytest.skip("needs AVX-512 with bfloat16, and a C++ compiler")
-    flags = [*flags_of(kind), "-O0", "-D", TYPES[1], "-include", str(Path(__file__).with_name("amx_model.h"))]
-    subprocess.run([command, *flags, str(SOURCE), "-o", tmp_path / "ops.so"], check=True)
-    model, ops = ctypes.CDLL(str(tmp_path / "ops.so")), CpuOps(compiled, torch.bfloat16)
-    ops._steps["linear"] = _function(model, "linear", torch.bfloat16)
-    ctypes.c_int64.in_dll(model, "multiplies_tiles").value = 1
-    others, after = bytes([1, *[0] * 15, 64, 0, 32, *[0] * 29, 16, 8, *[0] * 14]), bytearray(64)
-    model.amx_configure(others)
-    for rows, width, columns in ((1, 32, 1), (2, 40, 33), (19, 96, 49), (70, 4160, 20)):
-        x, weight = torch.randn(rows, width + 3).bfloat16()[:, :width], torch.randn(columns, width).bfloat16()
-        found = ops.linear(x, tiled := ops.tiled(weight))
-        assert model.amx_products() == (width % 32 == 0) * -(-rows // 16) * (width // 32) * -(-columns // 16)
-        _assert_close(found, x.double() @ weight.double().t(), ops)
-        for row in (0, rows // 2, rows - 1):
-            assert torch.equal(ops.linear(x[row : row + 1], tiled)[0], found[row])
-        model.amx_products()
-    model.amx_configured((ctypes.c_char * 64).from_buffer(after))
-    assert after == others
 
 
 @pytest.mark.parametrize("kind", kinds_that_run(), ids=lambda kind: kind.name)

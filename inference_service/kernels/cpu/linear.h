@@ -89,7 +89,7 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
   if constexpr (Unit<T>::P > 1) {
     if (base.bits && base.bits != COMPACT)
       rounding.round(base.x, base.ldx, base.rows, base.K, base.bits == BLOCKS ? 0 : base.bits, threads), base.rounded = &rounding;
-    else if (base.w && base.rows >= widened_from && !by_amx(base))
+    else if (base.w && base.rows >= widened_from)
       base.widened = widening.widen(base.x, base.ldx, base.rows, base.K, threads);
   }
   const int64_t tiles = base.w ? (base.N + LANES - 1) / LANES : 0;

@@ -113,10 +113,7 @@ extern "C" const char* instructions() {
 }
 
 int64_t widened_from = Unit<bf16>::multiplied ? INT64_MAX : 1;
-int64_t multiplies_tiles = 0;
 EXPORT(bf16, bfloat16)
-
-extern "C" int64_t use_amx() { return multiplies_tiles = may_use_amx(); }
 
 extern "C" int64_t compact(const void* values, int64_t count, void* to, void* beside, int64_t threads) {
   return compact((const uint16_t*)values, count, (uint8_t*)to, (int64_t*)beside, threads);

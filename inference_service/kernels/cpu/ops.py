@@ -168,9 +168,6 @@ class CpuOps:
         """For which it was compiled: AVX-512, the same with VNNI or with bfloat16, AVX2 or NEON."""
         self.multiplies = not (dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported())
         """True if `linear` is the fastest product of whole weights here: with AMX, oneDNN's is."""
-        self._use_amx = _typed(library.use_amx, "", ctypes.c_int64)
-        self.amx = False
-        """True if `linear` multiplies whole weights by the matrix unit, other than bit for bit as without."""
         self._compact = _typed(library.compact, "pippi", ctypes.c_int64)
         self._pack_blocks = _typed(library.pack_blocks, "piiipi")
         self._pack, self._delta_rule = functions["pack"], functions["delta_rule"]
@@ -188,12 +185,6 @@ class CpuOps:
         """Rows from which on `linear` multiplies whole bfloat16 weights as float32: all where it has to."""
         if self.units == 2 and self.widened_from.value == NOT_TIMED:
             self.widened_from.value = FEW_ROWS if self._widened_is_faster() else NEVER
-
-    def use_amx(self) -> bool:
-        """Multiply whole bfloat16 weights by the matrix unit (AMX) from now on, if this processor has it."""
-        self.amx = self.units > 1 and bool(self._use_amx())
-        self.multiplies, self.compacts = self.multiplies or self.amx, self.compacts and not self.amx
-        return self.amx
 
     def _widened_is_faster(self) -> bool:
         """Return whether float32 is multiplied faster than bfloat16 here, as by Intel's AVX-512."""
@@ -258,10 +249,10 @@ class CpuOps:
     def compact(self, weight: Tensor, bias: Tensor | None = None) -> Tiled | None:
         """Return the same with the very weights in 12 bits each; None where `tiled` is read as fast.
 
-        So it is where this processor does not decode them, or multiplies by its matrix unit, K is no multiple
-        of OF_GRANULE, or the weights have many different upper bytes.
+        So it is where this processor does not decode them, K is no multiple of OF_GRANULE, or the weights have
+        many different upper bytes.
         """
-        tiled = self.tiled(weight, bias) if self.dtype is torch.bfloat16 and not self.amx else None
+        tiled = self.tiled(weight, bias) if self.dtype is torch.bfloat16 else None
         if tiled is None or weight.shape[1] % OF_GRANULE:
             return None
         count = tiled.num_bytes // 2

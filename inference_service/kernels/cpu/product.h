@@ -1,6 +1,6 @@
 // Products with weights in tiles: [columns / 16, rounded up][K / P][16 columns][P], integers (packed.h), compact ones, or blocks.
 #pragma once
-#include "amx.h"
+#include "compact.h"
 #include "blocks.h"
 
 namespace {
@@ -145,21 +145,6 @@ template <class U, class W, int WIDE> struct CompactPanel {
     const int64_t apart = some / 2 * sizeof(vu);
     Stored<WIDE> all{decoded, apart, apart};
     sum_rows<U, W, TALL, WIDE>(rows, x, ldx, all, some / U::P, sums, k == 0);
-  }
-};
-#endif
-
-inline bool by_amx(const Product<bf16>& p) { return multiplies_tiles && !p.bits && p.K % OF_TILE == 0; }
-
-#ifdef __AVX512BF16__
-// The same of whole ones, by the matrix unit.
-template <int WIDE> struct AmxPanel {
-  static constexpr int64_t BLOCK = UNITS_OF_BLOCK * 2, TALL = ROWS_OF_TILE;
-  const Product<bf16>& p; int64_t column;
-  void add(int64_t t, int rows, int64_t k, int some, float* sums) const {
-    const int64_t tile = p.K / 2 * sizeof(vu);
-    const uint8_t* w = p.w + column / LANES * tile + k / 2 * sizeof(vu);
-    sum_by_amx<WIDE>(rows, p.x + t * p.ldx + k, p.ldx, w, tile, some / 2, sums, k == 0, t == 0);
   }
 };
 #endif
@@ -422,10 +407,7 @@ template <int WIDE> void product_panel(const Product<bf16>& p, int64_t column) {
   else if (p.bits == 8) product_panel<WIDE>(p, column, RoundedPanel<8, WIDE>{p, column});
   else if (p.bits == 4) product_panel<WIDE>(p, column, RoundedPanel<4, WIDE>{p, column});
 #ifdef __AVX512BF16__
-  else if (by_amx(p)) {
-    const OwnTiles own;
-    product_panel<WIDE>(p, column, AmxPanel<WIDE>{p, column});
-  } else if (p.widened) {
+  else if (p.widened) {
     if (p.bits) product_panel<WIDE>(p, column, CompactPanel<Floats, Pairs, WIDE>{p, column});
     else product_panel<WIDE>(p, column, Panel<bf16, Floats, Pairs, WIDE>{p, column});
   } else if (p.bits) product_panel<WIDE>(p, column, CompactPanel<Bfloats, Whole, WIDE>{p, column});

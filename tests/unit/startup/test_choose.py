@@ -10,7 +10,6 @@ import torch
 from inference_service.core.computing import COST, CURES, Lack
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.build import Built
-from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.startup.choose import TRITONS, check_cache_dtype, check_triton, choose_backend
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
@@ -77,30 +76,6 @@ def test_native_that_cannot_be_is_refused(config: ModelConfig, native_folder: Pa
     chosen = choose_backend(_settings(native_folder.parent, device="cpu", **settings), config).computing
     assert re.search(why, chosen.how)
     assert chosen.lack == (None if "native" in settings else Lack.UNSUPPORTED)
-
-
-def test_the_matrix_unit_is_used_on_request_alone(
-    config: ModelConfig, native_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Refused without compiled operations, in float32, and where the check of a start finds it wrong."""
-
-    def product(**settings: object) -> str:
-        made = _settings(native_folder.parent, device="cpu", amx=True, **settings)
-        return choose_backend(made, config).computing.product
-
-    with pytest.raises(
-        SettingsInvalid, match="LORAMUX_AMX=true needs a CPU and compiled operations, found torch"
-    ):
-        product(backend="torch")
-    if opened(native_folder).library is None:
-        pytest.skip("no C++ compiler")
-    with pytest.raises(SettingsInvalid, match=r"LORAMUX_AMX=true needs bfloat16 and a CPU.*found float32"):
-        product()
-    monkeypatch.setattr(CpuOps, "use_amx", lambda ops: setattr(ops, "amx", True) or True)
-    assert product(dtype="bfloat16").startswith("bfloat16 by AMX (")
-    monkeypatch.setattr("inference_service.startup.choose.first_wrong", lambda _: "linear")
-    with pytest.raises(SettingsInvalid, match="LORAMUX_AMX=true: the linear computes something else"):
-        product(dtype="bfloat16")
 
 
 @pytest.mark.parametrize("lack", [Lack.NO_COMPILER, Lack.NOT_COMPILED, Lack.WRONG_RESULT])
