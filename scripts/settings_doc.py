@@ -22,7 +22,6 @@ CLIENT = {
     "TLS_CA": "A file of authorities (PEM) that are trusted for `grpcs://` addresses.",
     "CLIENT_CERT": "The certificate chain (PEM) that is shown to a server that asks for one.",
     "CLIENT_KEY": "Its private key (PEM).",
-    "JUDGE_API_KEY": "The key of `loramux arena --judge-url`.",
 }
 
 

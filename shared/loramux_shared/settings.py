@@ -31,7 +31,7 @@ from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
 from loramux_shared.wording import expected_of, nearest, refuse_odd
 
 PREFIX = "LORAMUX_"
-CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY", "JUDGE_API_KEY")
+CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")
 """Variables that `loramux.Client` and commands read; a service may share their environment."""
 
 

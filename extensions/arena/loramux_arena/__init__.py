@@ -1,1 +1,1 @@
-"""Versions that answer the same questions: `contest` asks, `scores` and `judge` score, `standings` compares."""
+"""Versions compared on examples: `scoring` asks, `comparison` compares; `training` pushes checkpoints."""

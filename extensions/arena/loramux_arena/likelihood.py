@@ -8,24 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from loramux.records import GenerateOptions, Prompt, PromptToken
-from loramux_arena.questions import Question
+from loramux_arena.examples import Example
 from loramux_shared.faults import Finding, RequestInvalid
 
 SCORING: Final[GenerateOptions] = {"max_tokens": 0, "prompt_logprobs": 0}
 
 
-def prompt_with_reference(question: Question) -> tuple[Prompt, GenerateOptions]:
+def prompt_with_reference(example: Example) -> tuple[Prompt, GenerateOptions]:
     """Return a prompt that ends with the reference, as text or as the assistant's turn, and how to send it."""
-    assert question.reference is not None  # noqa: S101 - others are not asked
-    if isinstance(question.prompt, str):
-        return question.prompt + question.reference, SCORING
-    turns: list[Mapping[str, Any]] = [turn for turn in question.prompt if isinstance(turn, Mapping)]
+    if isinstance(example.prompt, str):
+        return example.prompt + example.reference, SCORING
+    turns: list[Mapping[str, Any]] = [turn for turn in example.prompt if isinstance(turn, Mapping)]
     options: GenerateOptions = {**SCORING, "continue_final_message": True, "add_generation_prompt": False}
-    return [*turns, {"role": "assistant", "content": question.reference}], options
+    return [*turns, {"role": "assistant", "content": example.reference}], options
 
 
-def of_reference(tokens: Sequence[PromptToken], reference: str) -> tuple[float, int]:
-    """Return the log probability of the tokens that the reference has at the end of a prompt, and their number.
+def likelihood_of(reference: str, tokens: Sequence[PromptToken]) -> float:
+    """Return the log probability per token of the reference at the end of a prompt.
 
     Raises:
         RequestInvalid: the prompt does not end with the reference: the template changes it, or it is empty.
@@ -40,12 +39,12 @@ def of_reference(tokens: Sequence[PromptToken], reference: str) -> tuple[float, 
             tail = token.logprobs.token + tail
             found.append(token.logprobs.logprob)
         if ending and tail.endswith(ending):
-            return sum(found), len(found)
+            return sum(found) / len(found)
     finding = Finding(
         code="E_BAD_FIELD",
         where="reference",
         expected="a text that ends the prompt as it stands",
         found="another ending: the chat template writes answers otherwise" if reference.strip() else "no text",
-        fix="Ask with text instead of messages, or leave the reference out.",
+        fix="Ask with text instead of messages, or leave the line out.",
     )
     raise RequestInvalid("the reference cannot be scored", [finding])

@@ -14,13 +14,10 @@ import structlog
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loramux.client import BUILDER, INFERENCE, AsyncClient
-from loramux_arena.contest import Contest
-from loramux_arena.kept import AnswerFile
-from loramux_arena.paired import Paired
-from loramux_arena.plan import Plan
-from loramux_arena.questions import Question, read_questions, with_reference
-from loramux_arena.standings import standings
-from loramux_shared.faults import Fault, RequestInvalid, ResourcesExhausted
+from loramux_arena.comparison import Comparison
+from loramux_arena.examples import Example, read_examples
+from loramux_arena.scoring import Plan, score_all
+from loramux_shared.faults import Fault, ResourcesExhausted
 
 log = structlog.get_logger()
 
@@ -35,7 +32,7 @@ class PushedCheckpoint:
     generation: int = 0
     promoted: bool = False
     """Whether the adapter's name stands for it since then."""
-    compared: Paired | None = None
+    compared: Comparison | None = None
     """Log probabilities per token of the references, against the version before."""
     failure: Fault | None = None
 
@@ -43,9 +40,9 @@ class PushedCheckpoint:
 class PushAdapter(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
     """Push the adapter whenever a trainer saves a checkpoint, or after each evaluation.
 
-    With prompts that have references, the version is first served as ``NAME-candidate``, and promoted to NAME
-    unless it is worse than the present one: the references are less likely, beyond chance at 95 %. A push that
-    fails is a warning, and training goes on. `pushed` has all of them.
+    With examples, the version is first served as ``NAME-candidate``, and promoted to NAME unless it is worse
+    than the present one: the references are less likely, beyond chance at 95 %. A push that fails is a warning,
+    and training goes on. `pushed` has all of them.
     """
 
     def __init__(
@@ -55,26 +52,20 @@ class PushAdapter(TrainerCallback):  # type: ignore[misc]  # transformers has no
         *,
         builder: str = BUILDER,
         inference: str = INFERENCE,
-        prompts: Path | str | None = None,
+        examples: Path | str | None = None,
         on: Literal["save", "evaluate"] = "save",
     ) -> None:
-        """Push to a deployment, of which a replica is asked where prompts are given.
+        """Push to a deployment, of which a replica is asked where a file of examples is given.
 
         Raises:
-            RequestInvalid: the file of prompts has a line that is no prompt, or no reference.
+            RequestInvalid: a line of the file is no example.
         """
         self._deployment = deployment
         self._name = name
         self._builder = builder
         self._inference = inference
         self._on = on
-        self._questions: list[Question] = []
-        if prompts is not None:
-            self._questions = list(with_reference(read_questions(Path(prompts), "")))
-            if not self._questions:
-                raise RequestInvalid(
-                    f"{prompts}: expected prompts with a reference, found none. Add the right answers."
-                )
+        self._examples: list[Example] = [] if examples is None else read_examples(Path(examples))
         self.pushed: list[PushedCheckpoint] = []
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -114,7 +105,7 @@ class PushAdapter(TrainerCallback):  # type: ignore[misc]  # transformers has no
 
     async def _push(self, folder: Path, step: int) -> PushedCheckpoint:
         async with AsyncClient(builder=self._builder, inference=self._inference) as client:
-            if not self._questions or self._name not in {model.name for model in await client.models()}:
+            if not self._examples or self._name not in {model.name for model in await client.models()}:
                 info = await client.push(self._deployment, self._name, folder)
                 return PushedCheckpoint(step, info.digest, info.generation, promoted=True)
             candidate = f"{self._name}-candidate"
@@ -131,19 +122,14 @@ class PushAdapter(TrainerCallback):  # type: ignore[misc]  # transformers has no
                     log.warning("candidate stays", adapter=candidate, reason=fault.reason, problem=str(fault))
             return PushedCheckpoint(step, info.digest, info.generation, promoted, compared)
 
-    async def _compared(self, client: AsyncClient, candidate: str, generation: int) -> Paired:
+    async def _compared(self, client: AsyncClient, candidate: str, generation: int) -> Comparison:
         """Return how likely a candidate finds the references, against the present version."""
-        plan = Plan((self._name, candidate), self._name, max_tokens=0, likelihood=True)
         async for _ in client.generate(
-            candidate, self._questions[0].prompt, max_tokens=1, min_generation=generation
+            candidate, self._examples[0].prompt, max_tokens=1, min_generation=generation
         ):
             pass  # served from here on
-        with tempfile.TemporaryDirectory() as folder, AnswerFile(Path(folder, "answers")) as answers:
-            contest = Contest(client, plan, self._questions, answers)
-            await contest.meet()
-            await contest.score_likelihoods()
-        report = standings(plan, self._questions, contest.found)
-        [score] = report.scores
-        if not score.comparisons:
-            raise RequestInvalid(f"no reference could be scored: {report.failures[0].message}")
-        return score.comparisons[0].paired
+        scores = await score_all(client, Plan((self._name, candidate)), self._examples)
+        compared = scores.comparisons()
+        if not compared:
+            raise scores.failures[0].fault
+        return compared[0]

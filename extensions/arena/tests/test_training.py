@@ -59,15 +59,17 @@ async def test_a_version_that_is_worse_is_not_promoted(
 ) -> None:
     """The candidate leaves the deployment, whatever came of it."""
     name, folder = next(iter(world[0].adapters.items()))
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"text": f"ask {n}", "reference": "right"}) + "\n" for n in range(3)))
-    service = Versions(lambda *_: "right")
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(
+        "".join(json.dumps({"text": f"ask {n}", "reference": "right"}) + "\n" for n in range(3))
+    )
     candidate = f"{name}-candidate"
-    service.digests = {name: "a" * 64, candidate: "b" * 64}
-    service.words = {name: -2.0, candidate: likelihood}
+    service = Versions(lambda *_: "right", {name: -2.0, candidate: likelihood})
     before = require_deployment(world[1], "tiny").adapters[name].digest
     async with open_builder(world, tmp_path / "work") as builder, serving(service) as replica:
-        callback = PushAdapter("tiny", name, builder=builder, inference=replica, prompts=prompts, on="evaluate")
+        callback = PushAdapter(
+            "tiny", name, builder=builder, inference=replica, examples=examples, on="evaluate"
+        )
         other = next(path for each, path in world[0].adapters.items() if path != folder)
         model = SimpleNamespace(
             save_pretrained=lambda into: [
@@ -98,9 +100,9 @@ async def test_a_push_that_fails_does_not_end_a_training(tmp_path: Path) -> None
     assert reasons == ["REQUEST_INVALID", "RESOURCES_EXHAUSTED"]
 
 
-def test_prompts_need_references(tmp_path: Path) -> None:
+def test_examples_need_references(tmp_path: Path) -> None:
     """A file that cannot compare is refused before the training."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("hello\n")
-    with pytest.raises(RequestInvalid, match="expected prompts with a reference"):
-        PushAdapter("tiny", "trained", prompts=prompts)
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text('{"prompt": "hello"}\n')
+    with pytest.raises(RequestInvalid, match="1 of its lines are no examples"):
+        PushAdapter("tiny", "trained", examples=examples)
