@@ -53,11 +53,6 @@ golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.openai.write
 	$(BIN)/python -m tests.golden.metrics.write
 	$(if $(EXTENSIONS),$(BIN)/python -m tests.openapi_golden)
-	$(if $(EXTENSIONS),$(MAKE) deploy/envoy/envoy.yaml)
-
-.PHONY: deploy/envoy/envoy.yaml
-deploy/envoy/envoy.yaml:
-	$(BIN)/loramux envoy inference inference-2 --listen-grpc 0.0.0.0:50052 --listen-http 0.0.0.0:8000 > deploy/envoy/envoy.yaml
 
 docs: $(VENV)/.test
 	$(BIN)/python -m scripts.docs

@@ -1,7 +1,6 @@
 """Paired comparison of versions with a baseline: mean differences with bootstrap intervals, in plain Python.
 
-A pair is an example: the scores of both versions share what makes it hard, which their difference has
-no more.
+A pair is an example: what makes it hard is in the scores of both versions, and not in their difference.
 """
 
 import math

@@ -38,12 +38,12 @@ class Versions(inference_grpc.InferenceServiceServicer):
         if (refusal := next(self.refusals, None)) is not None:
             raise refusal
         turns = request.messages.messages
-        asked = turns[-1].content if turns else request.text
+        query = turns[-1].content if turns else request.text
         yield pb.GenerateResponse(started=pb.Started(request_id="r", model=request.model, prompt_tokens=9))
         if request.sampling.HasField("prompt_logprobs"):
-            yield pb.GenerateResponse(prompt_logprobs=self._scored(request.model, asked))
+            yield pb.GenerateResponse(prompt_logprobs=self._scored(request.model, query))
         else:
-            yield pb.GenerateResponse(delta=pb.Delta(text=self.says(request.model, asked), token_ids=[1]))
+            yield pb.GenerateResponse(delta=pb.Delta(text=self.says(request.model, query), token_ids=[1]))
         usage = pb.Usage(prompt_tokens=9, completion_tokens=1)
         yield pb.GenerateResponse(finished=pb.Finished(reason="FINISH_REASON_STOP", usage=usage))
 

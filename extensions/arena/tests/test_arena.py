@@ -77,8 +77,8 @@ def test_files_without_examples(tmp_path: Path) -> None:
 def test_requests_take_turns_by_version() -> None:
     """As many examples as are open at once are asked of one version before the next one."""
     examples = [Example(str(number), "x", "y") for number in range(3)]
-    asked = [f"{model}{example.id}" for model, example in by_version(("a", "b"), examples, 2)]
-    assert asked == ["a0", "a1", "b0", "b1", "a2", "b2"]
+    found = [f"{model}{example.id}" for model, example in by_version(("a", "b"), examples, 2)]
+    assert found == ["a0", "a1", "b0", "b1", "a2", "b2"]
 
 
 def token(text: str, logprob: float | None) -> PromptToken:
@@ -121,7 +121,7 @@ def test_a_difference_is_shown_where_the_interval_has_no_0(scores: list[float], 
 def served() -> Iterator[tuple[Versions, str]]:
     """A server in a thread of its own, and its address: a is right, b is as good as the base."""
     service = Versions(
-        lambda model, asked: f" {asked}!\n" if model == "a" else "?", {"base": -2.0, "a": -1.0, "b": -2.0}
+        lambda model, query: f" {query}!\n" if model == "a" else "?", {"base": -2.0, "a": -1.0, "b": -2.0}
     )
     with loop_in_thread() as do:
         server = serving(service)

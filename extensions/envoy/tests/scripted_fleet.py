@@ -10,7 +10,7 @@ import httpx
 from openai import AsyncOpenAI
 
 from loramux import AsyncClient
-from loramux_envoy.fleet import Tls
+from loramux_envoy.config import Tls
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from tests.fleet import Proxy, fleet_of
 from tests.support.scripted_replica import ScriptedReplica
@@ -28,7 +28,7 @@ class Fleet:
         """Listen; Envoy finds the replicas by a name of this machine."""
         await asyncio.gather(*(replica.start() for replica in self.replicas.values()))
         apis = [tuple(api.replace("127.0.0.1", host) for api in each.apis) for each in self.replicas.values()]
-        self.proxy = Proxy(fleet_of(apis, first_token_s=first_token_s, tls=tls), self.folder)
+        self.proxy = Proxy(fleet_of(apis, tls=tls), self.folder, first_token_s)
         self.client = AsyncClient(self.proxy.grpc)
         self.web = httpx.AsyncClient(base_url=self.proxy.url, timeout=BOUND_S)
         self.openai = AsyncOpenAI(

@@ -15,7 +15,7 @@ from inference_service.http.wire import protocol
 from loramux import AsyncClient
 from loramux.faults import ServerUnavailable, ShuttingDown
 from loramux.inference.v1 import inference_pb2 as pb
-from loramux_envoy.fleet import Tls
+from loramux_envoy.config import Tls
 from loramux_shared.access.guard import Guard
 from loramux_shared.rpc import calls
 from tests.fleet import Proxy
@@ -82,22 +82,6 @@ async def test_streams_of_one_model_spread(fleet: Fleet) -> None:
     assert max(Counter(delta.text for delta in answers).values()) <= 1.25 * 24 / 3 + 1
     for stream in streams:
         await stream.aclose()
-
-
-async def test_a_popular_model_has_several_places(fleet: Fleet) -> None:
-    """A popular model has a place per replica, another keeps its one; clients' own headers are ignored."""
-    mine = {"x-loramux-place": "mine"}
-    for model in (*MODELS[1:], *["popular"] * 470):
-        await fleet.web.get("/health", headers=mine | {"x-loramux-model": model})
-    answer = await fleet.web.get("/v1/models", headers=mine)
-    assert not [name for name in answer.headers if name.startswith("x-loramux")]
-    lines = await asyncio.to_thread(fleet.proxy.requests, len(MODELS) + 470)
-    homes: dict[tuple[str, str], set[str]] = {}
-    for line in lines:
-        homes.setdefault((line["model"], line["place"]), set()).add(line["replica"])
-    assert {place for model, place in homes if model == "popular"} == {"popular", "popular 2", "popular 3"}
-    assert {place for model, place in homes if model != "popular"} == {None, *MODELS[1:]}
-    assert all(len(replicas) == 1 for replicas in homes.values())
 
 
 async def test_a_refused_request_goes_to_another_replica(fleet: Fleet) -> None:
@@ -178,7 +162,7 @@ async def test_a_replica_without_tokens_is_left(tmp_path: Path) -> None:
         slow.tokens.set()
         assert await whole == slow.name
         slow.tokens.clear()
-        await left(fleet, "replicas_http_answers", fleet.streamed, slow)
+        await left(fleet, "replicas_http", fleet.streamed, slow)
 
 
 async def left(fleet: Fleet, api: str, ask: Callable[[str], Awaitable[str]], slow: Named) -> None:

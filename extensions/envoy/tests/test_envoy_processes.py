@@ -102,9 +102,18 @@ def test_no_request_fails_when_a_replica_stops(fleet: Fleet, calls: int, streams
     assert {line["status"] for line in lines} == {200}
 
 
-@pytest.mark.parametrize("calls", [8, pytest.param(100, marks=pytest.mark.sweep)])
-def test_a_replica_that_is_killed_takes_only_what_it_had_begun(fleet: Fleet, calls: int) -> None:
-    """After SIGKILL, requests without a token are answered elsewhere by both APIs; streams are UNAVAILABLE."""
+@pytest.mark.parametrize(
+    ("ends", "calls"),
+    [
+        (signal.SIGKILL, 8),
+        (signal.SIGSTOP, 8),
+        pytest.param(signal.SIGKILL, 100, marks=pytest.mark.sweep),
+    ],
+)
+def test_a_replica_that_ends_takes_only_what_it_had_begun(
+    fleet: Fleet, ends: signal.Signals, calls: int
+) -> None:
+    """A replica is killed, or stands still: requests without a token are answered elsewhere, streams fail."""
     dying = fleet.victim()
     with Client(fleet.proxy.grpc) as client, ThreadPoolExecutor(calls) as pool:
         begun = client.generate("all", "HELLO", max_tokens=240, n=32, ignore_eos=True, timeout_s=BOUND_S)
@@ -118,7 +127,7 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(fleet: Fleet, cal
 
         wait_until(held_there, "answers of the other replicas", dying.load)
         held = dying.load() - 1
-        dying.signal(signal.SIGKILL)
+        dying.signal(ends)
         assert not [fault for future in waiting if (fault := future.exception())]
         with pytest.raises(ServerUnavailable) as caught:
             list(begun)
@@ -127,3 +136,5 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(fleet: Fleet, cal
     lines = fleet.proxy.requests(calls + 1)
     assert held > 0
     assert sum(line["attempts"] > 1 for line in lines) >= held
+    dying.process.kill()
+    dying.process.wait(BOUND_S)
