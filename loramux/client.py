@@ -170,7 +170,7 @@ class _Addresses:
     """The addresses of the services, and the credentials for them (see `loramux.connection`).
 
     timeout_s is the deadline of every call that is no stream. inference may be several replicas, see
-    `loramux.connection`: a request goes to one that has its model, and to another where that does not answer.
+    `loramux.connection`: a request goes to one of them, and to another where that does not answer.
     """
 
     _kind: Any

@@ -17,7 +17,7 @@ import grpc
 from loramux.connection import GENERATE, Address, Calls, Credentials
 from loramux_fleet.members import Members
 from loramux_fleet.placement import Placement
-from loramux_fleet.trip import Trip, model_of
+from loramux_fleet.trip import Trip
 from loramux_shared.faults import ServerUnavailable
 from loramux_shared.routes import INFERENCE_SERVICE, OF_A_MODEL
 from loramux_shared.rpc.status import CallFailed, fault_of
@@ -69,9 +69,9 @@ class Fleet:
         self._links: dict[str, Link] = {}
         self._closed = False
 
-    def trip(self, method: str, request: Any, timeout: float | None) -> Trip:
+    def trip(self, method: str, timeout: float | None) -> Trip:
         """Return the way of a request."""
-        return Trip(self._placement, model_of(request), timeout, repeat=method.startswith(REPEATED))
+        return Trip(self._placement, timeout, repeat=method.startswith(REPEATED))
 
     def look(self) -> list[Any]:
         """Take notice of who there is now; return the channels to those that are gone.
@@ -137,7 +137,7 @@ class FleetCalls(_Calls):
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(request: Any, timeout: float | None = None) -> Any:
-            trip = self._fleet.trip(method, request, timeout)
+            trip = self._fleet.trip(method, timeout)
             if method in STREAMS:
                 return FleetStream(self._fleet, self._stub, method, request, trip)
             try:
@@ -160,7 +160,7 @@ class AsyncFleetCalls(_Calls):
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(request: Any, timeout: float | None = None) -> Any:
-            trip = self._fleet.trip(method, request, timeout)
+            trip = self._fleet.trip(method, timeout)
             if method in STREAMS:
                 return AsyncFleetStream(self._fleet, self._stub, method, request, trip)
             return self._unary(method, request, trip)

@@ -1,10 +1,9 @@
 """A request on its way through a fleet: which replica it asks next, and when it gives up."""
 
 import time
-from typing import Any, Final
+from typing import Final
 
 from loramux_fleet.placement import Placement
-from loramux_shared.bundle.names import names_of
 from loramux_shared.faults import (
     Fault,
     QueueFull,
@@ -31,9 +30,8 @@ class Trip:
     timeout_s bounds all of it. What is not repeated asks one replica alone.
     """
 
-    def __init__(self, placement: Placement, model: str, timeout_s: float | None, *, repeat: bool) -> None:
+    def __init__(self, placement: Placement, timeout_s: float | None, *, repeat: bool) -> None:
         self._placement = placement
-        self._model = model
         self._ends = None if timeout_s is None else time.monotonic() + timeout_s
         self._repeat = repeat
         self._tried: set[str] = set()
@@ -53,7 +51,7 @@ class Trip:
         Raises:
             Fault: what the last one said, when there is no other.
         """
-        replica = self._placement.take(self._model, self._tried)
+        replica = self._placement.take(self._tried)
         if replica is None:
             raise self._fault
         self._at, self._began = replica, time.monotonic()
@@ -89,9 +87,3 @@ class Trip:
         )
         if self._spent >= TRIES:
             raise self._fault
-
-
-def model_of(request: Any) -> str:
-    """Return the model that a request is about, of several adapters all; empty where it is about none."""
-    together = "+".join(adapter.name for adapter in getattr(request, "adapters", ()))
-    return "+".join(names_of(str(together or getattr(request, "model", "") or getattr(request, "name", ""))))

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,7 +20,6 @@ from loramux.inference.v1 import adapters_pb2, inference_pb2 as pb
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux_fleet.fleet import REPEATED, STREAMS, AsyncFleetCalls, Fleet, FleetCalls
 from loramux_fleet.members import Members
-from loramux_fleet.placement import order
 from loramux_shared.access.guard import Guard
 from tests.support.access import NOBODY, Certificates
 from tests.support.replicas import MODELS, Replicas, replicas
@@ -41,9 +40,18 @@ def client(three: Replicas) -> Iterator[Client]:
         yield made
 
 
-def homes(three: Replicas, model: str) -> tuple[str, ...]:
-    """The replicas in the order of a model."""
-    return order(model, tuple(three.addresses))
+def start(three: Replicas, _: object) -> str:
+    """Return the replica that has answered a client's only request, which is forgotten."""
+    [first] = [address for address in three.addresses if three[address].requests]
+    three[first].requests.clear()
+    three[first].headers.clear()
+    return first
+
+
+def homes(three: Replicas, client: Client) -> list[str]:
+    """Ask once, and return the replicas in the order in which this client goes on to them."""
+    first = three.addresses.index(start(three, client.complete("base", "probe")))
+    return three.addresses[first:] + three.addresses[:first]
 
 
 class Reading:
@@ -67,37 +75,21 @@ class Reading:
         return self.seen
 
 
-async def test_a_model_stays_where_it_is(three: Replicas, client: Client) -> None:
-    """Every answer of a model comes from the first of its order, to both clients, and names it to proxies."""
+async def test_a_client_stays_where_it_began(three: Replicas) -> None:
+    """Every answer comes from the same replica, whatever the model, and names the model to proxies."""
     async with AsyncClient(",".join(three.addresses)) as aio:
+        first = start(three, await aio.complete("base", "probe"))
         for model in MODELS:
-            assert (await aio.complete(model, "hi")).text == TEXT
-            for _ in range(3):
-                answer = await asyncio.to_thread(client.complete, model, "hi")
-                assert (answer.text, answer.started.model) == (TEXT, model)
-    for address in three.addresses:
-        expected = [model for model in MODELS for _ in range(4) if homes(three, model)[0] == address]
-        assert three[address].headers == expected
-
-
-def test_streams_go_on_to_the_next_at_the_bound(three: Replicas, client: Client) -> None:
-    """No replica has more of 24 streams of one model than the bound; as they end, the first has room again."""
-    with ExitStack() as stack:
-        for _ in range(24):
-            events = client.generate("lora1", "wait")
-            stack.callback(events.close)
-            assert isinstance(next(events), Started)
-        first, second, third = (three[address].open for address in homes(three, "lora1"))
-        assert first == 14
-        assert first + second + third == 24
-    wait_until(lambda: not any(service.open for service in three.services), "the ends of all streams")
-    client.complete("lora1", "hi")
-    assert three[homes(three, "lora1")[0]].requests[-1].text == "hi"
+            answer = await aio.complete(model, "hi")
+            assert (answer.text, answer.started.model) == (TEXT, model)
+    assert [three[each].headers for each in three.addresses] == [
+        [*MODELS] if each == first else [] for each in three.addresses
+    ]
 
 
 def test_a_replica_that_is_not_serving_gets_nothing_new(three: Replicas, client: Client) -> None:
     """A draining replica finishes its streams, gets no new requests, and gets its models back afterwards."""
-    first, second, _ = homes(three, "lora1")
+    first, second, _ = homes(three, client)
     before = Reading(client, "lora1", "held")
     wait_until(lambda: before.seen[1:], "its first piece")
     three.serving(first, False)
@@ -115,7 +107,7 @@ def test_a_replica_that_is_not_serving_gets_nothing_new(three: Replicas, client:
 
 def test_what_had_no_token_is_answered_elsewhere(three: Replicas, client: Client) -> None:
     """A client sees one answer when a replica goes after it took the request."""
-    first, second, _ = homes(three, "lora1")
+    first, second, _ = homes(three, client)
     three[first].silences.add("hi")
     reading = Reading(client, "lora1", "hi")
     wait_until(lambda: three[first].open, "the request")
@@ -126,7 +118,7 @@ def test_what_had_no_token_is_answered_elsewhere(three: Replicas, client: Client
 
 def test_what_had_tokens_is_unavailable(three: Replicas, client: Client) -> None:
     """An answer that had begun is not begun again, and the fault says when to retry."""
-    first, *_ = homes(three, "lora1")
+    first, *_ = homes(three, client)
     reading = Reading(client, "lora1", "held")
     wait_until(lambda: len(reading.seen) >= 2, "its first piece")
     three.cut(first)
@@ -140,9 +132,9 @@ def test_what_had_tokens_is_unavailable(three: Replicas, client: Client) -> None
 
 async def test_the_same_on_an_event_loop(three: Replicas) -> None:
     """A request without a token is answered elsewhere, and one with tokens is unavailable."""
-    first, *_ = homes(three, "lora1")
-    three[first].silences.add("hi")
     async with AsyncClient(three.addresses) as aio:
+        first = start(three, await aio.complete("base", "probe"))
+        three[first].silences.add("hi")
         lost = aio.generate("lora1", "held")
         assert [type(await anext(lost)), type(await anext(lost))] == [Started, Delta]
         saved = asyncio.create_task(aio.complete("lora1", "hi"))
@@ -155,7 +147,7 @@ async def test_the_same_on_an_event_loop(three: Replicas) -> None:
 
 def test_what_is_refused_is_asked_elsewhere(three: Replicas, client: Client) -> None:
     """A refused request goes to another replica; a fault that every replica would raise is unchanged."""
-    first, second, _ = homes(three, "lora1")
+    first, second, _ = homes(three, client)
     three[first].refuses = faults.QueueFull("full", retry_after_s=60)
     for _ in range(3):
         assert client.complete("lora1", "hi").text == TEXT
@@ -168,7 +160,7 @@ def test_what_is_refused_is_asked_elsewhere(three: Replicas, client: Client) -> 
 
 def test_calls_that_meet_the_end_of_their_replica(three: Replicas, client: Client) -> None:
     """Calls of a fleet are retried elsewhere; calls to one address are unavailable; none is cancelled."""
-    first, *_ = homes(three, "lora1")
+    first, *_ = homes(three, client)
     ended, refused = threading.Event(), 0
 
     def ask(client: Client) -> list[faults.Fault]:
@@ -218,12 +210,13 @@ def test_nobody_there_is_a_named_fault() -> None:
 
 def test_a_deadline_bounds_all_tries(three: Replicas, client: Client, monkeypatch) -> None:
     """A deadline also bounds the tries that come after a replica failed."""
+    first, *_ = homes(three, client)
     for address in three.addresses:
         three[address].silences.add("hi")
     reading = Reading(client, "lora1", "hi")
     wait_until(lambda: sum(three.counts), "the request")
     monkeypatch.setattr("loramux_fleet.trip.time", Mock(monotonic=lambda: time.monotonic() + BOUND_S))
-    three.cut(homes(three, "lora1")[0])
+    three.cut(first)
     assert isinstance(reading.ended()[-1], faults.DeadlineExceeded)
 
 

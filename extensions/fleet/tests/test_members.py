@@ -10,7 +10,7 @@ from inference_service.adapters.follower import FollowerStanding
 from loramux.cli import shell
 from loramux.connection import Address
 from loramux_fleet.members import EVERY_S, Members
-from loramux_fleet.placement import Placement, order
+from loramux_fleet.placement import Placement
 from loramux_fleet.trip import TRIES, Trip
 from loramux_shared import faults
 from loramux_shared.access.guard import Guard
@@ -78,8 +78,8 @@ def test_a_list_is_not_looked_up_again() -> None:
 
 
 def trip(placement: Placement, repeat: bool = True) -> Trip:
-    """A request for ``support`` without a deadline."""
-    return Trip(placement, "support", None, repeat=repeat)
+    """A request without a deadline."""
+    return Trip(placement, None, repeat=repeat)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_what_another_cannot_help_is_raised() -> None:
 def test_what_concerns_one_adapter_is_nothing_of_the_replica() -> None:
     """A replica that is behind keeps its other models; one that is full is left alone as long as it says."""
     placement = Placement(REPLICAS, 0.0)
-    first, second, *_ = order("support", REPLICAS)
+    first, second, *_ = REPLICAS
     for fault, found in ((faults.ReplicaBehind("behind"), first), (faults.QueueFull("full"), second)):
         way = trip(placement)
         way.begin()

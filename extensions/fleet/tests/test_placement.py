@@ -1,94 +1,35 @@
 """The choice of a replica for a stream, and the addresses of a client."""
 
-import math
-from collections import Counter
-
 import pytest
-from hypothesis import given, settings, strategies as st
 
 from loramux.connection import Address, is_many, look_up, split
-from loramux_fleet.placement import Placement, Popularity, choose, order
+from loramux_fleet.placement import Placement
 from loramux_shared.faults import SettingsInvalid
-from tests.support.examples import examples
 
 REPLICAS = tuple(f"10.0.0.{number}:50052" for number in range(1, 6))
-names = st.text(min_size=1, max_size=12)
-fleets = st.lists(
-    st.sampled_from([f"r{number}:1" for number in range(12)]), min_size=2, max_size=12, unique=True
-)
 
 
-def test_the_order_is_the_same_everywhere() -> None:
-    """Every process and machine has the same order, for any order of the list: other clients rely on it."""
-    assert order("support", REPLICAS) == order("support", REPLICAS[::-1])
-    left = tuple(each for each in order("support", REPLICAS) if each != REPLICAS[1])
-    assert order("support", (REPLICAS[0], *REPLICAS[2:])) == left  # who leaves moves its own models only
-    found = ["".join(each[7] for each in order(model, REPLICAS)) for model in ("support", "legal", "größer")]
-    assert found == ["15234", "51423", "41532"]
-
-
-@settings(max_examples=examples(25))
-@given(st.lists(st.tuples(names, st.integers(0, 3)), max_size=120), fleets, st.floats(0, 0.999))
-def test_no_replica_has_many_more_than_the_mean(
-    steps: list[tuple[str, int]], fleet: list[str], spot: float
-) -> None:
-    """A stream finds a replica that is not above the bound, after any sequence of begins and ends."""
-    placement, held = Placement(fleet, spot), []
-    for model, ends in steps:
-        replica = placement.take(model)
-        held.append(replica)
-        mean = len(held) / len(fleet)
-        assert Counter(held)[replica] <= math.ceil(1.25 * mean + math.sqrt(1.25 * mean))
-        for _ in range(min(ends, len(held)) if ends > 1 else 0):
-            placement.give(held.pop(0))
-
-
-def test_popular_models_are_at_several_replicas() -> None:
-    """The model with half the requests is at several replicas, and each client begins at another of them."""
-    popularity = Popularity()
-    for number in range(2000):
-        popularity.copies("popular", 10)
-        popularity.copies(f"other-{number % 400}", 10)
-    assert popularity.copies("popular", 10) == 10
-    assert popularity.copies("other-1", 10) == 1
-    assert popularity.copies("popular", 1) == 1
-    ordered = order("popular", REPLICAS)
-    idle = dict.fromkeys(REPLICAS, 0)
-    chosen = [choose(ordered, idle.__getitem__, 0, 5, spot / 10) for spot in range(10)]
-    assert chosen == [each for each in ordered for _ in range(2)]
-
-
-def test_a_popular_model_goes_on_where_its_share_is_taken() -> None:
-    """Past the first of its replicas that has its share; a model of one place continues at the bound only."""
-    ordered = ("a", "b", "c", "d")
-    load = {"a": 8, "b": 4, "c": 12, "d": 8}
-    assert choose(ordered, load.__getitem__, 32, 2, 0.0) == "b"
-    assert choose(ordered, load.__getitem__, 32, 1, 0.0) == "a"
-    assert choose(ordered, (load | {"a": 17}).__getitem__, 41, 1, 0.0) == "b"
-
-
-def test_popularity_is_forgotten() -> None:
-    """A model that is not requested for a while is spread no longer, and costs nothing."""
-    popularity = Popularity()
-    for number in range(30_000):
-        popularity.copies("old" if number < 1000 else f"new-{number % 50}", 10)
-    assert popularity.copies("old", 10) == 1
-    assert len(popularity._asked) < 60
+def test_a_client_begins_where_it_drew() -> None:
+    """The draw decides where among the replicas; those behind follow, and the first after the last."""
+    placement, tried = Placement(REPLICAS, 0.7), list[str]()
+    while (found := placement.take(tried)) is not None:
+        tried.append(found)
+    assert tried == [*REPLICAS[3:], *REPLICAS[:3]]
 
 
 def test_replicas_that_failed_come_last() -> None:
     """A replica that failed comes last for a while; where all have failed, each may be tried again."""
     now = [0.0]
     placement = Placement(REPLICAS, 0.0, lambda: now[0])
-    first, second, *others = order("support", REPLICAS)
+    first, second, *others = REPLICAS
     placement.failed(first, 2.0)
-    assert placement.take("support") == second
+    assert placement.take() == second
     now[0] = 2.0
-    assert placement.take("support") == first
+    assert placement.take() == first
     for each in REPLICAS:
         placement.failed(each, 2.0)
-    assert placement.take("support", [first, second]) == others[0]
-    assert placement.take("support", REPLICAS) is None
+    assert placement.take([first, second]) == others[0]
+    assert placement.take(REPLICAS) is None
 
 
 def test_lists_are_split() -> None:

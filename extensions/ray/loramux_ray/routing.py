@@ -1,4 +1,4 @@
-"""The choice of a replica for a request: the rule of our own client (`loramux_fleet`), in Ray's terms.
+"""The choice of a replica for a request: the rule of `placement`, in Ray's terms.
 
 Every proxy orders the replicas of a model alike without coordination, so an adapter is loaded where its
 requests go, and a replica that comes or goes moves those models alone that it gets or had.
@@ -9,9 +9,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from loramux_shared.extensions import need_extension
-
-placement = need_extension("fleet.placement", "the routing of requests on Ray")
+from loramux_ray import placement
 
 
 class AffineRouter(RequestRouter):
