@@ -37,7 +37,7 @@ def render(folder: Path) -> list[Resource]:
 @cache
 def plain() -> list[Resource]:
     """Manifests that are applied as they are: whatever lies below deploy/ but is no part of an overlay."""
-    parts = tuple(KUBERNETES / part for part in ("base", "components", "overlays"))
+    parts = tuple(KUBERNETES / part for part in ("base", "overlays"))
     paths = [
         path for path in (ROOT / "deploy").rglob("*.y*ml") if not any(part in path.parents for part in parts)
     ]

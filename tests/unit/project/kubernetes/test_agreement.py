@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from inference_service.http.app import ENDPOINTS
-from loramux_shared.access.keys import Scope
 from loramux_shared.deployment_file import parse_deployment
 from tests.golden.metrics.script import NAMES
 from tests.support.commands import assert_takes
@@ -135,7 +133,7 @@ def test_selectors_find_pods(name: str) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_named_ports_are_there(overlay: str) -> None:
-    """Services, monitors, policies and pools go to ports that the pods they select have."""
+    """Services, monitors and policies go to ports that the pods they select have."""
     resources = rendered(overlay)
     ports = [
         (port, labels)
@@ -150,8 +148,6 @@ def test_named_ports_are_there(overlay: str) -> None:
             requests = [(port["targetPort"], spec["selector"]) for port in spec["ports"]]
         elif each["kind"] == "PodMonitor":
             requests = [(end["port"], spec["selector"]["matchLabels"]) for end in spec["podMetricsEndpoints"]]
-        elif each["kind"] == "InferencePool":
-            requests = [(port["number"], spec["selector"]["matchLabels"]) for port in spec["targetPorts"]]
         elif each["kind"] == "NetworkPolicy":
             own = spec["podSelector"].get("matchLabels", {})
             requests = [(port["port"], own) for rule in spec.get("ingress", ()) for port in rule["ports"]]
@@ -162,20 +158,13 @@ def test_named_ports_are_there(overlay: str) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_is_referred_to_exists(overlay: str) -> None:
-    """Scalers, routes, pools, roles and config maps name existing resources."""
+    """Scalers, roles and config maps name existing resources."""
     resources = rendered(overlay)
     there = {(each["kind"], each["metadata"]["name"]) for each in resources}
-    for each in of_kind(resources, "HorizontalPodAutoscaler", "ScaledObject").values():
+    for each in of_kind(resources, "ScaledObject").values():
         target = each["spec"]["scaleTargetRef"]
         assert (target["kind"], target["name"]) in there
         assert "replicas" not in of_kind(resources, "Deployment")[target["name"]]["spec"]
-    for each in of_kind(resources, "HTTPRoute").values():
-        for rule in each["spec"]["rules"]:
-            assert all((backend["kind"], backend["name"]) in there for backend in rule["backendRefs"])
-    for each in of_kind(resources, "InferencePool").values():
-        picker = each["spec"]["endpointPickerRef"]
-        service = of_kind(resources, "Service")[picker["name"]]
-        assert picker["port"]["number"] in {port["port"] for port in service["spec"]["ports"]}
     for _, pod in pods(resources):
         assert "serviceAccountName" not in pod or ("ServiceAccount", pod["serviceAccountName"]) in there
         for volume in pod.get("volumes", ()):
@@ -282,26 +271,14 @@ def test_the_example_is_what_is_served() -> None:
     assert image in (ROOT / "deploy/builder.Dockerfile").read_text()
 
 
-def test_autoscalers_ask_for_metrics_that_exist() -> None:
-    """The metrics of both are exported, and the rule gives ours the name that the autoscaler asks for."""
+def test_the_autoscaler_asks_for_metrics_that_exist() -> None:
+    """The query of the autoscaler names an exported metric and the overlay's namespace."""
     exported = {line.split()[1] for line in NAMES.read_text().splitlines()}
-    [rule] = yaml.safe_load((KUBERNETES / "components/hpa/adapter-rules.yaml").read_text())["rules"]["custom"]
-    [hpa] = of_kind(rendered("overlays/cpu"), "HorizontalPodAutoscaler").values()
-    assert rule["name"]["as"] == hpa["spec"]["metrics"][0]["pods"]["metric"]["name"]
     [keda] = of_kind(rendered("overlays/gpu"), "ScaledObject").values()
-    for text in (rule["seriesQuery"], keda["spec"]["triggers"][0]["metadata"]["query"]):
-        assert set(re.findall(r"vllm:\w+", text)) <= exported
-    assert 'namespace="loramux"' in keda["spec"]["triggers"][0]["metadata"]["query"]
+    query = keda["spec"]["triggers"][0]["metadata"]["query"]
+    assert set(re.findall(r"vllm:\w+", query)) <= exported
+    assert 'namespace="loramux"' in query
     assert keda["metadata"]["namespace"] == "loramux"
-
-
-def test_the_route_leads_to_nothing_that_operators_do() -> None:
-    """The gateway passes on only the routes of users, where replicas require no key."""
-    [route] = of_kind(rendered("overlays/inference-gateway"), "HTTPRoute").values()
-    paths = [match["path"] for rule in route["spec"]["rules"] for match in rule["matches"]]
-    for path in paths:
-        match = str.startswith if path["type"] == "PathPrefix" else str.__eq__
-        assert {each.scope for each in ENDPOINTS if match(each.path, path["value"])} == {Scope.INFER}, path
 
 
 def test_commands_exist() -> None:

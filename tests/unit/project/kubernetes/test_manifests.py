@@ -45,18 +45,3 @@ def test_an_overlay_of_ones_own(tmp_path: Path) -> None:
     for mine in ("s3://my-bucket/loramux", "LORAMUX_DEPLOYMENT: my-model", "model_name: my-model"):
         assert mine in stated
     assert (stated.count("image: registry.example.com/loramux-"), stated.count(": my-base")) == (4, 2)
-
-
-def test_the_picker_is_configured() -> None:
-    """The picker's file has known fields, and the profile weighs the plugins of the file."""
-    [config] = [
-        each["data"]["picker-config.yaml"]
-        for name, each in manifests.of_kind(
-            manifests.rendered("overlays/inference-gateway"), "ConfigMap"
-        ).items()
-        if name.startswith("loramux-picker")
-    ]
-    read = yaml.safe_load(config)
-    manifests.check(read)
-    [profile] = read["schedulingProfiles"]
-    assert {each["pluginRef"] for each in profile["plugins"]} == {each["type"] for each in read["plugins"]}
