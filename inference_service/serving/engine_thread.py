@@ -229,11 +229,12 @@ class EngineThread:
         if waiting > self.max_queue:
             raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
         key_id = new[0].key_id
-        if not key_id or 2 * waiting <= self.max_queue:  # of two keys, each may have half
+        if not key_id or not waiting:
             return
         held = Counter(seq.key_id for seq in self._under_way.values() if seq.progress.began_s is None)
         held[key_id] += len(new) - 1
-        if not is_in_share(key_id, held, self.max_queue):
+        places = self.max_queue + held.total() + 1 - waiting  # with the free seats that some of them find
+        if not is_in_share(key_id, held, places):
             raise QueueFull(
                 f"requests of the API key {key_id!r} have its share of the {self.max_queue} that may wait. "
                 "Retry in a moment, or add a replica."

@@ -14,7 +14,7 @@ from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.generation import BUILDERS_PREFIX, BUILDS_PREFIX, Generation
+from loramux_shared.bundle.generation import BUILDS_PREFIX, Generation
 from loramux_shared.deployment import Deployment, Repository
 from loramux_shared.faults import StoreUnavailable
 from loramux_shared.rpc.calls import USUAL, Patience
@@ -38,13 +38,8 @@ class Gated(MemoryStore):
         self.gate, self.waiting = threading.Event(), threading.Event()
         self.gate.set()
         self.down = False
-        self.defect = False
-        """True if the next heartbeat raises."""
 
     def put(self, key: str, data: bytes | Path) -> None:
-        if self.defect and key.startswith(BUILDERS_PREFIX):
-            self.defect = False
-            raise TypeError("a defect")
         if self.down:
             raise StoreUnavailable("the store is down")
         if key.startswith("bundles/") and not self.gate.is_set():

@@ -252,24 +252,39 @@ async def test_a_key_sees_and_spends_its_own_alone(tmp_path: Path, monkeypatch: 
 
 
 async def test_one_key_does_not_hold_all_places(tmp_path: Path) -> None:
-    """A key has half of a replica's places for batches, and half of those for uploads; others find the rest."""
+    """A key that is alone has all places but one, for batches and for uploads; the next key has the last."""
     (mine, me), (theirs, them) = new_entry("me", "infer"), new_entry("them", "infer")
     ring, batches, app = Keyring(text=lines(me, them)), BatchStore(MemoryStore()), Echo(0)
     my_api, their_api = (openai_of(tmp_path, batches, ring, key) for key in (mine, theirs))
-    for number in range(4):
-        await created(my_api, line(f"m{number}", n=f"m{number}"))
+    for _ in range(work.AT_ONCE):
+        await created(my_api, line("m", n="m"))
     worker = BatchWorker(batches, app, ring, beat_s=0.01)
     async with working(worker):
-        await until(lambda: len(app.asked) == 2, "two batches of a key", lambda: app.asked)
+        await until(lambda: len(app.asked) == work.AT_ONCE - 1, "all batches but one", lambda: app.asked)
         await created(their_api, line("t", n="t"))
         await until(lambda: "t" in app.asked, "another key's batch", lambda: app.asked)
-    assert [each[0] for each in app.asked] == ["m", "m", "t"]
+    assert app.asked == ["m"] * (work.AT_ONCE - 1) + ["t"]
     with ExitStack() as places:
-        for _ in range(records.UPLOADS // 2):
+        for _ in range(records.UPLOADS - 1):
             places.enter_context(batches.uploads.held("me", "files"))
         with pytest.raises(RateLimitError, match="this key has its share of 32 places"):
             await created(my_api, line("m", n="m"))
         await created(their_api, line("t2", n="t2"))
+
+
+async def test_of_two_busy_keys_each_has_half_of_the_batches(tmp_path: Path) -> None:
+    """The last place is left to a key that has none, and is taken when such a key comes."""
+    entries = {name: new_entry(name, "infer") for name in "abc"}
+    ring = Keyring(text=lines(*(entry for _, entry in entries.values())))
+    batches, app = BatchStore(MemoryStore()), Echo(0)
+    apis = {name: openai_of(tmp_path, batches, ring, key) for name, (key, _) in entries.items()}
+    for name in "aaaabbbb":
+        await created(apis[name], line(name, n=name))
+    async with working(BatchWorker(batches, app, ring, beat_s=0.01)):
+        await until(lambda: len(app.asked) == 3, "all batches but one", lambda: app.asked)
+        await created(apis["c"], line("c", n="c"))
+        await until(lambda: "c" in app.asked, "the third key's batch", lambda: app.asked)
+    assert sorted(app.asked) in (["a", "a", "b", "c"], ["a", "b", "b", "c"])
 
 
 async def test_what_is_damaged_is_not_used(tmp_path: Path) -> None:

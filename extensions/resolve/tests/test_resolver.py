@@ -1,6 +1,7 @@
 """Adapters that requests add by naming a repository: without an engine, and with a builder and a hub."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -142,24 +143,38 @@ async def test_names_and_builds_are_bounded(replica: Replica) -> None:
     assert reasons == [""] * MOST_BUILDS + [faults.QueueFull.reason]
 
 
+def bring_of(key_id: str, replica: Replica, name: str) -> asyncio.Task[str]:
+    """Begin to bring an adapter for a key; the task returns why it was refused."""
+    ACCESS.set(Access(key_id, frozenset({Scope.RESOLVE})))
+    return asyncio.create_task(raised(replica.resolver.bring(f"lab/{name}")))
+
+
 async def test_one_key_does_not_hold_all_builds(replica: Replica) -> None:
-    """A key has half of those at once and of those that wait; another key's adapter is built beside them."""
-    deployment, scopes = replica.operated.deployment, frozenset({Scope.RESOLVE})
-    deployment.building.clear()
-
-    def bring(key_id: str, name: str) -> asyncio.Task[str]:
-        ACCESS.set(Access(key_id, scopes))
-        return asyncio.create_task(raised(replica.resolver.bring(f"lab/{name}")))
-
-    calls = [bring("a", f"a{number}") for number in range(MOST_BUILDS)]
-    await until(lambda: len(deployment.asked) == BUILDS // 2, "builds", lambda: len(deployment.asked))
-    other = bring("b", "b")
-    await until(lambda: deployment.asked[-1][0] == "lab:b", "the other key's build")
-    assert len(replica.marks) == BUILDS // 2 + 1
-    deployment.building.set()
+    """A key that is alone has all but one at once, and of those that wait; the next key's is built beside."""
+    builds = replica.operated.deployment.asked
+    replica.operated.deployment.building.clear()
+    calls = [bring_of("a", replica, f"a{number}") for number in range(MOST_BUILDS)]
+    await until(lambda: len(builds) == BUILDS - 1, "builds at once", lambda: len(builds))
+    other = bring_of("b", replica, "b")
+    await until(lambda: builds[-1][0] == "lab:b", "the other key's build")
+    assert len(replica.marks) == BUILDS
+    replica.operated.deployment.building.set()
     reasons = await ended(asyncio.gather(other, *calls), "all builds")
-    half = MOST_BUILDS // 2
-    assert reasons == [""] * (1 + half) + [faults.QueueFull.reason] * half
+    assert reasons == [""] * MOST_BUILDS + [faults.QueueFull.reason]
+
+
+async def test_of_two_busy_keys_each_has_half_of_the_builds(replica: Replica) -> None:
+    """The last place is left to a key that has none, and what waits is built later."""
+    builds = replica.operated.deployment.asked
+    replica.operated.deployment.building.clear()
+    calls = [bring_of(key_id, replica, f"{key_id}{number}") for number in range(BUILDS) for key_id in "ab"]
+    await until(lambda: len(builds) == BUILDS - 1, "builds at once", lambda: len(builds))
+    calls.append(bring_of("c", replica, "c"))
+    await until(lambda: len(builds) == BUILDS, "the last place", lambda: len(builds))
+    begun = Counter(name.removeprefix("lab:")[0] for name, *_ in builds)
+    assert begun == {"a": BUILDS // 2, "b": BUILDS // 2 - 1, "c": 1}
+    replica.operated.deployment.building.set()
+    assert set(await ended(asyncio.gather(*calls), "all builds")) == {""}
 
 
 async def test_idle_adapters_leave_and_used_ones_stay(replica: Replica) -> None:

@@ -1,7 +1,6 @@
 """Builds that end early: cancels, deadlines, restarts, other builders; and bundles that are damaged."""
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,21 +108,25 @@ async def test_too_many_waiting_builds_are_refused(world: Builders) -> None:
     assert len(world.journal) == 2
 
 
-async def test_one_key_does_not_fill_the_queue(world: Builders) -> None:
-    """A key has half of the builds that may run or wait; another key finds a place."""
-    builds = world.builder(running=1, waiting=3)
+@pytest.mark.parametrize(("keys", "last"), [("aaaa", "b"), ("abab", "c"), ("abab", "")])
+async def test_one_key_does_not_fill_the_queue(world: Builders, keys: str, last: str) -> None:
+    """A key that is alone has all places but one, of two busy keys each has half, and the next has the last."""
+    builds = world.builder(running=1, waiting=4)
 
-    async def build(key_id: str, name: str) -> None:
+    async def build(key_id: str) -> None:
         ACCESS.set(Access(key_id, frozenset({Scope.BUILD})))
-        await builds.build(world.deployment("one", name=name))
+        await builds.build(world.deployment("one", name=f"x{len(world.journal)}"))
 
-    await build("a", "a0")
-    await build("a", "a1")
-    with pytest.raises(QueueFull, match="2 builds of this key run or wait, which is its share of 4"):
-        await build("a", "a2")
-    await build("b", "b0")
-    await build("", "c0")
-    assert len(world.journal) == 4
+    for key_id in keys:
+        await build(key_id)
+    for key_id in set(keys):
+        share = f"{keys.count(key_id)} builds of this key run or wait, which is its share of 5"
+        with pytest.raises(QueueFull, match=share):
+            await build(key_id)
+    await build(last)
+    with pytest.raises(QueueFull, match="5 builds run or wait"):
+        await build("d")
+    assert len(world.journal) == 5
 
 
 async def test_a_failure_is_explained_after_a_restart(world: Builders) -> None:
@@ -266,39 +269,53 @@ async def test_a_change_that_was_published_is_not_applied_again(world: Builders)
         )
 
 
+class Faulty(Gated):
+    """Raises a fault once: in the next put, or in the next removal of a change's entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.put_fault: Exception | None = None
+        self.delete_fault: Exception | None = None
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        fault, self.put_fault = self.put_fault, None
+        if fault is not None:
+            raise fault
+        super().put(key, data)
+
+    def delete(self, key: str) -> None:
+        fault = self.delete_fault if key.startswith(BUILDS_PREFIX) else None
+        if fault is not None:
+            self.delete_fault = None
+            raise fault
+        super().delete(key)
+
+
 async def test_a_removal_that_fails_is_repeated_before_the_end_is_reported(world: Builders) -> None:
     """A build whose entry cannot be removed is reported only after that: no later start runs it again."""
+    world.store = store = Faulty()
     builds = world.builder()
     await builds.recover()
+    store.delete_fault = StoreUnavailable("the store is down")
     await builds.build(world.deployment("one"))
-    refused = threading.Event()
-    delete = world.store.delete
-
-    def fail(key: str) -> None:
-        if key.startswith(BUILDS_PREFIX) and not refused.is_set():
-            refused.set()
-            raise StoreUnavailable("the store is down")
-        delete(key)
-
-    world.store.delete = fail
-    world.store.gate.set()
     assert (await ended(builds)).state is BuildState.ACTIVE
-    assert (refused.is_set(), world.journal) == (True, [])
+    assert (store.delete_fault, world.journal) == (None, [])
 
 
 async def test_a_heartbeat_that_raises_begins_again(world: Builders) -> None:
     """A builder whose heartbeat meets a defect gives signs of life again: nobody takes its builds."""
+    world.store = store = Faulty()
     builds, clock = world.builder(beat_s=HOUR), Clock()
     await builds.recover()
     await asyncio.sleep(0)  # the heartbeat waits now
-    [key] = world.store.list(BUILDERS_PREFIX)
-    before, world.store.defect = world.store.get(key), True
+    [key] = store.list(BUILDERS_PREFIX)
+    before, store.put_fault = store.get(key), TypeError("a defect")
     clock.advance(HOUR)
-    await until(lambda: not world.store.defect, "the defect")
+    await until(lambda: store.put_fault is None, "the defect")
 
     def comes_later() -> bool:
         clock.advance(HOUR)
-        return world.store.get(key) != before
+        return store.get(key) != before
 
     await until(comes_later, "the next heartbeat")
 

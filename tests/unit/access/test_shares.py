@@ -85,7 +85,7 @@ async def test_a_place_that_comes_free_goes_to_a_key_with_a_share_left() -> None
 
 
 async def test_one_key_does_not_hold_all_open_requests() -> None:
-    """The request above its share is refused by name, and one of another key is let in."""
+    """A key that is alone has all but one, the next finds the last, and of two busy keys each comes to half."""
     (mine, me), (theirs, them) = new_entry("me", "infer"), new_entry("them", "infer")
     answered, go = list[str](), asyncio.Event()
 
@@ -104,18 +104,18 @@ async def test_one_key_does_not_hold_all_open_requests() -> None:
         return guarded(scope, _nothing, _nothing)
 
     ring = Keyring(text=lines(me, them))
-    guarded = AccessMiddleware(app, ring, lambda _: me.scopes[0], refusal, Shares(4))
-    calls = [asyncio.ensure_future(call("me", mine)) for _ in range(3)]
-    calls.append(asyncio.ensure_future(call("them", theirs)))
-    await until(lambda: len(answered) == 4, "all calls", lambda: answered)
-    assert answered == ["me", "me", "me QUEUE_FULL", "them"]
-    go.set()
-    await ended(asyncio.gather(*calls), "the answers")
-    go.clear()
-    calls = [asyncio.ensure_future(call("me", mine)) for _ in range(2)]
-    await until(lambda: answered[4:] == ["me", "me"], "the places again", lambda: answered)
-    go.set()
-    await ended(asyncio.gather(*calls), "the answers")
+    guarded = AccessMiddleware(app, ring, lambda _: me.scopes[0], refusal, Shares(5))
+    alone = ["me"] * 4 + ["me QUEUE_FULL", "them"]
+    for expected in (alone, ["me", "them"] * 2 + ["me QUEUE_FULL", "them QUEUE_FULL"]):
+        names = [each.partition(" ")[0] for each in expected]
+        keys = {"me": mine, "them": theirs}
+        calls = [asyncio.ensure_future(call(name, keys[name])) for name in names]
+        await until(lambda: len(answered) == len(calls), "all calls", lambda: answered)  # noqa: B023 - awaited
+        assert answered == expected
+        go.set()
+        await ended(asyncio.gather(*calls), "the answers")
+        go.clear()
+        answered.clear()
 
 
 async def _nothing(*_: object) -> Message:

@@ -20,6 +20,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residency import FIRST_PAUSE_S, LAST_PAUSE_S, LOADS, Residency
+from inference_service.engine.residents import AdapterState
 from inference_service.engine.runner import Pending
 from inference_service.lora.places import Places
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted
@@ -424,18 +425,28 @@ def test_the_least_urgent_adapter_leaves_first() -> None:
 
 
 def test_loads_are_shared_by_keys() -> None:
-    """One key has half of the loads at once; adapters of other keys come beside them, and all come in."""
-    world = World(40, [1] * 34, seqs=40, adapters=40)
+    """A key that is alone has all loads but one, the next has the last, and of two each comes to half."""
+    world = World(70, [1] * 60, seqs=70, adapters=70)
+
+    def loads() -> Counter[str]:
+        ended = AdapterState.ABSENT, AdapterState.RESIDENT
+        return Counter(each.key_id for each in world.residency.standings() if each.state not in ended)
+
     requests = [world.ask(number, key_id="a") for number in range(30)]
     world.step()
-    assert len(world.loader.begun) == LOADS // 2
-    requests += [world.ask(number, key_id="b") for number in range(30, 33)]
-    requests.append(world.ask(0, key_id="c"))
+    assert loads() == {"a": LOADS - 1}
+    requests += [world.ask(number, key_id="b") for number in range(30, 60)]
     world.step()
-    assert len(world.loader.begun) == LOADS // 2 + 3
-    requests += [world.ask(29, key_id="d")]
-    world.step()
-    assert len(world.loader.begun) == LOADS // 2 + 4, "a key whose adapter another key waits for in vain"
+    assert loads() == {"a": LOADS - 1, "b": 1}
+    requests.append(world.ask(29, key_id="c"))
+    seen = list[Counter[str]]()
+    while not seen or seen[-1]["c"] or seen[-1]["a"] == LOADS - 1:
+        world.run(1)
+        seen.append(loads())
+    first = next(each for each in seen if each["a"] < LOADS - 1)
+    assert first == {"a": LOADS - 2, "b": 1, "c": 1}, "a key whose adapter another key waits for in vain"
+    assert {"a": LOADS // 3, "b": LOADS // 3, "c": 1} in seen
+    assert seen[-1] == {"a": LOADS // 2, "b": LOADS // 2 - 1}
     world.settle()
     assert world.residency.settled
     assert all(world.ends[seq.id].finish is EndReason.LENGTH for seq in requests)

@@ -139,21 +139,57 @@ async def test_free_seats_that_a_step_cannot_fill_let_nobody_in(threads: Threads
 
 
 async def test_one_key_does_not_fill_the_queue(threads: Threads) -> None:
-    """A key has half of the places, the next one half of the rest, and calls without a key have all."""
+    """A key that is alone has all places but one, beside the seats that it finds; the next key has the last."""
     device = Device(held_from=1)
     thread = threads.make(device, max_queue=8, seqs=2)
-    thread.start()
-    taken = [submit(thread, key_id="a") for _ in range(2)]
-    await until(lambda: thread.stats.running == 2, "two that run", lambda: thread.stats)
-    taken += [submit(thread, key_id="a") for _ in range(4)]
-    with pytest.raises(QueueFull, match="requests of the API key 'a' have its share of the 8 that may wait"):
+    taken = [submit(thread, key_id="a") for _ in range(2 + 7)]
+    refusal = "requests of the API key 'a' have its share of the 8 that may wait"
+    with pytest.raises(QueueFull, match=refusal):
         submit(thread, key_id="a")
-    with pytest.raises(QueueFull, match="'b'"):
-        submit(thread, key_id="b", n=3)
-    taken += [submit(thread, key_id="b", n=2)]
+    thread.start()
+    await until(lambda: device.steps == 1, "a step of two", lambda: thread.stats)
+    assert thread.stats.left == 7
+    with pytest.raises(QueueFull, match=refusal):
+        submit(thread, key_id="a")
+    taken.append(submit(thread, key_id="b"))
+    for key_id in ("b", "c", ""):
+        with pytest.raises(QueueFull, match="8 requests wait already"):
+            submit(thread, key_id=key_id)
+    device.go.set()
+    assert {await end(each) for each in taken} == {EndReason.LENGTH}
+
+
+async def test_busy_keys_have_equal_parts_of_the_queue(threads: Threads) -> None:
+    """Each of two keys comes to half, and calls without a key have what is left."""
+    device = Device(held_from=1)
+    thread = threads.make(device, max_queue=8, seqs=2)
+    taken = [submit(thread, key_id="a") for _ in range(2)]
+    thread.start()
+    await until(lambda: device.steps == 1, "a step of two", lambda: thread.stats)
+    taken += [submit(thread, key_id=key_id) for key_id in "ababaa"]
+    with pytest.raises(QueueFull, match="'a' have its share"):
+        submit(thread, key_id="a")
+    with pytest.raises(QueueFull, match="'b' have its share"):
+        submit(thread, key_id="b", n=2)
     taken += [submit(thread, key_id="") for _ in range(2)]
     with pytest.raises(QueueFull, match="8 requests wait already"):
         submit(thread)
+    device.go.set()
+    assert {await end(each) for each in taken} == {EndReason.LENGTH}
+
+
+async def test_parts_are_equal_in_a_short_queue_too(threads: Threads) -> None:
+    """A key has no more than its part where most places are free, unless no request waits."""
+    device = Device(held_from=1)
+    thread = threads.make(device, max_queue=16, seqs=8)
+    taken = [submit(thread, key_id="a") for _ in range(5)]
+    taken += [submit(thread, key_id=key_id) for key_id in "bcd"]
+    thread.start()
+    await until(lambda: device.steps == 1, "a step of eight", lambda: thread.stats)
+    taken += [submit(thread, key_id=key_id) for key_id in "bcdaaaa"]
+    with pytest.raises(QueueFull, match="'a' have its share"):
+        submit(thread, key_id="a")
+    taken.append(submit(thread, key_id="b"))
     device.go.set()
     assert {await end(each) for each in taken} == {EndReason.LENGTH}
 
