@@ -107,7 +107,8 @@ class Turns:
         """Wait until no other builder's change comes first; a build that is to end need not wait."""
         while True:
             foreign, first = await self._first_foreign(name), queue.waiting[0]
-            if first.ticket.order < foreign or first.stopping.is_set():
+            # Two builders may have taken over one change: then both try it, and the second finds it published.
+            if first.ticket.order <= foreign or first.stopping.is_set():
                 return queue.next_group(foreign)
             with suppress(TimeoutError):
                 async with asyncio.timeout(FOREIGN_POLL_S):
