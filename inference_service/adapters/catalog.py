@@ -24,9 +24,10 @@ from inference_service.adapters.served_model import NO_DEFAULTS, ServedModel, di
 from inference_service.core.adapter import MOST_PARTS, Adapter
 from loramux_shared.access.keys import ACCESS, Access
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
-from loramux_shared.bundle.names import BASE, name_of_path
+from loramux_shared.bundle.names import BASE
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import ModelNotFound
+from loramux_shared.spelling import name_of_path
 
 EARLIER: Final = 8
 """Versions of a name before the present one that are still known."""

@@ -8,7 +8,7 @@ from typing import Final
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
 from loramux_shared.bundle.reader import parse_manifest
-from loramux_shared.deployment import SCHEMES, Repository, SourceKind
+from loramux_shared.deployment import SCHEMES, SPELLINGS, Repository, SourceKind, spelled
 from loramux_shared.faults import (
     AdapterExists,
     BundleCorrupt,
@@ -70,13 +70,10 @@ class StoredBundles:
 
 BUNDLE: Final = "bundle:"
 """Prefix of a bundle that the store has: ``bundle:`` and its digest."""
-_HUBS: Final = ("huggingface://", "hf://", "huggingface:")
-_GCS: Final = "gcs://"
-"""AIBrix's spelling of ``gs://``."""
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 EXPECTED: Final = (
-    f"org/name[@revision], hf://, huggingface://, {', '.join(SCHEMES)}, an absolute path of the builder's "
-    "machine, or bundle:DIGEST"
+    f"org/name[@revision], {', '.join((*SPELLINGS, *SCHEMES))}, an absolute path of the builder's machine, "
+    "or bundle:DIGEST"
 )
 
 
@@ -92,9 +89,8 @@ def digest_of(path: str) -> str | None:
 
 def repository_of(path: str) -> Repository:
     """Return the repository that a path names, without a look at this machine; raise RequestInvalid if none."""
-    path = f"gs://{path.removeprefix(_GCS)}" if path.startswith(_GCS) else path
-    word = next((f"hf:{path.removeprefix(hub)}" for hub in _HUBS if path.startswith(hub)), path)
-    if word == path and not path.startswith("/") and "://" not in path and not path.startswith("hf:"):
+    word = spelled(path)
+    if not word.startswith(("/", "hf:")) and "://" not in word:
         word = f"hf:{path}"  # otherwise a folder of that name would win
     if "\0" in path or ".." in PurePosixPath(path).parts or path.startswith(("~", ".")):
         raise _invalid(path, EXPECTED)

@@ -6,7 +6,7 @@ import re
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loramux_shared.bundle.names import ModelNames, Name
 from loramux_shared.runtime import Limits, Pooling, ReasoningParser, Rounding, ToolParser, unset
@@ -39,8 +39,18 @@ SCHEMES = {
     "mlflow://": SourceKind.MLFLOW,
 }
 """The sources that extensions bring, by how an address of each begins."""
-RESOLVED = rf"^(hf:|{'|'.join(SCHEMES)})[^\s@#?]+$"
-"""A pattern of repositories; folders of the builder's machine have none."""
+SPELLINGS = {"hf://": "hf:", "huggingface://": "hf:", "huggingface:": "hf:", "gcs://": "gs://"}
+"""How other tools begin an address, and how loramux does."""
+RESOLVED = rf"^(hf:[^\s@#?]+(@[^\s@#?]+)?|({'|'.join((*SPELLINGS, *SCHEMES))})[^\s@#?]+)$"
+"""A pattern of repositories, of the hub's with one of revisions; folders of the builder's machine have none."""
+PULL_REQUESTS = "refs/pr/"
+"""Prefix of the revisions of a hub that any of its users may write."""
+
+
+def spelled(address: str) -> str:
+    """Return an address that begins as loramux writes it."""
+    other = next(filter(address.startswith, SPELLINGS), None)
+    return address if other is None else SPELLINGS[other] + address.removeprefix(other)
 
 
 class Dtype(StrEnum):
@@ -84,6 +94,9 @@ class Repository(Model):
     """A folder inside the repository that holds the files."""
     runtime_secret_name: str = ""
     """The name of the secret that opens the repository; never the secret."""
+    branches_only: bool = Field(default=False, exclude_if=lambda only: not only)
+    """True: the revision must be a commit of a branch or tag (HF). A pull request, which any user of the hub
+    may open, is refused, by its name and by its commits."""
 
     @field_validator("repo", "revision", "subfolder", "runtime_secret_name")
     @classmethod
@@ -207,8 +220,12 @@ Aliases = dict[Name, dict[Name, Weight]]
 class Resolve(Model):
     """Adapters that the extension `resolve` adds when a request names their repository."""
 
-    sources: tuple[Annotated[str, Field(max_length=4096, pattern=RESOLVED)], ...] = Field(min_length=1)
-    """Patterns of repositories: ``hf:my-org/*``, ``s3://bucket/adapters/*``; ``*`` is one part of a path."""
+    sources: tuple[Annotated[str, Field(max_length=4096, pattern=RESOLVED), AfterValidator(spelled)], ...] = (
+        Field(min_length=1)
+    )
+    """Patterns of repositories: ``hf:my-org/*``, ``s3://bucket/adapters/*``; ``*`` is one part of a path.
+    Those of the hub may end with one of revisions, ``hf:my-org/*@v*``; pull requests are refused where no
+    pattern names them: ``hf:my-org/*@refs/pr/*``."""
     max_adapters: int = Field(default=500, ge=1, lt=2**31)
     """Adapters that requests added; beyond it, the least recently used one leaves the deployment."""
     idle_hours: float = Field(default=72.0, gt=0, allow_inf_nan=False)

@@ -9,6 +9,7 @@
     https://host/adapter.tar.gz   oci://registry/adapter:tag
     mlflow://model/version   mlflow://model@alias   mlflow://runs/run/path
 
+``hf://`` and ``huggingface:`` stand for ``hf:``, ``gcs://`` for ``gs://``, as other tools write them.
 ``#folder`` at the end names a folder inside the repository (of a local one, write the longer path).
 """
 
@@ -16,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from loramux_shared.deployment import SCHEMES, Repository, SourceKind
+from loramux_shared.deployment import SCHEMES, Repository, SourceKind, spelled
 from loramux_shared.faults import DeploymentInvalid
 
 GGUF_SUFFIX: Final = ".gguf"
@@ -30,8 +31,8 @@ def parse_repository(text: str, folder: Path | None = None) -> Repository:
     """Return the repository that a word names; a local path starts from folder, else from where we are. Raise
     DeploymentInvalid for other words.
     """
-    path = _local_path(text, folder or Path.cwd())
-    address, _, subfolder = text.partition("#")
+    path = _local_path(spelled(text), folder or Path.cwd())
+    address, _, subfolder = spelled(text).partition("#")
     try:
         if path:
             return Repository(source=SourceKind.LOCAL, repo=str(path))
@@ -44,6 +45,14 @@ def parse_repository(text: str, folder: Path | None = None) -> Repository:
     except ValueError as error:  # pydantic's: a subfolder that leads outside, a name that is no UTF-8
         raise _no_repository(text) from error
     raise _no_repository(text)
+
+
+def name_of_path(path: str) -> str:
+    """Return the name of the adapter that a request adds by a repository's path.
+
+    ``my-org/support@v2`` is ``my-org:support:v2``; ``s3://bucket/support`` is ``s3::bucket:support``.
+    """
+    return spelled(path).removeprefix("hf:").replace("://", "::").replace("/", ":").replace("@", ":")
 
 
 def _local_path(text: str, folder: Path) -> Path | None:

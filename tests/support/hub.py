@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from tests.support.https_server import Answering, served
 
 _INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/?]+))?")
+_HISTORY = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<kind>refs|commits)(?:/(?P<revision>[^/?]+))?")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
@@ -21,8 +22,10 @@ class HubRepo:
     """A repository with one commit per revision name."""
 
     revisions: dict[str, str]
-    """Commit by branch or tag."""
+    """Commit by branch or tag, or by refs/pr/N."""
     files: dict[str, bytes]
+    parents: dict[str, str] = field(default_factory=dict)
+    """The commit before, by commit; the hub lists one on each page."""
     token: str = ""
     """The token that opens it; none is needed when empty."""
     gated: bool = False
@@ -81,7 +84,7 @@ class _Handler(Answering):
             self.answer(200, b"", **{"Content-Length": "1"})
             self.close_connection = True
             return
-        match = _INFO.fullmatch(path) or _FILE.fullmatch(path)
+        match = _HISTORY.fullmatch(path) or _INFO.fullmatch(path) or _FILE.fullmatch(path)
         repo = self.hub.repos.get(match["repo"]) if match else None
         opened = repo and (not repo.token or self.headers.get("Authorization") == f"Bearer {repo.token}")
         if match is None or repo is None or not (opened or repo.gated):
@@ -94,18 +97,27 @@ class _Handler(Answering):
     do_HEAD = do_GET  # noqa: N815 - the same
 
     def _content(self, repo: HubRepo, match: re.Match[str]) -> None:
-        name = match["revision"] or "main"
-        commit = name if name in repo.revisions.values() else repo.revisions.get(name)
-        path = match.groupdict().get("path")
+        name = unquote(match["revision"] or "main")
+        known = {*repo.revisions.values(), *repo.parents, *repo.parents.values()}
+        commits = [each for each in known if len(name) > 6 and each.startswith(name)]
+        commit = commits[0] if commits else repo.revisions.get(f"refs/{name}") or repo.revisions.get(name)
+        kind, path = match.groupdict().get("kind"), match.groupdict().get("path")
         if commit is None:
             self._error(404, "RevisionNotFound")
+        elif kind == "refs":
+            refs = {name: tip for name, tip in repo.revisions.items() if not name.startswith("refs/pr/")}
+            self._json({"branches": [{"targetCommit": tip} for tip in refs.values()], "tags": []})
+        elif kind == "commits":
+            older, at = repo.parents.get(commit), f"{self.hub.endpoint}/api/models/{match['repo']}/commits"
+            headers = {"Link": f'<{at}/{older}>; rel="next"'} if older else {}
+            self._json([{"id": commit}], **headers)
         elif path is None:
             body = {
                 "id": match["repo"],
                 "sha": commit,
                 "siblings": [_sibling(repo, file) for file in repo.files],
             }
-            self.answer(200, json.dumps(body).encode(), **{"Content-Type": "application/json"})
+            self._json(body)
         elif path not in repo.files:
             self._error(404, "EntryNotFound")
         else:
@@ -125,6 +137,9 @@ class _Handler(Answering):
                 headers["Content-Length"] = str(len(data))
                 data, self.close_connection = data[: len(data) // 2], True
             self.answer(200, data, **headers)
+
+    def _json(self, body: Any, **headers: str) -> None:
+        self.answer(200, json.dumps(body).encode(), **{"Content-Type": "application/json", **headers})
 
     def _error(self, status: int, code: str) -> None:
         self.answer(status, b"{}", **{"X-Error-Code": code})

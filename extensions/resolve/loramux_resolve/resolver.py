@@ -24,8 +24,8 @@ from inference_service.adapters.manager import AdapterManager
 from loramux_shared.access.keys import ACCESS, Scope
 from loramux_shared.access.shares import Shares
 from loramux_shared.bundle.generation import resolved_key
-from loramux_shared.bundle.names import bad_name, name_of_path
-from loramux_shared.deployment import Repository, Resolve, SourceKind
+from loramux_shared.bundle.names import bad_name
+from loramux_shared.deployment import PULL_REQUESTS, Repository, Resolve, SourceKind
 from loramux_shared.faults import (
     AdapterExists,
     Fault,
@@ -35,6 +35,7 @@ from loramux_shared.faults import (
     StoreUnavailable,
 )
 from loramux_shared.rpc.stopping import shielded
+from loramux_shared.spelling import name_of_path
 from loramux_shared.storage.base import ObjectMissing, Store
 
 log = structlog.get_logger()
@@ -241,7 +242,11 @@ def surplus(marks: Mapping[str, datetime], key_ids: Mapping[str, str], most: int
 
 
 def allowed(rule: Resolve, requested: str) -> Repository | None:
-    """Return the repository that a request names, if one of the deployment's patterns allows it."""
+    """Return the repository that a request names, if one of the deployment's patterns allows it.
+
+    Any user of a hub may open a pull request: the builder refuses its commits, whatever name a request gives
+    them, unless a pattern of this revision names pull requests.
+    """
     if "/" not in requested:
         return None
     try:
@@ -250,9 +255,17 @@ def allowed(rule: Resolve, requested: str) -> Repository | None:
         return None
     hub = repository.source is SourceKind.HF
     address = f"hf:{repository.repo}" if hub else repository.repo
-    if repository.subfolder or not any(_matches(pattern, address) for pattern in rule.sources):
+    patterns = (pattern.partition("@") for pattern in rule.sources)
+    revisions = [
+        revision
+        for repo, at, revision in patterns
+        if _matches(repo, address) and (not at or _matches(revision, repository.revision))
+    ]
+    if repository.subfolder or not revisions:
         return None
-    return repository.model_copy(update={"runtime_secret_name": rule.runtime_secret_name})
+    branches_only = hub and not any(each.startswith(PULL_REQUESTS) for each in revisions)
+    update = {"runtime_secret_name": rule.runtime_secret_name, "branches_only": branches_only}
+    return repository.model_copy(update=update)
 
 
 def _matches(pattern: str, address: str) -> bool:

@@ -63,6 +63,32 @@ def replica() -> Replica:
 
 
 @pytest.mark.parametrize(
+    ("requested", "branches_only"),
+    [
+        ("lab/a", True),
+        ("lab/a@main", True),
+        ("lab/a@refs/pr/1", True),
+        ("lab/a@" + "9" * 40, True),
+        ("open/a", True),
+        ("open/a@refs/pr/1", False),
+        ("open/a@refs/pr/1/2", True),
+        ("open/a@pr/1", True),
+        ("open/a@refs%2Fpr%2F1", True),
+        ("tagged/a@v1", True),
+        ("tagged/a@main", None),
+        ("tagged/a@refs/pr/1", None),
+        ("tagged/a", None),
+        ("s3://models/adapters/a", False),
+    ],
+)
+def test_pull_requests_are_allowed_by_name_alone(requested: str, branches_only: bool | None) -> None:
+    """The builder looks whether a revision is of a branch or tag, unless a pattern names pull requests."""
+    more = ("hf:open/*@refs/pr/*", "hf://open/*", "hf:tagged/*@v*")
+    found = allowed(Resolve(sources=(*SOURCES, *more)), requested)
+    assert (None if found is None else found.branches_only) == branches_only
+
+
+@pytest.mark.parametrize(
     ("requested", "address"), cases(__file__, "test_only_repositories_that_a_pattern_allows_are_added")
 )
 def test_only_repositories_that_a_pattern_allows_are_added(requested: str, address: str) -> None:
@@ -82,6 +108,7 @@ async def test_a_request_adds_the_adapter_that_it_names(replica: Replica) -> Non
 
     assert await served("lab/support@v2") == "lab:support:v2"
     assert await served("lab/support@v2") == await served("lab:support:v2") == "lab:support:v2"
+    assert await served("hf://lab/support@v2") == await served("hf:lab/support@v2") == "lab:support:v2"
     assert await served("base", "lab/other") == "lab:other"
     assert "lab:left" in await served("lab/left*0.5+lab/right*0.5")
     assert len(replica.operated.deployment.asked) == 4
@@ -258,6 +285,7 @@ async def test_two_replicas_add_each_adapter_once(tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in world[0].adapters[twin].iterdir()}
     with serve_hub() as hub:
         hub.repos["lab/twin"] = HubRepo({"main": "c" * 40, "v1": "d" * 40}, files)
+        hub.repos["lab/twin"].revisions["refs/pr/1"] = "f" * 40
         hub.repos["lab/broken"] = HubRepo({"main": "e" * 40}, {"README.md": b"nothing"})
         async with (
             open_builder(world, tmp_path / "work", hub_endpoint=hub.endpoint) as builder,
@@ -268,6 +296,9 @@ async def test_two_replicas_add_each_adapter_once(tmp_path: Path) -> None:
             assert await asyncio.gather(*calls) == [expected] * 8
             assert hub.downloaded().count("adapter_model.safetensors") == 1
             assert (await ask(replicas[1], "lab/twin@v1")) == expected
+            for revision in ("refs/pr/1", "f" * 40):
+                status, body = await ask(replicas[0], f"lab/twin@{revision}")
+                assert (status, "any user may open" in body) == (403, True), body
             status, body = await ask(replicas[0], "lab/broken")
             assert (status, "adapter_config.json" in body) == (400, True), body
             assert (await ask(replicas[0], "lab/absent"))[0] == 404

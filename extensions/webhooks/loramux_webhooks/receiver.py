@@ -65,12 +65,12 @@ class Followed:
         name = str(repo.get("name", "")) if isinstance(repo, dict) else ""
         changed = None
         if isinstance(refs, list) and refs:
-            changed = {str(each.get("ref", "")).split("/", 2)[-1] for each in refs if isinstance(each, dict)}
+            changed = {_short(str(each.get("ref", ""))) for each in refs if isinstance(each, dict)}
         return {
             adapter: each
             for adapter, each in self.adapters.items()
             if each.repo.casefold() == name.casefold()
-            and (changed is None or (each.revision or MAIN) in changed)
+            and (changed is None or _short(each.revision or MAIN) in changed)
         }
 
 
@@ -82,6 +82,11 @@ class _Due:
     latest_s: float
     """Time after which events no longer postpone it."""
     repository: Repository
+
+
+def _short(ref: str) -> str:
+    """Return the name of a branch or tag, and of a pull request, which is neither, refs/pr/N."""
+    return re.sub("^refs/(heads|tags)/", "", ref)
 
 
 class Updates:

@@ -36,6 +36,8 @@ FOLLOWED = Followed(
         "tagged": hf("Lab/A", "v1"),
         "pinned": hf("lab/a", "0" * 40),
         "other": hf("lab/b"),
+        "request": hf("lab/p", "refs/pr/3"),
+        "named": hf("lab/p", "refs/heads/x"),
         "local": Repository(source=SourceKind.LOCAL, repo="/lab/a"),
     }
 )
@@ -53,6 +55,9 @@ def event(repo: str = "lab/a", *refs: str, scope: str = "repo.content") -> dict[
         (event(), {"main", "tagged"}),
         (event("lab/a", "refs/heads/main"), {"main"}),
         (event("lab/a", "refs/tags/v1", "refs/pr/3"), {"tagged"}),
+        (event("lab/a", "refs/pr/v1", "refs/pr/main"), set()),
+        (event("lab/p", "refs/pr/3"), {"request"}),
+        (event("lab/p", "refs/heads/3", "refs/heads/x"), {"named"}),
         (event("lab/b"), {"other"}),
         (event("lab/c"), set()),
         (event(scope="discussion"), set()),

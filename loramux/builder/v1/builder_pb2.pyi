@@ -63,18 +63,20 @@ QUANTIZATION_INT8: Quantization
 QUANTIZATION_INT4: Quantization
 
 class Repository(_message.Message):
-    __slots__ = ("source", "repo", "revision", "subfolder", "runtime_secret_name")
+    __slots__ = ("source", "repo", "revision", "subfolder", "runtime_secret_name", "branches_only")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     REPO_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     SUBFOLDER_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_SECRET_NAME_FIELD_NUMBER: _ClassVar[int]
+    BRANCHES_ONLY_FIELD_NUMBER: _ClassVar[int]
     source: SourceKind
     repo: str
     revision: str
     subfolder: str
     runtime_secret_name: str
-    def __init__(self, source: _Optional[_Union[SourceKind, str]] = ..., repo: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., runtime_secret_name: _Optional[str] = ...) -> None: ...
+    branches_only: bool
+    def __init__(self, source: _Optional[_Union[SourceKind, str]] = ..., repo: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., runtime_secret_name: _Optional[str] = ..., branches_only: bool = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("name", "repository")

@@ -89,14 +89,6 @@ def _bad(where: str, expected: str, found: str, fix: str = "") -> Finding:
     return Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found, fix=fix)
 
 
-def name_of_path(path: str) -> str:
-    """Return the name of the adapter that a request adds by a repository's path.
-
-    ``my-org/support@v2`` is ``my-org:support:v2``; ``s3://bucket/support`` is ``s3::bucket:support``.
-    """
-    return path.removeprefix("hf:").replace("://", "::").replace("/", ":").replace("@", ":")
-
-
 BASE: Final = "base"
 """A name of every served base, where nothing else is called so."""
 

@@ -24,7 +24,7 @@ from huggingface_hub.hf_api import RepoSibling
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.deployment import Repository
+from loramux_shared.deployment import PULL_REQUESTS, Repository
 from loramux_shared.faults import (
     BundleCorrupt,
     Fault,
@@ -37,6 +37,7 @@ from loramux_shared.faults import (
 from loramux_shared.sources.base import Progress, Resolved, Room, SourceFile, bounded, unwatched
 from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.files import checked_file, disk_errors, disk_fault, inside, is_text, scratch
+from loramux_shared.sources.hub_history import is_taken
 from loramux_shared.sources.retry import Busy, RetryPolicy, TimeLeft
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
@@ -80,7 +81,7 @@ class HubSource:
         api = HfApi(endpoint=self._endpoint, token=self._token(repository))
         prefix = f"{repository.subfolder}/" if repository.subfolder else ""
 
-        def listing(_: Progress) -> tuple[str, dict[str, SourceFile]]:
+        def listing(watch: Progress) -> tuple[str, dict[str, SourceFile]]:
             info = api.model_info(
                 repository.repo, revision=repository.revision or None, files_metadata=True, timeout=TIMEOUT_S
             )
@@ -88,6 +89,10 @@ class HubSource:
                 raise SourceUnavailable(
                     f"HF {repository.repo}: expected a commit from the hub, found {info.sha!r}"
                 )
+            if repository.branches_only and repository.revision:
+                address = f"{api.endpoint}/api/models/{repository.repo}"
+                if not is_taken(address, info.sha, self._token(repository), TIMEOUT_S, watch):
+                    raise _of_nobody(repository, info.sha)
             files = {
                 item.rfilename.removeprefix(prefix): _listed(item)
                 for item in info.siblings or ()
@@ -98,7 +103,7 @@ class HubSource:
         commit, files = self._call(repository, listing, progress)
         if prefix and not files:
             raise RepoNotFound(f"HF {repository.repo}: no folder {repository.subfolder!r} at {commit}")
-        return Resolved(repository.model_copy(update={"revision": commit}), files)
+        return Resolved(repository.model_copy(update={"revision": commit, "branches_only": False}), files)
 
     def fetch(
         self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
@@ -232,6 +237,14 @@ def _broken(repo: str, error: Exception) -> Fault:
     if error.filename is not None or error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return disk_fault(error)
     return SourceUnavailable(f"{repo}: {error.strerror or 'the transfer was not complete'}")
+
+
+def _of_nobody(repository: Repository, commit: str) -> SourceRefused:
+    return SourceRefused(
+        f"HF {repository.repo}: expected a branch or tag, or a commit of one, found {repository.revision!r}: "
+        f"commit {commit[:12]}, as of a pull request, which any user may open. Name a branch or tag, or have "
+        f"hf:{repository.repo}@{PULL_REQUESTS}* allowed."
+    )
 
 
 def _by_status(repo: str, response: Any, hint: str) -> RepoNotFound | RepoGated | SourceUnavailable:

@@ -12,6 +12,7 @@ from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.hub import HubSource
+from loramux_shared.sources.hub_history import MAX_PAGES
 from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
@@ -64,6 +65,46 @@ def test_a_subfolder_is_a_root_of_its_own(hub, tmp_path):
     assert sorted(hub.downloaded()) == sorted(f"checkpoint-5/{name}" for name in FILES)
     with pytest.raises(faults.RepoNotFound, match="no folder 'nowhere'"):
         hf.resolve(repo("org/adapter", subfolder="nowhere"))
+
+
+STRANGE, MERGED, FIRST = "9" * 40, "5" * 40, "1" * 40
+
+
+@pytest.fixture
+def contested(hub: Hub) -> HubSource:
+    """The repository has an open pull request, one that was merged, and a branch that looks like one."""
+    org = hub.repos["org/adapter"]
+    org.revisions = {"main": COMMIT, "v1": OLD, "pr/3": OLD, "refs/pr/1": STRANGE, "refs/pr/2": MERGED}
+    org.parents = {COMMIT: MERGED, MERGED: FIRST, STRANGE: COMMIT}
+    return source(hub)
+
+
+@pytest.mark.parametrize("revision", ["", "main", "v1", "pr/3", COMMIT, OLD, MERGED, FIRST, "refs/pr/2"])
+def test_commits_of_branches_are_taken(contested: HubSource, revision: str) -> None:
+    """The histories of branches and tags count, and with them a pull request that was merged."""
+    plain = repo("org/adapter", revision=revision)
+    found = contested.resolve(plain.model_copy(update={"branches_only": True}))
+    assert found.repository == contested.resolve(plain).repository
+
+
+@pytest.mark.parametrize("revision", ["refs/pr/1", "pr/1", STRANGE, STRANGE[:7]])
+def test_commits_of_pull_requests_are_refused(contested: HubSource, revision: str) -> None:
+    """Whatever name of the commit the hub takes; where pull requests are wanted they are served."""
+    requested = repo("org/adapter", revision=revision)
+    assert contested.resolve(requested).repository.revision == STRANGE
+    with pytest.raises(faults.SourceRefused, match="pull request, which any user may open"):
+        contested.resolve(requested.model_copy(update={"branches_only": True}))
+
+
+def test_a_long_history_is_not_read_to_its_end(contested: HubSource, hub: Hub) -> None:
+    """A commit beyond the pages that are read is refused, as one of nobody."""
+    parents = hub.repos["org/adapter"].parents
+    parents |= {f"{number:040x}": f"{number + 1:040x}" for number in range(100)} | {FIRST: f"{0:040x}"}
+    with pytest.raises(faults.SourceRefused):
+        contested.resolve(
+            repo("org/adapter", revision=f"{100:040x}").model_copy(update={"branches_only": True})
+        )
+    assert sum("/commits/" in path for _, path in hub.requests) == MAX_PAGES
 
 
 @pytest.mark.parametrize(
