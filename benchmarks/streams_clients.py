@@ -36,7 +36,7 @@ class HttpStream:
         messages = [{"role": "user", "content": "w5 w6 w7 w8"}]
         body = {"model": MODEL, "messages": messages, "max_tokens": tokens, "ignore_eos": True, "stream": True}
         data = json.dumps(body).encode()
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         sock.sendall(b"%scontent-length: %d\r\n\r\n%s" % (head, len(data), data))
 
     def read(self, _sock: socket.socket, received: bytes) -> Iterator[Sign]:

@@ -19,7 +19,7 @@ import structlog
 from builder_service.builder import Builder
 from builder_service.builds.builds import Builds
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
-from loramux_shared.access.guard import open_guard
+from loramux_shared.access.guard import Guard, open_guard
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.process import log_to_stderr, raise_limit
@@ -70,7 +70,8 @@ async def serve(settings: BuilderSettings) -> None:
     if settings.metrics:
         meter = need_extension("meter", f"LORAMUX_METRICS={settings.metrics}").BuildMeter(builds.count_running)
         builds.on_end = meter.ended
-        metrics = meter.listen(settings.metrics, insecure=settings.insecure)
+        hosts = Guard(hosts=settings.http_hosts).hosts_at(settings.metrics)  # they require no key
+        metrics = meter.listen(settings.metrics, insecure=settings.insecure, hosts=hosts)
     log.info("reading the journal", store=store, builder=identity.name)
     address, recovered = await stop.starting(_start(server, builds))
     log.info(

@@ -1,5 +1,6 @@
 """The application: its routes, and how a request gets to them."""
 
+from collections.abc import Collection
 from functools import partial
 from itertools import chain
 from typing import Final
@@ -37,6 +38,7 @@ from inference_service.http.wire.refusals import FAILED, MessageError, fault_res
 from inference_service.serving.service import GenerationService
 from loramux_shared import routes
 from loramux_shared.access.asgi import AccessMiddleware
+from loramux_shared.access.hosts import HostMiddleware
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import Scope as AccessScope
 from loramux_shared.access.shares import Shares
@@ -105,11 +107,13 @@ def create_app(
     adapters: AdapterManager | None = None,
     relay: Handler | None = None,
     max_connections: int | None = None,
+    hosts: Collection[str] | None = None,
 ) -> Front:
     """Return the ASGI application; with a keyring, all but health and the page asks for a key.
 
     Without adapters, those of the service's catalog are there for good. relay answers what reads no prompt,
     where the engine is in another process. Keys share max_connections requests that are open at once.
+    hosts are the names of the server beside loopback's; None: any.
     """
     app = Application(service, relay)
     app.state.keyless = keyring is None
@@ -119,7 +123,8 @@ def create_app(
         places = Shares(max_connections or connections_per_server())
         guarded = AccessMiddleware(app, keyring, scope_of, fault_response, places)
     traced = guarded if tracing is None else tracing.over(guarded, TRACED)
-    return Front(traced, service.metrics.responded)
+    named = traced if hosts is None else HostMiddleware(traced, hosts, fault_response)
+    return Front(named, service.metrics.responded)
 
 
 class Application:

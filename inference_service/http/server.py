@@ -41,8 +41,8 @@ class HttpServer:
     ) -> None:
         """Serve at most max_connections at once; what the limit on open files allows when not given."""
         self.address = address
-        bound = max_connections or connections_per_server()
-        self._front = create_app(service, guard.keyring, tracing, adapters, relay, bound)
+        bound, hosts = max_connections or connections_per_server(), guard.hosts_at(address)
+        self._front = create_app(service, guard.keyring, tracing, adapters, relay, bound, hosts)
         config = uvicorn.Config(
             self._front,
             log_config=None,

@@ -196,6 +196,7 @@ CURES: Final = {
     "PAGE_TOKEN_INVALID": "use `next_page_token` of the last answer",
     "UNAUTHENTICATED": "send a key: docs/guides/access.md",
     "PERMISSION_DENIED": "use a key with the named scope",
+    "HOST_REFUSED": "use `localhost`, set `LORAMUX_HTTP_HOSTS`, or require keys",
     "REPO_NOT_FOUND": "correct the name, or name a secret",
     "REVISION_NOT_FOUND": "correct or drop the revision; that of LOCAL is the content's digest",
     "REPO_GATED": "accept the licence, or use another token",

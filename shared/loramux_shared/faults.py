@@ -143,6 +143,10 @@ class PermissionDenied(Fault, status=Status.PERMISSION_DENIED):
     """The API key lacks the scope that the call needs."""
 
 
+class HostRefused(Fault, status=Status.PERMISSION_DENIED):
+    """A Host or Origin that is no name of this server, which requires no key."""
+
+
 class RepoNotFound(Fault, status=Status.NOT_FOUND):
     """A repository or a file of it does not exist, or is private for this token."""
 

@@ -180,6 +180,10 @@ class Settings(BaseSettings):
     """Holds the API keys, as `loramux keys new` writes them; read again when it changes."""
     api_keys: SecretStr = SecretStr("")
     """More such lines. Without any key, everybody who reaches the port may enter."""
+    http_hosts: Hosts = ()
+    """Names of this server, as of a proxy in front: HOST or HOST:PORT, with commas between them. Without keys,
+    HTTP on loopback answers only requests whose Host and Origin are these, localhost, 127.0.0.1 or [::1], so
+    that pages of other sites cannot use it; on other addresses the same where names are set."""
     insecure: bool = False
     """Listen beyond this machine although no key or certificate is required."""
     tls_cert: HomePath | None = None

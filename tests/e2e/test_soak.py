@@ -42,7 +42,7 @@ GROWTH_MB = 64
 """Bound of the increase of resident memory after the first minute."""
 PATH = "/v1/completions"
 HOLDINGS = ("loramux_sequences_running", "loramux_sequences_waiting", "loramux_kv_cache_blocks_used")
-HALVES = (b"\x16\x03\x01", b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nhost: x\r\n", b"")
+HALVES = (b"\x16\x03\x01", b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nhost: localhost\r\n", b"")
 
 
 class Clients:
@@ -108,7 +108,7 @@ class Clients:
         body = self.body() | {"max_tokens": 1500, "ignore_eos": True}
         if http:
             content = json.dumps(body | {"logprobs": 5, "stream": True}).encode()
-            head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             await self._send(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content, 4 * STALL_S)
         else:
             events = self.grpc.generate(**body, logprobs=20)

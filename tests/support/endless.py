@@ -24,7 +24,7 @@ BOUND = 8
 """Connections of each API."""
 PIECE = 8000
 """Characters."""
-HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 class Endless(Scripted):

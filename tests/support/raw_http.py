@@ -7,7 +7,7 @@ import re
 
 from tests.support.waiting import bounded
 
-JSON = b"Host: x\r\nContent-Type: application/json\r\n"
+JSON = b"Host: localhost\r\nContent-Type: application/json\r\n"
 
 
 class RawClient:

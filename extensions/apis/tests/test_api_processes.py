@@ -129,7 +129,7 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Repl
 
 async def _get(address: str, path: bytes) -> tuple[int, bytes]:
     client = await RawClient.open(address)
-    await client.send(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % path)
+    await client.send(b"GET %s HTTP/1.1\r\nhost: localhost\r\n\r\n" % path)
     answer = await client.answer()
     client.close()
     return answer

@@ -3,10 +3,11 @@
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,8 +22,9 @@ from prometheus_client import (
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import BuildState
 from loramux_shared.access.guard import is_local
+from loramux_shared.access.hosts import require_own
 from loramux_shared.bounded_server import BoundedHttpServer
-from loramux_shared.faults import SettingsInvalid
+from loramux_shared.faults import HostRefused, SettingsInvalid
 
 MAX_CLIENTS: Final = 16
 """Clients at once; above it the oldest one leaves."""
@@ -36,16 +38,22 @@ class MetricsServer(BoundedHttpServer, WSGIServer):
     request_queue_size = 128
 
     def __init__(
-        self, host: str, port: int, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        hosts: Collection[str] | None = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Listen; port 0 draws a free one.
+        """Listen; port 0 draws a free one. hosts are the server's names beside loopback's; None: any.
 
         Raises:
             OSError: the address is taken or none of this machine.
         """
         self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         super().__init__((host, port), _Silent, max_connections=MAX_CLIENTS, limit_s=LIMIT_S, clock=clock)
-        self.set_app(make_wsgi_app(registry))
+        app = make_wsgi_app(registry)
+        self.set_app(app if hosts is None else _named(app, hosts))
 
     def start(self) -> None:
         """Answer from now on."""
@@ -58,6 +66,21 @@ class MetricsServer(BoundedHttpServer, WSGIServer):
 class _Silent(WSGIRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Leave the log to the service."""
+
+
+def _named(app: WSGIApplication, hosts: Collection[str]) -> WSGIApplication:
+    """Return an application that refuses requests to other names, and from pages of other sites."""
+
+    def checked(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            for header in ("host", "origin"):
+                require_own(hosts, header, environ.get(f"HTTP_{header.upper()}", ""))
+        except HostRefused as fault:
+            start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
+            return [fault.message.encode()]
+        return app(environ, start_response)
+
+    return checked
 
 
 BUCKETS: Final = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120)
@@ -94,8 +117,9 @@ class BuildMeter:
         self._builds.labels(outcome).inc()
         self._seconds.observe((datetime.now(UTC) - build.entry.create_time).total_seconds())
 
-    def listen(self, address: str, *, insecure: bool) -> str:
-        """Answer ``/metrics`` at an address from now on; returns the bound one.
+    def listen(self, address: str, *, insecure: bool, hosts: Collection[str] | None = ()) -> str:
+        """Answer ``/metrics`` at an address from now on, under loopback's names and these, or any; returns the
+        bound address.
 
         Raises:
             SettingsInvalid: it is taken, a Unix socket, or reached from elsewhere and nobody said `insecure`.
@@ -107,7 +131,7 @@ class BuildMeter:
                 "or LORAMUX_INSECURE=1, too."
             )
         try:
-            server = MetricsServer(host.strip("[]"), int(port), self._registry)
+            server = MetricsServer(host.strip("[]"), int(port), self._registry, hosts=hosts)
         except OSError as error:
             raise SettingsInvalid(f"LORAMUX_METRICS={address}: {error}; expected a free HOST:PORT.") from error
         server.start()

@@ -52,6 +52,23 @@ def test_it_is_not_opened_to_others_by_accident(address: str) -> None:
         assert BuildMeter(lambda: 0).listen(address, insecure=True).startswith("0.0.0.0:")
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "localhost:9090"}, 200),
+        ({"host": "Metrics.example"}, 200),
+        ({"host": "evil.example"}, 403),
+        ({"origin": "https://evil.example"}, 403),
+    ],
+)
+def test_it_is_open_to_no_other_site(headers: dict[str, str], status: int) -> None:
+    """A page whose name resolves to this machine reads nothing."""
+    address = BuildMeter(lambda: 0).listen("127.0.0.1:0", insecure=False, hosts=("metrics.example",))
+    answer = httpx.get(f"http://{address}/metrics", headers=headers, timeout=BOUND_S)
+    assert (answer.status_code, "LORAMUX_HTTP_HOSTS" in answer.text) == (status, status == 403)
+
+
 def test_an_address_that_is_taken() -> None:
     """The message names the setting and the value."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

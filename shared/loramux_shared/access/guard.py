@@ -1,6 +1,5 @@
 """The keyring and the TLS files of a service's servers; certificates are renewed while a server runs."""
 
-import ipaddress
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import TypeVar
 
 import structlog
 
+from loramux_shared.access.hosts import is_loopback
 from loramux_shared.access.keyring import Keyring, Watch
 from loramux_shared.adapter_files import read_small
 from loramux_shared.faults import SettingsInvalid
@@ -122,6 +122,22 @@ class Guard:
 
     keyring: Keyring | None = None
     tls: TlsFiles | None = None
+    hosts: tuple[str, ...] = ()
+    """Names of the server beside loopback's."""
+
+    @property
+    def asks(self) -> bool:
+        """True where each client must show a key or a certificate."""
+        return self.keyring is not None or (self.tls is not None and self.tls.client_ca is not None)
+
+    def hosts_at(self, address: str) -> tuple[str, ...] | None:
+        """Return the names, beside loopback's, under which HTTP is answered at an address; None: any name.
+
+        On an address that other machines reach nobody knows the names, unless they are set; browsers reach no
+        Unix socket.
+        """
+        named = self.hosts or (is_local(address) and not address.startswith("unix:"))
+        return self.hosts if named and not self.asks else None
 
     @property
     def label(self) -> str:
@@ -142,16 +158,15 @@ def open_guard(settings: Settings, *addresses: str) -> Guard:
     """
     lines = settings.api_keys.get_secret_value()
     keyring = Keyring(settings.keys_file, lines) if settings.keys_file or lines.strip() else None
-    guard = Guard(keyring, _tls_files(settings))
+    guard = Guard(keyring, _tls_files(settings), settings.http_hosts)
     public = [address for address in addresses if not is_local(address)]
-    guarded = keyring is not None or (guard.tls is not None and guard.tls.client_ca is not None)
-    if public and not guarded and not settings.insecure:
+    if public and not guard.asks and not settings.insecure:
         raise SettingsInvalid(
             f"{' and '.join(public)} can be reached from other machines, and no key would be required. "
             "Set LORAMUX_KEYS_FILE (--keys-file; `loramux keys new` makes one) or LORAMUX_TLS_CLIENT_CA, "
             "listen on 127.0.0.1, or set LORAMUX_INSECURE=1 (--insecure)."
         )
-    if public and guard.tls is None and guarded:
+    if public and guard.tls is None and guard.asks:
         log.warning("keys and answers are not encrypted: set LORAMUX_TLS_CERT and _KEY", addresses=public)
     if guard.tls:
         guard.tls.pem()
@@ -162,11 +177,7 @@ def is_local(address: str) -> bool:
     """True for a Unix socket, and where HOST of HOST:PORT is this machine's loopback."""
     if address.startswith("unix:"):
         return True
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return is_loopback(address.rpartition(":")[0])
 
 
 def _tls_files(settings: Settings) -> TlsFiles | None:

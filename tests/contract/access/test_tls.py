@@ -163,7 +163,7 @@ def _get(address: str, context: ssl.SSLContext, session: ssl.SSLSession | None) 
         socket.create_connection((host, int(port)), BOUND_S) as raw,
         context.wrap_socket(raw, server_hostname=host, session=session) as tls,
     ):
-        tls.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        tls.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         assert tls.recv(12) == b"HTTP/1.1 200"
         return tls.session
 

@@ -26,7 +26,7 @@ from tests.support.waiting import BOUND_S, Clock, ended, until
 
 HOUR, NEVER = 3600.0, 1e9
 WAIT = {"model": MODEL, "prompt": "WAIT"}
-VERSION = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+VERSION = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 BODY = json.dumps(WAIT).encode()
 ASK = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 REFUSED = (503, True, "shutting_down")

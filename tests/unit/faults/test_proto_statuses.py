@@ -37,6 +37,7 @@ ELSEWHERE = {
     "PROOF_FAILED",
     "BUILD_INTERRUPTED",  # the build continues when the builder starts again
     *("FILE_NOT_FOUND", "BATCH_NOT_FOUND", "BATCH_CORRUPT"),  # of routes of HTTP
+    "HOST_REFUSED",  # of HTTP: no browser speaks gRPC
     "INTERNAL",  # nobody's intention
 }
 
