@@ -197,7 +197,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A path with the wheel and the oldest dependencies; run with -S, which leaves this environment out."""
     folder = tmp_path_factory.mktemp("wheel")
     with pytest.MonkeyPatch.context() as patched:  # a client needs no compiled operations
-        patched.setattr(compiling, "compile_beforehand", lambda _: [])
+        patched.setattr(compiling, "compile_beforehand", lambda *_: [])
         [built] = WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
     return f"{built}:{OLDEST}"
 
