@@ -326,13 +326,36 @@ async def test_lines_that_are_no_requests_fail_the_batch(tmp_path: Path, text: s
     assert [error.code, error.line, error.message] == expected
 
 
-@pytest.mark.parametrize(
-    ("content_type", "body", "status", "message"), cases(__file__, "test_uploads_are_forms")
-)
-async def test_uploads_are_forms(
-    tmp_path: Path, content_type: str, body: str, status: int, message: str
-) -> None:
-    """However the form is cut into pieces; nothing of one that is refused stays."""
+def field(name: str, value: str) -> str:
+    """Return a part of a form; the name may have parameters behind it."""
+    return f'--B\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+
+
+FORM = "multipart/form-data; boundary=B"
+FILE, BATCH, END = field('file"; filename="a', "{}"), field("purpose", "batch"), "--B--"
+UPLOADS = {
+    "good": (FORM, FILE + BATCH + END, 200, '"filename":"a"'),
+    "JSON": ("application/json", "{}", 415, "expected a form with content-type: multipart/form-data"),
+    "no boundary": ("multipart/form-data", FILE, 415, "expected a form"),
+    "no end": (FORM, FILE + BATCH, 400, "found no end"),
+    "no name": (FORM, "--B\r\n\r\n\r\nx\r\n--B--", 400, "a part without a name"),
+    "a name in UTF-7": (
+        FORM, field("file\"; filename*=utf-7''%2B2AA-", "{}") + BATCH + END, 200, '"filename":"file"'
+    ),
+    "no part": (FORM, "x" * 9000, 400, "no beginning of a part"),
+    "no purpose": (FORM, FILE + END, 400, "purpose: expected batch, found none"),
+    "a purpose": (FORM, FILE + field("purpose", "assistants") + END, 400, "expected batch, found assistants"),
+    "no file": (FORM, BATCH + END, 400, "file: expected a file, found none"),
+    "a field": (FORM, FILE + field("color", "red") + END, 400, "color: expected file, purpose"),
+    "expiry": (FORM, FILE + BATCH + field("expires_after[anchor]", "created_at") + END, 400, "3600 to 2592000"),
+    "long": (FORM, FILE + field("purpose", "x" * 2000) + END, 400, "at most 1000 characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+async def test_uploads_are_forms(tmp_path: Path, name: str) -> None:
+    """A file is a form, in whatever pieces it arrives; nothing of a refused form is stored."""
+    content_type, body, status, message = UPLOADS[name]
     service = silent_service(tmp_path)
     service.batches = BatchStore(store := MemoryStore())
 

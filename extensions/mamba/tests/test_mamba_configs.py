@@ -18,7 +18,14 @@ from tests.support.cases import cases
 from tests.support.greedy import choices_and_logprobs
 from tests.support.tiny import World, make_checkpoint, oracle, run_engine
 
+GRANITE, MAMBA = "granite-4.0-h-tiny", ["mamba"]
 HUB: dict[str, dict[str, Any]] = cases(__file__, "HUB")
+HUB[GRANITE]["layer_types"] = MAMBA * 5 + (["attention"] + MAMBA * 9) * 3 + ["attention"] + MAMBA * 4
+REFUSED = [
+    *cases(__file__, "REFUSED"),
+    (GRANITE, {"layer_types": MAMBA * 40}, "one at least that attends; found linear_attention"),
+    (GRANITE, {"layer_types": ["attention"] + ["conv"] * 39}, "linear_attention.*found conv, full_attention"),
+]
 
 
 @pytest.mark.parametrize("name", HUB)
@@ -29,7 +36,7 @@ def test_configs_mean_what_transformers_takes_them_for(tmp_path: Path, name: str
     assert read_config(tmp_path) == read_config(tmp_path / "full")
 
 
-@pytest.mark.parametrize(("name", "change", "expected"), cases(__file__, "REFUSED"))
+@pytest.mark.parametrize(("name", "change", "expected"), REFUSED)
 def test_switches_that_are_not_served_are_refused(name: str, change: dict[str, Any], expected: str) -> None:
     """A switch that would change answers is named."""
     with pytest.raises(CheckpointInvalid, match=expected):

@@ -148,7 +148,17 @@ async def test_a_demanded_call_is_made_and_answered(claude: AsyncAnthropic) -> N
     assert used.input_tokens + (used.cache_read_input_tokens or 0) == len(prompt)
 
 
-@pytest.mark.parametrize(("fields", "kind", "expected"), cases(__file__, "test_refusals_are_the_clients_own"))
+@pytest.mark.parametrize(
+    ("fields", "kind", "expected"),
+    [
+        *cases(__file__, "test_refusals_are_the_clients_own"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 300}]},
+            "BadRequestError",
+            "prompt is too long: 305 tokens > 255 maximum",
+        ),
+    ],
+)
 async def test_refusals_are_the_clients_own(
     claude: AsyncAnthropic, fields: dict[str, Any], kind: str, expected: str
 ) -> None:

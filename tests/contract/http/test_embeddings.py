@@ -70,7 +70,14 @@ async def test_openais_client_gets_what_transformers_gives(
                 np.testing.assert_allclose(found, other, atol=1e-5)
 
 
-@pytest.mark.parametrize(("fields", "code", "param"), cases(__file__, "test_what_is_refused_is_named"))
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        *cases(__file__, "test_what_is_refused_is_named"),
+        ({"input": [7] * 257}, "context_length_exceeded", None),
+        ({"input": [[5]] * 2049}, "invalid_value", "input"),
+    ],
+)
 async def test_what_is_refused_is_named(
     api: OpenAIApi, fields: dict[str, Any], code: str, param: str | None
 ) -> None:

@@ -136,8 +136,16 @@ async def test_masks_along_a_draft_are_those_that_it_leads_to(ready: Ready) -> N
     assert (grammar.complete, grammar.failure) == (True, "")
 
 
+DEEP: list[tuple[Kind, str, str]] = [
+    ("json_schema", '{"items":' * 900 + "{" + "}" * 901, "JSON"),
+    ("gbnf", "root ::= " + "(" * 3000 + '"a"' + ")" * 3000, "too deeply nested"),
+    ("lark", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(3000)) + 'r3000: "a"', "nested"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "text", "why"), cases(__file__, "test_a_constraint_that_cannot_be_used_is_refused_with_the_reason")
+    ("kind", "text", "why"),
+    [*cases(__file__, "test_a_constraint_that_cannot_be_used_is_refused_with_the_reason"), *DEEP],
 )
 async def test_a_constraint_that_cannot_be_used_is_refused_with_the_reason(
     ready: Ready, kind: Kind, text: str, why: str

@@ -27,8 +27,21 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
         assert read_config(tmp_path, max_seq_len) == read_config(tmp_path / "full", max_seq_len)
 
 
-@pytest.mark.parametrize(("change", "expected"), cases(__file__, "test_what_is_not_served_is_refused_by_name"))
+QWEN, SMOL, FULL = "Qwen3_5ForCausalLM", "SmolLM3ForCausalLM", ["full_attention"]
+LAYERS = [
+    ({"layer_types": ["sliding_attention"] * 32}, "layer_types .* not supported for LlamaForCausalLM"),
+    ({"architectures": [SMOL], "layer_types": ["sliding_attention"] * 32}, "layer_types"),
+    ({"architectures": [QWEN], "layer_types": ["linear_attention"] * 32}, "attends; found 32 of linear"),
+    ({"architectures": [QWEN], "layer_types": FULL * 31}, "layer_types: expected 32 .* found 31"),
+    ({"architectures": [QWEN], "layer_types": [*FULL * 31, "mamba"]}, "found 32 of full_attention, mamba"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"), [*cases(__file__, "test_what_is_not_served_is_refused_by_name"), *LAYERS]
+)
 def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+    """An architecture, a switch or a number that is not served is named."""
     unnamed = {"model_type": None} if "architectures" in change else {}
     _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | unnamed | change)
     with pytest.raises(CheckpointInvalid, match=expected):
@@ -111,17 +124,46 @@ def read(config: Any) -> ModelConfig:
 
 @pytest.mark.parametrize("name", READ)
 def test_what_a_config_says_is_read(name: str) -> None:
+    """Every quantization of the hub is read as its format, its schemes of weights and its order of columns."""
     config, expected = CONFIGS[name], READ[name]
     assert read(config).quantization == expected
 
 
 def test_the_old_name_of_compressed_tensors_is_read_too() -> None:
+    """A `compression_config` is a `quantization_config`."""
     found = read_fields(BASE_CONFIG | {"compression_config": CONFIGS["W4A16"]})
     assert found.quantization == READ["W4A16"]
 
 
-@pytest.mark.parametrize(("config", "expected"), cases(__file__, "test_what_is_not_read_is_refused_by_name"))
+PACKED = CONFIGS["W4A16"]
+
+
+def group(**changes: Any) -> dict[str, Any]:
+    """Return a config of compressed-tensors whose group has other fields, or other fields of its weights."""
+    (old,) = PACKED["config_groups"].values()
+    weights = old["weights"] | changes.pop("weights", {})
+    return PACKED | {"config_groups": {"group_0": old | {"weights": weights} | changes}}
+
+
+COMPRESSED = [
+    (PACKED | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme .* is not supported"),
+    (PACKED | {"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparsity_config\.format .*bitmask"),
+    (PACKED | {"transform_config": {"config_groups": {"R1": {}}}}, r"transform_config\.config_groups"),
+    (PACKED | {"format": "nvfp4-pack-quantized"}, 'format "nvfp4-pack-quantized" is not supported'),
+    (PACKED | {"config_groups": {}}, "config_groups: expected a group, found none"),
+    (group(weights={"num_bits": 3}), "int of 3 bits .* pack-quantized; supported: int of 4 bits, int of 8"),
+    (group(weights={"dynamic": True}), "weights.dynamic true is not supported"),
+    (group(weights={"strategy": "tensor_group"}), 'strategy "tensor_group" is not supported'),
+    (group(weights={"group_size": -3}), "group_size: expected a positive integer, found -3"),
+    (group(output_activations={"num_bits": 8}), "output_activations .* is not supported"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"), [*cases(__file__, "test_what_is_not_read_is_refused_by_name"), *COMPRESSED]
+)
 def test_what_is_not_read_is_refused_by_name(config: Any, expected: str) -> None:
+    """A quantization that is not read is refused with the field, its value and what is supported."""
     with pytest.raises(CheckpointInvalid, match=expected):
         read(config)
 

@@ -173,7 +173,10 @@ def test_an_adapter_may_have_the_deployments_name(tmp_path: Path) -> None:
     assert "same" in deployment.build.lora_adapters
 
 
-@pytest.mark.parametrize(("text", "expected"), cases(__file__, "test_what_is_no_deployment_file"))
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [*cases(__file__, "test_what_is_no_deployment_file"), ("[" * 5000, "is not valid YAML")],
+)
 def test_what_is_no_deployment_file(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in str(_refusal(tmp_path, text))
 

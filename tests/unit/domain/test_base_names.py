@@ -22,8 +22,17 @@ def test_anything_else_is_worth_a_warning(other: str) -> None:
     assert (warning.code, warning.expected, warning.found) == ("W_BASE", "Qwen/Qwen3-8B", other or "no name")
 
 
+ALIASES = "x: &a [y]\n" + "".join(f"b{i}: &b{i} {{<<: [*a, *a]}}\n" for i in range(500))
+
+
 @pytest.mark.parametrize(
-    ("matter", "expected"), cases(__file__, "test_the_front_matter_is_read_and_nothing_else")
+    ("matter", "expected"),
+    [
+        *cases(__file__, "test_the_front_matter_is_read_and_nothing_else"),
+        (f"license: {'m' * 500}", ""),
+        ("a: " + "[" * 2000, ""),
+        (ALIASES, ""),
+    ],
 )
 def test_the_front_matter_is_read_and_nothing_else(matter, expected):
     """A licence is the text under `license` at the top of a card; other content gives none."""

@@ -121,7 +121,11 @@ def test_another_meaning_of_an_id_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "codes"), cases(__file__, "test_every_place_of_added_tokens_is_looked_at")
+    ("name", "content", "codes"),
+    [
+        *cases(__file__, "test_every_place_of_added_tokens_is_looked_at"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}, ["E_BAD_TEXT"]),
+    ],
 )
 def test_every_place_of_added_tokens_is_looked_at(tmp_path, name, content, codes):
     """Older releases write tokens into separate files; an unreadable file is refused too."""

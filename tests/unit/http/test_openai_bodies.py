@@ -36,7 +36,8 @@ def test_what_is_not_taken_is_named(fields: dict[str, Any], param: str, code: st
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "found"), cases(__file__, "test_a_body_is_refused_with_its_parameter")
+    ("body", "param", "found"),
+    [*cases(__file__, "test_a_body_is_refused_with_its_parameter"), ("[" * 1000, None, "not JSON")],
 )
 def test_a_body_is_refused_with_its_parameter(body: str, param: str | None, found: str) -> None:
     """No JSON and no object have no parameter; the message has every finding, the parameter is the first's."""

@@ -10,7 +10,9 @@ from tests.support.cases import cases
 MANY = MOST + 1
 
 
-@pytest.mark.parametrize("pattern", cases(__file__, "test_patterns_that_unfold_to_too_much"))
+@pytest.mark.parametrize(
+    "pattern", [*cases(__file__, "test_patterns_that_unfold_to_too_much"), f"a{{{'9' * 5000}}}"]
+)
 def test_patterns_that_unfold_to_too_much(pattern: str) -> None:
     """Counts are multiplied where they are nested, and added where they are beside each other."""
     assert "characters or more" in (too_many("regex", pattern) or "")
