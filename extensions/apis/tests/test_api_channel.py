@@ -84,6 +84,7 @@ async def test_what_is_asked_is_answered_refused_or_cancelled() -> None:
 
 
 async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A channel whose peer leaves too much unread is closed."""
     lost: list[bool] = []
     one, other = Channel({}, {}, lambda: lost.append(True)), Channel({}, {}, lambda: None)
     connect(one, other)

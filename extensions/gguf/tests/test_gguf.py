@@ -315,6 +315,7 @@ def test_blocks_stay_as_they_are_on_a_processor(llama: tiny.World) -> None:
 
 
 def test_an_adapter_alone_is_not_merged_into_blocks(llama: tiny.World) -> None:
+    """A single adapter over quantised blocks has a bank; merging would lose it in the rounding."""
     store = MemoryStore()
     replace(llama, adapters={"wide": llama.adapters["wide"]}).build_with(store)
     assert llama.load(store).bank is not None
@@ -371,6 +372,7 @@ def test_dora_is_over_weights_that_a_file_keeps_whole(family: Any, tmp_path: Pat
 
 
 def test_the_file_in_a_folder_is_to_be_named_itself(llama: tiny.World) -> None:
+    """A folder with a GGUF file is refused with the form of a path that is accepted."""
     (llama.root / "some").mkdir()
     (llama.root / "some" / "a.gguf").write_bytes(b"GGUF")
     world = replace(llama, base=llama.root / "some", adapters={})
@@ -379,6 +381,7 @@ def test_the_file_in_a_folder_is_to_be_named_itself(llama: tiny.World) -> None:
 
 
 def test_a_file_that_changed_is_no_longer_the_recorded_base(llama: tiny.World, tmp_path: Path) -> None:
+    """A start compares the file with the recorded digest, and refuses other weights and a cut file."""
     copied = tmp_path / "tiny.gguf"
     copied.write_bytes(llama.base.read_bytes())
     world = replace(llama, base=copied, root=tmp_path, adapters={})

@@ -57,6 +57,7 @@ def test_parts_of_several_types_are_one_linear_of_rows_of_8_bits(compiled: CDLL)
 
 
 def test_sizes_of_types_are_those_of_llama_cpp() -> None:
+    """The values and bytes of a block are those of the gguf package, for every type that is read."""
     sizes = {name: tuple(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]) for name in SIZES}
     assert sizes == SIZES
     assert {name: tuple(each[:2]) for name, each in BLOCK_TYPES.items()} == {

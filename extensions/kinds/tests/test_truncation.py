@@ -89,6 +89,7 @@ def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(tmp_pat
 
 
 def test_it_cannot_be_above_the_ceiling(tmp_path: Path, context: BuildContext) -> None:
+    """A rank of truncation above the largest rank is refused with its field."""
     with pytest.raises(DeploymentInvalid) as error:
         check_deployment(deployment(tmp_path, max_lora_rank=8, truncate_to_rank=9))
     assert error.value.findings[0].where == "build.lora_configuration.truncate_to_rank"

@@ -105,6 +105,7 @@ def test_file_and_variable_add_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("headers", "key"), cases(__file__, "test_bearer"))
 def test_bearer(headers: list[str], key: str | None) -> None:
+    """A key is read from one bearer header, and from nothing else."""
     assert bearer(headers) == key
 
 
@@ -141,6 +142,7 @@ def test_keys_open_apis_beyond_this_machine() -> None:
 
 
 def test_half_of_tls_is_refused(tmp_path: Path) -> None:
+    """A certificate, a key or an authority alone is refused with the settings that are missing."""
     for fields in ({"tls_cert": tmp_path}, {"tls_key": tmp_path}, {"tls_client_ca": tmp_path}):
         with pytest.raises(SettingsInvalid, match="both LORAMUX_TLS_CERT and LORAMUX_TLS_KEY"):
             open_guard(BuilderSettings(**fields), "127.0.0.1:1")  # type: ignore[arg-type]

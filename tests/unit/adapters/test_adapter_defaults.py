@@ -83,6 +83,7 @@ def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
 
 
 def test_each_model_has_its_own_template(ready: Ready) -> None:
+    """A prompt is rendered with the adapter's template, or with the base's where it has none."""
     prompts = [prompt(ready, model) for model in ("base", "wide", "rs", "all")]
     assert prompts == ["<1>Hello", "<1>!Hello$", "?Hello", "<1>Hello"]
 

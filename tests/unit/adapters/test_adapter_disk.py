@@ -110,6 +110,7 @@ def test_the_oldest_bundles_leave(store, folder):
 
 
 def test_a_bundle_larger_than_the_bound_is_not_kept(store, folder):
+    """A bundle that exceeds the bound alone is not written to the disk."""
     disk = DiskTier(folder, size_of(store, store.digests[0]))
     keep(store, disk, store.digests[0])
     assert not folder.exists()
@@ -185,6 +186,7 @@ def test_texts_come_without_the_weights(store, folder):
 
 @pytest.mark.parametrize("digest", ["", "..", "../" + "a" * 61, "A" * 64, "a" * 63])
 def test_what_is_no_digest_is_no_path(folder, digest):
+    """A digest that is not 64 hex digits never becomes a path."""
     with pytest.raises(ValueError, match="64 hex digits"):
         DiskTier(folder, 10**9).manifest(digest)
 

@@ -140,6 +140,7 @@ def test_damage_after_a_load_is_never_served(store, make, tmp_path, name, cached
 
 
 def test_urgent_work_goes_before_packing_that_waits(store, make):
+    """A copy runs before the bundles that wait to be packed."""
     order, go, begun = [], threading.Event(), threading.Event()
 
     def pack(bundle):
@@ -161,6 +162,7 @@ def test_urgent_work_goes_before_packing_that_waits(store, make):
 
 
 def test_a_callback_that_raises_blocks_no_other(store, make):
+    """A callback that raises does not stop the other callbacks of its load, nor later loads."""
     store.gate.clear()
     loader, digest = make(), store.digests[0]
     loader.load(Adapter(digest), lambda *_: 1 / 0)
@@ -234,6 +236,7 @@ def test_recent_values_stay_within_their_bound():
 
 
 def test_cancelled_workers_tell_their_futures():
+    """Closed workers finish running work and cancel waiting and new work."""
     workers = Workers("test", 1)
     go = threading.Event()
     running, waits = workers.submit(lambda: go.wait(BOUND_S)), workers.submit(lambda: 1)

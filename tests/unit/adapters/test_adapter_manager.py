@@ -51,6 +51,7 @@ def test_a_key_of_some_models_sees_those() -> None:
 
 
 def test_the_base_is_no_adapter() -> None:
+    """A pin of the base is refused by name."""
     with pytest.raises(faults.RequestInvalid, match="'base' is the base; expected the name of an adapter"):
         operated().manager.pin("base")
 
@@ -67,6 +68,7 @@ def test_a_pin_follows_its_name() -> None:
 
 
 def test_names_of_one_version_share_its_pin() -> None:
+    """A version stays pinned until its last pinned name is unpinned."""
     replica = operated({"a": 1, "b": 1})
     for name in ("a", "b"):
         replica.manager.pin(name)
@@ -77,6 +79,7 @@ def test_names_of_one_version_share_its_pin() -> None:
 
 
 def test_the_successor_of_a_resident_version_is_brought_in() -> None:
+    """A new version of a resident adapter is prefetched, and both digests are reported."""
     replica = operated()
     replica.residency.hold(replica.adapter("one"))
     replica.adapters.apply(generation(2, {"one": 11, "two": 12}))
@@ -196,17 +199,20 @@ async def test_a_replica_that_cannot_catch_up_says_so() -> None:
 
 @pytest.mark.parametrize(("path", "kind", "repo"), cases(__file__, "test_paths_are_repositories"))
 def test_paths_are_repositories(path: str, kind: str, repo: str) -> None:
+    """Every form of `lora_path` is a repository of its source."""
     found = repository_of(path)
     assert (found.source, found.repo) == (kind, repo)
 
 
 @pytest.mark.parametrize("path", ["", ".", "../x", "~/x", "/a/../etc", "ftp://x/y", "a b", "file:///x", "x\0y"])
 def test_what_is_no_path_is_refused(path: str) -> None:
+    """Other forms of `lora_path` are refused by its name."""
     with pytest.raises(faults.RequestInvalid, match="lora_path"):
         repository_of(path)
 
 
 def test_bundles_are_named_by_whole_digests() -> None:
+    """A path of a bundle has a digest of 64 hex digits."""
     assert digest_in(f"bundle:{digest_of(3)}") == digest_of(3)
     assert digest_in("org/name") is None
     for wrong in ("bundle:", "bundle:abc", f"bundle:{digest_of(3)}0", f"bundle:{'G' * 64}"):

@@ -84,6 +84,7 @@ def test_a_place_that_becomes_free_is_given_away() -> None:
 
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "ä"])
 def test_every_name_can_be_read_again(name: str) -> None:
+    """Quotes, backslashes and line ends in a name are escaped in its label."""
     series = model_series.ModelSeries([COUNTED], [])
     series.count(COUNTED.name, name, label=name)
     assert scrape(series).series("loramux_asked_total") == [({"model": name, "outcome": name}, 1)]

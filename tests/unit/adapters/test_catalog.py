@@ -69,6 +69,7 @@ def test_what_an_adapter_is_and_who_may_use_it_is_known_from_its_record() -> Non
 
 
 def test_the_base_can_be_renamed_and_hidden() -> None:
+    """The base has the name of the deployment, or none where it is not served."""
     names = catalog({"a": "one"})
     names.apply(generation(2, {"a": "one", "base": "two"}, served_model_name="other"))
     assert [model.name for model in names] == ["other", "a", "base"]
@@ -91,6 +92,7 @@ def test_nothing_is_served_beside_a_merged_adapter() -> None:
 
 
 def test_a_version_is_found_by_the_first_digits_of_its_digest() -> None:
+    """NAME@DIGEST names one of the latest versions; another is refused with the known ones."""
     names = catalog({"a": "z00", "ab": "else"})
     for number in range(1, EARLIER + 3):
         names.apply(generation(number + 1, {"a": f"z{number:02}"}))
@@ -111,6 +113,7 @@ def test_a_version_is_found_by_the_first_digits_of_its_digest() -> None:
 
 
 def test_digits_of_several_versions_are_refused() -> None:
+    """Digits that several versions begin with are refused, and more digits cure it."""
     names = catalog({"a": "samesame1"})
     names.apply(generation(2, {"a": "samesame2"}))
     with pytest.raises(RequestInvalid, match="Give more digits"):

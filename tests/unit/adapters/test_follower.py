@@ -117,6 +117,7 @@ async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
 
 
 async def test_a_store_that_is_away_is_logged_once_and_when_it_is_back(store):
+    """An outage of the store is logged at its begin and at its end; the generation stays."""
     with capture_logs() as logs:
         async with Replica(store) as replica:
             store.away = True
@@ -222,6 +223,7 @@ async def test_looks_that_requests_ask_for_are_spaced(store, monkeypatch):
 
 
 async def test_a_caller_who_leaves_ends_no_look_of_others(store, held):
+    """A cancelled request does not cancel the look at the store that another request awaits."""
     gone, stays = (asyncio.create_task(held.follower.catch_up(2)) for _ in range(2))
     await asyncio.sleep(0)
     gone.cancel()

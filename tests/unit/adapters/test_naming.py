@@ -60,6 +60,7 @@ async def test_a_deadline_ends_the_wait() -> None:
 
 @pytest.mark.parametrize(("model", "path"), cases(__file__, "test_lora_path_may_say_the_same_again"))
 async def test_lora_path_may_say_the_same_again(model: str, path: str) -> None:
+    """A `lora_path` beside the model's name is accepted where both name one adapter."""
     names, _ = naming()
     assert (await names.choose(Request.of(model, "x", lora_path=path))).model.name == "a"
 

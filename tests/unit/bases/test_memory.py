@@ -18,6 +18,7 @@ CACHE = Cache((KeptTokens(None, 131072),), block_size=16, longest=8192, seqs=64,
 
 
 def test_a_token_reads_all_matrices_but_the_embeddings_and_experts_that_are_not_chosen() -> None:
+    """A token reads neither the embeddings nor the experts that the router does not choose."""
     dense, mixture = (read_fields(HUB_CONFIGS[name]) for name in ("Llama-3.1", "Qwen3-30B-A3B"))
     table = dense.dims.vocab * dense.dims.hidden
     for rounding in (Rounding.NONE, Rounding.INT8, Rounding.INT4):
@@ -27,6 +28,7 @@ def test_a_token_reads_all_matrices_but_the_embeddings_and_experts_that_are_not_
 
 
 def test_the_cache_is_not_larger_than_its_use_or_its_ceiling() -> None:
+    """The cache has at most the blocks that all sequences can fill, and the bytes of its ceiling."""
     assert plan_memory(10**12, NEEDS, CACHE, share=0.9).blocks == (64 * 8192 // 16,)
     plan = plan_memory(10**12, NEEDS, CACHE, share=0.9, ceiling=4 * 10**9)
     assert 4 * 10**9 - 16 * 131072 < plan.kv_bytes <= 4 * 10**9
@@ -74,6 +76,7 @@ def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> Non
 
 
 def test_states_that_do_not_fit_are_refused_with_the_numbers() -> None:
+    """A refusal of recurrent states has their count and their bytes."""
     cache = replace(CACHE, kv_bytes=10**9, state_bytes=50 * 10**6)
     with pytest.raises(ResourcesExhausted, match="64 sequences' states of 50000000 bytes"):
         plan_memory(63 * 10**9, NEEDS, cache, share=0.9)

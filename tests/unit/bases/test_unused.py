@@ -33,6 +33,7 @@ def test_parts_beside_a_base_are_known(architecture: str, model_type: str, names
 
 @pytest.mark.parametrize(("architecture", "model_type", "names"), cases(__file__, "UNKNOWN"))
 def test_others_could_change_answers(architecture: str, model_type: str, names: list[str]) -> None:
+    """A tensor that the model does not use, and is known not to need, is named."""
     if model_type == "bert":
         pytest.importorskip("loramux_encoders")
     assert unknown(names, base(architecture, model_type)) == sorted(names)

@@ -53,6 +53,7 @@ def row(layer: int, rank: int, vectors: int = 0) -> ModuleRow:
     ids=["pairs", "with vectors", "vectors alone"],
 )
 def test_tensors_and_bytes_of_rows(rows: tuple[ModuleRow, ...], tensors: int, bytes_: int) -> None:
+    """A manifest counts the tensors and the bytes of its pairs and its vectors."""
     manifest = Manifest(dtype=Dtype.BFLOAT16, rows=rows, row_width=64, files={}, inputs={})
     assert (manifest.tensors_used, manifest.weights_bytes) == (tensors, bytes_)
 
@@ -75,6 +76,7 @@ def test_each_model_has_a_name_of_its_own(name: str) -> None:
 
 
 def test_an_alias_has_a_model_that_answers() -> None:
+    """An alias whose share goes to models that do not exist is found, in a file and in a generation."""
     assert judged("one") == []
     assert judged("two") == [("runtime.aliases.al", "one: 1, two: 0")]
     assert judged("one", in_file=True) == [("runtime.aliases.al", "two")]
@@ -84,6 +86,7 @@ def test_an_alias_has_a_model_that_answers() -> None:
 
 
 def test_something_is_served() -> None:
+    """A generation that serves neither an adapter nor the base is found."""
     assert judged(serve_base=False, aliases={}) == [("adapters", "none")]
     found = "adapters: one, two; runtime.serve_base: false"
     assert judged("one", "two", serve_base=False, merge_always=True) == [("adapters", found)]
@@ -107,6 +110,7 @@ def digest_of(store):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_or_short_file_is_found(store, name):
+    """A bundle with a file that is absent or cut is corrupt."""
     key = bundle_key(digest_of(store), name)
     data = store.objects.pop(key)
     with pytest.raises(BundleCorrupt, match="found none"):
@@ -181,4 +185,5 @@ def test_a_damaged_generation_is_named_and_replaced(store):
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "x" * 129, "a\n"])
 def test_names_that_are_no_names_have_no_generation(store, name):
+    """A deployment whose name is not valid has no generation, and its name is no key of the store."""
     assert current_generation(store, name) is None

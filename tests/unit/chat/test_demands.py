@@ -112,6 +112,7 @@ def head_of(family: Family) -> str:
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
+    """A turn that a family's template renders is read as its text, calls and reasoning."""
     family = FAMILIES[name]
     assert parsers_of(family.template) == Parsers(family.tool, family.reasoning)
     dialect = Dialect(family.tool, family.reasoning)
@@ -151,6 +152,7 @@ def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
+    """The grammar of an answer with a schema and tools accepts JSON of the schema, or a call."""
     family = FAMILIES[name]
     expected, vocabulary = demand(family)
     turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
@@ -228,6 +230,7 @@ def walk(matcher: LLMatcher, vocabulary: Bytes, draw: random.Random, begin: str)
 
 
 def test_reasoning_may_come_before_what_is_asked_for() -> None:
+    """The grammar of a schema accepts reasoning in front where the prompt leaves it open."""
     expected, vocabulary = demand(FAMILIES["Qwen 3"])
     free = expected.behind_reasoning(SCHEMA, "<|im_start|>assistant\n")
     assert accepts(free, '{"a": 1}', vocabulary)

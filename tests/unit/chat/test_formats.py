@@ -50,6 +50,7 @@ MARKED = cases(__file__, "MARKED")
     .flatmap(lambda text: st.tuples(st.just(text), cuts_of(text))),
 )
 def test_whatever_a_model_writes_is_read_alike(tool, reasoning, drawn: tuple[str, list[int]]) -> None:
+    """Any text of marks is read alike in every division of its letters."""
     text, cuts = drawn
     assert read(_reading(tool, reasoning), text, cuts) == read(_reading(tool, reasoning), text)
 

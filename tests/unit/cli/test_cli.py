@@ -37,6 +37,7 @@ from tests.unit.cli.test_build_view import adapter, state
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
 def test_version(flag: str) -> None:
+    """The version is one line of three numbers."""
     code, text, _ = run(flag)
     assert code == 0
     assert re.fullmatch(r"loramux \d+\.\d+\.\d+\n", text)
@@ -77,6 +78,7 @@ def test_build_tells_results_and_shows_a_table(fakes: Fakes, deployment: Callabl
 
 
 def test_models_are_a_table(fakes: Fakes) -> None:
+    """`models` prints a row for every model with its parent, its parts and its rank."""
     code, text, _ = run("models", "--grpc", fakes.inference_address)
     assert code == 0
     assert [re.split(r"\s{2,}", line)[:4] for line in text.splitlines()[1:]] == [
@@ -99,6 +101,7 @@ def test_a_model_without_text_is_refused_with_what_it_serves() -> None:
 
 
 def test_health(fakes: Fakes) -> None:
+    """`health` prints the status of a service, and exits with 3 where none answers in time."""
     assert run("health", fakes.builder_address) == (0, "SERVING\n", "")
     [document] = documents("health", fakes.builder_address)
     assert (document["status"], document["address"]) == ("SERVING", fakes.builder_address)
@@ -109,6 +112,7 @@ def test_health(fakes: Fakes) -> None:
 
 
 def test_a_missing_extra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command without its packages names one, and the extra that installs it."""
     monkeypatch.setitem(services.NEEDS, "inference", ("numpy", "no_such_package"))
     code, _, errors = run("serve", "--deployment", "m")
     assert code == 2

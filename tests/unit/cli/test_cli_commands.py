@@ -79,6 +79,7 @@ def test_a_flag_that_a_page_shows_is_there(page: Path) -> None:
 
 
 def test_exit_codes_are_documented() -> None:
+    """The page of the command line has every exit status with its meaning."""
     page = (ROOT / "docs" / "reference" / "cli.md").read_text()
     for code, meaning in MEANINGS.items():
         assert f"| {code.value} | {meaning} |" in page
@@ -105,6 +106,7 @@ def test_no_line_is_longer_and_no_word_is_broken(width: int) -> None:
 
 
 def test_columns_that_can_be_spared_go_first() -> None:
+    """A table that is too wide loses its spare columns, the last one first, and reports them."""
     spare = ("first, ms", "modules")
     assert fitting_columns(HEADERS, ROWS, spare, 62) == ([0, 1, 2], [])
     assert fitting_columns(HEADERS, ROWS, spare, 61) == ([0, 1], ["first, ms"])
@@ -124,6 +126,7 @@ def completions(*words: str) -> tuple[list[str], str]:
 
 
 def test_words_complete() -> None:
+    """The shell completes commands and options."""
     assert (completions("dem"), completions("up", "--loc")) == ((["demo"], ""), (["--local-root"], ""))
 
 

@@ -55,6 +55,7 @@ def test_the_command_line_shows_a_key(guarded: tuple[Fakes, dict[str, str]], mon
 
 
 def test_service_flags() -> None:
+    """A service that the command line starts inherits the key file and the permission to be insecure."""
     assert services.access_flags(None, False) == []
     assert services.access_flags(Path("/a/../k"), True) == ["--keys-file", "/k", "--insecure"]
 

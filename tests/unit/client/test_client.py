@@ -46,6 +46,7 @@ def deploy(deployment: Callable[..., str]) -> Callable[..., Deployment]:
 
 
 def test_models_are_records(client: Client) -> None:
+    """A model is a record of typed fields; a time that is not known is None."""
     base, lora1, _ = client.models()
     assert base.is_base
     assert base.max_seq_len == 2048
@@ -108,6 +109,7 @@ def test_an_option_that_does_not_fit_is_refused_with_what_would(name: str) -> No
 
 
 def test_unknown_options_are_a_type_error(client: Client) -> None:
+    """A misspelt option is a TypeError, and nothing is sent."""
     with pytest.raises(TypeError, match="max_token"):
         client.generate("base", "hi", max_token=3)  # type: ignore[call-arg]
 
@@ -153,6 +155,7 @@ async def test_listing_turns_the_pages(client: Client, aio: AsyncClient, fakes: 
     ],
 )
 def test_enums_follow_the_proto(records: Any, numbers: Any, prefix: str) -> None:
+    """The client's enums have the names and the order of the proto's."""
     assert [prefix + member.name for member in records] == numbers.keys()
     assert list(numbers.values()) == list(range(len(records)))
 
@@ -164,6 +167,7 @@ def test_newer_servers_are_understood() -> None:
 
 
 def test_a_stream_without_an_end_is_a_fault() -> None:
+    """A stream that ends without its last message is no answer."""
     with pytest.raises(faults.InternalFault):
         completion_of([Delta("half", (1,))])
 

@@ -73,6 +73,7 @@ def test_every_unserved_key_is_known() -> None:
 
 
 def test_the_wrapper_is_optional(tmp_path: Path) -> None:
+    """A file without `trt_llm` means what it means with it."""
     top, _, inner = HOSTED.partition("trt_llm:\n")
     unwrapped = top.replace("runtime: {predict_concurrency: 256}\n", "") + textwrap.dedent(inner)
     assert _load(tmp_path, unwrapped).deployment == EXPECTED
@@ -115,6 +116,7 @@ def test_two_ranks_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "where", "near"), cases(__file__, "test_a_misspelt_key"))
 def test_a_misspelt_key(tmp_path: Path, text: str, where: str, near: str) -> None:
+    """A finding of a misspelt key has the nearest key."""
     finding = _findings(tmp_path, text)[where]
     assert (finding.code, finding.fix) == ("E_UNKNOWN_FIELD", f"Did you mean {near}?")
 
@@ -161,6 +163,7 @@ def test_a_good_adapter_name(tmp_path: Path, name: str) -> None:
 
 
 def test_a_file_that_is_hidden_gives_a_name(tmp_path: Path) -> None:
+    """A file without `model_name` gives its name, with what a name may not have replaced."""
     path = tmp_path / ".-smol v2.yaml"
     path.write_text(MINIMAL)
     assert load_deployment(path).deployment.model_name == "smol-v2"
@@ -178,6 +181,7 @@ def test_an_adapter_may_have_the_deployments_name(tmp_path: Path) -> None:
     [*cases(__file__, "test_what_is_no_deployment_file"), ("[" * 5000, "is not valid YAML")],
 )
 def test_what_is_no_deployment_file(tmp_path: Path, text: str, expected: str) -> None:
+    """A file that is no YAML, or no deployment, is refused with its place and its cure."""
     assert expected in str(_refusal(tmp_path, text))
 
 

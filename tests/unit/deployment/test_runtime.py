@@ -39,6 +39,7 @@ def test_the_example_of_the_page_means_what_it_says() -> None:
 
 @pytest.mark.parametrize(("runtime", "where", "expected"), cases(__file__, "test_what_is_refused"))
 def test_what_is_refused(runtime: Any, where: str, expected: str) -> None:
+    """A runtime that cannot be served is refused with its field and what is expected."""
     with pytest.raises(DeploymentInvalid) as refused:
         parsed(runtime)
     [finding] = refused.value.findings
@@ -74,6 +75,7 @@ def test_an_alias_comes_once_in_a_message() -> None:
 
 @pytest.mark.parametrize(("scopes", "limits", "expected"), cases(__file__, "test_limits_that_no_key_can_have"))
 def test_limits_that_no_key_can_have(scopes: list[str], limits: dict[str, Any], expected: str) -> None:
+    """A limit of a key that is out of bounds, or without a right to infer, is refused."""
     line = json.dumps({"id": "a", "sha256": "0" * 64, "scopes": scopes, "limits": limits})
     with pytest.raises(SettingsInvalid, match=expected):
         parse_keys(line, "f")
@@ -91,6 +93,7 @@ def test_words_of_sources_far_away(word, kind, repo, revision, subfolder, tmp_pa
 
 @pytest.mark.parametrize("word", ["here", "./here", "local:here", "here/../here", "."])
 def test_a_folder_that_exists_comes_before_the_hub(word: str, tmp_path: Path) -> None:
+    """A word that is a folder is this folder, not a repository of the hub."""
     (tmp_path / "here").mkdir()
     found = parse_repository(word, tmp_path)
     assert found.source is SourceKind.LOCAL
@@ -100,6 +103,7 @@ def test_a_folder_that_exists_comes_before_the_hub(word: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("word", cases(__file__, "WORDS_REFUSED"))
 def test_other_words_are_refused_with_the_grammar(word: str, tmp_path: Path) -> None:
+    """A word that is no repository is refused with the grammar, and secrets in it are not shown."""
     with pytest.raises(DeploymentInvalid) as error:
         parse_repository(word, tmp_path)
     assert "org/name[@revision]" in error.value.findings[0].expected

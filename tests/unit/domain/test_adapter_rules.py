@@ -53,6 +53,7 @@ def test_subfolder_is_suggested():
     ("config", "extra", "words"), cases(__file__, "test_messages_name_field_value_expected_and_cure")
 )
 def test_messages_name_field_value_expected_and_cure(tmp_path, config, extra, words):
+    """A finding has its code, its field, what is expected, what was found and the cure."""
     values = tensors() | {name: np.ones(shape, np.float16) for name, shape in extra.items()}
     (finding,) = check_adapter(write_adapter(tmp_path, values, **config), book()).errors
     stated = (finding.code, finding.where, finding.expected, finding.found, finding.fix)
@@ -76,6 +77,7 @@ def found(name: str, content: Any) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "content"), cases(__file__, "test_what_trainers_write_is_accepted"))
 def test_what_trainers_write_is_accepted(name: str, content: Any) -> None:
+    """The files that trainers write beside the weights have no findings."""
     assert found(name, content) == []
 
 
@@ -88,6 +90,7 @@ def test_what_cannot_be_used_refuses_the_adapter(name: str, content: Any, field:
 
 
 def test_size_is_looked_at_before_anything_is_fetched() -> None:
+    """A text above its bound is found by its size alone."""
     sizes = dict.fromkeys((texts.TEMPLATE, texts.GENERATION, texts.TOKENIZER, "other.bin"), 1 << 30) | {
         texts.GENERATION: 10
     }

@@ -56,4 +56,5 @@ def test_a_file_is_named_where_no_front_matter_says_more(tmp_path):
     ("adapter", "base", "warned"), cases(__file__, "test_licences_that_differ_or_are_not_known_are_a_warning")
 )
 def test_licences_that_differ_or_are_not_known_are_a_warning(adapter, base, warned):
+    """Two licences are compared without case; texts that name no licence are a warning."""
     assert (licence_warning(adapter, base) is not None) == warned

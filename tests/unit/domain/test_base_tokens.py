@@ -74,6 +74,7 @@ def compare(tmp_path) -> Callable[[Callable[[PreTrainedTokenizerFast], object], 
     ],
 )
 def test_copies_of_the_base_s_tokenizer_pass(compare, kind, change):
+    """A tokenizer with other templates, padding or truncation has the base's tokens."""
     assert compare(change, kind) == ComparedTokens()
 
 
@@ -112,6 +113,7 @@ def test_tokens_that_cannot_be_added_so_are_refused(tmp_path, added, named):
 
 
 def test_another_meaning_of_an_id_is_refused(tmp_path):
+    """A token whose id is another token's in the base is refused with both."""
     base, adapter = folders(tmp_path)
     output = (base / "tokenizer.json").read_text().replace("</s>", "<|im_end|>")
     (adapter / "tokenizer.json").write_text(output)

@@ -68,6 +68,7 @@ def test_watching_operations_imports_no_compiler(mode: Any) -> None:
 
 
 def test_tensors_that_do_not_outlive_the_recording_are_refused() -> None:
+    """A recording that reads a tensor of a passing life is refused with its shape."""
     passing, out = iter([torch.ones(3), torch.ones(3), torch.ones(3)]), torch.zeros(3)
 
     def work() -> None:
@@ -106,6 +107,7 @@ class Kernel:
 
 
 def test_a_trace_launches_by_position_and_holds_no_tensor_of_its_work() -> None:
+    """A trace replays its launches with positional arguments, and keeps no tensor alive."""
     x, total, kernel = torch.ones(3), torch.zeros(3), Kernel()
 
     def work() -> None:
@@ -222,6 +224,7 @@ def test_a_stream_beside_waits_and_is_waited_for(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_trace_waits_for_exchanges_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay waits for the exchanges that its recording waited for."""
     waited: list[int] = []
     x = torch.ones(3)
 

@@ -106,4 +106,5 @@ def test_a_queue_costs_a_step_next_to_nothing(kind: host.Kind, context: int) -> 
 
 @pytest.mark.sweep
 def test_the_bars_of_host_time_are_met() -> None:
+    """The benchmark of the host's time finds all of its bars met."""
     assert host.main([]) == 0

@@ -255,6 +255,7 @@ def test_who_is_copied_at_once_misses_no_step() -> None:
 
 
 def test_a_pinned_adapter_stays_and_comes_back_by_itself() -> None:
+    """A pinned adapter is not evicted; one that is unpinned is."""
     world = World(2, [1, 1, 1])
     world.residency.pin(world.adapters[0])
     world.settle()
@@ -266,6 +267,7 @@ def test_a_pinned_adapter_stays_and_comes_back_by_itself() -> None:
 
 
 def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
+    """An adapter that never fits, or not beside the pinned ones, is refused with that reason."""
     world = World(4, [3, 2, 5])
     world.residency.pin(world.adapters[0])
     world.settle()
@@ -277,6 +279,7 @@ def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
 
 
 def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
+    """Prefetching in the background loads one adapter at a time, evicts none, and ends."""
     world = World(3, [1] * 8)
     world.residency.prefetch_later(world.adapters)
     world.step()
@@ -297,6 +300,7 @@ def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
 
 @pytest.mark.parametrize("what", ["copy", "enter"])
 def test_a_bank_that_refuses_an_adapter_fails_that_one_alone(what: str) -> None:
+    """A failed copy or entry ends the requests of its adapter, and frees its memory."""
     world = World(4, [1, 1])
     world.bank.refuses = {(what, world.adapters[0].digest)}
     bad, good = world.ask(0), world.ask(1)
@@ -332,6 +336,7 @@ def test_a_failed_load_ends_those_who_wait_and_nobody_else() -> None:
 
 
 def test_a_pinned_adapter_that_failed_is_tried_again_when_nobody_asks() -> None:
+    """A pinned adapter that failed is loaded again after pauses that double up to a bound."""
     world = World(4, [1])
     world.loader.broken = {world.adapters[0].digest}
     world.residency.pin(world.adapters[0])
@@ -398,6 +403,7 @@ def test_mixtures_that_want_the_same_places_take_turns() -> None:
 
 
 def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() -> None:
+    """A blend that exceeds the bank is refused with its bytes; others answer."""
     world = World(3, [2, 2, 1])
     big, one, other = world.ask(0, 1), world.ask(0), world.ask(2, 0)
     world.settle()
@@ -467,6 +473,7 @@ def test_a_failed_step_holds_no_adapter() -> None:
 
 
 def test_users_far_ahead_do_not_take_a_place_in_turns_that_another_waits_for() -> None:
+    """A queue that had much service passes its place in the bank to one that waits."""
     world = World(1, [1, 1], seqs=2)
     for user in "abcdef":
         world.ask(0, new=300, flow=user)
@@ -502,6 +509,7 @@ def test_slots_are_as_many_as_there_are() -> None:
 
 
 def test_an_adapter_that_is_waited_for_is_not_dropped() -> None:
+    """A version that a waiting request needs stays when its name goes."""
     world = World(4, [1], seqs=1)
     world.answer(0)
     world.ask(new=50)

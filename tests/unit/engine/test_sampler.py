@@ -33,6 +33,7 @@ DRAWS = ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 5, "top_p":
 @pytest.mark.parametrize("draw", DRAWS, ids=str)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_processed_are_those_of_the_distribution(draw: dict[str, float], temperature: float) -> None:
+    """The logits behind processed log probabilities are those that tokens are drawn from."""
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
     params = SamplingParams(temperature=temperature, **draw)  # type: ignore[arg-type]
     mass = distribution(logits[0], RowParams(temperature, **draw))  # type: ignore[arg-type]
@@ -83,6 +84,7 @@ def logits(seed: int, rows: int = 1) -> torch.Tensor:
 @settings(max_examples=examples(25))
 @given(st.floats(0.1, 10), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), st.integers(0, 99))
 def test_the_repetition_penalty_is_that_of_transformers(penalty: float, tokens: list[int], seed: int) -> None:
+    """The repetition penalty changes logits as transformers does."""
     model = logits(seed)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), model.clone())
     found = shape(model[0], seq(tokens[:1], tokens[1:], repetition_penalty=penalty))
@@ -121,6 +123,7 @@ def test_bad_words_are_vllms(words: list[list[int]], answer: list[int]) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["bias", "nothing allowed", "infinite"])
 def test_hopeless_logits_still_give_a_token(kind: str, temperature: float) -> None:
+    """A row without any likely token still gives one of the vocabulary."""
     model = torch.full((1, VOCAB), -torch.inf) if kind == "infinite" else logits(5)
     bias = dict.fromkeys(range(VOCAB), -100.0) if kind == "bias" else {}
     grammar = only() if kind == "nothing allowed" else None

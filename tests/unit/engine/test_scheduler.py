@@ -106,6 +106,7 @@ def test_decodes_come_before_a_long_prompt_and_share_its_step(rows: int) -> None
 
 
 def test_a_higher_priority_is_admitted_first() -> None:
+    """A sequence of a higher priority is admitted before earlier ones."""
     engine, runner, _ = _engine(max_seqs=1)
     seqs = [_seq(2, 1), _seq(2, 1), _seq(2, 1, priority=5)]
     _add(engine, *seqs)
@@ -177,6 +178,7 @@ def test_flows_are_served_by_their_weights() -> None:
 
 
 def test_a_model_that_asks_once_does_not_wait_for_endless_streams() -> None:
+    """A first request of a queue has its first token within two steps, beside forty long streams."""
     engine, _, _ = _engine(max_seqs=32, max_tokens=64, blocks=2000)
     _add(engine, *(_seq(2, 2000, flow="endless") for _ in range(40)))
     _run(engine, 50)
@@ -224,6 +226,7 @@ def test_a_queue_runs_at_most_its_share() -> None:
 
 
 def test_the_newest_share_of_a_queue_counts() -> None:
+    """The share of a queue's newest sequence bounds all of them."""
     engine, runner, _ = _engine()
     _add(engine, *(_seq(2, 5, share=Share(max_running=most)) for most in (1, 1, 3)))
     engine.step()
@@ -287,6 +290,7 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
 
 
 def test_a_blend_keeps_free_places_from_those_behind_it() -> None:
+    """A blend that waits for places is not overtaken by a sequence behind it."""
     engine, _, _ = _engine()
     engine.add(_seq(2, 50, 1))
     engine.step()

@@ -204,6 +204,7 @@ def test_who_leaves_or_is_late_meanwhile_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("pooling", [Pooling.LAST, Pooling.MEAN])
 def test_vectors_are_computed_again(pooling: Pooling) -> None:
+    """A sequence whose vector fails ends alone; the others have their vectors."""
     world = World(Machine(0, lambda ids: "bad" in ids, late=True))
     for name in ("a", "bad", "b"):
         world.ask(name, [5, 6, 7], 0, pooling=pooling)

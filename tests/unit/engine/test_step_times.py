@@ -195,6 +195,7 @@ def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
 
 
 def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
+    """A prompt advances even where one row takes longer than its budget."""
     engine = _streaming(Machine(row_s=0.5))
     [long] = _add(engine, _seq(300))
     _run(engine, 50)

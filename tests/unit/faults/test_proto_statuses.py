@@ -100,6 +100,7 @@ def test_what_lies_before_every_rpc_is_reported_for_all() -> None:
 
 
 def test_a_check_says_what_sources_raise() -> None:
+    """The proto's CheckAdapter lists every reason that a source raises."""
     assert reasons_in(Source.__doc__ or "") <= told_of("CheckAdapter")
 
 
@@ -148,6 +149,7 @@ def test_every_code_that_is_used_has_a_page_entry_and_the_reverse():
 
 
 def test_every_reason_has_a_cure_and_the_reverse():
+    """Cures and reasons of failures are the same set."""
     assert set(CURES) == set(FAULTS)
 
 
@@ -159,4 +161,5 @@ def test_who_died_in_the_middle_is_not_asked_for_tls() -> None:
 
 
 def test_every_failure_can_be_named_by_a_client() -> None:
+    """Every failure is a public class of the module of faults."""
     assert [each.__name__ for each in FAULTS.values() if not hasattr(faults, each.__name__)] == []

@@ -54,6 +54,7 @@ def _refused(**fields: Any) -> Fault:
     cases(__file__, "test_what_is_not_taken_is_named")
 )  # fmt: skip
 def test_what_is_not_taken_is_named(fields: dict[str, Any], where: str) -> None:
+    """A field that is not accepted is an invalid request with its name."""
     fault = _refused(**fields)
     assert [finding.where for finding in fault.findings] == [where]
     error = message_fault(fault, "r1")
@@ -62,6 +63,7 @@ def test_what_is_not_taken_is_named(fields: dict[str, Any], where: str) -> None:
 
 
 def test_what_a_chat_refuses_is_named_in_this_apis_words() -> None:
+    """A place in the chat is reported as the place in the body that it was read from."""
     chat = _chat(system="Be brief.", tools=[TOOL] * 4, messages=[USER, *CLAUDE_CODE["messages"][1:]])
     reported = cases(__file__, "test_what_a_chat_refuses_is_named_in_this_apis_words")
     assert [chat.place(where) for where in reported] == list(reported.values())
@@ -85,6 +87,7 @@ def test_a_body_of_claude_code() -> None:
 
 
 def test_turns_of_one_role_are_one() -> None:
+    """Messages of one role in a row are one turn; results of tools are turns of their own."""
     stated = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}, USER, USER]
     turns = _chat(messages=[USER, USER, *stated]).turns
     assert [turn.role for turn in turns] == ["user", "assistant", "tool", "user"]
@@ -99,6 +102,7 @@ def test_turns_of_one_role_are_one() -> None:
     ],
 )
 def test_tool_choices(choice: Any, chosen: Any, parallel: bool) -> None:
+    """A choice of tools is the chat's choice, and says whether calls may be parallel."""
     chat = _chat(tools=[TOOL], tool_choice=choice)
     assert (chat.choice, chat.parallel) == (chosen, parallel)
 
@@ -119,6 +123,7 @@ def test_a_schema_constrains_the_answer(where: str) -> None:
 
 
 def test_null_is_not_set() -> None:
+    """A field that is null has its default."""
     names = set(MessagesBody.model_fields) - set(BODY)
     query = _chat(**dict.fromkeys(names)).rest
     assert query.sampling.temperature is None
@@ -127,6 +132,7 @@ def test_null_is_not_set() -> None:
 
 @pytest.mark.parametrize("kind", [MessagesBody, CountBody])
 def test_every_parameter_is_documented(kind: Any) -> None:
+    """The page of the API has every field of its bodies."""
     page = (ROOT / "docs/reference/anthropic.md").read_text()
     assert [name for name in kind.model_fields if f"`{name}" not in page] == []
 
@@ -154,4 +160,5 @@ def test_blocks_are_of_one_kind_each() -> None:
 
 @pytest.mark.parametrize(("arguments", "found"), cases(__file__, "test_inputs_are_objects"))
 def test_inputs_are_objects(arguments: str, found: dict[str, Any]) -> None:
+    """Arguments that are no JSON object become an input that is one."""
     assert input_of(arguments) == found

@@ -33,6 +33,7 @@ def named(fields: dict[str, Any]) -> list[str]:
 
 
 def test_a_length_below_nothing_is_one_fault() -> None:
+    """A wrong length has one finding, with its own name."""
     assert named({"max_tokens": -1}) == ["max_tokens"]
     assert named({"max_tokens": 2, "min_tokens": 3}) == ["min_tokens"]
 
@@ -41,6 +42,7 @@ def test_a_length_below_nothing_is_one_fault() -> None:
     ("name", "low", "high", "step"), cases(__file__, "test_a_number_is_taken_up_to_its_bounds")
 )
 def test_a_number_is_taken_up_to_its_bounds(name: str, low: float, high: float, step: float) -> None:
+    """A number at a bound is accepted; a step beyond it, and NaN, are refused by name."""
     assert named({name: low}) == named({name: high}) == []
     beyond = [low - step, *([high + step] if high < 2**70 else []), *([math.nan] * (step < 1))]
     assert [named({name: number}) for number in beyond] == [[name]] * len(beyond)
@@ -69,6 +71,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ("fields", "where"), [*REFUSED, *cases(__file__, "test_what_is_out_of_bounds_is_named")]
 )
 def test_what_is_out_of_bounds_is_named(fields: dict[str, Any], where: list[str]) -> None:
+    """Every field that is out of bounds is named."""
     assert named(fields) == where
 
 

@@ -30,6 +30,7 @@ def _error(kind: type[Body], text: str) -> dict[str, Any]:
     cases(__file__, "test_what_is_not_taken_is_named")
 )  # fmt: skip
 def test_what_is_not_taken_is_named(fields: dict[str, Any], param: str, code: str) -> None:
+    """A field that is not accepted is an invalid request with its name and a code."""
     error = _error(ChatBody, json.dumps(CHAT | fields))
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert param in error["message"]
@@ -47,6 +48,7 @@ def test_a_body_is_refused_with_its_parameter(body: str, param: str | None, foun
 
 
 def test_what_changes_nothing_is_accepted() -> None:
+    """Fields of OpenAI's API that do not change an answer are accepted."""
     fields = {
         "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "modalities": ["text"],
     }  # fmt: skip
@@ -81,6 +83,7 @@ def test_messages_become_what_templates_know() -> None:
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_what_was_thought_comes_back_by_both_names(name: str) -> None:
+    """Reasoning of an earlier turn is read by either name, and templates have it by both."""
     sent = [{"role": "assistant", name: "Hm."}]
     body = ChatBody.model_validate_json(json.dumps(CHAT | {"messages": sent}))
     [turn] = (turn.message() for turn in turns_of(body.messages))
@@ -89,6 +92,7 @@ def test_what_was_thought_comes_back_by_both_names(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [ChatBody, CompletionBody])
 def test_every_parameter_is_documented(kind: type[Body]) -> None:
+    """The page of the API has every field of its bodies."""
     page = (ROOT / "docs/reference/openai.md").read_text()
     missing = [name for name in kind.model_fields if not re.search(rf"`{name}\b", page)]
     assert not missing

@@ -78,6 +78,7 @@ def test_lengths() -> None:
 
 @pytest.mark.parametrize(("fields", "param"), cases(__file__, "test_contradictions_are_refused"))
 def test_contradictions_are_refused(fields: dict[str, Any], param: str) -> None:
+    """Fields that contradict each other are refused with the one to change."""
     with pytest.raises(RequestInvalid) as caught:
         _chat(**fields)
     assert [finding.where for finding in caught.value.findings] == [param]
@@ -184,6 +185,7 @@ async def test_marks_that_are_special_tokens_are_asked_for(tmp_path: Path) -> No
 
 
 async def test_one_call_is_one_call(tmp_path: Path) -> None:
+    """Without parallel calls an answer ends behind its first call."""
     service = Speaks(tmp_path, "Qwen 2.5", CALL * 2)
     assert len(await ask(service, tools=[FIND])) == 2
     assert len(await ask(service, tools=[FIND], parallel_tool_calls=False, stop="x")) == 1
@@ -228,6 +230,7 @@ async def test_half_a_demanded_call_is_not_sent(tmp_path: Path) -> None:
 
 
 async def test_a_deployment_says_which_parsers(tmp_path: Path) -> None:
+    """The deployment's parsers come before those of the template."""
     service = Speaks(tmp_path, "Qwen 3", "<think>Hm.</think>" + CALL)
     assert await ask(service, tools=[FIND]) == [["thought", "Hm."], ["call", "find", "{}"]]
     change_deployed(service.catalog, tool_parser=ToolParser.NONE, reasoning_parser=ReasoningParser.NONE)

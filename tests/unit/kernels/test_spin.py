@@ -64,11 +64,13 @@ def test_between_the_two_thresholds_everything_stays(machine: Machine) -> None:
 
 
 def test_an_idle_engine_learns_nothing(machine: Machine) -> None:
+    """A time in which the threads hardly ran does not change how they wait."""
     machine.passes(ran=1.0, waited=0.0)
     assert not machine.passes(ran=0.01, waited=1.0)
 
 
 def test_threads_sleep_where_the_kernel_does_not_count(machine: Machine) -> None:
+    """Threads sleep where the kernel reports no waiting times."""
     for file in machine.tasks.glob("*/schedstat"):
         file.unlink()
     machine._write = lambda: None  # type: ignore[method-assign]
@@ -77,6 +79,7 @@ def test_threads_sleep_where_the_kernel_does_not_count(machine: Machine) -> None
 
 @pytest.mark.parametrize(("spin", "asleep"), [("always", False), ("never", True)])
 def test_a_setting_decides_once(tmp_path: Path, spin: Spin, asleep: bool) -> None:
+    """A setting of always or never is not changed by what is measured."""
     machine = Machine(tmp_path, spin)
     assert [machine.passes(ran=0.5, waited=waited) for waited in (0.9, 0.9, 0.0)] == [asleep] * 3
 

@@ -45,6 +45,7 @@ def test_a_table_says_whether_a_contender_is_fast_enough(
 
 
 async def test_both_apis_answer_clients_that_parse_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The benchmark's raw clients get every token of forty streams over gRPC and over HTTP."""
     interval_s, device = sys.getswitchinterval(), Instant(0.001)
     serving = asyncio.create_task(serve(device))
     try:

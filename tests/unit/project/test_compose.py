@@ -67,6 +67,7 @@ def settings_in(environment: dict[str, str], service: str) -> Any:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_services_start_with_these_settings(service):
+    """The environment of a service is a valid configuration of it."""
     settings_in(_environment(service), service)
 
 
@@ -80,6 +81,7 @@ def test_both_services_use_one_store() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_ports_agree(service: str) -> None:
+    """The port of a service is that of its health check, its image and its clients."""
     host, port = _environment(service)["LORAMUX_GRPC"].split(":")
     assert host == "0.0.0.0"  # noqa: S104 - inside a container
     assert RAW[service]["healthcheck"]["test"][-1] == f"127.0.0.1:{port}"
@@ -88,6 +90,7 @@ def test_ports_agree(service: str) -> None:
 
 
 def test_the_openai_api_is_reached() -> None:
+    """The port of the OpenAI API is exposed and published on this machine."""
     port = _environment("inference")["LORAMUX_HTTP"].removeprefix("0.0.0.0:")
     assert f"EXPOSE {port}\n" in _dockerfile("inference")
     assert f"127.0.0.1:{port}:{port}" in RAW["inference"]["ports"]
@@ -101,6 +104,7 @@ def test_published_ports_are_local() -> None:
 
 
 def test_images_are_pinned() -> None:
+    """Every image has a version; ours has that of the project."""
     images = {service: RAW[service]["image"] for service in RAW}
     for service, image in images.items():
         name, _, tag = image.rpartition(":")
@@ -119,12 +123,14 @@ def test_the_images_python_is_supported() -> None:
 
 
 def test_long_running_services_have_health_checks() -> None:
+    """The services that stay have a health check, and one-shot services have none."""
     assert {service for service in RAW if not _one_shot(service)} == {
         service for service in RAW if "healthcheck" in RAW[service]
     }
 
 
 def test_waiting_can_end() -> None:
+    """A service waits for the end of a one-shot service, or for the health of one that stays."""
     conditions = [
         (other, wait["condition"])
         for service in RAW.values()
@@ -136,6 +142,7 @@ def test_waiting_can_end() -> None:
 
 
 def test_inference_waits_for_everything() -> None:
+    """Inference starts behind the build, which starts behind the builder and its bucket."""
     chain, service = [], "inference"
     while "depends_on" in RAW[service]:
         [service] = RAW[service]["depends_on"]
@@ -145,6 +152,7 @@ def test_inference_waits_for_everything() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_stopping_leaves_time_to_drain(service: str) -> None:
+    """The grace period of a service is longer than its time to drain."""
     grace_s = int(RAW[service]["stop_grace_period"].removesuffix("s"))
     assert grace_s > SERVICES[service].model_fields["drain_timeout_s"].default
 
@@ -167,6 +175,7 @@ def test_credentials_come_from_the_environment() -> None:
 
 
 def test_every_variable_is_documented() -> None:
+    """The example of an environment has every variable of the compose file, and no other."""
     assert {match[1] for match in _VARIABLE.finditer(COMPOSE_TEXT)} == set(_env_example())
 
 
@@ -182,6 +191,7 @@ def test_volumes_can_be_written(service: str) -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_images_run_modules_that_exist(service: str) -> None:
+    """The command of an image is a module of this repository."""
     [command] = re.findall(r"^CMD \[(.*)\]$", _dockerfile(service), re.M)
     python, flag, module = [part.strip(' "') for part in command.split(",")]
     assert (python, flag) == ("python", "-m")
@@ -189,6 +199,7 @@ def test_images_run_modules_that_exist(service: str) -> None:
 
 
 def test_commands_exist() -> None:
+    """The commands of the compose file are scripts of the project, with options that they have."""
     commands = [RAW["build"]["command"], *(RAW[name]["healthcheck"]["test"][1:] for name in SERVICES)]
     assert {command[0] for command in commands} <= set(PROJECT["scripts"])
     for _, name, *arguments in commands:

@@ -28,6 +28,7 @@ def _family(name: str) -> str:
 
 
 def test_every_query_asks_for_what_is_exported() -> None:
+    """The metrics and labels of every query exist."""
     for query in (*QUERIES, *VARIABLES):
         names = re.findall(r"\b(?:loramux|process|vllm)[a-z_:]+", query)
         assert names, query
@@ -38,6 +39,7 @@ def test_every_query_asks_for_what_is_exported() -> None:
 
 
 def test_everything_that_is_exported_for_people_is_shown() -> None:
+    """Every family of metrics has a place in the dashboard."""
     printed = set(re.findall(r"loramux_[a-z_]+", " ".join((*QUERIES, *VARIABLES))))
     families = {_family(name) for name in EXPORTED if name.startswith("loramux_")}
     assert {_family(name) for name in printed} == families

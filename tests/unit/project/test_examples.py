@@ -74,6 +74,7 @@ def test_base_is_complete_only_with_every_file(tmp_path: Path, prepare_base: Mod
 
 
 def test_base_is_not_written_over_other_files(tmp_path: Path, prepare_base: ModuleType) -> None:
+    """A folder with other files is refused, and they stay."""
     (tmp_path / "thesis.txt").write_text("the only copy")
     with pytest.raises(prepare_base.BaseUnavailable, match=r"thesis\.txt"):
         prepare_base.refuse_other_files(tmp_path)

@@ -19,6 +19,7 @@ from tests.support.root import PAGES, ROOT
 
 
 def test_the_api_page_has_every_rpc_field_and_value() -> None:
+    """The page of the API has every method, message, field and value of the protos."""
     page = api_doc.page()
     for module in (builder_pb2, inference_pb2, adapters_pb2):
         methods = [each for service in module.DESCRIPTOR.services_by_name.values() for each in service.methods]
@@ -36,6 +37,7 @@ def test_the_api_page_has_every_rpc_field_and_value() -> None:
 
 
 def test_every_key_of_a_file_is_explained() -> None:
+    """The page of deployment files explains every key."""
     page = deployment_doc.page()
     definitions = Deployment.model_json_schema()["$defs"]
     for name in ("Build", "Repository", "LoraConfiguration", "Runtime"):
@@ -117,6 +119,7 @@ def _anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", [*PAGES, *DECISIONS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_link_points_into_is_there(page: Path) -> None:
+    """The anchor of every link between pages exists."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     links = re.findall(r"\]\((?!\w+:)([^)#\s]*)#([^)\s]+)\)", text)
     pages = [(page.parent / path if path else page, anchor) for path, anchor in links]
@@ -124,6 +127,7 @@ def test_what_a_link_points_into_is_there(page: Path) -> None:
 
 
 def test_every_page_is_two_clicks_from_the_index() -> None:
+    """Every page is linked from the index, or from a page that is."""
     seen = {ROOT / "docs/index.md"}
     for _ in range(2):
         for page in list(seen):
@@ -152,6 +156,7 @@ CLAIMS = cases(__file__, "CLAIMS")
     ("page", "claim"), [(page, claim) for page, claims in CLAIMS.items() for claim in claims]
 )
 def test_a_figure_is_that_of_the_code(page: str, claim: str) -> None:
+    """A page says the numbers that the code has."""
     text = " ".join((ROOT / page).read_text().split())
     assert claim in text, f"{page} says otherwise than: {claim}"
 

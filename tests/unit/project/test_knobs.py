@@ -36,12 +36,14 @@ UNBOUNDED, HTTP_ONLY, TRANSLATED = (
 
 
 def test_every_field_of_a_request_has_a_bound_or_is_known_to_need_none() -> None:
+    """Every field of a request is in one of two lists: bounded, or without need of a bound."""
     assert BOUNDED | UNBOUNDED == REQUIRED
     assert not BOUNDED & UNBOUNDED
     assert {field.name for field in fields(SamplingParams)} <= REQUIRED
 
 
 def test_every_knob_is_in_every_api() -> None:
+    """Every field of sampling is a field of gRPC's and of OpenAI's requests."""
     knobs = KNOBS.keys() - {"usual_temperature", "bad_words_token_ids"}
     assert knobs <= set(pb.SamplingParams.DESCRIPTOR.fields_by_name)
     assert all(knobs <= body.model_fields.keys() for body in (ChatBody, CompletionBody))
@@ -56,6 +58,7 @@ def test_the_table_is_finite_where_a_number_is_no_length() -> None:
 
 @pytest.mark.parametrize("body", [ChatBody, CompletionBody, ResponsesBody])
 def test_http_fields_pass_by_name(body: type[Body]) -> None:
+    """A field of an HTTP body that is not HTTP's own is a field of a request."""
     refused = {name for name, field in body.model_fields.items() if field.annotation is type(None)}
     assert body.model_fields.keys() - refused - HTTP_ONLY <= REQUIRED
 
@@ -94,6 +97,7 @@ def _set(message: Any, field: Any) -> None:
 
 @pytest.mark.parametrize("part", ["", "sampling", "messages"])
 def test_every_field_of_a_grpc_request_has_the_name_and_the_value_of_the_requests(part: str) -> None:
+    """A field of a gRPC request changes the request's field of the same name."""
     plain = _grpc_request(pb.GenerateRequest(model="m", text="x"))
     for field in (getattr(pb.GenerateRequest(), part) if part else pb.GenerateRequest()).DESCRIPTOR.fields:
         if field.name in TRANSLATED | {"model"}:
@@ -106,6 +110,7 @@ def test_every_field_of_a_grpc_request_has_the_name_and_the_value_of_the_request
 
 
 def test_the_clients_options_are_the_fields_of_a_grpc_request() -> None:
+    """The client has an option for every field of a gRPC request."""
     messages = (pb.GenerateRequest, pb.Messages, pb.SamplingParams)
     names = {field.name for message in messages for field in message.DESCRIPTOR.fields}
     options = names - TRANSLATED - {"model"} | set(pb.Constraint.DESCRIPTOR.fields_by_name)
@@ -132,6 +137,7 @@ def _section(name: str) -> str:
 
 
 def test_the_page_has_the_bound_of_the_temperature() -> None:
+    """The chat page offers temperatures up to the bound."""
     page = (ROOT / "inference_service/http/page/index.html").read_text()
     [field] = re.findall(r'<input id="temperature"[^>]*>', page)
     assert 'min="0"' in field

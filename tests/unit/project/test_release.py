@@ -18,6 +18,7 @@ def jobs() -> dict[str, Any]:
 
 
 def test_both_images_are_built() -> None:
+    """The release builds the image of every Dockerfile."""
     services = jobs()["images"]["strategy"]["matrix"]["service"]
     assert {path.name for path in (ROOT / "deploy").glob("*.Dockerfile")} == {
         f"{name}.Dockerfile" for name in services
@@ -25,6 +26,7 @@ def test_both_images_are_built() -> None:
 
 
 def test_only_a_tag_publishes() -> None:
+    """Every step that publishes runs for a tag alone."""
     steps = [(job, step) for job in jobs().values() for step in job["steps"]]
     publishing = [
         (job, step)

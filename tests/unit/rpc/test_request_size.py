@@ -96,6 +96,7 @@ def test_half_a_character_is_no_prompt() -> None:
     "data", [b"\x0a", b"\xff" * 50, b"\x22\xff\xff\x03\x0a", b"\x0b" * 9, b"\x22\x04\x0a\x02\x0a\xff"]
 )
 def test_broken_messages_are_counted_too(data: bytes) -> None:
+    """A message that cannot be parsed is counted without an error."""
     assert not more_fields(data, pb.GenerateRequest.DESCRIPTOR, MAX_FIELDS)
 
 

@@ -24,6 +24,7 @@ def _stream(name: int) -> Outputs:
 
 
 async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
+    """Outputs of a waiting stream are delivered together; first and last tokens come first."""
     delivery, stream = Delivery(), _stream(0)
     delivery.add(stream, urgent=False)
     stream.put("0", [StepOutput("0", Token(8), None)])
@@ -106,12 +107,14 @@ def _reported(events: Seq[Event]) -> tuple[str, list[int], EndReason | None]:
 )
 @pytest.mark.parametrize("together", [1, 2, 4])
 def test_how_many_tokens_come_together_changes_nothing(stops, keep, expected, together) -> None:
+    """The text, the tokens and the end of an answer do not depend on how outputs are divided."""
     answer, outputs = _answer(stops, keep=keep), _outputs([0, 1, 2, END], EndReason.STOP)
     batches = [outputs[start : start + together] for start in range(0, len(outputs), together)]
     assert _reported([event for each in batches for event in answer.advance(each)]) == expected
 
 
 def test_a_stop_text_ends_an_answer_before_the_failure_behind_it() -> None:
+    """A failure behind a stop text does not fail the answer."""
     outputs = [*_outputs([0, 1]), StepOutput("0", None, EndReason.FAILED)]
     assert _reported(_answer(["b"]).advance(outputs)) == ("a", [0, 1], EndReason.STOP)
     with pytest.raises(InternalFault):

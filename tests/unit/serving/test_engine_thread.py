@@ -114,6 +114,7 @@ def test_a_watchdog_bounds_each_step_by_itself() -> None:
 
 
 async def test_a_mistake_outside_a_step_ends_every_request_too(threads: Threads) -> None:
+    """An error of the engine outside a step fails every request and ends the thread."""
     thread = threads.start(Device())
     priority: Any = None  # no API lets it through: the queue cannot be sorted
     broken = Sequence("broken", [5], SamplingParams(max_tokens=1), priority=priority)
@@ -241,6 +242,7 @@ async def test_what_is_kept_stands_still_and_goes_on(threads: Threads, depth: in
 
 
 async def test_what_is_under_way_is_ended_on_request(threads: Threads) -> None:
+    """A pause that aborts ends running requests; later ones wait for the resumption."""
     device, thread, task, pause = await _pausing(threads, PauseMode.ABORT)
     device.go.set()
     await pause
@@ -298,6 +300,7 @@ async def test_deadlines_pass_while_nothing_moves(threads: Threads, mode: PauseM
 
 
 async def test_a_stop_ends_a_pause(threads: Threads) -> None:
+    """A stop during a pause ends the pause and its requests."""
     device, thread, task, pause = await _pausing(threads, PauseMode.WAIT)
     stopped = asyncio.create_task(thread.stop())
     await asyncio.sleep(0)

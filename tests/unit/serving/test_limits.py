@@ -54,6 +54,7 @@ def sequence(prompt: int = 1, *, began: bool = False) -> Sequence:
 
 
 def test_a_mixture_counts_for_each_of_its_adapters() -> None:
+    """A blend is charged to each of its adapters, and has the tightest of their limits."""
     limits = {"a": {"tokens_per_minute": 10, "weight": 4}, "b": {"max_running": 2, "weight": 2}}
     world, mixed = World(models=limits), ServedModel("b*0.5+a", parts=(B, A))
     ticket = world.enter(mixed)
@@ -122,6 +123,7 @@ def test_the_engine_gets_what_a_request_asks() -> None:
 
 
 def test_meters_of_what_is_idle_are_forgotten() -> None:
+    """The count of meters stays bounded, and a limit in use is not forgotten."""
     world = World(default={"tokens_per_minute": 600, "max_waiting": 1})
     world.enter(A)
     for number in range(20 * FEW_METERS):

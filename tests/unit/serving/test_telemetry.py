@@ -66,6 +66,7 @@ def test_whatever_ends_a_request_is_its_outcome(raised: BaseException, outcome: 
 
 @pytest.mark.parametrize(("finished", "outcome"), [((0, 1), "OK"), ((0,), "CANCELLED")])
 def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...], outcome: str) -> None:
+    """A request that is closed behind its last answer is OK; before it, cancelled."""
     ear = Ear()
     following_one = following(Request.of("m", "x", n=2), [ear])
     follower = following_one.__enter__()
@@ -77,6 +78,7 @@ def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...
 
 
 def test_the_time_per_token_of_one_token_is_unknown() -> None:
+    """The time per token is measured from the second token on."""
     with following(Request.of("m", "x"), []) as follower:
         submit(follower, answers=2)
         follower.see(AnswerDelta("a", (Token(5),), 0))
@@ -96,6 +98,7 @@ def lora_info(sequences: SequenceCounts, *models: ServedModel) -> tuple[str, str
 
 
 def test_a_merged_adapter_has_its_name() -> None:
+    """A merged adapter has its name in the metrics."""
     merged = ServedModel("only", digest="ab" * 32)
     assert lora_info(SequenceCounts({"only": 2}, {}), merged) == ("only", "")
     metrics = Scrape(replica(SequenceCounts({"only": 2}, {}), (merged,)).render().decode())

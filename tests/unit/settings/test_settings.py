@@ -25,6 +25,7 @@ def _refusal(cls: type[Settings], **overrides: object) -> str:
 
 
 def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Variables become typed settings, and `~` the home folder."""
     monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")
     monkeypatch.setenv("LORAMUX_MAX_BATCH_SEQS", "8")
     monkeypatch.setenv("LORAMUX_PREFIX_CACHE", "false")
@@ -61,6 +62,7 @@ def test_local_roots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_allowed_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts are read in small letters with their ports; an address is refused."""
     monkeypatch.setenv("LORAMUX_ALLOWED_HOSTS", "Models.example.com, 10.0.0.5:8443,[::1]:443")
     assert load_settings(BuilderSettings).allowed_hosts == ("models.example.com", "10.0.0.5:8443", "[::1]:443")
     monkeypatch.setenv("LORAMUX_ALLOWED_HOSTS", "https://models.example.com/x")
@@ -69,6 +71,7 @@ def test_allowed_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "value", "allowed"), cases(__file__, "test_a_bad_value"))
 def test_a_bad_value(name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad value is refused with its name, itself and the allowed values."""
     monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")
     monkeypatch.setenv(f"LORAMUX_{name}", value)
     assert _refusal(InferenceSettings).startswith(f"LORAMUX_{name}={value}: expected {allowed}")
@@ -122,6 +125,7 @@ def test_kubernetes_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatc
 
 
 def test_all_mistakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One refusal has unknown names, bad values, bad options and missing settings."""
     monkeypatch.setenv("LORAMUX_STOER", "x")
     monkeypatch.setenv("LORAMUX_DEVICE", "gpu")
     message = _refusal(InferenceSettings, threads=0)
@@ -130,5 +134,6 @@ def test_all_mistakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_setting_is_documented() -> None:
+    """Every setting has a description."""
     for cls in (BuilderSettings, InferenceSettings):
         assert [name for name, field in cls.model_fields.items() if not field.description] == []

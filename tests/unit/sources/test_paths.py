@@ -51,6 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("below", "subfolder", "kind"), cases(__file__, "test_a_folder_that_is_none_is_named"))
 def test_a_folder_that_is_none_is_named(folder: Path, below: str, subfolder: str, kind: str) -> None:
+    """A path that is no folder to read is refused with its source."""
     with pytest.raises(getattr(faults, kind), match="LOCAL"):
         read_all(folder, repo=f"{folder}/{below}", subfolder=subfolder)
 
@@ -78,6 +79,7 @@ def test_a_file_that_becomes_something_else_is_named(folder: Path, now: str) -> 
 
 
 def test_a_recorded_file_name_is_a_path(folder: Path) -> None:
+    """A recorded name that is no path below the folder is refused."""
     for name in ("a\0b", "loop/x"):
         files = {name: FileDigest(size=1, sha256="0" * 64)}
         with pytest.raises(SourceRefused, match="not a path of this server"):

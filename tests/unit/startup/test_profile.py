@@ -153,6 +153,7 @@ def test_a_step_that_does_not_fit_is_refused_by_name(ready: Ready) -> None:
 
 
 def test_the_cache_gets_what_the_measured_step_leaves(ready: Ready) -> None:
+    """The cache has the memory that the largest measured step leaves, and both numbers are logged."""
     runner = ready.engine._engine._runner
     assert isinstance(runner, Runner)
     requests: list[int] = []

@@ -102,6 +102,7 @@ def test_special_tokens_and_how_many_tokens_come_together_change_nothing(answer,
 
 
 async def test_messages_without_a_template_are_refused() -> None:
+    """A chat with a base without a template is refused."""
     with pytest.raises(RequestInvalid):
         await _byte_text().encode_messages([{"role": "user", "content": "hi"}], 256)
 
@@ -127,6 +128,7 @@ def byte_fallback() -> Tokenizer:
 @settings(deadline=None, max_examples=50)
 @given(st.text(max_size=20))
 def test_the_bytes_of_the_tokens_are_the_text(text: str) -> None:
+    """The bytes of a text's tokens are those of the text."""
     tokenizer = byte_level()
     vocabulary = TokenBytes(tokenizer, 300)
     assert b"".join(map(vocabulary.token_bytes, tokenizer.encode(text).ids)) == text.encode()
