@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from inference_service.kernels.launch import ARCHITECTURES
 
@@ -61,8 +61,6 @@ class Line:
     """Bytes per thread: not 0 means that registers are spilled."""
     shared: int
     """Bytes per program."""
-
-    HEADER: ClassVar = f"{'kernel':<44} {'dtype':<5} {'arch':<6} {'registers':>9} {'stack':>5} {'shared':>6}"
 
     def __str__(self) -> str:
         where = f"{self.name:<44} {self.dtype:<5} sm_{self.architecture:<3}"
