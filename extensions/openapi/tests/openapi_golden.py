@@ -1,7 +1,6 @@
 """``python -m tests.openapi_golden``: write the recorded OpenAPI document again."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,24 +13,22 @@ MAX_LINE_CHARACTERS: Final = 200
 
 
 def described() -> bytes:
-    """Return the OpenAPI document of a server with a model of every kind, with every answer written once."""
+    """Return the document of a server with all kinds of models; operations name answers and parameters."""
     found = json.loads(json.dumps(document(ENDPOINTS, ServerFacts("base", "scorer", "classifier"))))
-    found["components"]["responses"] = dict(_shared_answers(found["paths"]))
-    return (_lines(found) + "\n").encode()
+    shared: dict[str, dict[str, Any]] = {"responses": {}, "parameters": {}}
+    for operation in (each for methods in found["paths"].values() for each in methods.values()):
+        parameters = [(each["name"], each) for each in operation.get("parameters", ())]
+        for field, parts in (("responses", operation["responses"].items()), ("parameters", parameters)):
+            operation[field] = [_name(shared[field], *part, operation["operationId"]) for part in parts]
+    return (_lines(found | shared) + "\n").encode()
 
 
-def _shared_answers(paths: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Put a reference in the place of every answer, and yield the name and the content of each answer once."""
-    names: dict[str, str] = {}
-    for operations in paths.values():
-        for operation in operations.values():
-            for status, answer in operation["responses"].items():
-                text = json.dumps(answer)
-                if text not in names:
-                    taken = status in names.values()
-                    names[text] = f"{status}_{operation['operationId']}" if taken else status
-                    yield names[text], answer
-                operation["responses"][status] = {"$ref": f"#/components/responses/{names[text]}"}
+def _name(known: dict[str, Any], name: str, part: Any, operation: str) -> str:
+    """Return the name of a part, which has its operation's behind it where another part has the plain name."""
+    same = [each for each, other in known.items() if other == part and each.partition(" ")[0] == name]
+    chosen = same[0] if same else f"{name} of {operation}" if name in known else name
+    known[chosen] = part
+    return chosen
 
 
 def _lines(value: Any, indent: str = "") -> str:
