@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,5 +151,23 @@ def pretty(body: bytes) -> bytes:
     return (json.dumps(json.loads(body), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def path_of(name: str) -> Path:
-    return FOLDER / f"{name}.{'sse' if CASES[name].body.get('stream') else 'json'}"
+def of_api(endpoint: str) -> dict[str, Case]:
+    """Return the cases of one API, by their names."""
+    return {name: case for name, case in CASES.items() if case.endpoint == endpoint}
+
+
+def path_of(endpoint: str) -> Path:
+    """Return the file with the transcript of one API."""
+    return FOLDER / f"{endpoint}.txt"
+
+
+def joined(answers: Mapping[str, bytes]) -> bytes:
+    """Return the transcript of one API: each answer behind the name of its case."""
+    return b"\n".join(f"=== {name}\n".encode() + answer for name, answer in answers.items())
+
+
+def answer_of(name: str) -> bytes:
+    """Return the recorded answer of a case."""
+    recorded = b"\n" + path_of(CASES[name].endpoint).read_bytes()
+    _, _, behind = recorded.partition(f"\n=== {name}\n".encode())
+    return behind.partition(b"\n=== ")[0]

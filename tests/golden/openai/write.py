@@ -4,9 +4,14 @@ import asyncio
 import tempfile
 from pathlib import Path
 
-from tests.golden.openai.script import CASES, path_of, transcript
+from tests.golden.openai.script import PATHS, Case, joined, of_api, path_of, transcript
+
+
+def _answer(case: Case) -> bytes:
+    with tempfile.TemporaryDirectory() as made:
+        return asyncio.run(transcript(case, Path(made)))
+
 
 if __name__ == "__main__":
-    for name, case in CASES.items():
-        with tempfile.TemporaryDirectory() as made:
-            path_of(name).write_bytes(asyncio.run(transcript(case, Path(made))))
+    for endpoint in PATHS:
+        path_of(endpoint).write_bytes(joined({name: _answer(case) for name, case in of_api(endpoint).items()}))
