@@ -19,7 +19,9 @@ def described() -> bytes:
     for operation in (each for methods in found["paths"].values() for each in methods.values()):
         parameters = [(each["name"], each) for each in operation.get("parameters", ())]
         for field, parts in (("responses", operation["responses"].items()), ("parameters", parameters)):
-            operation[field] = [_name(shared[field], *part, operation["operationId"]) for part in parts]
+            operation[field] = [
+                _name(shared[field], name, part, operation["operationId"]) for name, part in parts
+            ]
     return (_lines(found | shared) + "\n").encode()
 
 
