@@ -87,6 +87,14 @@ RESERVED: Final = frozenset(
     }
 )
 """Variables that a template gets in other ways; so are special tokens, whose names end with ``_token``."""
+VARIABLES: Final[Mapping[str, Any]] = {
+    "maxProperties": MAX_VARIABLES,
+    "propertyNames": {
+        "pattern": f"^{_VARIABLE.pattern}$",
+        "not": {"anyOf": [{"enum": sorted(RESERVED)}, {"pattern": "_token$"}]},
+    },
+}
+"""Schema of the names of what a template reads beside these."""
 
 Rule = tuple[bool, str, str, object]
 """Whether it is broken, the field, the expected value, the found value."""

@@ -6,12 +6,19 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.follower import FollowerState
 from inference_service.adapters.names import agreed, blend_parts
 from inference_service.adapters.ports import GenerationFollower, Resolver
 from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults, ServedModel
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.serving.request import ModelReference, Request, ResolvedModel
-from loramux_shared.faults import DeadlineExceeded, ModelNotFound, ReplicaBehind, RequestInvalid
+from loramux_shared.faults import (
+    DeadlineExceeded,
+    GenerationNotFound,
+    ModelNotFound,
+    ReplicaBehind,
+    RequestInvalid,
+)
 
 
 class Naming:
@@ -38,6 +45,7 @@ class Naming:
 
         Raises:
             ReplicaBehind: there is no such generation here.
+            GenerationNotFound: the replica serves the newest generation of the store, which is an older one.
             DeadlineExceeded: it did not arrive before the deadline.
             ModelNotFound: no such base or adapter.
             Fault: the adapter that it names by a repository is refused.
@@ -118,7 +126,16 @@ class Naming:
         if self._follower is None:
             raise self._behind(number)
         async with _until(deadline_s, f"generation {number} did not arrive before the deadline."):
-            await self._follower.catch_up(number)
+            try:
+                await self._follower.catch_up(number)
+            except ReplicaBehind:
+                standing = self._follower.standing
+                if standing.state is not FollowerState.CURRENT:
+                    raise
+                raise GenerationNotFound(
+                    f"the request asks for generation {number}, and the newest that was published is "
+                    f"{standing.generation}. Ask for a published one."
+                ) from None
         if number > self._catalog.generation:
             raise self._behind(number)
 

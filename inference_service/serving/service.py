@@ -98,6 +98,7 @@ class GenerationService:
         Raises:
             ModelNotFound: no such base or adapter.
             ReplicaBehind: there is no such generation here.
+            GenerationNotFound: nor anywhere: none of that number was published.
             RequestInvalid: a field is out of bounds, or its constraint or messages are refused.
             PromptTooLong: prompt and answer do not fit.
             RateLimited: the model, or the caller's key, has what its limits allow.
@@ -147,6 +148,7 @@ class GenerationService:
         Raises:
             ModelNotFound: no such base or adapter.
             ReplicaBehind: there is no such generation here.
+            GenerationNotFound: nor anywhere: none of that number was published.
             RequestInvalid: a field is out of bounds, or its messages are refused.
             PromptTooLong: it has more tokens than are counted.
         """

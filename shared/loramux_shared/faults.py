@@ -200,7 +200,7 @@ class DeploymentNotFound(Fault, status=Status.NOT_FOUND):
 
 
 class GenerationNotFound(Fault, status=Status.NOT_FOUND):
-    """A deployment has no generation of that number; the message lists those that it has."""
+    """A deployment has no generation of that number; the message names those that it has, or the newest."""
 
 
 class AdapterNotFound(Fault, status=Status.NOT_FOUND):

@@ -13,7 +13,7 @@ from inference_service.chat.dialect import dialect_of
 from inference_service.chat.request import check_calls
 from inference_service.http.openai.chat_schema import Messages, Tool
 from inference_service.http.openai.mapping import tool_of, turns_of
-from inference_service.http.openai.schema import GOES_ON, NOT_NULL
+from inference_service.http.openai.schema import GOES_ON, NOT_NULL, Variables
 from inference_service.http.wire.body import Body, Examples, Made, read_body
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.bounds import check_turns, countable, refused
@@ -48,7 +48,7 @@ class TokenizeBody(Body):
     tools: Made[tuple[Tool, ...] | None] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Variables | None = None
     add_special_tokens: bool | None = None
     """Whether to add the tokenizer's own special tokens; when not set, true of a prompt and false of
     messages.

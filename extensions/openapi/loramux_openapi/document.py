@@ -71,6 +71,8 @@ class ServerFacts:
     """One whose head has labels; the same for classes."""
     keyless: bool = False
     """True if no key is required."""
+    begins: bool = True
+    """True if its tokenizer begins every text with a token; an empty text is no prompt elsewhere."""
 
     def model_of(self, body: type[Body]) -> str:
         """Return the model that examples of a body ask; empty where no model answers it."""
@@ -89,6 +91,7 @@ async def show_openapi(service: GenerationService, http: HttpRequest) -> Respons
         scorer=next((model.name for model in models if model.num_labels == 1), ""),
         classifier=next((model.name for model in models if model.num_labels), ""),
         keyless=http.app.state.keyless,
+        begins=bool(service.text.encode("")),
     )
     return Reply(document(ENDPOINTS, served))
 
@@ -117,6 +120,9 @@ def _held_by(endpoint: Endpoint, kind: type) -> Any:
 def document(endpoints: tuple[Endpoint, ...], served: ServerFacts) -> Json:
     """Return the document that describes routes, with the schemas of what they read and answer."""
     schemas = _schemas(endpoints)
+    if not served.begins:
+        for kind in {each.body for each in endpoints if each.body}:
+            _refuse_empty(kind, schemas)
     paths: dict[str, Json] = {}
     for endpoint in endpoints:
         path = _PARAMETER.sub(r"{\1}", endpoint.path)
@@ -169,7 +175,7 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Json], served: 
         "operationId": operation_id(endpoint.method, path),
         "summary": (endpoint.handler.__doc__ or "").partition("\n")[0],
         "security": [{name: [str(endpoint.scope)]} for name in SECURITY] if guarded else [],
-        "responses": dict(_responses(endpoint, guarded=guarded)),
+        "responses": dict(_responses(endpoint, guarded=guarded, keyless=served.keyless)),
     }
     parameters = [
         path_parameter(name, served.model if name == "model" else "", slashes=bool(kind))
@@ -193,11 +199,13 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Json], served: 
     return operation
 
 
-def _responses(endpoint: Endpoint, *, guarded: bool) -> Iterator[tuple[str, Json]]:
+def _responses(endpoint: Endpoint, *, guarded: bool, keyless: bool) -> Iterator[tuple[str, Json]]:
     """Yield what an operation may answer, by status."""
     failures = {*EVERYWHERE, *endpoint.fails}
     if guarded:
         failures.update(OF_KEYS)
+    if keyless:
+        failures.add(403)  # a page of another site, and a name that is not the server's
     if endpoint.body:
         failures.update(OF_BODIES)
     answer: Json = {"description": "All is well.", "content": dict(_content(endpoint))}
@@ -250,6 +258,18 @@ def tell_bounds(kind: type[BaseModel], schemas: Mapping[str, Json]) -> None:
                     branch[keyword] = value
                 else:
                     branch.setdefault(keyword, value)
+
+
+def _refuse_empty(kind: type[BaseModel], schemas: Mapping[str, Json]) -> None:
+    """Add to the schema of a body that the texts of its prompts have a character."""
+    for row in table(kind):
+        if row.noun == "prompt" and len(row.path) == 1:
+            field = schemas[kind.__name__]["properties"][row.path[0]]
+            for branch in field.get("anyOf", [field]):
+                items = branch.get("items", {})
+                for text in (branch, items, *items.get("anyOf", ())):
+                    if text.get("type") == "string":
+                        text["minLength"] = 1
 
 
 def _bounds(name: str, branch: Json) -> Json:

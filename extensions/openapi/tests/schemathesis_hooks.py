@@ -24,25 +24,14 @@ FEW = {
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    """Ask for little, and write 5.0 as 5: both are integers of JSON Schema, only the latter of this API."""
+    """Ask for little."""
     if isinstance(case.body, dict):
-        case.body = {name: _few(name, value) for name, value in _whole(case.body).items()}
+        case.body = {name: _few(name, value) for name, value in case.body.items()}
 
 
 def _few(name: str, value: Any) -> Any:
     little, most = FEW.get(name, (0, 0))
-    return little if type(value) is int and little < value <= most else value
-
-
-def _whole(value: Any) -> Any:
-    match value:
-        case float() if value.is_integer():
-            return int(value)
-        case list():
-            return [_whole(item) for item in value]
-        case dict():
-            return {name: _whole(item) for name, item in value.items()}
-    return value
+    return little if type(value) in (int, float) and little < value <= most else value
 
 
 @schemathesis.hook

@@ -101,8 +101,6 @@ def configuration() -> str:
     """Return the requests and the checks of answers, as a file of schemathesis."""
     # Some of their rules are between fields, which the document does not tell: `is_as_described` judges these.
     ruled = [each.path for each in ENDPOINTS if each.body and RULED & each.body.model_fields.keys()]
-    asking = [each for each in ENDPOINTS if each.body and "min_generation" in each.body.model_fields]
-    hinted = [each.path for each in ENDPOINTS if each.hinted or each in asking]
     return f"""
         seed = 1
         warnings = false
@@ -114,9 +112,6 @@ def configuration() -> str:
         [[operations]]
         include-path = {json.dumps([*ruled, *STATEFUL])}
         checks.positive_data_acceptance.enabled = false
-        [[operations]]  # a generation that nobody published yet: replica_behind
-        include-path = {json.dumps(hinted)}
-        checks.not_a_server_error.expected-statuses = ["2xx", "4xx", "503"]
     """
 
 

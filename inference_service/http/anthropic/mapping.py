@@ -24,6 +24,7 @@ from inference_service.chat.request import (
 )
 from inference_service.http.anthropic import schema
 from inference_service.http.anthropic.schema import (
+    BLOCKS_OF,
     CustomTool,
     MessagesBody,
     OutputFormat,
@@ -38,12 +39,6 @@ from inference_service.http.wire.body import names, request_fields
 from inference_service.serving.bounds import refused
 from inference_service.serving.request import Request, hinted
 
-ROLES: Final = {
-    "user": ("text", "tool_result"),
-    "assistant": ("text", "tool_use", "thinking", "redacted_thinking"),
-    "system": ("text",),
-}
-"""Types of blocks by role."""
 BILLING: Final = "x-anthropic-billing-header:"
 """Begins a line that Claude Code sends as the first block of the system prompt: it is not for the model, and
 differs in every request, so that no prompt would be found in the cache."""
@@ -82,8 +77,10 @@ def _placed(body: PromptBody) -> Iterator[_Placed]:
     for index, message in enumerate(body.messages):
         for at, block in enumerate(message.content):
             place = f"messages[{index}].content[{at}]"
-            if block.type not in ROLES[message.role]:
-                one_of = f"a block of type {' or '.join(ROLES[message.role])}, in a turn of the {message.role}"
+            if block.type not in BLOCKS_OF[message.role]:
+                one_of = (
+                    f"a block of type {' or '.join(BLOCKS_OF[message.role])}, in a turn of the {message.role}"
+                )
                 raise refused(place, one_of, block.type)
             yield _Placed(message.role, block, place)
         if not message.content:

@@ -13,6 +13,12 @@ from inference_service.http.wire.body import Body, Examples, Made, Noun, Same, a
 from inference_service.serving.bounds import NAME
 
 BLOCKS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
+BLOCKS_OF = {
+    "user": ("text", "tool_result"),
+    "assistant": ("text", "tool_use", "thinking", "redacted_thinking"),
+    "system": ("text",),
+}
+"""Types of blocks by role."""
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -134,8 +140,24 @@ NAME_OF_TOOL: dict[str, Any] = {
 """The rule of `ToolChoice`, for readers of its schema."""
 
 
+BLOCKS_BY_ROLE: dict[str, Any] = {
+    "oneOf": [
+        {
+            "properties": {
+                "role": {"const": role},
+                "content": {"items": {"properties": {"type": {"enum": list(kinds)}}}},
+            }
+        }
+        for role, kinds in BLOCKS_OF.items()
+    ]
+}
+"""The types of blocks of each role, for readers of the schema; the mapping refuses others."""
+
+
 class Message(Body):
     """A turn of the conversation."""
+
+    model_config = ConfigDict(json_schema_extra=BLOCKS_BY_ROLE)
 
     role: Literal["user", "assistant", "system"]
     content: Content

@@ -15,6 +15,7 @@ from inference_service.http.openai.schema import (
     SAYS_SOMETHING,
     SCHEMA_BY_TYPE,
     GenerationBody,
+    Variables,
 )
 from inference_service.http.wire.body import Body, Examples, Made, Noun, at_least_one, only, unsupported
 from inference_service.serving.bounds import NAME, ROLES
@@ -238,7 +239,7 @@ class ChatTurns(Body):
     tools: Made[tuple[Tool, ...] | None] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Variables | None = None
     """vLLM's: variables of the chat template beside the usual ones."""
 
 

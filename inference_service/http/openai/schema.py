@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Final, Self
 from pydantic import ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from inference_service.http.wire.body import Body, Examples, Made, Noun, Same
+from inference_service.http.wire.body import TOKEN_IDS, Body, Examples, Made, Noun, Same
+from inference_service.serving.bounds import VARIABLES
 from inference_service.serving.pooling import MAX_INPUTS
 
 NOT_NULL: Final[dict[str, Any]] = {"not": {"type": "null"}}
@@ -26,8 +27,12 @@ ONE_STRUCTURE: Final[dict[str, Any]] = {
     "oneOf": [_only(name, NOT_NULL) for name in ("json", "regex", "choice", "grammar")]
     + [_only("json_object", {"const": True})]
 }
-WITHOUT_CALLS: Final[dict[str, Any]] = {"tool_calls": {"maxItems": 0}}
-"""Schema of no calls, or null."""
+WITHOUT_CALLS: Final[dict[str, Any]] = {
+    "tool_calls": {"maxItems": 0},
+    "reasoning": {"type": "null"},
+    "reasoning_content": {"type": "null"},
+}
+"""Schema of what only an assistant says: no calls, or null, and no reasoning."""
 BY_ROLE: Final[dict[str, Any]] = {
     "oneOf": [
         {"properties": {"role": {"const": "assistant"}}},
@@ -68,6 +73,8 @@ MAX_CHOICES = 1024
 EXPECTED_STRUCTURE = "exactly one of json, regex, choice, grammar and json_object"
 EXPECTED_PROMPT = "a string, a list of strings, a list of token ids or a list of lists of token ids"
 
+Variables = Annotated[dict[str, Any], Field(json_schema_extra=dict(VARIABLES))]
+"""Variables of a chat template."""
 Prompt = str | list[int]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -76,7 +83,7 @@ def prompts_of(value: Any, most: int) -> tuple[Prompt, ...]:
     """Return one prompt or several as several; raise PydanticCustomError for none, and for more than most."""
     prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
     if not prompts or not all(isinstance(prompt, str) or _is_ids(prompt) for prompt in prompts):
-        raise PydanticCustomError("prompt", EXPECTED_PROMPT)
+        raise PydanticCustomError(TOKEN_IDS, EXPECTED_PROMPT)
     if len(prompts) > most:
         raise PydanticCustomError("prompt", "at most {most} prompts", {"most": most})
     return tuple(prompts)

@@ -21,15 +21,18 @@ from typing_extensions import TypedDict
 from inference_service.chat.request import ChatTool
 from inference_service.http.openai.chat_schema import RefusalPart, text_of
 from inference_service.http.wire.body import Body, at_least_one, unsupported
+from inference_service.serving.bounds import NAME
 
 ONLY_FUNCTIONS: Final = "Only functions are served, and namespaces of them."
+
+NameOfTool = Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
 
 
 class FunctionTool(Body):
     """A function that the model may call."""
 
     type: Literal["function"]
-    name: str
+    name: NameOfTool
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
@@ -63,7 +66,7 @@ class NamespaceTool(Body):
     """Functions that belong together."""
 
     type: Literal["namespace"]
-    name: str
+    name: NameOfTool
     description: str
     tools: tuple[AnyFunction, ...]
 

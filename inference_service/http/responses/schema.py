@@ -7,13 +7,13 @@ need a store is refused with what to do instead. Source: the types of OpenAI's c
 
 from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired, Self
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
 from inference_service.http.openai.chat_schema import Effort
-from inference_service.http.openai.schema import SamplingBody
+from inference_service.http.openai.schema import SamplingBody, Variables
 from inference_service.http.responses.items import NOTHING_STORED, ONLY_FUNCTIONS, Input, Tools
 from inference_service.http.wire.body import Body, Examples, Made, Noun, unserved, unsupported
 from inference_service.serving.bounds import MAX_LOGPROBS
@@ -86,8 +86,26 @@ def _allowed(tool: Any) -> str:
     raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
 
 
+NAMED_SCHEMA: Final[dict[str, Any]] = {
+    "oneOf": [
+        {
+            "required": ["name", "schema"],
+            "properties": {
+                "type": {"const": "json_schema"},
+                "name": {"type": "string"},
+                "schema": {"type": "object"},
+            },
+        },
+        {"properties": {"type": {"enum": ["text", "json_object"]}, "schema": {"type": "null"}}},
+    ]
+}
+"""The rule of `TextFormat`, for readers of its schema."""
+
+
 class TextFormat(Body):
     """The form of the text."""
+
+    model_config = ConfigDict(json_schema_extra=NAMED_SCHEMA)
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -168,7 +186,7 @@ class ResponsesBody(SamplingBody):
     metadata: Metadata | None = None
     client_metadata: dict[str, Any] | None = None
     """Accepted: Codex says here which session it is."""
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Variables | None = None
     """vLLM's: variables of the chat template beside the usual ones."""
 
     background: Annotated[

@@ -71,7 +71,7 @@ class EmbeddingsBody(PoolingBody):
     input: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]
     encoding_format: Literal["float", "base64"] | None = None
     """base64 is of float32, little endian."""
-    dimensions: int | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
     """Number of leading numbers of each vector to return."""
     normalize: bool | None = None
     """vLLM's; vectors have length 1, unless this is false."""

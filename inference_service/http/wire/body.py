@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -59,7 +60,8 @@ def unserved(served: str, harmless: tuple[Any, ...] = (None,)) -> BeforeValidato
         if not any(type(value) is type(each) and value == each for each in harmless):
             raise unsupported(_excerpt(value), served)
 
-    return BeforeValidator(refused, json_schema_input_type=None)
+    values = Annotated[Any, WithJsonSchema({"enum": list(harmless)})]
+    return BeforeValidator(refused, json_schema_input_type=None if harmless == (None,) else values)
 
 
 def only(values: tuple[Any, ...], served: str, form: Any) -> BeforeValidator:
@@ -91,6 +93,10 @@ def _excerpt(value: Any) -> str:
 
 
 B = TypeVar("B", bound=Body)
+TOKEN_IDS: Final = "prompt"  # noqa: S105 - no secret
+"""Kind of the error of a prompt that is neither text nor token ids."""
+MAX_EXACT: Final = 2**53
+"""From here on a float is no exact integer."""
 MAX_DISCARDED_BYTES: Final = 64 * 1024 * 1024
 """A body that is too large is read up to here: most clients read an answer when they have sent all."""
 
@@ -116,27 +122,32 @@ async def read_body(http: Request, kind: type[B]) -> B:
     except ValidationError as error:
         refused = error
     try:
-        return kind.model_validate_json(_without_unknown_nulls(data, refused))
+        return kind.model_validate_json(_restated(data, refused))
     except ValidationError as error:
         raise invalid_body(error, list(kind.model_fields)) from error
 
 
-def _without_unknown_nulls(data: bytes, refused: ValidationError) -> bytes:
-    """Return a body without the unknown fields that are null: clients send all that they know of, unset."""
-    nulls = [
-        each["loc"]
-        for each in refused.errors(include_url=False)
-        if each["type"] == "extra_forbidden" and each["input"] is None
-    ]
-    if not nulls:
+def _restated(data: bytes, refused: ValidationError) -> bytes:
+    """Return a body with 5 for 5.0, which is an integer of JSON Schema too, where an integer was expected, and
+    without the unknown fields that are null: clients send all that they know of, unset.
+    """
+    found = refused.errors(include_url=False)
+    nulls = [each["loc"] for each in found if each["type"] == "extra_forbidden" and each["input"] is None]
+    numbers = any(each["type"] in ("int_type", TOKEN_IDS) for each in found)
+    if not nulls and not numbers:
         return data
-    body = json.loads(data)  # noqa: TID251 - its size was judged
+    body = json.loads(data, parse_float=_whole if numbers else None)  # noqa: TID251 - its size was judged
     for *places, name in nulls:
         holder = body
         for place in places:
             holder = holder if is_tag(place) else holder[place]
         holder.pop(name, None)  # a name may come twice
     return json.dumps(body).encode()
+
+
+def _whole(text: str) -> int | float:
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) < MAX_EXACT else number
 
 
 async def read_bytes(http: Request) -> bytes:

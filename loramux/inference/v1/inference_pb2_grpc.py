@@ -106,6 +106,8 @@ class InferenceServiceServicer(object):
         stream frees the sequences at the next step. Clients ignore events that they do not know.
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
+        GENERATION_NOT_FOUND: none with the number of min_generation was published. Ask for one
+        that was.
         INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields. Correct them.
         The violation of an unusable constraint names response_format; it can
         also end a stream that has begun, when the next token would take
@@ -135,6 +137,8 @@ class InferenceServiceServicer(object):
         stream.
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
+        GENERATION_NOT_FOUND: none with the number of min_generation was published. Ask for one
+        that was.
         INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model makes no such output. Correct
         them.
         PROMPT_TOO_LONG: an input is longer than a sequence. Shorten it.
@@ -160,6 +164,8 @@ class InferenceServiceServicer(object):
         """Streams the scores of each input, in order, as Embed does; the model is an adapter with a score head.
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
+        GENERATION_NOT_FOUND: none with the number of min_generation was published. Ask for one
+        that was.
         INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model makes no such output. Correct
         them.
         PROMPT_TOO_LONG: an input is longer than a sequence. Shorten it.

@@ -18,7 +18,7 @@ from builder_service.pipeline.progress import Progress
 from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults
 from inference_service.startup.load import Ready
 from loramux.client import AsyncClient
-from loramux.faults import ModelNotFound, RateLimited, ReplicaBehind
+from loramux.faults import GenerationNotFound, ModelNotFound, RateLimited
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
@@ -182,19 +182,17 @@ async def test_an_alias_sticks_to_a_user_at_both_apis(apis: ReplicaApis) -> None
 async def test_a_replica_catches_up_first(
     world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
 ) -> None:
-    """A replica catches up with a generation, or is REPLICA_BEHIND with a time to retry."""
+    """A replica catches up with a generation, or says that there is none of that number."""
     store = copied(built[0])
     async with opened(world[0], store) as apis:
-        with pytest.raises(ReplicaBehind) as behind:
+        with pytest.raises(GenerationNotFound):
             await apis.client.complete("rs", PROMPT, min_generation=2)
-        assert behind.value.retry_after_s == 1.0
-        with pytest.raises(grpc.aio.AioRpcError, match=r"generation 9 .* this replica serves 1"):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"generation 9, and the newest that was published is 1"):
             await apis.first("rs", "x-loramux-min-generation", "9")
         with pytest.raises(grpc.aio.AioRpcError, match="generation is not valid"):
             await apis.first("rs", "x-loramux-min-generation", "1", "9")
         refused = await apis.ask("rs", min_generation=2)
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert refused.json()["error"]["code"] == "replica_behind"
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "generation_not_found")
         publish_generation(store, apis.later(2, rs="wide", new="rs"))
         answer = await apis.ask("new", {"x-loramux-min-generation": "2"}, min_generation=1)
         assert (answer.status_code, answer.headers["x-loramux-generation"]) == (200, "2")
