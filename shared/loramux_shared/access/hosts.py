@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from loramux_shared.access.asgi import App, Message, Receive, Send
 from loramux_shared.faults import Fault, HostRefused
+from loramux_shared.routes import HEALTH, PING
 
 _PORT: Final = re.compile(r":\d*$")
 
@@ -38,7 +39,10 @@ def require_own(names: Collection[str], header: str, value: str) -> None:
 
 
 class HostMiddleware:
-    """Refuses requests to other names, and from pages of other sites, before their bodies are read."""
+    """Refuses requests to other names, and from pages of other sites, before their bodies are read.
+
+    Health is told to all names: proxies ask for it by names of their own.
+    """
 
     def __init__(self, app: App, names: Collection[str], refusal: Callable[[Message, Fault], App]) -> None:
         """Wrap an ASGI application; names are allowed beside loopback's, refusal sends a fault."""
@@ -48,8 +52,9 @@ class HostMiddleware:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request."""
+        is_health = scope.get("path") in (HEALTH.path, PING.path)
         try:
-            for name, value in scope.get("headers", ()):
+            for name, value in () if is_health else scope.get("headers", ()):
                 if name in (b"host", b"origin"):
                     require_own(self._names, name.decode(), value.decode("latin-1"))
         except HostRefused as fault:
