@@ -13,7 +13,6 @@ import pytest_asyncio
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.runtime import FILE, Pooling
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.cases import cases
 from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, open_api
 from tests.support.pooled import expected_of
@@ -68,25 +67,6 @@ async def test_openais_client_gets_what_transformers_gives(
                 if isinstance(found, str):
                     found = np.frombuffer(base64.b64decode(found), "<f4")
                 np.testing.assert_allclose(found, other, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("fields", "code", "param"),
-    [
-        *cases(__file__, "test_what_is_refused_is_named"),
-        ({"input": [7] * 257}, "context_length_exceeded", None),
-        ({"input": [[5]] * 2049}, "invalid_value", "input"),
-    ],
-)
-async def test_what_is_refused_is_named(
-    api: OpenAIApi, fields: dict[str, Any], code: str, param: str | None
-) -> None:
-    """A wrong field is 400 with its name, an unknown model 404; nothing stays behind."""
-    answer = await api.post(PATH, **{"model": "base", "input": IDS} | fields)
-    error = answer.json()["error"]
-    assert (error["code"], error["param"]) == (code, param), error
-    assert answer.status_code == (404 if code == "model_not_found" else 400)
-    await api.until_free()
 
 
 async def test_grpc_gives_the_same_vectors(api: OpenAIApi) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from tokenizers import Tokenizer
 from inference_service.core.computing import Computing, Lack
 from inference_service.http.server import HttpServer
 from inference_service.text.text import Text
-from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.openai.script import CHAT_BODY, Case, Scripted
 from tests.support.openai_api import OpenAIApi, open_api
@@ -84,73 +82,6 @@ async def test_each_model_has_kserves_name_too(api: OpenAIApi) -> None:
     for nobody in ("ns/models/nobody", "ns/rs", "n/s/models/rs", "ns/models/"):
         refused = await api.post(CHAT, **HI | {"model": f"publishers/{nobody}"})
         assert _error(refused)["code"] == "model_not_found"
-
-
-@pytest.mark.parametrize(
-    ("path", "fields", "param", "code"),
-    [
-        (CHAT, {"n": 0}, "n", "invalid_value"),
-        (CHAT, {"max_completion_tokens": 0, "stream": True}, "max_completion_tokens", "invalid_value"),
-        (CHAT, {"max_tokens": 300}, None, "context_length_exceeded"),
-        (CHAT, {"messages": [{"role": "user", "content": "x" * 300}]}, None, "context_length_exceeded"),
-        (COMPLETIONS, {"prompt": [5, 199]}, "prompt", "invalid_value"),
-        (COMPLETIONS, {"prompt": ["A"] * 200, "n": 6}, "n", "invalid_value"),
-    ],
-)
-async def test_bounds_are_reported_before_anything_is_sent(
-    api: OpenAIApi, path: str, fields: dict[str, Any], param: str | None, code: str
-) -> None:
-    """Fields out of bounds are 400 under the names that the client wrote, in a stream too."""
-    response = await api.post(path, **(HI if path == CHAT else {"model": "base", "prompt": "HI"}) | fields)
-    assert response.status_code == 400
-    assert (_error(response)["param"], _error(response)["code"]) == (param, code)
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
-    [
-        ("GET", "/page/", 404, "unknown_url"),
-        ("GET", "/page/../app.py", 404, "unknown_url"),
-        ("POST", "/completions", 404, "unknown_url"),
-        ("GET", CHAT, 405, "method_not_allowed"),
-        ("DELETE", "/v1/models/rs", 405, "method_not_allowed"),
-    ],
-)
-async def test_what_is_not_served_is_refused_in_openais_shape(
-    api: OpenAIApi, method: str, path: str, status: int, code: str
-) -> None:
-    """Unknown routes and wrong methods are errors like all others."""
-    response = await api.http.request(method, path)
-    assert response.status_code == status
-    assert _error(response)["code"] == code
-    meant = "/v1/completions" if "/completions" in path else ""
-    if served := response.headers.get("allow", meant) if path != CHAT else "POST":
-        assert f"is not served, but {served} " in _error(response)["message"]
-
-
-async def test_a_body_must_say_that_it_is_json(api: OpenAIApi) -> None:
-    """A form, which a page of another origin could send, is refused."""
-    for headers in ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
-        response = await api.http.post(CHAT, content=json.dumps(HI), headers=headers)
-        assert response.status_code == 415
-        assert _error(response)["code"] == "unsupported_media_type"
-    headers = {"content-type": "Application/JSON; charset=utf-8"}
-    sent = json.dumps(HI | {"max_tokens": 1})
-    assert (await api.http.post(CHAT, content=sent, headers=headers)).status_code == 200
-
-
-async def test_bodies_are_bounded(api: OpenAIApi) -> None:
-    """A body that is too large is refused, whether it says so beforehand or not."""
-    headers = {"content-type": "application/json"}
-
-    async def parts() -> AsyncIterator[bytes]:
-        for _ in range(MAX_REQUEST_BYTES // 2**20 + 1):
-            yield b" " * 2**20
-
-    for content in (b" " * (MAX_REQUEST_BYTES + 1), parts()):
-        response = await api.http.post(CHAT, content=content, headers=headers)
-        assert response.status_code == 413
-        assert _error(response)["code"] == "request_too_large"
 
 
 @pytest.mark.parametrize(("path", "prompt"), [(CHAT, {}), (COMPLETIONS, {"prompt": ["AB", "CDE"]})])

@@ -145,19 +145,6 @@ async def test_reasoning_is_an_item_and_comes_back(api: TalkerApi) -> None:
         assert (turn["reasoning"], turn["content"], len(turn["tool_calls"])) == ("Hm.", "So.", 1)
 
 
-REFUSED: list[tuple[dict[str, Any], str, str]] = cases(__file__, "REFUSED")
-
-
-@pytest.mark.parametrize(("fields", "param", "code"), REFUSED)
-async def test_what_is_refused_is_named(api: TalkerApi, fields: dict[str, Any], param: str, code: str) -> None:
-    """The error names the field in the words of this route, once, whether a stream was asked for or not."""
-    for stream in (False, True):
-        answer = await api.post(PATH, **FIELDS | fields | {"stream": stream})
-        error = answer.json()["error"]
-        assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
-        assert error["message"].count(f"{param}: ") == 1
-
-
 @pytest.mark.parametrize(
     ("fault", "status", "code"),
     [

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from inference_service.chat.request import (
     Call,
@@ -19,9 +18,6 @@ from inference_service.chat.request import (
 from inference_service.http.anthropic.mapping import chat_of
 from inference_service.http.anthropic.messages import Content, input_of, signature_of
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
-from inference_service.http.wire.errors import invalid_body
-from inference_service.http.wire.refusals import message_fault
-from loramux_shared.faults import Fault, RequestInvalid
 from tests.support.cases import cases
 from tests.support.root import ROOT
 
@@ -36,30 +32,6 @@ CLAUDE_CODE: dict[str, Any] = cases(__file__, "CLAUDE_CODE")
 
 def _chat(**fields: Any) -> ChatRequest:
     return chat_of(MessagesBody.model_validate_json(json.dumps(BODY | fields)))
-
-
-def _refused(**fields: Any) -> Fault:
-    """Return the fault of a body, whichever part of the API refuses it."""
-    try:
-        _chat(**fields)
-    except ValidationError as error:
-        return invalid_body(error, list(MessagesBody.model_fields))
-    except RequestInvalid as fault:
-        return fault
-    pytest.fail("it is taken")
-
-
-@pytest.mark.parametrize(
-    ("fields", "where"),
-    cases(__file__, "test_what_is_not_taken_is_named")
-)  # fmt: skip
-def test_what_is_not_taken_is_named(fields: dict[str, Any], where: str) -> None:
-    """A field that is not accepted is an invalid request with its name."""
-    fault = _refused(**fields)
-    assert [finding.where for finding in fault.findings] == [where]
-    error = message_fault(fault, "r1")
-    assert error["error"]["type"] == "invalid_request_error"
-    assert where in error["error"]["message"]
 
 
 def test_what_a_chat_refuses_is_named_in_this_apis_words() -> None:

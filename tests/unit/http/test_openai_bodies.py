@@ -5,46 +5,16 @@ import re
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import turns_of
-from inference_service.http.openai.schema import MAX_PROMPTS, CompletionBody
+from inference_service.http.openai.schema import CompletionBody
 from inference_service.http.wire.body import Body
-from inference_service.http.wire.errors import error_body, invalid_body
 from tests.support.cases import cases
 from tests.support.root import ROOT
 
 USER = {"role": "user", "content": "Hi"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}
-
-
-def _error(kind: type[Body], text: str) -> dict[str, Any]:
-    with pytest.raises(ValidationError) as caught:
-        kind.model_validate_json(text)
-    return dict(error_body(invalid_body(caught.value, list(kind.model_fields)))["error"])
-
-
-@pytest.mark.parametrize(
-    ("fields", "param", "code"),
-    cases(__file__, "test_what_is_not_taken_is_named")
-)  # fmt: skip
-def test_what_is_not_taken_is_named(fields: dict[str, Any], param: str, code: str) -> None:
-    """A field that is not accepted is an invalid request with its name and a code."""
-    error = _error(ChatBody, json.dumps(CHAT | fields))
-    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
-    assert param in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("body", "param", "found"),
-    [*cases(__file__, "test_a_body_is_refused_with_its_parameter"), ("[" * 1000, None, "not JSON")],
-)
-def test_a_body_is_refused_with_its_parameter(body: str, param: str | None, found: str) -> None:
-    """No JSON and no object have no parameter; the message has every finding, the parameter is the first's."""
-    error = _error(ChatBody, body)
-    assert error["param"] == param
-    assert found in error["message"]
 
 
 def test_what_changes_nothing_is_accepted() -> None:
@@ -53,20 +23,6 @@ def test_what_changes_nothing_is_accepted() -> None:
         "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "modalities": ["text"],
     }  # fmt: skip
     assert ChatBody.model_validate_json(json.dumps(CHAT | fields)).user == "u"
-
-
-WRONG_PROMPTS: tuple[Any, ...] = (
-    [], [[]], 3, None, {"a": 1}, [True], [1.5], [[1], 2], ["a"] * (MAX_PROMPTS + 1),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [*(({"prompt": each}, "prompt") for each in WRONG_PROMPTS), ({"suffix": "b"}, "suffix")],
-)
-def test_what_is_no_prompt_is_refused(fields: dict[str, Any], param: str) -> None:
-    """Other prompts are refused by name, and so is filling in the middle, which is not served."""
-    assert _error(CompletionBody, json.dumps({"model": "m", "prompt": "a"} | fields))["param"] == param
 
 
 def test_messages_become_what_templates_know() -> None:

@@ -76,14 +76,6 @@ def test_lengths() -> None:
     assert _completion(max_tokens=0, echo=True).sampling.prompt_logprobs == 0
 
 
-@pytest.mark.parametrize(("fields", "param"), cases(__file__, "test_contradictions_are_refused"))
-def test_contradictions_are_refused(fields: dict[str, Any], param: str) -> None:
-    """Fields that contradict each other are refused with the one to change."""
-    with pytest.raises(RequestInvalid) as caught:
-        _chat(**fields)
-    assert [finding.where for finding in caught.value.findings] == [param]
-
-
 def test_the_template_gets_how_long_to_think() -> None:
     """Reasoning effort in OpenAI's spelling, none as the templates' switches; explicit switches come first."""
     assert _chat().prompt.chat_template_kwargs == {}
