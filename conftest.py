@@ -36,8 +36,8 @@ from tests.support.examples import SWEEPING
 
 if TYPE_CHECKING:
     from loramux_shared.storage.memory import MemoryStore
-    from tests.support.fake_services import Fakes
     from tests.support.s3_gateway import S3Server
+    from tests.support.services.fake_grpc import Fakes
     from tests.support.tiny import World
 
 
@@ -205,7 +205,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore
 @pytest.fixture(scope="module")
 def fakes() -> Iterator[Fakes]:
     """Both services, scripted, in a thread of this process."""
-    from tests.support.fake_services import Fakes
+    from tests.support.services.fake_grpc import Fakes
 
     running = Fakes()
     yield running
@@ -215,7 +215,7 @@ def fakes() -> Iterator[Fakes]:
 @pytest.fixture
 def deployment(tmp_path: Path) -> Callable[..., str]:
     """Writes a deployment file of a name and adapters, and returns its path."""
-    from tests.support.fake_services import deployment_text
+    from tests.support.services.fake_grpc import deployment_text
 
     def write(name: str, *adapters: str) -> str:
         path = tmp_path / "deployment.yaml"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.up import up
+from tests.support.processes.up import up
 
 URL = "CLIENTS_URL"
 """Variable with the URL of a running server of the demo, `http://HOST:PORT`; without it one is started."""

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from grpc_tools import protoc
 
+from tests.support.processes.up import up
 from tests.support.root import ROOT
-from tests.support.up import up
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(600)]
 CLIENTS = ROOT / "examples" / "clients"

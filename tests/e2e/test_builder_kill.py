@@ -21,7 +21,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.folders import deployment_of
-from tests.support.forks import Forked, builder_service
+from tests.support.processes.forks import Forked, builder_service
 from tests.support.s3_gateway import S3Server, free_port
 from tests.support.waiting import BOUND_S, wait_until
 

@@ -22,14 +22,14 @@ from loramux.cli.local.tree import ProcessTree, ServiceDied, free_address, run_t
 from loramux.cli.main import app
 from loramux.faults import ModelNotFound, SettingsInvalid
 from loramux.records import Finished, Started
+from tests.e2e.exclusive import one_at_a_time
 from tests.support.access import lines, new_entry
-from tests.support.commands import Command, running
-from tests.support.fake_services import Fakes
-from tests.support.forks import command_line
-from tests.support.once import one_at_a_time
+from tests.support.processes.commands import Command, running
+from tests.support.processes.forks import command_line
+from tests.support.processes.up import up
 from tests.support.root import ROOT
+from tests.support.services.fake_grpc import Fakes
 from tests.support.tiny import make_world
-from tests.support.up import up
 from tests.support.waiting import BOUND_S, wait_until
 
 BOTH = "--scope build --scope infer"
@@ -42,7 +42,9 @@ def scripted(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         package = tmp_path / "fakes" / f"{kind}_service"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
-        (package / "__main__.py").write_text(f"from tests.support.fake_services import main; main({kind!r})\n")
+        (package / "__main__.py").write_text(
+            f"from tests.support.services.fake_grpc import main; main({kind!r})\n"
+        )
     path = os.pathsep.join(map(str, (tmp_path / "fakes", ROOT, ROOT / "shared")))
     state = {"TMPDIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
     with one_at_a_time(tmp_path_factory, "usual-ports"):

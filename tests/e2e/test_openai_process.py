@@ -17,10 +17,10 @@ from loramux.cli.exits import Exit
 from loramux.cli.main import app
 from loramux.faults import ReplicaFailed
 from loramux_shared.storage.local import LocalStore
-from tests.support.dying import steps_hang
-from tests.support.forks import Forked, builder_service
+from tests.support.processes.failing_replicas import steps_hang
+from tests.support.processes.forks import Forked, builder_service
+from tests.support.processes.inference import serving
 from tests.support.s3_gateway import free_port
-from tests.support.served_process import serving
 from tests.support.tiny import World, make_world
 from tests.support.waiting import BOUND_S, wait_until
 

@@ -25,7 +25,7 @@ from loramux_shared.storage.open import open_store
 from tests.support.examples import examples, spread
 from tests.support.generations import generation, record
 from tests.support.s3_gateway import S3Server
-from tests.support.turns import Race
+from tests.support.stores.taking_turns import Race
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "s3"])

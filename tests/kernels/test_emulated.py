@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import emulator
+from tests.kernels import emulator
 
 TESTS = (
     "tests/kernels/test_cpu_ops.py",

@@ -31,11 +31,11 @@ from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid, SettingsInvalid
 from scripts.models_doc import COUNTED
+from tests.models.poisoned_caches import poison
 from tests.models.test_merge import ready_of
 from tests.support import tiny
 from tests.support.cases import cases
 from tests.support.greedy import choices_and_logprobs, greedy_tokens
-from tests.support.poisoned import poison
 from tests.support.tiny import (
     ADAPTERS,
     SIZES,

@@ -11,9 +11,9 @@ from builder_service.builds.running import RunningBuild
 from loramux.cli.main import app
 from tests.contract.builds.test_build_lifecycle import world as world
 from tests.support.builders import Builders, ended
-from tests.support.commands import run
-from tests.support.fake_services import Fakes
-from tests.support.operated import operated
+from tests.support.processes.commands import run
+from tests.support.services.fake_grpc import Fakes
+from tests.support.services.operators import operated
 from tests.support.waiting import until
 from tests.unit.cli.test_cli import documents
 from tests.unit.cli.test_cli_keys import api

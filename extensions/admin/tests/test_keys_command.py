@@ -11,7 +11,7 @@ from loramux.cli.main import app
 from loramux.connection import API_KEY
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import PREFIX, Scope, parse_keys
-from tests.support.commands import run
+from tests.support.processes.commands import run
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from loramux_apis.host import ApiHost, ApiPeer, RelayedOutputs
 from loramux_apis.remote import HERE, RemoteEngine
 from loramux_shared.faults import Fault, ReplicaFailed, RequestInvalid
 from tests.apart import Loopback, connect
-from tests.support.silent import silent_service
+from tests.support.services.silent import silent_service
 from tests.support.waiting import until
 
 

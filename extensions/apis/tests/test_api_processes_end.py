@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from loramux import Client
-from tests.support.forks import inference_service
 from tests.support.openai_api import openai_world
-from tests.support.served_process import flags_of, serving
+from tests.support.processes.forks import inference_service
+from tests.support.processes.inference import flags_of, serving
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc as inference_grpc
 from loramux_shared.faults import Fault, ModelNotFound
-from tests.support.fake_services import inference_server
+from tests.support.services.fake_grpc import inference_server
 
 Says = Callable[[str, str], str]
 """Returns what a version answers to the last turn, or the text."""

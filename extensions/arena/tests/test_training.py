@@ -17,7 +17,7 @@ from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.faults import RequestInvalid
 from tests.arena_server import Versions, serving
 from tests.support.openai_api import openai_world
-from tests.support.served_replicas import Built, open_builder
+from tests.support.services.operated_replicas import Built, open_builder
 
 
 @pytest.fixture

@@ -30,10 +30,10 @@ from loramux_shared.storage.open import open_store
 from tests.contract.conftest import aws as aws, store as store
 from tests.support.access import lines, new_entry
 from tests.support.cases import cases
-from tests.support.forks import Forked
 from tests.support.openai_api import open_api, openai_world
-from tests.support.served_process import serving
-from tests.support.silent import silent_service
+from tests.support.processes.forks import Forked
+from tests.support.processes.inference import serving
+from tests.support.services.silent import silent_service
 from tests.support.tiny import make_world
 from tests.support.waiting import BOUND_S, until
 

@@ -17,8 +17,8 @@ from loramux_bench.plot import plot
 from loramux_bench.workload import Workload, arrivals, read_prompts
 from loramux_shared.faults import RequestInvalid
 from tests.support.cases import cases
-from tests.support.commands import run, running
-from tests.support.fake_services import Fakes
+from tests.support.processes.commands import run, running
+from tests.support.services.fake_grpc import Fakes
 from tests.support.waiting import wait_until
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_cli_processes import on_a_terminal
-from tests.support.commands import run, running
-from tests.support.fake_services import Fakes
+from tests.support.processes.commands import run, running
+from tests.support.services.fake_grpc import Fakes
 from tests.support.waiting import wait_until
 from tests.unit.cli.test_cli_commands import completions
 

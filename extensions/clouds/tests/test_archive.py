@@ -13,7 +13,7 @@ from loramux_clouds.archive import MAX_UNPACKED, Archive, inner_files
 from loramux_clouds.public import AddressGuard, is_public
 from loramux_shared.faults import SourceRefused, SourceUnavailable
 from loramux_shared.sources.base import MAX_FILES, SourceFile
-from tests.support.archives import member, pack, pack_members, zeros
+from tests.archive_files import member, pack, pack_members, zeros
 from tests.support.cases import cases
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 9000}

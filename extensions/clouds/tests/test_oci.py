@@ -20,8 +20,8 @@ from loramux_shared.deployment import Repository
 from loramux_shared.faults import BundleCorrupt, Fault, RepoGated, RepoNotFound, SourceRefused
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.spelling import parse_repository
+from tests.archive_files import member, pack, pack_members, zeros
 from tests.contract.sources.test_source_secrets import PATIENCE
-from tests.support.archives import member, pack, pack_members, zeros
 from tests.support.https_server import Route, Site, redirect, serve_https
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 99}

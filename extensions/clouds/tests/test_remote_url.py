@@ -23,6 +23,7 @@ from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.storage.memory import MemoryStore
+from tests.archive_files import pack
 from tests.contract.sources.test_source_secrets import (
     CANARY,
     PATIENCE,
@@ -31,7 +32,6 @@ from tests.contract.sources.test_source_secrets import (
     silence,
 )
 from tests.support.adapters import write_adapter, write_base
-from tests.support.archives import pack
 from tests.support.cases import cases
 from tests.support.descriptors import cancelled_after, failing, held, nothing_stays_open
 from tests.support.https_server import Site, redirect, serve_https, stating

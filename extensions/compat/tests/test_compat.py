@@ -21,8 +21,8 @@ from tests.contract.http.conftest import api as api, opened as opened
 from tests.contract.http.test_vllm_parameters import world as world
 from tests.contract.rpc.test_both_apis import TURNS
 from tests.support.openai_api import OpenAIApi
-from tests.support.operated import Operated, operated
-from tests.support.silent import IDLE, SilentEngine, silent_service
+from tests.support.services.operators import Operated, operated
+from tests.support.services.silent import IDLE, SilentEngine, silent_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 USER = {"role": "user", "content": "Hi"}

@@ -22,12 +22,12 @@ from loramux_shared.bases.memory import MemoryPlan, cache_of, count_weights, nee
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
+from tests.lowbit_files import KINDS, keep
 from tests.support.access import Certificates
 from tests.support.adapters import BASE_CONFIG
-from tests.support.fake_services import Fakes
 from tests.support.hub_configs import HUB_CONFIGS
-from tests.support.lowbit import KINDS, keep
-from tests.support.replicas import replicas
+from tests.support.services.fake_grpc import Fakes
+from tests.support.services.replicas import replicas
 from tests.support.tiny import SIZES, make_world
 from tests.support.weights import adapter_of
 from tests.unit.bases.test_base_weights import REFUSED

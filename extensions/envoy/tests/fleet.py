@@ -15,7 +15,7 @@ import envoy
 import httpx
 
 from loramux_envoy.config import Fleet, Listen, Replica, render
-from tests.support.forks import inference_service
+from tests.support.processes.forks import inference_service
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 

@@ -13,7 +13,7 @@ from loramux import AsyncClient
 from loramux_envoy.config import Tls
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from tests.fleet import Proxy, fleet_of
-from tests.support.scripted_replica import ScriptedReplica
+from tests.scripted_replica import ScriptedReplica
 from tests.support.waiting import BOUND_S, until
 
 

@@ -20,9 +20,9 @@ from loramux_shared.access.guard import Guard
 from loramux_shared.rpc import calls
 from tests.fleet import Proxy
 from tests.scripted_fleet import Fleet, behind_envoy, envoy_of
+from tests.scripted_replica import MODELS, Named, ScriptedReplica
 from tests.support.access import Certificates, keyring
-from tests.support.endless import Endless, apis_of
-from tests.support.scripted_replica import MODELS, Named, ScriptedReplica
+from tests.support.services.endless import Endless, apis_of
 from tests.support.waiting import BOUND_S, bounded, until, wait_until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -22,7 +22,7 @@ from loramux_fleet.fleet import REPEATED, STREAMS, AsyncFleetCalls, Fleet, Fleet
 from loramux_fleet.members import Members
 from loramux_shared.access.guard import Guard
 from tests.support.access import NOBODY, Certificates
-from tests.support.replicas import MODELS, Replicas, replicas
+from tests.support.services.replicas import MODELS, Replicas, replicas
 from tests.support.waiting import BOUND_S, bounded, until, wait_until
 
 TEXT = "the grey sea sings (0)"

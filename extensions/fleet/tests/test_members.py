@@ -14,8 +14,8 @@ from loramux_fleet.placement import Placement
 from loramux_fleet.trip import TRIES, Trip
 from loramux_shared import faults
 from loramux_shared.access.guard import Guard
-from tests.support.commands import run
-from tests.support.operated import operated
+from tests.support.processes.commands import run
+from tests.support.services.operators import operated
 from tests.support.waiting import BOUND_S, Clock
 from tests.test_placement import REPLICAS
 from tests.unit.cli.test_cli_keys import KEYS, RING, _no_key as _no_key, api

@@ -19,8 +19,8 @@ from inference_service.models.checkpoint import Checkpoint
 from loramux_shared.bases.formats import read_quantization, with_quantize
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
+from tests.lowbit_files import KINDS, gptq
 from tests.support.cases import cases
-from tests.support.lowbit import KINDS, gptq
 from tests.support.root import ROOT
 
 WRITTEN = ROOT / "tests/golden" / "formats"

@@ -8,7 +8,7 @@ from transformers import GptOssConfig
 
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.lowbit import EXPERTS, keep
+from tests.lowbit_files import EXPERTS, keep
 from tests.support.tiny import SIZES, World, make_adapter, make_checkpoint, oracle, oracle_tokens, run_engine
 
 PROMPT = list(range(3, 40))

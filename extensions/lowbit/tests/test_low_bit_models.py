@@ -21,8 +21,9 @@ from loramux_shared.bases.read import read_config
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support import lowbit, tiny
-from tests.support.lowbit import KINDS, WHOLE_BLOCKS, Kind, keep
+from tests import lowbit_files as lowbit
+from tests.lowbit_files import KINDS, WHOLE_BLOCKS, Kind, keep
+from tests.support import tiny
 from tests.support.ranks import divided
 
 NEW = 10

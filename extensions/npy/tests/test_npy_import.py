@@ -17,9 +17,9 @@ from tests.contract.cli.test_cli_check import folder as folder, shared as shared
 from tests.fuzz.mutate import NUMBERS, bounded, check_findings, mutations, runs
 from tests.npy_files import BF16, KV, SIZES, Q, Rows, matrices, write
 from tests.support.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
-from tests.support.commands import run
-from tests.support.fake_services import Fakes
 from tests.support.folders import built, deployment_of, workshop
+from tests.support.processes.commands import run
+from tests.support.services.fake_grpc import Fakes
 from tests.unit.domain.test_adapter_rules import book
 
 

@@ -19,7 +19,7 @@ from tests.openapi_golden import RECORDED, described
 from tests.support.cases import cases
 from tests.support.openai_api import OpenAIApi
 from tests.support.root import ROOT
-from tests.support.silent import silent_service
+from tests.support.services.silent import silent_service
 
 DOCUMENT = document(ENDPOINTS, ServerFacts("base"))
 OPERATIONS = [

@@ -24,8 +24,8 @@ from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from tests.support.access import lines, new_entry
 from tests.support.openai_api import openai_world
-from tests.support.operated import digest_of, operated
 from tests.support.root import ROOT
+from tests.support.services.operators import digest_of, operated
 from tests.support.waiting import BOUND_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -22,7 +22,7 @@ from inference_service.serving.telemetry.request_log import open_watchers
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_otel.tracing import Tracing
 from loramux_shared.rpc.server import RpcServer
-from tests.support.served_replicas import Built
+from tests.support.services.operated_replicas import Built
 from tests.support.waiting import BOUND_S, until
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

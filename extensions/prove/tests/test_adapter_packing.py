@@ -17,8 +17,8 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import ProofFailed
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.bundles import Loaded, load
 from tests.support.native import opened_once
+from tests.support.stores.bundles import Loaded, load
 from tests.support.tiny import World, make_world
 from tests.test_proof import build_into
 

@@ -40,7 +40,7 @@ from loramux_shared.faults import BuildInterrupted, CheckpointInvalid, ProofFail
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.proving import proved_here
-from tests.support.mortal import copied
+from tests.support.stores.killed import copied
 from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of, refusal
 
 Change = Callable[[Any, Manifest], None]

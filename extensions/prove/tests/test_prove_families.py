@@ -17,8 +17,8 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid
 from loramux_shared.storage.memory import MemoryStore
+from tests import lowbit_files as lowbit
 from tests.models.test_families import CASES, PROVED
-from tests.support import lowbit
 from tests.support.tiny import World, make_checkpoint, make_world, make_world_of, oracle
 from tests.test_disguised import make_saved
 from tests.test_proof import build_into

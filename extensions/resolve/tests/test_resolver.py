@@ -20,8 +20,8 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.openai_api import OpenAIApi, openai_world
-from tests.support.operated import Operated, operated
-from tests.support.served_replicas import open_builder, open_fleet
+from tests.support.services.operated_replicas import open_builder, open_fleet
+from tests.support.services.operators import Operated, operated
 from tests.support.waiting import ended, until
 
 LABEL = "hub_key"

@@ -20,7 +20,7 @@ from loramux_webhooks.receiver import MAX_DEBOUNCES, REQUEST_S, RETRY_S, Followe
 from tests.support.https_server import served
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.openai_api import openai_world
-from tests.support.served_replicas import open_builder
+from tests.support.services.operated_replicas import open_builder
 from tests.support.waiting import BOUND_S, wait_until
 
 SECRET = "a s\xe9cret"  # noqa: S105 - of a test

@@ -34,9 +34,9 @@ from loramux_shared.rpc.status import fault_of
 from loramux_shared.settings import PREFIX
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support import forks
 from tests.support.access import keyring, lines, new_entry
-from tests.support.silent import silent_server, silent_service
+from tests.support.processes import forks
+from tests.support.services.silent import silent_server, silent_service
 from tests.support.waiting import BOUND_S
 
 HEALTH = "grpc.health.v1.Health"

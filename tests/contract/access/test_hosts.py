@@ -11,7 +11,7 @@ from inference_service.http.app import ENDPOINTS
 from inference_service.http.server import HttpServer
 from loramux_shared.access.guard import Guard
 from tests.support.access import keyring
-from tests.support.silent import silent_service
+from tests.support.services.silent import silent_service
 from tests.support.waiting import BOUND_S
 
 EVIL = (

@@ -18,7 +18,7 @@ from loramux_shared.access.guard import Guard, TlsFiles
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid, Unauthenticated
 from loramux_shared.rpc.server import RpcServer
 from tests.support.access import NOBODY, Certificates, keyring
-from tests.support.silent import MODELS, silent_server, silent_service
+from tests.support.services.silent import MODELS, silent_server, silent_service
 from tests.support.waiting import BOUND_S
 
 KEYS, RING = keyring("infer")

@@ -12,10 +12,10 @@ from loramux import AsyncClient
 from loramux_shared.faults import BundleCorrupt, NoBuilder, RequestInvalid
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.mortal import copied
-from tests.support.operated import Operated, digest_of, operated
-from tests.support.served_replicas import open_builder, open_fleet
-from tests.support.silent import silent_service
+from tests.support.services.operated_replicas import open_builder, open_fleet
+from tests.support.services.operators import Operated, digest_of, operated
+from tests.support.services.silent import silent_service
+from tests.support.stores.killed import copied
 from tests.support.tiny import World
 from tests.support.waiting import bounded
 

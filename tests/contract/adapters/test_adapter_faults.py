@@ -11,10 +11,10 @@ from inference_service.adapters.disk import DiskTier
 from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.reading import BundleReader, Tier
 from loramux_shared.storage.local import LocalStore
-from tests.support.bundles import FakePacked, Loaded, build_bundles, load, settle
-from tests.support.dying import dies_at_a_touch, fills
 from tests.support.examples import SWEEPING
-from tests.support.forks import Forked
+from tests.support.processes.failing_replicas import dies_at_a_touch, fills
+from tests.support.processes.forks import Forked
+from tests.support.stores.bundles import FakePacked, Loaded, build_bundles, load, settle
 from tests.support.waiting import BOUND_S, wait_until
 
 EVERY = 1 if os.environ.get(SWEEPING) else 3

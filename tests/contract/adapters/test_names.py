@@ -33,8 +33,8 @@ from tests.support.access import lines, new_entry
 from tests.support.generations import change_deployed
 from tests.support.grpc_api import open_rpc
 from tests.support.metrics import Scrape
-from tests.support.mortal import copied
 from tests.support.openai_api import open_api
+from tests.support.stores.killed import copied
 from tests.support.tiny import World
 from tests.support.waiting import until
 

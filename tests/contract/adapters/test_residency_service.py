@@ -12,8 +12,8 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.mortal import copied
 from tests.support.service import PROMPT, Service, open_service
+from tests.support.stores.killed import copied
 from tests.support.tiny import ADAPTERS, World
 
 Opened = Callable[..., Awaitable[Service]]

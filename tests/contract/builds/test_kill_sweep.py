@@ -24,7 +24,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.examples import spread
 from tests.support.folders import built, deployment_of, workshop
-from tests.support.mortal import Killed, Mortal, copied
+from tests.support.stores.killed import Killed, Mortal, copied
 from tests.support.waiting import BOUND_S
 
 NAMES = ("one", "two", "three")

@@ -20,7 +20,7 @@ from loramux_shared.faults import StoreUnavailable
 from tests.contract.builds.test_turns import wish
 from tests.support.builders import Builders, ended
 from tests.support.folders import built
-from tests.support.mortal import Killed, Mortal, copied
+from tests.support.stores.killed import Killed, Mortal, copied
 
 
 @pytest.fixture

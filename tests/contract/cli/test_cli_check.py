@@ -12,9 +12,9 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.builders import in_thread
-from tests.support.commands import run
-from tests.support.fake_services import Fakes, deployment_text
 from tests.support.hub import serve_hub
+from tests.support.processes.commands import run
+from tests.support.services.fake_grpc import Fakes, deployment_text
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from tests.support.served_replicas import Built, open_fleet
-from tests.support.smg import running_smg
+from tests.contract.gateways.smg import running_smg
+from tests.support.services.operated_replicas import Built, open_fleet
 from tests.support.waiting import BOUND_S, bounded, until
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}

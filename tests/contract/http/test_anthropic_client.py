@@ -26,7 +26,7 @@ from tests.support.access import lines, new_entry
 from tests.support.cases import cases
 from tests.support.generations import change_deployed
 from tests.support.openai_api import OpenAIApi
-from tests.support.talker import Talker, open_talker
+from tests.support.services.scripted import Talker, open_talker
 from tests.support.waiting import BOUND_S
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from tests.support.cases import cases
 from tests.support.openai_api import OpenAIApi
 from tests.support.raw_http import RawClient
-from tests.support.silent import silent_service
+from tests.support.services.silent import silent_service
 from tests.support.waiting import BOUND_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

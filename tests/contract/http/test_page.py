@@ -11,7 +11,7 @@ import pytest
 from inference_service.http.app import ENDPOINTS, create_app
 from loramux_shared.access.keyring import Keyring
 from tests.support.access import lines, new_entry
-from tests.support.scripted_page import ScriptedPage
+from tests.support.services.scripted_page import ScriptedPage
 
 FILES = {file.name: file for file in files("inference_service.http.page").iterdir() if file.is_file()}
 SCRIPTS = {name: FILES[name].read_text() for name in FILES if name.endswith(".js")}

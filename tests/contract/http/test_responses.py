@@ -11,10 +11,10 @@ from pydantic import BaseModel
 from inference_service.core.sequence import EndReason
 from loramux_shared.faults import RateLimited, ReplicaFailed, RequestInvalid
 from loramux_shared.runtime import ReasoningParser
+from tests.contract.http.response_checks import check_events, check_response, read_stream
 from tests.support.cases import cases
 from tests.support.generations import change_deployed
-from tests.support.responses import check_events, check_response, read_stream
-from tests.support.talker import TalkerApi, open_talker
+from tests.support.services.scripted import TalkerApi, open_talker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -19,14 +19,14 @@ from loramux_shared.faults import RequestInvalid
 from loramux_shared.rpc import options
 from loramux_shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
 from loramux_shared.rpc.server import RpcServer
+from tests.contract.rpc.raw_http2 import ASK_PING, CANCEL, GOAWAY, PING, RESET, call, connect, frame, hello
 from tests.contract.rpc.test_drain import apis as apis
-from tests.support import crowded
 from tests.support.access import Certificates
-from tests.support.endless import BOUND, HEALTH, MODEL, EndlessApis
-from tests.support.fake_services import WORDS, FakeInference, inference_server
-from tests.support.forks import Forked
+from tests.support.processes import few_descriptors as crowded
+from tests.support.processes.forks import Forked
 from tests.support.raw_http import JSON, RawClient
-from tests.support.raw_http2 import ASK_PING, CANCEL, GOAWAY, PING, RESET, call, connect, frame, hello
+from tests.support.services.endless import BOUND, HEALTH, MODEL, EndlessApis
+from tests.support.services.fake_grpc import WORDS, FakeInference, inference_server
 from tests.support.waiting import BOUND_S, bounded
 
 WAIT = json.dumps({"model": MODEL, "prompt": "WAIT", "stream": True}).encode()

@@ -20,8 +20,8 @@ from loramux_shared.faults import ShuttingDown
 from loramux_shared.rpc import calls, server
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.rpc.stopping import Stop, leave, shielded
-from tests.support.endless import BOUND, MODEL, EndlessApis
 from tests.support.raw_http import JSON, RawClient
+from tests.support.services.endless import BOUND, MODEL, EndlessApis
 from tests.support.waiting import BOUND_S, Clock, ended, until
 
 HOUR, NEVER = 3600.0, 1e9

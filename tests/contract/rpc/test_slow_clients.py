@@ -19,10 +19,19 @@ from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.access.guard import Guard
 from loramux_shared.rpc import calls, options
 from loramux_shared.rpc.status import fault_of
+from tests.contract.rpc.raw_http2 import (
+    DATA,
+    HEADERS,
+    WINDOW_UPDATE,
+    call,
+    connect,
+    frame,
+    message,
+    until_ended,
+)
 from tests.support.access import keyring
-from tests.support.endless import BOUND, HEALTH, MODEL, EndlessApis
 from tests.support.raw_http import JSON
-from tests.support.raw_http2 import DATA, HEADERS, WINDOW_UPDATE, call, connect, frame, message, until_ended
+from tests.support.services.endless import BOUND, HEALTH, MODEL, EndlessApis
 from tests.support.waiting import BOUND_S, Clock, bounded, ended, until
 
 HOUR, NEVER = 3600.0, 1e9

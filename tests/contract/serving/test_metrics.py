@@ -15,7 +15,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
 from tests.support.metrics import Scrape
 from tests.support.openai_api import OpenAIApi, open_api
-from tests.support.silent import silent_server
+from tests.support.services.silent import silent_server
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, bounded
 

@@ -20,8 +20,8 @@ from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import python
 from loramux_shared.settings import InferenceSettings, load_settings
 from loramux_shared.storage.open import open_store
-from tests.support.forks import Forked, builder_service, inference_service
 from tests.support.generations import generation
+from tests.support.processes.forks import Forked, builder_service, inference_service
 from tests.support.waiting import BOUND_S, wait_until
 
 SERVICES = {"inference_service": inference_service, "builder_service": builder_service}

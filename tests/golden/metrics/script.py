@@ -28,7 +28,7 @@ from loramux_shared.extensions import need_extension
 from loramux_shared.runtime import Limits
 from tests.support.generations import change_deployed
 from tests.support.metrics import Scrape
-from tests.support.silent import IDLE
+from tests.support.services.silent import IDLE
 
 NAMES = Path(__file__).with_name("names.txt")
 MODELS = (ServedModel("base"), ServedModel("pirate", Adapter("ab" * 32, 0), digest="ab" * 32))

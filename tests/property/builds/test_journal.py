@@ -34,8 +34,8 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.builders import Builders
 from tests.support.examples import examples
 from tests.support.folders import built
-from tests.support.mortal import Killed
-from tests.support.simulation import Host, HostStore, Simulation, TimedStore
+from tests.support.stores.killed import Killed
+from tests.support.stores.simulated import Host, HostStore, Simulation, TimedStore
 
 HISTORIES = examples(40)
 NAMES = ("a", "b", "c")

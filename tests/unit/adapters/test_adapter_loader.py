@@ -18,7 +18,16 @@ from inference_service.core.adapter import Adapter
 from inference_service.text.text import Text
 from loramux_shared import faults
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
-from tests.support.bundles import TEMPLATE, FakePacked, Loaded, Unsteady, build_bundles, flipped, load, waiting
+from tests.support.stores.bundles import (
+    TEMPLATE,
+    FakePacked,
+    Loaded,
+    Unsteady,
+    build_bundles,
+    flipped,
+    load,
+    waiting,
+)
 from tests.support.tokens import VOCAB, write_tokenizer
 from tests.support.waiting import BOUND_S, ended, until, wait_until
 

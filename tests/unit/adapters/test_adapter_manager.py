@@ -15,7 +15,7 @@ from inference_service.rpc.builder import BuilderPublisher
 from loramux_shared import faults
 from loramux_shared.access.keys import ACCESS, Access, Scope
 from tests.support.cases import cases
-from tests.support.operated import digest_of, generation, operated
+from tests.support.services.operators import digest_of, generation, operated
 
 
 def test_pages_give_every_name_once_and_look_at_no_other() -> None:

@@ -13,7 +13,7 @@ from inference_service.serving.telemetry import model_series
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import following
 from tests.support.metrics import Scrape
-from tests.support.operated import Operated, operated
+from tests.support.services.operators import Operated, operated
 
 STATS = EngineStats(0, 0, 6, 8, 16, 4, 0, 10, 5, 0)
 COUNTED = model_series.Counted("loramux_asked", "Asked.", "outcome")

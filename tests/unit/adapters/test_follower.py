@@ -14,8 +14,8 @@ from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Dtype, Merge, Repository, SourceKind
 from loramux_shared.faults import ReplicaBehind, ResourcesExhausted
 from tests.support import generations
-from tests.support.bundles import Unsteady
 from tests.support.generations import record
+from tests.support.stores.bundles import Unsteady
 from tests.support.waiting import ended, until
 
 HOUR_S = 3600.0

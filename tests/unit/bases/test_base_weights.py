@@ -28,10 +28,10 @@ from tests.support.adapters import write_adapter, write_base
 from tests.support.cases import cases
 from tests.support.examples import examples
 from tests.support.folders import deployment_of, workshop
-from tests.support.forks import Forked
 from tests.support.hub_configs import HUB_CONFIGS
-from tests.support.overwritten import TOKENS, WAYS, answers_while_its_file_changes
+from tests.support.processes.forks import Forked
 from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, run_engine
+from tests.unit.bases.overwritten_base import TOKENS, WAYS, answers_while_its_file_changes
 
 EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
 PROMPT = list(range(3, 40))

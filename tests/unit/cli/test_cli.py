@@ -27,11 +27,11 @@ from loramux_shared import faults, process
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.status import CallFailed
 from tests.support.cases import cases
-from tests.support.commands import run
-from tests.support.fake_services import Fakes, deployment_text
-from tests.support.forks import command_line
 from tests.support.https_server import served
+from tests.support.processes.commands import run
+from tests.support.processes.forks import command_line
 from tests.support.root import ROOT
+from tests.support.services.fake_grpc import Fakes, deployment_text
 from tests.unit.cli.test_build_view import adapter, state
 
 

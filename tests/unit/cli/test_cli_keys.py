@@ -18,9 +18,9 @@ from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc.server import RpcServer
 from tests.support.access import keyring
-from tests.support.commands import run
-from tests.support.fake_services import FakeInference, Fakes
-from tests.support.operated import Operated, operated
+from tests.support.processes.commands import run
+from tests.support.services.fake_grpc import FakeInference, Fakes
+from tests.support.services.operators import Operated, operated
 from tests.support.waiting import loop_in_thread
 
 

@@ -23,8 +23,8 @@ from loramux.requests import generate_request
 from loramux.vectors import ScoreOptions, classify_request, embed_request
 from loramux_shared.deployment import Deployment
 from tests.support.cases import cases
-from tests.support.fake_services import DIGEST, WORDS, Fakes
 from tests.support.root import ROOT
+from tests.support.services.fake_grpc import DIGEST, WORDS, Fakes
 from tests.support.waiting import BOUND_S, until
 
 

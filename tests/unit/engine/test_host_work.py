@@ -15,7 +15,7 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
-from tests.support.instructions import instructions as count
+from tests.unit.engine.instructions import instructions as count
 
 SEQS = 12
 ANSWER = 4

@@ -20,7 +20,7 @@ from loramux_shared.settings import (
     load_settings,
 )
 from loramux_shared.storage.open import open_store
-from tests.support.commands import assert_takes
+from tests.support.processes.commands import assert_takes
 from tests.support.root import ROOT
 
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")

@@ -19,8 +19,8 @@ from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, open_sources
 from loramux_shared.storage.local import LocalStore
 from tests.support.cases import cases
-from tests.support.commands import run
 from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
+from tests.support.processes.commands import run
 
 NO_TEXT = os.fsdecode(b"caf\xe9")
 

@@ -9,7 +9,7 @@ import yaml
 
 from loramux_shared.deployment_file import parse_deployment
 from tests.golden.metrics.script import NAMES
-from tests.support.commands import assert_takes
+from tests.support.processes.commands import assert_takes
 from tests.support.root import ROOT
 from tests.unit.project.kubernetes.manifests import (
     KUBERNETES,

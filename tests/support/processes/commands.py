@@ -10,7 +10,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from loramux.cli.main import app
-from tests.support.forks import Forked, command_line
+from tests.support.processes.forks import Forked, command_line
 from tests.support.waiting import wait_until
 
 

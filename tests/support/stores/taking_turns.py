@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.mortal import Killed, Through
+from tests.support.stores.killed import Killed, Through
 from tests.support.waiting import BOUND_S
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from loramux_shared.faults import StoreUnavailable
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.mortal import Killed, Through
+from tests.support.stores.killed import Killed, Through
 from tests.support.waiting import BOUND_S
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from inference_service.adapters.reading import BundleReader
 from inference_service.core.sequence import Batch
 from inference_service.engine.runner import Pending, Runner
 from loramux_shared.storage.local import LocalStore
-from tests.support.bundles import FakePacked, Loaded, load, settle
+from tests.support.stores.bundles import FakePacked, Loaded, load, settle
 
 
 def dies_at_a_touch(number: int, cache: Path, store: Path, limit: int, digests: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.support.browser import Page
+from tests.e2e.browser import Page
 
 CONTRAST = Path(__file__).with_name("contrast.js").read_text()
 """Pairs of each text that is shown and its contrast, as WCAG 2 defines it."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from inference_service.backends import native_lora
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.build import Built
-from tests.support.emulator import EMULATOR, HEAP, SERVER
+from tests.kernels.emulator import EMULATOR, HEAP, SERVER
 
 NAME, ARGUMENTS, TEXT = 32, 32, 56
 """Bytes, values and bytes of the structures in ``server.cpp``."""

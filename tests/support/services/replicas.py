@@ -11,7 +11,7 @@ from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.server import RpcServer
-from tests.support.fake_services import FakeInference, inference_server
+from tests.support.services.fake_grpc import FakeInference, inference_server
 from tests.support.waiting import BOUND_S, loop_in_thread
 
 MODELS = ("base", "lora1", "lora2")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.forks import Forked, inference_service
+from tests.support.processes.forks import Forked, inference_service
 from tests.support.tiny import World
 from tests.support.waiting import wait_until
 

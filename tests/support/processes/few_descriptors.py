@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from loramux_shared.process import log_to_stderr, raise_limit
-from tests.support.endless import Endless, apis_of
+from tests.support.services.endless import Endless, apis_of
 
 
 def serves(limit: int, log: Path, peer: Connection) -> None:

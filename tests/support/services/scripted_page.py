@@ -25,7 +25,7 @@ from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
-from tests.support.silent import IDLE
+from tests.support.services.silent import IDLE
 from tests.support.tokens import VOCAB, write_tokenizer
 
 STATS = replace(

@@ -25,7 +25,7 @@ _CONTEXT.set_forkserver_preload(
     [
         *("inference_service.__main__", "inference_service.process", "builder_service.__main__"),
         *("loramux", "typer.main", "rich.live", "rich.progress", "rich.table"),  # of commands, but no console
-        *("tests.support.crowded", "tests.support.dying", "tests.support.racing"),
+        *("tests.support.processes.few_descriptors", "tests.support.processes.failing_replicas"),
     ]
 )
 

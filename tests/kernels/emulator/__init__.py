@@ -44,7 +44,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess
         **os.environ, SERVER: str(server), HEAP: str(heap), "LD_PRELOAD": str(preload),
         "PYTHONMALLOC": "malloc", "OMP_NUM_THREADS": "2",
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.support.emulator.plugin", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.kernels.emulator.plugin", *tests]
     try:
         return subprocess.run(
             command,

@@ -1,0 +1,1 @@
+"""Processes of tests: services, commands and gateways, and their forks."""

@@ -1,0 +1,1 @@
+"""Services of tests whose answers a test has in its hands, and their APIs."""
