@@ -24,7 +24,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.examples import spread
 from tests.support.folders import built, deployment_of, workshop
-from tests.support.stores.killed import Killed, Mortal, copied
+from tests.support.stores.killed import DyingStore, Killed, copied
 from tests.support.waiting import BOUND_S
 
 NAMES = ("one", "two", "three")
@@ -41,11 +41,13 @@ class World:
         self.new = deployment_of(folder, *NAMES)
         built(deployment_of(folder, "one"), self.context(self.start))
 
-    def context(self, store: MemoryStore | Mortal) -> BuildContext:
+    def context(self, store: MemoryStore | DyingStore) -> BuildContext:
         """A workshop over a store."""
         return workshop(self.folder, store)
 
-    async def life(self, store: MemoryStore | Mortal, required: Deployment | None = None) -> BuildState | None:
+    async def life(
+        self, store: MemoryStore | DyingStore, required: Deployment | None = None
+    ) -> BuildState | None:
         """Start a builder, let it resume builds, ask for a build, and wait for the end of both."""
         builds = Builds(self.context(store), BuildLimits(running=2, beat_s=1000))
         state = None
@@ -87,13 +89,13 @@ def world(tmp_path: Path) -> Iterator[World]:
 @pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.sweep), True])
 async def test_a_kill_at_every_operation_of_the_store(world: World, after: bool) -> None:
     """Readers see old or new after a kill at any operation, and the next start ends the build."""
-    whole = Mortal(copied(world.start))
+    whole = DyingStore(copied(world.start))
     assert await world.life(whole, world.new) is BuildState.ACTIVE
     assert whole.count > 25
     accepted = 0
     for dies_at in range(1, whole.count + 1):
         store = copied(world.start)
-        await world.life(Mortal(store, dies_at, after=after), world.new)
+        await world.life(DyingStore(store, dies_at, after=after), world.new)
         world.check_reader(store)
         store = copied(store)  # a while later: claims of the dead builder are stale
         if journalled := list(store.list("builds/")):

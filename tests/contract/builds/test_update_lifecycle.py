@@ -20,7 +20,7 @@ from loramux_shared.faults import StoreUnavailable
 from tests.contract.builds.test_turns import wish
 from tests.support.builders import Builders, ended
 from tests.support.folders import built
-from tests.support.stores.killed import Killed, Mortal, copied
+from tests.support.stores.killed import DyingStore, Killed, copied
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_an_update_killed_at_any_operation_is_made_once(world: Builders, after: 
     identity = Identity(("an id",))
     for dies_at in range(1, 60):
         store = copied(world.store)
-        mortal = Mortal(store, dies_at, after=after)
+        mortal = DyingStore(store, dies_at, after=after)
         with suppress(Killed):
             update(query, replace(context, store=mortal), Progress(["two"]), identity)
         for record in current_generation(store, "tiny").adapters.values():

@@ -26,7 +26,7 @@ from tests.support.access import lines, new_entry
 from tests.support.cases import cases
 from tests.support.generations import change_deployed
 from tests.support.openai_api import OpenAIApi
-from tests.support.services.scripted import Talker, open_talker
+from tests.support.services.scripted import ScriptedService, open_scripted
 from tests.support.waiting import BOUND_S
 
 if TYPE_CHECKING:
@@ -68,13 +68,15 @@ async def claude(opened: OpenAIApi) -> AsyncIterator[AsyncAnthropic]:
 
 
 @asynccontextmanager
-async def scripted(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[tuple[Talker, AsyncAnthropic]]:
+async def scripted(
+    folder: Path, guard: Guard = NOBODY_GUARDS
+) -> AsyncIterator[tuple[ScriptedService, AsyncAnthropic]]:
     """A server in front of a script, and a client of it."""
     async with (
-        open_talker(folder, guard) as api,
+        open_scripted(folder, guard) as api,
         _client(base_url=api.url, api_key=SECRET, max_retries=0) as client,
     ):
-        yield api.talker, client
+        yield api.service, client
 
 
 async def test_an_answer(claude: AsyncAnthropic, api: OpenAIApi) -> None:

@@ -15,7 +15,7 @@ from tests.support.openai_api import ServedApi
 from tests.support.tokens import VOCAB, write_tokenizer
 
 
-class Talker(Scripted):
+class ScriptedService(Scripted):
     """Answers requests as scripted, in their order, and keeps them."""
 
     def __init__(self, text: Text) -> None:
@@ -39,22 +39,22 @@ class Talker(Scripted):
         return request.prompt.content
 
 
-class TalkerApi(ServedApi):
-    """A served API with a talker."""
+class ScriptedApi(ServedApi):
+    """A served API with a scripted service."""
 
-    def __init__(self, talker: Talker, server: HttpServer) -> None:
+    def __init__(self, service: ScriptedService, server: HttpServer) -> None:
         super().__init__(server)
-        self.talker = talker
+        self.service = service
 
 
 @asynccontextmanager
-async def open_talker(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[TalkerApi]:
+async def open_scripted(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[ScriptedApi]:
     """Listen on a free port; a tokenizer lies in a folder."""
     write_tokenizer(folder)
-    talker = Talker(Text.load(folder, VOCAB))
-    server = HttpServer("127.0.0.1:0", talker, guard)
+    service = ScriptedService(Text.load(folder, VOCAB))
+    server = HttpServer("127.0.0.1:0", service, guard)
     await server.start()
-    api = TalkerApi(talker, server)
+    api = ScriptedApi(service, server)
     try:
         yield api
     finally:

@@ -37,7 +37,7 @@ def _whole(found: Any) -> Any:
     return iter([*found]) if isinstance(found, Iterator) else found
 
 
-class Mortal(Through):
+class DyingStore(Through):
     """A store whose user dies at its n-th operation: before it took effect, or after, without an answer."""
 
     def __init__(self, store: MemoryStore, dies_at: int = 0, *, after: bool = False) -> None:

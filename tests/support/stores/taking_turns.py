@@ -14,7 +14,7 @@ from tests.support.waiting import BOUND_S
 T = TypeVar("T")
 
 
-class Turns(Through):
+class TurnStore(Through):
     """A store for one builder, whose every operation waits for its turn."""
 
     def __init__(self, store: MemoryStore, dies_at: int | None = None) -> None:
@@ -46,14 +46,14 @@ class Race(Generic[T]):
         """Run the works; with dies_at the first of them is killed after so many operations."""
         self.store, self.after_each = store, after_each
         self.pool = ThreadPoolExecutor(len(works))
-        self.turns = [Turns(store, dies_at if i == 0 else None) for i in range(len(works))]
+        self.turns = [TurnStore(store, dies_at if i == 0 else None) for i in range(len(works))]
         self.results: list[Future[T | None]] = [
             self.pool.submit(self._do, turns, work) for turns, work in zip(self.turns, works, strict=True)
         ]
         for turns in self.turns:
             assert turns.parked.acquire(timeout=BOUND_S)
 
-    def _do(self, turns: Turns, work: Callable[[Store], T]) -> T | None:
+    def _do(self, turns: TurnStore, work: Callable[[Store], T]) -> T | None:
         try:
             return work(turns)
         except Killed:
