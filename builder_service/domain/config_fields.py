@@ -47,18 +47,20 @@ class ModuleReading:
     """The field of the config for which PEFT does not adapt it; empty: it does."""
 
 
-def read_names(names: Sequence[str], fields: Mapping[str, Any]) -> dict[str, ModuleReading]:
+def read_names(
+    names: Sequence[str], fields: Mapping[str, Any], bounds: Bounds = BOUNDS
+) -> dict[str, ModuleReading]:
     """Return what the fields of a config say about names of modules.
 
     Raises:
         PatternsInvalid: some are no patterns.
-        TooCostly: all together need more than `BOUNDS`.
+        TooCostly: all together need more than the bounds.
         ResourcesExhausted: this machine has no process for them.
     """
     question = dict(fields) | {"names": list(names)}
     patterns = list(_patterns(question))
     plain = len(patterns) * len(names) <= _FEW and all(map(_PLAIN.fullmatch, patterns))
-    found = peft_names.answer(question) if plain else ask(peft_names, question, BOUNDS)
+    found = peft_names.answer(question) if plain else ask(peft_names, question, bounds)
     if problems := found.get("problems"):
         raise PatternsInvalid(problems)
     rows = zip(found["rank_pattern"], found["alpha_pattern"], found["left_out"], strict=True)

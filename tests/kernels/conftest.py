@@ -1,6 +1,7 @@
 """The device of the kernel tests, and the backends that hold adapters."""
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,12 @@ def lora(request: pytest.FixtureRequest, device: str) -> LoraBackend:
     if request.param == "torch":
         return TorchLora(GROUPS, torch.float32, torch.device(device))
     return TritonLora(GROUPS, LAYERS, torch.float32, torch.device(device))
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The number of threads of the parameter, which operations use meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -78,16 +78,14 @@ def _assert_close(found: Tensor, expected: Tensor, ops: CpuOps, case: object = "
     assert error < times * TOLERANCE[ops.dtype], case
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize(
     ("K", "outs"), [(63, (48,)), (576, (576, 192, 192)), (100, (33, 1)), (1000, (512, 40))]
 )
-def test_lora_adds_each_adapter_to_its_own_rows(
-    monkeypatch: pytest.MonkeyPatch, ops: CpuOps, threads: int, K: int, outs: tuple[int, ...]
-) -> None:
+def test_lora_adds_each_adapter_to_its_own_rows(ops: CpuOps, K: int, outs: tuple[int, ...]) -> None:
     """Mixed ranks, slices, vectors, segments of 1 to 70 rows, subnormals; rows of the base keep every bit."""
     dtype = ops.dtype
-    monkeypatch.setattr(CpuOps, "threads", threads)
     ranks = [[(8, 16, 5)[i % 3] for i in range(len(outs))], [64, 0, 3][: len(outs)], [1] * len(outs)]
     lengths = [(0, 3), (1, 70), (2, 1), (0, 33), (1, 4)]
     rows = 5 + sum(length for _, length in lengths)
@@ -223,12 +221,12 @@ def test_a_width_that_is_no_whole_unit_is_left_to_others(library: ctypes.CDLL) -
     assert CpuOps(library, torch.bfloat16).tiled(torch.ones(4, 3)) is None
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 def test_a_row_of_a_linear_and_its_adapters_depends_on_no_other(
-    ops: CpuOps, monkeypatch: pytest.MonkeyPatch, threads: int
+    ops: CpuOps,
 ) -> None:
     """A row has the same bits in one call and in two, alone and beside others, also without an adapter."""
-    monkeypatch.setattr(CpuOps, "threads", threads)
     x, weight, a, b = (
         torch.randn(*shape).to(ops.dtype) for shape in ((75, 1000), (150, 1000), (13, 1000), (13, 150))
     )

@@ -109,12 +109,12 @@ def test_the_compiled_operation_computes_the_reference(
     assert wrong(name, case(name, SIZES[sizes], 4, dtype, "cpu"), compute) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 def test_the_compiled_operation_does_not_see_chunks(
-    compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, threads: int
+    compiled: ctypes.CDLL,
 ) -> None:
     """A sequence has the same bits at once and row by row, beside others and alone."""
-    monkeypatch.setattr(CpuOps, "threads", threads)
     ops = CpuOps(compiled, torch.bfloat16)
     weights, states = layer((8, 16, 32, 80), 4, torch.bfloat16, "cpu")
     inputs = inputs_of(90, (8, 16, 32, 80), weights, states)

@@ -112,13 +112,11 @@ def test_native_and_torch_agree(
 
 @pytest.mark.parametrize("quantization", INTEGERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_row_depends_on_no_other(
-    library: CDLL, monkeypatch: pytest.MonkeyPatch, quantization: Rounding, dtype: torch.dtype, threads: int
-) -> None:
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+def test_a_row_depends_on_no_other(library: CDLL, quantization: Rounding, dtype: torch.dtype) -> None:
     """A row has the same bits alone and in a batch."""
     torch.manual_seed(0)
-    monkeypatch.setattr(CpuOps, "threads", threads)
     ops, weight = CpuOps(library, dtype), _quantized(300, 1024, quantization)
     tiled, x = ops.tiled_integers(weight), torch.randn(70, 1024).to(dtype)
     together = ops.linear(x, tiled)

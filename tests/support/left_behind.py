@@ -71,6 +71,7 @@ class _Shared:
 class LeftBehind:
     """A plugin of pytest."""
 
+    ending_s: float = ENDING_S
     _environment: dict[str, str] = field(default_factory=_environment)
     _folder: str = field(default_factory=_folder)
     _known: set[Alive] = field(default_factory=set)
@@ -162,7 +163,7 @@ class LeftBehind:
         if any(map(_runs, due)):
             getattr(item, "funcargs", {}).clear()
             gc.collect()  # the threads of a pool end with it
-        ends = time.monotonic() + ENDING_S
+        ends = time.monotonic() + self.ending_s
         while any(map(_runs, due)) and time.monotonic() < ends:
             time.sleep(0.01)
         stayed = [f"{each} of {self._suspects[each][0]}" for each in due if _runs(each)]

@@ -56,13 +56,14 @@ class ApiProcesses:
         relay: str,
         *,
         keyless: bool,
+        start_s: float = START_S,
         hung_s: float = HUNG_S,
         look_s: float = LOOK_S,
     ) -> None:
         """Serve services of these names; relay is the address of the engine's own server."""
         self._about = {"services": list(services), "relay": relay}
         self.host = ApiHost(service, keyless=keyless)
-        self.hung_s, self.look_s = hung_s, look_s
+        self.start_s, self.hung_s, self.look_s = start_s, hung_s, look_s
         self.ending = self.serving = False
         self._settings = settings
         self._children = [_Child(self) for _ in range(count)]
@@ -246,10 +247,10 @@ class _Child:
         for pause_s in chain(PAUSES_S, repeat(PAUSES_S[-1])):
             await asyncio.sleep(pause_s)
             try:
-                async with asyncio.timeout(START_S):
+                async with asyncio.timeout(self._all.start_s):
                     await self.start()
             except (Fault, OSError) as error:
-                why = str(error) or f"it did not listen within {START_S:g} s"
+                why = str(error) or f"it did not listen within {self._all.start_s:g} s"
                 log.warning("API process does not start", why=why)
             else:
                 log.info("API process started again", pid=self.process.pid if self.process else None)

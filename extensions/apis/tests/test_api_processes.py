@@ -283,13 +283,13 @@ async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path, monkey
 
         monkeypatch.setattr(Channel, "ask", watched)
         monkeypatch.setattr(children, "python", lambda *_: ("sleep", "1000"))
-        monkeypatch.setattr(children, "START_S", 1)
+        served.apis.start_s = 1
         (first,) = served.apis.pids
         os.kill(first, signal.SIGSTOP)
         served.apis.hung_s = 0.1
         await until(lambda: served.apis.pids != [first], "a process that does not begin")
         served.apis.hung_s = BOUND_S
-        monkeypatch.setattr(children, "START_S", BOUND_S)
+        served.apis.start_s = BOUND_S
         monkeypatch.setattr(children, "python", python)
         peers = served.apis.host.peers
         await until(lambda: ended and len(begun) > ended[0] and peers, "another process that listens")

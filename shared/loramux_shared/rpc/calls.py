@@ -21,9 +21,6 @@ from loramux_shared.tracing import Tracing
 CUT: Final = "the server shut down before the call was complete. Retry with another replica."
 DRAIN_SEND_S: Final = 1.0
 """For the rest of a request once the server drains."""
-QUIET_S: Final = 0.1
-PARTING_S: Final = 1.0
-"""A server that drains stops when nobody was refused for the first, or after the second."""
 
 LINGER_S: Final = 2.0
 LINGER_BYTES: Final = 256 << 20
@@ -34,7 +31,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Patience:
-    """The seconds that a client may take."""
+    """The seconds that a client may take, and those in which a drained server still answers."""
 
     send_s: float = 60.0
     """Seconds from a call's begin to the end of its request, or of the first message of a stream."""
@@ -42,6 +39,10 @@ class Patience:
     """Seconds from one message to the next of a stream that the client sends."""
     read_s: float = 30.0
     """To make room for a message of an answer."""
+    quiet_s: float = 0.1
+    """Seconds without a call, behind a refused one, after which a drained server stops."""
+    parting_s: float = 1.0
+    """Seconds that a drained server refuses calls by name at the most."""
 
 
 USUAL: Final = Patience()
@@ -89,8 +90,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         gRPC ends calls that come while it stops with CANCELLED, which says nothing.
         """
         loop = asyncio.get_running_loop()
-        latest = loop.time() + PARTING_S
-        while (now := loop.time()) < (until := min(latest, self._refused_s + QUIET_S)):
+        latest = loop.time() + self._patience.parting_s
+        while (now := loop.time()) < (until := min(latest, self._refused_s + self._patience.quiet_s)):
             await asyncio.sleep(until - now)
 
     def cut(self) -> None:

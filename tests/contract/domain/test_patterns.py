@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from builder_service.domain import config_fields, peft_names
-from builder_service.domain.config_fields import KNOWN, PatternsInvalid, read_names
+from builder_service.domain import peft_names
+from builder_service.domain.config_fields import BOUNDS, KNOWN, PatternsInvalid, read_names
 from builder_service.domain.sandbox import Bounds, TooCostly
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT
 from tests.support.examples import examples
@@ -89,32 +89,30 @@ def test_patterns_mean_what_they_mean_to_peft(patterns):
         ("alpha_pattern", GIANT, ""),
     ],
 )
-def test_a_pattern_cannot_block_the_builder(
-    field: str, pattern: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pattern_cannot_block_the_builder(field: str, pattern: str, expected: str) -> None:
     """A pattern that would take years or gigabytes is stopped, without an effect on this process."""
-    monkeypatch.setattr(config_fields, "BOUNDS", replace(config_fields.BOUNDS, cpu_s=0.1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     question = {**SILENT, field: pattern if field.endswith("modules") else [pattern]}
     with pytest.raises((PatternsInvalid, TooCostly), match=expected) if expected else nullcontext():
-        read_names(NAMES, question)
+        read_names(NAMES, question, replace(BOUNDS, cpu_s=0.1))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10
 
 
-def test_all_patterns_of_a_config_share_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_patterns_of_a_config_share_one_limit() -> None:
     """The time limit holds for all patterns of a config together."""
-    monkeypatch.setattr(config_fields, "BOUNDS", replace(config_fields.BOUNDS, cpu_s=0.3))
+    bounds = replace(BOUNDS, cpu_s=0.3)
     slow = [f"(?:[a-z._0-9]|[a-z._0-9]){{14}}[^a-z._0-9]{'x' * count}" for count in range(20)]
-    read_names(NAMES, {**SILENT, "rank_pattern": slow[:1]})
+    read_names(NAMES, {**SILENT, "rank_pattern": slow[:1]}, bounds)
+    question = {**SILENT, "rank_pattern": slow, "alpha_pattern": slow, "target_modules": slow[-1]}
     with pytest.raises(TooCostly, match="more than"):
-        read_names(NAMES, {**SILENT, "rank_pattern": slow, "alpha_pattern": slow, "target_modules": slow[-1]})
+        read_names(NAMES, question, bounds)
 
 
-def test_memory_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_too() -> None:
     """A short pattern that asks for gigabytes is refused by that."""
-    monkeypatch.setattr(config_fields, "BOUNDS", Bounds(cpu_s=30.0, memory_bytes=64 << 20))
+    bounds = Bounds(cpu_s=30.0, memory_bytes=64 << 20)
     with pytest.raises(TooCostly, match="more than 64 MB"):
-        read_names(NAMES, {**SILENT, "target_modules": "(?:a?){100000000}"})
+        read_names(NAMES, {**SILENT, "target_modules": "(?:a?){100000000}"}, bounds)
 
 
 def test_every_field_of_peft_is_known():

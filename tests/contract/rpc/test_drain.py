@@ -233,18 +233,19 @@ async def test_an_endpoint_that_leaves_lets_connections_go(apis: EndlessApis) ->
     assert not await draining
 
 
-async def test_a_grpc_server_stops_when_none_comes(apis: EndlessApis, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_grpc_server_stops_when_none_comes(tmp_path: Path) -> None:
     """Late calls are refused by name a moment longer; calls while gRPC stops get no reason."""
-    clock = Clock()
-    monkeypatch.setattr(calls, "QUIET_S", HOUR)
-    monkeypatch.setattr(calls, "PARTING_S", NEVER)
+    clock, patience = Clock(), calls.Patience(send_s=NEVER, quiet_s=HOUR, parting_s=NEVER)
 
     async def refused() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(b"")
         assert isinstance(fault_of(caught.value), ShuttingDown)
 
-    async with grpc.aio.insecure_channel(apis.rpc.address) as channel:
+    async with (
+        EndlessApis(tmp_path, rpc=patience) as apis,
+        grpc.aio.insecure_channel(apis.rpc.address) as channel,
+    ):
         call = channel.unary_unary(f"/{SERVICE_NAME}/ListModels")
         await call(b"")
         await apis.rpc.refuse()

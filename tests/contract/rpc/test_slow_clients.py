@@ -41,7 +41,7 @@ ASK = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 QUIET = BODY.replace(b"HI", b"WAIT")
 WAIT = POST + b"Content-Length: %d\r\n\r\n" % len(QUIET) + QUIET
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-HTTP_TIMES, RPC_TIMES = protocol.ClientTimeouts.__dataclass_fields__, calls.Patience.__dataclass_fields__
+HTTP_TIMES, RPC_TIMES = protocol.ClientTimeouts.__dataclass_fields__, ("send_s", "pause_s", "read_s")
 
 
 @pytest.fixture

@@ -63,11 +63,10 @@ def test_what_tests_leave_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIPE", str(reading))
     monkeypatch.setenv("LEFT", "before")
-    monkeypatch.setattr(left_behind, "ENDING_S", 0.01)
     before, errors = set(psutil.Process().children()), Errors()
     try:
         options = f"-p no:cacheprovider --capture=no -p no:asyncio -c {os.devnull} --rootdir {tmp_path} ."
-        pytest.main(options.split(), plugins=[left_behind.LeftBehind(), errors])
+        pytest.main(options.split(), plugins=[left_behind.LeftBehind(ending_s=0.01), errors])
     finally:
         os.close(writing)
         for process in set(psutil.Process().children()) - before:
