@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,9 +86,14 @@ def s3_gateway() -> Iterator[S3Server]:
 
 def free_port() -> int:
     """Return a port of the loopback address on which nothing listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Return different ports of the loopback address on which nothing listens."""
+    with ExitStack() as taken:
+        listeners = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(each.getsockname()[1]) for each in listeners]
 
 
 def _start(folder: Path, server: S3Server) -> subprocess.Popen[bytes]:

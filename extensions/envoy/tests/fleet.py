@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import httpx
 
 from loramux_envoy.config import Fleet, Listen, Replica, render
 from tests.support.processes.forks import inference_service
+from tests.support.s3_gateway import free_ports
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -180,7 +180,7 @@ class Proxy:
 
 def fleet_of(apis: Iterable[tuple[str, str]], **options: Any) -> Fleet:
     """Return the fleet of replicas with these gRPC and HTTP addresses, with an Envoy on ports that are free."""
-    ports = [_free() for _ in range(3)]
+    ports = free_ports(3)
     replicas = [Replica(grpc.rpartition(":")[0], *map(_port, (grpc, http))) for grpc, http in apis]
     here = [Listen("127.0.0.1", port) for port in ports[:2]]
     return Fleet(replicas, *here, admin_port=ports[2], **options)
@@ -198,8 +198,3 @@ def proxy(fleet: Fleet, folder: Path) -> Iterator[Proxy]:
 
 def _port(address: str) -> int:
     return int(address.rpartition(":")[2])
-
-
-def _free() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])

@@ -25,7 +25,7 @@ from loramux_ray.names import APP, BUILDER_APP, ENGINE, MIDDLEWARES, SERVICERS
 from loramux_shared.storage.open import open_store
 from tests.support.openai_api import TEMPLATE
 from tests.support.root import ROOT
-from tests.support.s3_gateway import free_port
+from tests.support.s3_gateway import free_ports
 from tests.support.tiny import SIZES, World, make_world_of
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -113,7 +113,7 @@ class RayFleet:
         self.cluster.add_node(wait=False, **head)
         self.others = [self.cluster.add_node(wait=False, **node) for _ in range(nodes - 1)]
         self.cluster.wait_for_nodes(BOUND_S)
-        self.grpc, self.http = free_port(), free_port()
+        self.grpc, self.http = free_ports(2)
         ray.init(address=self.cluster.address, log_to_driver=LOGS)
         self._ends.callback(ray.shutdown)
         self._ends.callback(serve.shutdown)

@@ -15,7 +15,7 @@ import yaml
 from loramux.client import Client
 from tests.ray_cluster import NAMES
 from tests.support.root import ROOT
-from tests.support.s3_gateway import free_port
+from tests.support.s3_gateway import free_ports
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S
 from tests.test_ray import world as world
@@ -36,7 +36,7 @@ def test_a_cluster_to_try_is_one_command(world: World, tmp_path: Path) -> None:
     program = [sys.executable, "-c", "from loramux.cli.entry import main; main()", "ray"]
     variables = {"PYTHONPATH": f"{ROOT}:{ROOT / 'shared'}", "LORAMUX_BACKEND": "torch", "LORAMUX_NATIVE": "0"}
     up = [*program, "up", str(file), "--store", f"file://{tmp_path}/store", "--json"]
-    apis = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    apis = [f"127.0.0.1:{port}" for port in free_ports(2)]
     process = subprocess.Popen(
         [*up, "--grpc", apis[0], "--http", apis[1]],
         env=os.environ | variables,

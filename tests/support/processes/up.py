@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.support.s3_gateway import free_port
+from tests.support.s3_gateway import free_ports
 from tests.support.waiting import BOUND_S, wait_until
 
 LORAMUX: Final = Path(sys.executable).parent / "loramux"
@@ -33,7 +33,8 @@ def up(folder: Path, file: Path | None = None, *flags: str) -> Iterator[Up]:
 
         deployment()
         file = EXAMPLES / "deployment.yaml"
-    apis = {name: f"127.0.0.1:{free_port()}" for name in ("grpc", "http", "builder")}
+    names = ("grpc", "http", "builder")
+    apis = {name: f"127.0.0.1:{port}" for name, port in zip(names, free_ports(3), strict=True)}
     command = [str(LORAMUX), "up", str(file), "--store", f"file://{folder}/store", *flags]
     log = folder / "up.log"
     with log.open("w") as output:
