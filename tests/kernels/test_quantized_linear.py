@@ -199,11 +199,10 @@ def test_what_a_device_cannot_do_is_refused_by_name(
 def test_what_a_device_can_do_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Integers on any CPU, all of it on a GPU of today, nothing anywhere."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    for kind in INTEGERS:
-        require_able(kind, torch.device("cpu"), torch.float16)
-    for kind in Rounding:
-        require_able(kind, torch.device("cuda"), torch.bfloat16)
-    require_able(Rounding.NONE, torch.device("cpu"), torch.float16)
+    able = [(kind, "cpu", torch.float16) for kind in (*INTEGERS, Rounding.NONE)]
+    able += [(kind, "cuda", torch.bfloat16) for kind in Rounding]
+    found = [require_able(kind, torch.device(device), dtype) for kind, device, dtype in able]
+    assert found == [None] * len(able)
 
 
 BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

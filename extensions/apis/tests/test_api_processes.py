@@ -219,6 +219,7 @@ async def test_limits_hold_across_processes(served: Replica) -> None:
                 client.close()
     finally:
         catalog.deployed = kept
+    assert len(refused) == 2
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.sweep)])

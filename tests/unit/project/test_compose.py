@@ -68,7 +68,7 @@ def settings_in(environment: dict[str, str], service: str) -> Any:
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_services_start_with_these_settings(service):
     """The environment of a service is a valid configuration of it."""
-    settings_in(_environment(service), service)
+    assert isinstance(settings_in(_environment(service), service), SERVICES[service])
 
 
 def test_both_services_use_one_store() -> None:
