@@ -12,9 +12,6 @@ from tests.kernels.aot import PACKAGES, Line, variants
 PORTABLE_SHARED = 99 * 1024
 """Bytes that a program may have on every architecture from sm_80 on (163 KB on sm_80, 227 KB on sm_90)."""
 
-USUAL = 90
-"""The architecture that one of each kernel is compiled for at every run."""
-
 
 def assert_equal(found: list[str], golden: list[str]) -> None:
     """Compare lines with the recorded ones."""
@@ -45,13 +42,6 @@ def test_the_table_is_of_these_kernels() -> None:
     if golden[0] != found[0]:
         golden, found = [*map(str, recorded())], [*map(str, printed(PACKAGES))]
     assert_equal(found, golden)
-
-
-def test_one_of_each_kernel_takes_what_the_table_says() -> None:
-    """The real compiler, at every run: registers, stack and shared memory are known."""
-    found = printed(PACKAGES, [USUAL], "--one")
-    assert {package_of(line) for line in found} == {*PACKAGES}
-    assert_as_kept(found)
 
 
 @pytest.mark.sweep

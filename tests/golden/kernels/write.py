@@ -18,12 +18,9 @@ from tests.kernels.aot import PACKAGES, Line
 TABLE = Path(__file__).with_name("resources.txt")
 
 
-def printed(
-    packages: Collection[str], architectures: Collection[int] = ARCHITECTURES, *options: str
-) -> list[Line]:
+def printed(packages: Collection[str]) -> list[Line]:
     """Compile packages, in a process in which kernels are not made for the interpreter."""
-    chosen = [*options, *packages, *(f"sm_{architecture}" for architecture in architectures)]
-    return [*map(Line.parse, sources.run("tests.kernels.aot", chosen))]
+    return [*map(Line.parse, sources.run("tests.kernels.aot", packages))]
 
 
 def _line(name: str, dtype: str, architecture: int, cell: str) -> Line:
