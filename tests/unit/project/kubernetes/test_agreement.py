@@ -82,6 +82,7 @@ def selectors(resources: list[Resource]) -> Iterator[tuple[str, dict[str, str]]]
 
 @each_set
 def test_the_services_start_with_these_settings(name):
+    """The environment of every pod is a valid configuration, with the bucket, and keys or a reason for none."""
     for service, _, container in services(made(name)):
         settings = settings_in(environment(container, made(name)), service)
         assert settings.store == "s3://loramux"
@@ -103,6 +104,7 @@ def test_times_fit_into_each_other(name: str) -> None:
 
 @each_set
 def test_ports_agree(name: str) -> None:
+    """A container has the ports that its service listens on, which its image exposes and its probes use."""
     for service, _, container in services(made(name)):
         provided, ports = environment(container, made(name)), container["ports"]
         listens = {
@@ -213,6 +215,7 @@ def test_images_are_those_of_compose(name: str) -> None:
 
 @each_set
 def test_pods_may_do_little(name: str) -> None:
+    """A pod runs without root, writable files, capabilities and a token of Kubernetes, within its resources."""
     for _, pod in pods(made(name)):
         assert pod["enableServiceLinks"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -282,6 +285,7 @@ def test_the_autoscaler_asks_for_metrics_that_exist() -> None:
 
 
 def test_commands_exist() -> None:
+    """The commands of pods are commands of loramux, with options that they have."""
     ran = [each.get("command", [""]) for _, pod in pods(rendered("base")) for each in containers(pod)]
     ours = [words for words in ran if words[0] == "loramux"]
     assert len(ours) == 2
