@@ -71,9 +71,10 @@ def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         {},
         {"dtype": "bfloat16"},
         {"native": False, "prefix_cache": False},
+        {"native": False, "prefix_cache": False, "dtype": "bfloat16"},
         {"deterministic": True},
     ],
-    ids=["compiled", "compiled, bfloat16", "torch", "deterministic"],
+    ids=["compiled", "compiled, bfloat16", "torch", "torch, bfloat16", "deterministic"],
 )
 def test_it_reaches_no_answer_of_others(
     stores: tuple[World, list[MemoryStore]], settings: dict[str, Any]
