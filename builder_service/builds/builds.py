@@ -16,7 +16,7 @@ from builder_service.builds.keeper import BuildLimits, Keeper
 from builder_service.builds.pushes import Pushes
 from builder_service.builds.running import Failures, RunningBuild, place_of
 from builder_service.builds.shown import BuildViews
-from builder_service.builds.turns import MAX_ATTEMPTS, Group, Turns
+from builder_service.builds.turns import MAX_ATTEMPTS, UNEXPECTED, Group, Turns
 from builder_service.builds.views import BuildState, DeploymentView, served_number
 from builder_service.pipeline.build import BuildResult, build
 from builder_service.pipeline.context import BuildContext
@@ -39,7 +39,7 @@ from loramux_shared.faults import (
     ShuttingDown,
     StoreUnavailable,
 )
-from loramux_shared.rpc.stopping import supervise
+from loramux_shared.rpc.stopping import supervise, wait_at_most
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -250,7 +250,7 @@ class Builds(BuildViews):
         return None
 
     def _start(self, entry: JournalEntry, ticket: Ticket | None = None) -> RunningBuild:
-        running = RunningBuild(entry, ticket)
+        running = RunningBuild(entry)
         running.before = self._builds.get(running.name)
         self._builds[running.name] = running
         self._open[running] = None
@@ -268,7 +268,7 @@ class Builds(BuildViews):
     async def _run(self, running: RunningBuild, ticket: Ticket | None) -> None:
         """Run a build to its end, which is reported after the journal forgot it."""
         try:
-            served = await self._served(running.name, is_recorded=ticket is not None)
+            served = await self._find_served(running.name, is_recorded=ticket is not None)
             running.accept(ticket or await self._record(running.entry), served)
         except Fault as fault:
             self._retract(running)
@@ -292,7 +292,7 @@ class Builds(BuildViews):
             log.info("build ended", deployment=running.name, generation=end.generation.number)
             running.succeed(end)
 
-    async def _served(self, name: str, *, is_recorded: bool) -> int:
+    async def _find_served(self, name: str, *, is_recorded: bool) -> int:
         """Return the number of the served generation; what is recorded runs also where nobody knows it: 0."""
         try:
             return await self._in_thread(served_number, self._context.store, name)
@@ -309,9 +309,13 @@ class Builds(BuildViews):
         return await self._in_thread(self._journal.add, await pending, entry.draw_id(), entry)
 
     async def _look(self, name: str) -> int:
-        async with self._looking.setdefault(name, asyncio.Lock()):
-            del self._places[name]  # a call from now on needs a later look
-            return await self._in_thread(self._journal.next_place, name)
+        try:
+            async with self._looking.setdefault(name, asyncio.Lock()):
+                del self._places[name]  # a call from now on needs a later look
+                return await self._in_thread(self._journal.next_place, name)
+        finally:
+            if name not in self._places:
+                self._looking.pop(name, None)
 
     async def _outcome(self, running: RunningBuild) -> BuildResult | Fault:
         """Return the end of a build, which the journal has forgotten then.
@@ -325,9 +329,7 @@ class Builds(BuildViews):
         except BuildInterrupted:
             raise
         except Fault as fault:
-            applied = await self._until_answered(
-                find_applied, self._context.store, running.name, running.ticket.change
-            )
+            applied = await self._retry(find_applied, self._context.store, running.name, running.ticket.change)
             if applied is None:
                 await asyncio.to_thread(self._failures.write, running.record(fault))
                 await self._forget(running)
@@ -340,9 +342,9 @@ class Builds(BuildViews):
 
     async def _forget(self, running: RunningBuild) -> None:
         async with running.recording:
-            await self._until_answered(self._journal.remove, running.ticket)
+            await self._retry(self._journal.remove, running.ticket)
 
-    async def _until_answered(self, operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _retry(self, operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what a store answers, however late; raise BuildInterrupted where the builder stops."""
         while True:
             try:
@@ -351,9 +353,7 @@ class Builds(BuildViews):
                 log.warning("journal waits for the store, trying again", problem=fault.message)
             if self._ending.is_set():
                 raise BuildInterrupted(INTERRUPTED)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(AGAIN_S):
-                    await self._ending.wait()
+            await wait_at_most(AGAIN_S, self._ending)
 
     async def _in_thread(self, operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
@@ -419,7 +419,7 @@ class Builds(BuildViews):
         problem = None if task.cancelled() else task.exception()
         if problem is not None:
             log.error("build failed: unexpected error", deployment=running.name, exc_info=problem)
-            fault = InternalFault("internal error; the builder's log has the details. Please report it.")
+            fault = InternalFault(UNEXPECTED)
             running.refuse(fault) if not running.accepted.is_set() else running.fail(fault)
         self.on_end(running)
         self._following.forget(running.name)

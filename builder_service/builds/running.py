@@ -103,10 +103,9 @@ WATCH_INTERVAL_S: Final = 0.05
 class RunningBuild:
     """A build from the moment it is accepted; it keeps its end."""
 
-    def __init__(self, entry: JournalEntry, ticket: Ticket | None = None) -> None:
-        """Run an entry; without a ticket, it gets one before it is accepted."""
+    def __init__(self, entry: JournalEntry) -> None:
         self.entry = entry
-        self._ticket = ticket
+        self._ticket: Ticket | None = None
         self.recording = asyncio.Lock()
         """Held while its entry in the journal changes: it must not come back after it was removed."""
         self.key_id = ACCESS.get().key_id

@@ -5,7 +5,7 @@ import builtins
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
@@ -17,6 +17,7 @@ from builder_service.builds.running import WATCH_INTERVAL_S, RunningBuild
 from builder_service.builds.views import BuildState, DeploymentView, stored_light, stored_view
 from loramux_shared.bundle.deployments import is_deployment_name, list_deployments
 from loramux_shared.faults import DeploymentNotFound, RequestIdReused, ShuttingDown, StoreUnavailable
+from loramux_shared.rpc.stopping import wait_at_most
 from loramux_shared.storage.base import Store
 from loramux_shared.wording import listed
 
@@ -100,9 +101,7 @@ class Following:
                     if stored is not None and stored.generation > reported:
                         reported, sent = stored.generation, stored
                         yield stored
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(POLL_S):
-                            await news.wait()
+                    await wait_at_most(POLL_S, news)
                     await asyncio.sleep(WATCH_INTERVAL_S if build else 0)
             finally:
                 if build is not None:

@@ -6,7 +6,6 @@ Lives on the event loop.
 import asyncio
 from bisect import insort
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -17,6 +16,7 @@ from builder_service.builds.running import RunningBuild
 from builder_service.pipeline.build import BuildResult
 from loramux_shared.bundle.deployments import PartlyApplied
 from loramux_shared.faults import BuildInterrupted, BuildTimedOut, Fault, InternalFault, StoreUnavailable
+from loramux_shared.rpc.stopping import wait_at_most
 
 log = structlog.get_logger()
 
@@ -25,6 +25,7 @@ OF_ALL: Final = (BuildInterrupted, BuildTimedOut, InternalFault, StoreUnavailabl
 """Faults that a smaller group would meet too."""
 MAX_ATTEMPTS: Final = 3
 """Starts of the builder that one build may outlive; then it is given up, for it may be what kills it."""
+UNEXPECTED: Final = "internal error; the builder's log has the details. Please report it."
 FOREIGN_POLL_S: Final = 1.0
 """Between two looks at a change of another builder that comes first."""
 
@@ -34,7 +35,7 @@ class _Queue:
     """The builds of a deployment that have not begun, each with its result to come."""
 
     waiting: list[RunningBuild] = field(default_factory=list)
-    """In the order of the journal."""
+    """Builds in the order of the journal."""
     halves: list[Group] = field(default_factory=list)
     """Groups that failed together and are tried apart; the next one is last."""
     results: dict[RunningBuild, asyncio.Future[BuildResult]] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class Turns:
                     queue.halves += [group[middle:], group[:middle]]
                     continue
                 for running in group or [queue.waiting.pop(0)]:
-                    queue.results.pop(running).set_exception(_own(error))
+                    queue.results.pop(running).set_exception(_fault_of(error))
             else:
                 for running in group:
                     queue.results.pop(running).set_result(result)
@@ -110,19 +111,17 @@ class Turns:
             # Two builders may have taken over one change: then both try it, and the second finds it published.
             if first.ticket.order <= foreign or first.stopping.is_set():
                 return queue.next_group(foreign)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(FOREIGN_POLL_S):
-                    await first.stopping.wait()
+            await wait_at_most(FOREIGN_POLL_S, first.stopping)
 
 
-def _own(error: BaseException) -> BaseException:
+def _fault_of(error: BaseException) -> BaseException:
     """Return the error with which one build of a group ends."""
     if isinstance(error, Fault):
         return error.copy()
     if isinstance(error, TakenOver) or not isinstance(error, Exception):
         return error
     log.error("build failed: unexpected error", exc_info=error)
-    return InternalFault("internal error; the builder's log has the details. Please report it.")
+    return InternalFault(UNEXPECTED)
 
 
 def _is_of_one(error: BaseException) -> bool:

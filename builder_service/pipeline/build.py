@@ -81,7 +81,7 @@ def _build(
     store, progress = shop.store, shop.progress
     before = newest_or_none(store, deployment.model_name)
     if before is not None and identity.applied_in(before):
-        return replayed(store, before, deployment.build.lora_adapters, progress)
+        return result_of_replay(store, before, deployment.build.lora_adapters, progress)
     base = _describe_base(deployment, shop)
     _check_base(deployment.runtime, base.model, prove=deployment.build.prove)
     made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
@@ -115,7 +115,7 @@ def _build(
     return BuildResult(published, unchanged=before is not None and published.number == before.number)
 
 
-def replayed(store: Store, newest: Generation, names: Iterable[str], progress: Progress) -> BuildResult:
+def result_of_replay(store: Store, newest: Generation, names: Iterable[str], progress: Progress) -> BuildResult:
     """Return the result of changes that the newest generation has already, and let it be served."""
     for name in newest.adapters.keys() & set(names):
         progress.settle(name, newest.adapters[name])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import structlog
 from pydantic import Field, model_validator
 
-from builder_service.pipeline.build import BuildResult, digests_of, replayed
+from builder_service.pipeline.build import BuildResult, digests_of, result_of_replay
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.keep import Keeping, Moved, keep, same_conditions
 from builder_service.pipeline.making import Making, Workshop, hold, making, prover, workshop
@@ -85,7 +85,7 @@ def update(
     while True:
         before = known = newest_generation(store, wish.name, known)
         if identity.applied_in(before):
-            return replayed(store, before, wish.add, progress)
+            return result_of_replay(store, before, wish.add, progress)
         judge(before, wish)
         records: dict[str, AdapterRecord] = {}
         if wish.add:

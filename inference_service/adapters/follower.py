@@ -4,7 +4,6 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
@@ -16,7 +15,7 @@ from loramux_shared.bundle.deployments import READ_AGAIN_S, read_generation, rea
 from loramux_shared.bundle.generation import Current, Generation
 from loramux_shared.deployment import Merge
 from loramux_shared.faults import BundleCorrupt, Fault, ReplicaBehind, StoreUnavailable
-from loramux_shared.rpc.stopping import shielded
+from loramux_shared.rpc.stopping import shielded, wait_at_most
 from loramux_shared.storage.base import Store
 
 log = structlog.get_logger()
@@ -112,9 +111,7 @@ class Follower:
         """Follow until cancelled; returns at once where nothing is to be followed."""
         while self._interval_s:
             pause_s = self._interval_s * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
-            with suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
-                    await self._nudged.wait()
+            await wait_at_most(pause_s, self._nudged)
             self._nudged.clear()
             await self._look()
 

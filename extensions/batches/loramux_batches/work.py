@@ -36,6 +36,7 @@ from loramux_shared.access.keys import ACCESS, EVERYTHING, Access
 from loramux_shared.access.shares import Shares
 from loramux_shared.faults import BatchCorrupt, Fault, FileNotFound, Finding, RequestInvalid, StoreUnavailable
 from loramux_shared.process import working_folder
+from loramux_shared.rpc.stopping import wait_at_most
 from loramux_shared.storage.base import ObjectMissing
 
 log = structlog.get_logger()
@@ -139,9 +140,7 @@ class BatchWorker:
                 except Fault as fault:
                     log.warning("batches are not looked at", reason=fault.reason, problem=fault.message)
                 pause_s = min(LOOK_S, self.lease_s) * random.uniform(0.7, 1.3)  # noqa: S311 - no secret
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(pause_s):
-                        await nudged.wait()
+                await wait_at_most(pause_s, nudged)
         finally:
             tasks = [task for _, task in self._jobs.values()]
             for task in tasks:

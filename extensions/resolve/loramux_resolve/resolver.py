@@ -34,7 +34,7 @@ from loramux_shared.faults import (
     RequestInvalid,
     StoreUnavailable,
 )
-from loramux_shared.rpc.stopping import shielded
+from loramux_shared.rpc.stopping import shielded, wait_at_most
 from loramux_shared.spelling import name_of_path
 from loramux_shared.storage.base import ObjectMissing, Store
 
@@ -147,9 +147,7 @@ class Resolver:
     async def run(self) -> None:
         """Look at the marks every minute, and after each adapter that was added, until cancelled."""
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S * random.uniform(0.7, 1.3)):  # noqa: S311
-                    await self._added.wait()
+            await wait_at_most(LOOK_S * random.uniform(0.7, 1.3), self._added)  # noqa: S311 - no secret
             self._added.clear()
             try:
                 await self.look()

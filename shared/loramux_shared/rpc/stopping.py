@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Collection, Coroutine
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -56,12 +57,19 @@ async def shielded(awaited: Awaitable[T]) -> T:
     return work.result()
 
 
+async def wait_at_most(seconds: float, event: asyncio.Event) -> None:
+    """Wait until an event is set, for so many seconds at most."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
 async def supervise(name: str, work: Callable[[], Awaitable[None]], pause_s: float = 5.0) -> None:
     """Run what a service needs for as long as it lives: after a defect it begins again, and the log says so."""
     while True:
         try:
             return await work()
-        except Exception:
+        except Exception:  # any defect: without the task the service would only seem to work
             log.exception("background task failed, beginning again", task=name, pause_s=pause_s)
         await asyncio.sleep(pause_s)
 

@@ -106,7 +106,7 @@ class FakeDeployment:
         """Changes that others publish right before the next ones."""
         self.refuses: faults.Fault | None = None
         self.building = asyncio.Event()
-        """What is added waits for it."""
+        """Set while additions go on; they wait for it."""
         self.building.set()
 
     @property
