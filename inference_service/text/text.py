@@ -8,7 +8,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from tokenizers import AddedToken, Tokenizer
@@ -39,8 +39,12 @@ class Text:
         template: ChatTemplate | None,
         vocab: int,
         special_tokens: Mapping[str, str] | None = None,
+        *,
+        gives_types: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
+        self.gives_types = gives_types
+        """Whether the model is told which tokens are of the second text of a pair."""
         self.vocab = vocab
         self._cut = max(CUT_TOKENS, 2 * max(map(len, tokenizer.get_vocab()), default=0))
         self.vocabulary = TokenBytes(tokenizer, vocab)
@@ -71,7 +75,8 @@ class Text:
             add([AddedToken(each.content, **flags)])
             if (known := tokenizer.token_to_id(each.content)) != each.id:
                 raise ValueError(f"id {each.id} for token {each.content!r}, which becomes {known}")
-        return Text(tokenizer, self.template, own.vocab, self.special_tokens)
+        special = self.special_tokens
+        return Text(tokenizer, self.template, own.vocab, special, gives_types=self.gives_types)
 
     @classmethod
     def load(cls, folder: Path, vocab: int) -> Text:
@@ -91,14 +96,23 @@ class Text:
         jinja = folder / "chat_template.jinja"
         source = jinja.read_text(encoding="utf-8") if jinja.exists() else template_in(config)
         special = special_tokens(config)
-        return cls(tokenizer, ChatTemplate(source, special) if source else None, vocab, special)
+        template = ChatTemplate(source, special) if source else None
+        inputs = config.get("model_input_names")  # of transformers; without it, the tokenizer's own types count
+        gives_types = not isinstance(inputs, list) or "token_type_ids" in inputs
+        return cls(tokenizer, template, vocab, special, gives_types=gives_types)
 
     @classmethod
     def from_json(
-        cls, tokenizer: str, template: ChatTemplate | None, vocab: int, special_tokens: Mapping[str, str]
+        cls,
+        tokenizer: str,
+        template: ChatTemplate | None,
+        vocab: int,
+        special_tokens: Mapping[str, str],
+        *,
+        gives_types: bool,
     ) -> Text:
         """Return a text side from what `tokenizer_json` returns."""
-        return cls(Tokenizer.from_str(tokenizer), template, vocab, special_tokens)
+        return cls(Tokenizer.from_str(tokenizer), template, vocab, special_tokens, gives_types=gives_types)
 
     def tokenizer_json(self) -> str:
         """Return the tokenizer as ``tokenizer.json`` has it."""
@@ -128,11 +142,12 @@ class Text:
     ) -> tuple[list[int], list[int]]:
         """Tokenize two texts as one, as the tokenizer joins pairs; like `encode_prompt` otherwise.
 
-        Beside the tokens are their types, by which a tokenizer may tell the texts apart.
+        Beside the tokens are their types, by which a tokenizer may tell the texts apart; all 0 where the model
+        is not told.
         """
         self._look_at(texts, max_seq_len)
         [encoding] = self._tokenizer.encode_batch_fast([tuple(texts)], add_special_tokens=add_special_tokens)
-        return encoding.ids, encoding.type_ids
+        return self._with_types(encoding.ids, encoding.type_ids)
 
     def encode_shortened(
         self, texts: tuple[str, ...], max_seq_len: int, most: int, *, add_special_tokens: bool
@@ -140,10 +155,10 @@ class Text:
         """Tokenize one or two texts like `encode_pair`, without their ends beyond so many tokens."""
         self._look_at(texts, max_seq_len)
         encode = need_extension("encoders.texts", "a text that is truncated for an encoder").encode_shortened
-        return cast(
-            tuple[list[int], list[int]],
-            encode(self._tokenizer, texts, most, add_special_tokens=add_special_tokens),
-        )
+        return self._with_types(*encode(self._tokenizer, texts, most, add_special_tokens=add_special_tokens))
+
+    def _with_types(self, tokens: list[int], types: list[int]) -> tuple[list[int], list[int]]:
+        return tokens, types if self.gives_types else [0] * len(tokens)
 
     def _look_at(self, texts: Sequence[str], max_seq_len: int) -> None:
         """Look at long texts in slices first.

@@ -48,6 +48,7 @@ def served_to(service: GenerationService) -> dict[str, Any]:
         "template": None if text.template is None else text.template.source,
         "vocab": text.vocab,
         "special": text.special_tokens,
+        "gives_types": text.gives_types,
         "limits": [
             limits.max_seq_len,
             list(limits.eos_token_ids),
@@ -251,7 +252,7 @@ class RemoteService(GenerationService):
         """Begin with what `served_to` returns; the engine's channel is set before the first request."""
         source, special, vocab = served["template"], served["special"], served["vocab"]
         template = ChatTemplate(source, special) if source else None
-        text = Text.from_json(served["tokenizer"], template, vocab, special)
+        text = Text.from_json(served["tokenizer"], template, vocab, special, gives_types=served["gives_types"])
         max_seq_len, ends, hidden, encodes, types = served["limits"]
         self.remote = RemoteEngine(served["max_queue"])
         reader = cast(BundleReader, RemoteReader(self.remote))

@@ -215,6 +215,25 @@ async def test_a_cross_encoder_scores_without_an_adapter(tmp_path: Path, family:
         read_config(base)
 
 
+async def test_a_model_that_takes_no_types_is_told_none(tmp_path: Path) -> None:
+    """Transformers passes the types of a pair where ``model_input_names`` has them; also of texts cut short."""
+    config, base = copy.deepcopy(FAMILIES["bert"]), tmp_path / "base"
+    config.id2label = {0: "relevance"}
+    write_base(transformers.AutoModelForSequenceClassification.from_config(config), base)
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    (base / "tokenizer_config.json").write_text(json.dumps(names))
+    world, whole = World(base, {}, tmp_path), loaded(base, 1).eval()
+    async with open_api((world, world.built())) as api:
+        text = api.ready.service.text
+        encoded = [text.encode_pair((QUERY, each), 64)[0] for each in DOCUMENTS]
+        with torch.no_grad():
+            expected = torch.cat([whole(torch.tensor([ids])).logits[0] for ids in encoded])
+        for cut in ({}, {"truncate_prompt_tokens": 64}):
+            ranked = await answer_of(api, "/rerank", model="base", query=QUERY, documents=DOCUMENTS, **cut)
+            best = {each["index"]: each["relevance_score"] for each in ranked["results"]}
+            close([best[0], best[1]], expected)
+
+
 async def test_both_apis_serve_the_same_vectors(api: OpenAIApi) -> None:
     """The client of gRPC names the first state too."""
     body = {"model": "usual", "input": "abc", "pooling": "cls"}
