@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from loramux.faults import (
     SourceUnavailable,
 )
 from loramux.records import AdapterReport
+from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.deployment import Dtype, LoraConfiguration, Repository
 from tests.support.adapters import HIDDEN, tensors, write_adapter
 from tests.support.builders import Builders
@@ -166,6 +168,34 @@ async def test_slow_sources_hold_no_place(world: Served, monkeypatch: pytest.Mon
     finally:
         slow.set()
     assert all(report.accepted for report in await asyncio.gather(*waiting))
+
+
+async def test_checks_of_a_busy_key_leave_a_place_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks of one key wait for their source in all places but one; the check of another key begins."""
+    slow, begun, builders = threading.Event(), Counter[str](), Builders(tmp_path)
+
+    def held(adapters: Mapping[str, Repository], *others: Any) -> Any:
+        begun.update([*adapters])
+        assert slow.wait(BOUND_S)
+        return fetch_adapters(adapters, *others)
+
+    async def check_as(key_id: str, adapter: str) -> None:
+        ACCESS.set(Access(key_id, frozenset({Scope.BUILD})))
+        await builders.checks.check(builders.deployment(adapter))
+
+    monkeypatch.setattr(check, "fetch_adapters", held)
+    calls = [asyncio.create_task(check_as("busy", "one")) for _ in range(check.MAX_OPEN)]
+    try:
+        await until(lambda: begun["one"] == check.MAX_OPEN - 1, "the busy key's share")
+        calls.append(asyncio.create_task(check_as("other", "two")))
+        await until(lambda: begun["two"], "the other key's check")
+        assert begun["one"] == check.MAX_OPEN - 1
+    finally:
+        slow.set()
+    await asyncio.gather(*calls)
+    assert begun["one"] == check.MAX_OPEN
 
 
 async def test_a_check_ends_in_time(world: Served, monkeypatch: pytest.MonkeyPatch) -> None:

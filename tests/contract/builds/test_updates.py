@@ -22,6 +22,7 @@ from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc
 from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared import faults
+from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.bundle.deployments import publish_change
 from loramux_shared.bundle.generation import Generation, generation_key
 from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
@@ -440,6 +441,27 @@ async def test_uploads_that_begin_together_are_bounded(world: World) -> None:
         each.cancel()
     await asyncio.gather(*begun, return_exceptions=True)
     assert world.uploads == []
+
+
+async def test_a_key_that_pushes_much_leaves_room_for_another(world: World) -> None:
+    """The key with open uploads is told of its share, and the first upload of another key begins."""
+    places = pushes.Pushes(world.context(), published)
+
+    def push(key_id: str) -> asyncio.Task[pushes.Pushed]:
+        ACCESS.set(Access(key_id, frozenset({Scope.BUILD})))
+        return asyncio.create_task(places.put(uploaded(Upload("tiny", "two", b"{}"))))
+
+    async def push_much() -> list[asyncio.Task[pushes.Pushed]]:
+        return [push("busy") for _ in range(pushes.OPEN)] + [push("other")]
+
+    *busy, over, other = await asyncio.create_task(push_much())
+    with pytest.raises(faults.QueueFull, match=f"this key has its share of {pushes.OPEN} places"):
+        await ended(over, "the refusal")
+    await until(lambda: len(world.uploads) == pushes.OPEN, "the uploads that began")
+    for each in (*busy, other):
+        assert not each.done()
+        each.cancel()
+    await asyncio.gather(*busy, other, return_exceptions=True)
 
 
 async def test_a_rollback_serves_what_was_served(world: World) -> None:
