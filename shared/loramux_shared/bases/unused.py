@@ -14,6 +14,7 @@ TOWER: Final = re.compile(
 OTHERS: Final = (
     TOWER,
     re.compile(r"(?:^|\.)mtp[._]"),  # predicts further tokens
+    re.compile(r"^v(?:alue)?_head\."),  # tells the worth of a text to PPO, in TRL and OpenRLHF
     re.compile(r"\.rotary_emb\.\w+$"),  # frequencies, as early releases of transformers saved them
     re.compile(r"\.att(?:entio)?n\.(?:masked_)?bias$"),  # causal masks, likewise
     re.compile(r"(?:^|\.)embeddings\.position_ids$"),
