@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from loramux_shared.bundle.deployments import current_generation, publish_generation
-from loramux_shared.bundle.generation import Generation, current_key, generation_key
+from loramux_shared.bundle.claims import REVOKED
+from loramux_shared.bundle.deployments import current_generation, publish_change, publish_generation
+from loramux_shared.bundle.generation import Generation, claim_key, current_key, generation_key
 from loramux_shared.bundle.manifest import Manifest, ModuleRow, bundle_key, sha256_hex
 from loramux_shared.bundle.names import OWN_NAME, ModelNames
 from loramux_shared.bundle.reader import read_bundle
@@ -32,6 +33,18 @@ def test_a_generation_of_an_older_release_keeps_its_bytes() -> None:
     found = Generation.from_bytes(OLD, sha256=hashlib.sha256(OLD).hexdigest())
     assert found.to_bytes() == OLD
     assert (found.recipe, found.adapters["one"].summary, found.adapters["one"].converter) == (None, None, None)
+
+
+def test_what_a_revoked_builder_may_yet_write_is_not_newest() -> None:
+    """Content that is served already gets a number above a revoked claim, whose owner may still write."""
+    store = MemoryStore()
+    served = Generation.from_bytes(OLD, sha256=hashlib.sha256(OLD).hexdigest())
+    assert publish_generation(store, served).number == 1
+    assert publish_change(store, "tiny", lambda current: current)[0].number == 1
+    store.put(claim_key("tiny", 2, "0" * 16), REVOKED)
+    published, _ = publish_change(store, "tiny", lambda current: current)
+    assert published.number == 3
+    assert current_generation(store, "tiny") == published
 
 
 IN, OUT = 6, 10
