@@ -17,7 +17,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -32,6 +32,7 @@ from loramux_shared.bundle.manifest import Record, sha256_hex
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import BundleCorrupt, RequestInvalid, StoreUnavailable
 from loramux_shared.storage.base import ObjectMissing, Store, bound_of
+from loramux_shared.storage.patient import PatientStore
 
 log = structlog.get_logger()
 
@@ -141,6 +142,8 @@ class Journal:
     ) -> None:
         """Begin a run of an owner; an owner has one run at a time, and is judged dead after lease_s seconds."""
         self._store = store
+        self._patient = PatientStore(store)
+        """For what is taken over: a start with many changes must outlive requests that fail."""
         self._owner = owner
         self.run = f"{owner}.{secrets.token_hex(8)}"
         self._lease_s = lease_s
@@ -253,23 +256,41 @@ class Journal:
         """True for the earlier runs of this owner."""
         return run != self.run and run.partition(".")[0] == self._owner
 
-    def take(self, ticket: Ticket) -> tuple[Ticket, JournalEntry] | None:
-        """Take over the entry of a run that ended; None where it is gone, or no entry of this release.
+    def read(self, copies: Iterable[Ticket]) -> dict[Ticket, JournalEntry]:
+        """Return the entries of a change that are there and of this release; others are left where they are.
 
-        An entry that cannot be read is left where it is. Raise StoreUnavailable where it was not taken.
+        Starts that failed have left several.
+
+        Raises:
+            StoreUnavailable
         """
-        try:
-            entry = JournalEntry.from_bytes(self._store.get(ticket.key), what=ticket.key)
-        except ObjectMissing:
-            return None
-        except BundleCorrupt as damage:
-            log.warning("journal entry cannot be read, a release that can may take it", problem=damage.message)
-            return None
-        taken, entry = replace(ticket, run=self.run), entry.model_copy(update={"attempt": entry.attempt + 1})
+        found = dict[Ticket, JournalEntry]()
+        for ticket in copies:
+            try:
+                found[ticket] = JournalEntry.from_bytes(self._patient.get(ticket.key), what=ticket.key)
+            except ObjectMissing:
+                continue
+            except BundleCorrupt as damage:
+                why = damage.message
+                log.warning("journal entry cannot be read, a release that can may take it", problem=why)
+        return found
+
+    def take(self, copies: Mapping[Ticket, JournalEntry]) -> tuple[Ticket, JournalEntry]:
+        """Take over a change, of which runs that ended left these entries; return its own one.
+
+        Raises:
+            StoreUnavailable: it was not taken.
+        """
+        last = max(copies.values(), key=lambda entry: entry.attempt)
+        cancelled = any(entry.cancelled for entry in copies.values())
+        entry = last.model_copy(update={"attempt": last.attempt + 1, "cancelled": cancelled})
+        taken = replace(next(iter(copies)), run=self.run)
         self._doubtful[taken.key] = None
-        self._store.put(taken.key, entry.to_bytes())
+        self._patient.put(taken.key, entry.to_bytes())
         del self._doubtful[taken.key]
-        self._doubtful[ticket.key] = None
+        self._doubtful |= {ticket.key: None for ticket in copies}
+        with suppress(StoreUnavailable):  # it is done later; at once, so that a start that fails leaves no more
+            self.tidy()
         return taken, entry
 
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 import structlog
@@ -65,7 +67,8 @@ class Keeper:
         """Begin to live, and take up what earlier runs of this owner left; returns how many changes."""
         await asyncio.to_thread(self._journal.beat)
         tickets = await asyncio.to_thread(self._journal.queue)
-        taken = [await self._take(ticket) for ticket in tickets if self._journal.is_ended(ticket.run)]
+        changes = _by_change(ticket for ticket in tickets if self._journal.is_ended(ticket.run))
+        taken = [len(copies) > len(await self._take(copies)) for copies in changes]
         with suppress(StoreUnavailable):  # it is done later
             await asyncio.to_thread(self._journal.tidy)
             for run in await asyncio.to_thread(self._journal.runs):
@@ -104,8 +107,8 @@ class Keeper:
         for name in dict.fromkeys(ticket.deployment for ticket in new):
             await asyncio.to_thread(settle, self._store, name)
             self._watched[name] = self._clock() + WATCHED_S
-        left = [ticket for ticket in new if not await self._take(ticket)]
-        self.left = frozenset((*left, *(self.left & abandoned.keys())))
+        left = [await self._take(copies) for copies in _by_change(new)]
+        self.left = frozenset(chain(*left, self.left & abandoned.keys()))
         await asyncio.to_thread(self._journal.tidy)
         for run in dead & beats.keys() - {ticket.run for ticket in self.left}:
             await asyncio.to_thread(self._journal.end_run, run)
@@ -119,12 +122,21 @@ class Keeper:
             if self._clock() > until:
                 del self._watched[name]
 
-    async def _take(self, ticket: Ticket) -> bool:
-        taken = await asyncio.to_thread(self._journal.take, ticket)
-        if taken is not None:
-            await self._take_up(*taken)
-        return taken is not None
+    async def _take(self, copies: Collection[Ticket]) -> Collection[Ticket]:
+        """Take over a change from the entries that ended runs left of it; return those that cannot be read."""
+        entries = await asyncio.to_thread(self._journal.read, copies)
+        if entries:
+            await self._take_up(*await asyncio.to_thread(self._journal.take, entries))
+        return set(copies) - entries.keys()
 
     def close(self) -> None:
         """End the thread of the heartbeat."""
         self._beating.shutdown(wait=False)
+
+
+def _by_change(tickets: Iterable[Ticket]) -> Collection[Collection[Ticket]]:
+    """Return the entries of each change, in the order of the first ones."""
+    found = defaultdict[Hashable, list[Ticket]](list)
+    for ticket in tickets:
+        found[ticket.deployment, ticket.order].append(ticket)
+    return found.values()

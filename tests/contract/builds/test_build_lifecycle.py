@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.journal import JournalEntry, Ticket
+from builder_service.builds.journal import Journal, JournalEntry, Ticket
+from builder_service.builds.keeper import BuildLimits, Keeper
 from builder_service.builds.views import BuildState
 from builder_service.pipeline.progress import AdapterProgress
 from builder_service.pipeline.update import Update
@@ -30,6 +31,7 @@ from loramux_shared.storage.base import Store
 from tests.support import folders
 from tests.support.adapters import write_adapter, write_base
 from tests.support.builders import HOUR, OTHER, OWNER, Builders, Gated, ended, journaled
+from tests.support.stores.killed import Killed
 from tests.support.waiting import Clock, until
 
 
@@ -69,6 +71,32 @@ async def test_a_cancelled_build_stays_cancelled_after_a_kill(world: Builders) -
     last = await ended(builds)
     assert last.failure.reason == "BUILD_CANCELLED"
     assert (world.journal, current_generation(world.store, "tiny")) == ([], None)
+
+
+async def test_starts_that_die_leave_one_entry_of_a_change(world: Builders) -> None:
+    """A start that ends in its middle has put one entry for another; what several left is one change."""
+    entry = JournalEntry(deployment=world.deployment("one"), request_id="r", create_time=datetime.now(UTC))
+    taken: list[JournalEntry] = []
+
+    async def start(*, dies: bool) -> int:
+        async def take_up(_: Ticket, entry: JournalEntry) -> None:
+            if dies:
+                raise Killed
+            taken.append(entry)
+
+        limits = BuildLimits()
+        return await Keeper(world.store, Journal(world.store, OWNER, HOUR), limits, take_up).recover()
+
+    journaled(world.store, OWNER, entry)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            await start(dies=True)
+        assert len(world.journal) == 1
+    journaled(world.store, OWNER, entry.model_copy(update={"cancelled": True}))
+    assert len(world.journal) == 2
+    assert await start(dies=False) == 1
+    assert [(each.attempt, each.cancelled) for each in taken] == [(5, True)]
+    assert len(world.journal) == 1
 
 
 async def test_a_failure_is_of_its_store(world: Builders) -> None:
