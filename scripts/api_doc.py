@@ -35,10 +35,12 @@ field that is not set has protobuf's default unless its comment says otherwise; 
 from zero.
 
 Every rpc can also fail with SHUTTING_DOWN, REQUEST_INVALID or CLIENT_STALLED and, on a server
-[with keys](../guides/access.md), UNAUTHENTICATED or PERMISSION_DENIED. A key is the metadata
-`authorization: Bearer KEY`. A key needs the scope `build` for the builder, `infer` for answers, and `admin` for
-adapters; models that are not allowed for the key do not exist for it.
+[with keys](../guides/access.md#keys), UNAUTHENTICATED or PERMISSION_DENIED. A key is the metadata
+`authorization: Bearer KEY`, with the scope `build` for the builder, `infer` for answers, and `admin` for
+adapters.
 """
+EVERYWHERE = {"SHUTTING_DOWN", "REQUEST_INVALID", "CLIENT_STALLED", "UNAUTHENTICATED", "PERMISSION_DENIED"}
+"""Reasons of every rpc, which HEAD names."""
 # Numbers of descriptor.proto: where the comments of nested things are found.
 MESSAGES, ENUMS, SERVICES = 4, 5, 6
 FIELDS, NESTED, NESTED_ENUMS = 2, 3, 4
@@ -46,15 +48,32 @@ METHODS = VALUES = 2
 Path_: TypeAlias = tuple[int, ...]
 Comments: TypeAlias = Mapping[Path_, str]
 Messages: TypeAlias = Mapping[str, tuple[DescriptorProto, Path_]]
-KEYS_OF_THE_FILE = {
+
+
+def _keys(section: str) -> str:
+    return f"Fields are [keys of the deployment file](deployment-file.md#{section}).\n"
+
+
+def _values(section: str, key: str) -> str:
+    return f"Values of [`{key}`](deployment-file.md#{section}); unspecified is the default.\n"
+
+
+EXPLAINED_ELSEWHERE = {
     "DeploymentSpec": """\
 Fields are [keys of the deployment file](deployment-file.md); 0 and empty mean the key's default. Other names:
 `base` is `checkpoint_repository`, `adapters` are `lora_adapters`, `lora_dtype` is `dtype`, `hide_base` is
 `serve_base: false`, `default_limits` and `model_limits` are `limits`.
 """,
-    "Limits": "Fields are [keys of the deployment file](deployment-file.md#limits).\n",
+    "Limits": _keys("limits"),
+    "Repository": _keys("repository"),
+    "Resolve": _keys("resolve"),
+    "Speculator": _keys("speculator"),
+    "SourceKind": "A kind of [source](sources.md).\n",
+    "Dtype": _values("loraconfiguration", "dtype"),
+    "Merge": _values("runtime", "merge"),
+    "Quantization": _values("runtime", "quantization"),
 }
-"""Messages whose fields another page explains, with what this page says in their place."""
+"""Messages and enums that another page explains, with what this page says in place of their comments."""
 STATUS = re.compile(r"^\s*[A-Z][A-Z_]{4,}\s{2,}", re.MULTILINE)
 """The beginning of a paragraph of statuses: ``NOT_FOUND   REASON: what to do``."""
 
@@ -120,10 +139,10 @@ def _service(
 
 
 def _reasons(comment: str) -> list[str]:
-    """Return the reasons that the statuses of a comment name, each once."""
+    """Return the reasons that the statuses of a comment name, each once, without those of every rpc."""
     statuses = "\n".join(each for each in comment.split("\n\n") if STATUS.match(each))
     named = re.findall(r"([A-Z][A-Z_]+)[:,]", re.sub(STATUS, "", statuses))
-    return [reason for reason in dict.fromkeys(named) if reason in FAULTS]
+    return [reason for reason in dict.fromkeys(named) if reason in FAULTS.keys() - EVERYWHERE]
 
 
 def _fields(verb: str, package: str, message: DescriptorProto, at: Path_, comments: Comments) -> str:
@@ -139,7 +158,7 @@ def _list(package: str, message: DescriptorProto, comments: Comments, at: Path_)
     entries = []
     for index, field in enumerate(message.field):
         meaning = _meaning(field, message, comments.get((*at, FIELDS, index), ""))
-        known = message.name in KEYS_OF_THE_FILE
+        known = message.name in EXPLAINED_ELSEWHERE
         entries.append((f"`{field.name}` {_type(field, message, package)}", "" if known else meaning))
     return entries_of(entries)
 
@@ -150,7 +169,7 @@ def _message(
     if message.options.map_entry:
         return
     name = f"{outer}{message.name}"
-    about = f"{KEYS_OF_THE_FILE[name]}\n" if name in KEYS_OF_THE_FILE else _text(comments.get(at, ""))
+    about = _about(name, comments.get(at, ""))
     yield _heading(package, name) + about + (_list(package, message, comments, at) or "Empty.\n")
     for number, inner in enumerate(message.nested_type):
         yield from _message(package, inner, comments, (*at, NESTED, number), f"{name}.")
@@ -160,11 +179,18 @@ def _message(
 
 def _enum(package: str, enum: EnumDescriptorProto, comments: Comments, at: Path_, outer: str) -> str:
     """Return the values of an enum: a line, or a list where a value has a meaning."""
+    known = enum.name in EXPLAINED_ELSEWHERE
     entries = [
-        (f"`{value.name}`", one_line(comments.get((*at, VALUES, index), "")))
+        (f"`{value.name}`", "" if known else one_line(comments.get((*at, VALUES, index), "")))
         for index, value in enumerate(enum.value)
     ]
-    return _heading(package, f"{outer}{enum.name}") + _text(comments.get(at, "")) + entries_of(entries)
+    name = f"{outer}{enum.name}"
+    return _heading(package, name) + _about(name, comments.get(at, "")) + entries_of(entries)
+
+
+def _about(name: str, comment: str) -> str:
+    """Return what the page says of a message or an enum: its comment, or the link to its page."""
+    return f"{EXPLAINED_ELSEWHERE[name]}\n" if name in EXPLAINED_ELSEWHERE else _text(comment)
 
 
 def _heading(package: str, name: str) -> str:

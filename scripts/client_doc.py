@@ -45,11 +45,13 @@ Leaving a stream early cancels it on the server. A failure raises an exception o
 """
 OPTIONS_HEAD = """\
 Keywords of the methods above; None is an option that is not set. Every call takes `timeout_s`. What
-GenerateOptions explains means the same elsewhere.
+GenerateOptions explains means the same elsewhere; its other options are fields of
+[Generate](grpc.md#inferenceservicegenerate), of its [sampling](grpc.md#inferencesamplingparams) and of its
+[messages](grpc.md#inferencemessages).
 """
 RECORDS_HEAD = """\
-A record with a link has the fields of that message, by the same names, beside those that are listed. The value
-of an enum is its name in lower case.
+A record with a link has the fields of that message, by the same names; other fields are listed. The value of an
+enum is its name in lower case.
 """
 MESSAGES: dict[str, type[Message]] = {
     "AdapterChange": builder_pb2.AdapterChange,
@@ -59,7 +61,6 @@ MESSAGES: dict[str, type[Message]] = {
     "Delta": inference_pb2.Delta,
     "DeploymentInfo": builder_pb2.Deployment,
     "Finished": inference_pb2.Finished,
-    "GenerateOptions": inference_pb2.SamplingParams,
     "GenerationInfo": builder_pb2.Generation,
     "ModelInfo": inference_pb2.Model,
     "ReplicaStatus": adapters_pb2.ReplicaState,
@@ -69,6 +70,13 @@ MESSAGES: dict[str, type[Message]] = {
     "Usage": inference_pb2.Usage,
 }
 """Records whose fields have the meaning of those of a message, which docs/reference/grpc.md explains."""
+PARTS = (inference_pb2.SamplingParams, inference_pb2.GenerateRequest, inference_pb2.Messages)
+SAME_OPTIONS = {name for part in PARTS for name in part.DESCRIPTOR.fields_by_name} - {
+    "adapters",
+    "chat_template_kwargs",
+    "tools",
+}
+"""Options of an answer that docs/reference/grpc.md explains as well: all but those of another type."""
 OPTIONS = (loramux.GenerateOptions, vectors.EmbedOptions, vectors.ScoreOptions, CredentialOptions)
 
 
@@ -89,7 +97,8 @@ def page() -> str:
         *map(_kind, OPTIONS),
         "## Records\n",
         RECORDS_HEAD,
-        *map(_kind, records),
+        "".join(f"- `{kind.__name__}`: {_about(kind)}\n" for kind in records if not _listed(kind)),
+        *(_kind(kind) for kind in records if _listed(kind)),
     ]
     return "\n".join(parts)
 
@@ -117,23 +126,33 @@ def _markdown(text: str) -> str:
 
 def _kind(kind: type) -> str:
     """Return a section of a class: its docstring, an entry per field with a meaning, one for all others."""
+    return "\n".join(filter(None, (f"### {kind.__name__}\n\n{_about(kind)}\n", _listed(kind))))
+
+
+def _about(kind: type) -> str:
+    """Return the docstring of a class, and a link to the message that it is made of."""
+    text = _markdown(inspect.cleandoc(kind.__doc__ or ""))
+    if kind.__name__ not in MESSAGES:
+        return text
+    message = MESSAGES[kind.__name__].DESCRIPTOR
+    service = message.full_name.split(".")[1]
+    return f"{text.removesuffix('.')}: [{message.name}](grpc.md#{service}{message.name.lower()})."
+
+
+def _listed(kind: type) -> str:
+    """Return the fields of a class that its message does not explain."""
     rows = [row for row in _fields(kind) if row[0] != "UNSPECIFIED"]
+    known: set[str] = set()
     if kind in OPTIONS:
         rows = [(name, named.removesuffix(" | None"), text) for name, named, text in rows]
-    known = {row[0] for row in _fields(OPTIONS[0])} if kind in OPTIONS[1:] else set()
-    text = _markdown(inspect.cleandoc(kind.__doc__ or ""))
-    if kind.__name__ in MESSAGES:
-        message = MESSAGES[kind.__name__].DESCRIPTOR
-        known = set(message.fields_by_name)
-        service = message.full_name.split(".")[1]
-        text += f" Fields as in [{message.name}](grpc.md#{service}{message.name.lower()})."
-        if kind not in OPTIONS:
-            rows = [row for row in rows if row[0] not in known]
-    listed = entries_of(
+        known = SAME_OPTIONS if kind is OPTIONS[0] else {row[0] for row in _fields(OPTIONS[0])}
+    elif kind.__name__ in MESSAGES:
+        explained = MESSAGES[kind.__name__].DESCRIPTOR.fields_by_name
+        rows = [row for row in rows if row[0] not in explained]
+    return entries_of(
         (f"`{name}`", "") if name in known or issubclass(kind, Enum) else (f"`{name}{named}`", meaning)
         for name, named, meaning in rows
     )
-    return "\n".join(filter(None, (f"### {kind.__name__}\n\n{text}\n", listed)))
 
 
 def _fields(kind: type) -> list[tuple[str, str, str]]:

@@ -29,8 +29,8 @@ All mistakes of a file are reported together; an unknown key refuses it, with th
 editor, put the address of your copy of [deployment.schema.json](deployment.schema.json) into the first line:
 `# yaml-language-server: $schema=ADDRESS`.
 
-Names that stand for several models, and limits of models (what requests may do with the names:
-[openai](openai.md#names); limits of keys: [access](../guides/access.md#limits-of-keys)):
+[Names](openai.md#names) that stand for several models, and limits of models beside those of
+[keys](../guides/access.md#limits-of-keys):
 
 ```yaml
 {more}```

@@ -32,7 +32,7 @@ _DEPLOYMENT: Final = (
     ("E_MISSING_FIELD", "a required key is missing", "Set it."),
     ("E_BAD_FIELD", "an invalid value", "Use a value that the finding allows."),
     ("E_UNSUPPORTED", "a feature of OpenAI's API that this server lacks", "Leave it out."),
-    ("E_CONSTRAINT", "an unusable response format", "Correct or simplify it; the finding has the reason."),
+    ("E_CONSTRAINT", "an unusable response format", "Correct or simplify it."),
     (
         "E_MESSAGES",
         "the chat template refuses the messages",
@@ -81,11 +81,9 @@ _REFUSED: Final = (
      "Transpose both matrices, rename them, and set `lora_alpha = scale * rank`."),
     ("E_DORA", "magnitudes of DoRA without `use_dora`, or the reverse; magnitudes of experts, of parameters, "
      "or in the names of the authors' code; or a quantized base, where the builder has no torch to widen it",
-     "Correct `use_dora`, install `loramux[inference]` beside the builder, or merge it; the finding has the "
-     "reason."),
+     "Correct `use_dora`, install `loramux[inference]` beside the builder, or merge it."),
     ("E_BIAS", "biases of modules that have none in the base or are no linear of its layers, or that PEFT "
-     "would not load", "Train with `bias` `none` or `lora_only`, or merge it; the finding has the "
-     "reason."),
+     "would not load", "Train with `bias` `none` or `lora_only`, or merge it."),
     ("E_VARIANT", "a variant whose factors are not plain A and B (Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA), "
      "or a feature that PEFT has for LoRA alone, beside another kind",
      _MERGE),
@@ -99,8 +97,7 @@ _REFUSED: Final = (
     ("E_INIT", "the initialisation changed the base, by data or by chance (CorDA, LoRA-GA, LoftQ, "
      "`pissa_niter_4`), or in a way that this base does not determine (PiSSA, OLoRA)",
      "Save again with `path_initial_model_for_weight_conversion`; a LoftQ adapter needs its own base."),
-    ("E_TASK", "trained for another task than to generate texts, to classify them or to make vectors of them, "
-     "or to classify without a score head that fits the base",
+    ("E_TASK", "trained for another task, or to classify without a score head that fits the base",
      "Use an adapter with `task_type` CAUSAL_LM or FEATURE_EXTRACTION, or SEQ_CLS with its `score.weight`."),
     ("E_EMBED", "embeddings and a head of different lengths, tokens without rows or with another id, rows "
      "that do not fit `trainable_token_indices`, and `modules_to_save` of anything else that differs from the "
@@ -132,33 +129,32 @@ _WARNED: Final = (
     ("W_NARROWED", "values are rounded in the storage type: float32 or float16 in a narrower one, or a scale "
      "that is no power of two; the finding has the largest relative error",
      "Nothing, or set `lora_configuration.dtype` to float32."),
-    ("W_ZERO_B", "the adapter changes nothing, and answers are the base's: B, or BA, is zero in every row, "
+    ("W_ZERO_B", "the adapter changes nothing: B, or BA, is zero in every row, "
      "scales are 1, and matrices beside are the base's own",
      "Check the training; an untrained adapter looks like this."),
     ("W_UNDERFLOW", "more than 1 % of the values become zero in the storage type", "Build with bfloat16."),
     ("W_ALPHA", "alpha/r below 0.001 or above 64", "Check `lora_alpha`."),
     ("W_MAGNITUDE", "the norm of the product of scale, B and A is more than 100 times that of the base's "
-     "weight, and of a weight that keeps the size of its input: the adapter drowns the base, and its answers "
-     "may become NaN, which a replica fails as `NUMERICS`",
+     "weight, and of a weight that keeps the size of its input: its answers may become NaN (`NUMERICS`)",
      "Check the training and `lora_alpha`; compare its answers with those of an earlier checkpoint."),
     ("W_RANK", "the config has no rank; that of the tensors is used", "Nothing."),
     ("W_TARGETS", "`target_modules` names modules without tensors, or is missing: PEFT's default counts",
      "Check that it is the right file."),
     ("W_PATTERN_ORDER", "several patterns of `alpha_pattern` match a module and differ; the "
-     "first in the file is used, as PEFT does when it loads it, but PEFT sorts them when it saves",
+     "first in the file counts, as in PEFT, which sorts them when it saves",
      "Check that it is the alpha of the training, or write patterns that exclude each other."),
     ("W_UNKNOWN_FIELD", "fields of the config that are unknown to this version",
      "Check that they do not change the adapter's outputs."),
     ("W_ODENSE", "o_proj where heads x head_dim differs from hidden: TensorRT-LLM could not read these rows",
      "Nothing; loramux serves them."),
-    ("W_BASE", "the adapter names another base than the deployment, and they are not the same in two formats, "
-     "by name; its shapes fit", "Check that it was trained on this base."),
+    ("W_BASE", "the adapter names another base than the deployment, not only another format of it; its shapes "
+     "fit", "Check that it was trained on this base."),
     ("W_LICENSE", "adapter and base name different licences in the front matter of their `README.md`, or only "
      "one of them names one", "Check that both licences allow your use."),
     ("W_REDUNDANT_EMBED", "whole matrices or biases that are equal to the base's own, value by value, are left "
      "out", "Nothing."),
-    ("W_TOWER", "tensors of a tower for images or sound are left out: no text passes it, and bases here answer "
-     "texts alone", "Nothing."),
+    ("W_TOWER", "tensors of a tower for images or sound are left out: bases here answer texts alone",
+     "Nothing."),
     ("W_EXTRA_FILES", "checkpoints, optimizer states and other weights beside the adapter are not used",
      "Check that it is the right folder."),
     ("W_GATE_UP", "imported rows of a fused gate and up projection, whose halves converters order differently",
@@ -190,8 +186,8 @@ CODES: Final = {
 
 CURES: Final = {
     "ADAPTER_INVALID": "follow the cure of each finding",
-    "DEPLOYMENT_INVALID": "correct the named fields",
-    "REQUEST_INVALID": "correct the named fields",
+    "DEPLOYMENT_INVALID": "correct the fields that the findings name",
+    "REQUEST_INVALID": "correct the fields that the findings name",
     "PROMPT_TOO_LONG": "shorten the prompt or ask for fewer tokens; the message has both numbers",
     "PAGE_TOKEN_INVALID": "use `next_page_token` of the last answer",
     "UNAUTHENTICATED": "send a key: docs/guides/access.md",
@@ -209,12 +205,12 @@ CURES: Final = {
     "REPLICA_FAILED": "retry with another replica; the server's log has the details",
     "REPLICA_BEHIND": "retry; if it stays behind, see docs/guides/updates.md",
     "REPLICA_PAUSED": "retry, here or with another replica",
-    "DEPLOYMENT_NOT_FOUND": "use one of the listed names",
-    "GENERATION_NOT_FOUND": "use one of the listed numbers",
-    "ADAPTER_NOT_FOUND": "use one of the listed names",
-    "MODEL_NOT_FOUND": "use one of the listed names",
-    "FILE_NOT_FOUND": "use an id of `GET /v1/files`; files of other keys are not listed, and files expire",
-    "BATCH_NOT_FOUND": "use an id of `GET /v1/batches`; batches of other keys are not listed",
+    "DEPLOYMENT_NOT_FOUND": "use a name that the message lists",
+    "GENERATION_NOT_FOUND": "use a number that the message names",
+    "ADAPTER_NOT_FOUND": "use a name that the message lists",
+    "MODEL_NOT_FOUND": "use a name that the message lists",
+    "FILE_NOT_FOUND": "use an id of `GET /v1/files`; files expire",
+    "BATCH_NOT_FOUND": "use an id of `GET /v1/batches`",
     "REQUEST_ID_REUSED": "draw a new one",
     "ADAPTER_EXISTS": "set replace, or unload the adapter first",
     "GENERATION_MISMATCH": "check the changes, then repeat with the number of the newest generation",
@@ -239,6 +235,6 @@ CURES: Final = {
     "RESOURCES_EXHAUSTED": "free or add memory or disk; the message has the numbers",
     "NO_BUILDER": "start the replica with `--builder HOST:PORT`, or load `bundle:DIGEST`",
     "SETTINGS_INVALID": "use a value that the message allows",
-    "INTERNAL": "report it; the server's log has the details",
+    "INTERNAL": "report it; the server's log has the details under the request's id",
 }
 """Cures by the reason of a fault."""

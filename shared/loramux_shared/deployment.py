@@ -159,10 +159,9 @@ class Build(Model):
     prove: bool = False
     """Record in every bundle what it should answer; replicas replay it before they serve. Needs torch."""
     signed_by: tuple[str, ...] = ()
-    """Signers that each adapter must have, one of them.
+    """Signers of which each adapter must have one, also one that is added later.
 
-    Files of public keys or certificates (PEM), beside this file, or ``sigstore:ISSUER#IDENTITY``. Others are
-    refused, also those that come in later.
+    Files of public keys or certificates (PEM), beside this file, or ``sigstore:ISSUER#IDENTITY``.
     """
     base_signed_by: tuple[str, ...] = ()
     """The same of the base checkpoint."""
@@ -224,8 +223,7 @@ class Resolve(Model):
         Field(min_length=1)
     )
     """Patterns of repositories: ``hf:my-org/*``, ``s3://bucket/adapters/*``; ``*`` is one part of a path.
-    Those of the hub may end with one of revisions, ``hf:my-org/*@v*``; pull requests are refused where no
-    pattern names them: ``hf:my-org/*@refs/pr/*``."""
+    Those of the hub may end with one of revisions, ``hf:my-org/*@v*``; pull requests need one that names them."""
     max_adapters: int = Field(default=500, ge=1, lt=2**31)
     """Adapters that requests added; beyond it, the least recently used one leaves the deployment."""
     idle_hours: float = Field(default=72.0, gt=0, allow_inf_nan=False)
@@ -261,7 +259,7 @@ class Runtime(Model):
     """Merging of the one adapter of a deployment that hides its base into the weights at load. ``always``
     refuses a deployment for which that is impossible."""
     quantization: Rounding = Rounding.NONE
-    """Rounding of the weights of the base's linears when a replica loads them.
+    """Rounding of the base's linears when a replica loads them.
 
     ``fp8`` is for GPUs. Adapters stay as they are, and none is merged. A replica's ``LORAMUX_QUANTIZATION``
     comes first.
@@ -270,10 +268,7 @@ class Runtime(Model):
     """The form in which the models write calls of tools: docs/reference/openai.md has them. ``auto``: what the
     chat template of each shows; ``none``: calls stay text. A replica's ``LORAMUX_TOOL_PARSER`` comes first."""
     pooling: Pooling | None = None
-    """Pooling of hidden states into a vector where a request names none; ``cls`` is for encoders alone.
-
-    When not given, that of the base's ``1_Pooling/config.json``, else ``last``, and ``mean`` of an encoder.
-    """
+    """Pooling of hidden states into a vector where a request names none: docs/guides/embeddings.md."""
     reasoning_parser: ReasoningParser = ReasoningParser.AUTO
     """The marks between which the models reason; the same of ``LORAMUX_REASONING_PARSER``."""
     aliases: Aliases = Field(default_factory=dict)

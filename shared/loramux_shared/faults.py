@@ -120,11 +120,11 @@ class AdapterInvalid(Fault, status=Status.INVALID_ARGUMENT):
 
 
 class DeploymentInvalid(Fault, status=Status.INVALID_ARGUMENT):
-    """A deployment file or message breaks a rule; the findings name the fields."""
+    """A deployment file or message breaks a rule."""
 
 
 class RequestInvalid(Fault, status=Status.INVALID_ARGUMENT):
-    """A field of a request is missing or out of bounds; the findings name the fields."""
+    """A field of a request is missing or out of bounds."""
 
 
 class PromptTooLong(Fault, status=Status.INVALID_ARGUMENT):
@@ -164,15 +164,15 @@ class SourceRefused(Fault, status=Status.PERMISSION_DENIED):
 
 
 class SourceChanged(Fault, status=Status.ABORTED, retry_after_s=5.0):
-    """A repository changed between its listing and its reading; what was read is thrown away."""
+    """A repository changed between its listing and its reading."""
 
 
 class SourceUnavailable(Fault, status=Status.UNAVAILABLE, retry_after_s=5.0):
-    """A source does not answer; a later try may succeed."""
+    """A source does not answer."""
 
 
 class StoreUnavailable(Fault, status=Status.UNAVAILABLE, retry_after_s=2.0):
-    """The object store does not answer or refuses; a later try may succeed."""
+    """The object store does not answer or refuses."""
 
 
 class ServerUnavailable(Fault, status=Status.UNAVAILABLE, retry_after_s=1.0):
@@ -196,19 +196,19 @@ class ReplicaPaused(Fault, status=Status.UNAVAILABLE, retry_after_s=1.0):
 
 
 class DeploymentNotFound(Fault, status=Status.NOT_FOUND):
-    """No deployment of that name; the message lists those that exist."""
+    """No deployment of that name."""
 
 
 class GenerationNotFound(Fault, status=Status.NOT_FOUND):
-    """A deployment has no generation of that number; the message names those that it has, or the newest."""
+    """A deployment has no generation of that number."""
 
 
 class AdapterNotFound(Fault, status=Status.NOT_FOUND):
-    """A deployment has no adapter of that name; the message says which it has."""
+    """A deployment has no adapter of that name."""
 
 
 class ModelNotFound(Fault, status=Status.NOT_FOUND):
-    """No base or adapter of that name; the message lists those that are served."""
+    """No base or adapter of that name."""
 
 
 class FileNotFound(Fault, status=Status.NOT_FOUND):
@@ -260,7 +260,7 @@ class QueueFull(Fault, status=Status.RESOURCE_EXHAUSTED, retry_after_s=1.0):
 
 
 class RateLimited(Fault, status=Status.RESOURCE_EXHAUSTED, retry_after_s=1.0):
-    """A model, or the holder of a key, has what its limits allow; others are not concerned."""
+    """A model, or the holder of a key, has what its limits allow."""
 
 
 class BundleNotFound(Fault, status=Status.NOT_FOUND):
@@ -300,7 +300,7 @@ class CheckpointInvalid(Fault, status=Status.FAILED_PRECONDITION):
 
 
 class ResourcesExhausted(Fault, status=Status.FAILED_PRECONDITION):
-    """The deployment does not fit this machine; the message gives the numbers."""
+    """The deployment does not fit this machine."""
 
 
 class NoBuilder(Fault, status=Status.FAILED_PRECONDITION):
@@ -308,11 +308,11 @@ class NoBuilder(Fault, status=Status.FAILED_PRECONDITION):
 
 
 class SettingsInvalid(Fault, status=Status.FAILED_PRECONDITION):
-    """A setting with a bad name or value; the message says what is allowed."""
+    """A setting with a bad name or value."""
 
 
 class InternalFault(Fault, status=Status.INTERNAL):
-    """A failure of loramux itself; the server's log has the details under the request id."""
+    """A failure of loramux itself."""
 
 
 FAULTS: dict[str, type[Fault]] = {

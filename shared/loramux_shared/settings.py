@@ -181,9 +181,8 @@ class Settings(BaseSettings):
     api_keys: SecretStr = SecretStr("")
     """More such lines. Without any key, everybody who reaches the port may enter."""
     http_hosts: Hosts = ()
-    """Names of this server, as of a proxy in front: HOST or HOST:PORT, with commas between them. Without keys,
-    HTTP on loopback answers only requests whose Host and Origin are these, localhost, 127.0.0.1 or [::1], so
-    that pages of other sites cannot use it; on other addresses the same where names are set."""
+    """Names of this server, as of a proxy in front: HOST or HOST:PORT, with commas between them.
+    docs/guides/access.md says when they are needed."""
     insecure: bool = False
     """Listen beyond this machine although no key or certificate is required."""
     tls_cert: HomePath | None = None
@@ -225,8 +224,7 @@ class BuilderSettings(Settings):
     max_build_gb: Gigabytes | None = None
     """GB (10^9 bytes) that one build may write into its work folder; what the disk has when not given."""
     signing_key: HomePath | None = None
-    """The private key (PEM, an elliptic curve) that signs every generation that is published. The builder then
-    continues only from generations that this key signed, or those that require_signature names."""
+    """The private key (PEM, an elliptic curve) that signs every generation that is published."""
     signing_certificates: HomePath | None = None
     """The certificates (PEM) of signing_key, its own first; they need require_signature."""
     metrics: Address | None = None
@@ -257,9 +255,9 @@ class InferenceSettings(Settings):
     """The type of weights and activations; auto: the checkpoint's where the device computes well in it, which a
     CPU with compiled operations does in bfloat16."""
     quantization: Rounding | None = None
-    """Rounding of the weights of the base's linears when they are loaded: none, fp8 (on GPUs), int8 or int4.
+    """Rounding of the base's linears at load; fp8 is for GPUs.
 
-    Adapters are not. When not given, what the deployment's runtime says, else none.
+    When not given, what the deployment's runtime says, else none.
     """
     tensor_parallel: Workers | None = None
     """Processes (ranks) that compute the base together, on a GPU each; the first one is the engine's.
@@ -296,8 +294,7 @@ class InferenceSettings(Settings):
     kv_memory_gb: Gigabytes | None = None
     """Memory of the KV cache in GB (10^9 bytes); chosen from what is free when not given."""
     kv_cache_dtype: Literal["auto", "fp8", "int8"] = "auto"
-    """The type of the KV cache; auto: the model's. 8 bits hold nearly twice the tokens, on GPUs: int8 from
-    capability 8.0 on, fp8, which is less exact, from 8.9 on."""
+    """The type of the KV cache; auto: the model's. On a GPU, 8 bits hold nearly twice the tokens."""
     block_size: Annotated[Count, AfterValidator(_power_of_two)] = 16
     """Tokens per block of the KV cache; a power of two."""
     speculative_tokens: CountOfDevice = None
