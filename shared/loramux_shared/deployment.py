@@ -223,7 +223,7 @@ class Resolve(Model):
         Field(min_length=1)
     )
     """Patterns of repositories: ``hf:my-org/*``, ``s3://bucket/adapters/*``; ``*`` is one part of a path.
-    Those of the hub may end with one of revisions, ``hf:my-org/*@v*``; pull requests need one that names them."""
+    Those of the hub may end with one of revisions, ``hf:my-org/*@v*``; pull requests need one of their own."""
     max_adapters: int = Field(default=500, ge=1, lt=2**31)
     """Adapters that requests added; beyond it, the least recently used one leaves the deployment."""
     idle_hours: float = Field(default=72.0, gt=0, allow_inf_nan=False)
