@@ -3,14 +3,15 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from inference_service.core.constraint import Constraint
-from inference_service.serving.bounds import check_texts, refused, role_of, thought_of
+from inference_service.serving.bounds import check_texts, check_turns, refused, role_of, thought_of
 from inference_service.serving.request import Message, Request
 from loramux_shared.faults import Fault
 from loramux_shared.untrusted_json import JsonInvalid, parse_json
@@ -173,14 +174,12 @@ class ChatRequest:
 
     def place(self, where: str) -> str:
         """Return what the client calls a field of the request, or a part of it."""
-        turn, tool = _TURN.match(where), _TOOL.match(where)
+        turn = _TURN.match(where)
         if turn and int(turn[1]) < len(self.turns):
             return self.turns[int(turn[1])].place or where
         if where == "continue_final_message" and self.turns:
             return self.turns[-1].place or where
-        if tool and int(tool[1]) < len(self.tools):
-            place = self.tools[int(tool[1])].place
-            return place + where[tool.end() :] if place else where
+        where = _place_of_tool(self.tools, where)
         return self.names().get(where, where)
 
 
@@ -216,6 +215,26 @@ def check_tools(choice: ToolChoice | None, tools: Sequence[ChatTool], turns: Seq
         if name not in names:
             raise refused("tool_choice", "names of tools in tools", name)
     check_calls(turns)
+
+
+def listed_tools(choice: ToolChoice | None, tools: Iterable[ChatTool]) -> tuple[ChatTool, ...]:
+    """Return the tools that the prompt lists: none where the choice is none.
+
+    Raise RequestInvalid where tools that it does not list break a rule; the others are judged with the prompt.
+    """
+    known = tuple(tools)
+    if choice != "none":
+        return known
+    with naming(partial(_place_of_tool, known)):
+        check_turns((), [tool.rendered() for tool in known], {}, goes_on=False, starts=False)
+    return ()
+
+
+def _place_of_tool(tools: Sequence[ChatTool], where: str) -> str:
+    """Return what the client calls a part of a tool; another field as it is."""
+    found = _TOOL.match(where)
+    place = tools[int(found[1])].place if found and int(found[1]) < len(tools) else ""
+    return place + where[found.end() :] if found and place else where
 
 
 def check_calls(turns: Sequence[Turn]) -> None:

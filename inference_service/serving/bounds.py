@@ -198,6 +198,11 @@ def refused(where: str, expected: str, found: object) -> RequestInvalid:
     return RequestInvalid.of_field("the request is not valid.", where, expected, str(found))
 
 
+def largest_numbers(vocab: int, max_queue: int, max_seq_len: int) -> dict[str, int]:
+    """Return the bounds of numbers that a server sets, beside those of all servers in `NUMBERS`."""
+    return {"n": max_queue, "truncate_prompt_tokens": max_seq_len, "logprobs": vocab, "prompt_logprobs": vocab}
+
+
 def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> None:
     """Check all fields that can be judged without the prompt's tokens.
 
@@ -211,7 +216,7 @@ def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> Non
     if not isinstance(prompt, str) and isinstance(next(iter(prompt), None), int):
         cut = request.prompt.truncate_prompt_tokens is not None
         check_ids(prompt, countable(max_seq_len) if cut else max_seq_len)
-    most = {"n": max_queue, "truncate_prompt_tokens": max_seq_len, "logprobs": vocab, "prompt_logprobs": vocab}
+    most = largest_numbers(vocab, max_queue, max_seq_len)
     rules = (_prompt(request, vocab), _numbers(request, most), _lists(request, vocab), _others(request))
     _judge(chain.from_iterable(rules))
 

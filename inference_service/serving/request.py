@@ -233,6 +233,8 @@ Event = AnswerStarted | PromptScores | Pooled | AnswerDelta | AnswerFinished
 MIN_GENERATION: Final = "x-loramux-min-generation"
 STICKY_KEY: Final = "x-loramux-key"
 MAX_GENERATION: Final = 2**63 - 1
+GENERATION_IN_HEADER: Final = "[0-9]{1,18}"
+"""Pattern of a generation in a header, which is a text there: each number of 18 digits is one."""
 
 
 class Hints(NamedTuple):
@@ -249,7 +251,7 @@ def hinted(headers: Mapping[str, str], min_generation: int = 0, sticky_key: str 
     RequestInvalid for a header that is no number of a generation.
     """
     header = headers.get(MIN_GENERATION, "0")
-    if not re.fullmatch(r"[0-9]{1,19}", header):
+    if not re.fullmatch(GENERATION_IN_HEADER, header):
         raise _out_of_bounds(MIN_GENERATION, repr(header[:80]))
     least = max(int(header), min_generation)
     if least > MAX_GENERATION:

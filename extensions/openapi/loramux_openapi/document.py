@@ -21,7 +21,7 @@ from inference_service.http.vectors.embeddings import ClassifyBody, ScoringBody
 from inference_service.http.wire.body import Body, table
 from inference_service.http.wire.errors import AGAIN
 from inference_service.http.wire.reply import EventStream, Reply
-from inference_service.serving.bounds import IDS, LOGPROBS_MODES, MAX_TOOLS, NUMBERS, TEXTS
+from inference_service.serving.bounds import IDS, LOGPROBS_MODES, MAX_TOOLS, NUMBERS, TEXTS, largest_numbers
 from inference_service.serving.service import GenerationService
 from loramux_openapi.parts import (
     DIGEST_HEADERS,
@@ -73,6 +73,12 @@ class ServerFacts:
     """True if no key is required."""
     begins: bool = True
     """True if its tokenizer begins every text with a token; an empty text is no prompt elsewhere."""
+    vocab: int | None = None
+    """Number of tokens that ids may name."""
+    largest: tuple[tuple[str, int], ...] = ()
+    """The bounds of numbers that the server sets, by field."""
+    poolings: tuple[str, ...] = ()
+    """The poolings that requests may name; empty: any."""
 
     def model_of(self, body: type[Body]) -> str:
         """Return the model that examples of a body ask; empty where no model answers it."""
@@ -85,15 +91,24 @@ async def show_openapi(service: GenerationService, http: HttpRequest) -> Respons
     """Return this description."""
     from inference_service.http.app import ENDPOINTS  # which imports this module
 
+    return Reply(document(ENDPOINTS, facts_of(service, keyless=http.app.state.keyless)))
+
+
+def facts_of(service: GenerationService, *, keyless: bool) -> ServerFacts:
+    """Return what the document of a server depends on."""
     models = list(service.catalog)
-    served = ServerFacts(
+    vocab = max([service.text.vocab, *(model.vocab or 0 for model in models)])
+    largest = largest_numbers(vocab, service.max_queue, service.limits.max_seq_len)
+    return ServerFacts(
         model=next((model.name for model in models if model.num_labels is None), service.catalog.base_name),
         scorer=next((model.name for model in models if model.num_labels == 1), ""),
         classifier=next((model.name for model in models if model.num_labels), ""),
-        keyless=http.app.state.keyless,
+        keyless=keyless,
         begins=bool(service.text.encode("")),
+        vocab=vocab,
+        largest=(*largest.items(), ("dimensions", service.limits.hidden_size)),
+        poolings=service.poolings,
     )
-    return Reply(document(ENDPOINTS, served))
 
 
 ROUTES: Final = (Endpoint(OPENAPI, show_openapi),)
@@ -120,8 +135,9 @@ def _held_by(endpoint: Endpoint, kind: type) -> Any:
 def document(endpoints: tuple[Endpoint, ...], served: ServerFacts) -> Json:
     """Return the document that describes routes, with the schemas of what they read and answer."""
     schemas = _schemas(endpoints)
-    if not served.begins:
-        for kind in {each.body for each in endpoints if each.body}:
+    for kind in {each.body for each in endpoints if each.body}:
+        _narrow(kind, schemas, served)
+        if not served.begins:
             _refuse_empty(kind, schemas)
     paths: dict[str, Json] = {}
     for endpoint in endpoints:
@@ -258,6 +274,29 @@ def tell_bounds(kind: type[BaseModel], schemas: Mapping[str, Json]) -> None:
                     branch[keyword] = value
                 else:
                     branch.setdefault(keyword, value)
+
+
+def _narrow(kind: type[BaseModel], schemas: Mapping[str, Json], served: ServerFacts) -> None:
+    """Add to the schema of a body what one server serves at most."""
+    nouns, largest = {row.wire: row.noun for row in table(kind)}, dict(served.largest)
+    for name, field in schemas[kind.__name__].get("properties", {}).items():
+        noun = nouns.get(name, name)
+        for branch in field.get("anyOf", [field]):
+            if noun in largest and branch.get("type") == "integer":
+                branch["maximum"] = min(branch.get("maximum", math.inf), largest[noun])
+            if noun == "pooling" and branch.get("type") == "string" and served.poolings:
+                branch["enum"] = list(served.poolings)
+            if served.vocab is not None:
+                _narrow_ids(branch, served.vocab)
+
+
+def _narrow_ids(schema: Json, vocab: int) -> None:
+    """Let lists of numbers, all of which are lists of tokens in bodies, name those that there are."""
+    items = schema.get("items", {})
+    if items.get("type") == "integer":
+        items["maximum"] = vocab - 1
+    for branch in items.get("anyOf", ()):
+        _narrow_ids(branch, vocab)
 
 
 def _refuse_empty(kind: type[BaseModel], schemas: Mapping[str, Json]) -> None:

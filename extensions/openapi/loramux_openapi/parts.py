@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inference_service.serving.request import MAX_GENERATION, MIN_GENERATION, STICKY_KEY
+from inference_service.serving.request import GENERATION_IN_HEADER, MIN_GENERATION, STICKY_KEY
 from loramux_shared.routes import MODEL_HEADER
 
 Json = dict[str, Any]
@@ -44,7 +44,7 @@ HINTS: Final[Sequence[Json]] = (
         "name": MIN_GENERATION,
         "in": "header",
         "description": "Answer with this generation of the deployment or a later one.",
-        "schema": {"type": "integer", "minimum": 0, "maximum": MAX_GENERATION},
+        "schema": {"type": "string", "pattern": f"^{GENERATION_IN_HEADER}$"},
     },
     {
         "name": STICKY_KEY,

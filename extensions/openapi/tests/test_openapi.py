@@ -11,7 +11,7 @@ import pytest
 from starlette.routing import Route
 
 from inference_service.http.app import ENDPOINTS, Application, create_app
-from loramux_openapi.document import ServerFacts, document
+from loramux_openapi.document import ServerFacts, document, facts_of
 from loramux_shared.access.keys import Scope
 from tests.contract.http.conftest import api as api, opened as opened, world as world
 from tests.contract.http.test_http_rules import web as web
@@ -30,13 +30,13 @@ OPERATIONS = [
 DOCS = (ROOT / "docs" / "reference" / "openai.md").read_text(encoding="utf-8")
 
 
-async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient) -> None:
+async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient, api: OpenAIApi) -> None:
     """The OpenAPI document is JSON, with a title and a version."""
     answer = await web.get("/openapi.json")
     assert answer.headers["content-type"] == "application/json"
-    first = (await web.get("/v1/models")).json()["data"][0]["id"]
-    served = document(ENDPOINTS, ServerFacts(first, keyless=True, begins=False))
-    assert answer.json() == json.loads(json.dumps(served))
+    facts = facts_of(api.ready.service, keyless=True)
+    assert answer.json() == json.loads(json.dumps(document(ENDPOINTS, facts)))
+    assert (facts.model, facts.begins) == ((await web.get("/v1/models")).json()["data"][0]["id"], False)
     assert re.fullmatch(r"3\.1\.\d+", DOCUMENT["openapi"])
     assert {"title", "version"} <= set(DOCUMENT["info"])
     assert set(DOCUMENT) == {"openapi", "info", "paths", "components"}
@@ -81,6 +81,19 @@ def accepts(found: dict[str, Any], path: str, body: dict[str, Any]) -> bool:
     """Return what a document says of a body."""
     schema = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     return bool(jsonschema.Draft202012Validator(schema | {"components": found["components"]}).is_valid(body))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(("path", "body", "most"), cases(__file__, "test_bounds_of_the_server_are_described"))
+async def test_bounds_of_the_server_are_described(
+    path: str, body: dict[str, Any], most: list[Any], api: OpenAIApi
+) -> None:
+    """The document of a server allows the largest value that it takes, and not the next one."""
+    found = document(ENDPOINTS, facts_of(api.ready.service, keyless=True))
+    for value, taken in zip(most, (True, False), strict=True):
+        asked = {"model": "base", **json.loads(json.dumps(body).replace('"MOST"', json.dumps(value)))}
+        assert accepts(found, path, asked) is taken
+        assert (await api.post(path, **asked)).status_code == (200 if taken else 400)
 
 
 @pytest.mark.parametrize(("begins", "valid"), [(True, True), (False, False)])

@@ -19,6 +19,7 @@ from inference_service.chat.request import (
     Turn,
     check_demand,
     check_tools,
+    listed_tools,
     schema_constraint,
     with_effort,
 )
@@ -142,7 +143,7 @@ def chat_of(body: PromptBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRe
     if goes_on:
         forced = choice == "required" or isinstance(choice, NamedTool)
         _check_last(body, bool(last.calls), bool(last.content), bool(form) or forced)
-    tools = () if choice == "none" else tuple(_tool(nth, tool) for nth, tool in enumerate(body.tools or ()))
+    tools = listed_tools(choice, (_tool(nth, tool) for nth, tool in enumerate(body.tools or ())))
     check_demand(choice, tools)
     check_tools(choice, tools, turns)
     thinks = {} if body.thinking is None else dict.fromkeys(SWITCHES, body.thinking.type != "disabled")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from inference_service.http.openai.schema import HAS_TOOLS, having
 from inference_service.http.wire.body import Body, Examples, Made, Noun, Same, at_least_one, only, unsupported
 from inference_service.serving.bounds import NAME
 
@@ -131,6 +132,8 @@ AnyBlock = Annotated[
 Content = Annotated[list[AnyBlock], BeforeValidator(as_blocks, json_schema_input_type=str | list[AnyBlock])]
 
 
+DEMANDS: dict[str, Any] = {"enum": ["any", "tool"]}
+"""Schema of the types of a choice that demand a call."""
 NAME_OF_TOOL: dict[str, Any] = {
     "oneOf": [
         {"required": ["name"], "properties": {"type": {"const": "tool"}, "name": {"type": "string"}}},
@@ -258,8 +261,8 @@ class ThinkingToKeep(Body):
 
 
 def _changes_nothing(edit: Any) -> Any:
-    if edit != {"type": "clear_thinking_20251015", "keep": "all"}:
-        kind = edit.get("type") if isinstance(edit, dict) else edit
+    kind, keep = (edit.get("type"), edit.get("keep")) if isinstance(edit, dict) else (edit, None)
+    if (kind, keep) != ("clear_thinking_20251015", "all"):
         raise unsupported(
             f"an edit {kind}",
             "Context editing is not supported: send only the messages that the model should read.",
@@ -279,6 +282,12 @@ class ContextManagement(Body):
 class PromptBody(Body):
     """The fields that become the prompt, and that both routes read."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": having("tool_choice", {"type": "object", **having("type", DEMANDS)}),
+            "then": HAS_TOOLS,
+        }
+    )
     model: Same[str]
     messages: Annotated[
         list[Message], at_least_one("messages", "message"), Field(json_schema_extra={"minItems": 1})

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator, with_config
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
@@ -12,12 +12,16 @@ from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
 from inference_service.http.openai.schema import (
     BY_ROLE,
     GOES_ON,
+    HAS_FORM,
+    HAS_TOOLS,
+    NOT_NULL,
     SAYS_SOMETHING,
     SCHEMA_BY_TYPE,
     GenerationBody,
     Variables,
+    having,
 )
-from inference_service.http.wire.body import Body, Examples, Made, Noun, at_least_one, only, unsupported
+from inference_service.http.wire.body import OPEN, Body, Examples, Made, Noun, at_least_one, only, unsupported
 from inference_service.serving.bounds import NAME, ROLES
 
 TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
@@ -49,6 +53,7 @@ def text_of(part: Any, kinds: Mapping[str, str] = TEXT_PARTS) -> str:
     return text
 
 
+@with_config(OPEN)
 class TextPart(TypedDict):
     """A part of a content."""
 
@@ -56,6 +61,7 @@ class TextPart(TypedDict):
     text: str
 
 
+@with_config(OPEN)
 class RefusalPart(TypedDict):
     """A part of an earlier assistant message."""
 
@@ -171,12 +177,14 @@ def _allowed(tool: Any) -> str:
     raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
 
 
+@with_config(OPEN)
 class ChosenFunction(TypedDict):
     """The function that must be called."""
 
     name: str
 
 
+@with_config(OPEN)
 class ChosenTool(TypedDict):
     """A choice that is a function."""
 
@@ -184,6 +192,7 @@ class ChosenTool(TypedDict):
     function: ChosenFunction
 
 
+@with_config(OPEN)
 class AllowedChoice(TypedDict):
     """The tools that may be called, or must be."""
 
@@ -191,6 +200,7 @@ class AllowedChoice(TypedDict):
     tools: list[ChosenTool]
 
 
+@with_config(OPEN)
 class AllowedChoices(TypedDict):
     """A choice that is several functions."""
 
@@ -243,9 +253,26 @@ class ChatTurns(Body):
     """vLLM's: variables of the chat template beside the usual ones."""
 
 
+DEMANDS: Final[dict[str, Any]] = {
+    "anyOf": [{"const": "required"}, {"type": "object", **having("type", {"const": "function"})}]
+}
+"""Schema of a choice that demands a call."""
+RULES: Final[tuple[dict[str, Any], ...]] = (
+    GOES_ON,
+    {"if": having("top_logprobs", NOT_NULL), "then": having("logprobs", {"const": True})},
+    {"if": having("tool_choice", DEMANDS), "then": HAS_TOOLS},
+    {
+        "if": having("response_format", {"type": "object", **having("type", HAS_FORM)}),
+        "then": {"properties": {"structured_outputs": {"type": "null"}}},
+    },
+)
+"""Rules between the fields of `ChatBody`, for readers of its schema."""
+
+
 class ChatBody(ChatTurns, GenerationBody):
     """``POST /v1/chat/completions``."""
 
+    model_config = ConfigDict(json_schema_extra={"allOf": list(RULES)})
     examples: ClassVar[Examples] = {
         "question": {"messages": [{"role": "user", "content": "My order is late."}], "max_tokens": 8},
         "stream": {
@@ -269,6 +296,7 @@ class ChatBody(ChatTurns, GenerationBody):
     }
 
     max_completion_tokens: Annotated[int | None, Noun("max_tokens")] = None
+    """The newer name of max_tokens; of both, the smaller one counts."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Noun("logprobs", taken=False)] = None
     response_format: ResponseFormat | None = None

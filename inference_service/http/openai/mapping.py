@@ -15,6 +15,7 @@ from inference_service.chat.request import (
     Turn,
     check_demand,
     check_tools,
+    listed_tools,
     schema_constraint,
     with_effort,
 )
@@ -33,19 +34,19 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 def chat_of(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
     """Return the conversation of a body; raise RequestInvalid for contradictions and wrong headers."""
-    tools = () if body.tool_choice == "none" else tuple(map(tool_of, body.tools or ()))
+    tools = listed_tools(body.tool_choice, map(tool_of, body.tools or ()))
     check_demand(body.tool_choice, tools)
     if body.top_logprobs is not None and not (body.logprobs and 0 <= body.top_logprobs <= MAX_LOGPROBS):
         raise refused("top_logprobs", f"0 to {MAX_LOGPROBS}, and logprobs: true", body.top_logprobs)
     turns = turns_of(body.messages)
     check_tools(body.tool_choice, tools, turns)
-    limit = _limit(body)
+    limits = [each for each in (body.max_tokens, body.max_completion_tokens) if each is not None]
     constraint = one_constraint(_format(body.response_format), body.structured_outputs)
     variables = with_effort(body.chat_template_kwargs, body.reasoning_effort)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return ChatRequest(
         turns,
-        request_of(body, headers, max_tokens=limit, logprobs=logprobs),
+        request_of(body, headers, max_tokens=min(limits, default=None), logprobs=logprobs),
         tools,
         body.tool_choice,
         parallel=body.parallel_tool_calls is not False,
@@ -87,13 +88,6 @@ def one_constraint(constraint: Constraint | None, outputs: StructuredOutputs | N
     if constraint and structure:
         raise refused("structured_outputs", "none together with a response_format", "both")
     return constraint or structure
-
-
-def _limit(body: ChatBody) -> int | None:
-    new, old = body.max_completion_tokens, body.max_tokens
-    if new is not None and old is not None and new != old:
-        raise refused("max_tokens", "the same as max_completion_tokens, or one of the two", old)
-    return old if new is None else new
 
 
 def completion_requests(

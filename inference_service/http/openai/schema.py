@@ -19,18 +19,20 @@ from inference_service.serving.pooling import MAX_INPUTS
 NOT_NULL: Final[dict[str, Any]] = {"not": {"type": "null"}}
 
 
-def _only(name: str, value: dict[str, Any]) -> dict[str, Any]:
+def having(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an object with a field of a schema."""
     return {"required": [name], "properties": {name: value}}
 
 
 ONE_STRUCTURE: Final[dict[str, Any]] = {
-    "oneOf": [_only(name, NOT_NULL) for name in ("json", "regex", "choice", "grammar")]
-    + [_only("json_object", {"const": True})]
+    "oneOf": [having(name, NOT_NULL) for name in ("json", "regex", "choice", "grammar")]
+    + [having("json_object", {"const": True})]
 }
+REASONING: Final = ("reasoning", "reasoning_content")
+"""Fields of an assistant's reasoning."""
 WITHOUT_CALLS: Final[dict[str, Any]] = {
     "tool_calls": {"maxItems": 0},
-    "reasoning": {"type": "null"},
-    "reasoning_content": {"type": "null"},
+    **{name: {"type": "null"} for name in REASONING},
 }
 """Schema of what only an assistant says: no calls, or null, and no reasoning."""
 BY_ROLE: Final[dict[str, Any]] = {
@@ -46,9 +48,8 @@ BY_ROLE: Final[dict[str, Any]] = {
 }
 SAYS_SOMETHING: Final[dict[str, Any]] = {
     "anyOf": [
-        {"required": ["content"], "properties": {"content": NOT_NULL}},
-        {"required": ["refusal"], "properties": {"refusal": NOT_NULL}},
-        {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+        *(having(name, NOT_NULL) for name in ("content", "refusal", *REASONING)),
+        having("tool_calls", {"type": "array", "minItems": 1}),
     ]
 }
 SCHEMA_BY_TYPE: Final[dict[str, Any]] = {
@@ -61,9 +62,13 @@ SCHEMA_BY_TYPE: Final[dict[str, Any]] = {
     ]
 }
 GOES_ON: Final[dict[str, Any]] = {
-    "if": {"required": ["continue_final_message"], "properties": {"continue_final_message": {"const": True}}},
-    "then": {"required": ["add_generation_prompt"], "properties": {"add_generation_prompt": {"const": False}}},
+    "if": having("continue_final_message", {"const": True}),
+    "then": having("add_generation_prompt", {"const": False}),
 }
+HAS_FORM: Final[dict[str, Any]] = {"enum": ["json_object", "json_schema"]}
+"""Schema of the types of a format that constrain the answer."""
+HAS_TOOLS: Final = having("tools", {"type": "array", "minItems": 1})
+"""Schema of a body with a tool, which a demanded call needs."""
 
 
 MAX_PROMPTS = 256

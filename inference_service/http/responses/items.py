@@ -11,17 +11,17 @@ import base64
 import binascii
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Never, NotRequired
+from typing import Annotated, Any, Final, Literal, Never, NotRequired, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag
+from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, model_validator, with_config
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from inference_service.chat.request import ChatTool
 from inference_service.http.openai.chat_schema import RefusalPart, text_of
-from inference_service.http.wire.body import Body, at_least_one, unsupported
-from inference_service.serving.bounds import NAME
+from inference_service.http.wire.body import OPEN, Body, at_least_one, unsupported
+from inference_service.serving.bounds import EXPECTED_NAME, NAME
 
 ONLY_FUNCTIONS: Final = "Only functions are served, and namespaces of them."
 
@@ -69,6 +69,13 @@ class NamespaceTool(Body):
     name: NameOfTool
     description: str
     tools: tuple[AnyFunction, ...]
+
+    @model_validator(mode="after")
+    def _has_names(self) -> Self:
+        """Refuse wrong names that joined ones do not show; other names are judged with the prompt."""
+        if not NAME.fullmatch(self.name) or not all(tool.name for tool in self.tools):
+            raise PydanticCustomError("name", "names of {expected}", {"expected": EXPECTED_NAME})
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tool as a response has it."""
@@ -179,6 +186,7 @@ def _joined(kinds: Mapping[str, str]) -> Callable[[Any], Any]:
     return joined
 
 
+@with_config(OPEN)
 class InputPart(TypedDict):
     """Text of a message, or of a call's result."""
 
@@ -186,6 +194,7 @@ class InputPart(TypedDict):
     text: str
 
 
+@with_config(OPEN)
 class ReasoningPart(TypedDict):
     """Text of reasoning."""
 
@@ -193,6 +202,7 @@ class ReasoningPart(TypedDict):
     text: str
 
 
+@with_config(OPEN)
 class SummaryPart(TypedDict):
     """Text of a summary of reasoning."""
 
@@ -206,7 +216,7 @@ Text = Annotated[
 
 
 def _parts(kinds: Mapping[str, str], part: Any) -> BeforeValidator:
-    return BeforeValidator(_joined(kinds), json_schema_input_type=list[part] | None)
+    return BeforeValidator(_joined(kinds), json_schema_input_type=str | list[part] | None)
 
 
 class MessageItem(Body):

@@ -18,6 +18,7 @@ from inference_service.chat.request import (
     Turn,
     check_demand,
     check_tools,
+    listed_tools,
     schema_constraint,
     with_effort,
 )
@@ -129,7 +130,7 @@ def chat_of(body: ResponsesBody, headers: Mapping[str, str] = NO_HEADERS) -> Cha
     with in_words_of(body):
         turns = turns_of(body.instructions, body.input)
         choice = body.tool_choice
-        tools = () if choice == "none" else tuple(each.tool() for each in functions_of(body.tools))
+        tools = listed_tools(choice, (each.tool() for each in functions_of(body.tools)))
         check_demand(choice, tools)
         check_tools(choice, tools, turns)
         constraint = one_constraint(_format(body.text.format if body.text else None), body.structured_outputs)

@@ -7,15 +7,15 @@ need a store is refused with what to do instead. Source: the types of OpenAI's c
 
 from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired, Self
 
-from pydantic import ConfigDict, Field, PlainValidator, model_validator
+from pydantic import ConfigDict, Field, PlainValidator, model_validator, with_config
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
 from inference_service.http.openai.chat_schema import Effort
-from inference_service.http.openai.schema import SamplingBody, Variables
+from inference_service.http.openai.schema import HAS_FORM, HAS_TOOLS, SamplingBody, Variables, having
 from inference_service.http.responses.items import NOTHING_STORED, ONLY_FUNCTIONS, Input, Tools
-from inference_service.http.wire.body import Body, Examples, Made, Noun, unserved, unsupported
+from inference_service.http.wire.body import OPEN, Body, Examples, Made, Noun, unserved, unsupported
 from inference_service.serving.bounds import MAX_LOGPROBS
 
 LOGPROBS: Final = "message.output_text.logprobs"
@@ -40,6 +40,7 @@ EXPECTED_CHOICE: Final = (
 )
 
 
+@with_config(OPEN)
 class NamedFunction(TypedDict):
     """A choice that is a function."""
 
@@ -47,6 +48,7 @@ class NamedFunction(TypedDict):
     name: str
 
 
+@with_config(OPEN)
 class NamedFunctions(TypedDict):
     """A choice that is some of the functions."""
 
@@ -150,9 +152,22 @@ class StreamingOptions(Body):
     """Accepted; there is no padding here."""
 
 
+RULES: Final[tuple[dict[str, Any], ...]] = (
+    {"if": having("tool_choice", {"anyOf": [{"const": "required"}, {"type": "object"}]}), "then": HAS_TOOLS},
+    {
+        "if": having(
+            "text", {"type": "object", **having("format", {"type": "object", **having("type", HAS_FORM)})}
+        ),
+        "then": {"properties": {"structured_outputs": {"type": "null"}}},
+    },
+)
+"""Rules between the fields of `ResponsesBody`, for readers of its schema."""
+
+
 class ResponsesBody(SamplingBody):
     """``POST /v1/responses``."""
 
+    model_config = ConfigDict(json_schema_extra={"allOf": list(RULES)})
     examples: ClassVar[Examples] = {
         "question": {"input": "My order is late.", "max_output_tokens": 8},
         "stream": {"input": "Hello", "max_output_tokens": 4, "stream": True},
@@ -166,7 +181,9 @@ class ResponsesBody(SamplingBody):
 
     input: Annotated[Input, Noun("messages", also=("prompt",), taken=False)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int | None, Noun("max_tokens")] = None
+    max_output_tokens: Annotated[
+        Annotated[int, Field(json_schema_extra={"minimum": 1})] | None, Noun("max_tokens")
+    ] = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     """Accepted: it bounds the calls of hosted tools, and there are none."""
     tools: Made[Tools | None] = None

@@ -89,13 +89,22 @@ class ScoringBody(PoolingBody):
 Texts = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_INPUTS)]
 
 
+class DocumentText(TypedDict):
+    """A document as an object, as Cohere's and Jina's clients send it."""
+
+    text: str
+
+
 def _documents(value: object) -> object:
-    """Take objects with a text, as Cohere's and Jina's clients send them, for their texts."""
+    """Take objects with a text for their texts."""
     whole = isinstance(value, list) and all(isinstance(each, str) or _is_document(each) for each in value)
     if not whole:
         raise PydanticCustomError("documents", "a list of texts, or of objects with a text and nothing else")
     assert isinstance(value, list)  # noqa: S101 - the line before
     return tuple(each["text"] if isinstance(each, dict) else each for each in value)
+
+
+DocumentTexts = Annotated[list[str | DocumentText], Field(min_length=1, max_length=MAX_INPUTS)]
 
 
 def _is_document(value: object) -> bool:
@@ -120,7 +129,11 @@ class RerankBody(ScoringBody):
     }
 
     query: str
-    documents: Annotated[Texts, BeforeValidator(_documents), Noun("prompt", also=("token_ids",), taken=False)]
+    documents: Annotated[
+        Texts,
+        BeforeValidator(_documents, json_schema_input_type=DocumentTexts),
+        Noun("prompt", also=("token_ids",), taken=False),
+    ]
     top_n: Annotated[int, Field(ge=1)] | None = None
     """Number of results, best first; all when not set."""
     return_documents: bool | None = None

@@ -22,7 +22,9 @@ from pydantic import (
     WithJsonSchema,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.annotated_handlers import GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -37,6 +39,10 @@ Examples = Mapping[str, Mapping[str, Any]]
 """Bodies, by what they show."""
 
 
+OPEN: Final = ConfigDict(extra="allow")
+"""Configuration of a part of a body that may have other fields: clients send back what they got."""
+
+
 class Body(BaseModel):
     """A JSON object: unknown keys, wrong types and numbers that are none are refused; null is "not set"."""
 
@@ -46,6 +52,13 @@ class Body(BaseModel):
     media_type: ClassVar[str] = "application/json"
     examples: ClassVar[Examples] = {}
     """Examples by what they show; their model is one that is served. They are valid, and tests send them."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the schema, in which an unknown field may be null: `_restated` leaves it out."""
+        schema = handler(core)
+        handler.resolve_ref_schema(schema)["additionalProperties"] = {"type": "null"}
+        return schema
 
 
 def unsupported(found: str, served: str) -> PydanticCustomError:

@@ -72,6 +72,8 @@ def test_lengths() -> None:
     assert _chat(max_tokens=3).sampling.max_tokens == 3
     assert _chat(max_completion_tokens=4).sampling.max_tokens == 4
     assert _chat(max_completion_tokens=5, max_tokens=5).sampling.max_tokens == 5
+    assert _chat(max_completion_tokens=5, max_tokens=7).sampling.max_tokens == 5
+    assert _chat(max_completion_tokens=7, max_tokens=5).sampling.max_tokens == 5
     assert (_completion().sampling.max_tokens, _completion(Named(99)).sampling.max_tokens) == (16, 99)
     assert _completion(max_tokens=0, echo=True).sampling.prompt_logprobs == 0
 
