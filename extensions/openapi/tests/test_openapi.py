@@ -91,9 +91,9 @@ async def test_bounds_of_the_server_are_described(
     """The document of a server allows the largest value that it takes, and not the next one."""
     found = document(ENDPOINTS, facts_of(api.ready.service, keyless=True))
     for value, taken in zip(most, (True, False), strict=True):
-        asked = {"model": "base", **json.loads(json.dumps(body).replace('"MOST"', json.dumps(value)))}
-        assert accepts(found, path, asked) is taken
-        assert (await api.post(path, **asked)).status_code == (200 if taken else 400)
+        whole = {"model": "base", **json.loads(json.dumps(body).replace('"MOST"', json.dumps(value)))}
+        assert accepts(found, path, whole) is taken
+        assert (await api.post(path, **whole)).status_code == (200 if taken else 400)
 
 
 @pytest.mark.parametrize(("begins", "valid"), [(True, True), (False, False)])

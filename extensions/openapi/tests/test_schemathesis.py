@@ -120,8 +120,8 @@ async def judge(folder: Path, *arguments: str) -> str:
 async def judge_narrowed(judged: Judged, folder: Path, *arguments: str) -> str:
     """Do the same with a key, by the description of less."""
     (folder / "openapi.json").write_text(json.dumps(judged.document))
-    asked = ("openapi.json", "--url", judged.guarded_url, "-H", f"Authorization: Bearer {judged.key}")
-    return await judge(folder, *asked, *arguments)
+    target = ("openapi.json", "--url", judged.guarded_url, "-H", f"Authorization: Bearer {judged.key}")
+    return await judge(folder, *target, *arguments)
 
 
 async def test_the_api_is_as_it_is_described(judged: Judged, tmp_path: Path) -> None:

@@ -9,8 +9,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from inference_service.http.openai.schema import HAS_TOOLS, having
-from inference_service.http.wire.body import Body, Examples, Made, Noun, Same, at_least_one, only, unsupported
+from inference_service.http.wire.body import (
+    HAS_TOOLS,
+    Body,
+    Examples,
+    Made,
+    Noun,
+    Same,
+    at_least_one,
+    having,
+    only,
+    unsupported,
+)
 from inference_service.serving.bounds import NAME
 
 BLOCKS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")

@@ -13,15 +13,24 @@ from inference_service.http.openai.schema import (
     BY_ROLE,
     GOES_ON,
     HAS_FORM,
-    HAS_TOOLS,
     NOT_NULL,
     SAYS_SOMETHING,
     SCHEMA_BY_TYPE,
     GenerationBody,
     Variables,
-    having,
 )
-from inference_service.http.wire.body import OPEN, Body, Examples, Made, Noun, at_least_one, only, unsupported
+from inference_service.http.wire.body import (
+    HAS_TOOLS,
+    OPEN,
+    Body,
+    Examples,
+    Made,
+    Noun,
+    at_least_one,
+    having,
+    only,
+    unsupported,
+)
 from inference_service.serving.bounds import NAME, ROLES
 
 TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}

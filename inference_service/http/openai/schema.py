@@ -12,16 +12,11 @@ from typing import Annotated, Any, ClassVar, Final, Self
 from pydantic import ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from inference_service.http.wire.body import TOKEN_IDS, Body, Examples, Made, Noun, Same
+from inference_service.http.wire.body import TOKEN_IDS, Body, Examples, Made, Noun, Same, having
 from inference_service.serving.bounds import VARIABLES
 from inference_service.serving.pooling import MAX_INPUTS
 
 NOT_NULL: Final[dict[str, Any]] = {"not": {"type": "null"}}
-
-
-def having(name: str, value: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an object with a field of a schema."""
-    return {"required": [name], "properties": {name: value}}
 
 
 ONE_STRUCTURE: Final[dict[str, Any]] = {
@@ -67,8 +62,6 @@ GOES_ON: Final[dict[str, Any]] = {
 }
 HAS_FORM: Final[dict[str, Any]] = {"enum": ["json_object", "json_schema"]}
 """Schema of the types of a format that constrain the answer."""
-HAS_TOOLS: Final = having("tools", {"type": "array", "minItems": 1})
-"""Schema of a body with a tool, which a demanded call needs."""
 
 
 MAX_PROMPTS = 256

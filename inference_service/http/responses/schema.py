@@ -13,9 +13,19 @@ from typing_extensions import TypedDict
 
 from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
 from inference_service.http.openai.chat_schema import Effort
-from inference_service.http.openai.schema import HAS_FORM, HAS_TOOLS, SamplingBody, Variables, having
+from inference_service.http.openai.schema import HAS_FORM, SamplingBody, Variables
 from inference_service.http.responses.items import NOTHING_STORED, ONLY_FUNCTIONS, Input, Tools
-from inference_service.http.wire.body import OPEN, Body, Examples, Made, Noun, unserved, unsupported
+from inference_service.http.wire.body import (
+    HAS_TOOLS,
+    OPEN,
+    Body,
+    Examples,
+    Made,
+    Noun,
+    having,
+    unserved,
+    unsupported,
+)
 from inference_service.serving.bounds import MAX_LOGPROBS
 
 LOGPROBS: Final = "message.output_text.logprobs"

@@ -61,6 +61,15 @@ class Body(BaseModel):
         return schema
 
 
+def having(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an object with a field of a schema."""
+    return {"required": [name], "properties": {name: value}}
+
+
+HAS_TOOLS: Final = having("tools", {"type": "array", "minItems": 1})
+"""Schema of a body with a tool, which a demanded call needs."""
+
+
 def unsupported(found: str, served: str) -> PydanticCustomError:
     """Return the error of what this server cannot honour, with what it can."""
     return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
