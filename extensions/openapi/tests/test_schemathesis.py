@@ -126,11 +126,9 @@ async def judge_narrowed(judged: Judged, folder: Path, *arguments: str) -> str:
 
 async def test_the_api_is_as_it_is_described(judged: Judged, tmp_path: Path) -> None:
     """The examples of every route get the documented answers, with a key and where none is required."""
-    for reported in (
-        await judge_narrowed(judged, tmp_path, "--phases", "examples"),
-        await judge(tmp_path, f"{judged.url}/openapi.json", "--phases", "examples"),
-    ):
-        assert f"Selected: {len(ENDPOINTS) - 1}/{len(ENDPOINTS)}" in reported
+    await judge(tmp_path, f"{judged.url}/openapi.json", "--phases", "examples")
+    reported = await judge_narrowed(judged, tmp_path, "--phases", "examples")
+    assert f"Selected: {len(ENDPOINTS) - 1}/{len(ENDPOINTS)}" in reported
 
 
 @pytest.mark.sweep
