@@ -1,7 +1,7 @@
 """A model of the builders' queue: clients, two or three builders, a store that fails, deaths and standstills.
 
 Each change gives one of three names an adapter that no other change gives it, or brings a name that must be
-new, so that what was served tells which changes were applied, how often and in which order.
+new, so that the generations tell which changes were applied, how often and in which order.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from builder_service.builds.views import BuildState
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.update import Update
 from loramux_shared.bundle import claims, deployments
-from loramux_shared.bundle.deployments import current_generation, publish_generation
+from loramux_shared.bundle.deployments import current_generation, newest_or_none, publish_generation
 from loramux_shared.bundle.generation import BUILDS_PREFIX
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import Fault, ShuttingDown
@@ -76,18 +76,18 @@ class History:
         self.base, self.folder, self.uri = base, folder, f"memory://{seed}"
         self.lives: dict[str, Life] = {}
         self.changes: list[Change] = []
-        self.served: list[tuple[int, dict[str, str]]] = []
+        self.published: list[tuple[int, dict[str, str]]] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.strange: set[BaseException] = set()
         """Failures of watches that no client should see."""
 
     def look(self) -> None:
-        """Note what is served now."""
-        found = current_generation(self.store, "tiny")
-        assert found is not None
-        state = {name: record.source.repo for name, record in found.adapters.items() if name[0] != "v"}
-        if not self.served or self.served[-1][0] < found.number:
-            self.served.append((found.number, state))
+        """Note the newest generation, which others build on; one that is overtaken is never served."""
+        newest = newest_or_none(self.store, "tiny")
+        assert newest is not None
+        state = {name: record.source.repo for name, record in newest.adapters.items() if name[0] != "v"}
+        if not self.published or self.published[-1][0] < newest.number:
+            self.published.append((newest.number, state))
 
     async def begin(self, owner: str) -> None:
         """Start a builder, again and again where the store does not answer."""
@@ -181,9 +181,12 @@ class History:
         """Nothing accepted was lost, nothing was applied twice or in another order, no client was misled."""
         assert list(self.store.list(BUILDS_PREFIX)) == []
         assert not self.strange
+        served = current_generation(self.store, "tiny")
+        assert served is not None
+        assert served.number == self.published[-1][0]
         applied: dict[str, list[int]] = {}
         for (_, before), (number, after) in zip(
-            [(0, dict[str, str]()), *self.served], self.served, strict=False
+            [(0, dict[str, str]()), *self.published], self.published, strict=False
         ):
             for name in after:
                 if before.get(name) != after[name]:
@@ -199,7 +202,7 @@ class History:
 
     def check_order(self) -> None:
         """The newest accepted change of a name is what is served, unless other calls were under way."""
-        _, state = self.served[-1]
+        _, state = self.published[-1]
         for name in NAMES:
             of_name = [change for change in self.changes if change.name == name]
             accepted = [c for c in of_name if c.accepted is not None and BuildState.FAILED not in c.reported]
