@@ -205,7 +205,7 @@ class History:
         _, state = self.published[-1]
         for name in NAMES:
             of_name = [change for change in self.changes if change.name == name]
-            accepted = [c for c in of_name if c.accepted is not None and BuildState.FAILED not in c.reported]
+            accepted = [c for c in of_name if c.accepted is not None and "STORE_UNAVAILABLE" not in c.ends]
             for change in accepted:
                 behind = [
                     c
