@@ -335,16 +335,16 @@ class Plan:
     def limit(self, decodes: int) -> None:
         """Bound prompts by the step-time model, beside so many that decode."""
         self.decodes, self.brief = decodes, all(map(_is_brief, self.prompts))
-        room = self.step_times.room(decodes, TIMES_OF_BRIEF if self.brief else TIMES)
-        self.budget, self.seconds = int(min(self.budget, room.rows)), room.seconds
+        seconds = self.step_times.room_s(decodes, TIMES_OF_BRIEF if self.brief else TIMES)
+        self.budget, self.seconds = (0, 0.0) if seconds is None else (self.budget, seconds)
 
     def begin(self, seq: Sequence) -> None:
         """Take in a prompt that was admitted; beside one that is not brief, prompts have less of the step."""
         self.prompts.append(seq)
         if self.brief and not _is_brief(seq):
             self.brief = False
-            more, less = (self.step_times.room(self.decodes, times) for times in (TIMES_OF_BRIEF, TIMES))
-            self.seconds -= more.seconds - less.seconds
+            more_s, less_s = (self.step_times.room_s(self.decodes, times) for times in (TIMES_OF_BRIEF, TIMES))
+            self.seconds -= (more_s or 0.0) - (less_s or 0.0)
 
     def fitting(self, seq: Sequence) -> int:
         """Rows of a prompt that find room, beside those that it has."""

@@ -35,11 +35,7 @@ FIRST_QUANTUM: Final = 4.0
 For a seat it need not wait at all: its first token costs one preemption.
 """
 TWICE: Final = 1 / 8
-"""Share of all computed rows that may be computed twice for new queues."""
-MOST_CREDIT: Final = 128.0
-"""Rows that may be computed twice at once."""
-MOST_NEW: Final = 8
-"""New queues that may ask for room in a step, however many there are."""
+"""Share of all computed rows that may be computed twice for new queues, a QUANTUM of them at once."""
 SHORTER: Final = 0.75
 """Part that a prompt which would take all that is left of a step leaves to shorter ones of its queue."""
 
@@ -91,7 +87,7 @@ class Scheduler:
         self._parted = False
         """True if the last step left out those that decode."""
         self._residents = residents
-        self._credit = MOST_CREDIT
+        self._credit = QUANTUM
         """Rows that may be computed twice now; below 0 only those that are a QUANTUM behind find room."""
         self._seen = -1
         self._bound = math.inf
@@ -164,7 +160,7 @@ class Scheduler:
         """Leave out of a step sequences of the background that would lengthen it for others; return them."""
         foreground = plan.has_foreground = self.queues.in_foreground
         others = sum(not seq.share.background for seq in decodes)
-        plan.spare_s = self.step_times.spare_s(others, foreground=foreground)
+        plan.spare_s = self.step_times.spare_s(others) if foreground else math.inf
         waited_for = any(not seq.share.background for seq in plan.prompts) or any(
             not queue.share.background and queue.resident for queue in self.queues.waiting
         )
@@ -206,7 +202,7 @@ class Scheduler:
                 progress.num_charged = progress.num_computed
             if progress.num_computed >= (progress.num_full + 1) * block_size:
                 self.blocks.register(seq)
-        self._credit = min(MOST_CREDIT, self._credit + TWICE * computed)
+        self._credit = min(QUANTUM, self._credit + TWICE * computed)
 
     def accept(self, seq: Sequence) -> None:
         """Note that one more token of a draft held: it was computed, and the one behind it was drawn."""
@@ -384,8 +380,8 @@ class Scheduler:
 
         Where either is short, the additional one may ask only when another is far enough ahead: a step does not
         walk through a thousand waiting ones. Those that wait for a seat alone ask beside those that wait for a
-        place too, for queues that are ahead of both may have a seat to give and no place. MOST_NEW new ones ask
-        too.
+        place too, for queues that are ahead of both may have a seat to give and no place. As many new ones as
+        there are seats ask too.
         """
         if not self.num_waiting or plan.short:
             return []
@@ -403,7 +399,7 @@ class Scheduler:
             others = [queue for queue in others if self._may_begin(queue, queue.waiting[0], plan)]
             joining += heapq.nsmallest(places + 1, others, key=lambda queue: queue.rank)
         may = (queue for queue in new if queue.waiting and self._may_begin(queue, queue.waiting[0], plan))
-        return list(dict.fromkeys((*joining, *itertools.islice(may, MOST_NEW))))
+        return list(dict.fromkeys((*joining, *itertools.islice(may, self.limits.max_seqs))))
 
     def _somebody_is_far_ahead(self) -> bool:
         """Return True if a queue under way may be far enough ahead of a waiting one to make room."""

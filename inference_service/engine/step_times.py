@@ -23,36 +23,23 @@ BRIEF: Final = 512
 """Tokens of a brief prompt that were not cached, at most."""
 LONGEST_S: Final = 0.5
 """Largest time of a step in which nothing decodes: a later request waits for its end."""
-LOOK: Final = 16
-"""Steps with prompts after which one decodes alone, so that what this takes stays known."""
+LOOK: Final = 64
+"""Steps after which one differs, so that what was learned stays true: it decodes without prompts, or has no
+drafts, or one more sequence of the background."""
 LEAST: Final = 8
 """Rows that each chunk of a prompt has, whatever they cost: all prompts continue, and short ones soon begin."""
-FIRST: Final = 64
-"""Rows of prompts beside streams while nothing is known."""
-GROWTH: Final = 4
-"""Times as many as a step had of late, at most: what was learned of few rows may mislead about many."""
-HEAVIEST: Final = 64
-"""Rows of a step that count, at most, so that a few large steps do not outweigh all others."""
-LOOK_WITHOUT_DRAFTS: Final = 64
-"""Steps of so many sequences after which one has no drafts, so that what this takes stays known."""
+MANY: Final = 64
+"""Rows beside which what a step takes by itself is little."""
 DECAY: Final = 0.998
 """Decay of the known cost of rows, at every step with prompts: some 500 of them are remembered."""
 FADING: Final = 0.9995
 """Decay of the cost of drafts, at every step without: those that cost too much are tried again some time."""
+STALL: Final = 3.0
+"""Times as long as known that a step counts at most, for the machine may have done something else."""
 SPREAD: Final = 256.0
 """Tokens by which contexts must differ before what was measured says anything of their cost."""
-STALL: Final = 3.0
-"""Times longer than expected, from which on a step is believed only when the next of its kind is as well."""
-DRIFT: Final = 0.2
-"""Part that one step has in how much slower than usual the machine is now."""
 SPARE: Final = 0.05
 """Part of a step by which sequences of the background may lengthen it."""
-SHORT_S: Final = 0.01
-"""Time of a step of the background alone, at most: what comes meanwhile waits for its end."""
-OF_ONE: Final = 1.25
-"""The same, as a multiple of a step of one sequence, where that is longer."""
-TRY_AGAIN: Final = 64
-"""Steps after which one more sequence of the background is tried: what was measured may hold no longer."""
 SMALL: Final = 0.4
 """Part of a step that one of few rows takes, at most, where two steps take about as long as one of both."""
 
@@ -73,13 +60,6 @@ class StepLoad(NamedTuple):
 
 
 NOTHING: Final = StepLoad(0, 0, 0.0)
-
-
-class Room(NamedTuple):
-    """The share of prompts in a step."""
-
-    rows: float
-    seconds: float
 
 
 @dataclass
@@ -110,24 +90,18 @@ class _Regression:
 
 
 class TimesByKind:
-    """The times of steps, by kind; a first use may take several times as long, and counts with the second."""
+    """The times of steps, by kind."""
 
     def __init__(self) -> None:
         self.known: dict[Hashable, float] = {}
         self.learned_at: dict[Hashable, int] = {}
         """When it was learned last."""
-        self._first: dict[Hashable, float] = {}
 
     def learn(self, kind: Hashable, took: float, now: int) -> None:
         """Follow what is faster sooner than what is slower, which may be chance."""
         self.learned_at[kind] = now
-        known = self.known.get(kind)
-        if known is not None:
-            self.known[kind] = known + (0.5 if took < known else 0.25) * (took - known)
-        elif kind in self._first:
-            self.known[kind] = min(self._first.pop(kind), took)
-        else:
-            self._first[kind] = took
+        known = self.known.setdefault(kind, took)
+        self.known[kind] = known + (0.5 if took < known else 0.25) * (took - known)
 
 
 class StepTimes:
@@ -149,35 +123,27 @@ class StepTimes:
         of the number of such rows.
         """
         self._since_look = self._since_try = 0
-        self._most = 0.0
         self._sums = _Regression()
         self._row_s = self._token_s = 0.0
-        self._drift = 1.0
-        self._stalled = [False, False]
-        """True if the last step that decoded, and the last with prompts, took far longer than expected."""
 
-    def room(self, decodes: int, times: float = TIMES) -> Room:
-        """Return what prompts may have beside so many sequences that decode; nothing, for a look at these.
+    def room_s(self, decodes: int, times: float = TIMES) -> float | None:
+        """Return the seconds that prompts may have beside so many sequences that decode; None for a step
+        without prompts, from which the time of the others is learned.
 
         A step aims to take so many times one that only decodes.
         """
         if not decodes or self._prefill_first:
-            return Room(math.inf, LONGEST_S)
+            return LONGEST_S
         decode_s = self._decode_s.known.get(decodes.bit_length())
-        if decode_s is None or self._since_look >= LOOK:
-            return Room(0, 0.0)
-        return Room(max(FIRST, GROWTH * self._most), (times - 1) * decode_s)
+        return None if decode_s is None or self._since_look >= LOOK else (times - 1) * decode_s
 
     def decode_s(self, decodes: int) -> float | None:
         """Return what a step of so many sequences takes without drafts, where that is known."""
         return self._exactly_s.known.get(decodes)
 
-    def spare_s(self, decodes: int, *, foreground: bool) -> float:
+    def spare_s(self, decodes: int) -> float:
         """Return by how long the background may lengthen a step in which so many others decode."""
-        known = self._exactly_s.known
-        if foreground:
-            return SPARE * known.get(decodes, 0.0)
-        return max(SHORT_S, OF_ONE * known.get(1, 0.0))
+        return SPARE * self._exactly_s.known.get(decodes, 0.0)
 
     def beside(self, decodes: int, spare_s: float) -> int:
         """Return how many more sequences may decode beside so many, and lengthen the step by no more than this.
@@ -188,7 +154,7 @@ class StepTimes:
         most_s = known.get(decodes, 0.0) + spare_s
         while (took_s := known.get(decodes + more + 1)) is not None and took_s <= most_s:
             more += 1
-        self._since_try = (self._since_try + 1) % TRY_AGAIN
+        self._since_try = (self._since_try + 1) % LOOK
         return more + (took_s is None or not self._since_try)
 
     def may_part(self, decodes: int) -> bool:
@@ -203,12 +169,12 @@ class StepTimes:
         """Return how many rows behind a context fit a time; LEAST where they do not."""
         row_s, token_s = self._row_s + self._token_s * context, self._token_s
         # The root of rows * (row_s + token_s * rows / 2) = seconds, in a form that holds for token_s = 0.
-        root = row_s + math.sqrt(row_s * row_s + 2 * token_s * max(0.0, seconds) / self._drift)
-        return max(LEAST, 2 * seconds / self._drift / root) if root else math.inf
+        root = row_s + math.sqrt(row_s * row_s + 2 * token_s * max(0.0, seconds))
+        return max(LEAST, 2 * seconds / root) if root else math.inf
 
     def cost_s(self, context: int, rows: int) -> float:
         """Return what rows behind a context are expected to take."""
-        return self._drift * rows * (self._row_s + self._token_s * (context + rows / 2))
+        return rows * (self._row_s + self._token_s * (context + rows / 2))
 
     def draft_rows(self, decodes: int, most: int) -> list[float]:
         """Return the cost of a draft's row beside so many sequences, as a part of the step without drafts.
@@ -218,7 +184,7 @@ class StepTimes:
         sequences. None at all for a measurement of a step without drafts.
         """
         now, alone = self._steps[decodes], self._exactly_s
-        if decodes not in alone.known or now - alone.learned_at[decodes] > LOOK_WITHOUT_DRAFTS:
+        if decodes not in alone.known or now - alone.learned_at[decodes] > LOOK:
             return []
         parts: list[float] = []
         for bits in range(1, most.bit_length() + 1):
@@ -259,38 +225,24 @@ class StepTimes:
 
     def _learn_decode(self, decodes: int, took_s: float) -> None:
         self._since_look = 0
-        known = self._decode_s.known.get(decodes.bit_length())
-        if known is None or not self._stood_still(took_s, known, rows=False):
-            self._decode_s.learn(decodes.bit_length(), took_s, self._steps[decodes])
-            self._exactly_s.learn(decodes, took_s, self._steps[decodes])
+        took_s = min(took_s, STALL * self._decode_s.known.get(decodes.bit_length(), math.inf))
+        self._decode_s.learn(decodes.bit_length(), took_s, self._steps[decodes])
+        self._exactly_s.learn(decodes, took_s, self._steps[decodes])
 
     def _learn_drafts(self, decodes: int, rows: int, took_s: float) -> None:
-        alone_s, kind = self._exactly_s.known[decodes], (decodes, rows.bit_length())
-        expected_s = alone_s * (1 + rows * self._row_parts.known.get(kind, 0.0))
-        if not self._stood_still(took_s, expected_s, rows=False):
-            part = max(0.0, took_s / alone_s - 1) / rows if alone_s else 0.0
-            self._row_parts.learn(kind, part, self._steps[decodes])
-
-    def _stood_still(self, took_s: float, expected_s: float, *, rows: bool) -> bool:
-        """Return True if the machine did something else during a step; twice in a row, the time counts."""
-        stalled = took_s > STALL * expected_s and not self._stalled[rows]
-        self._stalled[rows] = stalled
-        return stalled
+        alone_s = self._exactly_s.known[decodes]
+        part = max(0.0, took_s / alone_s - 1) / rows if alone_s else 0.0
+        self._row_parts.learn((decodes, rows.bit_length()), part, self._steps[decodes])
 
     def _learn_rows(self, load: StepLoad, took_s: float) -> None:
-        """Take what a step took beyond a decode as its rows' cost; if that is unknown, only of many."""
+        """Take what a step took beyond a decode as its rows' cost."""
         decode_s = self._decode_s.known.get(max(1, load.decodes).bit_length())
-        if decode_s is None and (load.decodes or load.rows < HEAVIEST):
-            return  # a first use, or nearly the first
-        decode_s = decode_s or 0.0
-        per_row_s = max(0.0, took_s - decode_s) / load.rows
+        if decode_s is None and (load.decodes or load.rows < MANY):
+            return  # what the step itself took would count as its rows'
+        per_row_s = max(0.0, took_s - (decode_s or 0.0)) / load.rows
         context = load.area / load.rows
-        usual_s = self._row_s + self._token_s * context
-        if usual_s:
-            if self._stood_still(per_row_s, usual_s * self._drift, rows=True):
-                return
-            self._drift += DRIFT * (min(max(per_row_s / usual_s, 0.25), 4.0) - self._drift)
-        self._sums.add(min(load.rows, HEAVIEST), context, per_row_s)
+        if usual_s := self._row_s + self._token_s * context:
+            per_row_s = min(per_row_s, STALL * usual_s)
+        self._sums.add(load.rows, context, per_row_s)
         self._row_s, self._token_s = self._sums.line()
-        self._most = max(self._most * DECAY, load.rows)
         self._since_look += bool(load.decodes)

@@ -17,7 +17,7 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.queues import BACKGROUND, SchedulerLimits, SequenceQueues
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
-from inference_service.engine.scheduler import MOST_CREDIT, TWICE
+from inference_service.engine.scheduler import QUANTUM, TWICE
 from inference_service.engine.step_times import StepTimes
 from tests.support.examples import examples
 
@@ -198,7 +198,7 @@ def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
             engine.add(_seq(2, 1, flow=f"once {number}"))
         engine.step()
     rows = sum(chunk.length for batch in runner.batches for chunk in batch.chunks)
-    assert MOST_CREDIT < runner.again <= rows * TWICE + MOST_CREDIT
+    assert QUANTUM < runner.again <= rows * TWICE + QUANTUM
 
 
 def test_few_take_seats_of_others_in_a_step() -> None:
@@ -316,8 +316,8 @@ def test_a_blend_takes_no_place_of_its_own_adapters() -> None:
 class Costly(StepTimes):
     """Says that a second sequence would lengthen a step too much, unless nobody else is there."""
 
-    def spare_s(self, decodes: int, *, foreground: bool) -> float:
-        return 0.0 if foreground or decodes else 1.0
+    def spare_s(self, decodes: int) -> float:  # noqa: ARG002 - as the real one
+        return 0.0
 
     def beside(self, decodes: int, spare_s: float) -> int:  # noqa: ARG002 - as the real one
         return 0 if decodes else 100
