@@ -15,7 +15,7 @@ from loramux_openapi.document import ServerFacts, document, facts_of
 from loramux_shared.access.keys import Scope
 from tests.contract.http.conftest import api as api, opened as opened, world as world
 from tests.contract.http.test_http_rules import web as web
-from tests.openapi_golden import RECORDED, described
+from tests.openapi_golden import RECORDED, recorded
 from tests.support.cases import cases
 from tests.support.openai_api import OpenAIApi
 from tests.support.root import ROOT
@@ -149,4 +149,4 @@ def test_the_table_of_the_docs_names_the_same_routes_and_scopes() -> None:
 
 def test_the_description_is_the_recorded_one() -> None:
     """The recorded description shows a change of bodies and answers in its diff."""
-    assert described() == RECORDED.read_bytes()
+    assert recorded() == RECORDED.read_text(encoding="utf-8")

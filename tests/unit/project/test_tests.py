@@ -8,7 +8,7 @@ import pytest
 from tests.support.root import ROOT
 
 MAX_LINE_CHARACTERS = 400
-RECORDED = {"openapi.json", "responses.txt"}
+RECORDED = {"openapi.txt", "responses.txt"}
 """Files that a program writes, as `make golden` does, with texts of the APIs in them."""
 FOLDERS = [folder for folder in (ROOT / "tests", *ROOT.glob("extensions/*/tests")) if folder.is_dir()]
 
