@@ -28,7 +28,14 @@ def get(fields: bytes = b"Host: localhost\r\n", path: bytes = b"/health") -> byt
     return b"GET " + path + b" HTTP/1.1\r\n" + fields + b"\r\n"
 
 
-TAKEN = {name: request.encode("latin-1") for name, request in cases(__file__, "taken").items()}
+def request_of(text: str) -> bytes:
+    """Return the bytes of a row of the table, with the parts that it names."""
+    for name, part in cases(__file__, "parts").items():
+        text = text.replace(name, part)
+    return text.encode("latin-1")
+
+
+TAKEN = {name: request_of(text) for name, text in cases(__file__, "taken").items()}
 
 
 def post(trailers: bytes) -> bytes:
@@ -37,7 +44,7 @@ def post(trailers: bytes) -> bytes:
 
 
 REFUSED = {
-    **{name: (raw.encode("latin-1"), status) for name, (status, raw) in cases(__file__, "refused").items()},
+    **{name: (request_of(text), status) for name, (status, text) in cases(__file__, "refused").items()},
     "long target": (get(path=b"/" + b"a" * MAX_TARGET_BYTES), 431),
     "many headers": (get(b"Host: localhost\r\n" + b"a: b\r\n" * MAX_FIELDS), 431),
     "many trailers": (post(b"a: b\r\n" * (MAX_FIELDS + 2)), 431),

@@ -30,28 +30,33 @@ def _line(name: str, dtype: str, architecture: int, cell: str) -> Line:
 
 def recorded() -> list[Line]:
     """Return the lines of the table, in their order."""
-    rows = [row.split() for row in TABLE.read_text().splitlines()[1:]]
-    found = [
-        _line(" ".join(row[: -len(cells) - 1]), row[-len(cells) - 1], architecture, cell)
-        for row in rows
-        for cells in [row[-len(ARCHITECTURES) :]]
-        for architecture, cell in zip(ARCHITECTURES, cells, strict=True)
-        if cell != "-"
-    ]
+    found, name = [], ""
+    for row in TABLE.read_text().splitlines()[1:]:
+        if not row.startswith(" "):
+            name = row
+            continue
+        dtype, *cells = row.split()
+        known = zip(ARCHITECTURES, cells, strict=True)
+        found += [_line(name, dtype, architecture, cell) for architecture, cell in known if cell != "-"]
     return sorted(found, key=Line.order)
 
 
 def table(lines: Collection[Line]) -> str:
-    """Return a row for each kernel and dtype, with registers/shared+stack on each architecture."""
-    head = "".join(f" {f'sm_{each}':>10}" for each in ARCHITECTURES)
-    rows = {(line.name, line.dtype): dict.fromkeys(ARCHITECTURES, "-") for line in lines}
+    """Return a row for each dtype of a kernel, with registers/shared+stack on each architecture."""
+    rows: dict[str, dict[str, dict[int, str]]] = {}
     for line in lines:
         cell = f"{line.registers}/{line.shared}" + (f"+{line.stack}" if line.stack else "")
-        rows[line.name, line.dtype][line.architecture] = cell
-    return f"{'kernel':<44} dtype{head}\n" + "".join(
-        f"{name:<44} {dtype:<5}" + "".join(f" {cell:>10}" for cell in cells.values()) + "\n"
-        for (name, dtype), cells in rows.items()
-    )
+        cells = rows.setdefault(line.name, {}).setdefault(line.dtype, dict.fromkeys(ARCHITECTURES, "-"))
+        cells[line.architecture] = cell
+    text = "kernel " + "".join(f" {f'sm_{each}':>9}" for each in ARCHITECTURES) + "\n"
+    for name, dtypes in rows.items():
+        text += f"{name}\n"
+        text += "".join(f"  {dtype:<5}{_row(cells)}\n" for dtype, cells in dtypes.items())
+    return text
+
+
+def _row(cells: dict[int, str]) -> str:
+    return "".join(f" {cell:>9}" for cell in cells.values())
 
 
 def package_of(line: Line) -> str:
