@@ -163,18 +163,21 @@ def in_line(launched: Sequence[Launch | str]) -> list[Launch | str]:
 
 
 def programs(counted: Counted) -> Iterator[str]:
-    """Yield the programs of one layer: launched, with work, and the longest row of tiles of one program."""
+    """Yield the programs of one layer, launched and with work, and the longest row of tiles of one program."""
     columns = "    shrink  with work    expand  with work  ratio  in turn"
-    yield f"programs of a layer         adapters  ranks{columns}"
-    for (rows, mixed), adapters, name in product(STEPS, ADAPTERS, RANKS):
-        if adapters <= rows:
+    yield f"programs of a layer         adapters  ranks        {columns}"
+    for (rows, mixed), adapters in product(STEPS, ADAPTERS):
+        ranks: dict[str, list[str]] = {}
+        for name in RANKS if adapters <= rows else ():
             halves, ratio = shared(counted, rows, adapters, name, mixed=mixed, whole=mixed)
             printed = "".join(
                 f"{sum(each[0] for each in half):>10}{sum(map(min, half)):>11}" for half in halves
             )
             in_turn = sum(-(-tiles // min(grid, PLACES)) for grid, tiles in halves[1])
-            kind = f"{'prompt' if mixed else 'decode'} of {rows}"
-            yield f"  {kind:<26}{adapters:>8}  {name:<5}{printed}{ratio:>7.2f}{in_turn:>9}"
+            ranks.setdefault(f"{printed}{ratio:>7.2f}{in_turn:>9}", []).append(name)
+        kind = f"{'prompt' if mixed else 'decode'} of {rows}"
+        for numbers, names in ranks.items():
+            yield f"  {kind:<26}{adapters:>8}  {' '.join(names):<13}{numbers}"
 
 
 def worst(counted: Counted) -> Iterator[str]:

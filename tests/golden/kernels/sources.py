@@ -1,8 +1,8 @@
 """Print the sources of the table of resources, so that unchanged kernels need no compilation.
 
 What the compiler makes of a kernel follows from its source and that of what it calls, from the values that are
-constants of it, from the target and from the compiler's version. One line per kernel and architecture has the
-digest of all these. Triton's own cache asks for the same. Prints them:
+constants of it, from the target and from the compiler's version. The line of a kernel has the digest of all
+these for each architecture. Triton's own cache asks for the same. Prints them:
 
     python -m tests.golden.kernels.sources
 """
@@ -28,15 +28,14 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} |
 
 
 def lines() -> Iterator[str]:
-    """Yield the compiler's version, and a line for each kernel and architecture."""
+    """Yield the compiler's version, and a line for each kernel with a digest for each architecture."""
     import triton
 
     yield f"triton {triton.__version__}"
     for package in PACKAGES:
-        for architecture in ARCHITECTURES:
-            yield from (
-                f"{name:<30} sm_{architecture:<3} {digest}" for name, digest in _of(package, architecture)
-            )
+        digests = [dict(_of(package, architecture)) for architecture in ARCHITECTURES]
+        for name in sorted({name for each in digests for name in each}):
+            yield f"{name:<34} {' '.join(each.get(name, '-') for each in digests)}"
 
 
 def _of(package: str, architecture: int) -> Iterator[tuple[str, str]]:
