@@ -9,6 +9,8 @@ from inference_service.http.app import ENDPOINTS
 from loramux_openapi.document import ServerFacts, document
 
 RECORDED: Final = Path(__file__).with_name("openapi.txt")
+MIN_SHARED_CHARACTERS: Final = 40
+"""A field of as many characters is written once, in the first schema that has it."""
 JSON_TYPES: Final[dict[type, str]] = {str: "string", int: "integer", bool: "boolean"}
 
 
@@ -26,8 +28,9 @@ def recorded() -> str:
                 *_operation(operation, shared),
             ]
     lines += ["", *(f"{name}: {text}" for name, text in shared.items())]
+    fields: dict[str, str] = {}
     for name, schema in components.pop("schemas").items():
-        lines += ["", *_component(name, schema)]
+        lines += ["", *_component(name, schema, fields)]
     return "\n".join([*lines, "", *(f"{key}: {json.dumps(value)}" for key, value in components.items()), ""])
 
 
@@ -49,6 +52,10 @@ def _operation(operation: dict[str, Any], shared: dict[str, Any]) -> Iterator[st
         content = ", ".join(f"{kind} {as_type(part.pop('schema'))}{_words(part)}" for kind, part in contents)
         answers.setdefault(content, []).append(_share(shared, status, json.dumps(answer), name))
     yield from (f"  {', '.join(statuses)}: {content}" for content, statuses in answers.items())
+    either = [
+        " and ".join(f"{kind} {scopes}" for kind, scopes in each.items()) for each in operation.pop("security")
+    ]
+    yield f"  security {' or '.join(either)}"
     yield from _rest(operation)
 
 
@@ -56,16 +63,23 @@ def _parameter(part: dict[str, Any]) -> str:
     return f"{as_type(part.pop('schema'))}{_words(part)}"
 
 
-def _component(name: str, schema: dict[str, Any]) -> Iterator[str]:
-    """Yield a schema by name: its fields, with a question mark where they are optional."""
+def _component(name: str, schema: dict[str, Any], known: dict[str, str]) -> Iterator[str]:
+    """Yield a schema by name: its fields, optional ones with a question mark, known long ones by name."""
     _leave_out(schema, "title", name)
     if "properties" not in schema:
         yield f"{name}: {as_type(schema)}"
         return
-    fields = [f"  {field}" for field in _fields(schema)]
+    fields = _fields(schema)
     _leave_out(schema, "type", "object")
     yield f"{name}: {schema.pop('description', '')}".rstrip()
-    yield from fields
+    again: dict[str, list[str]] = {}
+    for field in fields:
+        first = known.setdefault(field, name) if len(field) >= MIN_SHARED_CHARACTERS else name
+        if first == name:
+            yield f"  {field}"
+        else:
+            again.setdefault(first, []).append(field.partition(":")[0])
+    yield from (f"  as in {first}: {', '.join(names)}" for first, names in again.items())
     yield from _rest(schema)
 
 
