@@ -27,7 +27,6 @@ def _pairs(ranks: dict[str, int]) -> Shapes:
 
 _FUSED = f"{ROOT}layers.1.mlp.gate_up_proj.lora_"
 ADAPTERS: dict[str, tuple[Shapes, dict[str, Any], dict[str, Any], str]] = {
-    "plain": (_pairs({"q_proj": 4, "v_proj": 4}), {}, {}, "bfloat16"),
     "activated": (_pairs({"q_proj": 4, "v_proj": 4}), {"alora_invocation_tokens": [5, 3]}, {}, "bfloat16"),
     "ragged": (
         _pairs({"q_proj": 3, "o_proj": 1, "down_proj": 7}),
