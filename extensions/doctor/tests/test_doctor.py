@@ -1,6 +1,7 @@
 """``loramux doctor``: installed packages, memory, faults of settings."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -27,7 +28,6 @@ from tests.support.access import Certificates
 from tests.support.adapters import BASE_CONFIG
 from tests.support.hub_configs import HUB_CONFIGS
 from tests.support.services.fake_grpc import Fakes
-from tests.support.services.replicas import replicas
 from tests.support.tiny import SIZES, make_world
 from tests.support.weights import adapter_of
 from tests.unit.bases.test_base_weights import REFUSED
@@ -255,7 +255,7 @@ def test_what_is_wrong_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "inference    127.0.0.1:1: nothing answers there" in text
 
 
-async def test_the_doctor_asks_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_doctor_asks_all(fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor asks each replica of a list or of a DNS name, and reports a name without addresses."""
     certificates = Certificates(tmp_path)
     certificates.issue("server", certificates.ours, "localhost")
@@ -266,11 +266,10 @@ async def test_the_doctor_asks_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return [(each.address, each.state) for each in places if each.name == "inference"]
 
     states = ("SERVING", "nothing answers there", "SERVING")
-    with replicas(3) as three:
-        three.cut(three.addresses[1])
-        assert await reported(",".join(three.addresses)) == list(zip(three.addresses, states, strict=True))
-    with replicas(1, Guard(tls=certificates.server)) as one:
-        port = one.addresses[0].rpartition(":")[2]
+    with closing(Fakes(Guard(tls=certificates.server))) as one, closing(Fakes()) as other:
+        three = fakes.inference_address, "127.0.0.1:1", other.inference_address
+        assert await reported(",".join(three)) == list(zip(three, states, strict=True))
+        port = one.inference_address.rpartition(":")[2]
         assert (f"grpcs://127.0.0.1:{port}", "SERVING") in await reported(f"grpcs://dns:///localhost:{port}")
     [(_, state)] = await reported("dns:///no.such.host.invalid:1")
     assert "expected dns:///NAME:PORT of a name that resolves" in state

@@ -4,14 +4,16 @@ import re
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import pytest
 
+from inference_service.engine.engine import SequenceCounts
 from inference_service.http.app import ENDPOINTS, create_app
 from loramux_shared.access.keyring import Keyring
 from tests.support.access import lines, new_entry
-from tests.support.services.scripted_page import ScriptedPage
+from tests.support.services.silent import silent_service
 
 FILES = {file.name: file for file in files("inference_service.http.page").iterdir() if file.is_file()}
 SCRIPTS = {name: FILES[name].read_text() for name in FILES if name.endswith(".js")}
@@ -20,7 +22,7 @@ ROUTES = [endpoint.path for endpoint in ENDPOINTS if endpoint.path == "/" or end
 
 @pytest.fixture
 async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app=create_app(ScriptedPage(tmp_path, ["one", "two"], {})))
+    transport = httpx.ASGITransport(app=create_app(silent_service(tmp_path)))
     async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
         yield web
 
@@ -62,10 +64,12 @@ def test_nothing_comes_from_elsewhere_or_becomes_markup() -> None:
 
 async def test_the_state_names_the_callers_models_only(tmp_path: Path) -> None:
     """A key that is limited to a model does not learn which others are at work."""
-    key, entry = new_entry("ann", "infer", models=("two",))
-    app = create_app(ScriptedPage(tmp_path, ["one", "two"], {}), Keyring(text=lines(entry)))
+    key, entry = new_entry("ann", "infer", models=("wide",))
+    service = silent_service(tmp_path)
+    cast(Any, service.engine).sequence_counts = SequenceCounts({"base": 1, "rs": 2}, {"wide": 2})
+    app = create_app(service, Keyring(text=lines(entry)))
     headers = {"authorization": f"Bearer {key}"}
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app=app), base_url="http://api", headers=headers
     ) as web:
-        assert (await web.get("/state")).json()["models"] == {"two": {"running": 0, "waiting": 2}}
+        assert (await web.get("/state")).json()["models"] == {"wide": {"running": 0, "waiting": 2}}
