@@ -14,12 +14,12 @@ from loramux_shared.faults import InternalFault, RequestInvalid
 from loramux_shared.runtime import ReasoningParser
 from tests.e2e.accessibility import faint, nameless, overflow
 from tests.e2e.browser import CHROMIUM, CTRL, Page, browser
+from tests.e2e.scripted_page import ScriptedPage, scripted_api
 from tests.support.access import lines, new_entry
 from tests.support.generations import change_deployed
 from tests.support.openai_api import open_api, openai_world
 from tests.support.root import ROOT
 from tests.support.services.operators import operated
-from tests.support.services.scripted_page import ScriptedPage, scripted_api
 from tests.support.waiting import until
 
 pytestmark = [

@@ -22,10 +22,10 @@ from loramux_shared.faults import BundleCorrupt, GenerationMismatch
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
+from tests.e2e.race import Race
 from tests.support.examples import examples, spread
 from tests.support.generations import generation, record
 from tests.support.s3_gateway import S3Server
-from tests.support.stores.taking_turns import Race
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "s3"])

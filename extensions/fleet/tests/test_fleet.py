@@ -21,8 +21,8 @@ from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux_fleet.fleet import REPEATED, STREAMS, AsyncFleetCalls, Fleet, FleetCalls
 from loramux_fleet.members import Members
 from loramux_shared.access.guard import Guard
+from tests.fleet_replicas import MODELS, Replicas, replicas
 from tests.support.access import NOBODY, Certificates
-from tests.support.services.replicas import MODELS, Replicas, replicas
 from tests.support.waiting import BOUND_S, bounded, until, wait_until
 
 TEXT = "the grey sea sings (0)"

@@ -24,7 +24,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests import lowbit_files as lowbit
 from tests.lowbit_files import KINDS, WHOLE_BLOCKS, Kind, keep
 from tests.support import tiny
-from tests.support.ranks import divided
+from tests.thread_ranks import divided
 
 NEW = 10
 PROMPT = list(range(3, 40))

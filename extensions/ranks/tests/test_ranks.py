@@ -35,10 +35,10 @@ from loramux_shared.storage.open import open_store
 from tests.models.test_deterministic import answers as with_logprobs
 from tests.models.test_families import PARTS, SETS
 from tests.support.grammars import only
-from tests.support.ranks import divided
 from tests.support.service import Service
 from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, next_logprobs, run_engine, sequence
 from tests.support.waiting import ended, until
+from tests.thread_ranks import divided
 
 DELTA = Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"], pad_token_id=0)
 BIASED = LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)

@@ -22,11 +22,11 @@ from inference_service.http.app import create_app
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.runtime import ReasoningParser
+from tests.contract.http.scripted_service import ScriptedService, open_scripted
 from tests.support.access import lines, new_entry
 from tests.support.cases import cases
 from tests.support.generations import change_deployed
 from tests.support.openai_api import OpenAIApi
-from tests.support.services.scripted import ScriptedService, open_scripted
 from tests.support.waiting import BOUND_S
 
 if TYPE_CHECKING:

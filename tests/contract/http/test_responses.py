@@ -12,9 +12,9 @@ from inference_service.core.sequence import EndReason
 from loramux_shared.faults import RateLimited, ReplicaFailed, RequestInvalid
 from loramux_shared.runtime import ReasoningParser
 from tests.contract.http.response_checks import check_events, check_response, read_stream
+from tests.contract.http.scripted_service import ScriptedApi, open_scripted
 from tests.support.cases import cases
 from tests.support.generations import change_deployed
-from tests.support.services.scripted import ScriptedApi, open_scripted
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -31,11 +31,11 @@ from loramux_shared.faults import Fault, ShuttingDown
 from loramux_shared.storage import patient
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
+from tests.property.builds.simulation import Host, HostStore, Simulation, TimedStore
 from tests.support.builders import Builders
 from tests.support.examples import examples
 from tests.support.folders import built
 from tests.support.stores.killed import Killed
-from tests.support.stores.simulated import Host, HostStore, Simulation, TimedStore
 
 HISTORIES = examples(40)
 NAMES = ("a", "b", "c")
