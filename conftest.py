@@ -205,11 +205,10 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore
 @pytest.fixture(scope="module")
 def fakes() -> Iterator[Fakes]:
     """Both services, scripted, in a thread of this process."""
-    from tests.support.services.fake_grpc import Fakes
+    from tests.support.services.fake_grpc import open_fakes
 
-    running = Fakes()
-    yield running
-    running.close()
+    with open_fakes() as running:
+        yield running
 
 
 @pytest.fixture

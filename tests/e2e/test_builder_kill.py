@@ -22,6 +22,7 @@ from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.folders import deployment_of
 from tests.support.processes.forks import Forked, builder_service
+from tests.support.processes.watching import kill_at_end
 from tests.support.s3_gateway import S3Server, free_port
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -44,12 +45,8 @@ def builder(folder: Path, port: int) -> Iterator[Forked]:
         "--work-dir": str(folder / "work"),
     }
     words = [part for pair in flags.items() for part in pair]
-    process = builder_service(words, folder / "builder.log", environment())
-    try:
+    with kill_at_end(builder_service(words, folder / "builder.log", environment())) as process:
         yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def stub(port: int) -> builder_pb2_grpc.BuilderServiceStub:

@@ -20,6 +20,7 @@ from loramux_shared.storage.local import LocalStore
 from tests.support.processes.failing_replicas import steps_hang
 from tests.support.processes.forks import Forked, builder_service
 from tests.support.processes.inference import serving
+from tests.support.processes.watching import kill_at_end
 from tests.support.s3_gateway import free_port
 from tests.support.tiny import World, make_world
 from tests.support.waiting import BOUND_S, wait_until
@@ -87,13 +88,10 @@ def builder(tmp_path: Path) -> Iterator[tuple[Forked, str]]:
     """A builder that takes an hour to leave, and its address."""
     address = f"127.0.0.1:{free_port()}"
     flags = ["--grpc", address, "--store", f"file://{tmp_path}/store", "--work-dir", f"{tmp_path}/work"]
-    process = builder_service(flags, tmp_path / "log", {**os.environ, "LORAMUX_DRAIN_DELAY_S": "3600"})
-    try:
+    environment = {**os.environ, "LORAMUX_DRAIN_DELAY_S": "3600"}
+    with kill_at_end(builder_service(flags, tmp_path / "log", environment)) as process:
         _until(address, "SERVING")
         yield process, address
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _until(address: str, status: str) -> None:

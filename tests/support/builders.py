@@ -1,8 +1,8 @@
 """Builders over folders and one store, which a test can shut, take away and watch; also behind gRPC."""
 
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.folders import deployment_of, local_repository, workshop
-from tests.support.waiting import BOUND_S, bounded, loop_in_thread
+from tests.support.servers import ANY_PORT, serve
+from tests.support.waiting import BOUND_S, bounded
 
 OWNER, OTHER = "0" * 16, "1" * 16
 GOOD = ("one", "two", "three")
@@ -77,13 +78,11 @@ class Builders:
     @asynccontextmanager
     async def served(self, builds: Builds, patience: Patience = USUAL) -> AsyncIterator[str]:
         """The address of a builder's service."""
-        servicer = BuilderServicer(builds, self.checks)
-        server = RpcServer("127.0.0.1:0", {SERVICE_NAME: servicer.register}, patience=patience)
-        try:
-            yield await server.start()
-        finally:
-            await self.close()
-            await server.drain(BOUND_S)
+        async with serve(builder_rpc(builds, self.checks, patience)) as server:
+            try:
+                yield server.address
+            finally:
+                await self.close()
 
     @property
     def journal(self) -> list[str]:
@@ -119,20 +118,19 @@ async def ended(builds: Builds, name: str = "tiny") -> DeploymentView:
         return [view async for view in builds.watch(name)][-1]
 
 
-@contextmanager
-def in_thread(context: BuildContext) -> Iterator[str]:
-    """The address of a builder's service in a thread of this process."""
+def builder_rpc(builds: Builds, checks: Checks, patience: Patience = USUAL) -> RpcServer:
+    """Return the gRPC server of a builder."""
+    return RpcServer(ANY_PORT, {SERVICE_NAME: BuilderServicer(builds, checks).register}, patience=patience)
 
-    async def start() -> tuple[Builds, Checks, RpcServer, str]:
-        builds, checks = Builds(context), Checks(context)
-        server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, checks).register})
-        return builds, checks, server, await server.start()
 
-    with loop_in_thread() as do:
-        builds, checks, server, address = do(start())
+@asynccontextmanager
+async def serve_builder(context: BuildContext) -> AsyncIterator[str]:
+    """Run a builder that builds one deployment at a time; yields its address."""
+    builds, checks = Builds(context, BuildLimits(running=1)), Checks(context)
+    await builds.recover()
+    async with serve(builder_rpc(builds, checks)) as server:
         try:
-            yield address
+            yield server.address
         finally:
             checks.stop()
-            do(builds.drain(BOUND_S))
-            do(server.drain(BOUND_S))
+            await builds.drain(BOUND_S)

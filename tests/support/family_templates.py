@@ -12,26 +12,23 @@ class Family:
 
     template: str
     tool: ToolParser
-    reasoning: ReasoningParser
+    reasoning: ReasoningParser = ReasoningParser.AUTO
     special: tuple[str, ...] = ()
     """Marks that are special tokens of its models."""
     end: str = "<|im_end|>"
     """End mark of a turn."""
 
 
-_PUBLISHED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
-    "Qwen 2.5": (
+_PUBLISHED = {
+    "Qwen 2.5": Family(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         '{% for c in m.tool_calls or [] %}\n<tool_call>\n{"name": "{{ c.function.name }}'
         '", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n'
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{% endif %}",
-        "hermes",
-        "auto",
-        (),
-        "<|im_end|>",
+        ToolParser("hermes"),
     ),
-    "Qwen 3": (
+    "Qwen 3": Family(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n"
         "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
         "{% for c in m.tool_calls or [] %}{% if not loop.first or m.content %}\n"
@@ -39,12 +36,10 @@ _PUBLISHED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
         "{{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
-        "hermes",
-        "think",
-        (),
-        "<|im_end|>",
+        ToolParser("hermes"),
+        ReasoningParser("think"),
     ),
-    "Qwen 3.5": (
+    "Qwen 3.5": Family(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n"
         "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
         "{% for c in m.tool_calls or [] %}\n<tool_call>\n<function={{ c.function.name }}>\n"
@@ -52,23 +47,20 @@ _PUBLISHED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
         "{{ v if v is string else v | tojson }}\n</parameter>\n{% endfor %}</function>\n"
         "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
         "<|im_start|>assistant\n<think>\n{% endif %}",
-        "qwen3_coder",
-        "think",
-        (),
-        "<|im_end|>",
+        ToolParser("qwen3_coder"),
+        ReasoningParser("think"),
     ),
-    "Llama 3": (
+    "Llama 3": Family(
         "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n"
         '\n{{ m.content }}{% for c in m.tool_calls or [] %}{"name": "{{ c.function.name }}'
         '", "parameters": {{ c.function.arguments | tojson }}}{% endfor %}<|eot_id|>{% endfor %}'
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n"
         "\n{% endif %}",
-        "llama3_json",
-        "auto",
-        ("<|python_tag|>",),
-        "<|eot_id|>",
+        ToolParser("llama3_json"),
+        special=("<|python_tag|>",),
+        end="<|eot_id|>",
     ),
-    "Llama 3.2, pythonic": (
+    "Llama 3.2, pythonic": Family(
         "{# [func_name1(params_name1=params_value1)] #}{% for m in messages %}<|start_header_id|>"
         "{{ m.role }}<|end_header_id|>\n\n{{ m.content }}{% if m.tool_calls %}["
         "{% for c in m.tool_calls %}{{ c.function.name }}("
@@ -76,45 +68,39 @@ _PUBLISHED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
         "{{ ', ' if not loop.last }}{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]{% endif %}"
         "<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
         "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-        "pythonic",
-        "auto",
-        (),
-        "<|eot_id|>",
+        ToolParser("pythonic"),
+        end="<|eot_id|>",
     ),
-    "OLMo 3": (
+    "OLMo 3": Family(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}"
         "<function_calls>\n{% for c in m.tool_calls %}{{ c.function.name }}("
         "{% for k, v in c.function.arguments | items %}{{ k }}={{ v | tojson }}"
         "{{ ', ' if not loop.last }}{% endfor %})\n{% endfor %}</function_calls>{% endif %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{% endif %}",
-        "olmo3",
-        "auto",
-        (),
-        "<|im_end|>",
+        ToolParser("olmo3"),
     ),
-    "Mistral Nemo": (
+    "Mistral Nemo": Family(
         "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
         "{{ m.content }}{% if m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}"
         '{% if c.id | length != 9 %}{{ raise_exception(\'nine letters\') }}{% endif %}{"name": "'
         '{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}'
         "\"}{{ ', ' if not loop.last }}{% endfor %}]{% endif %}</s>{% endif %}{% endfor %}",
-        "mistral",
-        "auto",
-        ("[TOOL_CALLS]",),
-        "</s>",
+        ToolParser("mistral"),
+        special=("[TOOL_CALLS]",),
+        end="</s>",
     ),
-    "Ministral 3": (
+    "Ministral 3": Family(
         "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
         "{% if m.reasoning %}[THINK]{{ m.reasoning }}[/THINK]{% endif %}{{ m.content }}"
         "{% for c in m.tool_calls or [] %}{{ '[TOOL_CALLS]' + c.function.name + '[ARGS]' }}"
         "{{ c.function.arguments | tojson }}{% endfor %}</s>{% endif %}{% endfor %}",
-        "mistral",
-        "mistral",
-        ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"),
-        "</s>",
+        ToolParser("mistral"),
+        ReasoningParser("mistral"),
+        special=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"),
+        end="</s>",
     ),
-    "Granite 3.3": (
+    "Granite 3.3": Family(
         "{# only with <|tool_call|> followed; <think></think> and <response></response> #}"
         "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}"
         '{% if m.tool_calls %}<|tool_call|>[{% for c in m.tool_calls %}{"name": "'
@@ -122,23 +108,22 @@ _PUBLISHED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
         "{{ ', ' if not loop.last }}{% endfor %}]{% endif %}<|end_of_text|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>"
         "{% endif %}",
-        "granite",
-        "granite",
-        ("<|tool_call|>",),
-        "<|end_of_text|>",
+        ToolParser("granite"),
+        ReasoningParser("granite"),
+        special=("<|tool_call|>",),
+        end="<|end_of_text|>",
     ),
-    "Phi-4 mini": (
+    "Phi-4 mini": Family(
         "{% if tools %}<|tool|>{{ tools | tojson }}<|/tool|>{% endif %}{% for m in messages %}<|"
         "{{ m.role }}|>{{ m.content }}{% if m.tool_calls %}<|tool_call|>[{% for c in m.tool_calls %}{"
         '"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
         "{{ ', ' if not loop.last }}{% endfor %}]<|/tool_call|>{% endif %}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-        "phi4",
-        "auto",
-        ("<|tool_call|>", "<|/tool_call|>"),
-        "<|end|>",
+        ToolParser("phi4"),
+        special=("<|tool_call|>", "<|/tool_call|>"),
+        end="<|end|>",
     ),
-    "Gemma 4": (
+    "Gemma 4": Family(
         "{% macro value(v) %}{% if v is string %}<|\"|>{{ v }}<|\"|>{% elif v is mapping %}{{ '{' }}"
         "{% for k, w in v | dictsort %}{{ k }}:{{ value(w) }}{{ ',' if not loop.last }}{% endfor %}"
         "{{ '}' }}{% elif v is sequence %}[{% for w in v %}{{ value(w) }}{{ ',' if not loop.last }}"
@@ -148,12 +133,12 @@ _PUBLISHED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
         "{% for c in m.tool_calls or [] %}<|tool_call>call:{{ c.function.name }}"
         "{{ value(c.function.arguments) }}<tool_call|>{% endfor %}<turn|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}",
-        "gemma4",
-        "gemma4",
-        ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>"),
-        "<turn|>",
+        ToolParser("gemma4"),
+        ReasoningParser("gemma4"),
+        special=("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>"),
+        end="<turn|>",
     ),
-    "gpt-oss": (
+    "gpt-oss": Family(
         "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking %}"
         "<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
         "{% if m.content %}<|start|>assistant<|channel|>commentary<|message|>{{ m.content }}<|end|>"
@@ -162,15 +147,19 @@ _PUBLISHED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
         "{{ c.function.arguments | tojson }}<|call|>{% endif %}{% else %}<|start|>{{ m.role }}"
         "<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}"
         "<|start|>assistant{% endif %}",
-        "harmony",
-        "harmony",
-        ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"),
-        "<|call|>",
+        ToolParser("harmony"),
+        ReasoningParser("harmony"),
+        special=(
+            "<|start|>",
+            "<|channel|>",
+            "<|constrain|>",
+            "<|message|>",
+            "<|end|>",
+            "<|return|>",
+            "<|call|>",
+        ),
+        end="<|call|>",
     ),
 }
-FAMILIES = {
-    name: Family(template, ToolParser(tool), ReasoningParser(reasoning), special, end)
-    for name, (template, tool, reasoning, special, end) in _PUBLISHED.items()
-    if tool in FORMATS
-}
+FAMILIES = {name: family for name, family in _PUBLISHED.items() if family.tool in FORMATS}
 """Published templates of families whose calls are read, by the name of the models."""

@@ -1,7 +1,7 @@
-"""A gRPC API over loopback, in front of a service."""
+"""The gRPC API of a service, on a free port."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.service import GenerationService
@@ -9,19 +9,19 @@ from inference_service.startup.load import Ready
 from loramux import AsyncClient
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc.server import RpcServer
-from tests.support.waiting import BOUND_S
+from tests.support.servers import ANY_PORT, serve
 
 
-@asynccontextmanager
-async def open_rpc(service: GenerationService, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[RpcServer]:
-    """Serve the API of a service on a free port."""
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: InferenceServicer(service).register}, guard)
-    await server.start()
-    await server.set_serving(True)
-    try:
-        yield server
-    finally:
-        await server.drain(BOUND_S)
+def inference_rpc(service: GenerationService, guard: Guard = NOBODY_GUARDS) -> RpcServer:
+    """Return the server of a service."""
+    return RpcServer(ANY_PORT, {SERVICE_NAME: InferenceServicer(service).register}, guard)
+
+
+def open_rpc(
+    service: GenerationService, guard: Guard = NOBODY_GUARDS
+) -> AbstractAsyncContextManager[RpcServer]:
+    """Serve the API of a service for as long as the block takes."""
+    return serve(inference_rpc(service, guard))
 
 
 @asynccontextmanager

@@ -10,10 +10,12 @@ import httpx
 import numpy as np
 from openai import AsyncOpenAI
 
+from inference_service.adapters.manager import AdapterManager
 from inference_service.http.server import HttpServer
 from inference_service.startup.load import Ready
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.servers import ANY_PORT, serve
 from tests.support.service import until_free
 from tests.support.tiny import World, make_world
 from tests.support.waiting import BOUND_S
@@ -38,7 +40,6 @@ class ServedApi:
     async def close(self) -> None:
         await self.http.aclose()
         await self.openai.close()
-        await self.server.drain(BOUND_S)
 
     async def post(self, path: str, **body: Any) -> httpx.Response:
         return await self.http.post(path, json=body)
@@ -86,17 +87,26 @@ def openai_world(folder: Path, *, built: bool = True) -> tuple[World, MemoryStor
 async def open_api(
     world: tuple[World, MemoryStore], guard: Guard = NOBODY_GUARDS, **settings: Any
 ) -> AsyncIterator[OpenAIApi]:
-    ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
-    server = HttpServer("127.0.0.1:0", ready.service, guard)
-    await server.start()
-    ready.engine.start()
-    api = OpenAIApi(ready, server)
-    try:
+    async with serve_ready(world[0].load(world[1], **({"stream_interval_ms": 0} | settings)), guard) as api:
         yield api
+
+
+@asynccontextmanager
+async def serve_ready(
+    ready: Ready, guard: Guard = NOBODY_GUARDS, adapters: AdapterManager | None = None
+) -> AsyncIterator[OpenAIApi]:
+    """Run the engine and the HTTP API of a loaded service."""
+    ready.engine.start()
+    try:
+        async with serve(HttpServer(ANY_PORT, ready.service, guard, adapters=adapters)) as server:
+            api = OpenAIApi(ready, server)
+            try:
+                yield api
+            finally:
+                await api.close()
+                vars(api).clear()  # pytest keeps it for a while, and threads of the model with it
     finally:
-        await api.close()
         await ready.engine.stop()
-        vars(api).clear()  # pytest keeps it for a while, and threads of the model with it
 
 
 def close(found: Any, required: Any) -> None:

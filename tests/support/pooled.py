@@ -12,7 +12,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Vector
 from inference_service.startup.load import Ready
 from loramux_shared.runtime import Pooling
-from tests.support.tiny import World, oracle, sequence
+from tests.support.tiny import World, oracle, run_sequences, sequence
 
 Query = tuple[str, list[int], Pooling]
 
@@ -44,23 +44,19 @@ def run_pooled(
     new: int = 6,
 ) -> tuple[list[Vector], list[list[int]]]:
     """Run requests for vectors through the engine, beside answers of some models to a prompt."""
-    engine = ready.engine._engine
-    vectors: dict[str, Vector] = {}
-    tokens: dict[str, list[int]] = {f"answer {model}": [] for model in answering}
-    for model in answering:
-        params = SamplingParams(max_tokens=new)
-        engine.add(sequence(ready, f"answer {model}", model, prompt, params))
-    for number, (model, text, pooling) in enumerate(requests):
-        seq = sequence(ready, str(number), model, text, SamplingParams(max_tokens=0))
-        engine.add(replace(seq, pooling=pooling))
-    while not engine.idle:
-        for output in engine.step():
-            if output.seq_id in tokens:
-                tokens[output.seq_id].append(output.token.id)
-            else:
-                assert output.finish is EndReason.LENGTH
-                assert output.pooled is not None
-                assert output.seq_id not in vectors
-                vectors[output.seq_id] = output.pooled
-    assert engine.stats.blocks_free == engine.stats.blocks_total
-    return [vectors[str(number)] for number in range(len(requests))], list(tokens.values())
+    params = SamplingParams(max_tokens=new)
+    answers = [sequence(ready, f"answer {model}", model, prompt, params) for model in answering]
+    pooled = [
+        replace(sequence(ready, str(number), model, text, SamplingParams(max_tokens=0)), pooling=pooling)
+        for number, (model, text, pooling) in enumerate(requests)
+    ]
+    outputs = run_sequences(ready, answers + pooled)
+    stats = ready.engine._engine.stats
+    assert stats.blocks_free == stats.blocks_total
+    vectors = []
+    for each in pooled:
+        [output] = outputs[each.id]
+        assert output.finish is EndReason.LENGTH
+        assert output.pooled is not None
+        vectors.append(output.pooled)
+    return vectors, [[output.token.id for output in outputs[each.id]] for each in answers]

@@ -1,7 +1,7 @@
 """A tiny random Llama and adapters saved by the real PEFT, through the real builder and engine."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,13 +18,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from inference_service.adapters.ports import Publisher
 from inference_service.core.adapter import activation
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import EndReason, Sequence as EngineSequence
+from inference_service.core.sequence import EndReason, Sequence as EngineSequence, StepOutput
 from inference_service.startup.load import Ready, load
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
@@ -34,6 +32,7 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
+from tests.support.folders import built
 from tests.support.native import opened_once
 from tests.support.tokens import VOCAB as VOCAB, write_tokenizer as write_tokenizer
 
@@ -154,8 +153,7 @@ class World:
         self._build(store, Deployment.model_validate(data))
 
     def _build(self, store: Store, deployment: Deployment) -> None:
-        sources = open_sources(local_roots=[self.root])
-        build(deployment, BuildContext(store, sources), Progress(deployment.build.lora_adapters))
+        built(deployment, BuildContext(store, open_sources(local_roots=[self.root])))
 
     def load(self, store: Store, publisher: Publisher | None = None, **settings: Any) -> Ready:
         values = {
@@ -216,31 +214,37 @@ class Answers:
     expected: list[list[int]]
 
 
+def run_sequences(ready: Ready, sequences: Iterable[EngineSequence]) -> dict[str, list[StepOutput]]:
+    """Run sequences together through the engine, without threads; return the outputs of each by its id."""
+    engine = ready.engine._engine
+    outputs: dict[str, list[StepOutput]] = {}
+    for each in sequences:
+        engine.add(each)
+        outputs[each.id] = []
+    while not engine.idle:
+        for output in engine.step():
+            outputs[output.seq_id].append(output)
+    return outputs
+
+
 def run_engine(
     ready: Ready, requests: Sequence[tuple[str, Sequence[int]]], new: int, **sampling: Any
 ) -> list[list[int]]:
-    """Run (model, prompt) pairs together through the engine, without threads; return the new tokens of each."""
-    engine = ready.engine._engine
-    params = SamplingParams(max_tokens=new, **sampling)
-    answers: dict[str, list[int]] = {}
-    for number, (model, prompt) in enumerate(requests):
-        engine.add(sequence(ready, str(number), model, prompt, params))
-        answers[str(number)] = []
-    while not engine.idle:
-        for output in engine.step():
-            assert output.finish in (None, EndReason.LENGTH, EndReason.STOP)
-            answers[output.seq_id].append(output.token.id)
-    return list(answers.values())
+    """Run (model, prompt) pairs together; return the new tokens of each."""
+    found = _run(ready, requests, SamplingParams(max_tokens=new, **sampling))
+    ends = {output.finish for outputs in found for output in outputs}
+    assert ends <= {None, EndReason.LENGTH, EndReason.STOP}
+    return [[output.token.id for output in outputs] for outputs in found]
 
 
 def next_logprobs(ready: Ready, requests: Sequence[tuple[str, Sequence[int]]]) -> list[dict[int, float]]:
     """The log probability of every token behind each of (model, prompt) pairs, computed together."""
-    engine = ready.engine._engine
-    params = SamplingParams(max_tokens=1, logprobs=VOCAB)
-    for number, (model, prompt) in enumerate(requests):
-        engine.add(sequence(ready, str(number), model, prompt, params))
-    found: dict[str, dict[int, float]] = {}
-    while not engine.idle:
-        for output in engine.step():
-            found[output.seq_id] = dict(output.token.top)
-    return [found[str(number)] for number in range(len(requests))]
+    found = _run(ready, requests, SamplingParams(max_tokens=1, logprobs=VOCAB))
+    return [dict(outputs[-1].token.top) for outputs in found]
+
+
+def _run(
+    ready: Ready, requests: Sequence[tuple[str, Sequence[int]]], params: SamplingParams
+) -> list[list[StepOutput]]:
+    made = [sequence(ready, str(number), *request, params) for number, request in enumerate(requests)]
+    return list(run_sequences(ready, made).values())

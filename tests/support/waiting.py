@@ -8,7 +8,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -71,6 +71,17 @@ def loop_in_thread() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
         thread.join(BOUND_S)
         assert not thread.is_alive(), "the loop does not end"
         loop.close()
+
+
+@contextmanager
+def in_thread(opening: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """Open something in the event loop of a thread, for as long as the block takes."""
+    with loop_in_thread() as do:
+        value = do(opening.__aenter__())
+        try:
+            yield value
+        finally:
+            do(opening.__aexit__(None, None, None))
 
 
 class Clock:

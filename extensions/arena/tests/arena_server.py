@@ -8,6 +8,7 @@ from typing import Any
 
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc as inference_grpc
 from loramux_shared.faults import Fault, ModelNotFound
+from tests.support.servers import ANY_PORT, serve
 from tests.support.services.fake_grpc import inference_server
 
 Says = Callable[[str, str], str]
@@ -57,10 +58,5 @@ class Versions(inference_grpc.InferenceServiceServicer):
 @asynccontextmanager
 async def serving(service: Versions) -> AsyncIterator[str]:
     """Serve on a free port; yields the address."""
-    server = inference_server("127.0.0.1:0", service)
-    address = await server.start()
-    await server.set_serving(True)
-    try:
-        yield address
-    finally:
-        await server.drain(0.1)
+    async with serve(inference_server(ANY_PORT, service), 0.1) as server:
+        yield server.address

@@ -15,7 +15,7 @@ from loramux_arena.examples import Example, by_version, read_examples
 from loramux_arena.likelihood import likelihood_of
 from loramux_shared.faults import RequestInvalid
 from tests.arena_server import Versions, serving
-from tests.support.waiting import loop_in_thread
+from tests.support.waiting import in_thread
 
 
 def lines(path: Path, *rows: object) -> Path:
@@ -123,10 +123,8 @@ def served() -> Iterator[tuple[Versions, str]]:
     service = Versions(
         lambda model, query: f" {query}!\n" if model == "a" else "?", {"base": -2.0, "a": -1.0, "b": -2.0}
     )
-    with loop_in_thread() as do:
-        server = serving(service)
-        yield service, do(server.__aenter__())
-        do(server.__aexit__(None, None, None))
+    with in_thread(serving(service)) as address:
+        yield service, address
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 from azure.core.exceptions import AzureError
 from azure.storage.blob import BlobServiceClient
 
+from tests.support.processes.watching import kill_at_end
 from tests.support.s3_gateway import free_port
 from tests.support.waiting import wait_until
 
@@ -58,12 +59,9 @@ def azurite() -> Iterator[Azure]:
             stderr=subprocess.DEVNULL,
             preexec_fn=prctl and (lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)),
         )
-        try:
+        with kill_at_end(process):
             _wait_until_it_answers(server, process)
             yield server
-        finally:
-            process.kill()
-            process.wait()
 
 
 def _wait_until_it_answers(server: Azure, process: subprocess.Popen[bytes]) -> None:

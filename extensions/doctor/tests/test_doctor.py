@@ -1,7 +1,6 @@
 """``loramux doctor``: installed packages, memory, faults of settings."""
 
 import json
-from contextlib import closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -27,7 +26,7 @@ from tests.lowbit_files import KINDS, keep
 from tests.support.access import Certificates
 from tests.support.adapters import BASE_CONFIG
 from tests.support.hub_configs import HUB_CONFIGS
-from tests.support.services.fake_grpc import Fakes
+from tests.support.services.fake_grpc import Fakes, open_fakes
 from tests.support.tiny import SIZES, make_world
 from tests.support.weights import adapter_of
 from tests.unit.bases.test_base_weights import REFUSED
@@ -266,7 +265,7 @@ async def test_the_doctor_asks_all(fakes: Fakes, tmp_path: Path, monkeypatch: py
         return [(each.address, each.state) for each in places if each.name == "inference"]
 
     states = ("SERVING", "nothing answers there", "SERVING")
-    with closing(Fakes(Guard(tls=certificates.server))) as one, closing(Fakes()) as other:
+    with open_fakes(Guard(tls=certificates.server)) as one, open_fakes() as other:
         three = fakes.inference_address, "127.0.0.1:1", other.inference_address
         assert await reported(",".join(three)) == list(zip(three, states, strict=True))
         port = one.inference_address.rpartition(":")[2]

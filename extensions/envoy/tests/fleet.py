@@ -15,6 +15,7 @@ import httpx
 
 from loramux_envoy.config import Fleet, Listen, Replica, render
 from tests.support.processes.forks import inference_service
+from tests.support.processes.watching import await_line
 from tests.support.s3_gateway import free_ports
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
@@ -45,12 +46,7 @@ class Running:
 
     def until_ready(self) -> None:
         """Wait for the start line."""
-
-        def ready() -> list[str]:
-            assert self.alive, self._log.read_text()
-            return [line for line in self._log.read_text().splitlines() if "service ready" in line]
-
-        output = json.loads(wait_until(ready, "a replica that is ready", self._log.read_text)[0])
+        output = json.loads(await_line(self.process, self._log, "service ready"))
         self.grpc, self.http = output["grpc"], output["http"]
 
     def pause(self) -> None:

@@ -35,8 +35,10 @@ from loramux_shared.settings import PREFIX
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.access import keyring, lines, new_entry
+from tests.support.grpc_api import open_rpc
 from tests.support.processes import forks
-from tests.support.services.silent import silent_server, silent_service
+from tests.support.servers import ANY_PORT, serve
+from tests.support.services.silent import silent_service
 from tests.support.waiting import BOUND_S
 
 HEALTH = "grpc.health.v1.Health"
@@ -69,11 +71,11 @@ async def guarded(
         INFERENCE: InferenceServicer(service).register,
         ADAPTERS: AdapterServicer(fixed_manager(service.catalog)).register,
     }[request.param]
-    server = RpcServer("127.0.0.1:0", {request.param: add}, Guard(RING))
-    async with grpc.aio.insecure_channel(await server.start()) as channel:
-        await server.set_serving(True)
+    async with (
+        serve(RpcServer(ANY_PORT, {request.param: add}, Guard(RING))) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         yield request.param, channel
-    await server.drain(BOUND_S)
 
 
 def bearer(key: str | None) -> list[tuple[str, str]]:
@@ -139,13 +141,14 @@ async def test_every_rpc_asks_for_a_key_of_its_scope(guarded: Any) -> None:
 
 async def test_refused_uploads_have_the_status_of_their_key(tmp_path: Path) -> None:
     """A server that ends uploads while their clients write is heard by each of them."""
-    server = RpcServer("127.0.0.1:0", {BUILDER: builder_servicer(tmp_path).register}, Guard(RING))
     files = {str(number): b"x" for number in range(100)}
-    async with AsyncClient(builder=await server.start(), api_key=KEYS["infer"], timeout_s=BOUND_S) as client:
+    async with (
+        serve(RpcServer(ANY_PORT, {BUILDER: builder_servicer(tmp_path).register}, Guard(RING))) as server,
+        AsyncClient(builder=server.address, api_key=KEYS["infer"], timeout_s=BOUND_S) as client,
+    ):
         pushes = [client.push("tiny", "two", files) for _ in range(400)]  # one in 50 lost it with grpc.aio
         refused = await asyncio.gather(*pushes, return_exceptions=True)
     assert {type(each) for each in refused} == {PermissionDenied}
-    await server.drain(BOUND_S)
 
 
 async def test_what_does_not_exist_asks_for_a_key_too(guarded: Any) -> None:
@@ -192,9 +195,8 @@ async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationServ
 async def address(service: GenerationService) -> AsyncIterator[str]:
     """A running inference service whose keys are limited to models."""
     ring = Keyring(text=lines(ENTRY, OTHER_ENTRY))
-    server = silent_server(service, Guard(ring))
-    yield await server.start()
-    await server.drain(BOUND_S)
+    async with open_rpc(service, Guard(ring)) as server:
+        yield server.address
 
 
 async def test_calls_at_the_same_time_keep_their_rights(address: str) -> None:

@@ -11,6 +11,7 @@ from inference_service.http.app import ENDPOINTS
 from inference_service.http.server import HttpServer
 from loramux_shared.access.guard import Guard
 from tests.support.access import keyring
+from tests.support.servers import ANY_PORT, serve
 from tests.support.services.silent import silent_service
 from tests.support.waiting import BOUND_S
 
@@ -25,15 +26,12 @@ EVIL = (
 
 
 @asynccontextmanager
-async def opened(folder: Path, guard: Guard, address: str = "127.0.0.1:0") -> AsyncIterator[httpx.AsyncClient]:
+async def opened(folder: Path, guard: Guard, address: str = ANY_PORT) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server that has these guards."""
-    server = HttpServer(address, silent_service(folder), guard)
-    port = (await server.start()).rpartition(":")[2]
-    try:
+    async with serve(HttpServer(address, silent_service(folder), guard)) as server:
+        port = server.address.rpartition(":")[2]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=BOUND_S) as client:
             yield client
-    finally:
-        await server.drain(BOUND_S)
 
 
 async def test_no_route_is_open_to_another_site(tmp_path: Path) -> None:

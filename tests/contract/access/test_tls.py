@@ -18,7 +18,8 @@ from loramux_shared.access.guard import Guard, TlsFiles
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid, Unauthenticated
 from loramux_shared.rpc.server import RpcServer
 from tests.support.access import NOBODY, Certificates, keyring
-from tests.support.services.silent import MODELS, silent_server, silent_service
+from tests.support.grpc_api import inference_rpc
+from tests.support.services.silent import MODELS, silent_service
 from tests.support.waiting import BOUND_S
 
 KEYS, RING = keyring("infer")
@@ -36,7 +37,7 @@ class GuardedApis:
     def __init__(self, folder: Path, guard: Guard, certificates: Certificates) -> None:
         self.certificates = certificates
         service = silent_service(folder)
-        self.grpc: RpcServer = silent_server(service, guard)
+        self.grpc: RpcServer = inference_rpc(service, guard)
         self.http = HttpServer("127.0.0.1:0", service, guard)
 
     async def ask(self, **fields: Any) -> list[str]:

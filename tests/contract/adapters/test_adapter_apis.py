@@ -12,6 +12,7 @@ from loramux import AsyncClient
 from loramux_shared.faults import BundleCorrupt, NoBuilder, RequestInvalid
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.servers import ANY_PORT, serve
 from tests.support.services.operated_replicas import open_builder, open_fleet
 from tests.support.services.operators import Operated, digest_of, operated
 from tests.support.services.silent import silent_service
@@ -29,10 +30,11 @@ def replica() -> Operated:
 @pytest.fixture
 async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
     servicer = AdapterServicer(replica.manager)
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: servicer.register})
-    async with AsyncClient(await server.start()) as client:
+    async with (
+        serve(RpcServer(ANY_PORT, {SERVICE_NAME: servicer.register})) as server,
+        AsyncClient(server.address) as client,
+    ):
         yield client
-    await server.drain(1)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from loramux_shared.storage.open import open_store
+from tests.support.processes.watching import kill_at_end
 from tests.support.s3_gateway import free_port
 from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of, oracle
 from tests.support.waiting import BOUND_S
@@ -89,11 +90,8 @@ def _process(folder: Path, module: str, *flags: str) -> Iterator[None]:
     settings = SETTINGS if module == "inference_service" else {}
     with (folder / f"{module}.log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-m", module, *flags], stderr=log, env=usual | settings)
-    try:
+    with kill_at_end(process):
         yield
-    finally:
-        process.kill()
-        process.wait(BOUND_S)
 
 
 def save_version(world: World, number: int) -> Path:

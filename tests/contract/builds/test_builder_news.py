@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from inference_service.rpc.builder import FIRST_PAUSE_S, BuilderNews
 from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc as builder_grpc
 from loramux_shared.rpc.server import RpcServer
 from tests.support.s3_gateway import free_port
+from tests.support.servers import serve
 from tests.support.waiting import until
 
 
@@ -58,16 +59,11 @@ class Replica:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    @asynccontextmanager
-    async def served(self) -> AsyncIterator[None]:
+    def served(self) -> AbstractAsyncContextManager[RpcServer]:
         """Run the builder while the block runs."""
         register = partial(builder_grpc.add_BuilderServiceServicer_to_server, self.builder)
-        server = RpcServer(f"127.0.0.1:{self.port}", {"loramux.builder.v1.BuilderService": register})
-        await server.start()
-        try:
-            yield
-        finally:
-            await server.drain(0)
+        services = {"loramux.builder.v1.BuilderService": register}
+        return serve(RpcServer(f"127.0.0.1:{self.port}", services), 0)
 
     def hears(self) -> None:
         self.heard += 1

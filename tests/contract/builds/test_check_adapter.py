@@ -4,16 +4,15 @@ import asyncio
 import json
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from builder_service.pipeline import check
-from builder_service.pipeline.fetch import fetch_adapters
-from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.context import BuildContext
 from loramux.client import AsyncClient
 from loramux.faults import (
     CheckpointInvalid,
@@ -25,16 +24,57 @@ from loramux.faults import (
 )
 from loramux.records import AdapterReport
 from loramux_shared.access.keys import ACCESS, Access, Scope
-from loramux_shared.deployment import Dtype, LoraConfiguration, Repository
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Dtype, LoraConfiguration, SourceKind
+from loramux_shared.sources.base import Progress, Resolved, unwatched
+from loramux_shared.sources.local import LocalSource
+from loramux_shared.sources.open import Sources
 from tests.support.adapters import HIDDEN, tensors, write_adapter
-from tests.support.builders import Builders
-from tests.support.waiting import BOUND_S, Clock, ended, until, wait_until
+from tests.support.builders import OWNER, Builders
+from tests.support.waiting import Clock, ended, until, wait_until
+
+
+class SlowSource(LocalSource):
+    """Folders; some begin to come, and go on when the test says so."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__([folder])
+        self.slow: set[str] = set()
+        """Names of the folders that take their time."""
+        self.begun = Counter[str]()
+        self.go = threading.Event()
+        self._lock = threading.Lock()
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Report progress without bytes until the test lets the files come."""
+        if (name := Path(resolved.repository.repo).name) in self.slow:
+            into.mkdir(parents=True, exist_ok=True)
+            with self._lock:
+                self.begun[name] += 1
+            wait_until(lambda: progress(0) or self.go.is_set(), "files that come")
+        return super().fetch(resolved, names, into, progress)
 
 
 class Served(Builders):
     """A served builder over a store that stays empty."""
 
     client: AsyncClient
+
+    def __init__(self, folder: Path) -> None:
+        self.source = SlowSource(folder)
+        super().__init__(folder)
+
+    def context(self, owner: str = OWNER) -> BuildContext:
+        return replace(super().context(owner), sources=Sources({SourceKind.LOCAL: self.source}))
+
+    async def begin_slow(self, adapter: str, count: int = 1) -> list[asyncio.Task[AdapterReport]]:
+        """Begin checks of an adapter whose files do not come yet."""
+        self.source.slow.add(adapter)
+        checks = [asyncio.create_task(self.check(adapter)) for _ in range(count)]
+        await until(lambda: self.source.begun[adapter] == count, "checks that wait for their source")
+        return checks
 
     async def check(self, adapter: str, *required: LoraConfiguration, **more: object) -> AdapterReport:
         return await self.client.check(str(self.folder / adapter), str(self.folder / "base"), *required, **more)
@@ -128,64 +168,35 @@ async def test_faults_are_named_without_the_checks_own_words(world: Served) -> N
     assert [finding.code for finding in report.findings] == ["E_NO_CONFIG"]
 
 
-async def test_a_check_that_nobody_waits_for_is_stopped(world: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_check_that_nobody_waits_for_is_stopped(world: Served) -> None:
     """A cancelled call stops its work and removes the folder."""
-    begun = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def held(
-        _adapters: object, _sources: object, _space: object, work: Path, progress: Progress, _: object
-    ) -> None:
-        (work / "file").write_text("fetched so far")
-        loop.call_soon_threadsafe(begun.set)
-        wait_until(progress.check, "the stop of the check")
-
-    monkeypatch.setattr(check, "fetch_adapters", held)
-    call = asyncio.create_task(world.check("one"))
-    await until(begun.is_set, "the check")
+    [call] = await world.begin_slow("one")
     work = world.folder / "work"
     assert list(work.iterdir()) != []
     call.cancel()
     await until(lambda: not list(work.iterdir()), "the end of the check", lambda: [*work.rglob("*")])
 
 
-async def test_slow_sources_hold_no_place(world: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_sources_hold_no_place(world: Served) -> None:
     """Checks that wait for their sources do not keep another one from being made."""
-    slow, begun = threading.Event(), 0
-
-    def held(adapters: Mapping[str, Repository], *others: Any) -> Any:
-        nonlocal begun
-        if any(each.repo.endswith("two") for each in adapters.values()):
-            begun += 1
-            assert slow.wait(BOUND_S)
-        return fetch_adapters(adapters, *others)
-
-    monkeypatch.setattr(check, "fetch_adapters", held)
-    waiting = [asyncio.create_task(world.check("two")) for _ in range(5)]
+    waiting = await world.begin_slow("two", 5)
     try:
-        await until(lambda: begun == 5, "five checks to wait for a source")
         assert (await ended(world.check("one"), "the check between slow ones")).accepted
     finally:
-        slow.set()
+        world.source.go.set()
     assert all(report.accepted for report in await asyncio.gather(*waiting))
 
 
-async def test_checks_of_a_busy_key_leave_a_place_to_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_checks_of_a_busy_key_leave_a_place_to_another(tmp_path: Path) -> None:
     """Checks of one key wait for their source in all places but one; the check of another key begins."""
-    slow, begun, builders = threading.Event(), Counter[str](), Builders(tmp_path)
-
-    def held(adapters: Mapping[str, Repository], *others: Any) -> Any:
-        begun.update([*adapters])
-        assert slow.wait(BOUND_S)
-        return fetch_adapters(adapters, *others)
+    builders = Served(tmp_path)
+    builders.source.slow |= {"one", "two"}
+    begun = builders.source.begun
 
     async def check_as(key_id: str, adapter: str) -> None:
         ACCESS.set(Access(key_id, frozenset({Scope.BUILD})))
         await builders.checks.check(builders.deployment(adapter))
 
-    monkeypatch.setattr(check, "fetch_adapters", held)
     calls = [asyncio.create_task(check_as("busy", "one")) for _ in range(check.MAX_OPEN)]
     try:
         await until(lambda: begun["one"] == check.MAX_OPEN - 1, "the busy key's share")
@@ -193,22 +204,15 @@ async def test_checks_of_a_busy_key_leave_a_place_to_another(
         await until(lambda: begun["two"], "the other key's check")
         assert begun["one"] == check.MAX_OPEN - 1
     finally:
-        slow.set()
+        builders.source.go.set()
     await asyncio.gather(*calls)
     assert begun["one"] == check.MAX_OPEN
 
 
-async def test_a_check_ends_in_time(world: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_check_ends_in_time(world: Served) -> None:
     """A source that sends bytes slowly, without an end, is SOURCE_UNAVAILABLE; its files are gone."""
-    begun, clock = threading.Event(), Clock()
-
-    def dripping(*arguments: Any) -> None:
-        begun.set()
-        wait_until(arguments[4].check, "the end of the check")
-
-    monkeypatch.setattr(check, "fetch_adapters", dripping)
-    call = asyncio.create_task(world.check("one"))
-    await until(begun.is_set, "the check")
+    clock = Clock()
+    [call] = await world.begin_slow("one")
     clock.advance(check.MAX_CHECK_S)
     with pytest.raises(SourceUnavailable, match="the check took longer than 600 s"):
         await ended(call, "the check")

@@ -11,10 +11,11 @@ from builder_service.pipeline.context import BuildContext
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
-from tests.support.builders import in_thread
+from tests.support.builders import serve_builder
 from tests.support.hub import serve_hub
 from tests.support.processes.commands import run
 from tests.support.services.fake_grpc import Fakes, deployment_text
+from tests.support.waiting import in_thread
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     folder = tmp_path_factory.mktemp("builder")
     with serve_hub() as hub:
         sources = open_sources(local_roots=[folder.parent], hub_endpoint=hub.endpoint)
-        with in_thread(BuildContext(MemoryStore(), sources, folder / "work")) as address:
+        with in_thread(serve_builder(BuildContext(MemoryStore(), sources, folder / "work"))) as address:
             yield "--builder", address
 
 

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from tests.support.processes.watching import kill_at_end
 from tests.support.s3_gateway import free_port
-from tests.support.waiting import BOUND_S, bounded
+from tests.support.waiting import bounded
 
 
 @asynccontextmanager
@@ -29,12 +30,9 @@ async def running_smg(folder: Path, workers: Sequence[str], *flags: str) -> Asyn
     ]  # fmt: skip
     with (folder / "smg.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=_quiet())
-    try:
+    with kill_at_end(process):
         await _listening(port, process)
         yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait(BOUND_S)
 
 
 def _quiet() -> dict[str, str]:

@@ -12,6 +12,7 @@ from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from tests.golden.openai.script import Case, Scripted
 from tests.support.openai_api import ServedApi
+from tests.support.servers import ANY_PORT, serve
 from tests.support.tokens import VOCAB, write_tokenizer
 
 
@@ -52,10 +53,7 @@ async def open_scripted(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIter
     """Listen on a free port; a tokenizer lies in a folder."""
     write_tokenizer(folder)
     service = ScriptedService(Text.load(folder, VOCAB))
-    server = HttpServer("127.0.0.1:0", service, guard)
-    await server.start()
-    api = ScriptedApi(service, server)
-    try:
+    async with serve(HttpServer(ANY_PORT, service, guard)) as server:
+        api = ScriptedApi(service, server)
         yield api
-    finally:
         await api.close()

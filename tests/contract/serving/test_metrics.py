@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from loramux import AsyncClient
 from loramux_shared.faults import Fault
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
+from tests.support.grpc_api import open_client
 from tests.support.metrics import Scrape
 from tests.support.openai_api import OpenAIApi, open_api
-from tests.support.services.silent import silent_server
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, bounded
 
@@ -71,9 +70,7 @@ async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
 
 async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
     """A request that failed or went away is counted under its reason, and no invented name is a label."""
-    service = api.ready.service
-    server = silent_server(service)
-    async with AsyncClient(await server.start()) as client:
+    async with open_client(api.ready) as client:
         for model, fields in (("rs", {"temperature": -1.0}), ("made-up", {}), ("rs", {"max_tokens": 999})):
             with pytest.raises(Fault):
                 await client.complete(model, "x", **fields)
@@ -82,7 +79,6 @@ async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
         await anext(stream)
         await stream.aclose()
         await api.until_free()
-    await server.drain(1)
     metrics = await scrape(api)
     outcomes = {(own["model"], own["outcome"]): seen for own, seen in metrics.series("loramux_requests_total")}
     assert outcomes == {

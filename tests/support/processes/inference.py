@@ -2,15 +2,14 @@
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.support.processes.forks import Forked, inference_service
+from tests.support.processes.watching import await_line, kill_at_end
 from tests.support.tiny import World
-from tests.support.waiting import wait_until
 
 
 def flags_of(world: World, *flags: str) -> list[str]:
@@ -28,15 +27,5 @@ def serving(
     environment = {**os.environ, "LORAMUX_KV_MEMORY_GB": "0.01", "LORAMUX_DTYPE": "float32"} | settings
     log = folder / "log"
     log.write_text("")
-    process = inference_service(flags, log, environment, before)
-    try:
-        ready = wait_until(
-            lambda: re.findall(".*service ready.*", log.read_text()) or process.poll() is not None,
-            "a service that is ready",
-            log.read_text,
-        )
-        assert process.poll() is None, log.read_text()
-        yield process, json.loads(ready[0])
-    finally:
-        process.kill()
-        process.wait()
+    with kill_at_end(inference_service(flags, log, environment, before)) as process:
+        yield process, json.loads(await_line(process, log, "service ready"))

@@ -1,6 +1,5 @@
 """``loramux up`` as a separate process."""
 
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tests.support.processes.watching import await_line
 from tests.support.s3_gateway import free_ports
-from tests.support.waiting import BOUND_S, wait_until
+from tests.support.waiting import BOUND_S
 
 LORAMUX: Final = Path(sys.executable).parent / "loramux"
 
@@ -45,12 +45,7 @@ def up(folder: Path, file: Path | None = None, *flags: str) -> Iterator[Up]:
             cwd=folder,
         )
     try:
-        wait_until(
-            lambda: re.search(r"^ready", log.read_text(), re.M) or process.poll() is not None,
-            "`loramux up` to be ready",
-            log.read_text,
-        )
-        assert process.poll() is None, log.read_text()
+        await_line(process, log, "^ready")
         yield Up(process, **apis)
     finally:
         process.terminate()

@@ -7,7 +7,8 @@ import asyncio
 import sys
 import threading
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from loramux.builder.v1 import builder_pb2 as builder_pb, builder_pb2_grpc as builder_grpc
@@ -17,7 +18,8 @@ from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import DeploymentNotFound, ModelNotFound, RequestIdReused, RequestInvalid
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop
-from tests.support.waiting import loop_in_thread
+from tests.support.servers import ANY_PORT, serve
+from tests.support.waiting import in_thread
 
 WORDS = ("the ", "grey ", "sea ", "sings")
 STAGES = ("WAITING", "FETCHING", "VALIDATING", "CONVERTING", "PUBLISHING", "DONE")
@@ -158,28 +160,29 @@ def _server(address: str, name: str, stubs: Any, servicer: Any, guard: Guard) ->
     return RpcServer(address, {name: lambda server: add(servicer, server)}, guard)
 
 
+@dataclass
 class Fakes:
-    """The builder and the inference service in a thread of their own."""
+    """The builder and the inference service, and where they listen."""
 
-    def __init__(self, guard: Guard = NOBODY_GUARDS) -> None:
-        self.builder, self.inference = FakeBuilder(), FakeInference()
-        self._running = ExitStack()
-        do = self._running.enter_context(loop_in_thread())
-        for server in do(self._serve(guard)):
-            self._running.callback(lambda server=server: do(server.drain(0.1)))
+    builder: FakeBuilder
+    inference: FakeInference
+    builder_address: str
+    inference_address: str
 
-    async def _serve(self, guard: Guard) -> list[RpcServer]:
-        servers = [
-            builder_server("127.0.0.1:0", self.builder, guard),
-            inference_server("127.0.0.1:0", self.inference, guard),
-        ]
-        self.builder_address, self.inference_address = [await server.start() for server in servers]
-        for server in servers:
-            await server.set_serving(True)
-        return servers
 
-    def close(self) -> None:
-        self._running.close()
+@asynccontextmanager
+async def _open_fakes(guard: Guard) -> AsyncIterator[Fakes]:
+    builder, inference = FakeBuilder(), FakeInference()
+    async with (
+        serve(builder_server(ANY_PORT, builder, guard), 0.1) as one,
+        serve(inference_server(ANY_PORT, inference, guard), 0.1) as other,
+    ):
+        yield Fakes(builder, inference, one.address, other.address)
+
+
+def open_fakes(guard: Guard = NOBODY_GUARDS) -> AbstractContextManager[Fakes]:
+    """Run both services in a thread of their own, for as long as the block takes."""
+    return in_thread(_open_fakes(guard))
 
 
 async def _main(kind: str) -> None:

@@ -7,13 +7,10 @@ from typing import cast
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.serving.engine_thread import EngineThread, PauseMode
 from inference_service.serving.service import GenerationService
 from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
-from loramux_shared.access.guard import NOBODY_GUARDS, Guard
-from loramux_shared.rpc.server import RpcServer
 from tests.support.tokens import VOCAB, write_tokenizer
 
 MODELS = ("base", "all", "rs", "wide")
@@ -47,9 +44,3 @@ def silent_service(folder: Path, catalog: Catalog | None = None) -> GenerationSe
     catalog = catalog or Catalog(1, MODELS[0], map(ServedModel, MODELS))
     engine = cast(EngineThread, SilentEngine(max_queue=8, stats=IDLE, sequence_counts=SequenceCounts({}, {})))
     return GenerationService(catalog, Text.load(folder, VOCAB), engine, ServingLimits(64, frozenset({2})))
-
-
-def silent_server(service: GenerationService, guard: Guard = NOBODY_GUARDS) -> RpcServer:
-    """Return the service's gRPC API on a free port."""
-    servicer = InferenceServicer(service)
-    return RpcServer("127.0.0.1:0", {SERVICE_NAME: servicer.register}, guard)

@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from loramux.cli.local import services
 from loramux.cli.local.tree import ProcessTree
 from loramux.connection import API_KEY
 from loramux.inference.v1 import inference_pb2_grpc
-from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.access.guard import Guard
 from loramux_shared.rpc.server import RpcServer
 from tests.support.access import keyring
 from tests.support.processes.commands import run
-from tests.support.services.fake_grpc import FakeInference, Fakes
-from tests.support.services.operators import Operated, operated
-from tests.support.waiting import loop_in_thread
+from tests.support.servers import ANY_PORT, serve
+from tests.support.services.fake_grpc import FakeInference, Fakes, open_fakes
+from tests.support.services.operators import operated
+from tests.support.waiting import in_thread
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +34,8 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def guarded() -> Iterator[tuple[Fakes, dict[str, str]]]:
     """Scripted services that ask for keys, and a key for each scope."""
     keys, ring = keyring("infer", "build")
-    running = Fakes(Guard(ring))
-    yield running, keys
-    running.close()
+    with open_fakes(Guard(ring)) as running:
+        yield running, keys
 
 
 def test_the_command_line_shows_a_key(guarded: tuple[Fakes, dict[str, str]], monkeypatch) -> None:
@@ -75,34 +75,23 @@ async def test_children_on_this_machine_have_no_tls(monkeypatch: pytest.MonkeyPa
 KEYS, RING = keyring("infer", "admin")
 
 
-@contextmanager
-def api(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Yield the address of a replica's gRPC API, which runs in a thread, and a call in its loop."""
+def test_models_say_where_they_are() -> None:
+    """The places are for keys that may see them; another key gets the list alone."""
+    replica = operated(["lora1", "lora2"])
+    replica.residency.hold(replica.adapter("lora1"))
+    replica.manager.pin("lora1")
     add: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server
     services = {
         SERVICE_NAME: AdapterServicer(replica.manager).register,
         "loramux.inference.v1.InferenceService": lambda server: add(FakeInference(), server),
     }
 
-    async def start() -> RpcServer:
-        server = RpcServer("127.0.0.1:0", services, guard)
-        await server.start()
-        return server
+    @asynccontextmanager
+    async def api() -> AsyncIterator[str]:
+        async with serve(RpcServer(ANY_PORT, services, Guard(RING)), 0.1) as server:
+            yield server.address
 
-    with loop_in_thread() as do:
-        server = do(start())
-        try:
-            yield server.address, do
-        finally:
-            do(server.drain(0.1))
-
-
-def test_models_say_where_they_are() -> None:
-    """The places are for keys that may see them; another key gets the list alone."""
-    replica = operated(["lora1", "lora2"])
-    replica.residency.hold(replica.adapter("lora1"))
-    replica.manager.pin("lora1")
-    with api(replica, Guard(RING)) as (address, _):
+    with in_thread(api()) as address:
         code, text, _ = run("--api-key", KEYS["admin"], "models", "--grpc", address)
         head, _, first, second = text.splitlines()
         assert code == 0
