@@ -10,7 +10,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tests.support.https_server import Answering, served
+from tests.support.http_server import Answering, served
 
 _INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/?]+))?")
 _HISTORY = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<kind>refs|commits)(?:/(?P<revision>[^/?]+))?")

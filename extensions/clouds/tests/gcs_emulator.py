@@ -17,7 +17,7 @@ from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
-from tests.support.https_server import served
+from tests.support.http_server import served
 from tests.support.waiting import BOUND_S
 
 TOKEN = "ya29.a-token-of-the-emulator"  # noqa: S105 - of the emulator

@@ -17,7 +17,7 @@ from loramux_shared.sources.secrets import Secrets
 from loramux_shared.spelling import parse_repository
 from tests.contract.sources.test_source_secrets import CANARY, PATIENCE, silence
 from tests.support.cases import cases
-from tests.support.https_server import Answering, served
+from tests.support.http_server import Answering, served
 from tests.support.s3_gateway import S3Server
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 99, "check/x": b"1"}

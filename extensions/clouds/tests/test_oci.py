@@ -22,7 +22,7 @@ from loramux_shared.sources.secrets import Secrets
 from loramux_shared.spelling import parse_repository
 from tests.archive_files import member, pack, pack_members, zeros
 from tests.contract.sources.test_source_secrets import PATIENCE
-from tests.support.https_server import Route, Site, redirect, serve_https
+from tests.https_site import Route, Site, redirect, serve_https
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 99}
 PASSWORD = "Basic " + base64.b64encode(b"ann:pw").decode()

@@ -31,10 +31,10 @@ from tests.contract.sources.test_source_secrets import (
     secrets_of,
     silence,
 )
+from tests.https_site import Site, redirect, serve_https, stating
 from tests.support.adapters import write_adapter, write_base
 from tests.support.cases import cases
 from tests.support.descriptors import cancelled_after, failing, held, nothing_stays_open
-from tests.support.https_server import Site, redirect, serve_https, stating
 
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 999, "x/y": b"1"}
 QUERY = "?sig=canary-of-a-query"

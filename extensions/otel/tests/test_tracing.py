@@ -12,7 +12,7 @@ import structlog
 
 from loramux_shared.tracing import Tracing, open_tracing
 from tests.support.cases import cases
-from tests.support.https_server import Answering, served
+from tests.support.http_server import Answering, served
 from tests.support.processes.forks import Forked
 from tests.support.waiting import BOUND_S, bounded
 from tests.test_api_processes import replica

@@ -17,7 +17,7 @@ from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid, StoreUnavailable
 from loramux_webhooks.receiver import MAX_DEBOUNCES, REQUEST_S, RETRY_S, Followed, Receiver, Updates
-from tests.support.https_server import served
+from tests.support.http_server import served
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.openai_api import openai_world
 from tests.support.services.operated_replicas import open_builder

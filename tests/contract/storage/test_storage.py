@@ -26,7 +26,7 @@ from loramux_shared.storage.base import ObjectMissing, Store, bound_of, read_bou
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.s3 import PART_BYTES, S3Store
-from tests.support.https_server import served
+from tests.support.http_server import served
 from tests.support.s3_gateway import S3Server, free_port
 from tests.support.waiting import BOUND_S, wait_until
 

@@ -27,7 +27,7 @@ from loramux_shared import faults, process
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.status import CallFailed
 from tests.support.cases import cases
-from tests.support.https_server import served
+from tests.support.http_server import served
 from tests.support.processes.commands import run
 from tests.support.processes.forks import command_line
 from tests.support.root import ROOT

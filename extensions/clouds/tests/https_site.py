@@ -1,32 +1,16 @@
 """An https server with its own authority, in a thread: the faults that an address may meet."""
 
 import ssl
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from socketserver import TCPServer
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import trustme
 
-
-class Answering(BaseHTTPRequestHandler):
-    """A handler that says its answer in one call, and writes no log."""
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        pass
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
+from tests.support.http_server import Answering, served
 
 Route: TypeAlias = Callable[[Answering], None]
 
@@ -45,19 +29,6 @@ class Site:
     """The names of the TLS handshakes."""
     failures: list[int] = field(default_factory=list)
     """Statuses to answer the next requests with."""
-
-
-@contextmanager
-def served(server: TCPServer) -> Iterator[str]:
-    """Serve in a thread for as long as the block takes; yield the address."""
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @contextmanager
@@ -90,7 +61,7 @@ def stating(length: int, body: bytes) -> Route:
 class _Handler(Answering):
     site: Site
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - the base class's name
         self.site.requests.append((self.headers["Host"], self.path))
         route = self.site.routes.get(self.path.partition("?")[0])
         if self.site.failures:
