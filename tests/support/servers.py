@@ -1,4 +1,4 @@
-"""Servers of APIs, on free ports of the loopback address."""
+"""Servers of APIs on free ports of the loopback address."""
 
 from __future__ import annotations
 

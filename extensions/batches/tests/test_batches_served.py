@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, RateLimitError
 from starlette.requests import Request
@@ -36,6 +35,7 @@ from tests.support.processes.inference import serving
 from tests.support.services.silent import silent_service
 from tests.support.tiny import make_world
 from tests.support.waiting import BOUND_S, until
+from tests.support.web import web_client
 
 CHAT = "/v1/chat/completions"
 
@@ -75,7 +75,7 @@ def openai_of(folder: Path, batches: BatchStore, ring: Keyring | None = None, ke
     """OpenAI's client of a replica that has a store and cannot generate."""
     service = silent_service(folder)
     service.batches = batches
-    http = httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service, ring)))
+    http = web_client(create_app(service, ring))
     return AsyncOpenAI(base_url="http://api/v1", api_key=key, max_retries=0, http_client=http)
 
 
@@ -363,9 +363,7 @@ async def test_uploads_are_forms(tmp_path: Path, name: str) -> None:
         for place in range(len(body)):
             yield body[place : place + 1].encode()
 
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(create_app(service)), base_url="http://api"
-    ) as http:
+    async with web_client(create_app(service)) as http:
         for content in (body.encode(), bytewise()):
             answer = await http.post("/v1/files", content=content, headers={"content-type": content_type})
             assert (answer.status_code, message in answer.text) == (status, True), answer.text
@@ -398,9 +396,7 @@ async def test_a_form_without_end_is_refused_early(
         while next(chunks) < 1000:
             yield again
 
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(create_app(service)), base_url="http://api"
-    ) as http:
+    async with web_client(create_app(service)) as http:
         headers = {"content-type": "multipart/form-data; boundary=B"}
         answer = await http.post("/v1/files", content=endless(), headers=headers)
     assert (answer.status_code, found in answer.text, next(chunks) < 100) == (400, True, True), answer.text

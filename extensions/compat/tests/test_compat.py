@@ -23,6 +23,7 @@ from tests.contract.rpc.test_both_apis import TURNS
 from tests.support.openai_api import OpenAIApi
 from tests.support.services.operators import Operated, operated
 from tests.support.services.silent import IDLE, SilentEngine, silent_service
+from tests.support.web import web_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 USER = {"role": "user", "content": "Hi"}
@@ -37,7 +38,7 @@ def replica() -> Operated:
 @pytest_asyncio.fixture(loop_scope="module")
 async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(silent_service(tmp_path, replica.names), adapters=replica.manager)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
+    async with web_client(app) as web:
         yield web
 
 
@@ -60,8 +61,7 @@ async def test_the_load_is_at_both_paths(tmp_path: Path) -> None:
     """Sequences, seats and tokens of the cache are at the two paths that gateways try."""
     service = silent_service(tmp_path)
     cast(Any, service.engine).stats = replace(IDLE, running=3, waiting=2, blocks_free=6, seats=4)
-    transport = httpx.ASGITransport(create_app(service))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
+    async with web_client(create_app(service)) as web:
         for path in ("/loads?model=base", "/v1/loads?include=core,disagg,queues,memory"):
             [load] = (await web.get(path)).json()["loads"]
             assert [load[f"num_{name}_reqs"] for name in ("running", "waiting", "total")] == [3, 2, 5]
@@ -86,8 +86,7 @@ async def test_trainers_pause_and_resume(tmp_path: Path, query: str, mode: str) 
     """Trainers use vLLM's modes, and its own default."""
     service = silent_service(tmp_path)
     engine = cast(SilentEngine, service.engine)
-    transport = httpx.ASGITransport(create_app(service, adapters=operated().manager))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
+    async with web_client(create_app(service, adapters=operated().manager)) as web:
         assert (await web.post(f"/pause{query}")).json() == {"status": "paused"}
         assert (engine.mode, (await web.get("/is_paused")).json()) == (mode, {"is_paused": True})
         assert (await web.post("/resume")).json() == {"status": "resumed"}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -40,6 +39,7 @@ from tests.support.processes import forks
 from tests.support.servers import ANY_PORT, serve
 from tests.support.services.silent import silent_service
 from tests.support.waiting import BOUND_S
+from tests.support.web import web_client
 
 HEALTH = "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
@@ -162,7 +162,6 @@ async def test_what_does_not_exist_asks_for_a_key_too(guarded: Any) -> None:
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda each: f"{each.method} {each.path}")
 async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationService) -> None:
     """Every route is served; all but health and the page require a key with the scope of the route."""
-    transport = httpx.ASGITransport(app=create_app(service, RING))
     path = endpoint.path.replace("{model:path}", "base").replace("{name:path}", "wide")
     figures, operators = (
         ("/metrics", "/load", "/loads", "/v1/loads"),
@@ -170,7 +169,7 @@ async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationServ
     )
     own = "metrics" if path in figures else "admin" if path.startswith(operators) or "lora" in path else "infer"
     foreign = "metrics" if own == "infer" else "infer"
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
+    async with web_client(create_app(service, RING)) as web:
         answers = [
             await web.request(endpoint.method, path, headers=bearer(key))
             for key in (None, "lmx_wrong", KEYS["build"], KEYS[foreign], KEYS[own], KEYS["admin"])
@@ -210,9 +209,7 @@ async def test_calls_at_the_same_time_keep_their_rights(address: str) -> None:
 async def test_a_key_sees_its_models_only_over_http(service: GenerationService) -> None:
     """The HTTP API hides the same models."""
     app = create_app(service, Keyring(text=lines(ENTRY, OTHER_ENTRY)))
-    transport = httpx.ASGITransport(app=app)
-    headers = bearer(RESTRICTED)
-    async with httpx.AsyncClient(transport=transport, base_url="http://api", headers=headers) as web:
+    async with web_client(app, headers=bearer(RESTRICTED)) as web:
         listed = (await web.get("/v1/models")).json()["data"]
         hidden = [await web.get(f"/v1/models/{name}") for name in ("rs", "publishers/ns/models/rs")]
         requests = await web.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1})

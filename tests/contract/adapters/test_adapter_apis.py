@@ -19,6 +19,7 @@ from tests.support.services.silent import silent_service
 from tests.support.stores.killed import copied
 from tests.support.tiny import World
 from tests.support.waiting import bounded
+from tests.support.web import web_client
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
 @pytest.fixture
 async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(silent_service(tmp_path, replica.names), adapters=replica.manager)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
+    async with web_client(app) as web:
         yield web
 
 
@@ -102,7 +103,7 @@ async def test_vllms_words_are_used(web: httpx.AsyncClient) -> None:
 async def test_without_a_builder_the_cure_is_named(tmp_path: Path) -> None:
     """A load without a builder is 400 with the cure, in our own error beside vLLM's."""
     app = create_app(silent_service(tmp_path), adapters=operated(builder=False).manager)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
+    async with web_client(app) as web:
         answer = await web.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "org/x"})
     assert answer.status_code == 400
     assert "--builder" in answer.json()["message"]

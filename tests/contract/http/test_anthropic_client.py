@@ -28,6 +28,7 @@ from tests.support.cases import cases
 from tests.support.generations import change_deployed
 from tests.support.openai_api import OpenAIApi
 from tests.support.waiting import BOUND_S
+from tests.support.web import web_client
 
 if TYPE_CHECKING:
     from anthropic import AsyncAnthropic
@@ -178,7 +179,7 @@ async def test_a_replica_that_drains_is_overloaded(api: OpenAIApi) -> None:
     """A replica that drains says so in the form of this API."""
     app = create_app(api.ready.service)
     app.draining = True
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
+    async with web_client(app) as web:
         answer = await web.post("/v1/messages", json=SENT)
     assert (answer.status_code, answer.json()["error"]["type"]) == (503, "overloaded_error")
 

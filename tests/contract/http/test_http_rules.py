@@ -19,6 +19,7 @@ from tests.support.openai_api import OpenAIApi
 from tests.support.raw_http import RawClient
 from tests.support.services.silent import silent_service
 from tests.support.waiting import BOUND_S
+from tests.support.web import web_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -138,8 +139,7 @@ for path, *row in LARGE_BODIES:
 @pytest_asyncio.fixture(loop_scope="module")
 async def web(api: OpenAIApi) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the API in front of a tiny model, without a socket."""
-    transport = httpx.ASGITransport(create_app(api.ready.service))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+    async with web_client(create_app(api.ready.service)) as client:
         yield client
 
 

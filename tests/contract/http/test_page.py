@@ -14,6 +14,7 @@ from inference_service.http.app import ENDPOINTS, create_app
 from loramux_shared.access.keyring import Keyring
 from tests.support.access import lines, new_entry
 from tests.support.services.silent import silent_service
+from tests.support.web import web_client
 
 FILES = {file.name: file for file in files("inference_service.http.page").iterdir() if file.is_file()}
 SCRIPTS = {name: FILES[name].read_text() for name in FILES if name.endswith(".js")}
@@ -22,8 +23,7 @@ ROUTES = [endpoint.path for endpoint in ENDPOINTS if endpoint.path == "/" or end
 
 @pytest.fixture
 async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app=create_app(silent_service(tmp_path)))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
+    async with web_client(create_app(silent_service(tmp_path))) as web:
         yield web
 
 
@@ -68,8 +68,5 @@ async def test_the_state_names_the_callers_models_only(tmp_path: Path) -> None:
     service = silent_service(tmp_path)
     cast(Any, service.engine).sequence_counts = SequenceCounts({"base": 1, "rs": 2}, {"wide": 2})
     app = create_app(service, Keyring(text=lines(entry)))
-    headers = {"authorization": f"Bearer {key}"}
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=app), base_url="http://api", headers=headers
-    ) as web:
+    async with web_client(app, headers={"authorization": f"Bearer {key}"}) as web:
         assert (await web.get("/state")).json()["models"] == {"wide": {"running": 0, "waiting": 2}}

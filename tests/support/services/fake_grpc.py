@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loramux.builder.v1 import builder_pb2 as builder_pb, builder_pb2_grpc as builder_grpc
@@ -76,38 +77,42 @@ class FakeBuilder(builder_grpc.BuilderServiceServicer):
         return self.specs[name]
 
     def _at(self, spec: builder_pb.DeploymentSpec, stage: int) -> builder_pb.Deployment:
-        failed = stage == 5 and any(adapter.name == "bad" for adapter in spec.adapters)
-        state = "STATE_FAILED" if failed else "STATE_ACTIVE" if stage == 5 else "STATE_BUILDING"
-        answer = builder_pb.Deployment(name=spec.model_name, state=state, generation=3 if stage == 5 else 0)
+        done = stage == 5
+        failed = done and any(adapter.name == "bad" for adapter in spec.adapters)
+        state = "STATE_FAILED" if failed else "STATE_ACTIVE" if done else "STATE_BUILDING"
+        found = "REFUSED" if failed else STAGES[stage]
+        answer = builder_pb.Deployment(
+            name=spec.model_name,
+            state=state,
+            generation=3 if done else 0,
+            adapters=[_adapter(adapter.name, found) for adapter in spec.adapters],
+            failure=REFUSED if failed else None,
+        )
         answer.create_time.FromSeconds(1_700_000_000)
-        for adapter in spec.adapters:
-            answer.adapters.append(_adapter(adapter.name, "REFUSED" if failed else STAGES[stage]))
-        if failed:
-            findings = [
-                builder_pb.Finding(code="E_RANK_MAX", adapter="bad", where="r", expected="<= 64", found="128"),
-                builder_pb.Finding(code="E_SHAPE", adapter="bad", where="q_proj.lora_A", found="[8, 3]"),
-            ]
-            failure = builder_pb.Failure(
-                reason="ADAPTER_INVALID", message="1 adapter refused", findings=findings
-            )
-            answer.failure.CopyFrom(failure)
         return answer
 
 
+REFUSED = builder_pb.Failure(
+    reason="ADAPTER_INVALID",
+    message="1 adapter refused",
+    findings=[
+        builder_pb.Finding(code="E_RANK_MAX", adapter="bad", where="r", expected="<= 64", found="128"),
+        builder_pb.Finding(code="E_SHAPE", adapter="bad", where="q_proj.lora_A", found="[8, 3]"),
+    ],
+)
+BUILT: dict[str, Any] = {
+    "digest": DIGEST, "ranks": [8, 16], "modules": ["attn_q", "attn_v", "mlp_gate"], "tensors_used": 120,
+    "bundle_bytes": 5_200_000,
+    "warnings": [builder_pb.Finding(code="W_NARROWED", where="weights", found="float32")],
+}  # fmt: skip
+"""Fields of an adapter whose build is done."""
+
+
 def _adapter(name: str, stage: str) -> builder_pb.AdapterBuild:
-    adapter = builder_pb.AdapterBuild(name=name, stage=f"STAGE_{stage}", bytes_done=1_500, bytes_total=3_000)
-    if stage == "DONE":
-        adapter.MergeFrom(
-            builder_pb.AdapterBuild(
-                digest=DIGEST,
-                ranks=[8, 16],
-                modules=["attn_q", "attn_v", "mlp_gate"],
-                tensors_used=120,
-                bundle_bytes=5_200_000,
-                warnings=[builder_pb.Finding(code="W_NARROWED", where="weights", found="float32")],
-            )
-        )
-    return adapter
+    done = BUILT if stage == "DONE" else {}
+    return builder_pb.AdapterBuild(
+        name=name, stage=f"STAGE_{stage}", bytes_done=1_500, bytes_total=3_000, **done
+    )
 
 
 class FakeInference(inference_grpc.InferenceServiceServicer):
@@ -148,16 +153,13 @@ class FakeInference(inference_grpc.InferenceServiceServicer):
 
 
 def builder_server(address: str, servicer: FakeBuilder, guard: Guard = NOBODY_GUARDS) -> RpcServer:
-    return _server(address, "loramux.builder.v1.BuilderService", builder_grpc, servicer, guard)
+    add: Any = builder_grpc.add_BuilderServiceServicer_to_server
+    return RpcServer(address, {"loramux.builder.v1.BuilderService": partial(add, servicer)}, guard)
 
 
 def inference_server(address: str, servicer: FakeInference, guard: Guard = NOBODY_GUARDS) -> RpcServer:
-    return _server(address, "loramux.inference.v1.InferenceService", inference_grpc, servicer, guard)
-
-
-def _server(address: str, name: str, stubs: Any, servicer: Any, guard: Guard) -> RpcServer:
-    add = getattr(stubs, f"add_{name.rpartition('.')[2]}Servicer_to_server")
-    return RpcServer(address, {name: lambda server: add(servicer, server)}, guard)
+    add: Any = inference_grpc.add_InferenceServiceServicer_to_server
+    return RpcServer(address, {"loramux.inference.v1.InferenceService": partial(add, servicer)}, guard)
 
 
 @dataclass
@@ -190,12 +192,10 @@ async def _main(kind: str) -> None:
     parser.add_argument("--grpc", required=True)
     flags, rest = parser.parse_known_args()
     print(kind, *rest, file=sys.stderr)  # noqa: T201 - the log of a child
-    if "crash" in rest:
-        sys.exit("error: SETTINGS_INVALID: this machine is too small")
-    server = {
-        "builder": lambda: builder_server(flags.grpc, FakeBuilder()),
-        "inference": lambda: inference_server(flags.grpc, FakeInference()),
-    }[kind]()
+    if kind == "builder":
+        server = builder_server(flags.grpc, FakeBuilder())
+    else:
+        server = inference_server(flags.grpc, FakeInference())
     await server.start()
     await server.set_serving("hang" not in rest)
     await Stop().wait()
