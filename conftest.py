@@ -166,9 +166,9 @@ def s3_server() -> Iterator[S3Server]:
 @pytest.fixture(scope="session")
 def native_folder() -> Path:
     """A folder with the compiled operations of a start; the compiler may be missing."""
-    from tests.support.native import NATIVE, opened
+    from tests.support.native import NATIVE, open_native
 
-    opened(NATIVE)
+    open_native(NATIVE)
     return NATIVE
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.processes.up import up
+from tests.support.processes.up import run_up
 
 URL = "CLIENTS_URL"
 """Variable with the URL of a running server of the demo, `http://HOST:PORT`; without it one is started."""
@@ -17,5 +17,5 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if running := os.environ.get(URL):
         yield running.rstrip("/").removesuffix("/v1")
         return
-    with up(tmp_path_factory.mktemp("clients")) as served:
+    with run_up(tmp_path_factory.mktemp("clients")) as served:
         yield f"http://{served.http}"

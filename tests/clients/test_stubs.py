@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from grpc_tools import protoc
 
-from tests.support.processes.up import up
+from tests.support.processes.up import run_up
 from tests.support.root import ROOT
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(600)]
@@ -24,7 +24,7 @@ GO_PACKAGES = Path("/usr/share/gocode")
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with up(tmp_path_factory.mktemp("stubs")) as served:
+    with run_up(tmp_path_factory.mktemp("stubs")) as served:
         yield served.grpc
 
 

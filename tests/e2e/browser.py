@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.waiting import BOUND_S, ended
+from tests.support.waiting import BOUND_S, result_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -62,7 +62,7 @@ class Page:
         self._answers[number] = asyncio.get_running_loop().create_future()
         message = {"id": number, "method": method, "params": params} | self._session
         os.write(self._pipe, json.dumps(message).encode() + b"\0")
-        answer = await ended(self._answers[number], f"an answer to {method}")
+        answer = await result_of(self._answers[number], f"an answer to {method}")
         assert "error" not in answer, (method, answer)
         return dict(answer["result"])
 

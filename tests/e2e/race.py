@@ -8,13 +8,13 @@ from typing import Generic, TypeVar
 
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.stores.killed import Killed, Through
+from tests.support.stores.killed import Killed, StoreProxy
 from tests.support.waiting import BOUND_S
 
 T = TypeVar("T")
 
 
-class TurnStore(Through):
+class TurnStore(StoreProxy):
     """A store for one builder, whose every operation waits for its turn."""
 
     def __init__(self, store: MemoryStore, dies_at: int | None = None) -> None:

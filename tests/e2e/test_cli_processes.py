@@ -24,9 +24,9 @@ from loramux.faults import ModelNotFound, SettingsInvalid
 from loramux.records import Finished, Started
 from tests.e2e.exclusive import one_at_a_time
 from tests.support.access import lines, new_entry
-from tests.support.processes.commands import Command, running
+from tests.support.processes.commands import Command, start_command
 from tests.support.processes.forks import command_line
-from tests.support.processes.up import up
+from tests.support.processes.up import run_up
 from tests.support.root import ROOT
 from tests.support.services.fake_grpc import Fakes
 from tests.support.tiny import make_world
@@ -161,7 +161,7 @@ def test_up_serves_until_a_signal(
 ) -> None:
     """``up`` with a key builds, serves and prints examples; a signal ends it after the open stream."""
     scripted |= {"LORAMUX_KEYS_FILE": keys[0], "LORAMUX_API_KEY": keys[1][BOTH]}
-    with running(tmp_path, "up", deployment("tiny", "lora1", "lora2"), **scripted) as command:
+    with start_command(tmp_path, "up", deployment("tiny", "lora1", "lora2"), **scripted) as command:
         text = command.read_until("InferenceService/Generate")
         assert "lora1    -     8, 16" in text
         assert "models     base, lora1, lora2" in text
@@ -182,7 +182,7 @@ def test_up_for_machines_killed_kills_its_children(
     scripted: dict[str, str], tmp_path: Path, deployment: Callable[..., str]
 ) -> None:
     """``up --json`` prints one document once all is up, and nothing before; ``kill -9`` ends both services."""
-    with running(tmp_path, "up", deployment("json", "lora1"), "--json", **scripted) as command:
+    with start_command(tmp_path, "up", deployment("json", "lora1"), "--json", **scripted) as command:
         found = json.loads(command.read_until("}\n"))
         assert found["models"] == ["base", "lora1", "lora2"]
         assert set(found) == {"schema", "inference", "http", "builder", "models", "logs"}
@@ -195,7 +195,7 @@ def test_interrupted_before_it_is_ready(
     scripted: dict[str, str], tmp_path: Path, deployment: Callable[..., str]
 ) -> None:
     """Ctrl-C while a service still loads ends everything with exit 130."""
-    with running(tmp_path, "up", deployment("hang", "lora1"), **scripted) as command:
+    with start_command(tmp_path, "up", deployment("hang", "lora1"), **scripted) as command:
         command.read_until("is published")
         children = family(command)
         assert command.end(signal.SIGINT) == 130
@@ -205,7 +205,7 @@ def test_interrupted_before_it_is_ready(
 def test_become_runs_the_service(scripted: dict[str, str], tmp_path: Path) -> None:
     """``loramux builder`` becomes the service: the same process, so that signals reach it."""
     address = free_address("127.0.0.1:0")
-    with running(tmp_path, "builder", "--grpc", address, **scripted) as command:
+    with start_command(tmp_path, "builder", "--grpc", address, **scripted) as command:
         waited = CliRunner().invoke(app, ["health", address, "--wait", f"{BOUND_S}"])
         assert waited.exit_code == 0, command.errors
         assert psutil.Process(command.process.pid).cmdline()[1:4] == ["-P", "-m", "builder_service"]
@@ -268,7 +268,10 @@ def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     file = tmp_path / "deployment.yaml"
     file.write_text(json.dumps(world.deployment().model_dump(mode="json")))
-    with up(tmp_path, file, "--dtype", "float32", "--threads", "1") as served, Client(served.grpc) as client:
+    with (
+        run_up(tmp_path, file, "--dtype", "float32", "--threads", "1") as served,
+        Client(served.grpc) as client,
+    ):
         builder = served.builder
         output = (tmp_path / "up.log").read_text()
         doing = r"  importing torch\n  reading the base, .* GB\n  loading [0-9]+ adapters\n"
@@ -281,13 +284,13 @@ def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
             return events[0]
 
         wide = ask("wide", 1)
-        running = client.generate("wide", "HELLO", max_tokens=200, ignore_eos=True)
-        assert isinstance(next(running), Started)
+        answer = client.generate("wide", "HELLO", max_tokens=200, ignore_eos=True)
+        assert isinstance(next(answer), Started)
         pushed = _changed(builder, "push", world.adapters["rs"], "--name", "wide")
         changed = ask("wide", pushed)
         assert changed.generation == pushed > wide.generation
         assert changed.adapter_digest == ask("rs", pushed).adapter_digest != wide.adapter_digest
-        assert isinstance(list(running)[-1], Finished)
+        assert isinstance(list(answer)[-1], Finished)
         removed = _changed(builder, "remove", "all")
         with pytest.raises(ModelNotFound):
             ask("all", removed)

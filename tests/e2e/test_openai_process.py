@@ -17,9 +17,9 @@ from loramux.cli.exits import Exit
 from loramux.cli.main import app
 from loramux.faults import ReplicaFailed
 from loramux_shared.storage.local import LocalStore
-from tests.support.processes.failing_replicas import steps_hang
+from tests.support.processes.failing_replicas import hang_steps
 from tests.support.processes.forks import Forked, builder_service
-from tests.support.processes.inference import serving
+from tests.support.processes.inference import run_inference
 from tests.support.processes.watching import kill_at_end
 from tests.support.s3_gateway import free_port
 from tests.support.tiny import World, make_world
@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def test_all_apis_drain_together(world: World, tmp_path: Path) -> None:
     """After SIGTERM open streams of all APIs end, new requests are 503, and the exit status is 0."""
-    with serving(world, tmp_path) as (process, ready), Client(ready["grpc"]) as client:
+    with run_inference(world, tmp_path) as (process, ready), Client(ready["grpc"]) as client:
         url = f"http://{ready['http']}"
         assert [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=BOUND_S).json()["data"]] == [
             "base",
@@ -70,7 +70,7 @@ def test_all_apis_drain_together(world: World, tmp_path: Path) -> None:
 def test_a_step_that_hangs_ends_the_process(world: World, tmp_path: Path) -> None:
     """Health ends, open streams say why, and the exit status is its own."""
     with (
-        serving(world, tmp_path, steps_hang, LORAMUX_STEP_TIMEOUT_S="1") as (process, ready),
+        run_inference(world, tmp_path, hang_steps, LORAMUX_STEP_TIMEOUT_S="1") as (process, ready),
         Client(ready["grpc"]) as client,
         grpc.insecure_channel(ready["grpc"]) as channel,
     ):

@@ -19,7 +19,7 @@ from tests.support.access import lines, new_entry
 from tests.support.generations import change_deployed
 from tests.support.openai_api import open_api, openai_world
 from tests.support.root import ROOT
-from tests.support.services.operators import operated
+from tests.support.services.managed_replica import managed_replica
 from tests.support.waiting import until
 
 pytestmark = [
@@ -333,7 +333,7 @@ async def test_no_card_is_cut(page: Page, tmp_path: Path) -> None:
 
 async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path) -> None:
     """The panel lists each name with version and place; an action is reported, and the list follows."""
-    replica = operated(["one", "two"])
+    replica = managed_replica(["one", "two"])
     service = ScriptedPage(tmp_path, ["one", "two"], {})
     service.catalog = replica.names
     reported = "document.querySelector('#operated').textContent"

@@ -16,7 +16,7 @@ from tests.golden.hostile.exhibit import BASE, Exhibit, base
 from tests.golden.hostile.files import CANARY
 from tests.golden.hostile.museum import EXHIBITS
 from tests.golden.manifests.write import ADAPTERS, FOLDER, manifest
-from tests.support.folders import deployment_of, workshop
+from tests.support.folders import context_of, deployment_of
 
 LONGEST_FINDING = 2000
 """Characters: what a hostile file says is never repeated at length."""
@@ -39,7 +39,7 @@ def judge(exhibit: Exhibit, folder: Path) -> tuple[list[Finding], MemoryStore]:
     )
     store, progress = MemoryStore(), Progress(["exhibit"])
     try:
-        build(required, workshop(folder, store), progress)
+        build(required, context_of(folder, store), progress)
     except AdapterInvalid as refusal:
         return list(refusal.findings), store
     return list(progress.adapters[0].warnings), store

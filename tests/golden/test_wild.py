@@ -18,7 +18,7 @@ from tests.golden.wild.bases import BASES
 from tests.golden.wild.shape import NAME, Shape
 from tests.golden.wild.shapes import SHAPES
 from tests.support.adapters import HIDDEN, VOCAB
-from tests.support.folders import built, deployment_of, local, workshop
+from tests.support.folders import context_of, deployment_of, local_source, run_build
 
 Deltas = dict[str, np.ndarray[Any, Any]]
 
@@ -35,10 +35,10 @@ def judged(shape: Shape, folder: Path) -> tuple[list[str], Deltas]:
     save_file(weights, base / "model.safetensors")
     shape.write(folder / "one")
     lora = {"dtype": "float32", "max_lora_rank": shape.max_rank}
-    required = deployment_of(folder, "one", checkpoint_repository=local(base), lora_configuration=lora)
-    context = workshop(folder)
+    required = deployment_of(folder, "one", checkpoint_repository=local_source(base), lora_configuration=lora)
+    context = context_of(folder)
     try:
-        done = built(required, context)
+        done = run_build(required, context)
     except AdapterInvalid as refusal:
         assert list(context.store.list("")) == []
         return [finding.code for finding in refusal.findings], {}

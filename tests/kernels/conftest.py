@@ -15,7 +15,7 @@ from inference_service.kernels.cpu.compiling import kinds_of_machine, kinds_that
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.startup.choose import FP8_CAPABILITY
 from tests.kernels.lora_case import GROUPS, LAYERS
-from tests.support.native import opened
+from tests.support.native import open_native
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def compiled(native_folder: Path) -> ctypes.CDLL:
-    built = opened(native_folder)
+    built = open_native(native_folder)
     if built.library is None:
         pytest.skip(built.how)
     return built.library

@@ -23,7 +23,7 @@ from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts, RopeSpec
-from tests.support.native import opened
+from tests.support.native import open_native
 
 COUNTS, BLOCK_SIZE = HeadCounts(6, 2, 24), 16
 LARGE = HeadCounts(4, 1, 512)
@@ -57,7 +57,7 @@ def _attended(layer: Attention, counts: HeadCounts, cache: Pair, rope: Rope, nor
 @pytest.mark.parametrize("counts", [COUNTS, LARGE], ids=str)
 def test_a_layer_reads_what_another_wrote(counts: HeadCounts, native_folder: Path) -> None:
     """Queries alone, normed and turned, attend to keys and values of the step and before it, and write none."""
-    built = opened(native_folder)
+    built = open_native(native_folder)
     place, kv, dim = torch.device("cpu"), counts.kv, counts.dim
     caches = [(torch.zeros(kv, CACHE_ROWS, dim), torch.zeros(kv, CACHE_ROWS, dim)) for _ in range(2)]
     plain = TorchAttention(PagedAttention(CONTEXTS, BLOCK_SIZE, torch.float32, place))

@@ -28,9 +28,9 @@ from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import blend_buckets, buckets
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.grammars import Scripted
+from tests.support.grammars import ScriptedGrammar
 from tests.support.pooled import run_pooled
-from tests.support.recorded import BLOCK, new_recorder, put, runner_of
+from tests.support.recorded import BLOCK, install_runner, new_recorder, runner_of
 from tests.support.tiny import VOCAB, World, make_world, run_engine
 
 pytestmark = pytest.mark.whole
@@ -116,7 +116,7 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
     """Graphs recorded without a row serve any number of rows and adapters at each replay, prompts too."""
     expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, TOKENS)
     recorder.replays.clear()
-    assert run_engine(put(ready, runner, BLOCKS), requests, TOKENS) == expected
+    assert run_engine(install_runner(ready, runner, BLOCKS), requests, TOKENS) == expected
     graphs = {
         graph.number: passes for (_, passes, _), graph in runner._graphs.items() if isinstance(graph, Counted)
     }
@@ -138,7 +138,7 @@ def test_vectors_are_read_from_recorded_steps(
     ):
         expected, answers = run_pooled(reference, request, ["rs"], [3, 4, 5], 2)
         recorder.replays.clear()
-        found, emitted = run_pooled(put(ready, runner, BLOCKS), request, ["rs"], [3, 4, 5], 2)
+        found, emitted = run_pooled(install_runner(ready, runner, BLOCKS), request, ["rs"], [3, 4, 5], 2)
         assert emitted == answers
         assert len(recorder.replays) == 2
         for one, other in zip(found, expected, strict=True):
@@ -148,9 +148,9 @@ def test_vectors_are_read_from_recorded_steps(
 Query = tuple[str, list[int], SamplingParams]
 
 
-def walk() -> Scripted:
+def walk() -> ScriptedGrammar:
     """A grammar where each token says which may follow: the multiples of 7, moved by it."""
-    return Scripted(lambda before: range((3 * before[-1] + 1) % 7 if before else 0, VOCAB, 7))
+    return ScriptedGrammar(lambda before: range((3 * before[-1] + 1) % 7 if before else 0, VOCAB, 7))
 
 
 def _run(ready: Ready, requests: Sequence[Query], walking: Collection[int] = ()) -> list[list[Token]]:
@@ -196,7 +196,7 @@ def test_no_request_sits_out_a_step(
         return submit(batch)
 
     monkeypatch.setattr(runner, "submit", counted)
-    found = _run(put(ready, runner, BLOCKS), requests, walking=[2])
+    found = _run(install_runner(ready, runner, BLOCKS), requests, walking=[2])
     assert [[token.id for token in tokens] for tokens in found] == expected
     assert steps == [4] * 6
     assert all((one + other) % 2 for one, other in pairwise(expected[3]))

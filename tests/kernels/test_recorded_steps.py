@@ -19,7 +19,7 @@ from inference_service.startup.load import Ready
 from loramux_shared.bases.cache import window_blocks
 from loramux_shared.bases.config import ModelConfig
 from tests.models.test_families import CASES as FAMILIES, PARTS
-from tests.support.recorded import BLOCK, noted, put, runner_of
+from tests.support.recorded import BLOCK, install_runner, note_launches, runner_of
 from tests.support.tiny import (
     SIZES,
     VOCAB,
@@ -39,7 +39,7 @@ LIMITS = SchedulerLimits(max_tokens=80, max_seqs=3, max_adapters=2, max_seq_len=
 
 def run(ready: Ready, runner: GraphRunner, requests: list[tuple[str, int, SamplingParams]]) -> None:
     """Run prompts of so many tokens to their end, a new one every step."""
-    engine = put(ready, runner, BLOCKS).engine._engine
+    engine = install_runner(ready, runner, BLOCKS).engine._engine
     waiting = [
         sequence(ready, str(number), name, range(3, 3 + length), params)
         for number, (name, length, params) in enumerate(requests)
@@ -67,9 +67,9 @@ def test_traffic_launches_what_the_start_has_launched(tmp_path: Path, monkeypatc
     world = make_world(tmp_path)
     ready = world.load(world.built(max_lora_rank=16), backend="triton")
     runner = runner_of(ready, LIMITS, BLOCKS)
-    with noted(monkeypatch) as one_token:
+    with note_launches(monkeypatch) as one_token:
         run(ready, runner, [("base", 1, SamplingParams(max_tokens=2))])
-    with noted(monkeypatch) as known:
+    with note_launches(monkeypatch) as known:
         runner.capture()
     assert {capacity.rows for capacity, *_ in runner._traces} == {16, 32, 80}
     replace_first(runner._segmented, runner._model.config)
@@ -84,7 +84,7 @@ def test_traffic_launches_what_the_start_has_launched(tmp_path: Path, monkeypatc
         (draw.choice(["base", "all", "rs", "wide", "rs*0.5+all*2", "wide*0.5"]), length, draw.choice(kinds))
         for length in (1, 3, 17, 40, 64, 80)
     ]
-    with noted(monkeypatch) as traffic:
+    with note_launches(monkeypatch) as traffic:
         run(ready, runner, [*requests, ("all", 60, kinds[2])])
     assert not traffic - known
     assert traffic - one_token  # a start that runs a token leaves something to be compiled later
@@ -181,10 +181,10 @@ def test_recorded_steps_answer_as_transformers_and_compile_nothing(
     store = world.built()
     ready = world.load(store, backend="triton")
     runner = runner_of(ready, case.limits, case.blocks, case.slots)
-    with noted(monkeypatch) as known:
+    with note_launches(monkeypatch) as known:
         runner.capture()
-    with noted(monkeypatch) as traffic:
-        answers = run_engine(put(ready, runner, case.blocks, case.slots), case.requests, case.new)
+    with note_launches(monkeypatch) as traffic:
+        answers = run_engine(install_runner(ready, runner, case.blocks, case.slots), case.requests, case.new)
     models = {name: oracle(world.base, world.adapters.get(name)) for name in ("base", *case.adapters)}
     plain = world.load(store, backend="torch", native=False)
     assert answers == [

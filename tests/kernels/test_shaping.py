@@ -18,7 +18,7 @@ from inference_service.kernels.sampling.shaping import PIECE, ShapedRow, Shaping
 from inference_service.serving.terms import completing
 from loramux_shared.bases.memory import shaping_bytes
 from tests.support.examples import examples
-from tests.support.grammars import Scripted, mask_of
+from tests.support.grammars import ScriptedGrammar, mask_of
 
 VOCAB = 2100
 """Two tiles, and no whole words of a mask."""
@@ -27,9 +27,9 @@ FEW = 6
 """Tokens that answers are made of, so that all that looks back finds something."""
 
 
-def shifting(tokens: Sequence[int]) -> Scripted:
+def shifting(tokens: Sequence[int]) -> ScriptedGrammar:
     """A grammar that allows some tokens, shifted by each that came."""
-    return Scripted(lambda before: [(each + sum(before) + len(before)) % VOCAB for each in tokens])
+    return ScriptedGrammar(lambda before: [(each + sum(before) + len(before)) % VOCAB for each in tokens])
 
 
 few = st.integers(0, FEW - 1)

@@ -152,7 +152,7 @@ def test_all_kinds_in_one_batch_equal_peft(answers: tiny.Answers, counted: Count
 
 def test_two_ranks_answer_the_same(answers: tiny.Answers, counted: Counted) -> None:
     """Two ranks answer as PEFT for all kinds: magnitudes, biases and own tables count once."""
-    divided = pytest.importorskip("tests.thread_ranks").divided
+    divided = pytest.importorskip("tests.thread_ranks").run_in_ranks
     settings: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 48, "speculative_tokens": 2}
     ready = answers.world.load(answers.store, **settings)
     with divided(ready, answers.world.base, answers.store):

@@ -17,7 +17,7 @@ from inference_service.kernels.cpu.program import Buffers
 from inference_service.startup.load import Ready
 from tests.models.test_families import CASES
 from tests.support.cases import cases
-from tests.support.native import opened
+from tests.support.native import open_native
 from tests.support.tiny import VOCAB, make_world_of, sequence
 
 
@@ -80,7 +80,7 @@ def test_answers_are_the_same_to_the_last_bit(
 
 @pytest.fixture
 def ops(native_folder: Path) -> CpuOps:
-    library = opened(native_folder).library
+    library = open_native(native_folder).library
     if library is None:
         pytest.skip("no C++ compiler")
     return CpuOps(library, torch.float32)

@@ -22,7 +22,7 @@ from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
-from tests.support.folders import deployment_of, local_repository, workshop
+from tests.support.folders import context_of, deployment_of, local_repository
 from tests.support.servers import ANY_PORT, serve
 from tests.support.waiting import BOUND_S, bounded
 
@@ -31,7 +31,7 @@ GOOD = ("one", "two", "three")
 HOUR = 3600.0
 
 
-class Gated(MemoryStore):
+class GatedStore(MemoryStore):
     """Puts of bundles wait while the gate is shut, and nothing can be put while it is down."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Builders:
         for seed, name in enumerate(GOOD):
             write_adapter(folder / name, tensors(seed=seed))
         write_adapter(folder / "bad", use_dora=True)
-        self.folder, self.store = folder, Gated()
+        self.folder, self.store = folder, GatedStore()
         self.started: list[Builds] = []
         self.checks = Checks(self.context())
 
@@ -69,7 +69,7 @@ class Builders:
         return local_repository(self.folder / name)
 
     def context(self, owner: str = OWNER) -> BuildContext:
-        return workshop(self.folder, self.store, owner=owner)
+        return context_of(self.folder, self.store, owner=owner)
 
     def builder(self, owner: str = OWNER, **limits: float) -> Builds:
         self.started.append(Builds(self.context(owner), replace(BuildLimits(), **limits)))
@@ -104,7 +104,7 @@ class Builders:
             await builds.drain(BOUND_S)
 
 
-def journaled(store: Store, owner: str, *entries: JournalEntry) -> None:
+def leave_builds(store: Store, owner: str, *entries: JournalEntry) -> None:
     """Leave builds as an owner that was killed does."""
     journal = Journal(store, owner, HOUR)
     journal.beat()
@@ -112,7 +112,7 @@ def journaled(store: Store, owner: str, *entries: JournalEntry) -> None:
         journal.add(number, entry.draw_id(), entry)
 
 
-async def ended(builds: Builds, name: str = "tiny") -> DeploymentView:
+async def await_build(builds: Builds, name: str = "tiny") -> DeploymentView:
     """The last state of a deployment that a builder builds."""
     async with bounded(f"the end of the build of {name}"):
         return [view async for view in builds.watch(name)][-1]

@@ -11,7 +11,7 @@ from pathlib import Path
 from loramux_shared.faults import BuildCancelled, Fault
 
 
-def held() -> Counter[str]:
+def count_open() -> Counter[str]:
     """Return how many files and sockets are open."""
     found: Counter[str] = Counter()
     for entry in Path("/proc/self/fd").iterdir():
@@ -25,18 +25,18 @@ def held() -> Counter[str]:
 
 
 @contextmanager
-def nothing_stays_open() -> Iterator[list[Fault]]:
+def expect_nothing_open() -> Iterator[list[Fault]]:
     """Yield a list for failures, which are kept with their tracebacks; nothing more is open at the end."""
-    before = held()
+    before = count_open()
     retained: list[Fault] = []
     yield retained
     assert retained
     gc.collect()  # the clients of some clouds refer to themselves
-    now = held()
+    now = count_open()
     assert now <= before, f"before {dict(before)}, now {dict(now)}"
 
 
-def failing(call: Callable[[], object], retained: list[Fault]) -> None:
+def keep_fault(call: Callable[[], object], retained: list[Fault]) -> None:
     try:
         call()
     except Fault as fault:
@@ -45,7 +45,7 @@ def failing(call: Callable[[], object], retained: list[Fault]) -> None:
         raise AssertionError("expected a failure")
 
 
-def cancelled_after(count: int) -> Callable[[int], None]:
+def cancel_after(count: int) -> Callable[[int], None]:
     """Return a progress that ends a transfer at its first piece after so many bytes."""
     left = count
 

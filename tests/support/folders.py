@@ -17,31 +17,31 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 
 
-def local(folder: Path) -> dict[str, str]:
+def local_source(folder: Path) -> dict[str, str]:
     return {"source": "LOCAL", "repo": str(folder)}
 
 
 def local_repository(folder: Path) -> Repository:
-    return Repository.model_validate(local(folder))
+    return Repository.model_validate(local_source(folder))
 
 
 def deployment_of(folder: Path, *names: str, name: str = "tiny", **build: Any) -> Deployment:
     """The adapters with these names below a folder on the base there; further fields are those of ``build``."""
     made = {
-        "checkpoint_repository": local(folder / "base"),
-        "lora_adapters": {each: local(folder / each) for each in names},
+        "checkpoint_repository": local_source(folder / "base"),
+        "lora_adapters": {each: local_source(folder / each) for each in names},
     }
     return parse_deployment({"model_name": name, "build": made | build}).deployment
 
 
-def workshop(folder: Path, store: Store | None = None, **fields: Any) -> BuildContext:
+def context_of(folder: Path, store: Store | None = None, **fields: Any) -> BuildContext:
     """Return the context of a builder for a folder; the default is a new store."""
     sources = open_sources(local_roots=[folder])
     return BuildContext(store or MemoryStore(), sources, folder / "work", **fields)
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """The result of a build."""
 
     generation: Generation
@@ -57,8 +57,8 @@ class Built:
         return next(each.warnings for each in self.progress.adapters if each.name == name)
 
 
-def built(required: Deployment, context: BuildContext, *, verify: bool = False) -> Built:
+def run_build(required: Deployment, context: BuildContext, *, verify: bool = False) -> BuildResult:
     """Build a deployment; raises the build's fault."""
     progress = Progress(required.build.lora_adapters)
     result = build(required, context, progress, verify=verify)
-    return Built(result.generation, progress, context.store, result.unchanged)
+    return BuildResult(result.generation, progress, context.store, result.unchanged)

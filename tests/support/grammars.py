@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 
 
-class Scripted:
+class ScriptedGrammar:
     """A grammar that never ends."""
 
     complete = False
@@ -37,8 +37,8 @@ class Scripted:
         self._drafted = []
 
 
-def only(*tokens: int) -> Scripted:
-    return Scripted(lambda _: tokens)
+def allow_only(*tokens: int) -> ScriptedGrammar:
+    return ScriptedGrammar(lambda _: tokens)
 
 
 def mask_of(tokens: Collection[int]) -> bytes:

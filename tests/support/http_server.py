@@ -8,7 +8,7 @@ from socketserver import TCPServer
 from typing import Any
 
 
-class Answering(BaseHTTPRequestHandler):
+class QuietHandler(BaseHTTPRequestHandler):
     """A handler that says its answer in one call, and writes no log."""
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
@@ -24,7 +24,7 @@ class Answering(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(server: TCPServer) -> Iterator[str]:
+def serve_http(server: TCPServer) -> Iterator[str]:
     """Serve in a thread for as long as the block takes; yield the address."""
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()

@@ -10,7 +10,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tests.support.http_server import Answering, served
+from tests.support.http_server import QuietHandler, serve_http
 
 _INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/?]+))?")
 _HISTORY = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<kind>refs|commits)(?:/(?P<revision>[^/?]+))?")
@@ -66,11 +66,11 @@ def serve_hub() -> Iterator[Hub]:
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    with served(server):
+    with serve_http(server):
         yield hub
 
 
-class _Handler(Answering):
+class _Handler(QuietHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 

@@ -41,16 +41,16 @@ def as_in_a_wheel(patch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def opened_once() -> Iterator[None]:
+def reuse_native() -> Iterator[None]:
     """Reuse operations that this process has opened and checked in the same folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "rows_from_which_torch_is_faster", lambda *_: None)
         if build.load is load:
-            patch.setattr(build, "load", opened)
+            patch.setattr(build, "load", open_native)
         yield
 
 
-def opened(folder: Path) -> Built:
+def open_native(folder: Path) -> Built:
     return _opened(folder, os.environ.get("PATH"), os.environ.get("CXX"))
 
 

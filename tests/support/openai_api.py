@@ -109,7 +109,7 @@ async def serve_ready(
         await ready.engine.stop()
 
 
-def close(found: Any, required: Any) -> None:
+def assert_close(found: Any, required: Any) -> None:
     """Check that numbers agree within float32."""
     np.testing.assert_allclose(np.array(found, np.float32), required, atol=1e-5, rtol=1e-5)
 

@@ -16,10 +16,10 @@ def read(reading: AnswerReader, text: str, cuts: Sequence[int] = ()) -> Collecte
     pieces: list[Piece] = []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         pieces += reading.push(text[begin:end])
-    return collected(pieces + reading.finish())
+    return merge_pieces(pieces + reading.finish())
 
 
-def collected(pieces: Sequence[Piece]) -> Collected:
+def merge_pieces(pieces: Sequence[Piece]) -> Collected:
     """Return the sum of pieces; those of a call follow each other, and calls are numbered."""
     reported: Collected = []
     calls = 0

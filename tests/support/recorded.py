@@ -38,7 +38,7 @@ def runner_of(
     return GraphRunner(eager._model, eager._lora, blocks, BLOCK, limits, recorder, slots)
 
 
-def put(ready: Ready, runner: GraphRunner, blocks: Blocks, slots: int = 0) -> Ready:
+def install_runner(ready: Ready, runner: GraphRunner, blocks: Blocks, slots: int = 0) -> Ready:
     """Let a replica run on it, and know nothing of what the cache holds."""
     states = StateSlots(slots, BLOCK, 1) if slots else None
     manager = BlockManager(blocks, BLOCK, runner._model.config.windows, states=states)
@@ -67,7 +67,7 @@ def key_of(launch: Launch) -> Key:
 
 
 @contextmanager
-def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Key]]:
+def note_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Key]]:
     """Collect the keys of all launches, replayed ones too; of interpreted ones, as compiled ones have none."""
     keys: set[Key] = set()
     enqueue = Launch.enqueue

@@ -32,8 +32,8 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
-from tests.support.folders import built
-from tests.support.native import opened_once
+from tests.support.folders import run_build
+from tests.support.native import reuse_native
 from tests.support.tokens import VOCAB as VOCAB, write_tokenizer as write_tokenizer
 
 ADAPTERS: dict[str, dict[str, Any]] = cases(__file__, "ADAPTERS")
@@ -153,7 +153,7 @@ class World:
         self._build(store, Deployment.model_validate(data))
 
     def _build(self, store: Store, deployment: Deployment) -> None:
-        built(deployment, BuildContext(store, open_sources(local_roots=[self.root])))
+        run_build(deployment, BuildContext(store, open_sources(local_roots=[self.root])))
 
     def load(self, store: Store, publisher: Publisher | None = None, **settings: Any) -> Ready:
         values = {
@@ -163,7 +163,7 @@ class World:
             "kv_memory_gb": 0.01,
             "adapter_disk_gb": 0,  # the folder of this machine's user is nobody's business
         }
-        with opened_once():
+        with reuse_native():
             return load(InferenceSettings(**(values | settings)), store, publisher=publisher)
 
 

@@ -50,7 +50,7 @@ async def bounded(what: str, state: Callable[[], object] = _nothing) -> AsyncIte
         raise
 
 
-async def ended(awaited: Awaitable[T], what: str, state: Callable[[], object] = _nothing) -> T:
+async def result_of(awaited: Awaitable[T], what: str, state: Callable[[], object] = _nothing) -> T:
     """Return the result of ``awaited``, or fail after ``BOUND_S``."""
     task = asyncio.ensure_future(awaited)
     done, _ = await asyncio.wait({task}, timeout=BOUND_S)

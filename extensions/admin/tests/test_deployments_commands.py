@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from builder_service.builds.running import RunningBuild
 from loramux.cli.main import app
 from tests.contract.builds.test_build_lifecycle import world as world
-from tests.support.builders import Builders, ended
+from tests.support.builders import Builders, await_build
 from tests.support.processes.commands import run
 from tests.support.services.fake_grpc import Fakes
-from tests.support.services.operators import operated
+from tests.support.services.managed_replica import managed_replica
 from tests.support.waiting import until
 from tests.unit.cli.test_cli import documents
 from tests.unit.cli.test_cli_keys import api
@@ -76,7 +76,7 @@ async def test_history_and_rollback(world: Builders) -> None:
     builds = world.builder()
     async with world.served(builds) as address:
         await builds.build(world.deployment("one"))
-        await ended(builds, "tiny")
+        await await_build(builds, "tiny")
         for name in ("two", "three"):
             await run("add", name, str(world.folder / "two"))
         await run("remove", "two", "three")
@@ -92,13 +92,13 @@ async def test_history_and_rollback(world: Builders) -> None:
         history = json.loads(await run("history", "tiny", "--limit", "1", "--json"))
         assert [each["number"] for each in history["generations"]] == [7]
         await builds.build(world.deployment("one", name="other"))
-        await ended(builds, "other")
+        await await_build(builds, "other")
         assert "which deployment? " in await run("history", code=1)
 
 
 def test_a_pin_is_reported() -> None:
     """A pin is printed as a line and as a document; a name that is not served fails."""
-    with api(operated()) as (address, _):
+    with api(managed_replica()) as (address, _):
         assert run("pin", "one", "--grpc", address) == (0, "one: pinned, 000000000000, resident\n", "")
         code, text, _ = run("unpin", "one", "--grpc", address, "--json")
         assert (code, json.loads(text)["adapter"]["pinned"]) == (0, False)

@@ -13,7 +13,7 @@ import pytest
 from loramux import Client
 from tests.support.openai_api import openai_world
 from tests.support.processes.forks import inference_service
-from tests.support.processes.inference import flags_of, serving
+from tests.support.processes.inference import flags_of, run_inference
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -42,9 +42,9 @@ def _text(url: str) -> str:
 
 def test_a_service_with_api_processes_drains(world: World, tmp_path: Path) -> None:
     """Answers are those without API processes, operators' calls work, and SIGTERM cuts no accepted request."""
-    with serving(world, tmp_path) as (_, ready):
+    with run_inference(world, tmp_path) as (_, ready):
         alone = _text(f"http://{ready['http']}")
-    with serving(world, tmp_path, LORAMUX_API_PROCESSES="2") as (process, ready):
+    with run_inference(world, tmp_path, LORAMUX_API_PROCESSES="2") as (process, ready):
         url = f"http://{ready['http']}"
         assert [_text(url) for _ in range(8)] == [alone] * 8
         pinned = httpx.post(f"{url}/v1/adapters/wide/pin", timeout=BOUND_S)
@@ -79,7 +79,7 @@ def test_a_signal_ends_a_start_whose_api_process_imports(world: World, tmp_path:
 
 def test_api_processes_end_with_the_engines(world: World, tmp_path: Path) -> None:
     """API processes end by themselves after a kill -9 of the engine's process."""
-    with serving(world, tmp_path, LORAMUX_API_PROCESSES="1") as (process, ready):
+    with run_inference(world, tmp_path, LORAMUX_API_PROCESSES="1") as (process, ready):
         children = _children(process.pid)
         httpx.post(f"http://{ready['http']}/pause", params={"mode": "keep"}, timeout=BOUND_S)
         process.kill()

@@ -31,7 +31,7 @@ from tests.support.access import lines, new_entry
 from tests.support.cases import cases
 from tests.support.openai_api import open_api, openai_world
 from tests.support.processes.forks import Forked
-from tests.support.processes.inference import serving
+from tests.support.processes.inference import run_inference
 from tests.support.services.silent import silent_service
 from tests.support.tiny import make_world
 from tests.support.waiting import BOUND_S, until
@@ -451,7 +451,7 @@ async def test_a_process_is_killed_in_the_middle(tmp_path: Path, api_processes: 
     batch, before = None, 0
     beside = openai_of(tmp_path, BatchStore(open_store(settings["LORAMUX_BATCH_STORE"])))
     for end, most in ((Forked.kill, 100), (Forked.terminate, 100), (None, math.inf)):
-        with serving(world, tmp_path, partial(short_leases, most), **settings) as (process, ready):
+        with run_inference(world, tmp_path, partial(short_leases, most), **settings) as (process, ready):
             async with AsyncOpenAI(
                 base_url=f"http://{ready['http']}/v1", api_key="none", timeout=BOUND_S
             ) as client:

@@ -17,7 +17,7 @@ from loramux_bench.plot import plot
 from loramux_bench.workload import Workload, arrivals, read_prompts
 from loramux_shared.faults import RequestInvalid
 from tests.support.cases import cases
-from tests.support.processes.commands import run, running
+from tests.support.processes.commands import run, start_command
 from tests.support.services.fake_grpc import Fakes
 from tests.support.waiting import wait_until
 
@@ -106,7 +106,7 @@ async def test_failures_are_outcomes(fakes: Fakes) -> None:
 def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes, tmp_path: Path) -> None:
     """The figures until then are printed, and the exit code says that it was cut off."""
     before = len(fakes.inference.requests)
-    with running(tmp_path, "bench", "--grpc", fakes.inference_address, "--duration", "3600") as command:
+    with start_command(tmp_path, "bench", "--grpc", fakes.inference_address, "--duration", "3600") as command:
         wait_until(lambda: len(fakes.inference.requests) >= before + 40, "requests", lambda: command.errors)
         assert command.end(signal.SIGINT) == 130
         assert command.out.splitlines()[4].split()[0] == "all"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_cli_processes import on_a_terminal
-from tests.support.processes.commands import run, running
+from tests.support.processes.commands import run, start_command
 from tests.support.services.fake_grpc import Fakes
 from tests.support.waiting import wait_until
 from tests.unit.cli.test_cli_commands import completions
@@ -56,7 +56,7 @@ def test_words_complete(fakes: Fakes, words: list[str], offered: list[str]) -> N
 def test_ctrl_c_is_quiet(fakes: Fakes, tmp_path: Path) -> None:
     """Ctrl-C while an answer is waited for is exit code 130, with no word about it."""
     before = len(fakes.inference.requests)
-    with running(tmp_path, "chat", "base", "--grpc", fakes.inference_address) as command:
+    with start_command(tmp_path, "chat", "base", "--grpc", fakes.inference_address) as command:
         os.write(command.stdin, b"wait\n")
         wait_until(lambda: len(fakes.inference.requests) > before, "a request", lambda: command.errors)
         assert command.end(signal.SIGINT) == 130
@@ -65,7 +65,7 @@ def test_ctrl_c_is_quiet(fakes: Fakes, tmp_path: Path) -> None:
 
 def test_closed_stdin(fakes: Fakes, tmp_path: Path) -> None:
     """A chat whose stdin is closed says so in one line."""
-    with running(tmp_path, "chat", "base", "--grpc", fakes.inference_address, stdin=False) as command:
+    with start_command(tmp_path, "chat", "base", "--grpc", fakes.inference_address, stdin=False) as command:
         assert command.end() == 1
         assert command.errors == (
             "error: REQUEST_INVALID: stdin is closed. Pipe prompts into it, or run it in a terminal\n"

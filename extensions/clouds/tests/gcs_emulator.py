@@ -17,7 +17,7 @@ from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
-from tests.support.http_server import served
+from tests.support.http_server import serve_http
 from tests.support.waiting import BOUND_S
 
 TOKEN = "ya29.a-token-of-the-emulator"  # noqa: S105 - of the emulator
@@ -52,7 +52,7 @@ def serve_gcs(bucket: str) -> Iterator[Gcs]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     gcs.endpoint = f"http://127.0.0.1:{server.server_port}"
     gcs.account = _account(gcs.endpoint)
-    with served(server):
+    with serve_http(server):
         yield gcs
 
 

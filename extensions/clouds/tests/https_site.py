@@ -10,9 +10,9 @@ from typing import TypeAlias
 
 import trustme
 
-from tests.support.http_server import Answering, served
+from tests.support.http_server import QuietHandler, serve_http
 
-Route: TypeAlias = Callable[[Answering], None]
+Route: TypeAlias = Callable[[QuietHandler], None]
 
 
 @dataclass
@@ -45,7 +45,7 @@ def serve_https(folder: Path, *hosts: str) -> Iterator[Site]:
     _Handler.site = site
     context.sni_callback = lambda _socket, name, _context: site.names.append(name)
     server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    with served(server):
+    with serve_http(server):
         yield site
 
 
@@ -53,12 +53,12 @@ def redirect(to: str, status: int = 302) -> Route:
     return lambda handler: handler.answer(status, Location=to)
 
 
-def stating(length: int, body: bytes) -> Route:
+def body_of_length(length: int, body: bytes) -> Route:
     """A route whose Content-Length is not that of its body."""
     return lambda handler: handler.answer(200, body, **{"Content-Length": str(length)})
 
 
-class _Handler(Answering):
+class _Handler(QuietHandler):
     site: Site
 
     def do_GET(self) -> None:  # noqa: N802 - the base class's name

@@ -18,7 +18,7 @@ from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from tests.support.adapters import write_base
-from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
+from tests.support.descriptors import cancel_after, expect_nothing_open, keep_fault
 from tests.support.s3_gateway import S3Server
 
 FILES = {
@@ -197,13 +197,13 @@ def test_nothing_stays_open(cloud, tmp_path):
     cloud.fill({"large": bytes(3 << 20)})
     source = cloud.source()
     source.resolve(cloud.repo())
-    with nothing_stays_open() as retained:
-        failing(lambda: source.resolve(cloud.repo(cloud.absent)), retained)
-        failing(lambda: cloud.source(cloud.wrong).resolve(cloud.repo()), retained)
+    with expect_nothing_open() as retained:
+        keep_fault(lambda: source.resolve(cloud.repo(cloud.absent)), retained)
+        keep_fault(lambda: cloud.source(cloud.wrong).resolve(cloud.repo()), retained)
         resolved = source.resolve(cloud.repo())
-        failing(lambda: source.fetch(resolved, ["large"], tmp_path / "a", cancelled_after(1 << 20)), retained)
-        failing(lambda: source.digests(resolved, ["large"], cancelled_after(1 << 20)), retained)
+        keep_fault(lambda: source.fetch(resolved, ["large"], tmp_path / "a", cancel_after(1 << 20)), retained)
+        keep_fault(lambda: source.digests(resolved, ["large"], cancel_after(1 << 20)), retained)
         listed = Resolved(resolved.repository, {"large": replace(resolved.files["large"], size=99)})
-        failing(lambda: source.fetch(listed, ["large"], tmp_path / "b"), retained)
+        keep_fault(lambda: source.fetch(listed, ["large"], tmp_path / "b"), retained)
         cloud.put("one/large", b"changed")
-        failing(lambda: source.fetch(resolved, ["large"], tmp_path / "c"), retained)
+        keep_fault(lambda: source.fetch(resolved, ["large"], tmp_path / "c"), retained)

@@ -17,7 +17,7 @@ from loramux_shared.sources.secrets import Secrets
 from loramux_shared.spelling import parse_repository
 from tests.contract.sources.test_source_secrets import CANARY, PATIENCE, silence
 from tests.support.cases import cases
-from tests.support.http_server import Answering, served
+from tests.support.http_server import QuietHandler, serve_http
 from tests.support.s3_gateway import S3Server
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 99, "check/x": b"1"}
@@ -86,7 +86,7 @@ def tracking() -> Iterator[Tracking]:
     """A tracking server on a free port."""
     tracking = Tracking()
 
-    class Handler(Answering):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:  # noqa: N802 - the base class's name
             parts = urlsplit(self.path)
             query = {name: values[0] for name, values in parse_qs(parts.query).items()}
@@ -99,7 +99,7 @@ def tracking() -> Iterator[Tracking]:
             else:
                 self.answer(200, found if isinstance(found, bytes) else json.dumps(found).encode())
 
-    with served(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+    with serve_http(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
         tracking.uri = f"http://{address}"
         yield tracking
 

@@ -31,10 +31,10 @@ from tests.contract.sources.test_source_secrets import (
     secrets_of,
     silence,
 )
-from tests.https_site import Site, redirect, serve_https, stating
+from tests.https_site import Site, body_of_length, redirect, serve_https
 from tests.support.adapters import write_adapter, write_base
 from tests.support.cases import cases
-from tests.support.descriptors import cancelled_after, failing, held, nothing_stays_open
+from tests.support.descriptors import cancel_after, count_open, expect_nothing_open, keep_fault
 
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 999, "x/y": b"1"}
 QUERY = "?sig=canary-of-a-query"
@@ -173,18 +173,18 @@ def test_a_busy_server_is_asked_again(site):
 def test_an_archive_that_breaks_off_is_asked_for_again(site):
     """A body shorter than announced is tried again from its beginning."""
     whole = pack(ADAPTER)
-    broken = [stating(len(whole), whole[:999])]
-    site.routes["/b"] = lambda handler: (broken.pop() if broken else stating(len(whole), whole))(handler)
+    broken = [body_of_length(len(whole), whole[:999])]
+    site.routes["/b"] = lambda handler: (broken.pop() if broken else body_of_length(len(whole), whole))(handler)
     assert source().resolve(repo(site, "/b")).repository.revision == hashlib.sha256(whole).hexdigest()
-    site.routes["/b"] = stating(len(whole), whole[:999])
+    site.routes["/b"] = body_of_length(len(whole), whole[:999])
     with pytest.raises(faults.SourceUnavailable, match="found 999"):
         source().resolve(repo(site, "/b"))
 
 
 def test_sizes_are_checked_before_and_while_reading(site):
     """The space for an archive is checked by its header, else by its bytes as they arrive."""
-    site.routes["/huge"] = stating(1 << 50, b"")
-    site.routes["/large"] = stating(1 << 30, b"")
+    site.routes["/huge"] = body_of_length(1 << 50, b"")
+    site.routes["/large"] = body_of_length(1 << 30, b"")
     site.routes["/silent"] = lambda handler: handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(99 << 20))
     taken, received = [], []
 
@@ -252,21 +252,21 @@ def test_nothing_stays_open(site, tmp_path):
     big = pack({"adapter_model.safetensors": bytes(4 << 20)}) + bytes(4 << 20)
     site.routes["/big"] = big
     site.routes["/evil"] = pack({**ADAPTER, "../../evil": b"x"})
-    site.routes["/short"] = stating(len(big) + 1, big)
-    url, before = source(), held()
-    with nothing_stays_open() as retained:
+    site.routes["/short"] = body_of_length(len(big) + 1, big)
+    url, before = source(), count_open()
+    with expect_nothing_open() as retained:
         for path in ("/evil", "/short", "/none", "/big"):
-            failing(lambda path=path: url.resolve(repo(site, path, revision="0" * 64)), retained)
-        failing(lambda: url.resolve(repo(site, "/big"), cancelled_after(1 << 20)), retained)
-        failing(lambda: url.resolve(repo(site, subfolder="absent")), retained)
+            keep_fault(lambda path=path: url.resolve(repo(site, path, revision="0" * 64)), retained)
+        keep_fault(lambda: url.resolve(repo(site, "/big"), cancel_after(1 << 20)), retained)
+        keep_fault(lambda: url.resolve(repo(site, subfolder="absent")), retained)
         used = url.resolve(repo(site))
-        assert held()["files"] > before["files"]
-        failing(
-            lambda: url.fetch(used, ["adapter_model.safetensors"], tmp_path / "i", cancelled_after(9)), retained
+        assert count_open()["files"] > before["files"]
+        keep_fault(
+            lambda: url.fetch(used, ["adapter_model.safetensors"], tmp_path / "i", cancel_after(9)), retained
         )
         used.close()
         gone = {"gone": FileDigest(size=1, sha256="0" * 64)}
-        failing(lambda: url.place(used.repository, gone, tmp_path / "cache"), retained)
+        keep_fault(lambda: url.place(used.repository, gone, tmp_path / "cache"), retained)
 
 
 @pytest.mark.parametrize("of_base", [True, False])
@@ -280,7 +280,7 @@ def test_a_build_does_not_download_more_than_it_may_write(site, tmp_path, of_bas
             sent.append(handler.wfile.write(bytes(1 << 20)))
 
     site.routes["/silent"] = large
-    site.routes["/large"] = stating(8 << 30, b"")
+    site.routes["/large"] = body_of_length(8 << 30, b"")
     base = {"source": "LOCAL", "repo": str(write_base(tmp_path / "base"))}
     sources = Sources({SourceKind.REMOTE_URL: source(), SourceKind.LOCAL: LocalSource([tmp_path])})
     context = BuildContext(MemoryStore(), sources, tmp_path / "work", max_build_bytes=10 << 20)
@@ -307,8 +307,8 @@ def test_no_failure_holds_a_secret(caplog, site):
         "/user": redirect(f"https://u:{CANARY}@files.test/x"),
         "/away": redirect(f"https://files.test:9/x?sig={CANARY}"),
         "/inner": redirect(f"https://inner.test/x?sig={CANARY}"),
-        "/short": stating(99, b"x"),
-        "/huge": stating(1 << 60, b""),
+        "/short": body_of_length(99, b"x"),
+        "/huge": body_of_length(1 << 60, b""),
         "/html": b"<html>",
         "/evil": bomb,
     }

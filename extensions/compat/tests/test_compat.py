@@ -21,7 +21,7 @@ from tests.contract.http.conftest import api as api, opened as opened
 from tests.contract.http.test_vllm_parameters import world as world
 from tests.contract.rpc.test_both_apis import TURNS
 from tests.support.openai_api import OpenAIApi
-from tests.support.services.operators import Operated, operated
+from tests.support.services.managed_replica import ManagedReplica, managed_replica
 from tests.support.services.silent import IDLE, SilentEngine, silent_service
 from tests.support.web import web_client
 
@@ -30,13 +30,13 @@ USER = {"role": "user", "content": "Hi"}
 
 
 @pytest.fixture
-def replica() -> Operated:
+def replica() -> ManagedReplica:
     """Two adapters and a builder."""
-    return operated()
+    return managed_replica()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def web(replica: ManagedReplica, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(silent_service(tmp_path, replica.names), adapters=replica.manager)
     async with web_client(app) as web:
         yield web
@@ -86,7 +86,7 @@ async def test_trainers_pause_and_resume(tmp_path: Path, query: str, mode: str) 
     """Trainers use vLLM's modes, and its own default."""
     service = silent_service(tmp_path)
     engine = cast(SilentEngine, service.engine)
-    async with web_client(create_app(service, adapters=operated().manager)) as web:
+    async with web_client(create_app(service, adapters=managed_replica().manager)) as web:
         assert (await web.post(f"/pause{query}")).json() == {"status": "paused"}
         assert (engine.mode, (await web.get("/is_paused")).json()) == (mode, {"is_paused": True})
         assert (await web.post("/resume")).json() == {"status": "resumed"}

@@ -28,7 +28,7 @@ from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
 from tests.support.examples import examples
-from tests.support.grammars import Scripted
+from tests.support.grammars import ScriptedGrammar
 from tests.support.tiny import ADAPTERS, World, make_world, sequence
 
 MODELS = ("base", "base", *ADAPTERS, "wide*0.5+rs*0.5")
@@ -89,7 +89,9 @@ def run(ready: Ready, actions: list[Any]) -> dict[str, tuple[list[int], bool]]:
             seed = 3 if common else next(seeds)
             prompt = [3 + (seed * place * place + place) % 190 for place in range(length)]
             seq = sequence(ready, str(len(answers)), model, prompt, SamplingParams(max_tokens=new, **sampling))
-            grammar = Scripted(lambda tokens: range(3 + len(tokens) % 2, 199, 2)) if constrained else None
+            grammar = (
+                ScriptedGrammar(lambda tokens: range(3 + len(tokens) % 2, 199, 2)) if constrained else None
+            )
             engine.add(replace(seq, grammar=grammar))
             answers[seq.id] = []
         elif isinstance(action, int) and str(action) in answers:

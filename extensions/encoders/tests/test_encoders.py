@@ -22,7 +22,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.contract.http.test_scores import bare, loaded, save_random
 from tests.support.cases import cases
 from tests.support.grpc_api import open_client
-from tests.support.openai_api import OpenAIApi, answer_of, close, open_api
+from tests.support.openai_api import OpenAIApi, answer_of, assert_close, open_api
 from tests.support.pooled import run_pooled
 from tests.support.tiny import VOCAB, World, write_tokenizer
 
@@ -133,7 +133,7 @@ async def test_vectors_equal_those_of_transformers(
     for pooling, vectors in required.items():
         body = {"input": PROMPTS, "normalize": False} | ({} if pooling is None else {"pooling": pooling})
         found = await answer_of(api, "/v1/embeddings", model=model, **body)
-        close([each["embedding"] for each in found["data"]], torch.stack(vectors))
+        assert_close([each["embedding"] for each in found["data"]], torch.stack(vectors))
 
 
 @pytest.mark.parametrize("model", HEADS)
@@ -151,13 +151,13 @@ async def test_scores_equal_those_of_transformers(
             whole(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[0] for ids, types in encoded
         ]
     found = await answer_of(api, "/classify", model=model, input=PROMPTS, use_activation=False)
-    close([each["probs"] for each in found["data"]], torch.stack(alone))
+    assert_close([each["probs"] for each in found["data"]], torch.stack(alone))
     if model == "topics":
         assert found["data"][0]["label"] == f"topic {int(alone[0].argmax())}"
         return
     ranked = await answer_of(api, "/rerank", model=model, query=QUERY, documents=DOCUMENTS)
     best = {each["index"]: each["relevance_score"] for each in ranked["results"]}
-    close([best[0], best[1]], torch.cat(pairs))
+    assert_close([best[0], best[1]], torch.cat(pairs))
 
 
 @pytest.mark.parametrize("fields", MODERN.values(), ids=MODERN)
@@ -178,7 +178,7 @@ async def test_a_modern_encoder_equals_transformers(tmp_path: Path, fields: dict
     requests = [(model, prompt, Pooling.MEAN) for model in models for prompt in PROMPTS]
     for options in ({}, {"deterministic": True}):
         vectors, _ = run_pooled(world.load(store, max_batch_tokens=1024, **options), requests)
-        close(vectors, expected)
+        assert_close(vectors, expected)
     scoring = get_peft_model(loaded(base, 1), LoraConfig(task_type="SEQ_CLS", target_modules=["Wqkv"]))
     save_random(scoring, tmp_path / "scoring", 1)
     with pytest.raises(AdapterInvalid, match="a head of ModernBertModel"):
@@ -202,7 +202,7 @@ async def test_a_cross_encoder_scores_without_an_adapter(tmp_path: Path, family:
             ]
         ranked = await answer_of(api, "/rerank", model="base", query=QUERY, documents=DOCUMENTS)
         best = {each["index"]: each["relevance_score"] for each in ranked["results"]}
-        close([best[0], best[1]], torch.cat(expected))
+        assert_close([best[0], best[1]], torch.cat(expected))
         [found] = (await answer_of(api, "/classify", model="base", input="a"))["data"]
         assert found["label"] == "relevance"
         answer = await api.post("/rerank", model="base", query=QUERY, documents=["a" * 30])
@@ -231,7 +231,7 @@ async def test_a_model_that_takes_no_types_is_told_none(tmp_path: Path) -> None:
         for cut in ({}, {"truncate_prompt_tokens": 64}):
             ranked = await answer_of(api, "/rerank", model="base", query=QUERY, documents=DOCUMENTS, **cut)
             best = {each["index"]: each["relevance_score"] for each in ranked["results"]}
-            close([best[0], best[1]], expected)
+            assert_close([best[0], best[1]], expected)
 
 
 async def test_both_apis_serve_the_same_vectors(api: OpenAIApi) -> None:
@@ -240,7 +240,7 @@ async def test_both_apis_serve_the_same_vectors(api: OpenAIApi) -> None:
     required = (await answer_of(api, "/v1/embeddings", **body))["data"][0]["embedding"]
     async with open_client(api.ready) as client:
         found = await client.embed("usual", ["abc"], pooling="cls")
-    close(found.vectors[0], required)
+    assert_close(found.vectors[0], required)
 
 
 async def test_texts_are_truncated_as_transformers_does(api: OpenAIApi) -> None:
@@ -330,4 +330,4 @@ async def test_a_pair_without_rows_for_its_types_ends_alone(tmp_path: Path) -> N
             "data"
         ]
         with torch.no_grad():
-            close(found["probs"], whole(torch.tensor([PROMPTS[0]])).logits[0])
+            assert_close(found["probs"], whole(torch.tensor([PROMPTS[0]])).logits[0])

@@ -17,7 +17,7 @@ from tests.support.waiting import BOUND_S, loop_in_thread
 MODELS = ("base", "lora1", "lora2")
 
 
-class Scripted(FakeInference):
+class HeldInference(FakeInference):
     """A fake that can refuse, can take a prompt without an answer, and can pause after the first piece."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Replicas:
     """Replicas in a thread of their own."""
 
     def __init__(self, count: int, guard: Guard, do: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
-        self.services = [Scripted() for _ in range(count)]
+        self.services = [HeldInference() for _ in range(count)]
         self._guard, self._do = guard, do
         self._servers: list[RpcServer] = []
         self.wires: list[Wire] = []
@@ -96,7 +96,7 @@ class Replicas:
     def addresses(self) -> list[str]:
         return [wire.address for wire in self.wires]
 
-    def __getitem__(self, address: str) -> Scripted:
+    def __getitem__(self, address: str) -> HeldInference:
         return self.services[self.addresses.index(address)]
 
     @property
@@ -139,7 +139,7 @@ class Replicas:
 
 
 @contextmanager
-def replicas(count: int, guard: Guard = NOBODY_GUARDS) -> Iterator[Replicas]:
+def open_replicas(count: int, guard: Guard = NOBODY_GUARDS) -> Iterator[Replicas]:
     """Yield so many replicas."""
     with loop_in_thread() as do:
         made = Replicas(count, guard, do)

@@ -21,7 +21,7 @@ from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux_fleet.fleet import REPEATED, STREAMS, AsyncFleetCalls, Fleet, FleetCalls
 from loramux_fleet.members import Members
 from loramux_shared.access.guard import Guard
-from tests.fleet_replicas import MODELS, Replicas, replicas
+from tests.fleet_replicas import MODELS, Replicas, open_replicas
 from tests.support.access import NOBODY, Certificates
 from tests.support.waiting import BOUND_S, bounded, until, wait_until
 
@@ -30,7 +30,7 @@ TEXT = "the grey sea sings (0)"
 
 @pytest.fixture
 def three() -> Iterator[Replicas]:
-    with replicas(3) as made:
+    with open_replicas(3) as made:
         yield made
 
 
@@ -294,7 +294,7 @@ def test_a_name_with_tls(tmp_path: Path) -> None:
     certificates = Certificates(tmp_path)
     certificates.issue("server", certificates.ours, "localhost")
     options = NOBODY | {"tls_ca": tmp_path / "ours.pem"}
-    with replicas(1, Guard(tls=certificates.server)) as one:
+    with open_replicas(1, Guard(tls=certificates.server)) as one:
         port = one.addresses[0].rpartition(":")[2]
         with Client(f"grpcs://dns:///localhost:{port}", timeout_s=BOUND_S, **options) as client:
             assert client.complete("lora1", "hi").text == TEXT

@@ -15,7 +15,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid
 from tests.support import folders
 from tests.support.adapters import tensors, write_adapter, write_base
-from tests.support.folders import deployment_of, workshop
+from tests.support.folders import context_of, deployment_of
 
 
 def pair(rank: int, features: int = 40, out: int = 24) -> tuple[Any, Any]:
@@ -55,7 +55,7 @@ def context(tmp_path: Path) -> BuildContext:
     write_base(tmp_path / "base")
     values = tensors(("q_proj",), rank=8) | tensors(("v_proj",), rank=4)
     write_adapter(tmp_path / "wide", values, r=8, rank_pattern={"v_proj": 4})
-    return workshop(tmp_path)
+    return context_of(tmp_path)
 
 
 def deployment(folder: Path, **lora: Any) -> Deployment:
@@ -63,7 +63,7 @@ def deployment(folder: Path, **lora: Any) -> Deployment:
 
 
 def built(required: Deployment, context: BuildContext) -> Bundle:
-    return folders.built(required, context).bundle("wide")
+    return folders.run_build(required, context).bundle("wide")
 
 
 def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(tmp_path: Path, context: BuildContext):

@@ -24,7 +24,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests import lowbit_files as lowbit
 from tests.lowbit_files import KINDS, WHOLE_BLOCKS, Kind, keep
 from tests.support import tiny
-from tests.thread_ranks import divided
+from tests.thread_ranks import run_in_ranks
 
 NEW = 10
 PROMPT = list(range(3, 40))
@@ -94,7 +94,7 @@ def test_weights_of_4_bits_stay_packed_for_the_kernels_of_gpus(
         assert (PackedLinear in linears) == (settings["backend"] == "triton")
         found.append(tiny.run_engine(ready, [("base", PROMPT[:9])], 3))
     assert found[0] == found[1]
-    with divided(ready, world.base, store, backend="triton"):
+    with run_in_ranks(ready, world.base, store, backend="triton"):
         runner = ready.engine._engine._runner
         assert PackedLinear in [type(each) for each in runner._model.linears()]
         assert tiny.run_engine(ready, [("base", PROMPT[:9])], 3) == found[0]

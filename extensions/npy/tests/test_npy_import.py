@@ -17,7 +17,7 @@ from tests.contract.cli.test_cli_check import folder as folder, shared as shared
 from tests.fuzz.mutate import NUMBERS, bounded, check_findings, mutations, runs
 from tests.npy_files import BF16, KV, SIZES, Q, Rows, matrices, write
 from tests.support.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
-from tests.support.folders import built, deployment_of, workshop
+from tests.support.folders import context_of, deployment_of, run_build
 from tests.support.processes.commands import run
 from tests.support.services.fake_grpc import Fakes
 from tests.unit.domain.test_adapter_rules import book
@@ -29,14 +29,14 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.root, self.npy = root, root / "npy"
         write_base(root / "base")
-        self.context = workshop(root)
+        self.context = context_of(root)
 
     def check(self, **lora: Any) -> CheckedReport:
         required = deployment_of(self.root, "npy", lora_configuration=lora)
         return check_one(required, self.context, Progress(["npy"]))
 
     def build(self, **lora: Any) -> Bundle:
-        return built(deployment_of(self.root, "npy", lora_configuration=lora), self.context).bundle("npy")
+        return run_build(deployment_of(self.root, "npy", lora_configuration=lora), self.context).bundle("npy")
 
     def errors(self, **lora: Any) -> list[tuple[str, str]]:
         """Codes and places of the errors of a check."""

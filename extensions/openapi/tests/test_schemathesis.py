@@ -24,7 +24,7 @@ from loramux_shared.access.keyring import Keyring
 from tests.support.access import lines, new_entry
 from tests.support.openai_api import openai_world
 from tests.support.root import ROOT
-from tests.support.services.operators import digest_of, operated
+from tests.support.services.managed_replica import digest_of, managed_replica
 from tests.support.waiting import BOUND_S
 
 COMMAND = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
@@ -69,7 +69,9 @@ async def judged(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Judg
     ready = world.load(store, stream_interval_ms=0)
     key, entry = new_entry("all", "infer", "metrics", "admin")
     servers = [
-        HttpServer("127.0.0.1:0", ready.service, guard, adapters=operated(bundles=(digest_of(77),)).manager)
+        HttpServer(
+            "127.0.0.1:0", ready.service, guard, adapters=managed_replica(bundles=(digest_of(77),)).manager
+        )
         for guard in (NOBODY_GUARDS, Guard(Keyring(text=lines(entry))))
     ]
     for server in servers:

@@ -12,7 +12,7 @@ import structlog
 
 from loramux_shared.tracing import Tracing, open_tracing
 from tests.support.cases import cases
-from tests.support.http_server import Answering, served
+from tests.support.http_server import QuietHandler, serve_http
 from tests.support.processes.forks import Forked
 from tests.support.waiting import BOUND_S, bounded
 from tests.test_api_processes import replica
@@ -81,12 +81,12 @@ async def test_an_api_process_sends_its_spans(tmp_path: Path, monkeypatch: pytes
     """A request that an API process answers is a span below its client's, sent at the latest at the drain."""
     received: list[bytes] = []
 
-    class Collector(Answering):
+    class Collector(QuietHandler):
         def do_POST(self) -> None:  # noqa: N802 - the base class's name
             received.append(self.rfile.read(int(self.headers["content-length"])))
             self.answer(200)
 
-    with served(ThreadingHTTPServer(("127.0.0.1", 0), Collector)) as address:
+    with serve_http(ThreadingHTTPServer(("127.0.0.1", 0), Collector)) as address:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{address}")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
         async with replica(tmp_path, 1) as apart:

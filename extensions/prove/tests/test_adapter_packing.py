@@ -17,7 +17,7 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import ProofFailed
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.native import opened_once
+from tests.support.native import reuse_native
 from tests.support.stores.bundles import Loaded, load
 from tests.support.tiny import World, make_world
 from tests.test_proof import build_into
@@ -36,7 +36,7 @@ def loader_of(request, world):
     base = world[0].base
     config = read_config(base)
     settings = InferenceSettings(deployment="tiny", dtype="float32", backend=request.param, device="cpu")
-    with opened_once():
+    with reuse_native():
         backend = choose_backend(settings, config)
     model = Decoder(config, Checkpoint(base, backend.dtype, backend.device), backend.operations)
     made = []

@@ -40,7 +40,7 @@ from loramux_shared.faults import BuildInterrupted, CheckpointInvalid, ProofFail
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.proving import proved_here
-from tests.support.stores.killed import copied
+from tests.support.stores.killed import copy_store
 from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of, refusal
 
 Change = Callable[[Any, Manifest], None]
@@ -112,7 +112,7 @@ def files_of(store: MemoryStore, name: str) -> dict[str, bytes]:
 
 def tampered(store: MemoryStore, name: str, change: Change, file: str = WEIGHTS_FILE) -> MemoryStore:
     """A store with a changed bundle, its digests made right and its proof old; a vocabulary is one row."""
-    other = copied(store)
+    other = copy_store(store)
     old = current_generation(other, "tiny").adapters[name].digest
     bundle = read_bundle(other, old)
     data = bytearray(other.get(bundle_key(old, file)))

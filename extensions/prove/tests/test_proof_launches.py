@@ -11,7 +11,7 @@ from inference_service.core.adapter import Adapter
 from loramux_prove.replay import _submit, rehearse
 from loramux_shared.bundle.proof import PROBE_LENGTHS
 from tests.kernels.test_recorded_steps import BLOCKS, LIMITS
-from tests.support.recorded import BLOCK, noted, runner_of
+from tests.support.recorded import BLOCK, note_launches, runner_of
 from tests.support.tiny import make_world
 from tests.support.weights import adapter_of
 
@@ -25,7 +25,7 @@ def test_the_first_proof_launches_what_the_start_has_launched(
     ready = world.load(world.built(max_lora_rank=16), backend="triton")
     eager: Any = ready.engine._engine._runner
     model, lora = eager._model, eager._lora
-    with noted(monkeypatch) as known:
+    with note_launches(monkeypatch) as known:
         runner_of(ready, LIMITS, BLOCKS).capture()
         recorded = set(known)
         rehearse(lora, model, BLOCK)
@@ -36,7 +36,7 @@ def test_the_first_proof_launches_what_the_start_has_launched(
     of_proofs.open(packed.num_bytes, 16, 1)
     of_proofs.copy(packed, 0)
     of_proofs.enter(0, 0, packed)
-    with noted(monkeypatch) as proof:
+    with note_launches(monkeypatch) as proof:
         _submit([[3] * length for length in PROBE_LENGTHS], Adapter("first", 0), of_proofs, model, BLOCK)
     assert not proof - known
     assert proof - recorded

@@ -34,11 +34,11 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
 from tests.models.test_deterministic import answers as with_logprobs
 from tests.models.test_families import PARTS, SETS
-from tests.support.grammars import only
+from tests.support.grammars import allow_only
 from tests.support.service import Service
 from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, next_logprobs, run_engine, sequence
-from tests.support.waiting import ended, until
-from tests.thread_ranks import divided
+from tests.support.waiting import result_of, until
+from tests.thread_ranks import run_in_ranks
 
 DELTA = Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"], pad_token_id=0)
 BIASED = LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)
@@ -96,7 +96,7 @@ def request(ready: Ready, name: str, draw: random.Random) -> Sequence:
     ]
     seq = sequence(ready, name, draw.choice(MODELS), prompt, replace(params, **draw.choice(others)))
     kinds: list[dict[str, Any]] = [
-        {"grammar": only(*range(3, 60))},
+        {"grammar": allow_only(*range(3, 60))},
         {"pooling": Pooling.MEAN, "sampling": SamplingParams(max_tokens=0)},
     ]
     return replace(seq, **draw.choice([{}, {}, *kinds]))
@@ -209,7 +209,7 @@ async def test_adapters_come_leave_and_change_while_others_stream(built: tuple[W
     async def all_answers() -> list[list[int]]:
         fields = {"max_tokens": 12, "ignore_eos": True}
         answers = [service.answers(prompt, model=model, **fields) for model, prompt in requests]
-        return [found for [found] in await ended(asyncio.gather(*answers), "answers")]
+        return [found for [found] in await result_of(asyncio.gather(*answers), "answers")]
 
     assert await all_answers() == expected
     generation = current_generation(store, "tiny")
@@ -256,8 +256,8 @@ async def test_a_rank_that_dies_or_hangs_ends_the_replica(
             pass
 
     with pytest.raises(ReplicaFailed, match=f"rank 1 of 2 {why}"):
-        await ended(rest(), "the end of the stream")
-    assert why in await ended(ready.engine.stop(), "the end of the engine")
+        await result_of(rest(), "the end of the stream")
+    assert why in await result_of(ready.engine.stop(), "the end of the engine")
     await until(lambda: "engine" not in [each.name for each in threading.enumerate()], "the end of its thread")
     close(ready)
 
@@ -301,7 +301,7 @@ def test_steps_that_all_ranks_record_answer_the_same(built: tuple[World, Store])
     one = load(built, tensor_parallel=1, adapter_memory_gb=None, backend="triton")
     expected = run_engine(one, requests, 3)
     limits = SchedulerLimits(max_tokens=8, max_seqs=2, max_adapters=1, max_seq_len=16)
-    with divided(one, built[0].base, built[1], recorded=limits, backend="triton"):
+    with run_in_ranks(one, built[0].base, built[1], recorded=limits, backend="triton"):
         assert run_engine(one, requests, 3) == expected
         runner: Any = one.engine._engine._runner
         assert runner._graphs

@@ -27,7 +27,7 @@ from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.base import Store
-from tests.support.native import opened_once
+from tests.support.native import reuse_native
 from tests.support.waiting import BOUND_S
 
 work = pytest.importorskip("loramux_ranks.work", reason="the extension ranks is not there")
@@ -106,7 +106,7 @@ class _Threads:
 
 
 @contextmanager
-def divided(
+def run_in_ranks(
     ready: Ready,
     folder: Path,
     store: Store,
@@ -121,7 +121,7 @@ def divided(
     whole, meeting, host = read_config(folder, engine._limits.max_seq_len), _Meeting(world), _Threads()
     for rank in range(world):
         shard = Shard(whole, rank, world, whole.shard(world))
-        with opened_once():
+        with reuse_native():
             chosen = choose_backend(settings, shard.config)
         tensors = Checkpoint(folder, chosen.dtype, chosen.device, quantization=whole.quantization)
         model = Decoder(whole, tensors, chosen.operations, ranks=ThreadRanks(shard, meeting))

@@ -20,9 +20,9 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.openai_api import OpenAIApi, openai_world
+from tests.support.services.managed_replica import ManagedReplica, managed_replica
 from tests.support.services.operated_replicas import open_builder, open_fleet
-from tests.support.services.operators import Operated, operated
-from tests.support.waiting import ended, until
+from tests.support.waiting import result_of, until
 
 LABEL = "hub_key"
 SOURCES = ("hf:lab/*", "s3://models/adapters/*", "https://files.example/*.tar.gz", "mlflow://support/*")
@@ -31,8 +31,8 @@ SOURCES = ("hf:lab/*", "s3://models/adapters/*", "https://files.example/*.tar.gz
 class Replica:
     """A replica that adds what requests name, and its clock."""
 
-    def __init__(self, store: MemoryStore, other: Operated | None = None, **rule: object) -> None:
-        self.operated = other or operated()
+    def __init__(self, store: MemoryStore, other: ManagedReplica | None = None, **rule: object) -> None:
+        self.operated = other or managed_replica()
         self.store = store
         self.time_s = 0.0
         deployment = self.operated.deployment
@@ -186,7 +186,7 @@ async def test_one_key_does_not_hold_all_builds(replica: Replica) -> None:
     await until(lambda: builds[-1][0] == "lab:b", "the other key's build")
     assert len(replica.marks) == BUILDS
     replica.operated.deployment.building.set()
-    reasons = await ended(asyncio.gather(other, *calls), "all builds")
+    reasons = await result_of(asyncio.gather(other, *calls), "all builds")
     assert reasons == [""] * MOST_BUILDS + [faults.QueueFull.reason]
 
 
@@ -201,7 +201,7 @@ async def test_of_two_busy_keys_each_has_half_of_the_builds(replica: Replica) ->
     begun = Counter(name.removeprefix("lab:")[0] for name, *_ in builds)
     assert begun == {"a": BUILDS // 2, "b": BUILDS // 2 - 1, "c": 1}
     replica.operated.deployment.building.set()
-    assert set(await ended(asyncio.gather(*calls), "all builds")) == {""}
+    assert set(await result_of(asyncio.gather(*calls), "all builds")) == {""}
 
 
 async def test_idle_adapters_leave_and_used_ones_stay(replica: Replica) -> None:

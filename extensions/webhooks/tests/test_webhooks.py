@@ -17,7 +17,7 @@ from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid, StoreUnavailable
 from loramux_webhooks.receiver import MAX_DEBOUNCES, REQUEST_S, RETRY_S, Followed, Receiver, Updates
-from tests.support.http_server import served
+from tests.support.http_server import serve_http
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.openai_api import openai_world
 from tests.support.services.operated_replicas import open_builder
@@ -132,7 +132,7 @@ def test_events_without_end_postpone_an_update_so_long() -> None:
 def receiver() -> Iterator[tuple[str, Updates]]:
     """A receiver whose updates nobody takes."""
     updates = Updates(Fake(), "tiny", 0)
-    with served(Receiver("127.0.0.1:0", SECRET, FOLLOWED, updates)) as address:
+    with serve_http(Receiver("127.0.0.1:0", SECRET, FOLLOWED, updates)) as address:
         yield f"http://{address}", updates
 
 
@@ -159,7 +159,7 @@ def test_connections_that_say_nothing_leave_for_new_ones() -> None:
     """There are as many threads as places, and an event is taken behind any number of silent connections."""
     receiver = Receiver("127.0.0.1:0", SECRET, FOLLOWED, Updates(Fake(), "tiny", 0), max_connections=2)
     before = threading.active_count()
-    with served(receiver) as address:
+    with serve_http(receiver) as address:
         host, port = address.split(":")
         silent = [socket.create_connection((host, int(port)), BOUND_S) for _ in range(20)]
         answer = httpx.get(f"http://{address}", timeout=BOUND_S)
@@ -178,7 +178,7 @@ def test_a_request_has_its_time_alone(sent: str) -> None:
     time_s = [0.0]
     updates = Updates(Fake(), "tiny", 0)
     receiver = Receiver("127.0.0.1:0", SECRET, FOLLOWED, updates, clock=lambda: time_s[0])
-    with served(receiver) as address:
+    with serve_http(receiver) as address:
         host, port = address.split(":")
         with socket.create_connection((host, int(port)), BOUND_S) as drip:
             drip.sendall(sent.encode())
@@ -208,11 +208,11 @@ async def test_a_push_to_a_hub_is_served(tmp_path: Path) -> None:
                     for commit, files in (("a" * 40, first), ("b" * 40, second)):
                         hub.repos["lab/a"] = HubRepo({"main": commit}, files)
                         updates.note(followed.touched(event()) | {"absent": hf("lab/absent")})
-                        found = wait_until(lambda commit=commit: served(commit), "the new version")
+                        found = wait_until(lambda commit=commit: digest_at(commit), "the new version")
                         digests.append(found)
                     assert digests[0] != digests[1]
 
-            def served(commit: str) -> str:
+            def digest_at(commit: str) -> str:
                 record = require_deployment(world[1], "tiny").adapters.get("hooked")
                 return record.digest if record is not None and record.source.revision == commit else ""
 

@@ -13,23 +13,23 @@ from loramux_shared.faults import BundleCorrupt, NoBuilder, RequestInvalid
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.servers import ANY_PORT, serve
+from tests.support.services.managed_replica import ManagedReplica, digest_of, managed_replica
 from tests.support.services.operated_replicas import open_builder, open_fleet
-from tests.support.services.operators import Operated, digest_of, operated
 from tests.support.services.silent import silent_service
-from tests.support.stores.killed import copied
+from tests.support.stores.killed import copy_store
 from tests.support.tiny import World
 from tests.support.waiting import bounded
 from tests.support.web import web_client
 
 
 @pytest.fixture
-def replica() -> Operated:
+def replica() -> ManagedReplica:
     """Two adapters, a builder, and a bundle that no generation has."""
-    return operated(bundles=(digest_of(77),))
+    return managed_replica(bundles=(digest_of(77),))
 
 
 @pytest.fixture
-async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
+async def client(replica: ManagedReplica) -> AsyncIterator[AsyncClient]:
     servicer = AdapterServicer(replica.manager)
     async with (
         serve(RpcServer(ANY_PORT, {SERVICE_NAME: servicer.register})) as server,
@@ -39,13 +39,13 @@ async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
 
 
 @pytest.fixture
-async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def web(replica: ManagedReplica, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(silent_service(tmp_path, replica.names), adapters=replica.manager)
     async with web_client(app) as web:
         yield web
 
 
-async def test_adapters_over_grpc(client: AsyncClient, replica: Operated) -> None:
+async def test_adapters_over_grpc(client: AsyncClient, replica: ManagedReplica) -> None:
     """Every field of a view arrives; pins, loads and rollbacks take effect."""
     replica.residency.hold(replica.adapter("one"), in_flight=2, used_s=0.0)
     one, two = await client.adapters()
@@ -68,7 +68,7 @@ async def test_adapters_over_grpc(client: AsyncClient, replica: Operated) -> Non
     assert only_here.only_here
 
 
-async def test_a_replica_is_watched_over_grpc(client: AsyncClient, replica: Operated) -> None:
+async def test_a_replica_is_watched_over_grpc(client: AsyncClient, replica: ManagedReplica) -> None:
     """The state at once, then a new generation."""
     watch = client.watch_replica()
     assert ((await anext(watch)).generation, (await client.replica()).deployment) == (1, "demo")
@@ -102,7 +102,7 @@ async def test_vllms_words_are_used(web: httpx.AsyncClient) -> None:
 
 async def test_without_a_builder_the_cure_is_named(tmp_path: Path) -> None:
     """A load without a builder is 400 with the cure, in our own error beside vLLM's."""
-    app = create_app(silent_service(tmp_path), adapters=operated(builder=False).manager)
+    app = create_app(silent_service(tmp_path), adapters=managed_replica(builder=False).manager)
     async with web_client(app) as web:
         answer = await web.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "org/x"})
     assert answer.status_code == 400
@@ -110,7 +110,7 @@ async def test_without_a_builder_the_cure_is_named(tmp_path: Path) -> None:
     assert answer.json()["error"]["code"] == NoBuilder.reason.lower()
 
 
-async def test_the_page_lists_pins_and_rolls_back(web: httpx.AsyncClient, replica: Operated) -> None:
+async def test_the_page_lists_pins_and_rolls_back(web: httpx.AsyncClient, replica: ManagedReplica) -> None:
     """The page gets JSON, in pages."""
     first = (await web.get("/v1/adapters", params={"page_size": 1})).json()
     assert ([each["id"] for each in first["data"]], first["replica"]["registered"]) == (["one"], 2)
@@ -125,7 +125,7 @@ async def test_the_page_lists_pins_and_rolls_back(web: httpx.AsyncClient, replic
     assert replica.manager.get("one").digest == digest_of(1)
 
 
-async def test_a_page_of_another_site_changes_nothing(web: httpx.AsyncClient, replica: Operated) -> None:
+async def test_a_page_of_another_site_changes_nothing(web: httpx.AsyncClient, replica: ManagedReplica) -> None:
     """A browser's own statement counts where there is no body that it would ask about first."""
     for path in ("/v1/adapters/one/pin", "/v1/adapters/one/unpin"):
         answer = await web.post(path, headers={"sec-fetch-site": "cross-site"})
@@ -137,7 +137,7 @@ async def test_a_load_goes_through_the_builder_to_every_replica(
     chatty: tuple[World, MemoryStore], tmp_path: Path
 ) -> None:
     """An adapter that one replica loads is served by the other one, until either unloads it."""
-    world = chatty[0], copied(chatty[1])
+    world = chatty[0], copy_store(chatty[1])
     async with open_builder(world, tmp_path) as builder, open_fleet(world, 2, builder=builder) as (one, other):
 
         async def status() -> int:

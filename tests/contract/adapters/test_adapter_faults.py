@@ -12,9 +12,9 @@ from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.reading import BundleReader, Tier
 from loramux_shared.storage.local import LocalStore
 from tests.support.examples import SWEEPING
-from tests.support.processes.failing_replicas import dies_at_a_touch, fills
+from tests.support.processes.failing_replicas import load_on_full_disk, load_until_killed
 from tests.support.processes.forks import Forked
-from tests.support.stores.bundles import FakePacked, Loaded, build_bundles, load, settle
+from tests.support.stores.bundles import FakePacked, Loaded, await_disk, build_bundles, load
 from tests.support.waiting import BOUND_S, wait_until
 
 EVERY = 1 if os.environ.get(SWEEPING) else 3
@@ -39,7 +39,7 @@ def serves(store: LocalStore, cache: Path, digests: list[str]) -> list[str]:
         assert isinstance(found, Loaded)
         assert found.packed.bundle.digest == digest
         tiers.append(found.tier)
-    settle(loader)
+    await_disk(loader)
     loader.close()
     return tiers
 
@@ -64,7 +64,7 @@ def test_kill_9_at_any_touch_of_the_disk_leaves_no_wrong_bundle(local, tmp_path,
         assert status == -signal.SIGKILL
         deaths += 1
         number = 1 + EVERY * deaths
-        status = Forked(dies_at_a_touch, number, caches / str(number), folder, limit, digests).wait(BOUND_S)
+        status = Forked(load_until_killed, number, caches / str(number), folder, limit, digests).wait(BOUND_S)
     assert deaths > (20 if bound == "roomy" else 30) / EVERY
     left = 0
     for number in range(1, 1 + EVERY * deaths, EVERY):
@@ -85,7 +85,7 @@ def test_a_full_disk_fails_no_load(local, tmp_path, limit):
     store, folder, digests = local
     cache, (reads, writes) = tmp_path / "cache", multiprocessing.Pipe(duplex=False)
     with writes:
-        process = Forked(fills, limit, cache, folder, digests, writes)
+        process = Forked(load_on_full_disk, limit, cache, folder, digests, writes)
     with os.fdopen(os.dup(reads.fileno())) as output:
         text = output.read()
     assert process.wait(BOUND_S) == 0, text

@@ -34,7 +34,7 @@ from tests.support.generations import change_deployed
 from tests.support.grpc_api import open_rpc
 from tests.support.metrics import Scrape
 from tests.support.openai_api import open_api
-from tests.support.stores.killed import copied
+from tests.support.stores.killed import copy_store
 from tests.support.tiny import World
 from tests.support.waiting import until
 
@@ -183,7 +183,7 @@ async def test_a_replica_catches_up_first(
     world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
 ) -> None:
     """A replica catches up with a generation, or says that there is none of that number."""
-    store = copied(built[0])
+    store = copy_store(built[0])
     async with opened(world[0], store) as apis:
         with pytest.raises(GenerationNotFound):
             await apis.client.complete("rs", PROMPT, min_generation=2)

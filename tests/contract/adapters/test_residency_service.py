@@ -13,7 +13,7 @@ from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import PROMPT, Service, open_service
-from tests.support.stores.killed import copied
+from tests.support.stores.killed import copy_store
 from tests.support.tiny import ADAPTERS, World
 
 Opened = Callable[..., Awaitable[Service]]
@@ -76,7 +76,7 @@ async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
     opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
 ) -> None:
     """A flipped byte of one adapter: the replica starts, others are answered, and requests for it say why."""
-    store = copied(world[1])
+    store = copy_store(world[1])
     generation = current_generation(store, "tiny")
     key = bundle_key(generation.adapters["all"].digest, WEIGHTS_FILE)
     data = bytearray(store.get(key))

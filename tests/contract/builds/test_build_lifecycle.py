@@ -30,7 +30,7 @@ from loramux_shared.faults import (
 from loramux_shared.storage.base import Store
 from tests.support import folders
 from tests.support.adapters import write_adapter, write_base
-from tests.support.builders import HOUR, OTHER, OWNER, Builders, Gated, ended, journaled
+from tests.support.builders import HOUR, OTHER, OWNER, Builders, GatedStore, await_build, leave_builds
 from tests.support.stores.killed import Killed
 from tests.support.waiting import Clock, until
 
@@ -65,10 +65,10 @@ async def test_a_cancelled_build_fails_and_leaves_what_is_served(world: Builders
 async def test_a_cancelled_build_stays_cancelled_after_a_kill(world: Builders) -> None:
     """A builder that is killed after a cancel does not run the build again."""
     entry = JournalEntry(deployment=world.deployment("one"), create_time=datetime.now(UTC), cancelled=True)
-    journaled(world.store, OWNER, entry)
+    leave_builds(world.store, OWNER, entry)
     builds = world.builder()
     assert await builds.recover() == 1
-    last = await ended(builds)
+    last = await await_build(builds)
     assert last.failure.reason == "BUILD_CANCELLED"
     assert (world.journal, current_generation(world.store, "tiny")) == ([], None)
 
@@ -87,12 +87,12 @@ async def test_starts_that_die_leave_one_entry_of_a_change(world: Builders) -> N
         limits = BuildLimits()
         return await Keeper(world.store, Journal(world.store, OWNER, HOUR), limits, take_up).recover()
 
-    journaled(world.store, OWNER, entry)
+    leave_builds(world.store, OWNER, entry)
     for _ in range(3):
         with pytest.raises(Killed):
             await start(dies=True)
         assert len(world.journal) == 1
-    journaled(world.store, OWNER, entry.model_copy(update={"cancelled": True}))
+    leave_builds(world.store, OWNER, entry.model_copy(update={"cancelled": True}))
     assert len(world.journal) == 2
     assert await start(dies=False) == 1
     assert [(each.attempt, each.cancelled) for each in taken] == [(5, True)]
@@ -103,8 +103,8 @@ async def test_a_failure_is_of_its_store(world: Builders) -> None:
     """A builder that starts where another one failed shows that failure, unless it has another store."""
     first = world.builder()
     await first.build(world.deployment("bad"))
-    assert (await ended(first)).state is BuildState.FAILED
-    for store, printed in ((world.store, [BuildState.FAILED]), (Gated(), [])):
+    assert (await await_build(first)).state is BuildState.FAILED
+    for store, printed in ((world.store, [BuildState.FAILED]), (GatedStore(), [])):
         store.uri = store.uri if printed else "memory://another"
         world.store = store
         builds = world.builder()
@@ -120,7 +120,7 @@ async def test_a_build_that_takes_too_long_fails(world: Builders) -> None:
     clock.advance(HOUR)
     await asyncio.sleep(0.001)  # a timer of the loop that is due later than the limit
     world.store.gate.set()
-    last = await ended(builds)
+    last = await await_build(builds)
     assert (last.state, last.failure.reason) == (BuildState.FAILED, "BUILD_TIMED_OUT")
     assert "3600 s" in last.failure.message
     assert current_generation(world.store, "tiny") is None
@@ -161,7 +161,7 @@ async def test_a_failure_is_explained_after_a_restart(world: Builders) -> None:
     """A failed build is kept beside the work folder, not in the store, until a build succeeds."""
     builds = world.builder()
     await builds.build(world.deployment("bad"), "request-1")
-    before = await ended(builds)
+    before = await await_build(builds)
     assert before.failure.__traceback__ is None  # it would hold open what the build had open
     assert world.store.objects == {}
     successor = world.builder()
@@ -175,7 +175,7 @@ async def test_a_failure_is_explained_after_a_restart(world: Builders) -> None:
         await successor.build(world.deployment("one"), "request-1")
     world.store.gate.set()
     await successor.build(world.deployment("one"))
-    assert (await ended(successor)).state is BuildState.ACTIVE
+    assert (await await_build(successor)).state is BuildState.ACTIVE
     third = world.builder()
     await third.recover()
     assert (await third.get("tiny")).state is BuildState.ACTIVE
@@ -183,7 +183,7 @@ async def test_a_failure_is_explained_after_a_restart(world: Builders) -> None:
 
 async def killed(world: Builders, *entries: JournalEntry) -> Builds:
     """Leave changes of another builder that was killed; return a builder that saw it alive once."""
-    journaled(world.store, OTHER, *entries)
+    leave_builds(world.store, OTHER, *entries)
     builds = world.builder(beat_s=HOUR, lease_s=2 * HOUR, timeout_s=1e9)
     assert await builds.recover() == 0
     await builds.keeper.look_once()
@@ -203,7 +203,7 @@ async def test_the_work_of_a_dead_builder_is_taken_over(world: Builders, updates
         world.store.gate.set()
         first = world.builder()
         await first.build(world.deployment("one"))
-        await ended(first)
+        await await_build(first)
         wish = {"update": Update(name="tiny", add={"two": world.repository("two")})}
         world.store.gate.clear()
     builds = await killed(world, JournalEntry(**wish, create_time=datetime.now(UTC)))
@@ -214,7 +214,7 @@ async def test_the_work_of_a_dead_builder_is_taken_over(world: Builders, updates
     await builds.keeper.look_once()
     assert runs(world) == [OWNER]
     world.store.gate.set()
-    assert (await ended(builds)).state is BuildState.ACTIVE
+    assert (await await_build(builds)).state is BuildState.ACTIVE
     assert (world.journal, list(world.generation.adapters)) == ([], ["one", "two"] if updates else ["one"])
 
 
@@ -232,7 +232,7 @@ async def test_the_build_of_a_living_builder_is_left_alone(world: Builders) -> N
         await other.keeper.look_once()
     assert runs(world) == [OTHER]
     world.store.gate.set()
-    assert (await ended(living)).state is BuildState.ACTIVE
+    assert (await await_build(living)).state is BuildState.ACTIVE
 
 
 async def test_a_change_that_cannot_be_read_stays_and_blocks_nothing(world: Builders) -> None:
@@ -247,7 +247,7 @@ async def test_a_change_that_cannot_be_read_stays_and_blocks_nothing(world: Buil
     clock.advance(2 * HOUR)
     await builds.keeper.look_once()
     await builds.build(world.deployment("one"))
-    assert (await ended(builds)).state is BuildState.ACTIVE
+    assert (await await_build(builds)).state is BuildState.ACTIVE
     assert world.journal == [key]
 
 
@@ -258,7 +258,7 @@ async def test_a_change_waits_for_an_earlier_one_of_another_builder(world: Build
     for builds in (one, other):
         await builds.recover()
     await one.build(world.deployment("one"))
-    await ended(one)
+    await await_build(one)
     world.store.gate.clear()
     await one.update(Update(name="tiny", add={"x": world.repository("two")}), "first")
     await until(world.store.waiting.is_set, "the first change at the gate")
@@ -276,13 +276,13 @@ async def test_a_change_that_was_published_is_not_applied_again(world: Builders)
     first = world.builder()
     await first.recover()
     await first.build(world.deployment("one"))
-    await ended(first)
+    await await_build(first)
     entry = JournalEntry(
         update=Update(name="tiny", add={"x": world.repository("two")}),
         request_id="r",
         create_time=datetime.now(UTC),
     )
-    journaled(world.store, OTHER, entry)
+    leave_builds(world.store, OTHER, entry)
     left = dict(world.store.objects)
     for number, owner in ((2, OTHER), (4, "2" * 16)):
         again = world.builder(owner)
@@ -291,13 +291,13 @@ async def test_a_change_that_was_published_is_not_applied_again(world: Builders)
             key = next(key for key in left if key.startswith(BUILDS_PREFIX))
             world.store.objects[key.replace(OTHER, owner)] = left[key]
         assert await again.recover() == 1
-        assert (await ended(again)).state is BuildState.ACTIVE
+        assert (await await_build(again)).state is BuildState.ACTIVE
         assert (world.generation.number, "x" in world.generation.adapters) == (
             (2, True) if number == 2 else (3, False)
         )
 
 
-class Faulty(Gated):
+class Faulty(GatedStore):
     """Raises a fault once: in the next put, or in the next removal of a change's entry."""
 
     def __init__(self) -> None:
@@ -326,7 +326,7 @@ async def test_a_removal_that_fails_is_repeated_before_the_end_is_reported(world
     await builds.recover()
     store.delete_fault = StoreUnavailable("the store is down")
     await builds.build(world.deployment("one"))
-    assert (await ended(builds)).state is BuildState.ACTIVE
+    assert (await await_build(builds)).state is BuildState.ACTIVE
     assert (store.delete_fault, world.journal) == (None, [])
 
 
@@ -370,11 +370,11 @@ def test_a_build_repairs_what_is_damaged(
     """A damaged bundle is put again and reported as repaired, not as reused; then replicas can read it."""
     write_base(tmp_path / "base")
     write_adapter(tmp_path / "one")
-    context = folders.workshop(tmp_path, store)
+    context = folders.context_of(tmp_path, store)
 
     def built() -> AdapterProgress:
         deployment = folders.deployment_of(tmp_path, "one")
-        return folders.built(deployment, context, verify=True).progress.adapters[0]
+        return folders.run_build(deployment, context, verify=True).progress.adapters[0]
 
     digest = built().digest
     damaged = change(store.get(bundle_key(digest, file)))

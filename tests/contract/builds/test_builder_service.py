@@ -22,7 +22,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.faults import BuildCancelled, Fault
 from loramux_shared.rpc.status import fault_of
 from tests.support.adapters import tensors, write_adapter
-from tests.support.builders import HOUR, OWNER, Builders, ended, journaled
+from tests.support.builders import HOUR, OWNER, Builders, await_build, leave_builds
 from tests.support.waiting import Clock, until
 
 State, Stage = pb.Deployment, pb.AdapterBuild
@@ -193,7 +193,7 @@ async def test_drain_interrupts_and_the_successor_goes_on(
     assert [key.startswith("builds/tiny/") for key in world.journal] == [True]
     successor = world.builder()
     assert await successor.recover() == 1
-    assert (await ended(successor)).state == "ACTIVE"
+    assert (await await_build(successor)).state == "ACTIVE"
     assert world.journal == []
 
 
@@ -202,7 +202,7 @@ async def test_a_build_that_kills_the_builder_is_given_up(world: Served) -> None
     entry = JournalEntry(
         deployment=world.deployment("one"), create_time=datetime.now(UTC), attempt=MAX_ATTEMPTS
     )
-    journaled(world.store, OWNER, entry)
+    leave_builds(world.store, OWNER, entry)
     assert await world.builds.recover() == 1
     last = (await world.watch())[-1]
     assert (last.state, last.failure.reason) == (State.STATE_FAILED, "INTERNAL")

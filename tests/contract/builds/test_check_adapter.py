@@ -31,7 +31,7 @@ from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
 from tests.support.adapters import HIDDEN, tensors, write_adapter
 from tests.support.builders import OWNER, Builders
-from tests.support.waiting import Clock, ended, until, wait_until
+from tests.support.waiting import Clock, result_of, until, wait_until
 
 
 class SlowSource(LocalSource):
@@ -181,7 +181,7 @@ async def test_slow_sources_hold_no_place(world: Served) -> None:
     """Checks that wait for their sources do not keep another one from being made."""
     waiting = await world.begin_slow("two", 5)
     try:
-        assert (await ended(world.check("one"), "the check between slow ones")).accepted
+        assert (await result_of(world.check("one"), "the check between slow ones")).accepted
     finally:
         world.source.go.set()
     assert all(report.accepted for report in await asyncio.gather(*waiting))
@@ -215,7 +215,7 @@ async def test_a_check_ends_in_time(world: Served) -> None:
     [call] = await world.begin_slow("one")
     clock.advance(check.MAX_CHECK_S)
     with pytest.raises(SourceUnavailable, match="the check took longer than 600 s"):
-        await ended(call, "the check")
+        await result_of(call, "the check")
     assert list((world.folder / "work").iterdir()) == []
 
 

@@ -23,8 +23,8 @@ from loramux_shared.faults import Fault
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.examples import spread
-from tests.support.folders import built, deployment_of, workshop
-from tests.support.stores.killed import DyingStore, Killed, copied
+from tests.support.folders import context_of, deployment_of, run_build
+from tests.support.stores.killed import DyingStore, Killed, copy_store
 from tests.support.waiting import BOUND_S
 
 NAMES = ("one", "two", "three")
@@ -39,11 +39,11 @@ class World:
             write_adapter(folder / name, tensors(seed=i % 2))  # the third is the first
         self.folder, self.start = folder, MemoryStore()
         self.new = deployment_of(folder, *NAMES)
-        built(deployment_of(folder, "one"), self.context(self.start))
+        run_build(deployment_of(folder, "one"), self.context(self.start))
 
     def context(self, store: MemoryStore | DyingStore) -> BuildContext:
         """A workshop over a store."""
-        return workshop(self.folder, store)
+        return context_of(self.folder, store)
 
     async def life(
         self, store: MemoryStore | DyingStore, required: Deployment | None = None
@@ -89,15 +89,15 @@ def world(tmp_path: Path) -> Iterator[World]:
 @pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.sweep), True])
 async def test_a_kill_at_every_operation_of_the_store(world: World, after: bool) -> None:
     """Readers see old or new after a kill at any operation, and the next start ends the build."""
-    whole = DyingStore(copied(world.start))
+    whole = DyingStore(copy_store(world.start))
     assert await world.life(whole, world.new) is BuildState.ACTIVE
     assert whole.count > 25
     accepted = 0
     for dies_at in range(1, whole.count + 1):
-        store = copied(world.start)
+        store = copy_store(world.start)
         await world.life(DyingStore(store, dies_at, after=after), world.new)
         world.check_reader(store)
-        store = copied(store)  # a while later: claims of the dead builder are stale
+        store = copy_store(store)  # a while later: claims of the dead builder are stale
         if journalled := list(store.list("builds/")):
             accepted += 1
             assert await world.life(store) is BuildState.ACTIVE, dies_at
@@ -117,13 +117,15 @@ def test_a_kill_at_changes_in_the_work_folder(world: World) -> None:
         if seen[0] >= seen[1] > 0:
             raise Killed
 
-    build(world.new, replace(world.context(copied(world.start)), parallel_adapters=2), Progress(NAMES, change))
+    build(
+        world.new, replace(world.context(copy_store(world.start)), parallel_adapters=2), Progress(NAMES, change)
+    )
     events = seen[0]
     assert events > 40
     for seen[1] in spread(range(1, events + 1), 12):
-        store, seen[0] = copied(world.start), 0
+        store, seen[0] = copy_store(world.start), 0
         with suppress(Killed):
             build(world.new, world.context(store), Progress(NAMES, change))
         world.check_reader(store)
-        built(world.new, world.context(store))
+        run_build(world.new, world.context(store))
         world.check_end(store)

@@ -12,7 +12,7 @@ from builder_service.builds.views import BuildState, DeploymentView
 from builder_service.pipeline.update import Update
 from loramux_shared.faults import BuildCancelled, BuildInProgress
 from tests.support.adapters import tensors, write_adapter
-from tests.support.builders import Builders, ended
+from tests.support.builders import Builders, await_build
 from tests.support.waiting import bounded
 
 MANY = 12
@@ -32,7 +32,7 @@ async def started(world: Builders) -> Builds:
     """A builder whose deployment is generation 1."""
     builds = world.builder()
     await builds.build(world.deployment("one"))
-    await ended(builds)
+    await await_build(builds)
     return builds
 
 

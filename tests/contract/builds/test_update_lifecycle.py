@@ -18,15 +18,15 @@ from loramux_shared.bundle.deployments import Identity, current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import StoreUnavailable
 from tests.contract.builds.test_turns import wish
-from tests.support.builders import Builders, ended
-from tests.support.folders import built
-from tests.support.stores.killed import DyingStore, Killed, copied
+from tests.support.builders import Builders, await_build
+from tests.support.folders import run_build
+from tests.support.stores.killed import DyingStore, Killed, copy_store
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[Builders]:
     made = Builders(tmp_path)
-    built(made.deployment("one"), made.context())
+    run_build(made.deployment("one"), made.context())
     yield made
     await made.close()
 
@@ -48,7 +48,7 @@ def test_an_update_killed_at_any_operation_is_made_once(world: Builders, after: 
     query, context = wish(world, "two", expected_generation=1), world.context()
     identity = Identity(("an id",))
     for dies_at in range(1, 60):
-        store = copied(world.store)
+        store = copy_store(world.store)
         mortal = DyingStore(store, dies_at, after=after)
         with suppress(Killed):
             update(query, replace(context, store=mortal), Progress(["two"]), identity)
@@ -102,5 +102,5 @@ async def test_the_commands(world: Builders) -> None:
         assert "REPO_NOT_FOUND" in missing
         assert "This machine has no such folder." in missing
         await builds.build(world.deployment("one", name="other"))
-        await ended(builds, "other")
+        await await_build(builds, "other")
         assert "which deployment? " in await run("push", two, code=1)

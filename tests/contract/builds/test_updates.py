@@ -31,8 +31,8 @@ from loramux_shared.deployment import Deployment, Repository, Runtime, SourceKin
 from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.status import fault_of
 from tests.golden.wild.shape import Shape
-from tests.support.builders import HOUR, Builders, Gated
-from tests.support.waiting import BOUND_S, Clock, ended, until
+from tests.support.builders import HOUR, Builders, GatedStore
+from tests.support.waiting import BOUND_S, Clock, result_of, until
 
 
 class World(Builders):
@@ -141,7 +141,7 @@ async def test_a_file_takes_a_name_that_was_pushed(world: World) -> None:
     assert "W_REPLACED" not in {each.code for each in done.adapters[1].warnings}
 
 
-class Overtaken(Gated):
+class Overtaken(GatedStore):
     """Another builder publishes generation 3 in the moment in which generation 2 is there."""
 
     def put(self, key: str, data: bytes | Path) -> None:
@@ -404,7 +404,7 @@ async def test_an_upload_that_is_cut_off_leaves_nothing(world: World) -> None:
         assert not upload.done()
     lock.open.set()
     with pytest.raises(asyncio.CancelledError):
-        await ended(upload, "the end of the upload")
+        await result_of(upload, "the end of the upload")
     assert world.uploads == []
 
 
@@ -415,10 +415,10 @@ async def test_an_upload_begins_in_time(world: World) -> None:
     await asyncio.sleep(0)
     wrong = places.put(uploaded(PushedChunk("", b"x")))
     with pytest.raises(faults.RequestInvalid, match="first message"):
-        await ended(wrong, "the refusal of a wrong message")
+        await result_of(wrong, "the refusal of a wrong message")
     clock.advance(pushes.UPLOAD_S)
     waited = asyncio.gather(*silent, return_exceptions=True)
-    for each in await ended(waited, "the end of silent uploads"):
+    for each in await result_of(waited, "the end of silent uploads"):
         assert isinstance(each, faults.ClientStalled)
 
 
@@ -456,7 +456,7 @@ async def test_a_key_that_pushes_much_leaves_room_for_another(world: World) -> N
 
     *busy, over, other = await asyncio.create_task(push_much())
     with pytest.raises(faults.QueueFull, match=f"this key has its share of {pushes.OPEN} places"):
-        await ended(over, "the refusal")
+        await result_of(over, "the refusal")
     await until(lambda: len(world.uploads) == pushes.OPEN, "the uploads that began")
     for each in (*busy, other):
         assert not each.done()

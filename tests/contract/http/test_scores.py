@@ -20,7 +20,7 @@ from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
 from tests.support.grpc_api import open_client
-from tests.support.openai_api import OpenAIApi, answer_of, close, open_api
+from tests.support.openai_api import OpenAIApi, answer_of, assert_close, open_api
 from tests.support.tiny import SIZES, World, make_adapter, make_checkpoint
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -110,12 +110,12 @@ async def test_scores_equal_transformers(made: tuple[World, MemoryStore], api: O
     """Scores of token ids, in chunks and beside an answer, are transformers' logits and label probabilities."""
     expected = logits(made[0], model, PROMPTS)
     raw = await answer_of(api, "/classify", model=model, input=PROMPTS, use_activation=False)
-    close([each["probs"] for each in raw["data"]], expected)
+    assert_close([each["probs"] for each in raw["data"]], expected)
     assert raw["usage"]["prompt_tokens"] == sum(map(len, PROMPTS))
     reported = await answer_of(api, "/v1/classify", model=model, input=PROMPTS)
     states = torch.from_numpy(expected)
     shares = torch.softmax(states, -1) if model == "topics" else torch.sigmoid(states)
-    close([each["probs"] for each in reported["data"]], shares.numpy())
+    assert_close([each["probs"] for each in reported["data"]], shares.numpy())
     names = NAMES if model == "topics" else ["LABEL_0"]
     assert [each["label"] for each in reported["data"]] == [names[best] for best in expected.argmax(-1)]
     assert {each["num_classes"] for each in reported["data"]} == {LABELS[model]}
@@ -131,7 +131,7 @@ async def test_documents_are_ranked_as_transformers_ranks_them(
     order = sorted(range(len(DOCUMENTS)), key=lambda index: (-expected[index], index))
     whole = await answer_of(api, "/v1/rerank", model="ranker", query="a cat", documents=DOCUMENTS)
     assert [each["index"] for each in whole["results"]] == order
-    close([each["relevance_score"] for each in whole["results"]], expected[order])
+    assert_close([each["relevance_score"] for each in whole["results"]], expected[order])
     assert [each["document"]["text"] for each in whole["results"]] == [DOCUMENTS[index] for index in order]
     objects = [{"text": document} for document in DOCUMENTS]
     few = await answer_of(
@@ -140,23 +140,23 @@ async def test_documents_are_ranked_as_transformers_ranks_them(
     assert [each["index"] for each in few["results"]] == order[:2]
     assert all("document" not in each for each in few["results"])
     one = await answer_of(api, "/score", model="ranker", text_1="a cat", text_2=DOCUMENTS)
-    close([each["score"] for each in one["data"]], expected)
+    assert_close([each["score"] for each in one["data"]], expected)
     both = await answer_of(
         api, "/v1/score", model="ranker", text_1=["a cat"] * 5, text_2=DOCUMENTS, use_activation=True
     )
-    close([each["score"] for each in both["data"]], 1 / (1 + np.exp(-expected)))
+    assert_close([each["score"] for each in both["data"]], 1 / (1 + np.exp(-expected)))
 
 
 async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], api: OpenAIApi) -> None:
     """Scores and probabilities of all labels, of ids and of pairs, are the same with the Python client."""
     async with open_client(api.ready) as client:
         found = await client.classify("topics", PROMPTS)
-        close([each.scores for each in found.texts], logits(made[0], "topics", PROMPTS))
+        assert_close([each.scores for each in found.texts], logits(made[0], "topics", PROMPTS))
         assert found.labels == tuple(NAMES)
-        close([sum(each.probabilities) for each in found.texts], [1.0] * len(PROMPTS))
+        assert_close([sum(each.probabilities) for each in found.texts], [1.0] * len(PROMPTS))
         pair, _ = api.ready.service.text.encode_pair(("a cat", "abc"), 256)
         [scored] = (await client.classify("ranker", [("a cat", "abc")])).texts
-        close(scored.scores, logits(made[0], "ranker", [pair])[0])
+        assert_close(scored.scores, logits(made[0], "ranker", [pair])[0])
         with pytest.raises(RequestInvalid, match="one that generates text"):
             await client.classify("plain", ["x"])
         with pytest.raises(RequestInvalid, match="one that classifies texts"):
@@ -187,7 +187,7 @@ async def test_who_makes_vectors_makes_nothing_else(made: tuple[World, MemorySto
         found = await answer_of(
             api, "/v1/embeddings", model="encoder", input=PROMPTS, pooling=pooling, normalize=False
         )
-        close([each["embedding"] for each in found["data"]], np.stack(expected))
+        assert_close([each["embedding"] for each in found["data"]], np.stack(expected))
     described = (await api.http.get("/v1/models/encoder")).json()
     assert (described["kinds"], described["num_labels"]) == (["lora", "encoder"], None)
     async with open_client(api.ready) as client:

@@ -22,7 +22,7 @@ from loramux_shared.rpc.server import RpcServer
 from tests.contract.rpc.raw_http2 import ASK_PING, CANCEL, GOAWAY, PING, RESET, call, connect, frame, hello
 from tests.contract.rpc.test_drain import apis as apis
 from tests.support.access import Certificates
-from tests.support.processes import few_descriptors as crowded
+from tests.support.processes.few_descriptors import serve_with_few_descriptors
 from tests.support.processes.forks import Forked
 from tests.support.raw_http import JSON, RawClient
 from tests.support.services.endless import BOUND, HEALTH, MODEL, EndlessApis
@@ -171,7 +171,7 @@ async def test_calls_that_are_reset_do_not_cancel_those_of_others(apis: EndlessA
 def test_idle_connections_do_not_stop_the_server(tmp_path: Path) -> None:
     """The endpoints answer with 256 descriptors and 300 idle connections, and the log stays short."""
     ours, theirs = multiprocessing.Pipe()
-    process = Forked(crowded.serves, 256, tmp_path / "log", theirs)
+    process = Forked(serve_with_few_descriptors, 256, tmp_path / "log", theirs)
     theirs.close()
     idle: list[socket.socket] = []
     try:

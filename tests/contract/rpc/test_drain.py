@@ -22,7 +22,7 @@ from loramux_shared.rpc.status import fault_of
 from loramux_shared.rpc.stopping import Stop, leave, shielded
 from tests.support.raw_http import JSON, RawClient
 from tests.support.services.endless import BOUND, MODEL, EndlessApis
-from tests.support.waiting import BOUND_S, Clock, ended, until
+from tests.support.waiting import BOUND_S, Clock, result_of, until
 
 HOUR, NEVER = 3600.0, 1e9
 WAIT = {"model": MODEL, "prompt": "WAIT"}
@@ -122,7 +122,7 @@ async def test_a_server_that_leaves_goes_on(apis: EndlessApis) -> None:
         assert (await anext(client.generate(MODEL, "WAIT"))).model == MODEL
         assert not leaving.done()
         clock.advance(HOUR)
-        await ended(leaving, "the end of the delay")
+        await result_of(leaving, "the end of the delay")
 
 
 async def test_a_server_that_breaks_does_not_wait_for_proxies() -> None:
@@ -142,7 +142,7 @@ async def test_a_server_that_breaks_does_not_wait_for_proxies() -> None:
         await watching.wait()
         assert not leaving.done()
         end()
-        await ended(leaving, "the end of the delay")
+        await result_of(leaving, "the end of the delay")
         await passes()
         assert not watching.is_set()
 
@@ -156,7 +156,7 @@ async def test_an_unfinished_body_does_not_hold_a_drain(apis: EndlessApis) -> No
     await passes()
     assert not draining.done()
     clock.advance(1)
-    assert await ended(draining, "the drain")
+    assert await result_of(draining, "the drain")
     assert await refusal_of(client) == REFUSED
 
 
@@ -177,7 +177,7 @@ async def test_an_unfinished_request_does_not_hold_a_drain(apis: EndlessApis) ->
         await passes()
         assert not asking.done()
         clock.advance(1)
-        assert await ended(draining, "the drain")
+        assert await result_of(draining, "the drain")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await asking
     assert isinstance(fault_of(caught.value), ShuttingDown)
@@ -256,4 +256,4 @@ async def test_a_grpc_server_stops_when_none_comes(tmp_path: Path) -> None:
             await refused()
         assert not draining.done()
         clock.advance(HOUR)
-        assert await ended(draining, "the drain")
+        assert await result_of(draining, "the drain")

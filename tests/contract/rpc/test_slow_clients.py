@@ -32,7 +32,7 @@ from tests.contract.rpc.raw_http2 import (
 from tests.support.access import keyring
 from tests.support.raw_http import JSON
 from tests.support.services.endless import BOUND, HEALTH, MODEL, EndlessApis
-from tests.support.waiting import BOUND_S, Clock, bounded, ended, until
+from tests.support.waiting import BOUND_S, Clock, bounded, result_of, until
 
 HOUR, NEVER = 3600.0, 1e9
 BODY = json.dumps({"model": MODEL, "prompt": "HI", "stream": True}).encode()
@@ -98,7 +98,7 @@ async def test_a_request_that_trickles_ends_at_its_limit(
         await apis.seen()
         assert not answer.done()
         clock.advance(0.4 * HOUR)
-    raw = await ended(answer, "the end of a slow connection")
+    raw = await result_of(answer, "the end of a slow connection")
     assert raw.startswith(b"HTTP/1.1 408") if status else raw == b""
     assert not status or b'"request_timeout"' in raw
     client.close()
@@ -236,7 +236,7 @@ async def test_a_grpc_client_that_does_not_read_is_given_up(apis: EndlessApis, c
         contextlib.aclosing(client.generate(MODEL, "WAIT")) as events,
     ):
         assert (await anext(events)).model == MODEL
-    assert await ended(apis.rpc.drain(NEVER), "the drain")
+    assert await result_of(apis.rpc.drain(NEVER), "the drain")
     writer.close()
 
 
@@ -250,7 +250,7 @@ async def test_a_grpc_client_that_did_not_take_the_first_message_gets_a_status(
     await apis.service.until(1)
     await given_up(apis, clock)
     writer.write(frame(WINDOW_UPDATE, 0, 1, struct.pack(">I", 1 << 20)))
-    kinds = await ended(until_ended(reader, 1), "the end of the call")
+    kinds = await result_of(until_ended(reader, 1), "the end of the call")
     assert kinds[0] == kinds[-1] == HEADERS
     assert DATA in kinds
     assert not caplog.records
@@ -275,7 +275,7 @@ async def test_a_grpc_request_that_does_not_come_is_refused(
         refused = asyncio.get_running_loop().create_future()
         if reason == "SHUTTING_DOWN":
             asyncio.get_running_loop().call_later(0, lambda: refused.set_result(apis.rpc._interceptor.drain()))
-            await ended(refused, "the begin of the drain")
+            await result_of(refused, "the begin of the drain")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await ended(reading, "the end of the call")
+            await result_of(reading, "the end of the call")
     assert fault_of(caught.value).reason == reason

@@ -24,7 +24,7 @@ from tests.support.cases import cases
 from tests.support.grammars import mask_of
 from tests.support.service import Service, open_service
 from tests.support.tiny import World
-from tests.support.waiting import BOUND_S, ended, until
+from tests.support.waiting import BOUND_S, result_of, until
 
 PROMPT = [5, 6, 7, 8]
 # A random model hardly ever closes a brace by itself.
@@ -194,7 +194,7 @@ async def test_constraints_are_compiled_once_and_off_the_loop(
     assert await ask(ready, "regex", "aa", max_tokens=5) == [("aa", EndReason.STOP)]
     assert not any(task.done() for task in tasks)
     go.set()
-    await ended(asyncio.gather(*tasks), "all requests")
+    await result_of(asyncio.gather(*tasks), "all requests")
     assert len({id(task.result().start) for task in tasks}) == 1
     assert len(requests) == 1
     assert threading.get_ident() not in requests

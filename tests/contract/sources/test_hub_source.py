@@ -17,7 +17,7 @@ from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from tests.support.adapters import write_adapter, write_base
-from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
+from tests.support.descriptors import cancel_after, expect_nothing_open, keep_fault
 from tests.support.hub import Hub, HubRepo, serve_hub
 
 COMMIT, OLD = "c" * 40, "0" * 40
@@ -232,15 +232,15 @@ def test_nothing_stays_open(hub, tmp_path, monkeypatch):
     hf = source(hub)
     resolved = hf.resolve(repo("org/large"))
     hf.fetch(resolved, ["large"], tmp_path / "warm")
-    with nothing_stays_open() as retained:
-        failing(lambda: hf.resolve(repo("org/absent")), retained)
-        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "a", cancelled_after(1 << 20)), retained)
-        failing(lambda: hf.digests(resolved, ["large"], cancelled_after(1 << 20)), retained)
+    with expect_nothing_open() as retained:
+        keep_fault(lambda: hf.resolve(repo("org/absent")), retained)
+        keep_fault(lambda: hf.fetch(resolved, ["large"], tmp_path / "a", cancel_after(1 << 20)), retained)
+        keep_fault(lambda: hf.digests(resolved, ["large"], cancel_after(1 << 20)), retained)
         hub.repos["org/large"].truncated = 99
-        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "b"), retained)
+        keep_fault(lambda: hf.fetch(resolved, ["large"], tmp_path / "b"), retained)
         hub.repos["org/large"].truncated = 0
         hub.repos["org/large"].files["large"] = b"changed"
-        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "c"), retained)
+        keep_fault(lambda: hf.fetch(resolved, ["large"], tmp_path / "c"), retained)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

@@ -26,7 +26,7 @@ from loramux_shared.storage.base import ObjectMissing, Store, bound_of, read_bou
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.s3 import PART_BYTES, S3Store
-from tests.support.http_server import served
+from tests.support.http_server import serve_http
 from tests.support.s3_gateway import S3Server, free_port
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -315,7 +315,7 @@ class _Answers(socketserver.StreamRequestHandler):
 @contextmanager
 def _answering(head: str, bodies: Callable[[int], Iterable[bytes]]) -> Iterator[tuple[type[_Answers], S3Store]]:
     handler = type("Handler", (_Answers,), {"head": head.encode(), "bodies": staticmethod(bodies)})
-    with served(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)) as address:
+    with serve_http(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)) as address:
         yield handler, S3Store("bucket", endpoint_url=f"http://{address}")
 
 

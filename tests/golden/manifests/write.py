@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.golden.hostile.exhibit import ROOT, entry, header
 from tests.support.adapters import ADAPTER_CONFIG, FEATURES, HIDDEN, INTERMEDIATE, LAYERS, key, write_base
-from tests.support.folders import built, deployment_of, workshop
+from tests.support.folders import context_of, deployment_of, run_build
 
 FOLDER = Path(__file__).parent
 Shapes = dict[str, tuple[int, int]]
@@ -50,7 +50,7 @@ def manifest(name: str) -> bytes:
         (folder / name / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG | config, sort_keys=True))
         (folder / name / "adapter_model.safetensors").write_bytes(_tensors(shapes))
         required = deployment_of(folder, name, name="golden", lora_configuration={"dtype": dtype})
-        found = json.loads(built(required, workshop(folder)).bundle(name).manifest.to_bytes())
+        found = json.loads(run_build(required, context_of(folder)).bundle(name).manifest.to_bytes())
     return (json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from loramux_shared.faults import StoreUnavailable
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.stores.killed import Killed, Through
+from tests.support.stores.killed import Killed, StoreProxy
 from tests.support.waiting import BOUND_S
 
 T = TypeVar("T")
@@ -158,7 +158,7 @@ class _Steps(selectors.SelectSelector):
 
 
 @dataclass
-class HostStore(Through):
+class HostStore(StoreProxy):
     """The store as one builder reaches it: a request has its turn, and may fail before or after it acts."""
 
     simulation: Simulation

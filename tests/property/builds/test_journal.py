@@ -34,7 +34,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.property.builds.simulation import Host, HostStore, Simulation, TimedStore
 from tests.support.builders import Builders
 from tests.support.examples import examples
-from tests.support.folders import built
+from tests.support.folders import run_build
 from tests.support.stores.killed import Killed
 
 HISTORIES = examples(40)
@@ -221,7 +221,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryStore, BuildC
     """A deployment with an adapter for each change that can come, all with one bundle."""
     world = Builders(tmp_path_factory.mktemp("journal"))
     context = world.context()
-    generation = built(world.deployment("one"), context).generation
+    generation = run_build(world.deployment("one"), context).generation
     record = generation.adapters["one"]
     pool = {
         f"v{number}": record.model_copy(

@@ -62,7 +62,7 @@ class Command:
 
 
 @contextmanager
-def running(folder: Path, *words: str, stdin: bool = True, **environment: str) -> Iterator[Command]:
+def start_command(folder: Path, *words: str, stdin: bool = True, **environment: str) -> Iterator[Command]:
     """Run a command, with stdin closed or empty until something is written there; it is killed afterwards."""
     reading, writing = os.pipe()
     files = [os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "errors")]

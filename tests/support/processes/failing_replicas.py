@@ -15,10 +15,10 @@ from inference_service.adapters.reading import BundleReader
 from inference_service.core.sequence import Batch
 from inference_service.engine.runner import Pending, Runner
 from loramux_shared.storage.local import LocalStore
-from tests.support.stores.bundles import FakePacked, Loaded, load, settle
+from tests.support.stores.bundles import FakePacked, Loaded, await_disk, load
 
 
-def dies_at_a_touch(number: int, cache: Path, store: Path, limit: int, digests: Sequence[str]) -> None:
+def load_until_killed(number: int, cache: Path, store: Path, limit: int, digests: Sequence[str]) -> None:
     """Load bundles, the first twice, and be killed at the n-th touch of the cache, if it comes."""
     touched = 0
 
@@ -33,11 +33,11 @@ def dies_at_a_touch(number: int, cache: Path, store: Path, limit: int, digests: 
     sys.addaudithook(hook)
     for digest in (*digests, digests[0]):
         load(loader, digest)
-        settle(loader)
+        await_disk(loader)
     os._exit(0)
 
 
-def fills(limit: int, cache: Path, store: Path, digests: Sequence[str], text: Connection) -> None:
+def load_on_full_disk(limit: int, cache: Path, store: Path, digests: Sequence[str], text: Connection) -> None:
     """Load bundles where no file may have more bytes, and say so."""
     os.dup2(text.fileno(), 1)
     os.dup2(text.fileno(), 2)
@@ -46,11 +46,11 @@ def fills(limit: int, cache: Path, store: Path, digests: Sequence[str], text: Co
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     for digest in digests:
         assert isinstance(load(loader, digest), Loaded)
-        settle(loader)
+        await_disk(loader)
     loader.close()
 
 
-def steps_hang() -> None:
+def hang_steps() -> None:
     """Let the steps of requests, not those of a start, wait for an event that never happens."""
     submit = Runner.submit
 

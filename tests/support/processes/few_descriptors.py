@@ -11,7 +11,7 @@ from loramux_shared.process import log_to_stderr, raise_limit
 from tests.support.services.endless import Endless, apis_of
 
 
-def serves(limit: int, log: Path, peer: Connection) -> None:
+def serve_with_few_descriptors(limit: int, log: Path, peer: Connection) -> None:
     """Serve until killed, with so many descriptors; tells the other end its addresses."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     log_to_stderr("json")

@@ -19,7 +19,7 @@ def flags_of(world: World, *flags: str) -> list[str]:
 
 
 @contextmanager
-def serving(
+def run_inference(
     world: World, folder: Path, before: Callable[[], None] | None = None, **settings: str
 ) -> Iterator[tuple[Forked, dict[str, Any]]]:
     """Run the service, after a function of a module if given; yields it and its start line."""

@@ -26,7 +26,7 @@ class Up:
 
 
 @contextmanager
-def up(folder: Path, file: Path | None = None, *flags: str) -> Iterator[Up]:
+def run_up(folder: Path, file: Path | None = None, *flags: str) -> Iterator[Up]:
     """Run the command on a deployment file, or the demo's, on free ports until it is ready; end it then."""
     if file is None:
         from tests.e2e.real import EXAMPLES, deployment  # imports transformers

@@ -16,7 +16,7 @@ from loramux_shared.faults import Fault, StoreUnavailable
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
-from tests.support.folders import built, deployment_of, workshop
+from tests.support.folders import context_of, deployment_of, run_build
 from tests.support.waiting import BOUND_S, wait_until
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -29,7 +29,9 @@ def build_bundles(store: Store, folder: Path, count: int = 1, name: str = "tiny"
     for seed, each in enumerate(names):
         write_adapter(folder / each, tensors(seed=seed))
     (folder / "a0" / "chat_template.jinja").write_text(TEMPLATE)
-    adapters = built(deployment_of(folder, *names, name=name), workshop(folder, store)).generation.adapters
+    adapters = run_build(
+        deployment_of(folder, *names, name=name), context_of(folder, store)
+    ).generation.adapters
     return [adapters[each].digest for each in names]
 
 
@@ -50,16 +52,16 @@ class Loaded:
     """Tier where it was found."""
 
 
-def flipped(data: bytes) -> bytes:
+def flip_bit(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
 
 
 def load(loader: AdapterLoader, digest: str, timeout_s: float = BOUND_S) -> Loaded | Fault:
-    return waiting(loader, digest)(timeout_s)
+    return begin_load(loader, digest)(timeout_s)
 
 
-def waiting(loader: AdapterLoader, digest: str, invocation=()) -> Callable[..., Loaded | Fault]:
+def begin_load(loader: AdapterLoader, digest: str, invocation=()) -> Callable[..., Loaded | Fault]:
     """Begin to load an adapter; the returned function waits for the outcome."""
     outcomes: SimpleQueue[Loaded | Fault] = SimpleQueue()
 
@@ -70,13 +72,13 @@ def waiting(loader: AdapterLoader, digest: str, invocation=()) -> Callable[..., 
     return lambda timeout_s=BOUND_S: outcomes.get(timeout=timeout_s)
 
 
-def settle(loader: AdapterLoader) -> None:
+def await_disk(loader: AdapterLoader) -> None:
     """Wait until the loaded bundle is on the disk too, as the write runs beside the load."""
     room = loader._reader._room
     wait_until(lambda: room._free == room._size, "bundles that are kept", lambda: room._free)
 
 
-class Unsteady(MemoryStore):
+class UnsteadyStore(MemoryStore):
     """A store in memory that can be slow or unreachable, and counts its readers."""
 
     def __init__(self) -> None:
@@ -91,8 +93,8 @@ class Unsteady(MemoryStore):
         self.under_way = 0
         self._lock = threading.Lock()
 
-    def copied(self) -> Unsteady:
-        other = Unsteady()
+    def copied(self) -> UnsteadyStore:
+        other = UnsteadyStore()
         other.objects.update(self.objects)
         other.digests = list(self.digests)
         return other

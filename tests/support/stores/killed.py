@@ -13,14 +13,14 @@ class Killed(BaseException):
     """The end of the process."""
 
 
-def copied(store: MemoryStore) -> MemoryStore:
+def copy_store(store: MemoryStore) -> MemoryStore:
     """Return a store with the same objects, all of them put long ago."""
     made = MemoryStore()
     made.objects.update(store.objects)
     return made
 
 
-class Through:
+class StoreProxy:
     """A store whose operations all go through `act`, which does them or does not."""
 
     def __init__(self, store: MemoryStore) -> None:
@@ -37,7 +37,7 @@ def _whole(found: Any) -> Any:
     return iter([*found]) if isinstance(found, Iterator) else found
 
 
-class DyingStore(Through):
+class DyingStore(StoreProxy):
     """A store whose user dies at its n-th operation: before it took effect, or after, without an answer."""
 
     def __init__(self, store: MemoryStore, dies_at: int = 0, *, after: bool = False) -> None:

@@ -12,7 +12,7 @@ from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.shares import Shares, is_in_share
 from loramux_shared.faults import Fault, QueueFull
 from tests.support.access import lines, new_entry
-from tests.support.waiting import ended, until
+from tests.support.waiting import result_of, until
 
 
 @given(places=st.integers(1, 100), keys=st.integers(1, 20))
@@ -80,7 +80,7 @@ async def test_a_place_that_comes_free_goes_to_a_key_with_a_share_left() -> None
     await until(lambda: order[2:] == ["c1"], "the next key's turn", lambda: order)
     for each in done.values():
         each.set()
-    await ended(asyncio.gather(*tasks.values(), return_exceptions=True), "all")
+    await result_of(asyncio.gather(*tasks.values(), return_exceptions=True), "all")
     assert (order[3:], shares.taken) == (["a3"], 0)
 
 
@@ -113,7 +113,7 @@ async def test_one_key_does_not_hold_all_open_requests() -> None:
         await until(lambda: len(answered) == len(calls), "all calls", lambda: answered)  # noqa: B023 - awaited
         assert answered == expected
         go.set()
-        await ended(asyncio.gather(*calls), "the answers")
+        await result_of(asyncio.gather(*calls), "the answers")
         go.clear()
         answered.clear()
 

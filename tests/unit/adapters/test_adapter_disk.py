@@ -14,7 +14,7 @@ from inference_service.adapters.reading import BundleReader, Tier
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import files_of, parse_manifest
 from loramux_shared.process import YOUNG_S
-from tests.support.stores.bundles import flipped
+from tests.support.stores.bundles import flip_bit
 from tests.unit.adapters.test_adapter_loader import built as built, store as store
 
 FILES = (MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja")
@@ -67,7 +67,7 @@ def test_a_damaged_file_is_found_and_the_bundle_fetched_again(
     data = path.read_bytes()
     path.unlink()
     if damage == "flipped":
-        path.write_bytes(flipped(data))
+        path.write_bytes(flip_bit(data))
     elif damage == "short":
         path.write_bytes(data[:-1])
     elif damage == "long":

@@ -22,14 +22,14 @@ from tests.support.stores.bundles import (
     TEMPLATE,
     FakePacked,
     Loaded,
-    Unsteady,
+    UnsteadyStore,
+    begin_load,
     build_bundles,
-    flipped,
+    flip_bit,
     load,
-    waiting,
 )
 from tests.support.tokens import VOCAB, write_tokenizer
-from tests.support.waiting import BOUND_S, ended, until, wait_until
+from tests.support.waiting import BOUND_S, result_of, until, wait_until
 
 COUNT = 4
 
@@ -37,7 +37,7 @@ COUNT = 4
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A store with a few bundles, which no test changes."""
-    store = Unsteady()
+    store = UnsteadyStore()
     store.digests = build_bundles(store, tmp_path_factory.mktemp("inputs"), COUNT)
     return store
 
@@ -66,7 +66,7 @@ def test_loads_of_one_digest_at_once_are_one(store, make):
     """All callers of a digest get the result of one read of the store; a later caller causes another load."""
     store.gate.clear()
     loader, digest = make(), store.digests[0]
-    outcomes = [waiting(loader, digest) for _ in range(8)]
+    outcomes = [begin_load(loader, digest) for _ in range(8)]
     store.gate.set()
     packed = {id(outcome().packed) for outcome in outcomes}
     assert len(packed) == 1
@@ -78,7 +78,7 @@ def test_loads_of_one_digest_at_once_are_one(store, make):
 
 def test_a_bundle_that_acts_from_other_tokens_than_its_generation_says_is_refused(store, make):
     """A bundle with other invocation tokens than its generation is refused, as requests have matched those."""
-    outcome = waiting(make(), store.digests[0], (5, 6))()
+    outcome = begin_load(make(), store.digests[0], (5, 6))()
     assert isinstance(outcome, faults.BundleCorrupt)
     assert "invocation_tokens [5, 6] as the generation says, found []" in outcome.message
 
@@ -137,10 +137,10 @@ def test_damage_after_a_load_is_never_served(store, make, tmp_path, name, cached
     if cached:
         wait_until((folder / digest).exists, "the copy on the disk")
     right = store.objects[key]
-    store.objects[key] = flipped(right)
+    store.objects[key] = flip_bit(right)
     if cached:
         assert load(loader, digest).tier is Tier.DISK
-        (folder / digest / name).write_bytes(flipped(right))
+        (folder / digest / name).write_bytes(flip_bit(right))
     assert type(load(loader, digest)) is faults.BundleCorrupt
     store.objects[key] = right
     again = load(loader, digest)
@@ -159,7 +159,7 @@ def test_urgent_work_goes_before_packing_that_waits(store, make):
         return FakePacked(bundle)
 
     loader = make(pack)
-    loads = [waiting(loader, digest) for digest in store.digests]
+    loads = [begin_load(loader, digest) for digest in store.digests]
     assert begun.wait(BOUND_S)
     wait_until(lambda: loader._work._queue.qsize() == COUNT - 1, "bundles that wait to be packed")
     outcomes = SimpleQueue()
@@ -175,7 +175,7 @@ def test_a_callback_that_raises_blocks_no_other(store, make):
     store.gate.clear()
     loader, digest = make(), store.digests[0]
     loader.load(Adapter(digest), lambda *_: 1 / 0)
-    outcome = waiting(loader, digest)
+    outcome = begin_load(loader, digest)
     store.gate.set()
     assert isinstance(outcome(), Loaded)
     assert isinstance(load(loader, store.digests[1]), Loaded)
@@ -191,10 +191,10 @@ def test_whatever_waits_at_the_end_is_reported(store, make):
         return FakePacked(bundle)
 
     loader = make(pack)
-    first = waiting(loader, store.digests[0])
+    first = begin_load(loader, store.digests[0])
     assert packing.wait(BOUND_S)
     store.gate.clear()
-    outcomes = [waiting(loader, f"{number:064x}") for number in range(3 * LOADS)]
+    outcomes = [begin_load(loader, f"{number:064x}") for number in range(3 * LOADS)]
     wait_until(lambda: store.under_way == LOADS - 1, "loads that read", lambda: store.under_way)
     worked = SimpleQueue()
     loader.run(lambda: 1, worked.put)
@@ -278,7 +278,7 @@ async def test_texts_do_not_wait_for_weights(store, texts):
     asking = [asyncio.create_task(texts.defaults(digest, "a0")) for _ in range(5)]
     await until(lambda: store.under_way, "a reading")
     store.gate.set()
-    several = await ended(asyncio.gather(*asking), "all who ask")
+    several = await result_of(asyncio.gather(*asking), "all who ask")
     assert all(defaults is several[0] for defaults in several)
     assert several[0].template is not None
     assert store.asked == [bundle_key(digest, name) for name in (MANIFEST_FILE, "chat_template.jinja")]
@@ -296,7 +296,7 @@ async def test_texts_that_fail_are_read_again(store, texts):
     gone.cancel()
     store.gate.set()
     with pytest.raises(faults.StoreUnavailable):
-        await ended(stays, "the other caller")
+        await result_of(stays, "the other caller")
     store.away = False
     assert (await texts.defaults(digest, "a0")).template is not None
 

@@ -15,13 +15,13 @@ from inference_service.rpc.builder import BuilderPublisher
 from loramux_shared import faults
 from loramux_shared.access.keys import ACCESS, Access, Scope
 from tests.support.cases import cases
-from tests.support.services.operators import digest_of, generation, operated
+from tests.support.services.managed_replica import digest_of, generation, managed_replica
 
 
 def test_pages_give_every_name_once_and_look_at_no_other() -> None:
     """A page of ten looks at ten of 2,500 names; all pages together are all names in their order."""
     names = [f"lora-{number:05}" for number in range(2_500)]
-    replica = operated(names)
+    replica = managed_replica(names)
     page = replica.manager.list(limit=10)
     assert [each.name for each in page.adapters] == names[:10]
     assert replica.residency.looked_at == 10
@@ -39,7 +39,7 @@ def test_pages_give_every_name_once_and_look_at_no_other() -> None:
 
 def test_a_key_of_some_models_sees_those() -> None:
     """A limit to models holds for an admin key too, and its pages are full."""
-    replica = operated(["a", "b", "c", "d"])
+    replica = managed_replica(["a", "b", "c", "d"])
     token = ACCESS.set(Access("k", frozenset({Scope.ADMIN}), frozenset({"b", "d"})))
     try:
         page = replica.manager.list(limit=2)
@@ -53,12 +53,12 @@ def test_a_key_of_some_models_sees_those() -> None:
 def test_the_base_is_no_adapter() -> None:
     """A pin of the base is refused by name."""
     with pytest.raises(faults.RequestInvalid, match="'base' is the base; expected the name of an adapter"):
-        operated().manager.pin("base")
+        managed_replica().manager.pin("base")
 
 
 def test_a_pin_follows_its_name() -> None:
     """The new version is pinned before the old one is let go; unpinning lets the present one go."""
-    replica = operated()
+    replica = managed_replica()
     replica.manager.pin("one")
     replica.adapters.apply(generation(2, {"one": 11, "two": 2}))
     replica.manager.unpin("one")
@@ -69,7 +69,7 @@ def test_a_pin_follows_its_name() -> None:
 
 def test_names_of_one_version_share_its_pin() -> None:
     """A version stays pinned until its last pinned name is unpinned."""
-    replica = operated({"a": 1, "b": 1})
+    replica = managed_replica({"a": 1, "b": 1})
     for name in ("a", "b"):
         replica.manager.pin(name)
     replica.manager.unpin("a")
@@ -80,7 +80,7 @@ def test_names_of_one_version_share_its_pin() -> None:
 
 def test_the_successor_of_a_resident_version_is_brought_in() -> None:
     """A new version of a resident adapter is prefetched, and both digests are reported."""
-    replica = operated()
+    replica = managed_replica()
     replica.residency.hold(replica.adapter("one"))
     replica.adapters.apply(generation(2, {"one": 11, "two": 12}))
     assert replica.residency.calls == [("prefetch", "b")]
@@ -91,7 +91,7 @@ def test_the_successor_of_a_resident_version_is_brought_in() -> None:
 
 def test_a_removed_name_leaves_unless_another_stands_for_its_version() -> None:
     """A version without a name may leave at once; its pin is forgotten."""
-    replica = operated({"a": 1, "b": 1, "c": 3})
+    replica = managed_replica({"a": 1, "b": 1, "c": 3})
     replica.manager.pin("a")
     replica.manager.pin("c")
     replica.adapters.apply(generation(2, {"b": 1}))
@@ -101,7 +101,7 @@ def test_a_removed_name_leaves_unless_another_stands_for_its_version() -> None:
 
 async def test_a_new_name_that_others_took_meanwhile_is_taken() -> None:
     """Another replica's load of the name wins; another's of another name is no matter."""
-    replica = operated()
+    replica = managed_replica()
     replica.deployment.racing = [{"one": 1, "two": 2, "other": 9}]
     await replica.manager.load("three", "org/three")
     assert set(replica.deployment.newest.adapters) == {"one", "two", "three", "other"}
@@ -114,7 +114,7 @@ async def test_a_new_name_that_others_took_meanwhile_is_taken() -> None:
 async def test_without_a_builder_only_bundles_are_loaded() -> None:
     """The answer says that bundles are in this replica alone; a generation that has the name takes it over."""
     digest = digest_of(77)
-    replica = operated(builder=False, bundles=(digest,))
+    replica = managed_replica(builder=False, bundles=(digest,))
     for attempt in (
         replica.manager.load("three", "org/three"),
         replica.manager.unload("one"),
@@ -140,7 +140,7 @@ async def test_without_a_builder_only_bundles_are_loaded() -> None:
 async def test_a_bundle_of_this_replica_obeys_the_rules_of_names() -> None:
     """A bundle of a replica cannot have an alias's name, and is dropped when a generation has its name."""
     digest = digest_of(77)
-    replica = operated(bundles=(digest,))
+    replica = managed_replica(bundles=(digest,))
     started = replica.deployment.newest.model_copy(update={"aliases": {"al": {"one": 1}}})
     replica.adapters.apply(started)
     for name, found in (("al", "alias al"), ("AL", "alias al"), ("One", "adapter one"), ("a*2", "'a*2'")):
@@ -161,7 +161,7 @@ async def test_a_bundle_of_this_replica_obeys_the_rules_of_names() -> None:
 async def test_what_is_unloaded_is_gone_when_it_returns() -> None:
     """An unload goes through the builder for an adapter of a generation, else ends on this replica."""
     digest = digest_of(77)
-    replica = operated(bundles=(digest,))
+    replica = managed_replica(bundles=(digest,))
     assert await replica.manager.unload("one") == 2
     await replica.manager.load("mine", f"bundle:{digest}")
     assert await replica.manager.unload("mine") is None
@@ -187,7 +187,7 @@ async def test_a_fixed_replica_serves_what_it_has() -> None:
 
 async def test_a_replica_that_cannot_catch_up_says_so() -> None:
     """A change that was published and is not served here is no success."""
-    replica = operated()
+    replica = managed_replica()
 
     async def nothing(name: str) -> int:
         return 99

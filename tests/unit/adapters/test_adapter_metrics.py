@@ -13,7 +13,7 @@ from inference_service.serving.telemetry import model_series
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import following
 from tests.support.metrics import Scrape
-from tests.support.services.operators import Operated, operated
+from tests.support.services.managed_replica import ManagedReplica, managed_replica
 
 STATS = EngineStats(0, 0, 6, 8, 16, 4, 0, 10, 5, 0)
 COUNTED = model_series.Counted("loramux_asked", "Asked.", "outcome")
@@ -21,7 +21,7 @@ TOOK = model_series.Timed("loramux_took_seconds", "Took.", (0.1, 1.0))
 
 
 def metrics_of(
-    replica: Operated, counts: SequenceCounts | None = None, most: int = model_series.MOST
+    replica: ManagedReplica, counts: SequenceCounts | None = None, most: int = model_series.MOST
 ) -> Metrics:
     counts = counts or SequenceCounts({}, {})
     engine = cast(EngineThread, SimpleNamespace(stats=STATS, sequence_counts=counts))
@@ -47,7 +47,7 @@ def scrape(series: model_series.ModelSeries) -> Scrape:
 
 def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
     """A scrape of 1,000 used models has the counters of as many as are set, and the sum of the others."""
-    replica = operated([f"customer-support-{number:05}" for number in range(1000)])
+    replica = managed_replica([f"customer-support-{number:05}" for number in range(1000)])
     metrics = metrics_of(replica, most=20)
     for number, model in enumerate(replica.names.everything[1:]):
         assert model.adapter is not None

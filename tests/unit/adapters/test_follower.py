@@ -15,8 +15,8 @@ from loramux_shared.deployment import Dtype, Merge, Repository, SourceKind
 from loramux_shared.faults import ReplicaBehind, ResourcesExhausted
 from tests.support import generations
 from tests.support.generations import record
-from tests.support.stores.bundles import Unsteady
-from tests.support.waiting import ended, until
+from tests.support.stores.bundles import UnsteadyStore
+from tests.support.waiting import result_of, until
 
 HOUR_S = 3600.0
 
@@ -39,7 +39,7 @@ def _read_again_at_once(monkeypatch):
 
 @pytest.fixture
 def store():
-    store = Unsteady()
+    store = UnsteadyStore()
     publish_generation(store, generation("one"))
     store.asked.clear()
     return store
@@ -66,7 +66,7 @@ class Replica:
         """Look at the store, for a generation that never comes."""
         for _ in range(times):
             with suppress(ReplicaBehind):
-                await ended(self.follower.catch_up(10**9), "a look")
+                await result_of(self.follower.catch_up(10**9), "a look")
 
     @property
     def numbers(self):
@@ -199,7 +199,7 @@ async def test_who_joins_a_look_that_began_too_early_gets_another(store, held):
     late = asyncio.create_task(held.follower.catch_up(2))
     await asyncio.sleep(0)
     store.gate.set()
-    await ended(late, "the second look")
+    await result_of(late, "the second look")
     assert held.numbers == [2]
 
 
@@ -230,14 +230,14 @@ async def test_a_caller_who_leaves_ends_no_look_of_others(store, held):
     held.first.cancel()
     await asyncio.sleep(0)
     store.gate.set()
-    await ended(stays, "the request that stays")
+    await result_of(stays, "the request that stays")
     assert held.follower.standing.generation == 2
 
 
 async def test_a_replica_that_follows_nothing_says_so(store):
     """A replica with interval 0 reads nothing, and a request for a newer generation goes to another replica."""
     async with Replica(store, interval_s=0.0) as replica:
-        await ended(replica.task, "a follower of nothing")
+        await result_of(replica.task, "a follower of nothing")
         publish_generation(store, generation("one", "two"))
         with pytest.raises(ReplicaBehind, match="follows no deployment"):
             await replica.follower.catch_up(2)

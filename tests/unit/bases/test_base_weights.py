@@ -27,7 +27,7 @@ from loramux_shared.storage.open import open_store
 from tests.support.adapters import write_adapter, write_base
 from tests.support.cases import cases
 from tests.support.examples import examples
-from tests.support.folders import deployment_of, workshop
+from tests.support.folders import context_of, deployment_of
 from tests.support.hub_configs import HUB_CONFIGS
 from tests.support.processes.forks import Forked
 from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, run_engine
@@ -192,7 +192,7 @@ def test_builder_and_replica_refuse_a_base_with_the_same_words(tmp_path: Path, n
     write_adapter(tmp_path / "one")
     with pytest.raises(CheckpointInvalid) as refused:
         read_config(tmp_path / "base", 48)
-    wish, context = deployment_of(tmp_path, "one", max_seq_len=48), workshop(tmp_path)
+    wish, context = deployment_of(tmp_path, "one", max_seq_len=48), context_of(tmp_path)
     with pytest.raises(CheckpointInvalid) as checked:
         check_one(wish, context, Progress(["one"]))
     with pytest.raises(CheckpointInvalid) as built:

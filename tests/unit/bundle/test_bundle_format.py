@@ -38,7 +38,7 @@ from loramux_shared.runtime import Limits
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter, write_base
 from tests.support.cases import cases
-from tests.support.folders import built, deployment_of, workshop
+from tests.support.folders import context_of, deployment_of, run_build
 from tests.support.root import ROOT
 
 PAGE = (ROOT / "docs" / "reference" / "bundle-format.md").read_text(encoding="utf-8")
@@ -106,7 +106,7 @@ def published(folder: Path, dtype: str, weights: Tensors | None = None, **config
     if weights:
         save_file(weights, folder / "base" / "model.safetensors")
     required = deployment_of(folder, "one", name="page", lora_configuration={"dtype": dtype})
-    built(required, workshop(folder, LocalStore(folder / "store")))
+    run_build(required, context_of(folder, LocalStore(folder / "store")))
     return folder / "store"
 
 

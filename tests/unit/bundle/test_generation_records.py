@@ -16,7 +16,7 @@ from loramux_shared.faults import BundleCorrupt, RecordTooLarge
 from loramux_shared.storage.base import bound_of
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import write_adapter, write_base
-from tests.support.folders import built, deployment_of, workshop
+from tests.support.folders import context_of, deployment_of, run_build
 
 OLD = (
     '{"adapters":{"one":{"digest":"' + "a" * 64 + '","source":{"repo":"org/one","revision":"r",'
@@ -113,7 +113,7 @@ def store(tmp_path):
     store = MemoryStore()
     write_base(tmp_path / "base")
     write_adapter(tmp_path / "one")
-    built(deployment_of(tmp_path, "one"), workshop(tmp_path, store))
+    run_build(deployment_of(tmp_path, "one"), context_of(tmp_path, store))
     return store
 
 

@@ -27,7 +27,7 @@ from loramux_shared import faults, process
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.status import CallFailed
 from tests.support.cases import cases
-from tests.support.http_server import served
+from tests.support.http_server import serve_http
 from tests.support.processes.commands import run
 from tests.support.processes.forks import command_line
 from tests.support.root import ROOT
@@ -51,7 +51,7 @@ def test_what_people_type_otherwise(typed: list[str], meant: list[str]) -> None:
 
 def test_an_http_api_where_grpc_was_meant() -> None:
     """A server of HTTP/1 behind ``--grpc``, and an address with http://, are recognised."""
-    with served(ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)) as address:
+    with serve_http(ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)) as address:
         code, _, errors = run("models", "--grpc", address)
         assert code == 3
         assert f"no answer from {address}: it does not speak gRPC. If that is the HTTP port" in errors

@@ -21,7 +21,7 @@ from tests.support.access import keyring
 from tests.support.processes.commands import run
 from tests.support.servers import ANY_PORT, serve
 from tests.support.services.fake_grpc import FakeInference, Fakes, open_fakes
-from tests.support.services.operators import operated
+from tests.support.services.managed_replica import managed_replica
 from tests.support.waiting import in_thread
 
 
@@ -77,7 +77,7 @@ KEYS, RING = keyring("infer", "admin")
 
 def test_models_say_where_they_are() -> None:
     """The places are for keys that may see them; another key gets the list alone."""
-    replica = operated(["lora1", "lora2"])
+    replica = managed_replica(["lora1", "lora2"])
     replica.residency.hold(replica.adapter("lora1"))
     replica.manager.pin("lora1")
     add: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server

@@ -17,7 +17,7 @@ from inference_service.kernels.sampling.host import REACH
 from inference_service.kernels.sampling.reference import distribution
 from inference_service.serving.terms import completing
 from tests.support.examples import examples
-from tests.support.grammars import only
+from tests.support.grammars import allow_only
 from tests.support.tiny import VOCAB
 
 
@@ -104,8 +104,8 @@ def test_presence_and_frequency_are_of_the_answer_alone() -> None:
 def test_a_grammar_comes_before_min_tokens() -> None:
     """A stop token that the grammar alone leaves is drawn for any length of the answer."""
     ends: dict[str, Any] = {"min_tokens": 5, "stop_token_ids": frozenset([9])}
-    assert sample(logits(4), [seq([1], grammar=only(9), **ends)])[0].id == 9
-    assert sample(logits(4), [seq([1], grammar=only(9, 11), **ends)])[0].id == 11
+    assert sample(logits(4), [seq([1], grammar=allow_only(9), **ends)])[0].id == 9
+    assert sample(logits(4), [seq([1], grammar=allow_only(9, 11), **ends)])[0].id == 11
 
 
 @settings(max_examples=examples(60))
@@ -126,6 +126,6 @@ def test_hopeless_logits_still_give_a_token(kind: str, temperature: float) -> No
     """A row without any likely token still gives one of the vocabulary."""
     model = torch.full((1, VOCAB), -torch.inf) if kind == "infinite" else logits(5)
     bias = dict.fromkeys(range(VOCAB), -100.0) if kind == "bias" else {}
-    grammar = only() if kind == "nothing allowed" else None
+    grammar = allow_only() if kind == "nothing allowed" else None
     made = seq([1], grammar=grammar, temperature=temperature, logit_bias=bias, top_p=0.5, top_k=3, min_p=0.1)
     assert 0 <= sample(model, [made])[0].id < VOCAB

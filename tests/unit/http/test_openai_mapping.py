@@ -27,7 +27,7 @@ from tests.golden.openai.script import Case, Scripted
 from tests.support.cases import cases
 from tests.support.family_templates import FAMILIES
 from tests.support.generations import change_deployed
-from tests.support.readings import Collected, collected
+from tests.support.readings import Collected, merge_pieces
 from tests.support.tokens import VOCAB, write_tokenizer
 
 
@@ -145,7 +145,7 @@ async def ask(service: Speaks, **fields: Any) -> Collected:
     async for event in Conversation(service, chat_of(body)).events():
         if isinstance(event, AnswerPart):
             pieces += event.pieces
-    return collected(pieces)
+    return merge_pieces(pieces)
 
 
 async def test_an_answer_goes_on_thinking_where_the_prompt_began(tmp_path: Path) -> None:

@@ -24,22 +24,22 @@ from loramux_shared.storage.patient import PatientStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.cases import cases
 from tests.support.clock import OwnTime
-from tests.support.folders import built, deployment_of, local, workshop
+from tests.support.folders import context_of, deployment_of, local_source, run_build
 
 
 @pytest.fixture
 def context(tmp_path):
     """A workshop over an empty store."""
     write_base(tmp_path / "base")
-    return workshop(tmp_path)
+    return context_of(tmp_path)
 
 
 def test_the_same_adapter_has_the_same_digest_from_anywhere(tmp_path, context):
     """The digest follows from the adapter's bytes and the settings, not from where the adapter was."""
     write_adapter(tmp_path / "one")
     write_adapter(tmp_path / "deep" / "two")
-    adapters = {"one": local(tmp_path / "one"), "two": local(tmp_path / "deep" / "two")}
-    records = built(deployment_of(tmp_path, lora_adapters=adapters), context).generation.adapters
+    adapters = {"one": local_source(tmp_path / "one"), "two": local_source(tmp_path / "deep" / "two")}
+    records = run_build(deployment_of(tmp_path, lora_adapters=adapters), context).generation.adapters
     assert records["one"].digest == records["two"].digest
     assert records["one"].source != records["two"].source
 
@@ -49,7 +49,7 @@ def test_storage_type(tmp_path, context, provided, config, expected):
     """Bundles have the type that was asked for, else the base's, else bfloat16."""
     write_base(tmp_path / "base", **config)
     write_adapter(tmp_path / "one")
-    generation = built(
+    generation = run_build(
         deployment_of(tmp_path, "one", lora_configuration={"dtype": provided}), context
     ).generation
     assert generation.lora_dtype == expected
@@ -61,25 +61,25 @@ def test_local_folders_need_a_root(tmp_path, context):
     outside = write_adapter(tmp_path.parent / f"{tmp_path.name}-outside")
     (tmp_path / "link").symlink_to(outside)
     with pytest.raises(faults.SourceRefused, match=r"adapter 'link': LOCAL .* not below a folder"):
-        built(deployment_of(tmp_path, "link"), context)
+        run_build(deployment_of(tmp_path, "link"), context)
     write_adapter(tmp_path / "one")
     (tmp_path / "one" / "adapter_model.safetensors").unlink()
     (tmp_path / "one" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     with pytest.raises(faults.SourceRefused, match="not below a folder"):
-        built(deployment_of(tmp_path, "one"), context)
+        run_build(deployment_of(tmp_path, "one"), context)
 
 
 def test_a_pinned_local_adapter_may_not_change(tmp_path, context):
     """A content digest as revision of a LOCAL repository holds it to that content."""
     write_adapter(tmp_path / "one")
-    found = built(deployment_of(tmp_path, "one"), context).generation.adapters["one"].source
+    found = run_build(deployment_of(tmp_path, "one"), context).generation.adapters["one"].source
     expected = deployment_of(
-        tmp_path, lora_adapters={"one": local(tmp_path / "one") | {"revision": found.revision}}
+        tmp_path, lora_adapters={"one": local_source(tmp_path / "one") | {"revision": found.revision}}
     )
-    assert built(expected, context).generation.adapters["one"].source == found
+    assert run_build(expected, context).generation.adapters["one"].source == found
     write_adapter(tmp_path / "one", tensors(seed=1))
     with pytest.raises(faults.RevisionNotFound, match="expected content"):
-        built(expected, context)
+        run_build(expected, context)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
@@ -87,7 +87,7 @@ def test_a_base_that_is_none(tmp_path, context, missing):
     """A base without config or weights is named before any adapter is fetched."""
     (tmp_path / "base" / missing).unlink()
     with pytest.raises(faults.CheckpointInvalid, match=f"base checkpoint: .*expected {missing}"):
-        built(deployment_of(tmp_path), context)
+        run_build(deployment_of(tmp_path), context)
 
 
 def test_old_work_folders_are_swept(tmp_path, context):
@@ -274,4 +274,4 @@ def test_identities_are_kept_and_not_shared(tmp_path):
     (tmp_path / "loramux-builder-2.id").write_text("cut of")
     assert len(claim_identity(tmp_path).name) == 16
     with pytest.raises(faults.ResourcesExhausted, match="Set LORAMUX_WORK_DIR to a folder"):
-        replace(workshop(tmp_path), work_dir=tmp_path / "loramux-builder-2.id").place()
+        replace(context_of(tmp_path), work_dir=tmp_path / "loramux-builder-2.id").place()

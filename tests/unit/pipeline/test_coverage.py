@@ -15,7 +15,7 @@ from loramux_shared.sources.checkpoint import describe_base
 from loramux_shared.sources.open import open_sources
 from tests.support.adapters import HIDDEN, VOCAB, tensors, write_adapter, write_base
 from tests.support.cases import cases
-from tests.support.folders import built, deployment_of, local_repository, workshop
+from tests.support.folders import context_of, deployment_of, local_repository, run_build
 
 EMBED = "base_model.model.model.embed_tokens.weight"
 HEAD = "base_model.model.lm_head.weight"
@@ -38,7 +38,7 @@ def sharded_base(folder: Path) -> None:
 
 
 def manifest_of(folder: Path) -> Manifest:
-    return built(deployment_of(folder, "one"), workshop(folder)).bundle().manifest
+    return run_build(deployment_of(folder, "one"), context_of(folder)).bundle().manifest
 
 
 def test_tied_matrices_of_two_values_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from inference_service.serving import engine_thread
 from inference_service.serving.engine_thread import LOOK_S, PROBE_PAUSES_S, EngineThread, PauseMode
 from inference_service.serving.watchdog import Watchdog
 from loramux_shared.faults import QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown
-from tests.support.waiting import ended, until
+from tests.support.waiting import result_of, until
 from tests.unit.serving.threads import Device, Threads, end, submit
 
 
@@ -211,7 +211,7 @@ async def _passes(thread: EngineThread) -> None:
     for _ in range(3):
         passed = asyncio.Event()
         thread._inbox.post(lambda: loop.call_soon_threadsafe(passed.set))  # noqa: B023 - awaited in its turn
-        await ended(passed.wait(), "a pass of the engine's thread")
+        await result_of(passed.wait(), "a pass of the engine's thread")
 
 
 async def _pausing(threads: Threads, mode: PauseMode, depth: int = 0) -> Any:
@@ -306,6 +306,6 @@ async def test_a_stop_ends_a_pause(threads: Threads) -> None:
     await asyncio.sleep(0)
     device.go.set()
     assert await stopped is None
-    await ended(pause, "the pause")
+    await result_of(pause, "the pause")
     with pytest.raises(ShuttingDown):
         await task

@@ -19,7 +19,7 @@ from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, open_sources
 from loramux_shared.storage.local import LocalStore
 from tests.support.cases import cases
-from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
+from tests.support.descriptors import cancel_after, expect_nothing_open, keep_fault
 from tests.support.processes.commands import run
 
 NO_TEXT = os.fsdecode(b"caf\xe9")
@@ -143,11 +143,11 @@ def test_nothing_of_a_folder_stays_open(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(3 << 20))
     local = LocalSource([tmp_path])
     resolved = local.resolve(Repository(source=SourceKind.LOCAL, repo=str(tmp_path)))
-    with nothing_stays_open() as retained:
-        failing(lambda: local.fetch(resolved, ["file"], tmp_path / "into", cancelled_after(1 << 20)), retained)
-        failing(lambda: local.digests(resolved, ["file"], cancelled_after(1 << 20)), retained)
+    with expect_nothing_open() as retained:
+        keep_fault(lambda: local.fetch(resolved, ["file"], tmp_path / "into", cancel_after(1 << 20)), retained)
+        keep_fault(lambda: local.digests(resolved, ["file"], cancel_after(1 << 20)), retained)
         (tmp_path / "file").write_bytes(bytes(4 << 20))
-        failing(lambda: local.digests(resolved, ["file"]), retained)
+        keep_fault(lambda: local.digests(resolved, ["file"]), retained)
 
 
 def test_what_is_missing_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

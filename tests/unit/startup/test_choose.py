@@ -15,7 +15,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import InferenceSettings
-from tests.support.native import opened
+from tests.support.native import open_native
 from tests.support.root import ROOT
 from tests.support.tiny import SIZES
 
@@ -51,7 +51,7 @@ def test_a_processor_that_cannot_multiply_bfloat16_reads_it_nevertheless(
     config: ModelConfig, native_folder: Path, monkeypatch: pytest.MonkeyPatch, settings, dtype: str
 ) -> None:
     """The compiled product widens it in registers; torch's would take several times as long as float32."""
-    if opened(native_folder).library is None:
+    if open_native(native_folder).library is None:
         pytest.skip("no C++ compiler")
     for lacking in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, lacking, lambda: False)
@@ -101,7 +101,7 @@ def test_a_cache_of_8_bits_is_refused_where_it_cannot_be(
     check_cache_dtype(_settings(tmp_path, kv_cache_dtype="fp8"), (8, 9))
     with pytest.raises(SettingsInvalid, match=r"=fp8 needs a GPU of capability 8\.9, found 8\.6\. Set int8"):
         check_cache_dtype(_settings(tmp_path, kv_cache_dtype="fp8"), (8, 6))
-    if opened(native_folder).library is not None:
+    if open_native(native_folder).library is not None:
         with pytest.raises(SettingsInvalid, match=r"CACHE_DTYPE=int8 needs a GPU.*LORAMUX_BACKEND=torch"):
             choose_backend(_settings(native_folder.parent, device="cpu", kv_cache_dtype="int8"), config)
 

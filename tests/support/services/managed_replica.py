@@ -167,7 +167,7 @@ class FakeBundles:
 
 
 @dataclass
-class Operated:
+class ManagedReplica:
     """A manager, and what it manages."""
 
     names: Catalog
@@ -183,12 +183,12 @@ class Operated:
         return found
 
 
-def operated(
+def managed_replica(
     adapters: Mapping[str, int] | Iterable[str] = ("one", "two"),
     *,
     builder: bool = True,
     bundles: tuple[str, ...] = (),
-) -> Operated:
+) -> ManagedReplica:
     """A replica at generation 1; names have versions of their numbers."""
     versions = dict(adapters) if isinstance(adapters, Mapping) else {}
     versions = versions or {name: number for number, name in enumerate(adapters, start=1)}
@@ -207,4 +207,4 @@ def operated(
         paused=lambda: pauses[0],
     )
     deployment.adapters = adapter_set
-    return Operated(names, residency, deployment, adapter_set, manager, pauses)
+    return ManagedReplica(names, residency, deployment, adapter_set, manager, pauses)
