@@ -13,10 +13,9 @@ from tests.contract.builds.test_build_lifecycle import world as world
 from tests.support.builders import Builders, await_build
 from tests.support.processes.commands import run
 from tests.support.services.fake_grpc import Fakes
-from tests.support.services.managed_replica import managed_replica
+from tests.support.services.managed_replica import managed_replica, serve_adapters
 from tests.support.waiting import until
 from tests.unit.cli.test_cli import documents
-from tests.unit.cli.test_cli_keys import api
 
 
 def test_deployments_and_cancel(fakes: Fakes, deployment: Callable[..., str]) -> None:
@@ -98,7 +97,7 @@ async def test_history_and_rollback(world: Builders) -> None:
 
 def test_a_pin_is_reported() -> None:
     """A pin is printed as a line and as a document; a name that is not served fails."""
-    with api(managed_replica()) as (address, _):
+    with serve_adapters(managed_replica()) as (address, _):
         assert run("pin", "one", "--grpc", address) == (0, "one: pinned, 000000000000, resident\n", "")
         code, text, _ = run("unpin", "one", "--grpc", address, "--json")
         assert (code, json.loads(text)["adapter"]["pinned"]) == (0, False)

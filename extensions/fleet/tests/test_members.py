@@ -15,10 +15,10 @@ from loramux_fleet.trip import TRIES, Trip
 from loramux_shared import faults
 from loramux_shared.access.guard import Guard
 from tests.support.processes.commands import run
-from tests.support.services.managed_replica import managed_replica
+from tests.support.services.managed_replica import managed_replica, serve_adapters
 from tests.support.waiting import BOUND_S, Clock
 from tests.test_placement import REPLICAS
-from tests.unit.cli.test_cli_keys import KEYS, RING, _no_key as _no_key, api
+from tests.unit.cli.test_cli_keys import KEYS, RING, _no_key as _no_key
 
 
 class Names:
@@ -142,7 +142,7 @@ def when_printed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[],
 def test_a_rollout_ends_when_all_serve_the_generation(when_printed: Callable[..., None]) -> None:
     """A line for every change of every replica, and one at the end."""
     first, second = managed_replica(), managed_replica()
-    with api(first) as (one, do), api(second) as (two, also):
+    with serve_adapters(first) as (one, do), serve_adapters(second) as (two, also):
         do(first.manager.load("x", "org/x"))
         when_printed(f"{two} serves 1", lambda: also(second.manager.load("x", "org/x")))
         code, text, stated = run("rollout", "demo", "--replicas", f"{one},{two}", "--timeout", f"{BOUND_S}")
@@ -156,7 +156,7 @@ def test_a_rollout_ends_when_all_serve_the_generation(when_printed: Callable[...
 def test_a_rollout_that_takes_too_long(when_printed: Callable[..., None]) -> None:
     """A late replica is exit 3 with its name; a replica that can never serve the generation is exit 1."""
     replica = managed_replica()
-    with api(replica) as (address, _):
+    with serve_adapters(replica) as (address, _):
         when_printed(f"{address} serves 1", lambda: Clock().advance(3600))
         query = ("rollout", "demo", "--replicas", address, "--timeout", "3600")
         code, _, stated = run(*query, "--generation", "2")
@@ -174,8 +174,8 @@ def test_a_rollout_that_takes_too_long(when_printed: Callable[..., None]) -> Non
 
 def test_a_rollout_of_something_else() -> None:
     """A replica of another deployment and a key without rights are errors at once."""
-    with api(managed_replica()) as (address, _):
+    with serve_adapters(managed_replica()) as (address, _):
         code, _, stated = run("rollout", "other", "--replicas", address)
         assert (code, "found one of 'demo'" in stated) == (2, True)
-    with api(managed_replica(), Guard(RING)) as (address, _):
+    with serve_adapters(managed_replica(), Guard(RING)) as (address, _):
         assert run("--api-key", KEYS["infer"], "rollout", "demo", "--replicas", address)[0] == 4

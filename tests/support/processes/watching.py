@@ -1,4 +1,4 @@
-"""What tests wait for in a process, and its end."""
+"""Waits for a line of a process, and its end."""
 
 import re
 import subprocess

@@ -1,9 +1,12 @@
 """A replica for tests of operators: real manager, pins and registry; no engine, store or builder."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any
 
 from inference_service.adapters.adapter_set import AdapterSet
 from inference_service.adapters.catalog import Catalog
@@ -13,11 +16,18 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import Facts
 from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import AdapterState, ResidencyStats, Standing
+from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer
+from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared import faults
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.bundle.manifest import AdapterSummary
 from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.rpc.server import RpcServer
 from tests.support import generations
+from tests.support.servers import ANY_PORT, serve
+from tests.support.services.fake_grpc import FakeInference
+from tests.support.waiting import loop_in_thread
 
 SUMMARY = AdapterSummary(
     ranks=(4, 8), modules=("attn_q",), tensors_used=4, weights_bytes=64, bundle_bytes=100, texts=()
@@ -208,3 +218,28 @@ def managed_replica(
     )
     deployment.adapters = adapter_set
     return ManagedReplica(names, residency, deployment, adapter_set, manager, pauses)
+
+
+@contextmanager
+def serve_adapters(
+    replica: ManagedReplica, guard: Guard = NOBODY_GUARDS
+) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Run the gRPC API of a replica in a thread; yields its address, and a call in its loop."""
+    with loop_in_thread() as do:
+        serving = _serve(replica, guard)
+        address = do(serving.__aenter__())
+        try:
+            yield address, do
+        finally:
+            do(serving.__aexit__(None, None, None))
+
+
+@asynccontextmanager
+async def _serve(replica: ManagedReplica, guard: Guard) -> AsyncIterator[str]:
+    add: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server
+    services = {
+        SERVICE_NAME: AdapterServicer(replica.manager).register,
+        "loramux.inference.v1.InferenceService": partial(add, FakeInference()),
+    }
+    async with serve(RpcServer(ANY_PORT, services, guard), 0.1) as server:
+        yield server.address

@@ -2,27 +2,20 @@
 
 import json
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer
 from loramux.cli.exits import Exit
 from loramux.cli.local import services
 from loramux.cli.local.tree import ProcessTree
 from loramux.connection import API_KEY
-from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.access.guard import Guard
-from loramux_shared.rpc.server import RpcServer
 from tests.support.access import keyring
 from tests.support.processes.commands import run
-from tests.support.servers import ANY_PORT, serve
-from tests.support.services.fake_grpc import FakeInference, Fakes, open_fakes
-from tests.support.services.managed_replica import managed_replica
-from tests.support.waiting import in_thread
+from tests.support.services.fake_grpc import Fakes, open_fakes
+from tests.support.services.managed_replica import managed_replica, serve_adapters
 
 
 @pytest.fixture(autouse=True)
@@ -80,18 +73,7 @@ def test_models_say_where_they_are() -> None:
     replica = managed_replica(["lora1", "lora2"])
     replica.residency.hold(replica.adapter("lora1"))
     replica.manager.pin("lora1")
-    add: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server
-    services = {
-        SERVICE_NAME: AdapterServicer(replica.manager).register,
-        "loramux.inference.v1.InferenceService": lambda server: add(FakeInference(), server),
-    }
-
-    @asynccontextmanager
-    async def api() -> AsyncIterator[str]:
-        async with serve(RpcServer(ANY_PORT, services, Guard(RING)), 0.1) as server:
-            yield server.address
-
-    with in_thread(api()) as address:
+    with serve_adapters(replica, Guard(RING)) as (address, _):
         code, text, _ = run("--api-key", KEYS["admin"], "models", "--grpc", address)
         head, _, first, second = text.splitlines()
         assert code == 0
