@@ -1,5 +1,6 @@
 """Builders over folders and one store, which a test can shut, take away and watch; also behind gRPC."""
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -74,6 +75,11 @@ class Builders:
     def builder(self, owner: str = OWNER, **limits: float) -> Builds:
         self.started.append(Builds(self.context(owner), replace(BuildLimits(), **limits)))
         return self.started[-1]
+
+    @staticmethod
+    def stopping(builds: Builds) -> asyncio.Event:
+        """The event that the build of the deployment is asked to end."""
+        return builds._builds["tiny"].stopping
 
     @asynccontextmanager
     async def served(self, builds: Builds, patience: Patience = USUAL) -> AsyncIterator[str]:

@@ -4,17 +4,15 @@ import asyncio
 import json
 from collections.abc import Callable
 
-import pytest
 from typer.testing import CliRunner
 
-from builder_service.builds.running import RunningBuild
 from loramux.cli.main import app
 from tests.contract.builds.test_build_lifecycle import world as world
 from tests.support.builders import Builders, await_build
 from tests.support.processes.commands import run
 from tests.support.services.fake_grpc import Fakes
 from tests.support.services.managed_replica import managed_replica, serve_adapters
-from tests.support.waiting import until
+from tests.support.waiting import result_of
 from tests.unit.cli.test_cli import documents
 
 
@@ -46,16 +44,14 @@ def test_watch_ends_as_the_build_did(fakes: Fakes, deployment: Callable[..., str
     assert documents("watch", "watched", "--builder", fakes.builder_address)[-1] == lines[-1]
 
 
-async def test_the_cancel_command(world: Builders, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_cancel_command(world: Builders) -> None:
     """`loramux cancel` waits for the end of the build and prints it; without a build it prints the state."""
-    stopped, stop = asyncio.Event(), RunningBuild.stop
-    monkeypatch.setattr(RunningBuild, "stop", lambda build, why: (stop(build, why), stopped.set()))
     builds = world.builder()
     async with world.served(builds) as address:
         words = ["cancel", "tiny", "--builder", address]
         await builds.build(world.deployment("one"))
         call = asyncio.create_task(asyncio.to_thread(CliRunner().invoke, app, words))
-        await until(stopped.is_set, "the cancel at the builder")
+        await result_of(world.stopping(builds).wait(), "the cancel at the builder")
         world.store.gate.set()
         first = await call
         assert (first.exit_code, first.stdout.splitlines()[-1]) == (0, "tiny: failed, BUILD_CANCELLED")

@@ -23,7 +23,7 @@ from loramux_shared.faults import BuildCancelled, Fault
 from loramux_shared.rpc.status import fault_of
 from tests.support.adapters import tensors, write_adapter
 from tests.support.builders import HOUR, OWNER, Builders, await_build, leave_builds
-from tests.support.waiting import Clock, until
+from tests.support.waiting import Clock, result_of, until
 
 State, Stage = pb.Deployment, pb.AdapterBuild
 
@@ -169,22 +169,19 @@ async def test_a_restarted_builder_knows_the_store(world: Served) -> None:
     assert (view.state, view.failure.reason) == ("FAILED", "BUNDLE_CORRUPT")
 
 
-async def test_drain_interrupts_and_the_successor_goes_on(
-    world: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_drain_interrupts_and_the_successor_goes_on(world: Served) -> None:
     """Watchers of an interrupted build get SHUTTING_DOWN; its journal entry makes the successor run it."""
-    stopped, stop = asyncio.Event(), RunningBuild.stop
-    monkeypatch.setattr(RunningBuild, "stop", lambda build: (stop(build), stopped.set()))
     world.store.gate.clear()
     await world.build(world.deployment("one", "wide"))
+    stopping = world.stopping(world.builds)
     watching = world.stub.WatchDeployment(pb.WatchDeploymentRequest(name="tiny"))
     assert (await anext(aiter(watching))).deployment.state == State.STATE_BUILDING
     clock, draining = Clock(), asyncio.create_task(world.builds.drain(HOUR))
     await asyncio.sleep(0)
     assert (await failure(world.build(world.deployment("one")))).reason == "SHUTTING_DOWN"
-    assert not stopped.is_set()
+    assert not stopping.is_set()
     clock.advance(HOUR)
-    await until(stopped.is_set, "the end of the time to drain")
+    await result_of(stopping.wait(), "the end of the time to drain")
     world.store.gate.set()
     await draining
     with pytest.raises(grpc.RpcError) as error:

@@ -10,15 +10,19 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
+from inference_service.adapters.fixed import fixed_manager
 from inference_service.core.computing import Computing, Lack
+from inference_service.http.app import create_app
 from inference_service.http.server import HttpServer
 from inference_service.text.text import Text
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.openai.script import CHAT_BODY, Case, Scripted
 from tests.support.openai_api import OpenAIApi, open_api
 from tests.support.raw_http import JSON, RawClient
+from tests.support.services.silent import silent_service
 from tests.support.tiny import VOCAB, World, write_tokenizer
 from tests.support.waiting import BOUND_S, bounded, until
+from tests.support.web import web_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -146,7 +150,7 @@ async def test_a_failure_of_the_api_itself_tells_nothing(tmp_path: Path) -> None
         assert await server.drain(BOUND_S)
 
 
-async def test_health_and_version(api: OpenAIApi, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_and_version(api: OpenAIApi, tmp_path: Path) -> None:
     """Monitors get the status that vLLM gives them, and why it is slow if so."""
     manager = api.ready.service.adapters
     for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
@@ -154,8 +158,10 @@ async def test_health_and_version(api: OpenAIApi, monkeypatch: pytest.MonkeyPatc
         expected = {"status": "ok", "backend": manager.facts.computing.backend}
         assert (response.status_code, response.json()) == (200, expected)
     slower = replace(manager.facts, computing=Computing(lack=Lack.NO_COMPILER))
-    monkeypatch.setattr(manager, "facts", slower)
-    slow = await api.http.get("/health")
+    service = silent_service(tmp_path)
+    service.adapters = fixed_manager(service.catalog, slower)
+    async with web_client(create_app(service)) as web:
+        slow = await web.get("/health")
     assert slow.status_code == 200
     assert slow.json() == {"status": "slow", "backend": "torch", "lack": "no_compiler"}
     assert list((await api.http.get("/version")).json()) == ["version"]
