@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
+from inference_service.core.sequence import Batch
+from inference_service.engine.runner import Pending, Runner
 from inference_service.replica import BROKEN
 from loramux import Client
 from loramux.cli.exits import Exit
 from loramux.cli.main import app
 from loramux.faults import ReplicaFailed
 from loramux_shared.storage.local import LocalStore
-from tests.support.processes.failing_replicas import hang_steps
 from tests.support.processes.forks import Forked, builder_service
 from tests.support.processes.inference import run_inference
 from tests.support.processes.watching import kill_at_end
@@ -65,6 +67,18 @@ def test_all_apis_drain_together(world: World, tmp_path: Path) -> None:
         assert last == "data: [DONE]"
         assert list(events)[-1].usage.completion_tokens == 200
         assert process.wait() == 0
+
+
+def hang_steps() -> None:
+    """Let the steps of requests, not those of a start, wait for an event that never happens."""
+    submit = Runner.submit
+
+    def hanging(self: Runner, batch: Batch) -> Pending:
+        if threading.current_thread().name == "engine":
+            threading.Event().wait()
+        return submit(self, batch)
+
+    Runner.submit = hanging  # type: ignore[method-assign]
 
 
 def test_a_step_that_hangs_ends_the_process(world: World, tmp_path: Path) -> None:

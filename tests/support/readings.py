@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from hypothesis import strategies as st
-
 from inference_service.chat.formats.reading import AnswerReader
 from inference_service.chat.request import CallArguments, CallBegun, Piece, TextPiece, Thought
 
@@ -39,8 +37,3 @@ def merge_pieces(pieces: Sequence[Piece]) -> Collected:
                 assert piece.index == calls - 1
                 reported[-1][2] += piece.text
     return reported
-
-
-def cuts_of(text: str) -> st.SearchStrategy[list[int]]:
-    """Places where a text is cut."""
-    return st.lists(st.integers(0, len(text)), max_size=8).map(sorted)

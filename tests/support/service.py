@@ -9,8 +9,6 @@ from tests.support.tiny import World
 from tests.support.waiting import until
 
 PROMPT = [5, 6, 7, 8]
-LONG = [3 + (7 * place) % 190 for place in range(100)]
-SAMPLED: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "temperature": 1.0, "seed": 3}
 
 
 async def until_free(ready: Ready) -> None:

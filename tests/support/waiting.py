@@ -100,3 +100,16 @@ class Clock:
     def advance(self, seconds: float) -> None:
         """Let that much time pass for all timers of the loop."""
         self._ahead_s += seconds
+
+
+class OwnTime:
+    """A clock of its own: ``monkeypatch.setattr(module, "time", OwnTime())`` replaces the real one."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds

@@ -12,7 +12,7 @@ from loramux_shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFi
 from loramux_shared.sources.retry import Busy, RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from tests.fake_bucket import FakeBucket
-from tests.support.clock import OwnTime
+from tests.support.waiting import OwnTime
 
 REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")
 QUICK = RetryPolicy(attempts=3, wait_s=0.01)

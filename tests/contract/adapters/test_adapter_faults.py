@@ -11,8 +11,8 @@ from inference_service.adapters.disk import DiskTier
 from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.reading import BundleReader, Tier
 from loramux_shared.storage.local import LocalStore
+from tests.contract.adapters.failing_loaders import load_on_full_disk, load_until_killed
 from tests.support.examples import SWEEPING
-from tests.support.processes.failing_replicas import load_on_full_disk, load_until_killed
 from tests.support.processes.forks import Forked
 from tests.support.stores.bundles import FakePacked, Loaded, await_disk, build_bundles, load
 from tests.support.waiting import BOUND_S, wait_until

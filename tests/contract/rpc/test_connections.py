@@ -3,9 +3,13 @@
 import asyncio
 import json
 import multiprocessing
+import os
+import resource
 import socket
 import ssl
+import tempfile
 from collections.abc import AsyncIterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import grpc
@@ -16,16 +20,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loramux import AsyncClient
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import RequestInvalid
+from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc import options
 from loramux_shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
 from loramux_shared.rpc.server import RpcServer
 from tests.contract.rpc.raw_http2 import ASK_PING, CANCEL, GOAWAY, PING, RESET, call, connect, frame, hello
 from tests.contract.rpc.test_drain import apis as apis
 from tests.support.access import Certificates
-from tests.support.processes.few_descriptors import serve_with_few_descriptors
 from tests.support.processes.forks import Forked
 from tests.support.raw_http import JSON, RawClient
-from tests.support.services.endless import BOUND, HEALTH, MODEL, EndlessApis
+from tests.support.services.endless import BOUND, HEALTH, MODEL, Endless, EndlessApis, apis_of
 from tests.support.services.fake_grpc import WORDS, FakeInference, inference_server
 from tests.support.waiting import BOUND_S, bounded
 
@@ -166,6 +170,24 @@ async def test_calls_that_are_reset_do_not_cancel_those_of_others(apis: EndlessA
     for each in floods:
         each.close()
     assert [each for each in answers if isinstance(each, BaseException)] == []
+
+
+def serve_with_few_descriptors(limit: int, log: Path, peer: Connection) -> None:
+    """Serve until killed, with so many descriptors; tells the other end its addresses."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    log_to_stderr("json")
+    asyncio.run(_serve(limit, peer))
+
+
+async def _serve(limit: int, peer: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit // 2, limit))
+    raise_limit()
+    with tempfile.TemporaryDirectory() as folder:
+        http, rpc = apis_of(Endless(Path(folder)))
+        addresses = {"http": await http.start(), "grpc": await rpc.start()}
+        await rpc.set_serving(True)
+        peer.send(addresses)
+        await asyncio.Event().wait()
 
 
 def test_idle_connections_do_not_stop_the_server(tmp_path: Path) -> None:

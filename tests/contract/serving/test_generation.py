@@ -13,10 +13,13 @@ from inference_service.core.sequence import Token
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, PromptScores, Request
 from loramux_shared.faults import Fault, QueueFull, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.service import LONG, PROMPT, SAMPLED, Service, open_service
+from tests.support.service import PROMPT, Service, open_service
 from tests.support.tiny import VOCAB, World, oracle
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+LONG = [3 + (7 * place) % 190 for place in range(100)]
+SAMPLED: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "temperature": 1.0, "seed": 3}
 
 
 async def test_n_answers_are_n_places_in_the_queue(world: tuple[World, MemoryStore]) -> None:

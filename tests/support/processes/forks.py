@@ -25,7 +25,7 @@ _CONTEXT.set_forkserver_preload(
     [
         *("inference_service.__main__", "inference_service.process", "builder_service.__main__"),
         *("loramux", "typer.main", "rich.live", "rich.progress", "rich.table"),  # of commands, but no console
-        *("tests.support.processes.few_descriptors", "tests.support.processes.failing_replicas"),
+        "tests.contract.adapters.failing_loaders",
     ]
 )
 
@@ -73,7 +73,7 @@ def inference_service(
 ) -> Forked:
     """Run the service with flags, after a function of a module if given; its log is appended to a file."""
     native = importlib.import_module("tests.support.native")
-    native.opened(native.NATIVE)  # compiled before the test waits for the service, for as long as that takes
+    native.open_native(native.NATIVE)  # compiled before the test waits for the service, for as long as that takes
     return Forked(_run, "inference_service", list(flags), str(log), dict(environment), before)
 
 

@@ -11,7 +11,7 @@ from inference_service.chat.formats.reading import AnswerReader
 from inference_service.chat.request import AnswerCalls
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 from tests.support.cases import cases
-from tests.support.readings import Collected, cuts_of, read
+from tests.support.readings import Collected, read
 
 WEATHER: dict[str, Any] = cases(__file__, "WEATHER")
 OFFERED = {"find": WEATHER, "news.top": {}}
@@ -39,6 +39,11 @@ def test_a_form_is_read(tool: ToolParser, reasoning: ReasoningParser, text: str,
 
 
 MARKED = cases(__file__, "MARKED")
+
+
+def cuts_of(text: str) -> st.SearchStrategy[list[int]]:
+    """Places where a text is cut."""
+    return st.lists(st.integers(0, len(text)), max_size=8).map(sorted)
 
 
 @settings(deadline=None)

@@ -23,8 +23,8 @@ from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.patient import PatientStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.cases import cases
-from tests.support.clock import OwnTime
 from tests.support.folders import context_of, deployment_of, local_source, run_build
+from tests.support.waiting import OwnTime
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
-"""Processes of replicas that are killed, find no room, or hang."""
+"""Processes of replicas that are killed while they load, or find no room."""
 
 import os
 import resource
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,8 +11,6 @@ from pathlib import Path
 from inference_service.adapters.disk import DiskTier
 from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.reading import BundleReader
-from inference_service.core.sequence import Batch
-from inference_service.engine.runner import Pending, Runner
 from loramux_shared.storage.local import LocalStore
 from tests.support.stores.bundles import FakePacked, Loaded, await_disk, load
 
@@ -48,15 +45,3 @@ def load_on_full_disk(limit: int, cache: Path, store: Path, digests: Sequence[st
         assert isinstance(load(loader, digest), Loaded)
         await_disk(loader)
     loader.close()
-
-
-def hang_steps() -> None:
-    """Let the steps of requests, not those of a start, wait for an event that never happens."""
-    submit = Runner.submit
-
-    def hanging(self: Runner, batch: Batch) -> Pending:
-        if threading.current_thread().name == "engine":
-            threading.Event().wait()
-        return submit(self, batch)
-
-    Runner.submit = hanging  # type: ignore[method-assign]
