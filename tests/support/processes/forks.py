@@ -73,7 +73,7 @@ def inference_service(
 ) -> Forked:
     """Run the service with flags, after a function of a module if given; its log is appended to a file."""
     native = importlib.import_module("tests.support.native")
-    native.open_native(native.NATIVE)  # compiled before the test waits for the service, for as long as that takes
+    native.open_native(native.NATIVE)  # compiles, before the test waits for the service
     return Forked(_run, "inference_service", list(flags), str(log), dict(environment), before)
 
 
