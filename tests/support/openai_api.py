@@ -10,7 +10,6 @@ import httpx
 import numpy as np
 from openai import AsyncOpenAI
 
-from inference_service.adapters.manager import AdapterManager
 from inference_service.http.server import HttpServer
 from inference_service.startup.load import Ready
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
@@ -92,13 +91,11 @@ async def open_api(
 
 
 @asynccontextmanager
-async def serve_ready(
-    ready: Ready, guard: Guard = NOBODY_GUARDS, adapters: AdapterManager | None = None
-) -> AsyncIterator[OpenAIApi]:
+async def serve_ready(ready: Ready, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[OpenAIApi]:
     """Run the engine and the HTTP API of a loaded service."""
     ready.engine.start()
     try:
-        async with serve(HttpServer(ANY_PORT, ready.service, guard, adapters=adapters)) as server:
+        async with serve(HttpServer(ANY_PORT, ready.service, guard)) as server:
             api = OpenAIApi(ready, server)
             try:
                 yield api
