@@ -332,7 +332,11 @@ class Builds(BuildViews):
             applied = await self._retry(find_applied, self._context.store, running.name, running.ticket.change)
             if applied is None:
                 await asyncio.to_thread(self._failures.write, running.record(fault))
-                await self._forget(running)
+                try:
+                    await self._forget(running)
+                except TakenOver:
+                    await asyncio.to_thread(self._failures.remove, running.name)
+                    raise
                 return fault
             result = BuildResult(applied, unchanged=False)
         await asyncio.to_thread(self._failures.remove, running.name)

@@ -289,8 +289,6 @@ class Journal:
         self._patient.put(taken.key, entry.to_bytes())
         del self._doubtful[taken.key]
         self._doubtful |= {ticket.key: None for ticket in copies}
-        with suppress(StoreUnavailable):  # it is done later; now, so that starts that fail leave one entry
-            self.tidy()
         return taken, entry
 
 

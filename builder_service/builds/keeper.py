@@ -127,6 +127,8 @@ class Keeper:
         entries = await asyncio.to_thread(self._journal.read, copies)
         if entries:
             await self._take_up(*await asyncio.to_thread(self._journal.take, entries))
+            with suppress(StoreUnavailable):  # it is done later
+                await asyncio.to_thread(self._journal.tidy)  # not before: it keeps back the changes behind it
         return set(copies) - entries.keys()
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ import structlog
 from builder_service.builds import journal
 from builder_service.builds.builds import Builds
 from builder_service.builds.keeper import BuildLimits
-from builder_service.builds.running import RunningBuild
+from builder_service.builds.running import Failures, RunningBuild, place_of
 from builder_service.builds.views import BuildState
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.update import Update
@@ -77,17 +77,25 @@ class History:
         self.lives: dict[str, Life] = {}
         self.changes: list[Change] = []
         self.published: list[tuple[int, dict[str, str]]] = []
+        self.places: set[Path | None] = set()
+        """Where builders keep failures."""
         self.tasks: list[asyncio.Task[None]] = []
         self.strange: set[BaseException] = set()
         """Failures of watches that no client should see."""
 
     def look(self) -> None:
-        """Note the newest generation, which others build on; one that is overtaken is never served."""
+        """Note the newest generation, which others build on, and the failures that builders will tell.
+
+        A generation that is overtaken is never served.
+        """
         newest = newest_or_none(self.store, "tiny")
         assert newest is not None
         state = {name: record.source.repo for name, record in newest.adapters.items() if name[0] != "v"}
         if not self.published or self.published[-1][0] < newest.number:
             self.published.append((newest.number, state))
+        for place in self.places:
+            for failed in Failures(place).all():
+                self.changes[int(failed.entry.request_id[1:])].ends.add(failed.reason)
 
     async def begin(self, owner: str) -> None:
         """Start a builder, again and again where the store does not answer."""
@@ -96,6 +104,7 @@ class History:
             store: Store = HostStore(self.loop, host, self.store, self.uri)
             context = BuildContext(store, self.base.sources, self.folder, owner=owner, bases=self.base.bases)
             builds = Builds(context, LIMITS)
+            self.places.add(place_of(context))
             builds.on_end = partial(self.note, host)
             try:
                 await builds.recover()
