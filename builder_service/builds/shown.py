@@ -236,9 +236,12 @@ class BuildViews:
             running.entry.update is not None and running.state is BuildState.ACTIVE and not late
         ):
             return stored  # the build of an update knows only the adapters that the update names
-        if running.state is BuildState.FAILED or running.generation == number:
-            return replace(running.view(), generation=number)
-        return stored
+        view = running.view()
+        if running.state is BuildState.FAILED:  # until another builder, which may have the change, publishes
+            shown = stored is None or stored.update_time <= view.update_time
+        else:
+            shown = running.generation == number
+        return replace(view, generation=number) if shown else stored
 
     async def _names(self) -> builtins.list[str]:
         stored = await asyncio.to_thread(list_deployments, self._store)

@@ -114,6 +114,17 @@ async def test_a_failure_is_of_its_store(world: Builders) -> None:
         assert [view.state for view in (await builds.list(0, "")).items] == printed
 
 
+async def test_what_another_builder_publishes_comes_after_a_failure(world: Builders) -> None:
+    """A builder whose build failed shows the generation that another one made of the deployment since."""
+    first, other = world.builder(), world.builder(OTHER)
+    world.store.gate.set()
+    await first.build(world.deployment("bad"))
+    assert (await await_build(first)).state is BuildState.FAILED
+    await other.build(world.deployment("one"))
+    assert (await await_build(other)).state is BuildState.ACTIVE
+    assert (await first.get("tiny")).state is BuildState.ACTIVE
+
+
 async def test_a_build_that_takes_too_long_fails(world: Builders) -> None:
     """A build that exceeds its time fails with BUILD_TIMED_OUT and the limit, and publishes nothing."""
     clock, builds = Clock(), world.builder(timeout_s=HOUR)

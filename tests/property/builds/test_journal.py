@@ -79,6 +79,8 @@ class History:
         self.published: list[tuple[int, dict[str, str]]] = []
         self.places: set[Path | None] = set()
         """Where builders keep failures."""
+        self.failed: set[str] = set()
+        """Requests whose failures were kept."""
         self.tasks: list[asyncio.Task[None]] = []
         self.strange: set[BaseException] = set()
         """Failures of watches that no client should see."""
@@ -95,7 +97,7 @@ class History:
             self.published.append((newest.number, state))
         for place in self.places:
             for failed in Failures(place).all():
-                self.changes[int(failed.entry.request_id[1:])].ends.add(failed.reason)
+                self.failed.add(failed.entry.request_id)
 
     async def begin(self, owner: str) -> None:
         """Start a builder, again and again where the store does not answer."""
@@ -193,6 +195,12 @@ class History:
         served = current_generation(self.store, "tiny")
         assert served is not None
         assert served.number == self.published[-1][0]
+        for place in self.places:
+            for failed in Failures(place).all():
+                is_told = failed.update_time > served.create_time
+                assert not (
+                    is_told and self.changes[int(failed.entry.request_id[1:])].ends == {BuildState.ACTIVE}
+                )
         applied: dict[str, list[int]] = {}
         for (_, before), (number, after) in zip(
             [(0, dict[str, str]()), *self.published], self.published, strict=False
@@ -214,7 +222,7 @@ class History:
         _, state = self.published[-1]
         for name in NAMES:
             of_name = [change for change in self.changes if change.name == name]
-            accepted = [c for c in of_name if c.accepted is not None and "STORE_UNAVAILABLE" not in c.ends]
+            accepted = [c for c in of_name if c.accepted is not None and f"r{c.version[1:]}" not in self.failed]
             for change in accepted:
                 behind = [
                     c
