@@ -238,10 +238,10 @@ class BuildViews:
             return stored  # the build of an update knows only the adapters that the update names
         view = running.view()
         if running.state is BuildState.FAILED:  # until another builder, which may have the change, publishes
-            shown = stored is None or stored.update_time <= view.update_time
+            is_newest = stored is None or stored.update_time <= view.update_time
         else:
-            shown = running.generation == number
-        return replace(view, generation=number) if shown else stored
+            is_newest = running.generation == number
+        return replace(view, generation=number) if is_newest else stored
 
     async def _names(self) -> builtins.list[str]:
         stored = await asyncio.to_thread(list_deployments, self._store)
