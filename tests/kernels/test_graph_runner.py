@@ -279,7 +279,7 @@ def test_drafts_are_verified_row_by_row(
     def expect(lookup: Lookup, seq: EngineSequence, most: int) -> Expected:
         expected = lookup._expected.setdefault(seq, Expected(chances=[0.9, 0.9]))
         right = known[tuple(seq.progress.tokens[: seq.num_prompt])][seq.num_known :][:most]
-        expected.tokens = [*right[:-1], (right[-1] + 1) % VOCAB] if seq.num_known % 2 else right
+        expected.tokens = [*right[:-1], (right[-1] + 1) % VOCAB] if seq.num_known % 2 == 0 else right
         return expected
 
     monkeypatch.setattr(Lookup, "expect", expect)
