@@ -52,7 +52,7 @@ golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.kernels.counts
 	$(BIN)/python -m tests.golden.openai.write
 	$(BIN)/python -m tests.golden.metrics.write
-	$(if $(EXTENSIONS),$(BIN)/python -m tests.openapi_golden)
+	$(if $(EXTENSIONS),$(BIN)/python -m tests.support.openapi_golden)
 
 docs: $(VENV)/.test
 	$(BIN)/python -m scripts.docs

@@ -52,7 +52,7 @@ def api_processes(request: pytest.FixtureRequest, every_api_apart: None) -> Iter
 
 def _all_apart() -> AbstractContextManager[None]:
     """Put every API that is made in this block behind a channel, as the extension of API processes does."""
-    apart: AbstractContextManager[None] = pytest.importorskip("tests.apart").all_apart()
+    apart: AbstractContextManager[None] = pytest.importorskip("tests.support.apart").all_apart()
     return apart
 
 

@@ -218,7 +218,7 @@ def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
 def test_two_ranks_answer_the_same(answers: Answers, request: pytest.FixtureRequest) -> None:
     """Two ranks give the tokens of one, or refuse Mamba-2 mixers by name."""
     refused = CASES[request.node.callspec.params["answers"]].package == "loramux_mamba"
-    divided = pytest.importorskip("tests.thread_ranks").run_in_ranks
+    divided = pytest.importorskip("tests.support.thread_ranks").run_in_ranks
     ready = answers.world.load(answers.store, max_batch_tokens=16)
     expected = pytest.raises(SettingsInvalid, match=r"(a Mamba-2 mixer|an MLP alone), which is served by one")
     with expected if refused else nullcontext(), divided(ready, answers.world.base, answers.store):

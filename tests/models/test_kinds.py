@@ -152,7 +152,7 @@ def test_all_kinds_in_one_batch_equal_peft(answers: tiny.Answers, counted: Count
 
 def test_two_ranks_answer_the_same(answers: tiny.Answers, counted: Counted) -> None:
     """Two ranks answer as PEFT for all kinds: magnitudes, biases and own tables count once."""
-    divided = pytest.importorskip("tests.thread_ranks").run_in_ranks
+    divided = pytest.importorskip("tests.support.thread_ranks").run_in_ranks
     settings: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 48, "speculative_tokens": 2}
     ready = answers.world.load(answers.store, **settings)
     with divided(ready, answers.world.base, answers.store):
@@ -254,7 +254,7 @@ def test_mixtures_are_of_plain_adapters(answers: tiny.Answers) -> None:
 
 def test_what_is_cut_keeps_the_rows_of_its_own(answers: tiny.Answers) -> None:
     """Rows of embeddings and head are not of the matrices that a rank is cut in, and stay as they are."""
-    pytest.importorskip("loramux_kinds")
+    pytest.importorskip("builder_service.domain.disguised")
     world = replace(
         answers.world, adapters={name: answers.world.adapters[name] for name in ("head", "everything")}
     )

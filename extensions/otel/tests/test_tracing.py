@@ -11,11 +11,11 @@ import pytest
 import structlog
 
 from loramux_shared.tracing import Tracing, open_tracing
+from tests.e2e.test_api_processes import replica
 from tests.support.cases import cases
 from tests.support.http_server import QuietHandler, serve_http
 from tests.support.processes.forks import Forked
 from tests.support.waiting import BOUND_S, bounded
-from tests.test_api_processes import replica
 
 
 @pytest.fixture(autouse=True)

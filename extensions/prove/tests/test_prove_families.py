@@ -17,12 +17,12 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests import lowbit_files as lowbit
 from tests.models.test_families import CASES, PROVED
+from tests.support import lowbit_files as lowbit
 from tests.support.tiny import World, make_checkpoint, make_world, make_world_of, oracle
-from tests.test_disguised import make_saved
 from tests.test_proof import build_into
 from tests.unit.bases.test_base_weights import other_head, rewrite
+from tests.unit.domain.test_disguised import make_saved
 
 PROMPT = [5 + (index * 37) % 180 for index in range(60)]
 

@@ -17,11 +17,11 @@ from inference_service.adapters.changing import StoredBundles
 from inference_service.replica import Replica
 from loramux.cli.main import app
 from loramux.messages import deployment_from_message, deployment_to_message
-from loramux_gc.orphans import Retention, find_orphans, remove
 from loramux_shared import faults
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import Generation, current_key, generation_key, signature_key
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key, sha256_hex
+from loramux_shared.bundle.orphans import Retention, find_orphans, remove
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import load_deployment, parse_deployment
 from loramux_shared.settings import BuilderSettings, InferenceSettings

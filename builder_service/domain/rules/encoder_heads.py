@@ -1,0 +1,186 @@
+"""The score heads of encoders: a dense layer, tanh, and a linear, of which an adapter may have any part.
+
+PEFT saves the layers that ``modules_to_save`` names whole, and trains LoRA on those that ``target_modules``
+names; the others are the base's. A bundle has the weights that result.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from builder_service.domain.adapter_config import AdapterConfig
+from builder_service.domain.config_fields import FILE
+from builder_service.domain.full_tensors import BaseTensors
+from builder_service.domain.grouping import Grouping
+from builder_service.domain.rules.config import INVOCATION
+from builder_service.domain.rules.vectors import report_left_out
+from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
+from builder_service.domain.score_heads import SAVED, PlannedScore
+from loramux_shared.bases.families.encoders import POOLER, EncoderConfig
+from loramux_shared.bundle.manifest import MAX_LABELS, ScoreHead
+from loramux_shared.bundle.npy import Array
+
+_KEY: Final = re.compile(
+    r"base_model\.model\.(?P<module>(?:bert\.)?pooler\.dense|classifier(?:\.dense|\.out_proj)?)\."
+    r"(?:modules_to_save\.(?:[^.]+\.)?)?(?P<what>weight|bias|(?P<lora>lora_[AB])(?:\.[^.]+)?\.weight|lora_.+)"
+)
+_AGAIN: Final = "Save the adapter with the head that it was trained with: PEFT does so for task_type SEQ_CLS."
+_VECTORS: Final = "Score heads of this base are not served: train for vectors."
+NAME: Final = "score head"
+"""The name of the tensor that is made; no key of an adapter is so called."""
+
+
+@dataclass(frozen=True)
+class TakenHead:
+    """A file without the tensors of a head, and what these are."""
+
+    file: TensorFile
+    score: PlannedScore | None
+    """None where the adapter makes vectors, or the head was reported."""
+    saved: tuple[str, ...]
+    """Names in ``modules_to_save`` that are no part of the head."""
+    unused: tuple[str, ...]
+    """Tensors of the head of an adapter that makes vectors, which none passes."""
+
+
+@dataclass(frozen=True)
+class MadeHead(TensorFile):
+    """A head in memory, as the one tensor of a file."""
+
+    values: Array
+    sources: tuple[str, ...]
+    """Tensors of the adapter that it was made from."""
+
+    def pieces(self, name: str, elements: int, rows: tuple[int, int] | None = None) -> Iterator[Array]:  # noqa: ARG002 - rows are short
+        """Yield rows, flat."""
+        yield self.values[slice(*rows) if rows else slice(None)].reshape(-1)
+
+    def origins(self, name: str) -> tuple[str, ...]:  # noqa: ARG002 - there is one
+        """Return the tensors of the adapter that the head was made from."""
+        return self.sources
+
+
+def take_head(
+    file: TensorFile, config: AdapterConfig, base: EncoderConfig, weights: BaseTensors | None, report: Grouping
+) -> TakenHead:
+    """Take the tensors of a score head out of an adapter's file; report what cannot be served of an encoder."""
+    if config.invocation_tokens:
+        fix = f"Train without {INVOCATION}."
+        expected = "unset for an encoder, whose rows see what is before the invocation and behind it"
+        report.add("E_ALORA", f"{FILE}: {INVOCATION}", expected=expected, found="some", fix=fix)
+    found = {name: match for name in file.tensors if (match := _KEY.fullmatch(name))}
+    of_head = {
+        name: match for name, match in found.items() if config.classifies or match["module"].endswith(POOLER)
+    }
+    rest = replace(file, tensors={name: each for name, each in file.tensors.items() if name not in of_head})
+    modules = {match["module"] for match in of_head.values()}
+    gone = SAVED if config.classifies else ()
+    saved = tuple(
+        name
+        for name in config.modules_to_save
+        if name not in gone and not any(f".{name}." in f".{module}." for module in modules)
+    )
+    if not config.classifies:
+        return TakenHead(rest, None, saved, tuple(sorted(of_head)))
+    if not base.dense:
+        report.add(
+            "E_TASK",
+            "task_type SEQ_CLS",
+            expected="FEATURE_EXTRACTION",
+            found=f"a head of {base.architecture}",
+            fix=_VECTORS,
+        )
+        return TakenHead(rest, None, saved, ())
+    parts: dict[tuple[str, str], Tensor] = {}
+    for name, match in of_head.items():
+        module = match["module"].removeprefix("bert.")
+        parts[module, match["lora"] or match["what"]] = file.tensors[name]
+    head = _Head(file, config, base, weights, report, parts).made()
+    return TakenHead(rest, head, saved, ())
+
+
+@dataclass(frozen=True)
+class _Head:
+    file: TensorFile
+    config: AdapterConfig
+    base: EncoderConfig
+    weights: BaseTensors | None
+    report: Grouping
+    parts: dict[tuple[str, str], Tensor]
+    """Tensors of the adapter by module and role: weight, bias, lora_A or lora_B."""
+
+    def made(self) -> PlannedScore | None:
+        """Return the head as a bundle has it; None where something was reported."""
+        hidden, base = self.base.dims.hidden, self.base
+        for (module, what), tensor in self.parts.items():
+            if module not in (base.head, base.dense) or what not in ("weight", "bias", "lora_A", "lora_B"):
+                expected = f"weights, biases and lora_A and lora_B of {base.dense} and {base.head}"
+                self._refuse(tensor.name, expected, f"{module}.{what}")
+        dense, labels = self._layer(base.dense, hidden), self._layer(base.head, None)
+        if dense is None or labels is None or self.report:
+            return None
+        values = np.concatenate([dense, labels])
+        if bad := int(np.count_nonzero(~np.isfinite(values))):
+            fix = "Training diverged: use an earlier checkpoint."
+            self.report.add(
+                "E_NAN", base.head, expected="finite values", found=f"{bad} NaN or infinite", fix=fix
+            )
+            return None
+        head = ScoreHead(num_labels=len(labels), hidden_size=hidden, dense=True)
+        sources = tuple(tensor.name for tensor in self.parts.values())
+        tensor = Tensor(NAME, "F32", values.shape, 0, values.nbytes)
+        return PlannedScore(head, MadeHead(self.file.path, {NAME: tensor}, values, sources), NAME)
+
+    def _layer(self, module: str, out: int | None) -> Array | None:
+        """Return weights and biases of a layer, [out, hidden + 1]; out is None for one row per label."""
+        weight, bias = (self._whole(module, kind) for kind in ("weight", "bias"))
+        hidden = self.base.dims.hidden
+        expected = f"{module}.weight [{out or f'1 to {MAX_LABELS} labels'}, {hidden}] and a bias"
+        if weight is None or bias is None:
+            self._refuse("task_type SEQ_CLS", expected, "none, in the adapter or in the base")
+            return None
+        fits = weight.ndim == 2 and weight.shape[1] == hidden and bias.shape == weight.shape[:1]
+        if not fits or not (len(weight) == out if out else 1 <= len(weight) <= MAX_LABELS):
+            self._refuse(module, expected, f"{list(weight.shape)} and {list(bias.shape)}")
+            return None
+        added = self._product(module, weight.shape)
+        return None if added is None else np.concatenate([weight + added, bias[:, None]], axis=1)
+
+    def _whole(self, module: str, kind: str) -> Array | None:
+        """Return a tensor of the adapter, or else of the base, in float32; None where neither has one."""
+        file, tensor = self.file, self.parts.get((module, kind))
+        name = "" if tensor is None else tensor.name
+        if tensor is None and self.weights is not None:
+            for name in [f"{prefix}{module}.{kind}" for prefix in self.base.names.prefixes]:
+                if (there := self.weights.find(name)) is not None:
+                    file, tensor = there, there.tensors[name]
+                    break
+        if tensor is None or tensor.dtype not in READABLE:
+            return None
+        values: Array = file.read(name).astype(np.float32)
+        return values
+
+    def _product(self, module: str, shape: tuple[int, ...]) -> Array | None:
+        """Return what LoRA adds to a layer's weight; None where it was reported."""
+        a, b = (self.parts.get((module, kind)) for kind in ("lora_A", "lora_B"))
+        if a is None and b is None:
+            return np.zeros(shape, np.float32)
+        there = () if a is None or b is None else (b.shape[0], *a.shape[1:], *b.shape[1:])
+        if a is None or b is None or there != (*shape, a.shape[0]) or {a.dtype, b.dtype} - READABLE.keys():
+            found = ", ".join(f"{each.name} {list(each.shape)}" for each in (a, b) if each is not None)
+            self._refuse(module, f"lora_A and lora_B of {list(shape)}", found)
+            return None
+        match = _KEY.fullmatch(a.name)
+        name = match["module"] if match else module
+        config, _ = self.config.read([name])
+        if left_out := config.left_out_by(name):
+            report_left_out(name, left_out, "tensors", config, self.report)
+        product = self.file.read(b.name).astype(np.float64) @ self.file.read(a.name).astype(np.float64)
+        added: Array = (config.scale_of(name, a.shape[0]) * product).astype(np.float32)
+        return added
+
+    def _refuse(self, place: str, expected: str, found: str) -> None:
+        self.report.add("E_TASK", place, expected=expected, found=found, fix=_AGAIN)

@@ -1,1 +1,0 @@
-"""The extension `admin`: commands for operators of builders and replicas."""

@@ -1,1 +1,0 @@
-"""The extension `chat`: conversations in a terminal."""

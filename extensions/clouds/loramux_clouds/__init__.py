@@ -1,1 +1,0 @@
-"""Sources of adapters and bases in Google Cloud Storage and Azure Blob Storage."""

@@ -1,1 +1,0 @@
-"""Encoders as bases, with adapters: BERT, RoBERTa, XLM-RoBERTa and ModernBERT."""

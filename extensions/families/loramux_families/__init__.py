@@ -1,1 +1,0 @@
-"""Families of decoders that few have, or whose routers or attention the core does not have."""

@@ -1,1 +1,0 @@
-"""Garbage collection of a store: what nothing refers to, listed or removed."""

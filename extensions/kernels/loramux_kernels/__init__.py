@@ -1,1 +1,0 @@
-"""Kernels for a GPU, compiled for an image on a machine without one."""

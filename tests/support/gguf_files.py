@@ -1,0 +1,97 @@
+"""Small files of GGUF, and the checkpoints that they mean."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+
+from loramux_shared.gguf.files import AROUND, OF_LAYER
+
+HALVES = {"Q6_K": [208], "Q4_0": [0], "Q5_0": [0], "Q8_0": [0]}
+"""Places of float16 in blocks: one for the scale, and in other types one more for the offset."""
+NAMES = {own: theirs for theirs, own in (OF_LAYER | AROUND).items()}
+HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+
+
+def random_blocks(kind: str, rows: int, width: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Return the bytes [rows, bytes] of rows of random blocks, whose weights are small."""
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    draw = np.random.default_rng(seed)
+    data = draw.integers(0, 256, (rows, width // values, size), dtype=np.uint8)
+    for at in HALVES.get(kind, [0, 2]):
+        halves = draw.normal(0, 2.0 / 4 ** int(kind[1]) / (32 if "K" in kind else 1), data.shape[:2])
+        data[:, :, at : at + 2] = halves.astype(np.float16)[..., None].view(np.uint8)
+    return data.reshape(rows, -1)
+
+
+def write_gguf(
+    path: Path,
+    checkpoint: Path,
+    config: Mapping[str, Any],
+    kinds: Callable[[str], str],
+    fields: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a GGUF of random matrices, and put these into the checkpoint; ``kinds`` are types by name."""
+    arch = config["model_type"]
+    writer = gguf.GGUFWriter(path, arch)
+    sizes = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+    }
+    if config.get("head_dim"):
+        sizes |= {"attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}
+    for key, size in sizes.items():
+        writer.add_uint32(f"{arch}.{key}", size)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
+    writer.add_float32(f"{arch}.rope.freq_base", config.get("rope_theta") or 10000.0)
+    add_tokenizer(writer, config["vocab_size"])
+    for key, value in (fields or {}).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    weights = load_file(checkpoint / "model.safetensors")
+    for seed, (name, weight) in enumerate(weights.items()):
+        own, _, last = name.removeprefix("model.").rpartition(".")
+        stem = NAMES.get(f"model.{own}") or NAMES.get(own) or ""
+        if own.startswith("layers."):
+            _, layer, part = own.split(".", 2)
+            stem = f"blk.{layer}.{NAMES[part]}"
+        kind = kinds(stem) if weight.ndim == 2 else "F32"
+        qtype = gguf.GGMLQuantizationType[kind]
+        data = weight.astype(np.float32)
+        if kind not in ("F32", "F16"):
+            data = random_blocks(kind, weight.shape[0], weight.shape[1], seed)
+            weights[name] = gguf.dequantize(data, qtype)
+        elif kind == "F16":
+            data = weight.astype(np.float16)
+            weights[name] = data.astype(np.float32)
+        heads = HEADS.get(stem.rpartition(".")[2]) if arch == "llama" else None
+        if heads is not None:  # as llama.cpp's converter permutes them
+            shape = data.shape
+            data = data.reshape(config[heads], 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)
+        writer.add_tensor(f"{stem}.{last}", np.ascontiguousarray(data), raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
+    """Give a file the tokens of single bytes, one of two, and enough of others."""
+    tokens = [*sorted(ByteLevel.alphabet()), "he"]
+    tokens += [f"<|{number}|>" for number in range(len(tokens), vocab)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens[:vocab])
+    writer.add_token_types([1 if len(token) < 3 else 3 for token in tokens[:vocab]])
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(vocab - 2)
+    writer.add_eos_token_id(vocab - 1)
+    writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")

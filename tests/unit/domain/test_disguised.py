@@ -1,0 +1,127 @@
+"""Kinds of adapters that amount to LoRA, saved by PEFT, against transformers and PEFT token for token."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+from peft.utils import constants
+from safetensors.numpy import load_file, save_file
+from transformers import LlamaConfig
+
+from builder_service.domain.adapter_config import default_targets
+from builder_service.domain.derived import NotMade
+from builder_service.domain.initial import first_columns, leading
+from builder_service.domain.kinds import Kind
+from loramux_shared.bases.families import load_families
+from loramux_shared.faults import AdapterInvalid
+from loramux_shared.storage.memory import MemoryStore
+from tests.models.test_families import CASES
+from tests.models.test_kinds import SOME, save
+from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, run_engine
+
+KINDS: dict[str, Any] = {
+    "plain": peft.LoraConfig(r=4, lora_alpha=6, **SOME),
+    "pissa": peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", alpha_pattern={"v_proj": 3}, **SOME),
+    "olora": peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="olora", use_rslora=True, **SOME),
+    "pissa-dora": peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", use_dora=True, **SOME),
+    "adalora": peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=9, **SOME),
+    "adalora-of-no-alpha": peft.AdaLoraConfig(init_r=4, lora_alpha=-3, total_step=9, **SOME),
+    "vera": peft.VeraConfig(r=5, **SOME),
+    "loha": peft.LoHaConfig(r=3, alpha=5, rank_pattern={"v_proj": 2}, **SOME),
+    "lokr": peft.LoKrConfig(r=2, alpha=5, decompose_factor=4, **SOME),
+    "ia3": peft.IA3Config(feedforward_modules=["down_proj"], **SOME),
+    "ia3-twice": peft.IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=["up_proj", "o_proj", "down_proj"],
+        feedforward_modules="down_proj$",
+    ),
+    "lokr-of-products": peft.LoKrConfig(r=1, alpha=5, decompose_both=True, alpha_pattern={"v_proj": 2}, **SOME),
+}
+PROMPT = [5, 9, 2, 40, 17, 33]
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return make_saved(tmp_path_factory.mktemp("disguised"))
+
+
+def make_saved(root: Path) -> World:
+    """A base with biases and an adapter of each kind."""
+    make_checkpoint(root / "base", LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
+    folders = {
+        name: save(root / "base", root / name, each, at) for at, (name, each) in enumerate(KINDS.items())
+    }
+    return World(root / "base", folders, root)
+
+
+def test_what_amounts_to_lora_answers_as_peft_does(world: World) -> None:
+    """All kinds, a plain adapter and the base in one batch, as the files are that PEFT saved."""
+    expected = [oracle_tokens(oracle(world.base, path), PROMPT, NEW) for path in world.adapters.values()]
+    expected.append(oracle_tokens(oracle(world.base, None), PROMPT, NEW))
+    assert len(set(map(tuple, expected))) == len(expected)
+    ready = world.load(world.built())
+    assert run_engine(ready, [(name, PROMPT) for name in (*KINDS, "base")], NEW) == expected
+
+
+def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
+    """VeRA of a shared expert is cut to the expert's width, beside other experts of the base."""
+    make_checkpoint(tmp_path / "base", CASES["qwen3_5-moe"].config)
+    vera = peft.VeraConfig(r=5, task_type="CAUSAL_LM", target_modules=r".*shared_expert\.(up|down)_proj")
+    folder = save(tmp_path / "base", tmp_path / "vera", vera, 1)
+    world = World(tmp_path / "base", {"vera": folder}, tmp_path)
+    expected = oracle_tokens(oracle(world.base, folder), PROMPT, NEW)
+    assert expected != oracle_tokens(oracle(world.base, None), PROMPT, NEW)
+    assert run_engine(world.load(world.built()), [("vera", PROMPT)], NEW) == [expected]
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_modules_that_a_config_does_not_name_are_those_of_peft(kind: Kind) -> None:
+    """The default modules are those of the installed PEFT, for every served architecture."""
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING")
+    for architecture, _ in load_families().values():
+        found, expected = default_targets(kind, architecture.model_type), table.get(architecture.model_type)
+        assert found == (tuple(expected) if isinstance(expected, list) else expected), architecture
+
+
+def test_what_adalora_left_is_what_an_alpha_of_zero_means(world: World) -> None:
+    """A pruned AdaLoRA module has its remaining rank as alpha where the config's alpha is 0, as in PEFT."""
+    folder = save(
+        world.base, world.root / "pruned", peft.AdaLoraConfig(init_r=4, lora_alpha=0, total_step=9, **SOME), 3
+    )
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["rank_pattern"] = {}
+    for name in [name for name in tensors if name.endswith("lora_E")]:
+        retained = [True, "v_proj" in name, True, False]
+        config["rank_pattern"][name.removeprefix("base_model.model.")] = retained
+        for part, axis in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
+            each = name.replace("lora_E", part)
+            tensors[each] = np.compress(retained, tensors[each], axis).copy()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config["alpha_pattern"] = {"v_proj": 99}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    pruned = World(world.base, {"pruned": folder}, world.root)
+    expected = oracle_tokens(oracle(world.base, folder), PROMPT, NEW)
+    assert run_engine(pruned.load(pruned.built()), [("pruned", PROMPT)], NEW) == [expected]
+
+
+def test_a_base_that_does_not_say_what_it_lost_is_refused(world: World) -> None:
+    """A base is refused if it is an identity, where no singular value is the largest, or has equal columns."""
+    with pytest.raises(NotMade, match="singular values 4 and 5"):
+        leading(np.eye(40), 4)
+    with pytest.raises(NotMade, match="first 3 columns"):
+        first_columns(np.ones((8, 6)), 3)
+    flat = world.root / "flat"
+    make_checkpoint(flat, LlamaConfig(**SIZES))
+    tensors = load_file(flat / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"] = np.eye(48, dtype=np.float32)
+    save_file(tensors, flat / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterInvalid) as refusal:
+        World(flat, {"pissa": world.adapters["pissa"]}, world.root).build(MemoryStore())
+    assert [(finding.code, finding.where) for finding in refusal.value.findings] == [
+        ("E_INIT", "layer 1 q_proj")
+    ]
