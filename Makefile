@@ -16,11 +16,11 @@ demo: $(VENV)/.demo
 
 # Everything of the core: some minutes. Each worker imports all tests and makes shared fixtures of its own: as many
 # as the cores of CI, and one for while others wait.
-test: static
+test: static azurite
 	$(BIN)/pytest -n 3 --dist worksteal $(ARGS)
 
 # Everything of the extensions; each worker starts a Ray cluster.
-test-extensions: static azurite
+test-extensions: static
 	$(if $(EXTENSIONS),$(BIN)/pytest -n 2 --dist worksteal extensions $(ARGS))
 
 # What a minute can tell.
@@ -52,7 +52,7 @@ golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.kernels.counts
 	$(BIN)/python -m tests.golden.openai.write
 	$(BIN)/python -m tests.golden.metrics.write
-	$(if $(EXTENSIONS),$(BIN)/python -m tests.support.openapi_golden)
+	$(if $(EXTENSIONS),$(BIN)/python -m tests.golden.openapi.write)
 
 docs: $(VENV)/.test
 	$(BIN)/python -m scripts.docs

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from benchmarks.streams_clients import MODEL
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
+from inference_service.apis.children import ApiProcesses
 from inference_service.core.sequence import Batch, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
@@ -32,7 +33,6 @@ from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
-from loramux_shared.extensions import need_extension
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.settings import InferenceSettings
@@ -106,8 +106,7 @@ async def serve(device: Instant, api_processes: int = 0) -> None:
         addresses = {"grpc": await rpc.start(), "http": await http.start()}
         if api_processes:
             settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0")
-            made_apart = need_extension("apis", "API processes").ApiProcesses
-            apis = made_apart(settings, made, api_processes, (SERVICE_NAME,), inside, keyless=True)
+            apis = ApiProcesses(settings, made, api_processes, (SERVICE_NAME,), inside, keyless=True)
             addresses = await apis.start()
             await apis.set_serving()
         keep_what_is_loaded()

@@ -18,9 +18,9 @@ import structlog
 
 from builder_service.builder import Builder
 from builder_service.builds.builds import Builds
+from builder_service.meter import BuildMeter
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux_shared.access.guard import Guard, open_guard
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.calls import Patience
@@ -68,7 +68,7 @@ async def serve(settings: BuilderSettings) -> None:
     server = RpcServer(settings.grpc, services, guard, tracing, patience)
     metrics = "off"
     if settings.metrics:
-        meter = need_extension("meter", f"LORAMUX_METRICS={settings.metrics}").BuildMeter(builds.count_running)
+        meter = BuildMeter(builds.count_running)
         builds.on_end = meter.ended
         hosts = Guard(hosts=settings.http_hosts).hosts_at(settings.metrics)  # they require no key
         metrics = meter.listen(settings.metrics, insecure=settings.insecure, hosts=hosts)

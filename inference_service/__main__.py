@@ -18,7 +18,6 @@ import structlog
 from inference_service.store import open_batches, open_replica_store
 from loramux_shared.access.guard import open_guard
 from loramux_shared.bundle.deployments import require_deployment
-from loramux_shared.extensions import PARTS, absent, find_extensions
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.process import log_to_stderr, raise_limit, report
 from loramux_shared.rpc.options import require_free
@@ -77,8 +76,6 @@ async def serve(settings: InferenceSettings) -> int:
     guard = open_guard(settings, *addresses)
     for address in addresses:
         require_free(address)
-    if settings.api_processes and "apis" not in find_extensions(PARTS):
-        raise absent(f"{variable('api_processes')}={settings.api_processes}", "apis")
     if (settings.api_processes or 0) > 1 and settings.grpc.startswith("unix:"):
         raise SettingsInvalid(
             f"{variable('api_processes')}={settings.api_processes}, and {variable('grpc')}={settings.grpc}: "

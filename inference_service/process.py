@@ -8,6 +8,7 @@ from functools import partial
 
 import structlog
 
+from inference_service.apis.children import ApiProcesses
 from inference_service.http.server import HttpServer
 from inference_service.http.wire import protocol
 from inference_service.replica import TELL_S, Replica, end_broken
@@ -15,7 +16,6 @@ from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux_shared.access.guard import Guard
-from loramux_shared.extensions import PARTS, find_extensions, load_extension
 from loramux_shared.process import socket_folder
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer
@@ -24,7 +24,7 @@ from loramux_shared.settings import InferenceSettings
 
 log = structlog.get_logger()
 
-ApiServer = RpcServer | HttpServer
+ApiServer = RpcServer | HttpServer | ApiProcesses
 
 
 async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
@@ -32,8 +32,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     replica = await stop.starting(Replica.load(settings))
     ready, operators, tracing = replica.ready, replica.operators, replica.tracing
     stall_s = settings.stall_timeout_s
-    part = find_extensions(PARTS).get("apis")
-    count = 0 if part is None else settings.sizes(ready.device).api_processes
+    count = settings.sizes(ready.device).api_processes
     services = {
         SERVICE_NAME: InferenceServicer(ready.service).register,
         adapters_rpc.SERVICE_NAME: AdapterServicer(operators.manager).register,
@@ -52,11 +51,9 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     servers["grpc"] = server
     bound = {name: await each.start() for name, each in servers.items()}
     apis = None
-    if part is not None and count:
+    if count:
         keyless = guard.keyring is None
-        apis = load_extension(part).ApiProcesses(
-            settings, ready.service, count, services, relay, keyless=keyless
-        )
+        apis = ApiProcesses(settings, ready.service, count, services, relay, keyless=keyless)
         bound = await stop.starting(apis.start())
     every: list[ApiServer] = [*([apis] if apis else []), *servers.values()]
     replica.begin(partial(_refuse, every))

@@ -11,10 +11,11 @@ from typing import Final, NoReturn, Self
 
 import structlog
 
+from inference_service.http.app import create_app
 from inference_service.rpc.builder import BuilderNews, BuilderPublisher
 from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.startup.load import Ready, load_apart
-from inference_service.store import open_batches, open_replica_store
+from inference_service.store import open_replica_store
 from loramux.client import AsyncClient
 from loramux_shared.rpc.stopping import first_of, supervise
 from loramux_shared.settings import InferenceSettings
@@ -44,7 +45,8 @@ class Operators:
             news = BuilderNews(self._settings.builder, self._settings.deployment, follower.nudge)
             self._supervise("news", news.run)
         if (batches := self._ready.service.batches) is not None:
-            self._supervise("batches", partial(batches.work, self._ready.service, self._settings))
+            app, service = create_app(self._ready.service), self._ready.service
+            self._supervise("batches", partial(batches.work, app, self._settings, service.max_queue))
 
     def _supervise(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         self._tasks.append(asyncio.create_task(supervise(name, work), name=name))
@@ -90,7 +92,6 @@ class Replica:
         client = AsyncClient(builder=settings.builder) if settings.builder else None
         publisher = BuilderPublisher(client, settings.deployment) if client is not None else None
         ready = await load_apart(settings, store, watchers, publisher)
-        ready.service.batches = open_batches(settings)
         return cls(ready, Operators(settings, ready, client), tracing)
 
     def begin(self, on_failure: Callable[[], Awaitable[None]]) -> None:

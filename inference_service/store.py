@@ -1,13 +1,31 @@
 """The stores of a replica."""
 
-from typing import Any, Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
 
-from loramux_shared.extensions import need_extension
+from loramux_shared.access.asgi import App
+from loramux_shared.ports import required
 from loramux_shared.settings import InferenceSettings, variable
 from loramux_shared.signatures import signed_store
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.patient import PatientStore
+
+
+class Batches(Protocol):
+    """Files and batches of OpenAI's API."""
+
+    async def work(self, app: App, settings: InferenceSettings, max_queue: int) -> None:
+        """Answer batches by an HTTP API, whose engine has a queue of so many, until cancelled."""
+
+
+@dataclass(frozen=True)
+class BatchesOpener:
+    """The port of what keeps files and batches of OpenAI's API in a store."""
+
+    open_batches: Callable[[Store], Batches]
+
 
 START_PAUSES_S: Final = (1.0,)
 """Pauses before a store that did not answer is asked once more; the supervisor starts the process again."""
@@ -23,13 +41,13 @@ def open_replica_store(settings: InferenceSettings) -> Store:
     return PatientStore(signed, pauses_s=START_PAUSES_S)
 
 
-def open_batches(settings: InferenceSettings) -> Any:
-    """Return the files and batches of the store that settings name: what the extension has of them, or None.
+def open_batches(settings: InferenceSettings) -> Batches | None:
+    """Return the files and batches of the store that settings name; None where they name none.
 
     Raises:
-        SettingsInvalid: the address is no good, or the extension is not installed.
+        SettingsInvalid: the address is no good, or nothing that is installed keeps batches.
     """
     if settings.batch_store is None:
         return None
-    part = need_extension("batches", f"{variable('batch_store')} is set")
-    return part.BatchStore(PatientStore(open_store(settings.batch_store), pauses_s=START_PAUSES_S))
+    opener = required("batches", BatchesOpener, f"{variable('batch_store')} is set")
+    return opener.open_batches(PatientStore(open_store(settings.batch_store), pauses_s=START_PAUSES_S))

@@ -91,9 +91,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        extensions = import_module("loramux_shared.extensions")
-        if added := extensions.find_extensions(extensions.NAMES).get(name):
-            return extensions.load_extension(added)
+        from loramux_shared.ports import entry_of
+
+        if (added := entry_of("name", name, type)) is not None:
+            return added
         raise AttributeError(f"module 'loramux' has no attribute {name!r}")
     if name == "faults":
         return import_module("loramux.faults")

@@ -8,7 +8,7 @@
             if isinstance(event, Delta):
                 print(event.text, end="", flush=True)
     Client("grpcs://models.example.com:50052", api_key="lmx_...")
-    Client("dns:///replicas:50052")    # or ["10.0.0.4:50052", "10.0.0.5:50052"]: the extension `fleet`
+    Client("dns:///replicas:50052")    # or ["10.0.0.4:50052", "10.0.0.5:50052"]: several replicas
 
 Every failure is a class of `loramux.faults`. A stream that is left early (``break``, ``close``, a cancelled
 task) is cancelled on the server, which frees its sequence.
@@ -27,6 +27,8 @@ from loramux.builder.v1 import builder_pb2
 from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
 from loramux.changes import Changes
 from loramux.connection import Calls, CredentialOptions, Credentials, is_many, split
+from loramux.fleet.fleet import Fleet
+from loramux.fleet.members import Members
 from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.mapping import Watched, completion_of, deployment_of, event_of, model_of, report_of
@@ -48,7 +50,6 @@ from loramux.steps import (
 )
 from loramux.vectors import VectorMethods
 from loramux_shared.deployment import Deployment, LoraConfiguration, Repository
-from loramux_shared.extensions import need_extension
 from loramux_shared.spelling import parse_repository
 
 INFERENCE = "127.0.0.1:50052"
@@ -189,10 +190,9 @@ class _Addresses:
         self.timeout_s = timeout_s
         self._credentials = Credentials(**credentials)
         self._channels: list[Any] = []
-        self._fleet: Any = None  # a client of one address needs no fleet
+        self._fleet: Fleet | None = None  # a client of one address needs no fleet
         if is_many(self.inference):
-            fleet = need_extension("fleet", f"a client of several replicas ({self.inference})")
-            self._fleet = fleet.Fleet(fleet.Members(split(self.inference)), self._credentials, self._kind)
+            self._fleet = Fleet(Members(split(self.inference)), self._credentials, self._kind)
 
     def _all_channels(self) -> list[Any]:
         return self._channels + (self._fleet.close() if self._fleet else [])

@@ -21,6 +21,7 @@ from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFi
 from builder_service.domain.tensor_names import FullKey
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Replaced
+from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.npy import Array
 
 BLOCK: Final = 1 << 20
@@ -121,7 +122,6 @@ def _blocks(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def with_dora_tables(
-    dora: list[Pair],
     file: TensorFile,
     pairs: list[Pair],
     config: AdapterConfig,
@@ -131,14 +131,17 @@ def with_dora_tables(
 ) -> tuple[TensorFile, list[Pair], list[PlannedRows]]:
     """Return the pairs that stay A and B, and the rows that those of DoRA become, with the file for them.
 
-    Where something is reported, all pairs stay.
+    Where something is reported, before or here, all pairs stay.
     """
+    dora = [pair for pair in pairs if pair.key.layer == NO_LAYER and pair.magnitude is not None]
+    if report or not dora:
+        return file, pairs, []
     tables: dict[str, DoraTable] = {}
     for pair in dora:
         table = _table(file, pair, config, base, weights, report)
         if table is not None:
             tables[f"{pair.key.name} of DoRA"] = table
-    if report or not tables:
+    if report:
         return file, pairs, []
     tensors = dict(file.tensors)
     for name, table in tables.items():

@@ -21,7 +21,6 @@ import numpy as np
 from builder_service.domain.derived import Derived, Product
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.kinds import Kind
-from builder_service.domain.other_kinds import SAVE, Expanded, is_foreign
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import LoraKey, parse_key
 from loramux_shared.bases.config import ModelConfig
@@ -38,7 +37,19 @@ _PARTS: Final[Mapping[Kind, tuple[str, ...]]] = {
 _SHARED: Final = re.compile(r"base_model\.(vera_[AB])(?:\.[^.]+)?")
 """VeRA's projections, which all modules have in common."""
 
+_MARKS: Final = {".lora_": Kind.LORA, ".ia3_l": Kind.IA3}
+SAVE: Final = "Save the adapter again with PEFT, under the kind that its config says."
+
 Parts = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A file in the words of LoRA."""
+
+    file: TensorFile
+    idle: tuple[str, ...] = ()
+    """Tensors without elements: of modules that AdaLoRA left no rank."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Side:
 
 
 def expanded(file: TensorFile, kind: Kind, base: ModelConfig, report: Grouping) -> Expanded:
-    """Return a file that has A and B for each module of another kind; report what does not fit together."""
+    """Return a file that has A and B for each module, of any kind; report what does not fit together."""
     key = re.compile(rf"(.+)\.({'|'.join(sorted(_PARTS.get(kind, ()), reverse=True))})((?:\.[^.]+)?)")
     modules: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     shared: dict[str, Tensor] = {}
@@ -75,6 +86,15 @@ def expanded(file: TensorFile, kind: Kind, base: ModelConfig, report: Grouping) 
                 tensors[name] = Tensor(name, "F32", side.shape, 0, size, trained)
                 recipes[name] = side.product
     return Expanded(Derived(file.path, tensors, file, recipes), tuple(sorted(idle)))
+
+
+def is_foreign(name: str, kind: Kind, report: Grouping) -> bool:
+    """Return True for the key of a tensor of another kind than the config says, and report it."""
+    if not any(mark in name and kind is not owner for mark, owner in _MARKS.items()):
+        return False
+    found = f"keys of another kind than {kind}"
+    report.add("E_UNKNOWN_KEY", name, expected=f"keys of {kind}", found=found, fix=SAVE, places_listed=10)
+    return True
 
 
 def _has_no_rank(parts: Parts) -> bool:

@@ -21,10 +21,10 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.derived import Derived, NotMade
 from builder_service.domain.full_tensors import BaseTensors
 from builder_service.domain.grouping import Grouping
+from builder_service.domain.low_rank import LowRank, best_approximation
 from builder_service.domain.pairs import Pair
 from builder_service.domain.rules.config import CONVERTED
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from builder_service.domain.truncation import LowRank, best_approximation
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.npy import Array
 

@@ -9,16 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from builder_service.domain.gguf_tensors import read_tensors
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
+from builder_service.pipeline.widener import Widener, open_widener
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.files import CONFIG, GENERATION, GGUF, INDEX, WEIGHTS
 from loramux_shared.bases.formats import QUANTIZE, with_quantize
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.extensions import PARTS, find_extensions, need_extension
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.base import Progress, Room, unwatched
-from loramux_shared.sources.checkpoint import CONFIG, GENERATION, GGUF, INDEX, WEIGHTS, Base
+from loramux_shared.sources.checkpoint import Base
 from loramux_shared.sources.files import hash_if_there
 from loramux_shared.sources.open import Sources
 from loramux_shared.untrusted_json import JsonInvalid, parse_json, parse_strict_json
@@ -40,7 +42,7 @@ class BaseWeights:
         self._lock = threading.Lock()
         self._shards: dict[str, str] | None = None
         self._open: dict[str, TensorFile] = {}
-        self._widener: Any = None
+        self._widener: Widener | None = None
 
     @property
     def files(self) -> Mapping[str, FileDigest]:
@@ -65,11 +67,11 @@ class BaseWeights:
     def widened(self, name: str, shape: tuple[int, int]) -> TensorFile | None:
         """Return a file with a weight of few bits [out, in] in float32, which goes with the object.
 
-        None where the base has no such weight, or the extension `lowbit` or its torch is not installed here.
+        None where the base has no such weight, or torch is not installed here.
 
         Raises:
             CheckpointInvalid: its tensors do not go together.
-            ResourcesExhausted, InternalFault: the extension's process failed.
+            ResourcesExhausted, InternalFault: the process that widens it failed.
             Fault: what `find` raises.
         """
         parts = [name] if GGUF in self._base.files else self._beside(name.removesuffix("weight"))
@@ -78,17 +80,13 @@ class BaseWeights:
         for part in parts:
             self.find(part)  # find() fetches and verifies the file
         described = [self.fetch(each) for each in (CONFIG, QUANTIZE) if each in self._base.files]
-        file: TensorFile = widener.widen(described[0].parent, name, shape)
-        return file
+        return widener.widen(described[0].parent, name, shape)
 
-    def _open_widener(self) -> Any:
-        """Return the extension's process that widens weights, one for this base; None where there is none."""
+    def _open_widener(self) -> Widener | None:
+        """Return the process that widens weights, one for this base; None where there is none."""
         with self._lock:
-            if self._widener is None and "lowbit.widener" in find_extensions(PARTS):
-                extension = need_extension("lowbit.widener", "a base of few bits")
-                self._widener = extension.open_widener(
-                    self._cache.parent / "widened", lambda: self._progress(0)
-                )
+            if self._widener is None:
+                self._widener = open_widener(self._cache.parent / "widened", lambda: self._progress(0))
             return self._widener
 
     def _beside(self, prefix: str) -> list[str]:
@@ -116,11 +114,8 @@ class BaseWeights:
 
     def _read(self, shard: str) -> TensorFile:
         path = self.fetch(shard)
-        read = (
-            need_extension("gguf.tensors", f"a base in {GGUF}").read_tensors if shard == GGUF else read_header
-        )
         try:
-            file: TensorFile = read(path)
+            file: TensorFile = read_tensors(path) if shard == GGUF else read_header(path)
         except HeaderInvalid as error:
             raise CheckpointInvalid(f"base: {shard}: {error}") from error
         self._open[shard] = file

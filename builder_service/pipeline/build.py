@@ -10,6 +10,7 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.keep import Keeping, Moved, same_conditions, still_fits
 from builder_service.pipeline.making import Workshop, hold, making, prover, workshop
 from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.speculator import record_speculator
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.deployments import (
     NAMELESS,
@@ -22,7 +23,6 @@ from loramux_shared.bundle.deployments import (
 )
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation, Recipe
 from loramux_shared.deployment import Deployment, Dtype, Merge, Runtime, SourceKind
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, Fault, Finding
 from loramux_shared.runtime import Pooling
 from loramux_shared.sources.checkpoint import Base, describe_base
@@ -87,8 +87,7 @@ def _build(
     made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
     draft = _draft(deployment, base.record, made.book.dtype)
     if (speculator := deployment.runtime.speculator) is not None:
-        record = need_extension("draft.check", "runtime.speculator").record(speculator, base, shop)
-        draft = draft.model_copy(update={"speculator": record})
+        draft = draft.model_copy(update={"speculator": record_speculator(speculator, base, shop)})
     same = before if before is not None and same_conditions(before, draft) else None
     named = deployment.build.lora_adapters
     added = {} if exact else added_to(before)

@@ -18,6 +18,7 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.access.shares import Shares
+from loramux_shared.bases.files import GGUF
 from loramux_shared.bases.memory import ITEM_BYTES, widening
 from loramux_shared.bundle.manifest import FileDigest, ModuleRow, ScoreHead, npy_files
 from loramux_shared.bundle.npy import DESCR, header_bytes
@@ -32,7 +33,7 @@ from loramux_shared.faults import (
     ShuttingDown,
     SourceUnavailable,
 )
-from loramux_shared.sources.checkpoint import GGUF, Base, describe_base
+from loramux_shared.sources.checkpoint import Base, describe_base
 
 ADAPTER: Final = "adapter"
 """The name of the one adapter of a check."""

@@ -234,7 +234,7 @@ def take_signature(folder: Path, files: dict[str, FileDigest], signed_by: tuple[
     """Take the signature out of an adapter's files, and return its fault, if signers are required.
 
     Raises:
-        SettingsInvalid: the extension that reads signatures is not installed here.
+        SettingsInvalid: what reads signatures is not installed here.
         SourceUnavailable: Sigstore does not answer.
     """
     signature = files.pop(SIGNATURE, None)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
@@ -29,8 +29,8 @@ from loramux_shared.bundle.manifest import MANIFEST_FILE, REMOVAL_FILE, apart, b
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Build, Merge, Repository
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, StoreUnavailable
+from loramux_shared.ports import required
 from loramux_shared.sources.base import Room
 from loramux_shared.sources.checkpoint import Base
 from loramux_shared.sources.open import Sources
@@ -158,30 +158,24 @@ def _record(fetched: FetchedAdapter, bundle: BuiltBundle) -> AdapterRecord:
     )
 
 
-class Prover(Protocol):
-    """The functions of the extension's module that computes proofs."""
+ProveAdapters = Callable[
+    [Sequence[ValidAdapter], Build, BaseRecord, Sources, Path, Progress, Room], Sequence[Proof]
+]
 
-    def require(self) -> None:
-        """Raise `SettingsInvalid` unless its packages are installed."""
-        ...
 
-    def prove_adapters(
-        self,
-        adapters: Sequence[ValidAdapter],
-        settings: Build,
-        base: BaseRecord,
-        sources: Sources,
-        work: Path,
-        progress: Progress,
-        room: Room,
-    ) -> Sequence[Proof]:
-        """Return the proofs of adapters, in their order."""
-        ...
+@dataclass(frozen=True)
+class Prover:
+    """The port of what computes proofs."""
+
+    require: Callable[[], None]
+    """Raises `SettingsInvalid` unless its packages are installed."""
+    prove_adapters: ProveAdapters
+    """Returns the proofs of adapters, in their order."""
 
 
 def prover() -> Prover:
-    """Return the extension that computes proofs; raise SettingsInvalid where it is not installed."""
-    found: Prover = need_extension("prove", "a deployment with prove: true")
+    """Return what computes proofs; raise SettingsInvalid where it is not installed."""
+    found = required("prover", Prover, "a deployment with prove: true")
     found.require()
     return found
 

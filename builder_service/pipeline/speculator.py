@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TOKENIZER: Final = "tokenizer.json"
 
 
-def record(speculator: Speculator, base: Base, shop: Workshop) -> SpeculatorRecord:
+def record_speculator(speculator: Speculator, base: Base, shop: Workshop) -> SpeculatorRecord:
     """Return the record of a draft model that fits a base.
 
     Raises:

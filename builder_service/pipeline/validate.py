@@ -9,17 +9,18 @@ from builder_service.domain.rules.adapter import CheckedAdapter, ComparedTokens,
 from builder_service.domain.rules.tensors import AdapterLimits
 from builder_service.domain.rules.texts import check_texts
 from builder_service.domain.score_heads import with_labels
+from builder_service.pipeline import npy_files
 from builder_service.pipeline.base_tokens import BaseTokens
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.fetch import FetchedAdapter
 from builder_service.pipeline.progress import Progress, Stage
+from builder_service.pipeline.truncation import truncate_adapter
 from loramux_shared.adapter_files import CONFIG, MODEL_CONFIG, weight_files
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
 from loramux_shared.bundle.manifest import TEXT_FILES
 from loramux_shared.bundle.modules import BY_HF, BY_NAME
 from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, Finding
 from loramux_shared.wording import counted, listed
 
@@ -104,7 +105,7 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
     if CONFIG in weight_files(adapter.files):
         checked = check_adapter(folder, book, count)
     else:
-        checked = need_extension("npy", "npy files of another converter").check(folder, book, count)
+        checked = npy_files.check(folder, book, count)
     texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if name in adapter.files}
     vocab = checked.vocab or book.limits.base.dims.vocab
     tokens = book.tokens.compared(folder, adapter.files) if book.tokens else ComparedTokens()
@@ -119,11 +120,7 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
     checked = replace(checked, findings=(*checked.findings, *found), own_tokens=own, score=score)
     if checked.errors or book.truncate_to_rank is None:
         return checked
-    extension = need_extension("kinds", f"truncate_to_rank: {book.truncate_to_rank}")
-    truncated: CheckedAdapter = extension.truncate_adapter(
-        checked, book.truncate_to_rank, book.dtype, folder, count
-    )
-    return truncated
+    return truncate_adapter(checked, book.truncate_to_rank, book.dtype, folder, count)
 
 
 def _without_rows(added: Sequence[AddedToken], vocab: int) -> list[Finding]:

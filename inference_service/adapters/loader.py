@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import structlog
 import torch
@@ -23,9 +23,9 @@ from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
 from inference_service.lora.weights import AdapterWeights, in_order, load_adapter, part_of, values_of
 from inference_service.models.decoder import Decoder
-from loramux_shared.bundle.manifest import REBUILD
+from loramux_shared.bundle.manifest import REBUILD, Manifest
+from loramux_shared.bundle.proof import Proof
 from loramux_shared.bundle.reader import Bundle
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import (
     BundleCorrupt,
     Fault,
@@ -34,6 +34,7 @@ from loramux_shared.faults import (
     ResourcesExhausted,
     ShuttingDown,
 )
+from loramux_shared.ports import required
 
 log = structlog.get_logger()
 
@@ -44,6 +45,30 @@ ARRANGED_BYTES: Final = 32 << 20
 """Bytes of the arrangements of bundles that were packed before: 6,000 adapters of a small dense base."""
 DIGEST_DIGITS: Final = 12
 """Characters of a digest that stand for an adapter where its name is not known."""
+
+
+class Replayed(Protocol):
+    """The differences of a replay from its proof."""
+
+    @property
+    def logprob(self) -> float:
+        """Return the largest one of a logprob."""
+
+    @property
+    def effect(self) -> float:
+        """Return the largest one of what the adapter adds, relative to it."""
+
+
+@dataclass(frozen=True)
+class ProofReplay:
+    """The port of what replays proofs."""
+
+    replay: Callable[[str, Proof, Manifest, Adapter, LoraBackend, Decoder, int], Replayed]
+    """Raises ProofFailed where the adapter of a name answers otherwise than its proof says; the last number is
+    the tokens of a block of the cache.
+    """
+    rehearse: Callable[[LoraBackend, Decoder, int], None]
+    """Launches what a replay launches, for no adapter, so that the first proof compiles nothing."""
 
 
 class Packer:
@@ -128,8 +153,10 @@ class Packer:
             lora.copy(packed, 0)
             lora.enter(0, 0, packed)
             adapter = Adapter(bundle.digest, 0)
-            replay = need_extension("prove.replay", "a bundle with a proof").replay
-            replayed = replay(name, manifest.proof, manifest, adapter, lora, self._model, self._block_size)
+            proofs = required("replay", ProofReplay, "a bundle with a proof")
+            replayed = proofs.replay(
+                name, manifest.proof, manifest, adapter, lora, self._model, self._block_size
+            )
         log.info(
             "adapter passed its proof",
             adapter=name,

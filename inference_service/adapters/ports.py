@@ -66,7 +66,7 @@ class GenerationFollower(Protocol):
 
 
 class Resolver(Protocol):
-    """Adds adapters of repositories that requests name: the extension `resolve`."""
+    """Adds adapters of repositories that requests name."""
 
     async def bring(self, name: str) -> None:
         """Return when this replica serves the adapter that a name stands for, or if none may be added by it.

@@ -76,9 +76,10 @@ class ApiProcess:
         guard, stall_s = open_guard(settings), settings.stall_timeout_s
         self._tracing = open_tracing("loramux-inference")
         watchers = open_watchers(self._tracing, log_prompts=settings.log_prompts)
-        service = self._service = RemoteService(facts["served"], settings.parsers, watchers)
+        service = self._service = RemoteService(
+            facts["served"], settings.parsers, watchers, open_batches(settings)
+        )
         service.attach(self.channel)
-        service.batches = open_batches(settings)
         self._rpc = RpcServer(
             facts["grpc"],
             {name: lambda _: None for name in facts["services"]},

@@ -28,6 +28,7 @@ from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.model_series import ModelSeries
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.serving.terms import ServingLimits, Terms
+from inference_service.store import Batches
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.access.keys import ACCESS
@@ -248,7 +249,13 @@ class RemoteMetrics(Metrics):
 class RemoteService(GenerationService):
     """A service whose engine, names, limits and grammars are in the engine's process."""
 
-    def __init__(self, served: Mapping[str, Any], parsers_of: ParsersOf, watchers: Seq[Watcher] = ()) -> None:
+    def __init__(
+        self,
+        served: Mapping[str, Any],
+        parsers_of: ParsersOf,
+        watchers: Seq[Watcher] = (),
+        batches: Batches | None = None,
+    ) -> None:
         """Begin with what `served_to` returns; the engine's channel is set before the first request."""
         source, special, vocab = served["template"], served["special"], served["vocab"]
         template = ChatTemplate(source, special) if source else None
@@ -265,6 +272,7 @@ class RemoteService(GenerationService):
             pooling_of_base=messages.pooling_from(served["pooling"]),
             parsers_of=parsers_of,
             logprobs_mode=served["logprobs_mode"],
+            batches=batches,
         )
         assert self.texts is not None  # noqa: S101 - given above
         self.naming = RemoteNaming(self.remote, self.catalog, self.texts)

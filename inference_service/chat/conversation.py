@@ -256,8 +256,6 @@ class Conversation:
         with naming(self._chat.place):
             request, begin = await self._looked_up()
             with self._service.following_to_its_end(request):
-                if self._tools:
-                    self._dialect.require_form()
                 constraint = self._constraint(begin)
             if constraint is not None:
                 request = replace(request, output=replace(request.output, constraint_by_ending=constraint))

@@ -6,8 +6,10 @@ from functools import lru_cache
 from typing import Final
 
 from inference_service.adapters.served_model import NO_DEFAULTS, ServedModel
+from inference_service.chat.formats.gemma import FUNCTIONGEMMA, GEMMA4
 from inference_service.chat.formats.harmony import HARMONY, MARKS, messages
 from inference_service.chat.formats.json_formats import GRANITE, LLAMA3_JSON, MISTRAL, PHI4
+from inference_service.chat.formats.python_calls import OLMO3, PYTHONIC, TOOL_CODE
 from inference_service.chat.formats.reading import (
     AnswerReader,
     AnswerSource,
@@ -24,7 +26,6 @@ from inference_service.serving.request import Message
 from inference_service.serving.service import GenerationService
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
-from loramux_shared.extensions import PARTS, absent, find_extensions, load_extension
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 
 
@@ -42,15 +43,14 @@ class TemplateMarks:
         return all(word in template for word in self.words) and not (self.without and self.without in template)
 
 
-_OF_EXTENSION: Final = find_extensions(PARTS).get("calls")
 FORMATS: Final[Mapping[ToolParser, ToolFormat]] = {
     each.parser: each
     for each in (
         *(HARMONY, MISTRAL, PHI4, QWEN3_CODER, GRANITE, HERMES, LLAMA3_JSON),
-        *(load_extension(_OF_EXTENSION).FORMATS if _OF_EXTENSION is not None else ()),
+        *(GEMMA4, FUNCTIONGEMMA, OLMO3, TOOL_CODE, PYTHONIC),
     )
 }
-"""Formats by their names, with those of the extension `calls` where it is installed."""
+"""Formats by their names."""
 CALLS_SHOWN: Final = (
     (ToolParser.HARMONY, TemplateMarks(("<|channel|>", "<|message|>"))),
     (ToolParser.GEMMA4, TemplateMarks(("<|tool_call>",))),
@@ -107,11 +107,6 @@ class Dialect:
     def form(self) -> ToolFormat:
         """The format of its calls; tags where its template shows none."""
         return FORMATS.get(self.tool, HERMES)
-
-    def require_form(self) -> None:
-        """Raise SettingsInvalid for tools of a model whose calls nothing that is installed reads."""
-        if self.tool not in (*FORMATS, ToolParser.AUTO, ToolParser.NONE):
-            raise absent(f"calls in the form {self.tool}", "calls")
 
     @property
     def thinking(self) -> tuple[ThinkingMarks, ...]:

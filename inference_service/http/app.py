@@ -16,12 +16,14 @@ from inference_service.http.admin import operators, state
 from inference_service.http.admin.operators import LoadBody, PageQuery, RollbackBody, UnloadBody, VllmError
 from inference_service.http.anthropic.messages import count_tokens, create_message
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
-from inference_service.http.endpoint import Endpoint, Handler
+from inference_service.http.compat import ROUTES as COMPAT
+from inference_service.http.endpoint import Endpoint, Handler, Routes
 from inference_service.http.openai import models
 from inference_service.http.openai.chat import chat_completions
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.completions import completions
 from inference_service.http.openai.schema import CompletionBody
+from inference_service.http.openapi.document import show_openapi
 from inference_service.http.page import page_endpoints
 from inference_service.http.responses.create import count_input, create_response
 from inference_service.http.responses.schema import ResponsesBody
@@ -42,8 +44,8 @@ from loramux_shared.access.hosts import HostMiddleware
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import Scope as AccessScope
 from loramux_shared.access.shares import Shares
-from loramux_shared.extensions import HTTP_ROUTES, load_extensions
 from loramux_shared.faults import Fault, InternalFault
+from loramux_shared.ports import log_left_out, registered
 from loramux_shared.process import connections_per_server
 from loramux_shared.routes import ROUTES
 from loramux_shared.tracing import Tracing
@@ -83,7 +85,9 @@ _SERVED: Final[tuple[Endpoint, ...]] = (
         )
     ),
     Endpoint(routes.VERSION, state.show_version),
-    *chain.from_iterable(load_extensions(HTTP_ROUTES).values()),
+    *chain.from_iterable(each.endpoints for each in registered("routes", Routes, log_left_out).values()),
+    *COMPAT,
+    Endpoint(routes.OPENAPI, show_openapi),
     *(Endpoint(route, state.health) for route in (routes.HEALTH, routes.PING, routes.POST_PING)),
     Endpoint(routes.STATE, state.show_state),
     Endpoint(routes.LOAD, state.show_load),

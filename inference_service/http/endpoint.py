@@ -52,3 +52,10 @@ class Endpoint:
     def scope(self) -> Scope | None:
         """The scope that a key must have."""
         return self.route.scope
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The port of routes that packages add."""
+
+    endpoints: tuple[Endpoint, ...]

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from loramux_shared.bases.shard import Shard
 
 LayerCache = tuple[Tensor, ...]
 """A layer's cache of its sequences, as its mixer made it."""
+Block = TypeVar("Block")
+Blocks = Mapping[type, Callable[[LayerReader, Any], Block]]
+"""Readers of blocks by the classes of the layers that they are given beside the reader of weights."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,14 @@ class Step:
     def summed(self, partial: Tensor) -> Tensor:
         """Sum what each rank computed, in place."""
         return partial if self.ranks is None else self.ranks.sum(partial)
+
+
+class Mlp(Protocol):
+    """The part of a layer behind its mixer, which computes each row by itself."""
+
+    def __call__(self, step: Step, x: Tensor) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        ...
 
 
 class MixerBlock(ABC):

@@ -8,15 +8,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from inference_service.models.packed import FLOATS, Integers, Keepable, Kept, Packed, Pieces, widened
+from inference_service.models import gguf
+from inference_service.models.lowbit.find import Found
+from inference_service.models.packed import (
+    FLOATS,
+    Integers,
+    Keepable,
+    Kept,
+    Packed,
+    PackedWeights,
+    Pieces,
+    widened,
+)
 from inference_service.models.shard import Shard, ShardInvalid, read_shard
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.files import GGUF
 from loramux_shared.bases.formats import Quantization
 from loramux_shared.bases.unused import unknown
 from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid
-from loramux_shared.sources.checkpoint import GGUF
 from loramux_shared.sources.files import hash_if_there
 from loramux_shared.untrusted_json import JsonInvalid, parse_json
 from loramux_shared.wording import counted, listed
@@ -88,11 +98,10 @@ class Checkpoint:
         self._opened: dict[str, Packed] = {}
         """Weights of few bits that were looked at, and will be widened."""
         self._others: dict[str, str] = {}
-        self._found = None
+        self._found: PackedWeights | None = None
         self._taken: set[str] = set()
         for path in _files(folder, verify):
             if path.name == GGUF:
-                gguf = need_extension("gguf.weights", "a base in GGUF")
                 self._where, self._read = dict.fromkeys(gguf.names_of(path), path), gguf.read_gguf
                 self._found = gguf.FoundBlocks(self._where)
                 return
@@ -102,8 +111,7 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 self._refuse(path, error)
         if quantization is not None:
-            lowbit = need_extension("lowbit", f"a base with weights in {quantization.label}")
-            self._found = lowbit.Found(quantization.format, self._where)
+            self._found = Found(quantization.format, self._where)
 
     def has(self, name: str) -> bool:
         """Return True if there is such a tensor, whole or of few bits."""
@@ -166,8 +174,7 @@ class Checkpoint:
         if self._quantization is None or self._found is None or name not in self._found:
             return None
         tensors = {role: self._take(each) for role, each in self._found.parts(name).items()}
-        opened: Packed = self._found.open(Pieces(name, shape, self._quantization, tensors))
-        return opened
+        return self._found.open(Pieces(name, shape, self._quantization, tensors))
 
     def _take(self, name: str) -> Tensor:
         """Return a tensor as the file has it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor
@@ -33,14 +33,18 @@ from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
 from inference_service.lora.vocabulary import StepVocabulary
 from inference_service.lora.weights import AdapterWeights
+from inference_service.models import family_blocks, mamba
 from inference_service.models.blocks import (
     AttentionBlock,
+    Block,
+    Blocks,
     Cache,
     CacheSize,
     DeltaBlock,
     InputBlock,
     Inputs,
     MixerBlock,
+    Mlp,
     MlpBlock,
     Ranks,
     Step,
@@ -49,14 +53,12 @@ from inference_service.models.checkpoint import Tensors
 from inference_service.models.experts import BesideBlock, ExpertsBlock
 from inference_service.models.reader import LayerReader, Reader
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MixerLayer, MlpLayer
+from loramux_shared.bases.families import load_families
+from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
 from loramux_shared.bases.rope import QueryScaling
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
-from loramux_shared.extensions import need_extension
 from loramux_shared.runtime import Rounding
-
-Mlp = MlpBlock | ExpertsBlock | BesideBlock
 
 
 @dataclass(frozen=True)
@@ -85,35 +87,41 @@ def read_layer(reader: LayerReader) -> Layer:
     scalar = None if names.scalar is None else float(reader.reader.rounded(reader.get(names.scalar, (1,))))
     return Layer(
         input_norm=reader.optional_norm(names.input_norm),
-        mixer=_read_mixer(reader, spec.mixer),
+        mixer=_read_block(MIXERS, reader, spec.mixer),
         mixer_out_norm=reader.optional_norm(names.attention_out_norm),
         mlp_norm=None if norms_itself else reader.optional_norm(names.mlp_norm),
-        mlp=_read_mlp(reader, spec.mlp),
+        mlp=_read_block(MLPS, reader, spec.mlp),
         mlp_out_norm=reader.optional_norm(names.mlp_out_norm),
         inputs=None if spec.inputs is None else InputBlock(reader),
         scalar=scalar,
     )
 
 
-def _read_mixer(reader: LayerReader, spec: MixerLayer) -> MixerBlock:
-    if spec.part is not None:
-        return cast(MixerBlock, _read_block(reader, spec, spec.part))
-    if isinstance(spec, DeltaLayer):
-        return DeltaBlock(reader, spec)
-    return AttentionBlock(reader, cast(AttentionLayer, spec))
-
-
-def _read_mlp(reader: LayerReader, spec: MlpLayer | ExpertsLayer) -> Mlp:
-    if spec.part is not None:
-        return cast(ExpertsBlock, _read_block(reader, spec, spec.part))
-    if isinstance(spec, MlpLayer):
-        return MlpBlock.of_layer(reader)
+def _read_experts(reader: LayerReader, spec: ExpertsLayer) -> Mlp:
     return ExpertsBlock(reader, spec) if spec.beside is None else BesideBlock(reader, spec)
 
 
-def _read_block(reader: LayerReader, spec: MixerLayer | MlpLayer | ExpertsLayer, part: str) -> object:
-    """Read a block of an extension."""
-    return need_extension(part, f"a base of architecture {reader.config.architecture}").read_block(reader, spec)
+MIXERS: Final[Blocks[MixerBlock]] = {
+    AttentionLayer: AttentionBlock,
+    DeltaLayer: DeltaBlock,
+    **family_blocks.MIXERS,
+    **mamba.MIXERS,
+}
+MLPS: Final[Blocks[Mlp]] = {
+    MlpLayer: lambda reader, _: MlpBlock.of_layer(reader),
+    ExpertsLayer: _read_experts,
+    **family_blocks.MLPS,
+    **mamba.MLPS,
+}
+
+
+def _read_block(own: Blocks[Block], reader: LayerReader, spec: object) -> Block:
+    """Read a block of ours, or one that the base's family brings."""
+    if (read := own.get(type(spec))) is not None:
+        return read(reader, spec)
+    _, family = load_families()[reader.config.architecture]
+    brought = {} if family.blocks is None else family.blocks()
+    return cast(Block, brought[type(spec)](reader, spec))
 
 
 class Decoder:

@@ -1,8 +1,8 @@
-"""The blocks of layers that the core does not have, with their weights."""
+"""The blocks of latent and tempered attention, of MLPs without a gate and of routers in groups."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,16 @@ from inference_service.backends.base import LayerHeads
 from inference_service.backends.operations import Operations
 from inference_service.kernels.experts import Routed
 from inference_service.layers.norm import RMSNorm
-from inference_service.models.blocks import AttentionBlock, CacheSize, LayerCache, MixerBlock, MlpBlock, Step
+from inference_service.models.blocks import (
+    AttentionBlock,
+    Blocks,
+    CacheSize,
+    LayerCache,
+    MixerBlock,
+    Mlp,
+    MlpBlock,
+    Step,
+)
 from inference_service.models.experts import Experts
 from inference_service.models.reader import LayerReader
 from loramux_shared.bases.family_layers import LatentLayer, PlainLayer, RoutedLayer, TemperedLayer
@@ -20,17 +29,6 @@ from loramux_shared.faults import SettingsInvalid
 
 LATENT_EPS = 1e-6
 """Epsilon of the norms of what queries, keys and values are made of, whatever the config has for others."""
-
-
-def read_block(
-    reader: LayerReader, spec: LatentLayer | TemperedLayer | RoutedLayer | PlainLayer
-) -> LatentBlock | TemperedBlock | RoutedBlock | PlainBlock:
-    """Read the block of a part of a layer."""
-    if isinstance(spec, PlainLayer):
-        return PlainBlock(reader, spec)
-    if isinstance(spec, TemperedLayer):
-        return TemperedBlock(reader, spec)
-    return LatentBlock(reader, spec) if isinstance(spec, LatentLayer) else RoutedBlock(reader, spec)
 
 
 class LatentBlock(MixerBlock):
@@ -236,3 +234,7 @@ def sparsemixer(logits: Tensor, jitter: float) -> Routed:
         ids.append(chosen)
         left = left.scatter(1, chosen, float("-inf"))
     return Routed(torch.cat(ids, dim=1).int(), torch.cat(weights, dim=1))
+
+
+MIXERS: Final[Blocks[MixerBlock]] = {LatentLayer: LatentBlock, TemperedLayer: TemperedBlock}
+MLPS: Final[Blocks[Mlp]] = {PlainLayer: PlainBlock, RoutedLayer: RoutedBlock}

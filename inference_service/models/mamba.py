@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from inference_service.kernels.delta import DeltaStates
-from inference_service.models.blocks import AttentionBlock, CacheSize, LayerCache, MixerBlock, MlpBlock, Step
+from inference_service.models.blocks import (
+    AttentionBlock,
+    Blocks,
+    CacheSize,
+    LayerCache,
+    MixerBlock,
+    Mlp,
+    MlpBlock,
+    Step,
+)
 from inference_service.models.experts import ExpertsBlock
 from inference_service.models.mamba_scan import MambaWeights, mamba
 from inference_service.models.reader import LayerReader
@@ -20,25 +31,6 @@ from loramux_shared.bases.mamba_layers import (
     SideLayer,
 )
 from loramux_shared.faults import InternalFault
-
-Spec = MambaLayer | SideLayer | MlpMixer | NoMlp | ScaledMlp | SharedLayer
-
-
-def read_block(reader: LayerReader, spec: Spec) -> MixerBlock | NoMlpBlock | ScaledMlpBlock | SharedBlock:
-    """Read the block of a part of a layer."""
-    match spec:
-        case MambaLayer():
-            return MambaBlock(reader, spec)
-        case SideLayer():
-            return SideBlock(reader, spec)
-        case MlpMixer():
-            return MlpMixerBlock(reader)
-        case NoMlp():
-            return NoMlpBlock()
-        case ScaledMlp():
-            return ScaledMlpBlock(reader, spec)
-        case SharedLayer():
-            return SharedBlock(reader, spec)
 
 
 class MambaBlock(MixerBlock):
@@ -112,7 +104,7 @@ class SideBlock(AttentionBlock):
 class MlpMixerBlock(MixerBlock):
     """max(0, up x)^2, and down again."""
 
-    def __init__(self, reader: LayerReader) -> None:
+    def __init__(self, reader: LayerReader, _: MlpMixer) -> None:
         """Read the weights."""
         names, bias = reader.config.names, reader.config.mlp_bias
         self._index = reader.index
@@ -129,6 +121,9 @@ class MlpMixerBlock(MixerBlock):
 
 class NoMlpBlock:
     """Zeros: what is added behind a layer of a mixer alone."""
+
+    def __init__(self, *_: object) -> None:
+        """Read nothing."""
 
     def __call__(self, step: Step, x: Tensor) -> Tensor:  # noqa: ARG002 - as the others
         """Return [T, hidden] for x [T, hidden]."""
@@ -172,3 +167,7 @@ class SharedBlock:
 
 def _times(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else x * scale
+
+
+MIXERS: Final[Blocks[MixerBlock]] = {MambaLayer: MambaBlock, SideLayer: SideBlock, MlpMixer: MlpMixerBlock}
+MLPS: Final[Blocks[Mlp]] = {NoMlp: NoMlpBlock, ScaledMlp: ScaledMlpBlock, SharedLayer: SharedBlock}

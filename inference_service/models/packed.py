@@ -19,6 +19,24 @@ FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 WHOLE: Final = (torch.int32, torch.int64)
 
 
+class PackedWeights(Protocol):
+    """The weights of few bits among the tensors of a checkpoint."""
+
+    def __contains__(self, name: str) -> bool:
+        """Return True if a weight is one of them."""
+        ...
+
+    def parts(self, name: str) -> Mapping[str, str]:
+        """Return the names of the tensors that a weight is made of, by their roles. Raise CheckpointInvalid
+        where one stands beside it that is not read.
+        """
+        ...
+
+    def open(self, pieces: Pieces) -> Packed:
+        """Return a weight; raise CheckpointInvalid where its tensors do not go together."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pieces:
     """The tensors of a weight in a file."""

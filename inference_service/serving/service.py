@@ -5,7 +5,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
@@ -29,6 +28,7 @@ from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.model_series import MOST
 from inference_service.serving.telemetry.record import RequestFollower, Watcher, following
 from inference_service.serving.terms import ServingLimits, Terms, of_answer
+from inference_service.store import Batches
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import InternalFault
@@ -63,6 +63,7 @@ class GenerationService:
         parsers_of: ParsersOf = Parsers,
         logprobs_mode: LogprobsMode = "raw",
         metrics_models: int = MOST,
+        batches: Batches | None = None,
     ) -> None:
         """Begin to serve; watchers see every request, as the metrics do.
 
@@ -86,8 +87,8 @@ class GenerationService:
         self.pooling_of_base = pooling_of_base
         self._parsers_of = parsers_of
         self._watchers = (self.metrics, *watchers)
-        self.batches: Any = None
-        """Files and batches of OpenAI's API, of the extension that has them; None without a store for them."""
+        self.batches = batches
+        """None without a store for them."""
         self.in_work = 0
         """Requests of all APIs that have not ended."""
         self.constraints = Constraints(limits.eos_token_ids)

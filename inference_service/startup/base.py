@@ -2,34 +2,28 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Final
 
 import structlog
 import torch
 
-from inference_service.adapters.loader import Pack
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.served_model import ServedModel, display_source
 from inference_service.adapters.texts import AdapterTexts, Scorer
-from inference_service.backends.base import LoraBackend
 from inference_service.backends.operations import Backend
 from inference_service.core.computing import Computing
 from inference_service.engine.lookup import Lookup
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import BankMemory
-from inference_service.engine.runner import Blocks, Runner
 from inference_service.layers.linear import Linear
-from inference_service.models.blocks import Ranks
-from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.models.packed import named
 from inference_service.startup.choose import choose_backend
+from inference_service.startup.model import read_model
+from inference_service.startup.ranks.start import ReplicaRanks, read_with_ranks
 from inference_service.text.text import Text
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.formats import Quantization
+from loramux_shared.bases.files import GGUF
 from loramux_shared.bases.memory import GB, may_stay_packed, token_bytes, weights_bytes, widening
 from loramux_shared.bases.read import read_config
 from loramux_shared.bases.shard import Shard
@@ -37,56 +31,14 @@ from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.kinds import AdapterKind
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Merge, SourceKind
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import ResourcesExhausted, SettingsInvalid
 from loramux_shared.process import report
 from loramux_shared.runtime import Pooling, Rounding, pooling_in
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.sources.checkpoint import GGUF, PlacedBase, with_base
+from loramux_shared.sources.checkpoint import PlacedBase, with_base
 from loramux_shared.sources.open import Sources
 
 log = structlog.get_logger()
-
-
-class OtherRanks(Protocol):
-    """The other ranks that compute a base, as the extension `ranks` starts them."""
-
-    @property
-    def world(self) -> int:
-        """The ranks, with the first one."""
-        ...
-
-    def ending_where_it_raises(self) -> AbstractContextManager[None]:
-        """End the ranks where the block raises: with the failure of one, where one has failed."""
-        ...
-
-    def ask(self, name: str, *arguments: Any) -> Callable[[], list[Any]]:
-        """Ask every rank for something; the result waits for all answers, and raises the first fault."""
-        ...
-
-    def open_bank(self, lora: LoraBackend, pack: Pack, *sizes: int) -> tuple[Pack, BankMemory]:
-        """Open all ranks' banks with sizes of `LoraBackend.open`; return what packs for them, and the bank."""
-        ...
-
-    def runner(
-        self,
-        model: Decoder,
-        lora: LoraBackend,
-        blocks: Blocks,
-        block_size: int,
-        recorded: SchedulerLimits | None,
-        slots: int,
-    ) -> Runner:
-        """Return a runner of steps that all ranks compute, and record within limits where there are some."""
-        ...
-
-    def watch(self, on_failure: Callable[[str], None]) -> None:
-        """Call on_failure with the reason once a rank has failed, on any thread."""
-        ...
-
-    def close(self) -> None:
-        """End the processes."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +51,7 @@ class LoadedBase:
     backend: Backend
     model: Decoder
     load_s: float
-    host: OtherRanks | None = None
+    host: ReplicaRanks | None = None
     """The other ranks that compute it, where there are some."""
     pooling: Pooling | None = Pooling.LAST
     """Pooling with which it was trained to make vectors; None: one that is not served."""
@@ -129,11 +81,9 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
     Raises:
         CheckpointInvalid: the base cannot be served.
         ResourcesExhausted: the cache's disk is full.
-        SettingsInvalid: several ranks are to compute it, and the extension for that is not installed.
         Fault: what the base's source raises.
     """
     into = settings.cache_dir / "checkpoints" / _cache_name(generation)
-    ranks = require_ranks(settings)
 
     def read(placed: PlacedBase) -> LoadedBase:
         with placed.small_files() as folder:
@@ -154,7 +104,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         if shard is None:
             host, model = None, read_model(placed, config, backend)
         else:
-            host, model = ranks.read_with_ranks(placed, shard, backend, settings, generation)
+            host, model = read_with_ranks(placed, shard, backend, settings, generation)
             config = shard.config
         return LoadedBase(placed, config, text, backend, model, time.monotonic() - reading, host, pooling)
 
@@ -167,13 +117,6 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         raise ResourcesExhausted(f"LORAMUX_CACHE_DIR={settings.cache_dir}: {fault.message}") from fault
 
 
-def require_ranks(settings: InferenceSettings) -> Any:
-    """Return the extension `ranks` where settings ask for several; raise SettingsInvalid without it."""
-    world = settings.tensor_parallel or 1
-    what = f"LORAMUX_TENSOR_PARALLEL={world} (or build.tensor_parallel_count of the deployment)"
-    return need_extension("ranks", what) if world > 1 else None
-
-
 def shard_of(settings: InferenceSettings, config: ModelConfig, rank: int) -> Shard | None:
     """Return what a rank has of a base, None where one process computes all of it; raise SettingsInvalid for a
     base that cannot be divided so.
@@ -182,35 +125,11 @@ def shard_of(settings: InferenceSettings, config: ModelConfig, rank: int) -> Sha
     return None if world == 1 else Shard(config, rank, world, config.shard(world))
 
 
-def read_model(
-    placed: PlacedBase, config: ModelConfig, backend: Backend, ranks: Ranks | None = None
-) -> Decoder:
-    """Read the weights of a base, or the part of a rank. Raise CheckpointInvalid for one that cannot be served,
-    and BundleCorrupt for another file than was recorded.
-    """
-    tensors = checkpoint(placed, backend.dtype, backend.device, config.quantization)
-    if config.encodes:
-        encoders = need_extension("encoders.model", f"a base of architecture {config.architecture}")
-        read: Decoder = encoders.read_encoder(config, tensors, backend.operations, backend.quantization)
-    else:
-        read = Decoder(config, tensors, backend.operations, backend.quantization, ranks)
-    if ranks is None or ranks.shard.is_first:  # which reads all
-        tensors.require_used(config)
-    return read
-
-
 def set_threads(settings: InferenceSettings) -> None:
     """Divide the cores among the ranks, unless settings say how many threads each has."""
     ranks = settings.tensor_parallel or 1
     if settings.threads or ranks > 1:
         torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // ranks))
-
-
-def checkpoint(
-    placed: PlacedBase, dtype: torch.dtype, device: torch.device, quantization: Quantization | None
-) -> Checkpoint:
-    """Open the base's weights, once more."""
-    return Checkpoint(placed.folder, dtype, device, placed.require, quantization)
 
 
 def _warn_about(config: ModelConfig, model: Decoder) -> tuple[str, ...]:

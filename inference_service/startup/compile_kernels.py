@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from inference_service.adapters.loader import ProofReplay
 from inference_service.backends.triton import TritonOperations
 from inference_service.backends.triton_lora import TritonLora
 from inference_service.engine.graph_runner import GraphRunner
@@ -30,8 +31,8 @@ from inference_service.models.packed import Kept
 from inference_service.startup.choose import CACHE_DTYPES, compute_dtype
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
-from loramux_shared.extensions import PARTS, find_extensions, load_extension
 from loramux_shared.faults import Fault, SettingsInvalid
+from loramux_shared.ports import registered
 from loramux_shared.settings import InferenceSettings, load_settings
 
 PREFIX: Final = "sm_"
@@ -120,8 +121,8 @@ def compile_kernels(
         lora.open(1 << 20, max_rank, max(SLOTS, limits.max_adapters))
         model = Decoder(config, _Shapes(dtype), operations)
         GraphRunner(model, lora, BLOCKS, block_size, limits, _Once()).capture()
-        if (proofs := find_extensions(PARTS).get("prove.replay")) is not None:
-            load_extension(proofs).rehearse(lora, model, block_size)
+        for proofs in registered("replay", ProofReplay).values():
+            proofs.rehearse(lora, model, block_size)
     return list(known.values())
 
 

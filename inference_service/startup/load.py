@@ -18,9 +18,11 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.changing import StoredBundles
 from inference_service.adapters.fixed import AllResident
 from inference_service.adapters.follower import Follower
+from inference_service.adapters.loader import ProofReplay
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.ports import Publisher, Resolver
 from inference_service.adapters.reading import BundleReader
+from inference_service.adapters.resolving import ResolverOpener
 from inference_service.adapters.views import Facts
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.triton_lora import TritonLora
@@ -43,13 +45,13 @@ from inference_service.serving.terms import ServingLimits
 from inference_service.startup.bank import OpenBank, open_bank, preload, preload_later
 from inference_service.startup.base import (
     LoadedBase,
-    OtherRanks,
     agree,
     describe_weights,
     load_base,
     reading_of,
     set_threads,
 )
+from inference_service.startup.draft import open_draft
 from inference_service.startup.memory import (
     SCRATCH_BLOCKS,
     CudaMemory,
@@ -63,11 +65,13 @@ from inference_service.startup.memory import (
     measure_graph,
 )
 from inference_service.startup.merged import merge
+from inference_service.startup.ranks.start import ReplicaRanks
+from inference_service.store import open_batches
 from loramux_shared.bases.memory import GB
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.deployment import Merge
-from loramux_shared.extensions import PARTS, find_extensions, load_extension, need_extension
+from loramux_shared.ports import registered
 from loramux_shared.process import report
 from loramux_shared.runtime import Pooling
 from loramux_shared.settings import InferenceSettings
@@ -96,7 +100,7 @@ class Ready:
     """None where an adapter is merged into the weights."""
     resolver: Resolver | None
     """None where requests cannot add adapters."""
-    host: OtherRanks | None
+    host: ReplicaRanks | None
     """The other ranks of tensor parallelism, where there are some."""
     device: str
     """Its kind: cpu or cuda."""
@@ -156,8 +160,7 @@ def load(
         generation = generation.model_copy(update={"merge": Merge.NEVER})
     with nullcontext() if base.host is None else base.host.ending_where_it_raises():
         if generation.speculator is not None and settings.speculative_tokens != 0:
-            extension = need_extension("draft", "runtime.speculator of the deployment")
-            lookup = extension.open_draft(settings, generation, base, sources, _runner)
+            lookup = open_draft(settings, generation, base, sources, _runner)
             base = replace(base, lookup=lookup)
         return _begin(settings, store, generation, base, started, watchers, publisher)
 
@@ -235,9 +238,7 @@ def _begin(
     )
     resolver = None if publisher is None else _open_resolver(manager, catalog, store)
     if generation.resolve is not None and resolver is None:
-        missing = (
-            "LORAMUX_BUILDER" if publisher is None else "the extension resolve: pip install 'loramux[resolve]'"
-        )
+        missing = "LORAMUX_BUILDER" if publisher is None else "a package that brings a resolver"
         log.warning("requests cannot add adapters, though the deployment allows it", missing=missing)
     service = GenerationService(
         catalog,
@@ -253,6 +254,7 @@ def _begin(
         parsers_of=settings.parsers,
         logprobs_mode=settings.logprobs_mode,
         metrics_models=settings.metrics_models,
+        batches=open_batches(settings),
     )
     if bank is not None:
         preload_later(bank, fitting[settings.preload :], inbox)
@@ -262,9 +264,10 @@ def _begin(
 
 
 def _open_resolver(manager: AdapterManager, catalog: Catalog, store: Store) -> Resolver | None:
-    """Return what adds adapters that requests name; None where the extension is not installed."""
-    part = find_extensions(PARTS).get("resolve")
-    return None if part is None else cast(Resolver, load_extension(part).Resolver(manager, catalog, store))
+    """Return what adds adapters that requests name; None where no package has it."""
+    for opener in registered("resolver", ResolverOpener).values():
+        return opener.open_resolver(manager, catalog, store)
+    return None
 
 
 def _computing(base: LoadedBase) -> Computing:
@@ -322,9 +325,8 @@ def _engine(
     runner = _runner(base, lora, plan.blocks, block_size, limits, plan.slots)
     if backend.recordable:
         _record(runner, model.device)
-        proofs = find_extensions(PARTS).get("prove.replay") if base.host is None else None
-        if proofs is not None:
-            load_extension(proofs).rehearse(backend.new_lora(), model, block_size)
+        for proofs in registered("replay", ProofReplay).values() if base.host is None else ():
+            proofs.rehearse(backend.new_lora(), model, block_size)
     return Engine(runner, limits, blocks, residents, lookup=base.lookup), limits
 
 

@@ -10,7 +10,8 @@ from inference_service.backends.base import LoraBackend
 from inference_service.lora.places import taken_by
 from inference_service.lora.weights import AdapterWeights, load_adapter
 from inference_service.models.decoder import Decoder
-from inference_service.startup.base import LoadedBase, checkpoint
+from inference_service.startup.base import LoadedBase
+from inference_service.startup.model import checkpoint
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import Bundle, read_bundle
 from loramux_shared.sources.checkpoint import PlacedBase

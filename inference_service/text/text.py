@@ -15,9 +15,9 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from inference_service.text.chat_template import ChatTemplate
+from inference_service.text.shortened import encode_shortened
 from inference_service.text.vocabulary import TokenBytes
 from loramux_shared.bundle.added_tokens import OwnTokens
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
 from loramux_shared.untrusted_json import parse_json
 
@@ -154,8 +154,8 @@ class Text:
     ) -> tuple[list[int], list[int]]:
         """Tokenize one or two texts like `encode_pair`, without their ends beyond so many tokens."""
         self._look_at(texts, max_seq_len)
-        encode = need_extension("encoders.texts", "a text that is truncated for an encoder").encode_shortened
-        return self._with_types(*encode(self._tokenizer, texts, most, add_special_tokens=add_special_tokens))
+        shortened = encode_shortened(self._tokenizer, texts, most, add_special_tokens=add_special_tokens)
+        return self._with_types(*shortened)
 
     def _with_types(self, tokens: list[int], types: list[int]) -> tuple[list[int], list[int]]:
         return tokens, types if self.gives_types else [0] * len(tokens)

@@ -9,18 +9,24 @@ from typing import Annotated
 
 import typer
 
-from loramux.cli import shell
+from loramux.cli import deployments, keys, replica, shell
 from loramux.cli.build import build, prove
 from loramux.cli.change import add, push, remove
+from loramux.cli.chat import chat
 from loramux.cli.check import check
+from loramux.cli.doctor.command import doctor
 from loramux.cli.exits import tell_uncaught
+from loramux.cli.gc import gc
+from loramux.cli.import_bundle import import_bundle
+from loramux.cli.kernels import kernels
 from loramux.cli.local.demo import demo
 from loramux.cli.local.services import builder, serve
 from loramux.cli.local.up import up
+from loramux.cli.rollout import rollout
 from loramux.cli.serving import health, models
 from loramux.connection import API_KEY
-from loramux_shared.extensions import COMMANDS, absent, find_extensions, load_extensions, package_of
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.ports import registered
 
 app = typer.Typer(
     name="loramux",
@@ -31,16 +37,30 @@ app = typer.Typer(
 )
 for function in (demo, up, build, check, prove, add, remove, push, models, serve, builder, health):
     app.command()(function)
-unusable: dict[str, SettingsInvalid] = {
-    name: absent(f"loramux {name}", package_of(point).removeprefix("loramux_"))
-    for name, point in find_extensions(COMMANDS, absent=True).items()
+unusable: dict[str, SettingsInvalid] = {}
+"""Why the commands of packages cannot be used that cannot be imported."""
+others: dict[str, Callable[..., None] | typer.Typer] = {
+    "cancel": deployments.cancel,
+    "chat": chat,
+    "deployments": deployments.deployments,
+    "doctor": doctor,
+    "gc": gc,
+    "history": deployments.history,
+    "import-bundle": import_bundle,
+    "kernels": kernels,
+    "keys": keys.app,
+    "pin": replica.pin,
+    "rollback": deployments.rollback,
+    "rollout": rollout,
+    "unpin": replica.unpin,
+    "watch": deployments.watch,
+    **{name: each.run for name, each in registered("command", shell.Command, unusable.__setitem__).items()},
 }
-"""Why the commands of extensions cannot be used that are not installed, or cannot be imported."""
-for name, extension in load_extensions(COMMANDS, unusable.__setitem__).items():
-    if isinstance(extension, typer.Typer):
-        app.add_typer(extension, name=name)
+for name, run in sorted(others.items()):
+    if isinstance(run, typer.Typer):
+        app.add_typer(run, name=name)
     else:
-        app.command(name)(extension)
+        app.command(name)(run)
 
 
 def _refusing(fault: SettingsInvalid) -> Callable[[], None]:

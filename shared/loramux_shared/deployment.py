@@ -217,7 +217,7 @@ Aliases = dict[Name, dict[Name, Weight]]
 
 
 class Resolve(Model):
-    """Adapters that the extension `resolve` adds when a request names their repository."""
+    """Adapters that are added when a request names their repository."""
 
     sources: tuple[Annotated[str, Field(max_length=4096, pattern=RESOLVED), AfterValidator(spelled)], ...] = (
         Field(min_length=1)
@@ -233,7 +233,7 @@ class Resolve(Model):
 
 
 class Speculator(Model):
-    """A smaller base with the same tokenizer, which the extension `draft` lets draft tokens."""
+    """A smaller base with the same tokenizer, which drafts tokens."""
 
     model: Repository
     """Its checkpoint. Compiled operations of a CPU round it to int8."""

@@ -18,8 +18,6 @@ class Route:
     """The scope of the keys that open it; None: no key is needed."""
     streams: bool = False
     """True where the answer is generated, token by token where the body says ``stream``."""
-    extension: str = ""
-    """The extension that answers it; empty: the core does."""
 
     @property
     def repeatable(self) -> bool:
@@ -59,22 +57,22 @@ UNPIN: Final = Route("POST", "/v1/adapters/{name:path}/unpin", Scope.ADMIN)
 ROLLBACK: Final = Route("POST", "/v1/rollback", Scope.ADMIN)
 LOAD_ADAPTER: Final = Route("POST", "/v1/load_lora_adapter", Scope.ADMIN)
 UNLOAD_ADAPTER: Final = Route("POST", "/v1/unload_lora_adapter", Scope.ADMIN)
-PAUSE: Final = Route("POST", "/pause", Scope.ADMIN, extension="compat")
-RESUME: Final = Route("POST", "/resume", Scope.ADMIN, extension="compat")
-IS_PAUSED: Final = Route("GET", "/is_paused", Scope.ADMIN, extension="compat")
-WORLD_SIZE: Final = Route("GET", "/get_world_size", extension="compat")
-SERVER_INFO: Final = Route("GET", "/server_info", extension="compat")
-TOKENIZE: Final = Route("POST", "/tokenize", extension="compat")
-DETOKENIZE: Final = Route("POST", "/detokenize", extension="compat")
+PAUSE: Final = Route("POST", "/pause", Scope.ADMIN)
+RESUME: Final = Route("POST", "/resume", Scope.ADMIN)
+IS_PAUSED: Final = Route("GET", "/is_paused", Scope.ADMIN)
+WORLD_SIZE: Final = Route("GET", "/get_world_size")
+SERVER_INFO: Final = Route("GET", "/server_info")
+TOKENIZE: Final = Route("POST", "/tokenize")
+DETOKENIZE: Final = Route("POST", "/detokenize")
 VERSION: Final = Route("GET", "/version")
-OPENAPI: Final = Route("GET", "/openapi.json", extension="openapi")
+OPENAPI: Final = Route("GET", "/openapi.json")
 HEALTH: Final = Route("GET", "/health", None)
 PING: Final = Route("GET", "/ping", None)
 POST_PING: Final = Route("POST", "/ping", None)
 STATE: Final = Route("GET", "/state")
 LOAD: Final = Route("GET", "/load", Scope.METRICS)
-LOADS: Final = Route("GET", "/loads", Scope.METRICS, extension="compat")
-LOADS_V1: Final = Route("GET", "/v1/loads", Scope.METRICS, extension="compat")
+LOADS: Final = Route("GET", "/loads", Scope.METRICS)
+LOADS_V1: Final = Route("GET", "/v1/loads", Scope.METRICS)
 METRICS: Final = Route("GET", "/metrics", Scope.METRICS)
 
 MODEL_HEADER: Final = "x-loramux-model"

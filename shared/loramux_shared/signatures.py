@@ -1,17 +1,17 @@
-"""Signers, whose signature is required, and the extension that makes and verifies signatures.
+"""Signers, whose signature is required, and the port of what makes and verifies signatures.
 
 A signer is a public key (PEM), the authorities of certificates (PEM), or an identity that an OpenID issuer
 vouched for, as Sigstore notes it: ``sigstore:ISSUER#IDENTITY``. People name the first two by their files.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from loramux_shared.extensions import need_extension
+from loramux_shared.ports import required
 from loramux_shared.storage.base import Store
 
 SIGNATURE: Final = "model.sig"
@@ -36,34 +36,30 @@ class SigningKey:
     """The key's own first, then those that lead to an authority (PEM)."""
 
 
-class Signatures(Protocol):
-    """The functions of the extension's module."""
+@dataclass(frozen=True)
+class Signatures:
+    """The port of what makes and verifies signatures."""
 
-    def require_signed(
-        self, signature: bytes, files: Mapping[str, str], signers: Sequence[str], what: str
-    ) -> None:
-        """Raise `SignatureInvalid` unless one of the signers signed the files, which are sha256 by name."""
-        ...
-
-    def signed_store(self, store: Store, signers: Sequence[str], key: SigningKey | None = None) -> Store:
-        """Return a store that reads no generation without a signature of the signers or the key.
-
-        With a key, it signs each generation that it writes.
-        """
-        ...
+    require_signed: Callable[[bytes, Mapping[str, str], Sequence[str], str], None]
+    """Raises `SignatureInvalid` unless one of the signers signed the files, which are sha256 by name: it is
+    called with a signature, files, signers and what they are for.
+    """
+    signed_store: Callable[[Store, Sequence[str], SigningKey | None], Store]
+    """Returns a store that reads no generation without a signature of the signers or the key. With a key, it
+    signs each generation that it writes.
+    """
 
 
 def signatures() -> Signatures:
-    """Return the extension that makes and verifies signatures; raise SettingsInvalid without it."""
-    extension: Signatures = need_extension("signing", "signatures that settings require")
-    return extension
+    """Return what makes and verifies signatures; raise SettingsInvalid where it is not installed."""
+    return required("signatures", Signatures, "signatures that settings require")
 
 
 def signed_store(store: Store, signers: Sequence[str], key: SigningKey | None = None) -> Store:
     """Return a store with signatures where settings ask for them, else the store itself.
 
     Raises:
-        SettingsInvalid: the extension or its packages are missing, or what the key signs would be refused.
+        SettingsInvalid: nothing that is installed does that, or what the key signs would be refused.
     """
     return signatures().signed_store(store, signers, key) if signers or key else store
 

@@ -1,15 +1,16 @@
 """Traces: the standard OTEL_* variables switch them on, and an extension makes them."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Final, Protocol
 
 import structlog
 
 from loramux_shared.access.asgi import App
-from loramux_shared.extensions import PARTS, find_extensions, need_extension
+from loramux_shared.ports import registered
 
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 EXPORTERS: Final = "opentelemetry_traces_exporter"
@@ -20,7 +21,7 @@ log = structlog.get_logger()
 
 
 class Tracing(Protocol):
-    """The extension that makes spans and sends them.
+    """Makes spans and sends them.
 
     The span of a call is below the one that its headers name (``traceparent``), and is the current one until
     the last byte of the answer is sent.
@@ -43,6 +44,14 @@ class Tracing(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class TracingMaker:
+    """The port of what makes spans."""
+
+    open_tracing: Callable[[Any, str], Tracing]
+    """Called with an exporter of OpenTelemetry, and the name of the service."""
+
+
 def open_tracing(service: str) -> Tracing | None:
     """Return tracing, None unless OTEL_* variables ask for it; the log says when it cannot be had.
 
@@ -53,12 +62,13 @@ def open_tracing(service: str) -> Tracing | None:
     exporter = _requested_exporter()
     if not exporter:
         return None
-    found = list(entry_points(group=EXPORTERS, name=exporter))
-    if not (found and "otel" in find_extensions(PARTS)):
+    found, makers = list(entry_points(group=EXPORTERS, name=exporter)), registered("tracing", TracingMaker)
+    if not found or not makers:
         cure = "pip install 'loramux[otel]', or unset the OTEL_ variables"
         log.warning("traces are requested, but the exporter is not installed", exporter=exporter, cure=cure)
         return None
-    tracing: Tracing = need_extension("otel", "traces").Tracing.to(found[0].load()(), service)
+    [maker, *_] = makers.values()
+    tracing = maker.open_tracing(found[0].load()(), service)
     log.info("traces are exported", exporter=exporter)
     return tracing
 

@@ -1,7 +1,6 @@
 """Fixtures of contract tests."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
+from tests.support.apart import all_apart
 from tests.support.s3_gateway import S3Server
 
 
@@ -36,7 +36,7 @@ def every_api_apart(request: pytest.FixtureRequest) -> Iterator[None]:
     if not request.config.getoption("--apart"):
         yield
         return
-    with _all_apart():
+    with all_apart():
         yield
 
 
@@ -46,14 +46,8 @@ def api_processes(request: pytest.FixtureRequest, every_api_apart: None) -> Iter
     if request.param == 0 or request.config.getoption("--apart"):
         yield request.param
         return
-    with _all_apart():
+    with all_apart():
         yield request.param
-
-
-def _all_apart() -> AbstractContextManager[None]:
-    """Put every API that is made in this block behind a channel, as the extension of API processes does."""
-    apart: AbstractContextManager[None] = pytest.importorskip("tests.support.apart").all_apart()
-    return apart
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

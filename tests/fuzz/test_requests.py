@@ -26,7 +26,6 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def apis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FuzzedApis]:
-    pytest.importorskip("builder_service.domain.disguised")
     async with open_apis(tmp_path_factory.mktemp("apis")) as opened:
         # What a process makes once, at the first long text, is no leak.
         assert await opened.post(PLAIN, LARGE_BODIES["text"][1]()) == TOO_LONG

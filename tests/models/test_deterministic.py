@@ -60,7 +60,6 @@ def world(
 ) -> tuple[World, MemoryStore]:
     """Return a family with every operation through which rows could affect each other."""
     adapters = SETS.get(request.param, ADAPTERS)
-    pytest.importorskip("loramux_mamba" if request.param == "granite 4" else "inference_service")
     world = make_world_of(tmp_path_factory.mktemp("world"), FAMILIES[request.param], adapters)
     return world, world.built()
 

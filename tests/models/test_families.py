@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from tests.models.test_merge import ready_of
 from tests.support import tiny
 from tests.support.cases import cases
 from tests.support.greedy import choices_and_logprobs, greedy_tokens
+from tests.support.thread_ranks import run_in_ranks
 from tests.support.tiny import (
     ADAPTERS,
     SIZES,
@@ -72,8 +72,8 @@ class Case:
     """Tokens of the shortest prompt."""
     stepwise: bool = False
     """True if keys are rotated otherwise as the sequence grows, so that only steps of transformers answer."""
-    package: str = "inference_service"
-    """The package that has the family; without it the case is skipped."""
+    mamba: bool = False
+    """True for layers of Mamba-2, which one rank alone computes, and which have no proofs."""
 
 
 def _fields(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +96,6 @@ CASES = {name: _case(row) for name, row in cases(__file__, "cases").items()}
 def test_fields_that_are_left_out_mean_what_transformers_takes_them_for(name: str) -> None:
     """Fields that no case has, each that this one has, and all have the values of the class, or are missed."""
     case = CASES[name]
-    pytest.importorskip(case.package)
     named = {"architectures": [_architecture(case)], "model_type": case.config.model_type}
     written = named | case.written
     assert isinstance(_read(written), ModelConfig)
@@ -112,7 +111,7 @@ def test_fields_that_are_left_out_mean_what_transformers_takes_them_for(name: st
 def test_answers_of_every_family_are_counted() -> None:
     """The counts on the page of models are of all families that have a case here."""
     counted, families = {row[0] for row in json.loads(COUNTED.read_text())["counts"]}, load_families()
-    for case in [case for case in CASES.values() if find_spec(case.package)]:
+    for case in CASES.values():
         _, family = families[_architecture(case)]
         assert counted & {architecture.name for architecture in family.architectures}
 
@@ -145,7 +144,7 @@ def _swept_but(*names: str) -> list[Any]:
 
 def _may_be_proved(case: Case) -> bool:
     text, experts = case.config.get_text_config(), ("num_experts", "num_local_experts")
-    if case.package == "loramux_mamba" or getattr(text, "hidden_act", None) in ("relu2", "xielu"):
+    if case.mamba or getattr(text, "hidden_act", None) in ("relu2", "xielu"):
         return False
     return not any(getattr(text, key, None) for key in experts)
 
@@ -180,7 +179,6 @@ class Answers(tiny.Answers):
 @pytest.fixture(scope="module", params=CASES)
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     case = CASES[request.param]
-    pytest.importorskip(case.package)
     world = make_world_of(
         tmp_path_factory.mktemp("family"), case.config, case.adapters, max_seq_len=case.max_seq_len
     )
@@ -217,11 +215,10 @@ def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
 
 def test_two_ranks_answer_the_same(answers: Answers, request: pytest.FixtureRequest) -> None:
     """Two ranks give the tokens of one, or refuse Mamba-2 mixers by name."""
-    refused = CASES[request.node.callspec.params["answers"]].package == "loramux_mamba"
-    divided = pytest.importorskip("tests.support.thread_ranks").run_in_ranks
+    refused = CASES[request.node.callspec.params["answers"]].mamba
     ready = answers.world.load(answers.store, max_batch_tokens=16)
     expected = pytest.raises(SettingsInvalid, match=r"(a Mamba-2 mixer|an MLP alone), which is served by one")
-    with expected if refused else nullcontext(), divided(ready, answers.world.base, answers.store):
+    with expected if refused else nullcontext(), run_in_ranks(ready, answers.world.base, answers.store):
         assert run_engine(ready, answers.requests, NEW) == answers.expected
 
 

@@ -19,13 +19,13 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from loramux_shared.bases.files import GGUF
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.faults import CheckpointInvalid, Fault
 from loramux_shared.gguf.files import as_checkpoint, small_files
 from loramux_shared.gguf.header import read_header
 from loramux_shared.gguf.tokenizer import SPACE, tokenizer_json
-from loramux_shared.sources.checkpoint import GGUF
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support import tiny

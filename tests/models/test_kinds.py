@@ -18,7 +18,6 @@ from inference_service.adapters.names import ScaledAdapter
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.extensions import PARTS, find_extensions
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models import test_own_vocabulary
@@ -26,6 +25,7 @@ from tests.models.conftest import Counted
 from tests.models.test_merge import ready_of
 from tests.support import tiny
 from tests.support.service import open_service
+from tests.support.thread_ranks import run_in_ranks
 
 NEW = 10
 CALLED = [5, 6]
@@ -56,9 +56,11 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """Adapters with embeddings or a head; the last one with everything that goes together."""
 SOME: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
-DISGUISED: dict[str, Any] = {"ia3": peft.IA3Config(feedforward_modules=["down_proj"], **SOME)}
-if "kinds" in find_extensions(PARTS):
-    DISGUISED |= {"vera": peft.VeraConfig(r=5, **SOME), "loha": peft.LoHaConfig(r=2, alpha=5, **SOME)}
+DISGUISED: dict[str, Any] = {
+    "ia3": peft.IA3Config(feedforward_modules=["down_proj"], **SOME),
+    "vera": peft.VeraConfig(r=5, **SOME),
+    "loha": peft.LoHaConfig(r=2, alpha=5, **SOME),
+}
 UNTRAINED = "untrained"
 """IA3, whose scales are all 1."""
 MIXED: dict[str, dict[str, float]] = {
@@ -152,16 +154,15 @@ def test_all_kinds_in_one_batch_equal_peft(answers: tiny.Answers, counted: Count
 
 def test_two_ranks_answer_the_same(answers: tiny.Answers, counted: Counted) -> None:
     """Two ranks answer as PEFT for all kinds: magnitudes, biases and own tables count once."""
-    divided = pytest.importorskip("tests.support.thread_ranks").run_in_ranks
     settings: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 48, "speculative_tokens": 2}
     ready = answers.world.load(answers.store, **settings)
-    with divided(ready, answers.world.base, answers.store):
+    with run_in_ranks(ready, answers.world.base, answers.store):
         for situation in ("mixed batch", "prefix hits"):
             counted(
                 "kinds", "2 ranks", situation, tiny.run_engine(ready, answers.requests, NEW), answers.expected
             )
     small = answers.world.load(answers.store, kv_memory_gb=96 * 2 * 2 * 2 * 8 * 4 / 1e9, **settings)
-    with divided(small, answers.world.base, answers.store):
+    with run_in_ranks(small, answers.world.base, answers.store):
         counted(
             "kinds", "2 ranks", "preemption", tiny.run_engine(small, answers.requests, NEW), answers.expected
         )
@@ -254,7 +255,6 @@ def test_mixtures_are_of_plain_adapters(answers: tiny.Answers) -> None:
 
 def test_what_is_cut_keeps_the_rows_of_its_own(answers: tiny.Answers) -> None:
     """Rows of embeddings and head are not of the matrices that a rank is cut in, and stay as they are."""
-    pytest.importorskip("builder_service.domain.disguised")
     world = replace(
         answers.world, adapters={name: answers.world.adapters[name] for name in ("head", "everything")}
     )

@@ -131,7 +131,6 @@ def test_log_probabilities_of_a_prompt_are_those_of_its_own_head(world: World, s
 )
 def test_other_bases_equal_peft(tmp_path: Path, config: Any) -> None:
     """Tied tables work as in PEFT, and scales of embeddings and logits are applied."""
-    pytest.importorskip("builder_service.domain.disguised")
     adapters = ADAPTERS | (OF_TIED if config.tie_word_embeddings else {})
     world = made(tmp_path, config, adapters)
     requests = requests_of(("base", *adapters))

@@ -46,7 +46,6 @@ class Query:
 @pytest.fixture(scope="module", params=CASES)
 def query(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Query:
     case = CASES[request.param]
-    pytest.importorskip(case.package)
     folder = tmp_path_factory.mktemp("parity")
     world = make_world_of(folder, case.config, case.adapters, max_seq_len=case.max_seq_len)
     draw = random.Random(11)

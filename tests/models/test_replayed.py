@@ -59,7 +59,6 @@ def test_answers_are_the_same_to_the_last_bit(
     """Rows and adapters vary from step to step, and shapes that are rare now make room for others; where layers
     have operations of torch, there is no program."""
     case = CASES[family]
-    pytest.importorskip(case.package)
     world, models = make_world_of(tmp_path, case.config, case.adapters), ("base", *case.adapters)
     store = world.built()
     monkeypatch.setattr(replayed, "RUNS_BEFORE", 0)

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
+from inference_service.engine.runner import Runner
 from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels.launch import Launch
 from inference_service.lora.places import taken_by
@@ -22,6 +22,7 @@ from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.load import Ready
+from inference_service.startup.ranks import work
 from loramux_shared.bases.read import read_config
 from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.reader import read_bundle
@@ -29,8 +30,6 @@ from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.base import Store
 from tests.support.native import reuse_native
 from tests.support.waiting import BOUND_S
-
-work = pytest.importorskip("inference_service.startup.ranks.work", reason="the extension ranks is not there")
 
 
 class _Meeting:
@@ -158,7 +157,7 @@ def run_in_ranks(
         threads.append(threading.Thread(target=follow, args=(follower, host.queues[-1]), daemon=True))
         threads[-1].start()
     if recorded is None:
-        runner = work.RankedRunner(*parts[0], blocks, block_size, slots, host)
+        runner: Runner = work.RankedRunner(*parts[0], blocks, block_size, slots, host)
     else:
         runner = work.RankedGraphRunner(*parts[0], blocks, block_size, recorded, TapeRecorder(), slots, host)
         with meeting.turn:

@@ -10,13 +10,16 @@ from typing import Protocol
 
 from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
+from builder_service.domain.dora_tables import with_dora_tables
+from builder_service.domain.expansion import expanded
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
-from builder_service.domain.other_kinds import expanded, with_dora_tables, with_initial
+from builder_service.domain.initial import with_initial
 from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.pairs import Lone, Pair
 from builder_service.domain.planned import PlannedRow, planned_rows, unchanged, unchanged_warning
 from builder_service.domain.rules.config import INVOCATION
+from builder_service.domain.rules.encoder_heads import take_head
 from builder_service.domain.rules.legal import legal_findings
 from builder_service.domain.rules.tensors import (
     EMPTY_FIX,
@@ -33,12 +36,12 @@ from builder_service.domain.vectors import AdapterVectors, VectorReader
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
+from loramux_shared.bases.families.encoders import EncoderConfig
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
 from loramux_shared.bundle.kinds import kinds_of
 from loramux_shared.bundle.manifest import Coverage, FileDigest
 from loramux_shared.bundle.modules import BY_NAME, NO_LAYER
 from loramux_shared.deployment import Dtype
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import Finding
 from loramux_shared.untrusted_json import excerpt
 from loramux_shared.wording import listed
@@ -176,9 +179,8 @@ def check_tensors(
     """Check tensors under a config, beside what was found already."""
     base, report = book.limits.base, Grouping()
     head = None
-    if base.encodes:
-        extension = need_extension("encoders.heads", f"adapters of {base.architecture}")
-        head = extension.take_head(file, config, base, book.base, report)
+    if isinstance(base, EncoderConfig):
+        head = take_head(file, config, base, book.base, report)
         file = head.file
     plain = expanded(file, config.kind, base, report)
     tensors = sort_tensors(plain.file, base, report, config.target_parameters)

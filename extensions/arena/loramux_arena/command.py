@@ -127,3 +127,6 @@ def _row(each: Comparison) -> tuple[str, ...]:
         f"{each.interval.low:+.3f} to {each.interval.high:+.3f}",
         each.verdict,
     )
+
+
+ARENA: Final = shell.Command(arena)

@@ -25,11 +25,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from inference_service.store import BatchesOpener
 from loramux_shared import routes
+from loramux_shared.access.asgi import App
 from loramux_shared.access.guard import open_guard
 from loramux_shared.access.shares import Shares
 from loramux_shared.faults import BatchCorrupt, BatchNotFound, FileNotFound, RateLimited, RequestInvalid
@@ -67,9 +69,6 @@ URLS: Final = tuple(
 )
 ID_BYTES: Final = 10
 SIZE_OF_SEAL: Final = 65
-if TYPE_CHECKING:
-    from inference_service.serving.service import GenerationService
-
 R = TypeVar("R", bound="Record")
 
 
@@ -189,13 +188,12 @@ class BatchStore:
         self.changed: Callable[[], None] = lambda: None
         """Called when a batch was created or cancelled here; on any thread."""
 
-    async def work(self, service: GenerationService, settings: InferenceSettings) -> None:
-        """Answer batches with a service until cancelled; they have at most an eighth of its queue each."""
-        from inference_service.http.app import create_app  # which imports the routes, and these this module
-        from loramux_batches.work import MOST_REQUESTS, BatchWorker
+    async def work(self, app: App, settings: InferenceSettings, max_queue: int) -> None:
+        """Answer batches until cancelled; they have at most an eighth of the queue each."""
+        from loramux_batches.work import MOST_REQUESTS, BatchWorker  # which imports this module
 
-        at_once = max(1, min(MOST_REQUESTS, service.max_queue // 8))
-        await BatchWorker(self, create_app(service), open_guard(settings).keyring, at_once).run()
+        at_once = max(1, min(MOST_REQUESTS, max_queue // 8))
+        await BatchWorker(self, app, open_guard(settings).keyring, at_once).run()
 
     def read(self, key: str, kind: type[R]) -> R:
         """Return a record.
@@ -491,3 +489,6 @@ def _corrupt(uri: str, key: str) -> BatchCorrupt:
         f"{uri}: {key} is not what was stored there. It is not used: check who can write to the store, "
         "and send the file or the batch again."
     )
+
+
+BATCHES: Final = BatchesOpener(BatchStore)

@@ -8,14 +8,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
-from typing import Annotated, Final, Literal, TypeVar, cast
+from typing import Annotated, Final, Literal, TypeVar
 
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from typing_extensions import TypedDict
 
-from inference_service.http.endpoint import Endpoint
+from inference_service.http.endpoint import Endpoint, Routes
 from inference_service.http.wire.body import Body, Query, read_body, read_query
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.bounds import refused
@@ -304,27 +304,29 @@ async def cancel_batch(service: GenerationService, http: HttpRequest) -> Reply[B
 
 
 _endpoint = partial(Endpoint, reads_prompts=True)
-ROUTES: Final = (
-    _endpoint(routes.FILES, list_files, query=FilesQuery, fails=(404,)),
-    _endpoint(routes.CREATE_FILE, create_file, FileForm, fails=(404, 413, 415, 429)),
-    _endpoint(routes.FILE, get_file, fails=(404,)),
-    _endpoint(routes.DELETE_FILE, delete_file, fails=(404,)),
-    _endpoint(routes.FILE_CONTENT, get_file_content, text=OCTETS, fails=(404,)),
-    _endpoint(routes.BATCHES, list_batches, query=BatchesQuery, fails=(404,)),
-    _endpoint(routes.CREATE_BATCH, create_batch, BatchBody, fails=(404, 429)),
-    _endpoint(routes.BATCH, get_batch, fails=(404,)),
-    _endpoint(routes.CANCEL_BATCH, cancel_batch, fails=(404,)),
+ROUTES: Final = Routes(
+    (
+        _endpoint(routes.FILES, list_files, query=FilesQuery, fails=(404,)),
+        _endpoint(routes.CREATE_FILE, create_file, FileForm, fails=(404, 413, 415, 429)),
+        _endpoint(routes.FILE, get_file, fails=(404,)),
+        _endpoint(routes.DELETE_FILE, delete_file, fails=(404,)),
+        _endpoint(routes.FILE_CONTENT, get_file_content, text=OCTETS, fails=(404,)),
+        _endpoint(routes.BATCHES, list_batches, query=BatchesQuery, fails=(404,)),
+        _endpoint(routes.CREATE_BATCH, create_batch, BatchBody, fails=(404, 429)),
+        _endpoint(routes.BATCH, get_batch, fails=(404,)),
+        _endpoint(routes.CANCEL_BATCH, cancel_batch, fails=(404,)),
+    )
 )
-"""The routes of this extension; an API process answers them itself: all that they need is in the store."""
+"""An API process answers them itself: all that they need is in the store."""
 
 
 def _store(service: GenerationService) -> BatchStore:
-    if service.batches is None:
+    if not isinstance(service.batches, BatchStore):
         raise FileNotFound(
             f"this server keeps no files and batches. Start it with {variable('batch_store')}, or run the file "
             "with `loramux run-batch`."
         )
-    return cast(BatchStore, service.batches)
+    return service.batches
 
 
 async def _receive(http: HttpRequest, pieces: Pieces, room: int) -> tuple[str, int]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
@@ -251,3 +251,6 @@ def _row(each: Figures) -> tuple[str, ...]:
 def _cell(values: Percentiles, scale: float, digits: int) -> str:
     numbers = (values.p50, values.p90, values.p99)
     return "/".join("-" if number is None else f"{scale * number:.{digits}f}" for number in numbers)
+
+
+BENCH: Final = shell.Command(bench)

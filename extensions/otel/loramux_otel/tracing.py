@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -20,6 +20,7 @@ from structlog.contextvars import bound_contextvars
 
 from loramux_shared.access.asgi import App, Message, Receive, Send
 from loramux_shared.faults import Fault, InternalFault
+from loramux_shared.tracing import TracingMaker
 
 log = structlog.get_logger()
 
@@ -144,3 +145,6 @@ def _noting(span: OtelSpan, send: Send) -> Send:
         await send(message)
 
     return noted
+
+
+TRACING: Final = TracingMaker(Tracing.to)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from builder_service.pipeline.making import Prover
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
 from loramux_shared.bundle.generation import BaseRecord
@@ -39,7 +40,7 @@ def require() -> None:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise SettingsInvalid(
-            f"prove needs {' and '.join(missing)} beside the builder: pip install 'loramux[prove]' there, "
+            f"prove needs {' and '.join(missing)} beside the builder: pip install 'loramux[inference]' there, "
             "or build without prove."
         )
 
@@ -143,3 +144,6 @@ def _proof(adapter: ValidAdapter, answer: dict[str, Any]) -> Proof:
             f"adapter {name!r}: with it, the model computes {error.error_count()} values that are not finite, "
             "so it cannot be proved."
         ) from error
+
+
+PROVER: Final = Prover(require, prove_adapters)

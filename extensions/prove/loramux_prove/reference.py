@@ -64,7 +64,7 @@ class Reference:
         """
         self._config = config
         for mixer in dict.fromkeys(layer.mixer for layer in config.layers):
-            if mixer.part is not None:
+            if type(mixer) not in (AttentionLayer, DeltaLayer):
                 raise CheckpointInvalid(
                     f"the base has {mixer.label}, which has no proofs. Build without prove."
                 )
@@ -310,7 +310,7 @@ def _dense(spec: MlpLayer | ExpertsLayer) -> MlpLayer:
             "the base is a mixture of experts: which of them a row has may change by rounding alone, so a "
             "replica could not be held to a proof. Build without prove."
         )
-    if spec.part is not None:
+    if type(spec) is not MlpLayer:
         raise CheckpointInvalid(
             "the base has MLPs with an activation of their own, which have no proofs. Build without prove."
         )

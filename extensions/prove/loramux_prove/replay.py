@@ -17,6 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from inference_service.adapters.loader import ProofReplay
 from inference_service.backends.base import StepLora
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
@@ -299,3 +300,6 @@ def _logprob_difference(answers: Sequence[Token], probes: Sequence[Probe]) -> fl
         for item in probe.top
     ]
     return math.hypot(*errors) / math.sqrt(len(errors))
+
+
+REPLAY: Final = ProofReplay(replay, rehearse)

@@ -17,4 +17,4 @@ ROUTES: Final = (
     Endpoint(routes.TOKENIZE, tokens.tokenize, tokens.TokenizeBody, fails=(404,)),
     Endpoint(routes.DETOKENIZE, tokens.detokenize, tokens.DetokenizeBody, fails=(404,)),
 )
-"""The routes of this extension."""
+"""Routes of vLLM and SGLang that trainers and gateways call."""

@@ -36,7 +36,6 @@ from inference_service.http.wire.reply import EventStream, Reply
 from inference_service.serving.bounds import IDS, LOGPROBS_MODES, MAX_TOOLS, NUMBERS, TEXTS, largest_numbers
 from inference_service.serving.service import GenerationService
 from loramux_shared.pages import page
-from loramux_shared.routes import OPENAPI
 from loramux_shared.wording import SANE_ID
 
 VERSION: Final = "3.1.1"
@@ -109,10 +108,6 @@ def facts_of(service: GenerationService, *, keyless: bool) -> ServerFacts:
         largest=(*largest.items(), ("dimensions", service.limits.hidden_size)),
         poolings=service.poolings,
     )
-
-
-ROUTES: Final = (Endpoint(OPENAPI, show_openapi),)
-"""The routes of this extension."""
 
 
 def answer_of(endpoint: Endpoint) -> Any:

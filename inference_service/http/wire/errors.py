@@ -11,7 +11,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from typing_extensions import TypedDict
 
-from loramux_shared.extensions import absent
 from loramux_shared.faults import Fault, Finding, RequestInvalid, Status
 from loramux_shared.pages import page
 from loramux_shared.routes import ROUTES
@@ -106,10 +105,7 @@ def headers_of(fault: Fault, status: int) -> dict[str, str]:
 def http_error(http: Request, error: HTTPException) -> tuple[str, str]:
     """Return message and code of a request that met no handler, or that HTTP itself refuses."""
     code, message = HTTP_CODES.get(error.status_code, "invalid_request"), error.detail
-    extension = next((each.extension for each in ROUTES if each.path == http.url.path), "")
-    if error.status_code == 404 and extension:
-        message = absent(f"{http.method} {http.url.path}", extension).message
-    elif error.status_code in (404, 405):
+    if error.status_code in (404, 405):
         path = http.url.path
         served = error.headers["Allow"] if error.headers else _alike(path.rstrip("/"))
         but = f", but {served} {'are' if ',' in served else 'is'}" if served else ""

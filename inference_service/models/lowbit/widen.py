@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from inference_service.models import gguf
 from inference_service.models.lowbit.find import Found
-from inference_service.models.packed import Pieces, widened
+from inference_service.models.packed import PackedWeights, Pieces, widened
+from loramux_shared.bases.files import GGUF
 from loramux_shared.bases.read import read_config
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid, Fault
-from loramux_shared.sources.checkpoint import GGUF
 
 
 def main() -> int:
@@ -52,8 +52,8 @@ def widen(base: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     """
     quantization, file = read_config(base).quantization, base / GGUF
     where: Mapping[str, Path]
+    found: PackedWeights | None
     if file.exists():
-        gguf = need_extension("gguf.weights", f"a base in {GGUF}")
         where = dict.fromkeys(gguf.names_of(file), file)
         found, read = gguf.FoundBlocks(where), gguf.read_tensor
     else:

@@ -31,10 +31,11 @@ from inference_service.adapters.workers import Workers
 from inference_service.backends.operations import Backend
 from inference_service.engine.graphs import CudaRecorder
 from inference_service.lora.packed import PackedAdapter
-from inference_service.startup.base import read_model, set_threads, shard_of
+from inference_service.startup.base import set_threads, shard_of
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.memory import bound_arenas, give_back
 from inference_service.startup.merged import merge_into
+from inference_service.startup.model import read_model
 from inference_service.startup.ranks.group import SharedMemory, group_of
 from inference_service.startup.ranks.host import HEARTBEAT_S
 from inference_service.startup.ranks.work import Follower

@@ -13,7 +13,7 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import BankMemory
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.models.decoder import Decoder
-from inference_service.startup.base import read_model
+from inference_service.startup.model import read_model
 from inference_service.startup.ranks.group import group_of
 from inference_service.startup.ranks.host import RankHost
 from inference_service.startup.ranks.work import RankedBank, RankedGraphRunner, RankedPacker, RankedRunner

@@ -19,8 +19,8 @@ from loramux_shared.bases.memory import (
     widening,
 )
 from loramux_shared.bases.read import read_fields
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted, SettingsInvalid
+from loramux_shared.gguf.files import config_of
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.spelling import GGUF_SUFFIX
@@ -89,8 +89,7 @@ def read_base(path: Path) -> dict[str, Any]:
         CheckpointInvalid: there is none, or it is no JSON object.
     """
     if path.suffix == GGUF_SUFFIX:
-        described: dict[str, Any] = need_extension("gguf", f"--base {path}").config_of(path)
-        return described
+        return config_of(path)
     file = path / "config.json" if path.is_dir() else path
     try:
         config = parse_json(file.read_text(encoding="utf-8"))

@@ -49,6 +49,10 @@ class Family:
     """Keys of a config that would be refused as another geometry, and that ``read`` reads."""
     models: str = ""
     """Names of the models, as people know them; ``docs/reference/models.md`` lists them."""
+    blocks: Callable[[], Mapping[type, Callable[..., object]]] | None = None
+    """Returns the blocks of layers that no other family has, by the layers' classes: each is called with the
+    reader of a layer's weights and the layer. A replica alone asks for them, so they may import torch.
+    """
 
 
 def llama_like(

@@ -1,4 +1,4 @@
-"""The parts of decoder layers that the core does not have: other routers, activations and latent attention."""
+"""The parts of decoder layers that few families have: other routers, activations and latent attention."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -6,15 +6,10 @@ from typing import ClassVar, Literal
 from loramux_shared.bases.groups import GroupShape, expert_groups, shared_groups
 from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, MlpLayer
 
-BLOCKS = "families.blocks"
-"""The part of this extension that reads the weights of such layers."""
-
 
 @dataclass(frozen=True)
 class RoutedLayer(ExpertsLayer):
     """Experts of which another router chooses, beside those that all rows have without a gate."""
-
-    part: ClassVar[str | None] = BLOCKS
 
     scores: Literal["sigmoid", "softmax", "sparsemixer"] = "sigmoid"
     """Function of the router's outputs; a sparsemixer weighs each choice among those that come close to it."""
@@ -40,9 +35,7 @@ class RoutedLayer(ExpertsLayer):
 
 @dataclass(frozen=True)
 class PlainLayer(MlpLayer):
-    """An MLP without a gate, with an activation that the core does not have."""
-
-    part: ClassVar[str | None] = BLOCKS
+    """An MLP without a gate, with another activation."""
 
     gated: bool = False
     activation: Literal["relu2", "xielu"] = "relu2"
@@ -52,8 +45,6 @@ class PlainLayer(MlpLayer):
 @dataclass(frozen=True)
 class TemperedLayer(AttentionLayer):
     """Attention of which some layers norm heads by their size alone, and some scale queries by position."""
-
-    part: ClassVar[str | None] = BLOCKS
 
     normed: bool = False
     """True if each head of queries and keys is normed."""
@@ -68,7 +59,6 @@ class LatentLayer(AttentionLayer):
     ``head_dim`` is that of queries and keys, of which the last ``rope.dim`` dimensions are rotated.
     """
 
-    part: ClassVar[str | None] = BLOCKS
     label: ClassVar[str] = "latent attention"
 
     q_rank: int | None = None

@@ -231,7 +231,7 @@ def read_bitsandbytes(config: HfConfig) -> Quantization:
 
 
 def read_gguf(config: HfConfig) -> Quantization:
-    """Read what the extension gguf writes of a file."""
+    """Read what `gguf.files` writes of a file."""
     sizes, types = config.block("bytes"), config.array("types") or []
     linears, tables = (sizes.integer(key, 0) for key in ("linears", "tables"))
     schemes = (WeightScheme("blocks"),)

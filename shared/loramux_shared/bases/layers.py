@@ -42,8 +42,6 @@ def own_keys(heads: int, world: int) -> int:
 class MixerLayer(ABC):
     """The part of a layer that mixes a sequence's rows; here one that keeps nothing and cannot be divided."""
 
-    part: ClassVar[str | None] = None
-    """The part of an extension that reads its weights, for a kind that is no block of the core's."""
     label: ClassVar[str] = "a mixer"
     recorded: ClassVar[bool] = True
     """False if it has no launches that a GPU could record and repeat."""
@@ -181,9 +179,6 @@ class DeltaLayer(MixerLayer):
 class MlpLayer:
     """An MLP."""
 
-    part: ClassVar[str | None] = None
-    """As of `MixerLayer`."""
-
     intermediate: int
     gated: bool = True
     """False if its one input is activated, instead of multiplied with an activated gate."""
@@ -208,9 +203,6 @@ class ClampedGate:
 @dataclass(frozen=True)
 class ExpertsLayer:
     """Gated MLPs of which a router chooses a few for every row, and perhaps one that all rows have."""
-
-    part: ClassVar[str | None] = None
-    """As of `MixerLayer`."""
 
     num: int
     top_k: int

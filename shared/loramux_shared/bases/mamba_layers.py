@@ -7,8 +7,6 @@ from typing import ClassVar, Final, Literal, NoReturn
 from loramux_shared.bases.groups import GroupShape, mlp_groups
 from loramux_shared.bases.layers import AttentionLayer, CannotShard, ExpertsLayer, MixerLayer, MlpLayer
 
-BLOCKS: Final = "mamba.blocks"
-"""The part of this extension that reads the weights of such layers."""
 LABEL: Final = "a Mamba-2 mixer"
 UNSCALED: Final = (1.0,) * 5
 Gating = Literal["then norm", "behind norm", "alone"]
@@ -19,7 +17,6 @@ Gating = Literal["then norm", "behind norm", "alone"]
 class MambaLayer(MixerLayer):
     """A Mamba-2 mixer: a convolution over a few rows, then a state of each head."""
 
-    part: ClassVar[str | None] = BLOCKS
     label: ClassVar[str] = LABEL
     recorded: ClassVar[bool] = False
 
@@ -85,7 +82,6 @@ class MambaLayer(MixerLayer):
 class SideLayer(AttentionLayer):
     """Attention beside a Mamba-2 mixer, which reads the same rows; the sum of both is added."""
 
-    part: ClassVar[str | None] = BLOCKS
     label: ClassVar[str] = LABEL
     recorded: ClassVar[bool] = False
 
@@ -116,7 +112,6 @@ class SideLayer(AttentionLayer):
 class MlpMixer(MixerLayer):
     """An MLP in the place of a mixer: max(0, up x)^2, and down again."""
 
-    part: ClassVar[str | None] = BLOCKS
     label: ClassVar[str] = "a layer of an MLP alone"
 
     intermediate: int
@@ -130,8 +125,6 @@ class MlpMixer(MixerLayer):
 class NoMlp(MlpLayer):
     """Nothing, behind a mixer that is a layer by itself."""
 
-    part: ClassVar[str | None] = BLOCKS
-
     intermediate: int = 0
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:  # noqa: ARG002 - as the others
@@ -143,8 +136,6 @@ class NoMlp(MlpLayer):
 class ScaledMlp(MlpLayer):
     """A gated MLP with factors."""
 
-    part: ClassVar[str | None] = BLOCKS
-
     gate_scale: float = 1.0
     """Factor of the gate, before it is activated."""
     out_scale: float = 1.0
@@ -154,5 +145,3 @@ class ScaledMlp(MlpLayer):
 @dataclass(frozen=True)
 class SharedLayer(ExpertsLayer):
     """Experts beside an MLP of all rows, both of which read the same normed rows."""
-
-    part: ClassVar[str | None] = BLOCKS

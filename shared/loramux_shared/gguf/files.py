@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from loramux_shared.bases.files import GGUF
 from loramux_shared.bundle.manifest import sha256_hex
 from loramux_shared.gguf.header import FREQUENCIES, WHOLE, GgufHeader, TensorPlace, read_header
 from loramux_shared.gguf.tokenizer import tokenizer_json
-from loramux_shared.sources.checkpoint import GGUF
 
 OF_LAYER: Final = {
     "attn_norm": "input_layernorm",

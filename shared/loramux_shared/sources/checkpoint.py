@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.files import CONFIG, GENERATION, GGUF, INDEX, WEIGHTS
 from loramux_shared.bases.formats import QUANTIZE, says_quantization, with_quantize
 from loramux_shared.bases.read import SENTENCES, read_fields
 from loramux_shared.bundle.generation import BaseRecord
@@ -29,12 +30,6 @@ from loramux_shared.wording import listed
 
 log = structlog.get_logger()
 
-CONFIG: Final = "config.json"
-GENERATION: Final = "generation_config.json"
-WEIGHTS: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
-GGUF: Final = "model.gguf"
-"""The weights where a file of GGUF is the checkpoint (`sources/local.py`)."""
 SMALL_FILES: Final = (
     CONFIG,
     POOLING,

@@ -12,8 +12,8 @@ from typing import IO, Final
 from loramux_shared.adapter_files import pieces_of
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
-from loramux_shared.extensions import need_extension
 from loramux_shared.faults import RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
+from loramux_shared.gguf.files import as_checkpoint
 from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
 from loramux_shared.sources.files import exactly, hash_pieces, inside, is_text, pin_content, whole
 from loramux_shared.spelling import GGUF_SUFFIX
@@ -111,8 +111,7 @@ class LocalSource:
         folder = self._allowed(path / repository.subfolder)
         with _translated():
             if folder.suffix == GGUF_SUFFIX and folder.is_file():
-                made: Path = need_extension("gguf", f"LOCAL {folder}").as_checkpoint(folder, self._made)
-                return made
+                return as_checkpoint(folder, self._made)
             if not folder.is_dir():
                 raise RepoNotFound(
                     f"LOCAL {folder}: no such folder on the server. Correct the path, or put it there."

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from loramux_shared.deployment import SCHEMES, Repository, SourceKind
-from loramux_shared.extensions import need_extension
-from loramux_shared.faults import RepoNotFound, SettingsInvalid, SourceRefused
+from loramux_shared.faults import RepoNotFound, SourceRefused
 from loramux_shared.sources.base import Source, about
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.secrets import Secrets
+
+Opener = Callable[[Collection[str], Secrets, Path | None], Source]
+"""Opens a source with the hosts that it may reach, its secrets and a folder for what is not kept."""
 
 
 class Sources:
@@ -79,9 +80,41 @@ def open_sources(
 def open_address(
     kind: SourceKind, allowed_hosts: Collection[str], secrets: Secrets, work_dir: Path | None
 ) -> Source:
-    """Return a source of an extension; raise SourceRefused where that, or a package of it, is not installed."""
+    """Return a source of few users; raise SourceRefused where a package that it needs is not installed."""
     try:
-        part = need_extension(kind.lower(), f"source {kind}")
-    except SettingsInvalid as fault:
-        raise SourceRefused(fault.message) from fault
-    return cast(Source, part.open_source(allowed_hosts, secrets, work_dir))
+        return _opener(kind)(allowed_hosts, secrets, work_dir)
+    except ModuleNotFoundError as error:
+        extra = kind.lower() if kind in (SourceKind.GCS, SourceKind.AZURE, SourceKind.MLFLOW) else "builder"
+        raise SourceRefused(
+            f"source {kind} needs packages that are not installed here ({error.name}): "
+            f"pip install 'loramux[{extra}]'"
+        ) from error
+
+
+def _opener(kind: SourceKind) -> Opener:
+    """Import what opens sources of a kind: some need packages that not everybody has, or much time."""
+    match kind:
+        case SourceKind.S3:
+            from loramux_shared.sources import s3
+
+            return s3.open_source
+        case SourceKind.GCS:
+            from loramux_shared.sources import gcs
+
+            return gcs.open_source
+        case SourceKind.AZURE:
+            from loramux_shared.sources import azure
+
+            return azure.open_source
+        case SourceKind.OCI:
+            from loramux_shared.sources import oci
+
+            return oci.open_source
+        case SourceKind.MLFLOW:
+            from loramux_shared.sources import mlflow
+
+            return mlflow.open_source
+        case _:
+            from loramux_shared.sources import remote_url
+
+            return remote_url.open_source

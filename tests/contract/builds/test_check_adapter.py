@@ -133,7 +133,6 @@ async def test_a_report_names_labels(world: Served) -> None:
 
 async def test_the_ceilings_of_a_deployment_can_be_asked_for(world: Served) -> None:
     """Rank, modules, storage type, truncation and signers are those of the request."""
-    pytest.importorskip("builder_service.domain.disguised")
     signers = ["sigstore:https://issuer.example.com#release@example.com"]
     lora = LoraConfiguration(max_lora_rank=2, lora_target_modules=("attn_q",), dtype=Dtype.FLOAT16)
     strict = await world.check("one", lora)

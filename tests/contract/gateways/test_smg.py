@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from openai import AsyncOpenAI
 
 from tests.contract.gateways.smg import running_smg
@@ -36,7 +35,6 @@ async def ready(web: httpx.AsyncClient, required: int) -> list[dict[str, Any]]:
 
 async def test_smg_in_front_of_two_replicas(chatty: Built, tmp_path: Path) -> None:
     """SMG answers as a replica does, reads the replicas' own records, and bridges the drain of one."""
-    pytest.importorskip("inference_service.http.compat")
     async with (
         open_fleet(chatty, 2) as apis,
         running_smg(tmp_path, [api.url for api in apis], *FLAGS) as url,

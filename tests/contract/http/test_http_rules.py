@@ -71,7 +71,6 @@ async def client(service: GenerationService) -> AsyncIterator[RawClient]:
 @pytest.mark.parametrize("case", TAKEN)
 async def test_what_has_one_reading_is_answered(client: RawClient, case: str) -> None:
     """The request is understood."""
-    pytest.importorskip("inference_service.http.compat")
     await client.send(TAKEN[case])
     status, body = await client.answer()
     assert status == 200
@@ -103,7 +102,6 @@ async def test_few_requests_wait_on_a_connection(client: RawClient) -> None:
 
 async def test_a_trailer_is_no_header(client: RawClient) -> None:
     """A field behind the body does not become part of the head, such as the request's id."""
-    pytest.importorskip("inference_service.http.compat")
     await client.send(post(b"X-Request-Id: mine\r\n"))
     head = await client.reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")

@@ -15,9 +15,9 @@ from inference_service.http.openapi.document import ServerFacts, document, facts
 from loramux_shared.access.keys import Scope
 from tests.contract.http.conftest import api as api, opened as opened, world as world
 from tests.contract.http.test_http_rules import web as web
+from tests.golden.openapi.write import RECORDED, recorded
 from tests.support.cases import cases
 from tests.support.openai_api import OpenAIApi
-from tests.support.openapi_golden import RECORDED, recorded
 from tests.support.root import ROOT
 from tests.support.services.silent import silent_service
 

@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(COMMAND is None, reason="needs schemathesis, which is in the extra `test`"),
 ]
-HOOKS = ROOT / "extensions/openapi/tests/schemathesis_hooks.py"
+HOOKS = ROOT / "tests/support/schemathesis_hooks.py"
 MODELS = ["base", "all"]
 """Names that requests are drawn with: a name that nobody has is 404, whatever else a request says."""
 PAUSE = "/pause"

@@ -10,6 +10,7 @@ from prometheus_client import generate_latest
 
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import BuildState
+from builder_service.meter import BuildMeter
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.served_model import ServedModel
@@ -24,7 +25,6 @@ from inference_service.serving.request import AnswerDelta, AnswerFinished, Reque
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import following
 from loramux_shared.deployment import ModelLimits
-from loramux_shared.extensions import need_extension
 from loramux_shared.runtime import Limits
 from tests.support.generations import change_deployed
 from tests.support.metrics import Scrape
@@ -60,7 +60,7 @@ def everything() -> Scrape:
 
 def of_builder() -> Scrape:
     """Return the metrics of a builder once a build has ended."""
-    meter = need_extension("meter", "metrics of a builder").BuildMeter(lambda: 0)
+    meter = BuildMeter(lambda: 0)
     entry = SimpleNamespace(create_time=datetime.now(UTC))
     meter.ended(cast(RunningBuild, SimpleNamespace(failure=None, state=BuildState.ACTIVE, entry=entry)))
     return Scrape(generate_latest(meter._registry).decode())

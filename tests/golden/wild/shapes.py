@@ -4,7 +4,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Final
 
-from loramux_shared.extensions import PARTS, find_extensions
 from tests.golden.wild.shape import RELEASES, Shape, config_of, made, of_peft
 
 _SPANS: Final = {**{a: a if int(b[2:]) - int(a[2:]) == 1 else f"{a} to 0.{int(b[2:]) - 1}"
@@ -433,8 +432,8 @@ _OTHERS: Final[list[_Row]] = [
      {"config": {"of": "tuner", "peft_type": "POLY"}, "tensors": None, "codes": "E_NOT_LORA",
       "files": ["adapter_model.safetensors"]}),
 ]  # fmt: skip
-OTHERS: Final = [_shape(*row) for row in _OTHERS if "kinds" in find_extensions(PARTS)]
-"""Adapters of kinds that an extension reads."""
+OTHERS: Final = [_shape(*row) for row in _OTHERS]
+"""Adapters of kinds that become a LoRA."""
 SHAPES: Final = [
     *(Shape("PEFT", _SPANS[name], f"fields of {name}", of_peft(name)) for name in RELEASES),
     *(_shape(*row) for row in _LORA),

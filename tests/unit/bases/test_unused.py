@@ -26,14 +26,10 @@ def base(architecture: str, model_type: str) -> ModelConfig:
 @pytest.mark.parametrize(("architecture", "model_type", "names"), cases(__file__, "KNOWN"))
 def test_parts_beside_a_base_are_known(architecture: str, model_type: str, names: list[str]) -> None:
     """Towers, heads of other tasks, layers that predict further tokens, and buffers change no answer."""
-    if model_type == "bert":
-        pytest.importorskip("loramux_encoders")
     assert unknown(names, base(architecture, model_type)) == []
 
 
 @pytest.mark.parametrize(("architecture", "model_type", "names"), cases(__file__, "UNKNOWN"))
 def test_others_could_change_answers(architecture: str, model_type: str, names: list[str]) -> None:
     """A tensor that the model does not use, and is known not to need, is named."""
-    if model_type == "bert":
-        pytest.importorskip("loramux_encoders")
     assert unknown(names, base(architecture, model_type)) == sorted(names)

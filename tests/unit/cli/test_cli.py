@@ -229,7 +229,6 @@ def test_a_reader_that_goes(fakes: Fakes, tmp_path: Path, flags: list[str]) -> N
 
 def test_characters_that_the_output_does_not_have(tmp_path: Path) -> None:
     """A character that the encoding of stdout lacks is escaped instead of ending the command."""
-    pytest.importorskip("loramux_admin")
     entry = {"id": "a", "sha256": "0" * 64, "scopes": ["infer"], "comment": "caf\xe9"}
     (tmp_path / "keys").write_text(json.dumps(entry))
     command = [sys.executable, "-m", "loramux.cli.main", "keys", "list", "--file", "keys"]

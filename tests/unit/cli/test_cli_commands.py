@@ -16,22 +16,17 @@ from loramux.cli.local.up import UpPlan
 from loramux.cli.main import app
 from loramux.cli.tables import fitted, fitting_columns
 from loramux_shared.deployment import Build, Deployment, Repository, SourceKind
-from loramux_shared.extensions import COMMANDS, find_extensions
 from tests.support.cases import cases
 from tests.support.root import PAGES, ROOT
 
 WITHOUT_JSON = cases(__file__, "WITHOUT_JSON")
 
 
-ABSENT = find_extensions(COMMANDS, absent=True)
-"""Commands of extensions that are not there: they say so."""
-
-
 def commands(group: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, (*before, name))
-        elif name not in ABSENT:
+        else:
             yield (*before, name), command
 
 

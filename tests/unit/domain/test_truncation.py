@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builder_service.domain.truncation import best_approximation
+from builder_service.domain.low_rank import best_approximation
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.validate import check_deployment
 from loramux.messages import deployment_from_message, deployment_to_message

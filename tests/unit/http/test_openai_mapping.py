@@ -196,7 +196,6 @@ async def test_what_is_demanded_is_demanded_in_the_dialect(
     tmp_path: Path, family: str, says: str, fields: dict[str, Any], constraint: str
 ) -> None:
     """A demand for calls, for text with calls, or for a format behind reasoning is a grammar of the dialect."""
-    pytest.importorskip("inference_service.chat.formats.few" if family == "Gemma 4" else "loramux")
     service = Speaks(tmp_path, family, says)
     reported = await ask(service, **{"tools": [FIND]} | fields)
     assert reported == [["call", "find", "{}"]] if says == CALL else reported == [["said", says]]

@@ -4,13 +4,11 @@ import json
 import re
 from typing import Any
 
-import pytest
 import yaml
 
 from tests.golden.metrics.script import everything, of_builder
 from tests.support.root import ROOT
 
-pytest.importorskip("loramux_meter")
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/loramux.json").read_text())
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]

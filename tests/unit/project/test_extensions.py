@@ -1,4 +1,4 @@
-"""Extensions: found through entry points, and never needed."""
+"""Ports: entries of other packages are found through entry points, and never needed."""
 
 import ast
 import re
@@ -10,36 +10,52 @@ from pathlib import Path
 
 import pytest
 
-from loramux_shared.extensions import HTTP_ROUTES, find_extensions, load_extensions, package_of
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.ports import GROUP, entry_of, registered, required
 from tests.support.root import ROOT
 
 
-def test_entry_points_whose_package_is_gone_are_left_out(
+def test_entries_of_a_port_are_found_by_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Entry points that can be imported are loaded, by name; one that raises is left out by name."""
+    """Entries of the port's type are found; what raises or is something else is refused, or left out."""
     site = tmp_path_factory.mktemp("site")
     info = site / "others-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
-    points = "zeta = others_package:command\nbeta = no_such_package.deep:it\nalpha = others_package:group\n"
-    (info / "entry_points.txt").write_text(f"[loramux.of_a_test]\n{points}mu = raising\n")
-    (site / "others_package.py").write_text("command, group = 1, 2\n")
+    points = (
+        "dish.zeta = others_package:one\ndish.beta = no_such_package.deep:it\ndish.alpha = others_package:two\n"
+    )
+    points += "dish.mu = raising\ndish.nu = others_package\ncup.xi = others_package:one\ndish.pi = lacking\n"
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{points}")
+    (site / "others_package.py").write_text("one, two = 1, 2\n")
     (site / "raising.py").write_text("raise OSError('no such driver')\n")
+    (site / "lacking.py").write_text("import no_such_driver\n")
     monkeypatch.syspath_prepend(str(site))
     left: dict[str, SettingsInvalid] = {}
-    found = load_extensions("loramux.of_a_test", left.__setitem__)
-    assert list(found.items()) == [("alpha", 2), ("zeta", 1)]
+    assert list(registered("dish", int, left.__setitem__).items()) == [("alpha", 2), ("zeta", 1)]
     assert left["mu"].message.startswith("the extension 'mu' cannot be imported: OSError: no such driver. ")
+    assert left["nu"].message.startswith("the extension 'nu': expected a int, found module. ")
+    needs = "the extension 'pi' needs packages that are not installed here (no_such_driver): install them, "
+    assert left["pi"].message.startswith(needs)
+    assert entry_of("dish", "zeta", int) == 1
+    assert entry_of("dish", "beta", int) is None
+    with pytest.raises(SettingsInvalid, match="'mu' cannot be imported"):
+        registered("dish", int)
+    with pytest.raises(SettingsInvalid, match="that brings plate, found none"):
+        required("plate", int, "supper")
 
 
-COMES_WITH = {"pydantic-core": "pydantic", "typing-extensions": "pydantic", "botocore": "boto3"}
+COMES_WITH = {
+    "pydantic-core": "pydantic",
+    "typing-extensions": "pydantic",
+    "botocore": "boto3",
+    "urllib3": "requests",
+}
 """Packages that another one brings as a part of its interface."""
-ROUTES = map(package_of, find_extensions(HTTP_ROUTES).values())
-LOADED = dict.fromkeys(ROUTES, "builder,inference") | {
+LOADED = {
     "loramux": "cli",
-    "loramux_shared": "builder",
+    "loramux_shared": "builder,gcs,azure,mlflow",
     "builder_service": "builder",
     "inference_service": "inference,gpu",
     "loramux_batches": "batches",

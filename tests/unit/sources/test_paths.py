@@ -2,17 +2,16 @@
 
 import os
 import resource
+import sys
 from collections.abc import Callable
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from loramux.cli.local.services import builder_command
-from loramux_shared import extensions, faults
+from loramux_shared import faults, sources
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.extensions import PARTS
 from loramux_shared.faults import Fault, SourceChanged, SourceRefused, StoreUnavailable
 from loramux_shared.sources.files import whole
 from loramux_shared.sources.local import LocalSource
@@ -156,13 +155,13 @@ def test_what_is_missing_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SourceRefused, match="source S3 is not supported here; supported: LOCAL"):
         Sources({SourceKind.LOCAL: LocalSource([])}).of(repository)
 
-    extensions._part.cache_clear()
-    point = EntryPoint("s3", "no_such_package_of_amazon", PARTS)
-    monkeypatch.setattr("loramux_shared.extensions.find_extensions", lambda _: {"s3": point})
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.delitem(sys.modules, "loramux_shared.sources.s3", raising=False)
+    monkeypatch.delattr(sources, "s3", raising=False)
     with pytest.raises(SourceRefused) as refusal:
         open_sources().of(repository)
-    text = "the extension 's3' needs packages that are not installed here (no_such_package_of_amazon): "
-    assert str(refusal.value) == text + "pip install 'loramux[s3]'"
+    text = "source S3 needs packages that are not installed here (boto3): pip install 'loramux[builder]'"
+    assert str(refusal.value) == text
     assert refusal.value.repository == "s3://bucket/one"
 
 

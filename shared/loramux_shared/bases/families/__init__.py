@@ -1,29 +1,20 @@
-"""The families that are served: every `Family` of a module here, found by being here, and of extensions."""
+"""The families that are served: every `Family` of a module here, and those of third parties."""
 
 import importlib
 import pkgutil
 from functools import cache
-from types import ModuleType
 
 from loramux_shared.bases.family import Architecture, Family
-from loramux_shared.extensions import PARTS, find_extensions, load_extension
+from loramux_shared.ports import registered
 
 
 def load_families() -> dict[str, tuple[Architecture, Family]]:
-    """Return every architecture by its name, with its family; those of extensions come last."""
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    found = [value for module in (*modules, *_others()) for value in vars(module).values()]
-    return {
-        architecture.name: (architecture, family)
-        for family in found
-        if isinstance(family, Family)
-        for architecture in family.architectures
-    }
+    """Return every architecture by its name, with its family; those of third parties come last."""
+    families = (*_own(), *registered("family", Family).values())
+    return {each.name: (each, family) for family in families for each in family.architectures}
 
 
 @cache
-def _others() -> tuple[ModuleType, ...]:
-    """Return the modules of families that extensions have."""
-    parts = find_extensions(PARTS).items()
-    return tuple([load_extension(part) for name, part in parts if name.rpartition(".")[2] == "families"])
+def _own() -> tuple[Family, ...]:
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    return tuple(value for module in modules for value in vars(module).values() if isinstance(value, Family))

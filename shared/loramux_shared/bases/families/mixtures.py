@@ -1,4 +1,4 @@
-"""The families: GLM-4.5 to 4.7, DeepSeek V2 and V3, and Phi-3.5-MoE by their ``config.json``; and others."""
+"""The families: GLM-4.5 to 4.7, DeepSeek V2 and V3, and Phi-3.5-MoE by their ``config.json``."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,7 +6,6 @@ from functools import partial
 from typing import Final
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
-from loramux_shared.bases.families import gpt_neox, llama4, llamas, plain, qwen_moe as qwen, starcoder2
 from loramux_shared.bases.families.qwen2 import NAMES as QK_NORMS, read_experts
 from loramux_shared.bases.family import (
     EXPERTS,
@@ -335,10 +334,3 @@ PHI = Family(
     models="Phi-3.5-MoE",
     describes=EXPERTS,
 )
-
-NEOX, STARCODER, LLAMA_4 = gpt_neox.FAMILY, starcoder2.FAMILY, llama4.FAMILY
-SEED, ERNIE, EXAONE = llamas.SEED, llamas.ERNIE, llamas.EXAONE
-HELIUM, STABLE = llamas.HELIUM, llamas.STABLE
-ERNIE_MOE, GLM_4_V = llamas.ERNIE_MOE, llamas.GLM_4_V
-ARCEE, APERTUS = plain.ARCEE, plain.APERTUS
-QWEN_2_MOE, QWEN_3_VL_MOE = qwen.FAMILY_2, qwen.FAMILY_VL

@@ -1,4 +1,4 @@
-"""``python -m tests.support.openapi_golden``: write the recorded OpenAPI document, a line for each field."""
+"""``python -m tests.golden.openapi.write``: write the recorded OpenAPI document, a line for each field."""
 
 import json
 from collections.abc import Iterator

@@ -1,0 +1,36 @@
+"""The model of a base, or of a rank's part of it, read from its checkpoint."""
+
+import torch
+
+from inference_service.backends.operations import Backend
+from inference_service.models.blocks import Ranks
+from inference_service.models.checkpoint import Checkpoint
+from inference_service.models.decoder import Decoder
+from inference_service.models.encoder import read_encoder
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.families.encoders import EncoderConfig
+from loramux_shared.bases.formats import Quantization
+from loramux_shared.sources.checkpoint import PlacedBase
+
+
+def read_model(
+    placed: PlacedBase, config: ModelConfig, backend: Backend, ranks: Ranks | None = None
+) -> Decoder:
+    """Read the weights of a base, or the part of a rank. Raise CheckpointInvalid for one that cannot be served,
+    and BundleCorrupt for another file than was recorded.
+    """
+    tensors = checkpoint(placed, backend.dtype, backend.device, config.quantization)
+    if isinstance(config, EncoderConfig):
+        read: Decoder = read_encoder(config, tensors, backend.operations, backend.quantization)
+    else:
+        read = Decoder(config, tensors, backend.operations, backend.quantization, ranks)
+    if ranks is None or ranks.shard.is_first:  # which reads all
+        tensors.require_used(config)
+    return read
+
+
+def checkpoint(
+    placed: PlacedBase, dtype: torch.dtype, device: torch.device, quantization: Quantization | None
+) -> Checkpoint:
+    """Open the base's weights, once more."""
+    return Checkpoint(placed.folder, dtype, device, placed.require, quantization)

@@ -1,0 +1,97 @@
+"""Entries of packages beside the core: what each adds to a port, found by its entry points.
+
+An entry point of the group `GROUP` is named PORT.NAME, and leads to an entry: an object of the port's type that
+has all that is known of it. Entries of the core need none: the modules of a port import them.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from typing import Final, TypeVar
+
+from loramux_shared.faults import SettingsInvalid
+
+GROUP: Final = "loramux.ports"
+
+Entry = TypeVar("Entry")
+Notify = Callable[[str, SettingsInvalid], None]
+
+
+def registered(port: str, kind: type[Entry], left_out: Notify | None = None) -> dict[str, Entry]:
+    """Return the entries of a port by their names, in the order of the names.
+
+    What cannot be imported, or is none, is left out, and left_out is called with its name and the reason.
+
+    Raises:
+        SettingsInvalid: the same, where nobody is told.
+    """
+    entries = {}
+    for name, point in _declared(port, *sys.path).items():
+        try:
+            entries[name] = _load(point, name, kind)
+        except SettingsInvalid as fault:
+            if left_out is None:
+                raise
+            left_out(name, fault)
+    return entries
+
+
+def entry_of(port: str, name: str, kind: type[Entry]) -> Entry | None:
+    """Return one entry of a port; None where there is none of this name."""
+    point = _declared(port, *sys.path).get(name)
+    return None if point is None else _load(point, name, kind)
+
+
+def required(port: str, kind: type[Entry], what: str) -> Entry:
+    """Return the first entry of a port for what needs one; raise SettingsInvalid where there is none."""
+    for entry in registered(port, kind).values():
+        return entry
+    raise SettingsInvalid(f"{what}: expected an installed package that brings {port}, found none.")
+
+
+def log_left_out(name: str, fault: SettingsInvalid) -> None:
+    """Warn of an entry that is left out."""
+    import structlog  # which a client may lack
+
+    structlog.get_logger().warning("extension is left out", extension=name, why=fault.message)
+
+
+@cache
+def _declared(port: str, *_: str) -> dict[str, EntryPoint]:
+    """Find them once for the places where Python looks: the metadata of all packages are read for it.
+
+    An entry point whose package is not there is no entry: the folder of an extension may be deleted.
+    """
+    points = {point.name: point for point in entry_points(group=GROUP) if find_spec(_package_of(point))}
+    mine = (name for name in sorted(points) if name.partition(".")[0] == port)
+    return {name.partition(".")[2]: points[name] for name in mine}
+
+
+def _package_of(point: EntryPoint) -> str:
+    return point.module.partition(".")[0]
+
+
+def _load(point: EntryPoint, name: str, kind: type[Entry]) -> Entry:
+    package = _package_of(point)
+    try:
+        entry: object = point.load()
+    except ModuleNotFoundError as error:
+        extra = package.removeprefix("loramux_") if package.startswith("loramux_") else ""
+        cure = f"pip install 'loramux[{extra}]'" if extra else f"install them, or uninstall {package}"
+        raise SettingsInvalid(
+            f"the extension {name!r} needs packages that are not installed here ({error.name}): {cure}"
+        ) from error
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise SettingsInvalid(
+            f"the extension {name!r} cannot be imported: {type(error).__name__}: {why}. "
+            f"Install what it needs, or remove its package {package}."
+        ) from error
+    if not isinstance(entry, kind):
+        raise SettingsInvalid(
+            f"the extension {name!r}: expected a {kind.__name__}, found {type(entry).__name__}. "
+            f"Fix the entry point of its package {package}, or remove it."
+        )
+    return entry
