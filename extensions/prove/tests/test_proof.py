@@ -321,7 +321,7 @@ def test_the_prover_is_a_process_that_speaks_json(world: World) -> None:
 def test_a_builder_without_torch_says_what_is_missing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build with proofs fails before anything is fetched, and names the extra."""
     monkeypatch.setattr(building, "NEEDS", ("no_such_torch",))
-    with pytest.raises(SettingsInvalid, match=r"pip install 'loramux\[prove\]'"):
+    with pytest.raises(SettingsInvalid, match=r"pip install 'loramux\[inference\]'"):
         build_into(MemoryStore(), world)
 
 
