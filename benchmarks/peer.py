@@ -99,7 +99,7 @@ def engine(store: str, deployment: str, base: str) -> Measure:
 
     def measure(load: Load) -> tuple[float, float]:
         engine, inbox = ready.engine._engine, ready.engine._inbox
-        adapters = [ready.service.catalog.resolve(name).adapter for name in load["models"]]
+        adapters = [ready.service.local.catalog.resolve(name).adapter for name in load["models"]]
         longest = ready.service.limits.max_seq_len
         waiting = deque(
             EngineSequence(

@@ -52,7 +52,7 @@ class Replica:
 
     def __init__(self, ready: Ready) -> None:
         self._ready = ready
-        self.base = ready.service.catalog.base_name
+        self.base = ready.service.local.catalog.base_name
 
     @property
     def loads(self) -> int:

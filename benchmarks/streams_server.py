@@ -28,6 +28,7 @@ from inference_service.engine.runner import Pending
 from inference_service.http.server import HttpServer
 from inference_service.replica import SWITCH_S, keep_what_is_loaded
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
+from inference_service.serving.engine_driver import EngineDriver
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.request_log import open_watchers
@@ -88,8 +89,9 @@ def service(folder: Path, device: Instant) -> tuple[GenerationService, EngineThr
     engine = Engine(device, limits, blocks, Residents())
     thread = EngineThread(engine, SEATS, lambda: None, step_timeout_s=60)
     catalog = Catalog(1, MODEL, [ServedModel(MODEL)])
-    bounds = ServingLimits(LONGEST, frozenset())
-    return GenerationService(catalog, Text.load(folder, VOCAB), thread, bounds, open_watchers()), thread
+    bounds, text = ServingLimits(LONGEST, frozenset()), Text.load(folder, VOCAB)
+    driver = EngineDriver(catalog, thread, text, bounds.eos_token_ids)
+    return GenerationService(driver, text, bounds, driver.metrics, open_watchers()), thread
 
 
 async def serve(device: Instant, api_processes: int = 0) -> None:

@@ -29,7 +29,7 @@ class Operators:
         """Follow nothing before `begin`; the builder's client is closed at the end."""
         self.outdated = ready.follower.outdated
         """Set where a replica is to end when it needs a restart."""
-        self.manager = ready.service.adapters
+        self.manager = ready.service.local.adapters
         self._settings = settings
         self._ready = ready
         self._tasks: list[asyncio.Task[None]] = []

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
-from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.recent import Recent
 from inference_service.adapters.served_model import AdapterDefaults, read_adapter_defaults
 from inference_service.adapters.workers import Workers
@@ -66,10 +65,20 @@ SCORERS_BYTES: Final = 64 << 20
 """Bytes of score heads that are kept; one of ten labels takes 160 KB at a hidden size of 4,096."""
 
 
+class TextsReader(Protocol):
+    """Reads what bundles bring beside weights; called on threads of readers."""
+
+    def texts(self, digest: str) -> Mapping[str, bytes]:
+        """Return a bundle's text files."""
+
+    def score(self, digest: str) -> tuple[ScoreHead, Array]:
+        """Return a bundle's score head, and its weights."""
+
+
 class AdapterTexts:
     """Texts of bundles and what they mean, by digest; nobody waits for weights. Used on the event loop."""
 
-    def __init__(self, reader: BundleReader, base: Text, of_base: Scorer | None = None) -> None:
+    def __init__(self, reader: TextsReader, base: Text, of_base: Scorer | None = None) -> None:
         self._reader = reader
         self._base = base
         self._of_base = of_base

@@ -17,7 +17,7 @@ import structlog
 
 from inference_service.apis.channel import Channel
 from inference_service.apis.relay import HttpRelay, RpcRelay
-from inference_service.apis.remote import RemoteService
+from inference_service.apis.remote import RemoteApi
 from inference_service.http.server import HttpServer
 from inference_service.http.wire.protocol import ClientTimeouts
 from inference_service.rpc.servicer import InferenceServicer
@@ -42,7 +42,7 @@ class ApiProcess:
     def __init__(self) -> None:
         self._servers: list[HttpServer | RpcServer] = []
         self._rpc: RpcServer | None = None
-        self._service: RemoteService | None = None
+        self._api: RemoteApi | None = None
         self._tracing: Tracing | None = None
         self._drained = False
         self._lost = asyncio.Event()
@@ -61,8 +61,8 @@ class ApiProcess:
         await self._lost.wait()
         if not self._drained:
             await self._refuse()
-            if self._service is not None:
-                self._service.end()
+            if self._api is not None:
+                self._api.driver.end()
             await self._drain(TELL_S)
             return 1
         if self._tracing is not None:
@@ -76,10 +76,8 @@ class ApiProcess:
         guard, stall_s = open_guard(settings), settings.stall_timeout_s
         self._tracing = open_tracing("loramux-inference")
         watchers = open_watchers(self._tracing, log_prompts=settings.log_prompts)
-        service = self._service = RemoteService(
-            facts["served"], settings.parsers, watchers, open_batches(settings)
-        )
-        service.attach(self.channel)
+        api = RemoteApi.open(self.channel, facts["served"], settings.parsers, watchers, open_batches(settings))
+        self._api, service = api, api.service
         self._rpc = RpcServer(
             facts["grpc"],
             {name: lambda _: None for name in facts["services"]},
@@ -107,8 +105,8 @@ class ApiProcess:
 
     async def _collect(self) -> None:
         """Say what was counted since the last time: an answer may find that nobody waits for it any more."""
-        if self._service is not None:
-            self.channel.say("count", *self._service.collect())
+        if self._api is not None:
+            self.channel.say("count", *self._api.collect())
 
     async def _leave(self) -> None:
         """Report bad health, and go on taking requests."""

@@ -88,7 +88,7 @@ class ApiProcesses:
             self._listener = listen(self._settings.http)
             host, port = self._settings.http.rpartition(":")[0], self._listener.getsockname()[1]
             self._addresses["http"] = f"{host}:{port}"
-        self.host.service.catalog.watchers.append(self._announce)
+        self.host.service.local.catalog.watchers.append(self._announce)
         await asyncio.gather(*(child.start() for child in self._children))
         return {name: address for name, address in self._addresses.items() if address is not None}
 
@@ -143,7 +143,7 @@ class ApiProcesses:
 
     def _announce(self) -> None:
         """Tell every process what the generation says about requests."""
-        deployed = deployed_to(self.host.service.catalog)
+        deployed = deployed_to(self.host.service.local.catalog)
         for child in self._children:
             if child.peer is not None:
                 child.peer.channel.say("deployed", deployed)
@@ -192,7 +192,9 @@ class _Child:
             raise
         self.peer = peer
         self._host.peers.add(peer)
-        peer.channel.say("deployed", deployed_to(self._host.service.catalog))  # may have changed meanwhile
+        peer.channel.say(
+            "deployed", deployed_to(self._host.service.local.catalog)
+        )  # may have changed meanwhile
         self._keep(self._watch(process, peer))
         if self._all.serving:
             with suppress(Fault):  # it has ended, and `_on_lost` has another one started

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from contextlib import ExitStack, suppress
 from itertools import islice
@@ -12,20 +11,16 @@ from typing import Any, Final
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.apis import messages
 from inference_service.apis.channel import Channel
-from inference_service.core.adapter import activation
-from inference_service.core.constraint import Grammar
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.http.app import Application
 from inference_service.http.wire.refusals import REQUEST_ID
 from inference_service.serving.delivery import Outputs
-from inference_service.serving.limits import Ticket
+from inference_service.serving.engine_thread import SequenceView
 from inference_service.serving.request import Request, RequestPrompt, SchedulingOptions
 from inference_service.serving.service import GenerationService
-from inference_service.serving.terms import begin_of, of_answer
 from loramux_shared import routes
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import Fault, fault_to
@@ -40,7 +35,6 @@ SUMMED: Final = (routes.METRICS.path, routes.LOAD.path)
 """Routes whose answers are sums over API processes."""
 
 log = structlog.get_logger()
-_numbers = itertools.count()
 
 
 class RelayedOutputs(Outputs):
@@ -49,29 +43,26 @@ class RelayedOutputs(Outputs):
     paced = False
 
     def __init__(
-        self, seqs: Seq[Sequence], on_close: Callable[[str], None], peer: ApiPeer, number: int, ticket: Ticket
+        self, seqs: Seq[Sequence], on_close: Callable[[str], None], peer: ApiPeer, number: int
     ) -> None:
-        super().__init__(seqs, on_close)
+        super().__init__({seq.id: SequenceView(seq) for seq in seqs}, on_close)
         self.seqs = {seq.id: seq for seq in seqs}
         self._places = {seq.id: place for place, seq in enumerate(seqs)}
         self._peer = peer
         self._number = number
-        self._ticket = ticket
         self.leave: Callable[[], None] = lambda: None
         """Ends the request's place in the limits."""
 
-    def put(self, seq_id: str, outputs: list[StepOutput]) -> Seq[Sequence]:
-        """Send outputs of a sequence; return the sequences that were to wait for them."""
+    def put(self, seq_id: str, outputs: list[StepOutput]) -> None:
+        """Send outputs of a sequence."""
         seq = self.seqs[seq_id]
-        if self._ticket.bounds:
-            self._ticket.take(sum(output.token is not None for output in outputs))
+        if self.meter is not None:
+            self.meter(sum(output.token is not None for output in outputs))
         found = [messages.output_to(output, seq) for output in outputs]
         ends = outputs[-1].finish is not None
         self._peer.send((self._number, self._places[seq_id]), found, urgent=outputs[0].first or ends)
         if ends:
             self._peer.drop(self._number, self._places[seq_id])
-        later, self._later = self._later, ()
-        return later
 
     def wake(self) -> None:
         """Do nothing: what was put is on its way."""
@@ -88,6 +79,7 @@ class ApiPeer:
     def __init__(self, host: ApiHost, lost: Callable[[], None]) -> None:
         self._host = host
         self._service = host.service
+        self._driver = host.service.local
         self._lost = lost
         self._open: dict[int, RelayedOutputs] = {}
         self._batch: dict[tuple[int, int], list[Any]] = {}
@@ -97,7 +89,7 @@ class ApiPeer:
         self._pending = 0
         self._in_work = 0
         self.channel = Channel(
-            {"drop": self.drop, "cut": host.service.engine.cut, "count": self._count},
+            {"drop": self.drop, "cut": host.service.local.engine.cut, "count": self._count},
             {
                 "choose": self._choose,
                 "texts": self._texts,
@@ -148,7 +140,7 @@ class ApiPeer:
         self._batch, self._urgent, self._pending = {}, {}, 0
         for number in list(self._open):
             self.drop(number)
-        self._service.in_work -= self._in_work
+        self._service.add_in_work(-self._in_work)
         self._host.peers.discard(self)
         self._lost()
 
@@ -171,15 +163,15 @@ class ApiPeer:
         seconds: Seq[tuple[str, str, float]],
         statuses: Mapping[int, int],
     ) -> None:
-        self._service.in_work += in_work - self._in_work
+        self._service.add_in_work(in_work - self._in_work)
         self._in_work = in_work
-        self._service.metrics.add(counts, seconds, statuses)
+        self._driver.metrics.add(counts, seconds, statuses)
 
     async def _choose(self, reference: Seq[Any], deadline_s: float | None, access: Seq[Any]) -> list[Any]:
         ACCESS.set(messages.access_from(access))  # a task of its own
         scheduling = SchedulingOptions(deadline_s=deadline_s)
         request = Request(messages.reference_from(reference), RequestPrompt(""), scheduling=scheduling)
-        served = await self._service.naming.choose(request)
+        served = await self._driver.choose(request)
         return [messages.model_to(served.model), served.generation]
 
     async def _texts(self, digest: str) -> Mapping[str, bytes]:
@@ -191,74 +183,23 @@ class ApiPeer:
 
     @property
     def _texts_of_adapters(self) -> AdapterTexts:
-        assert self._service.texts is not None  # noqa: S101 - every loaded replica has them
-        return self._service.texts
+        assert self._driver.texts is not None  # noqa: S101 - every loaded replica has them
+        return self._driver.texts
 
-    async def _grammar(
-        self, constraint: tuple[Seq[Any], Seq[int]] | None, model: ServedModel
-    ) -> Callable[[], Grammar | None]:
-        if constraint is None:
-            return lambda: None
-        demanded, ends = constraint
-        text = (await self._service.naming.defaults(model)).text or self._service.text
-        found = messages.constraint_from(demanded)
-        return await begin_of(found, text, frozenset(ends), self._service.constraints)
-
-    async def _submit(
-        self,
-        number: int,
-        model: Seq[Any],
-        access: Seq[Any],
-        prompt: bytes,
-        sampling: dict[str, Any],
-        n: int,
-        constraint: tuple[Seq[Any], Seq[int]] | None,
-        pooling: str | None,
-        second: int,
-        priority: int,
-        deadline_s: float | None,
-        cache_salt: str,
-    ) -> None:
+    async def _submit(self, number: int, access: Seq[Any], message: dict[str, Any]) -> None:
         """Give the engine the answers of a request; the process drops them one by one."""
-        service, catalog = self._service, self._service.catalog
-        served = messages.model_from(model, catalog.handle)
-        rights = messages.access_from(access)
-        tokens = messages.tokens_from(prompt)
-        drawn = messages.sampling_from(sampling)
-        adapter, invocation = activation(served.mixture or served.adapter, tokens)
+        submission = messages.submission_from(message, self._driver.catalog.handle)
+        ACCESS.set(messages.access_from(access))  # a task of its own
+
+        made: list[RelayedOutputs] = []
+
+        def make(seqs: Seq[Sequence], on_close: Callable[[str], None]) -> RelayedOutputs:
+            made.append(RelayedOutputs(seqs, on_close, self, number))
+            return made[0]
+
         with ExitStack() as stack:
-            ticket = stack.enter_context(service.limiter.admit(served, rights, catalog.deployed.limits))
-            begin = await self._grammar(constraint, served)
-            seqs = [
-                Sequence(
-                    f"{next(_numbers)}/{index}",
-                    tokens,
-                    of_answer(drawn, index),
-                    adapter,
-                    priority=priority,
-                    deadline_s=deadline_s,
-                    grammar=begin(),
-                    invocation=invocation,
-                    pooling=messages.pooling_from(pooling),
-                    second=second,
-                    cache_salt=cache_salt,
-                    model=served.name,
-                    counted=served.names if served.parts else (),
-                    flow=ticket.flow,
-                    share=ticket.share,
-                    key_id=ticket.key_id,
-                )
-                for index in range(n)
-            ]
-            ticket.check_tokens()
-            made: list[RelayedOutputs] = []
-
-            def make(seqs: Seq[Sequence], on_close: Callable[[str], None]) -> Outputs:
-                made.append(RelayedOutputs(seqs, on_close, self, number, ticket))
-                return made[0]
-
-            service.engine.submit(seqs, make)
-            ticket.submitted(seqs[0])
+            admission = stack.enter_context(self._driver.admit(submission.model))
+            await admission.submit(submission, make)
             made[0].leave = stack.pop_all().close
             self._open[number] = made[0]
 
@@ -285,7 +226,7 @@ class ApiHost:
         self.peers: set[ApiPeer] = set()
         self._app = Application(service)
         self._app.state.keyless = keyless
-        self._app.state.adapters = service.adapters
+        self._app.state.adapters = service.local.adapters
 
     async def collect(self) -> None:
         """Add up what all API processes counted; those that stand still are left out."""

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,7 @@ from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence as EngineSequence, StepOutput, Token
+from inference_service.serving.driver import Submission
 from inference_service.serving.request import ModelReference
 from loramux_shared.access.keys import Access, Scope
 from loramux_shared.faults import fault_from, fault_to
@@ -132,14 +133,40 @@ def pooling_from(message: str | None) -> Pooling | None:
     return None if message is None else Pooling(message)
 
 
-def tokens_to(tokens: Sequence[int]) -> bytes:
-    """Return tokens as a message has them."""
-    return array("I", tokens).tobytes()
+def submission_to(submission: Submission) -> dict[str, Any]:
+    """Return a submission as a message has it, by the names of its fields."""
+    constraint = submission.constraint
+    written = {
+        "model": model_to(submission.model),
+        "prompt": array("I", submission.prompt).tobytes(),
+        "sampling": sampling_to(submission.sampling),
+        "constraint": None if constraint is None else constraint_to(constraint),
+        "ends": list(submission.ends),
+    }
+    return {each.name: getattr(submission, each.name) for each in fields(Submission)} | written
 
 
-def tokens_from(message: bytes) -> list[int]:
-    """Return the tokens of a message."""
-    return array("I", message).tolist()
+def submission_from(message: dict[str, Any], handle: Handles) -> Submission:
+    """Return the submission of a message."""
+    constraint = message["constraint"]
+    read = {
+        "model": model_from(message["model"], handle),
+        "prompt": array("I", message["prompt"]).tolist(),
+        "sampling": sampling_from(message["sampling"]),
+        "constraint": None if constraint is None else constraint_from(constraint),
+        "ends": frozenset(message["ends"]),
+        "pooling": pooling_from(message["pooling"]),
+    }
+    return Submission(**message | read)
+
+
+@dataclass
+class AnswerState:
+    """The progress with an answer, as far as the engine's process said."""
+
+    num_cached: int = 0
+    began_s: float | None = None
+    failure: str = ""
 
 
 def output_to(output: StepOutput, seq: EngineSequence) -> int | list[Any]:
@@ -163,7 +190,6 @@ def output_to(output: StepOutput, seq: EngineSequence) -> int | list[Any]:
         None if output.pooled is None else output.pooled.tobytes(),
         seq.progress.num_cached,
         seq.progress.began_s,
-        seq.num_known if output.finish is EndReason.FAILED else 0,
         seq.grammar.failure if seq.grammar is not None and output.finish is EndReason.FAILED else "",
     ]
 
@@ -177,18 +203,14 @@ def plain(token: int) -> StepOutput:
     return StepOutput("", Token(token))
 
 
-def output_from(message: int | list[Any], seq: EngineSequence) -> StepOutput:
-    """Return the output of a message, and note at the sequence what the engine's has noted."""
+def output_from(message: int | list[Any], seq_id: str, state: AnswerState) -> StepOutput:
+    """Return the output of a message, and note the engine's progress with the answer."""
     if isinstance(message, int):
         return plain(message)
-    token, finish, first, prompt, fault, pooled, cached, began_s, known, failure = message
-    progress = seq.progress
-    progress.num_cached, progress.began_s = cached, began_s
-    progress.tokens += [0] * (known - seq.num_known)
-    if failure and isinstance(seq.grammar, FarGrammar):
-        seq.grammar.failure = failure
+    token, finish, first, prompt, fault, pooled, cached, began_s, failure = message
+    state.num_cached, state.began_s, state.failure = cached, began_s, failure
     return StepOutput(
-        seq.id,
+        seq_id,
         None if token is None else _token_from(token),
         None if finish is None else EndReason(finish),
         first,
@@ -196,13 +218,6 @@ def output_from(message: int | list[Any], seq: EngineSequence) -> StepOutput:
         None if fault is None else fault_from(fault),
         None if pooled is None else np.frombuffer(pooled, np.float32),
     )
-
-
-class FarGrammar:
-    """A grammar in the engine's process: here is only why it could not be followed."""
-
-    def __init__(self) -> None:
-        self.failure = ""
 
 
 def _token_to(token: Token) -> list[Any]:

@@ -1,44 +1,39 @@
-"""Generation in an API process: texts, templates and answers here, names, limits and the engine elsewhere."""
+"""The driver of an API process: names, limits, grammars and the engine are in the engine's process."""
+
+from __future__ import annotations
 
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence as Seq
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final, cast
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.reading import BundleReader
-from inference_service.adapters.served_model import ServedModel
-from inference_service.adapters.texts import AdapterTexts
+from inference_service.adapters.names import agreed
+from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults, ServedModel
+from inference_service.adapters.texts import AdapterTexts, Scorer
 from inference_service.apis import messages
 from inference_service.apis.channel import GONE, Channel
 from inference_service.core.adapter import Adapter
-from inference_service.core.constraint import Grammar
-from inference_service.core.sequence import FAIR, Sequence
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.limits import Ticket
-from inference_service.serving.naming import Naming
+from inference_service.serving.driver import Submission
 from inference_service.serving.request import Request, ResolvedModel
 from inference_service.serving.service import GenerationService, ParsersOf
-from inference_service.serving.telemetry.metrics import Metrics
-from inference_service.serving.telemetry.model_series import ModelSeries
+from inference_service.serving.telemetry.metrics import RequestMetrics
 from inference_service.serving.telemetry.record import Watcher
-from inference_service.serving.terms import ServingLimits, Terms
+from inference_service.serving.terms import ServingLimits
 from inference_service.store import Batches
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.access.keys import ACCESS
-from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
 from loramux_shared.faults import Fault, ReplicaFailed, fault_from
-
-HERE: Final = Ticket("", FAIR, ())
-"""The ticket of every request here: the engine's process has the limits."""
+from loramux_shared.runtime import Pooling, ReasoningParser, ToolParser
 
 
 def served_to(service: GenerationService) -> dict[str, Any]:
@@ -50,91 +45,129 @@ def served_to(service: GenerationService) -> dict[str, Any]:
         "vocab": text.vocab,
         "special": text.special_tokens,
         "gives_types": text.gives_types,
-        "limits": [
-            limits.max_seq_len,
-            list(limits.eos_token_ids),
-            limits.hidden_size,
-            limits.encodes,
-            limits.token_types,
-        ],
+        "limits": asdict(limits) | {"eos_token_ids": list(limits.eos_token_ids)},
         "max_queue": service.max_queue,
         "pooling": service.pooling_of_base,
         "logprobs_mode": service.logprobs_mode,
-        "base": service.catalog.base_name,
-        "deployed": deployed_to(service.catalog),
+        "deployed": deployed_to(service.local.catalog),
     }
 
 
-def deployed_to(catalog: Catalog) -> list[Any]:
+def deployed_to(catalog: Catalog) -> dict[str, Any]:
     """Return what a generation says about requests, as a message has it."""
     deployed = catalog.deployed
-    return [
-        deployed.number,
-        deployed.served_model_name,
-        deployed.request_default_max_tokens,
-        deployed.tool_parser,
-        deployed.reasoning_parser,
-        deployed.pooling,
-    ]
+    return {
+        "served_model_name": deployed.served_model_name,
+        "request_default_max_tokens": deployed.request_default_max_tokens,
+        "tool_parser": deployed.tool_parser,
+        "reasoning_parser": deployed.reasoning_parser,
+        "pooling": deployed.pooling,
+    }
 
 
-def _deployed_from(message: Seq[Any], before: Generation) -> Generation:
-    number, name, max_tokens, tool, reasoning, pooling = message
-    return before.model_copy(
-        update={
-            "number": number,
-            "served_model_name": name,
-            "request_default_max_tokens": max_tokens,
-            "tool_parser": type(before.tool_parser)(tool),
-            "reasoning_parser": type(before.reasoning_parser)(reasoning),
-            "pooling": messages.pooling_from(pooling),
-        }
-    )
+@dataclass(frozen=True)
+class RemoteTerms:
+    """What the served generation says about requests."""
+
+    served_model_name: str
+    request_default_max_tokens: int | None
+    tool_parser: ToolParser
+    reasoning_parser: ReasoningParser
+    pooling: Pooling | None
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> RemoteTerms:
+        """Return those of a message."""
+        return cls(
+            **{
+                **message,
+                "tool_parser": ToolParser(message["tool_parser"]),
+                "reasoning_parser": ReasoningParser(message["reasoning_parser"]),
+                "pooling": messages.pooling_from(message["pooling"]),
+            }
+        )
 
 
-class RemoteEngine:
+class RemoteDriver:
     """Gives requests to the engine's process, and hands outputs to the streams of their sequences."""
 
-    def __init__(self, max_queue: int) -> None:
-        self.max_queue = max_queue
-        self.channel: Channel
+    def __init__(self, channel: Channel, text: Text, served: Mapping[str, Any]) -> None:
+        """Take outputs and generations from a channel; served is what `served_to` returns."""
+        self.max_queue: int = served["max_queue"]
+        self.deployed = RemoteTerms.of(served["deployed"])
+        self._channel = channel
+        self._texts = AdapterTexts(RemoteReader(channel), text)
         self._numbers = itertools.count()
-        self._open: dict[int, tuple[Outputs, Seq[Sequence], set[int]]] = {}
-        """Requests, with the places of sequences that ended, which the engine's process has let go."""
+        self._open: dict[int, tuple[Outputs, Mapping[str, messages.AnswerState], set[int]]] = {}
+        """Requests, with the progress of their answers, and the places of those that ended, which the engine's
+        process has let go.
+        """
         self._delivery = Delivery()
         self._stopped: Fault | None = None
+        channel.handlers |= {"out": self._take, "end": self._fail, "deployed": self._deploy}
 
-    async def submit(self, seqs: Seq[Sequence], *order: Any) -> Outputs:
-        """Put the sequences of a request in the engine's queue; the caller must close what it gets.
+    async def choose(self, request: Request) -> ResolvedModel:
+        """Return what answers a request; raise what `Naming.choose` does."""
+        rights = messages.access_to(ACCESS.get())
+        order = messages.reference_to(request.model), request.scheduling.deadline_s, rights
+        model, generation = await self._channel.ask("choose", *order)
+        return ResolvedModel(messages.model_from(model, _handle), generation)
+
+    def admit(self, _model: ServedModel) -> AbstractContextManager[RemoteDriver]:
+        """Let a request in: the engine's process has the limits, and looks when it is submitted."""
+        return nullcontext(self)
+
+    async def defaults(self, model: ServedModel) -> AdapterDefaults:
+        """Return what an adapter brings beside its weights, or raise why it cannot be read."""
+        if model.defaults is NO_DEFAULTS:
+            return NO_DEFAULTS
+        if model.parts:
+            return agreed([await self.defaults(part) for part in model.parts])
+        return await self._texts.defaults(model.digest, model.name)
+
+    async def scorer(self, model: ServedModel) -> Scorer:
+        """Return the score head of a model that classifies, or raise what `AdapterTexts.scorer` does."""
+        return await self._texts.scorer(model.digest)
+
+    async def submit(self, submission: Submission) -> Outputs:
+        """Put the answers of a request in the engine's queue; the caller must close what it gets.
 
         Raises:
-            Fault: what `EngineThread.submit` and the limits raise.
+            Fault: what the limits and `EngineThread.submit` raise.
         """
         if self._stopped is not None:
             raise self._stopped.copy()
         number = next(self._numbers)
-        places = {seq.id: place for place, seq in enumerate(seqs)}
-        outputs = Outputs(seqs, lambda seq_id: self._close(number, places[seq_id]))
-        self._open[number] = outputs, seqs, set()
+        places = {f"{number}.{place}": place for place in range(submission.n)}
+        views = {seq_id: messages.AnswerState() for seq_id in places}
+        outputs = Outputs(views, lambda seq_id: self._close(number, places[seq_id]))
+        self._open[number] = outputs, views, set()
         self._delivery.came = True
+        order = messages.access_to(ACCESS.get()), messages.submission_to(submission)
         try:
-            await self.channel.ask("submit", number, *order)
+            await self._channel.ask("submit", number, *order)
         except BaseException:
             outputs.close()  # the engine may have begun
             raise
         return outputs
 
-    def take(self, batch: Seq[tuple[int, int, Seq[Any]]]) -> None:
+    def end(self) -> None:
+        """End every request, since the engine's process is gone, and refuse new ones."""
+        self._stopped = self._stopped or ReplicaFailed(GONE)
+        for outputs, *_ in list(self._open.values()):
+            outputs.fail(self._stopped.copy())
+
+    def _take(self, batch: Sequence[tuple[int, int, Sequence[Any]]]) -> None:
         """Hand the outputs of a step to their streams."""
         paced = len(self._open) > SLICE
         for number, place, items in batch:
             found = self._open.get(number)
             if found is None:
                 continue
-            stream, seqs, ended = found
-            seq = seqs[place]
-            outputs = [messages.output_from(item, seq) for item in items]
-            stream.put(seq.id, outputs)
+            stream, states, ended = found
+            seq_id = f"{number}.{place}"
+            outputs = [messages.output_from(item, seq_id, states[seq_id]) for item in items]
+            stream.put(seq_id, outputs)
             if outputs[-1].finish is not None:
                 ended.add(place)
             if paced:
@@ -143,52 +176,28 @@ class RemoteEngine:
                 stream.wake()
         self._delivery.begin()
 
-    def end(self, number: int, fault: Seq[Any]) -> None:
+    def _fail(self, number: int, fault: Sequence[Any]) -> None:
         """End one request with a fault."""
         if number in self._open:
             self._open[number][0].fail(fault_from(fault))
 
-    def cut(self, fault: Fault) -> None:
-        """End every request with a fault, and refuse new ones."""
-        self._stopped = self._stopped or fault
-        for outputs, *_ in list(self._open.values()):
-            outputs.fail(fault.copy())
+    def _deploy(self, deployed: Mapping[str, Any]) -> None:
+        """Take over what a generation says about requests."""
+        self.deployed = RemoteTerms.of(deployed)
 
     def _close(self, number: int, place: int) -> None:
         outputs, _, ended = self._open[number]
         if place not in ended:
-            self.channel.say("drop", number, place)
+            self._channel.say("drop", number, place)
         if not outputs.open:
             del self._open[number]
-
-
-class RemoteNaming(Naming):
-    """Has the engine's process look names up, where they change."""
-
-    def __init__(self, engine: RemoteEngine, catalog: Catalog, texts: AdapterTexts) -> None:
-        super().__init__(catalog, None, texts)
-        self._engine = engine
-
-    async def choose(self, request: Request) -> ResolvedModel:
-        """Return what answers a request.
-
-        Raises:
-            Fault: what `Naming.choose` raises.
-        """
-        reference = request.model
-        if reference.served is not None:
-            return reference.served
-        rights = messages.access_to(ACCESS.get())
-        order = messages.reference_to(reference), request.scheduling.deadline_s, rights
-        model, generation = await self._engine.channel.ask("choose", *order)
-        return ResolvedModel(messages.model_from(model, _handle), generation)
 
 
 class RemoteReader:
     """Reads what adapters bring beside weights through the engine's process; called on threads of readers."""
 
-    def __init__(self, engine: RemoteEngine) -> None:
-        self._engine = engine
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._loop = asyncio.get_running_loop()
 
     def texts(self, digest: str) -> dict[str, bytes]:
@@ -203,11 +212,10 @@ class RemoteReader:
         return made, np.frombuffer(weights, np.float32).reshape(made.shape)
 
     def _ask(self, name: str, digest: str) -> Any:
-        answer = self._engine.channel.ask(name, digest)
-        return asyncio.run_coroutine_threadsafe(answer, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(self._channel.ask(name, digest), self._loop).result()
 
 
-class RemoteSeries(ModelSeries):
+class CollectedSeries:
     """Counters and observations until they are handed over."""
 
     def __init__(self) -> None:
@@ -229,12 +237,13 @@ class RemoteSeries(ModelSeries):
         return found
 
 
-class RemoteMetrics(Metrics):
-    """Counts as `Metrics` does, and hands over what it counted."""
+class CollectedMetrics(RequestMetrics):
+    """Counts requests, and hands over what it counted."""
 
     def __init__(self) -> None:
-        self._models = self._taken = RemoteSeries()
+        self._collected = CollectedSeries()
         self._statuses: Counter[int] = Counter()
+        super().__init__(self._collected)
 
     def responded(self, status: int) -> None:
         """Count an answer of the HTTP server."""
@@ -243,95 +252,48 @@ class RemoteMetrics(Metrics):
     def take(self) -> list[Any]:
         """Return what was counted since the last time."""
         statuses, self._statuses = dict(self._statuses), Counter()
-        return [*self._taken.take(), statuses]
+        return [*self._collected.take(), statuses]
 
 
-class RemoteService(GenerationService):
-    """A service whose engine, names, limits and grammars are in the engine's process."""
+@dataclass(frozen=True)
+class RemoteApi:
+    """The service of an API process, and what the engine's process asks of it."""
 
-    def __init__(
-        self,
+    service: GenerationService
+    driver: RemoteDriver
+    metrics: CollectedMetrics
+
+    @classmethod
+    def open(
+        cls,
+        channel: Channel,
         served: Mapping[str, Any],
         parsers_of: ParsersOf,
-        watchers: Seq[Watcher] = (),
+        watchers: Sequence[Watcher] = (),
         batches: Batches | None = None,
-    ) -> None:
-        """Begin with what `served_to` returns; the engine's channel is set before the first request."""
+    ) -> RemoteApi:
+        """Begin with what `served_to` returns."""
         source, special, vocab = served["template"], served["special"], served["vocab"]
         template = ChatTemplate(source, special) if source else None
         text = Text.from_json(served["tokenizer"], template, vocab, special, gives_types=served["gives_types"])
-        max_seq_len, ends, hidden, encodes, types = served["limits"]
-        self.remote = RemoteEngine(served["max_queue"])
-        reader = cast(BundleReader, RemoteReader(self.remote))
-        super().__init__(
-            Catalog(1, served["base"], ()),
+        limits = served["limits"]
+        driver, metrics = RemoteDriver(channel, text, served), CollectedMetrics()
+        service = GenerationService(
+            driver,
             text,
-            cast(EngineThread, self.remote),  # other parts of the API answer what the engine's thread would
-            ServingLimits(max_seq_len, frozenset(ends), hidden, encodes, types),
-            texts=AdapterTexts(reader, text),
+            ServingLimits(**limits | {"eos_token_ids": frozenset(limits["eos_token_ids"])}),
+            metrics,
+            watchers,
             pooling_of_base=messages.pooling_from(served["pooling"]),
             parsers_of=parsers_of,
             logprobs_mode=served["logprobs_mode"],
             batches=batches,
         )
-        assert self.texts is not None  # noqa: S101 - given above
-        self.naming = RemoteNaming(self.remote, self.catalog, self.texts)
-        self.counted = RemoteMetrics()
-        self.metrics = self.counted
-        self._watchers = (self.metrics, *watchers)
-        self.deploy(served["deployed"])
-
-    def deploy(self, deployed: Seq[Any]) -> None:
-        """Take over what a generation says about requests."""
-        self.catalog.deployed = _deployed_from(deployed, self.catalog.deployed)
+        return cls(service, driver, metrics)
 
     def collect(self) -> list[Any]:
         """Return requests in work, and what was counted since the last time."""
-        return [self.in_work, *self.counted.take()]
-
-    def attach(self, channel: Channel) -> None:
-        """Take outputs and generations from a channel, and give it all requests."""
-        self.remote.channel = channel
-        channel.handlers |= {"out": self.remote.take, "end": self.remote.end, "deployed": self.deploy}
-
-    def end(self) -> None:
-        """End all requests, since the engine's process is gone."""
-        self.remote.cut(ReplicaFailed(GONE))
-
-    def _admit(self, model: ServedModel) -> AbstractContextManager[Ticket]:  # noqa: ARG002 - not looked at here
-        return nullcontext(HERE)
-
-    async def _grammars(self, terms: Terms) -> Seq[Grammar | None]:
-        output = terms.request.output
-        far = [None if output.constraint is None else messages.FarGrammar() for _ in range(output.n)]
-        return cast(Seq[Grammar | None], far)
-
-    async def _submit(
-        self,
-        terms: Terms,
-        model: ServedModel,
-        seqs: Seq[Sequence],
-        ticket: Ticket,  # noqa: ARG002 - the engine's process has one of its own
-    ) -> Outputs:
-        output, first = terms.request.output, seqs[0]
-        constraint = output.constraint
-        demanded = None
-        if constraint is not None:
-            demanded = [messages.constraint_to(constraint), list(terms.ends_of_text)]
-        return await self.remote.submit(
-            seqs,
-            messages.model_to(model),
-            messages.access_to(ACCESS.get()),
-            messages.tokens_to(first.prompt),
-            messages.sampling_to(first.sampling),
-            len(seqs),
-            demanded,
-            first.pooling,
-            first.second,
-            first.priority,
-            first.deadline_s,
-            first.cache_salt,
-        )
+        return [self.service.in_work, *self.metrics.take()]
 
 
 def _handle(digest: str, invocation: tuple[int, ...]) -> Adapter:

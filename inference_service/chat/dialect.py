@@ -185,7 +185,7 @@ def dialect_of(text: Text, template: ChatTemplate | None, explicit: Parsers) -> 
 
 def dialect_of_model(service: GenerationService, model: ServedModel) -> Dialect | None:
     """Return the dialect of a model that is served; None of an adapter whose files nobody has read yet."""
-    if model.defaults is None and model.name != service.catalog.base_name:
+    if model.defaults is None and model.name != service.driver.deployed.served_model_name:
         return None
     defaults = model.defaults or NO_DEFAULTS
     return dialect_of(defaults.text or service.text, defaults.template, service.parsers)

@@ -121,7 +121,7 @@ def create_app(
     """
     app = Application(service, relay)
     app.state.keyless = keyring is None
-    app.state.adapters = adapters or service.adapters
+    app.state.adapters = adapters or (service.local.adapters if relay is None else None)
     guarded: ASGIApp = app
     if keyring is not None:
         places = Shares(max_connections or connections_per_server())

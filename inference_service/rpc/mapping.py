@@ -274,7 +274,7 @@ def _top(token: Token, text: Text) -> list[pb.TopLogprob]:
 
 def model_to_message(model: ServedModel, service: GenerationService) -> pb.Model:
     """Return a served model as a message."""
-    catalog, dialect = service.catalog, dialect_of_model(service, model)
+    catalog, dialect = service.local.catalog, dialect_of_model(service, model)
     base = model.name == catalog.base_name
     return pb.Model(
         name=model.name,

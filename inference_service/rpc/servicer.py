@@ -84,7 +84,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def ListModels(self, _request: pb.ListModelsRequest, _: Context) -> pb.ListModelsResponse:
         """List what is served."""
-        models = [model_to_message(model, self._service) for model in self._service.catalog]
+        models = [model_to_message(model, self._service) for model in self._service.local.catalog]
         return pb.ListModelsResponse(models=models)
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Sequence as Seq
 
-from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
+from inference_service.core.sequence import EndReason, StepOutput, Token
+from inference_service.serving.delivery import AnswerView
+from inference_service.serving.driver import Submission
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, Pooled, PromptScores
 from inference_service.text.text import Detokenizer, StopTexts
 from loramux_shared.faults import DeadlineExceeded, Fault, Finding, InternalFault, RequestInvalid
@@ -14,7 +16,8 @@ class Answer:
     def __init__(
         self,
         index: int,
-        seq: Sequence,
+        submission: Submission,
+        view: AnswerView,
         detokenizer: Detokenizer,
         stops: StopTexts,
         stop_tokens: Collection[int] = (),
@@ -25,9 +28,10 @@ class Answer:
         stop_tokens are those of its stop tokens that are emitted when they end it; constraint is the field that
         asks for one.
         """
-        self.seq = seq
         self.finished = False
         self._index = index
+        self._submission = submission
+        self._view = view
         self._detokenizer = detokenizer
         self._stops = stops
         self._stop_tokens = stop_tokens
@@ -68,7 +72,7 @@ class Answer:
         failed = last.finish in (EndReason.FAILED, EndReason.DEADLINE)
         tokens = [output.token for output in (outputs[:-1] if failed else outputs) if output.token is not None]
         ids = [token.id for token in tokens]
-        if ids and not self._stops.keep and ids[-1] in self.seq.sampling.stop_token_ids:
+        if ids and not self._stops.keep and ids[-1] in self._submission.sampling.stop_token_ids:
             ids.pop()
         if self._stops.texts:
             text = ""
@@ -79,7 +83,7 @@ class Answer:
         else:
             text = self._detokenizer.push(ids)
         if failed:
-            raise self._failure(last)
+            raise self._failure(last, self._count + len(tokens))
         return self._delta(text + (self._stops.flush() if last.finish else ""), tokens), last.finish
 
     def _delta(self, text: str, tokens: Seq[Token]) -> AnswerDelta:
@@ -89,33 +93,33 @@ class Answer:
     def _finished(self, reason: EndReason, last: Token | None) -> AnswerFinished:
         text, token = self._stops.found, last.id if last else None
         stopped_by = token if text is None and token in self._stop_tokens else None
-        prompt, cached = self.seq.num_prompt, self.seq.progress.num_cached
+        prompt, cached = len(self._submission.prompt), self._view.num_cached
         return AnswerFinished(reason, text or "", prompt, cached, self._count, self._index, stopped_by)
 
-    def _failure(self, output: StepOutput) -> Fault:
+    def _failure(self, output: StepOutput, num_tokens: int) -> Fault:
         if output.finish is EndReason.DEADLINE:
             return DeadlineExceeded("the deadline passed before the answer was complete; it was ended.")
         if output.fault is not None:
-            return output.fault.with_message(f"model {self.seq.model!r}: {output.fault.message}")
-        if self.seq.grammar is not None and self.seq.grammar.failure:
+            return output.fault.with_message(f"model {self._submission.model.name!r}: {output.fault.message}")
+        if self._view.failure:
             finding = Finding(
                 code="E_CONSTRAINT",
                 where=self._constraint,
                 expected="a constraint that the answer can follow to its end",
-                found=self.seq.grammar.failure,
+                found=self._view.failure,
                 fix="Simplify it.",
             )
             return RequestInvalid("the answer cannot be constrained any further.", [finding])
         if output.token is not None and output.token.impossible:
-            return self._dead_end()
+            return self._dead_end(num_tokens)
         return InternalFault("the engine failed; the server's log has the details. Please report it.")
 
-    def _dead_end(self) -> RequestInvalid:
-        bounded = self.seq.sampling.allowed_token_ids is not None
+    def _dead_end(self, num_tokens: int) -> RequestInvalid:
+        bounded = self._submission.sampling.allowed_token_ids is not None
         return RequestInvalid.of_field(
             "no token is allowed next in the answer.",
             "allowed_token_ids" if bounded else "bad_words",
             "a token that allowed_token_ids, bad_words and the constraint allow",
-            f"none after {self.seq.num_known - 1} tokens of the answer",
+            f"none after {num_tokens} tokens of the answer",
             "Allow more tokens, or forbid fewer words.",
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence as Seq
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
-from inference_service.core.sequence import Sequence, StepOutput
+from inference_service.core.sequence import StepOutput
 from loramux_shared.faults import Fault
 
 SLICE: Final = 32
@@ -39,15 +40,39 @@ class Sink(Generic[T]):
         return Sink(self.has_room, lambda item: self.take(make(item)))
 
 
+class AnswerView(Protocol):
+    """The engine's progress with one answer."""
+
+    @property
+    def num_cached(self) -> int:
+        """Return the tokens of the prompt that the prefix cache held."""
+
+    @property
+    def began_s(self) -> float | None:
+        """Return when the first step for it was submitted, on the clock of ``time.monotonic``."""
+
+    @property
+    def failure(self) -> str:
+        """Return why its constraint could not be followed; empty while it could."""
+
+
 class Outputs:
     """The outputs of the sequences of one request, as they come; one task reads them."""
 
     paced = True
     """Whether many streams wait for their turns."""
 
-    def __init__(self, seqs: Seq[Sequence], on_close: Callable[[str], None]) -> None:
-        self._open = {seq.id for seq in seqs}
-        self._later: Seq[Sequence] = seqs[1:]
+    def __init__(self, views: Mapping[str, AnswerView], on_close: Callable[[str], None]) -> None:
+        """Wait for the outputs of sequences, whose ids are those of the views; on_close is called with each
+        that is let go.
+        """
+        self.views = views
+        """The engine's progress with each answer, in the order of the answers."""
+        self.submitted_s = time.monotonic()
+        """When the engine was given the request."""
+        self.meter: Callable[[int], None] | None = None
+        """Called with the numbers of tokens that come."""
+        self._open = set(views)
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[str, list[StepOutput]] = {}
@@ -59,14 +84,14 @@ class Outputs:
         self.sink: Callable[[Mapping[str, list[StepOutput]]], bool] | None = None
         """Takes outputs while the reader waits for them, or returns False and leaves them to the reader."""
 
-    def put(self, seq_id: str, outputs: list[StepOutput]) -> Seq[Sequence]:
-        """Keep outputs of a sequence until `wake`; return the sequences that were to wait for them."""
+    def put(self, seq_id: str, outputs: list[StepOutput]) -> None:
+        """Keep outputs of a sequence until `wake`."""
+        if self.meter is not None:
+            self.meter(sum(output.token is not None for output in outputs))
         if seq_id in self._waiting:
             self._waiting[seq_id] += outputs
         else:
             self._waiting[seq_id] = outputs
-        later, self._later = self._later, ()
-        return later
 
     def wake(self) -> None:
         """Hand over what was put."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence as Seq
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -96,6 +97,37 @@ PROBE_PAUSES_S: Final = (0.0, 0.5)
 log = structlog.get_logger()
 
 
+@dataclass(frozen=True)
+class SequenceView:
+    """The progress with a sequence of this process."""
+
+    seq: Sequence
+
+    @property
+    def num_cached(self) -> int:
+        """Return the tokens of the prompt that the prefix cache held."""
+        return self.seq.progress.num_cached
+
+    @property
+    def began_s(self) -> float | None:
+        """Return when the first step for it was submitted."""
+        return self.seq.progress.began_s
+
+    @property
+    def failure(self) -> str:
+        """Return why its constraint could not be followed; empty while it could."""
+        return "" if self.seq.grammar is None else self.seq.grammar.failure
+
+
+MakeOutputs = Callable[[Seq[Sequence], Callable[[str], None]], Outputs]
+"""Makes the outputs of sequences; it is given what to call with the id of each that is let go."""
+
+
+def plain_outputs(seqs: Seq[Sequence], on_close: Callable[[str], None]) -> Outputs:
+    """Return outputs that a task of this process reads."""
+    return Outputs({seq.id: SequenceView(seq) for seq in seqs}, on_close)
+
+
 class EngineThread:
     """Runs steps while there is work; hands every output to the stream of its sequence.
 
@@ -131,6 +163,8 @@ class EngineThread:
         self._delivery = Delivery()
         self._inbox = inbox or Inbox()
         self._streams: dict[str, Outputs] = {}
+        self._later: dict[Outputs, Seq[Sequence]] = {}
+        """Sequences that wait for the first token of their request's first one."""
         self._under_way: dict[str, Sequence] = {}
         """Sequences of streams that have not ended, for all that is known here."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -190,9 +224,7 @@ class EngineThread:
         self._inbox.close()
         return await self.ended()
 
-    def submit(
-        self, seqs: Seq[Sequence], make: Callable[[Seq[Sequence], Callable[[str], None]], Outputs] = Outputs
-    ) -> Outputs:
+    def submit(self, seqs: Seq[Sequence], make: MakeOutputs = plain_outputs) -> Outputs:
         """Put the sequences of a request in the queue; the caller must close what it gets, which make makes.
 
         They have the same prompt: all but the first go to the engine when the first has its first token, and
@@ -208,6 +240,8 @@ class EngineThread:
         self._require_room(seqs)
         outputs = make(seqs, self._close)
         self._streams |= {seq.id: outputs for seq in seqs}
+        if len(seqs) > 1:
+            self._later[outputs] = seqs[1:]
         self._under_way |= {seq.id: seq for seq in seqs}
         self._delivery.came = True
         if self._held is not None:
@@ -295,7 +329,9 @@ class EngineThread:
             self._inbox.post(partial(self._engine.add, seq))
 
     def _close(self, seq_id: str) -> None:
-        del self._streams[seq_id]
+        outputs = self._streams.pop(seq_id)
+        if not outputs.open:
+            self._later.pop(outputs, None)
         if self._held is not None:
             self._held.pop(seq_id, None)
         if seq_id in self._under_way:  # else it ended by itself, and the thread need not wake
@@ -396,7 +432,8 @@ class EngineThread:
                 continue
             if outputs[-1].finish is not None:
                 self._under_way.pop(seq_id, None)
-            for seq in stream.put(seq_id, outputs):
+            stream.put(seq_id, outputs)
+            for seq in self._later.pop(stream, ()):
                 self._begin(seq)
             if paced and stream.paced:
                 self._delivery.add(stream, urgent=outputs[0].first or outputs[-1].finish is not None)

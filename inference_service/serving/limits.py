@@ -15,7 +15,6 @@ from typing import Final
 
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import FAIR, Sequence as EngineSequence, Share
-from inference_service.serving.request import AnswerDelta, Event
 from loramux_shared.access.keys import Access
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.faults import RateLimited
@@ -124,11 +123,6 @@ class Ticket:
         """Note the sequence of the first answer: it has the prompt, and tells when the request begins."""
         self._seq = first
         self.take(first.num_prompt)
-
-    def see(self, event: Event) -> None:
-        """Note the tokens of an answer."""
-        if self.bounds and isinstance(event, AnswerDelta):
-            self.take(len(event.tokens))
 
     def take(self, tokens: int) -> None:
         """Note that tokens were used."""

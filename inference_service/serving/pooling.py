@@ -41,7 +41,7 @@ async def pooled(service: GenerationService, requests: Sequence[Request]) -> Asy
     does.
     """
     if len(requests) > 1:
-        served = await service.naming.choose(requests[0])
+        served = await service.choose(requests[0])
         requests = [request.answered_by(served) for request in requests]
     most = max(1, min(AT_ONCE, service.max_queue // 2))  # the other half is for others
     async with aclosing(_in_order((_pooled(service, request) for request in requests), most)) as found:
@@ -96,7 +96,7 @@ async def scored(
     """Yield the scores of each request, in their order; where labels are said, of a head with so many alone.
     Raise RequestInvalid for another head or none, and what `GenerationService.generate` does.
     """
-    served = await service.naming.choose(requests[0])
+    served = await service.choose(requests[0])
     model = served.model
     if model.num_labels is None:
         does = "makes vectors of texts" if AdapterKind.ENCODER in model.kinds else "generates text"

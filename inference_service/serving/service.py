@@ -1,42 +1,29 @@
 """Generation for the APIs: a request with text in, a stream of events out."""
 
-import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence as Seq
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.fixed import fixed_manager
-from inference_service.adapters.manager import AdapterManager
-from inference_service.adapters.ports import GenerationFollower, Resolver
 from inference_service.adapters.served_model import AdapterDefaults, ServedModel, require_text
-from inference_service.adapters.texts import AdapterTexts, Scorer
-from inference_service.core.adapter import activation
-from inference_service.core.constraint import Grammar
+from inference_service.adapters.texts import Scorer
 from inference_service.core.sampling import LogprobsMode
-from inference_service.core.sequence import Sequence, StepOutput
+from inference_service.core.sequence import StepOutput
 from inference_service.serving.answer import Answer
 from inference_service.serving.bounds import check, countable
-from inference_service.serving.constraints import Constraints
 from inference_service.serving.delivery import Outputs, Sink
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.limits import Limiter, Ticket
-from inference_service.serving.naming import Naming
+from inference_service.serving.driver import Driver, Submission
+from inference_service.serving.engine_driver import EngineDriver
 from inference_service.serving.request import AnswerDelta, AnswerStarted, Event, Request, ResolvedModel
-from inference_service.serving.telemetry.metrics import Metrics
-from inference_service.serving.telemetry.model_series import MOST
+from inference_service.serving.telemetry.metrics import RequestMetrics
 from inference_service.serving.telemetry.record import RequestFollower, Watcher, following
-from inference_service.serving.terms import ServingLimits, Terms, of_answer
+from inference_service.serving.terms import ServingLimits, Terms
 from inference_service.store import Batches
 from inference_service.text.text import StopTexts, Text
-from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import InternalFault
 from loramux_shared.runtime import OF_DECODERS, OF_ENCODERS, Parsers, Pooling, ReasoningParser, ToolParser
 
 ParsersOf = Callable[[ToolParser, ReasoningParser], Parsers]
-
-_numbers = itertools.count()
 
 
 class GenerationService:
@@ -49,49 +36,52 @@ class GenerationService:
 
     def __init__(
         self,
-        catalog: Catalog,
+        driver: Driver,
         text: Text,
-        engine: EngineThread,
         limits: ServingLimits,
+        metrics: RequestMetrics,
         watchers: Seq[Watcher] = (),
         *,
-        adapters: AdapterManager | None = None,
-        follower: GenerationFollower | None = None,
-        texts: AdapterTexts | None = None,
-        resolver: Resolver | None = None,
         pooling_of_base: Pooling | None = Pooling.LAST,
         parsers_of: ParsersOf = Parsers,
         logprobs_mode: LogprobsMode = "raw",
-        metrics_models: int = MOST,
         batches: Batches | None = None,
     ) -> None:
         """Begin to serve; watchers see every request, as the metrics do.
 
-        adapters, follower and texts are None where the catalog's adapters never change, and bring no files;
-        resolver is None where requests cannot add any.
         pooling_of_base is how the base was trained to make vectors; None: in a way that is not served.
         parsers_of returns how answers of chats are read, where a deployment names these parsers.
         logprobs_mode is that of requests that name none.
-        metrics_models is the number of models that have series of their own.
         """
-        self.catalog = catalog
+        self.driver = driver
         self.limits = limits
         self.text = text
-        self.engine = engine
-        self.adapters = adapters or fixed_manager(catalog)
-        self.metrics = Metrics(catalog, engine, self.adapters, metrics_models)
-        self.naming = Naming(catalog, follower, texts, resolver)
+        self.metrics = metrics
         self.logprobs_mode: LogprobsMode = logprobs_mode
-        self.limiter = Limiter()
-        self.texts = texts
         self.pooling_of_base = pooling_of_base
-        self._parsers_of = parsers_of
-        self._watchers = (self.metrics, *watchers)
         self.batches = batches
         """None without a store for them."""
-        self.in_work = 0
-        """Requests of all APIs that have not ended."""
-        self.constraints = Constraints(limits.eos_token_ids)
+        self._parsers_of = parsers_of
+        self._watchers = (metrics, *watchers)
+        self._in_work = 0
+
+    @property
+    def in_work(self) -> int:
+        """Return the requests of all APIs that have not ended."""
+        return self._in_work
+
+    @property
+    def local(self) -> EngineDriver:
+        """Return the driver of the engine in this process, for operators; raise InternalFault where the engine
+        is in another.
+        """
+        if not isinstance(self.driver, EngineDriver):
+            raise InternalFault("an API process was asked for what the engine's knows. Please report it.")
+        return self.driver
+
+    def add_in_work(self, number: int) -> None:
+        """Count requests of API processes that began, or ended where the number is negative."""
+        self._in_work += number
 
     async def generate(self, request: Request, sink: Sink[AnswerDelta] | None = None) -> AsyncGenerator[Event]:
         """Answer a request; deltas that a sink has room for go there, and are not yielded.
@@ -111,13 +101,13 @@ class GenerationService:
             ModelUnusable: those of the adapter were so several times.
         """
         with following(request, self._watchers) as follower, self._working():
-            served = await self.naming.choose(request)
+            served = await self.choose(request)
             model = follower.record.model = served.model
             if request.output.pooling is None:
                 require_text(model)
-            check(request, model.vocab or self.text.vocab, self.engine.max_queue, self.limits.max_seq_len)
-            with self._admit(model) as ticket:
-                defaults = await self.naming.defaults(model)
+            check(request, model.vocab or self.text.vocab, self.max_queue, self.limits.max_seq_len)
+            with self.driver.admit(model) as admission:
+                defaults = await self.defaults(model)
                 terms = self._terms(request, defaults)
                 tokens, second = await terms.prompt(self.limits.max_seq_len)
                 terms.check_rows(tokens, second)
@@ -125,20 +115,20 @@ class GenerationService:
                     constraint = by_ending.behind(terms.text.end_of(tokens))
                     output = replace(request.output, constraint=constraint)
                     terms = replace(terms, request=replace(request, output=output))
-                answers = await self._answers(terms, model, tokens, ticket, second)
-                seqs = [answer.seq for answer in answers.values()]
-                follower.submitted(seqs)
-                outputs = await self._submit(terms, model, seqs, ticket)
+                submission = await terms.submission(model, tokens, second)
+                follower.prepared(submission)
+                outputs = await admission.submit(submission)
                 try:
+                    follower.submitted(outputs.views.values(), outputs.submitted_s)
+                    answers = _answers(terms, submission, outputs)
                     yield AnswerStarted(
                         request.id, model, served.generation, len(tokens), terms.text, tuple(tokens)
                     )
                     if sink is not None and not request.sampling.stop:
-                        outputs.sink = partial(_sink, answers, follower, ticket, sink)
+                        outputs.sink = partial(_sink, answers, follower, sink)
                     while outputs.open:
                         for event in _events(await outputs.get(), answers, outputs):
                             follower.see(event)
-                            ticket.see(event)
                             yield event
                 finally:
                     outputs.close()
@@ -153,27 +143,33 @@ class GenerationService:
             RequestInvalid: a field is out of bounds, or its messages are refused.
             PromptTooLong: it has more tokens than are counted.
         """
-        served = await self.naming.choose(request)
+        served = await self.choose(request)
         vocab = served.model.vocab or self.text.vocab
-        check(request, vocab, self.engine.max_queue, self.limits.max_seq_len)
-        defaults = await self.naming.defaults(served.model)
+        check(request, vocab, self.max_queue, self.limits.max_seq_len)
+        defaults = await self.defaults(served.model)
         return (await self._terms(request, defaults).prompt(countable(self.limits.max_seq_len))).ids
 
+    async def choose(self, request: Request) -> ResolvedModel:
+        """Return what answers a request; raise what `Naming.choose` does."""
+        return request.model.served or await self.driver.choose(request)
+
+    async def defaults(self, model: ServedModel) -> AdapterDefaults:
+        """Return what an adapter brings beside its weights, or raise why it cannot be read."""
+        return model.defaults or await self.driver.defaults(model)
+
     async def scorer(self, model: ServedModel) -> Scorer:
-        """Return the score head of an adapter that classifies, or raise what `AdapterTexts.scorer` does."""
-        if self.texts is None:
-            raise InternalFault(f"the score head of {model.name!r} cannot be read here. Please report it.")
-        return await self.texts.scorer(model.digest)
+        """Return the score head of a model that classifies, or raise what `AdapterTexts.scorer` does."""
+        return await self.driver.scorer(model)
 
     @property
     def max_queue(self) -> int:
         """Sequences that may wait."""
-        return self.engine.max_queue
+        return self.driver.max_queue
 
     @property
     def usual_pooling(self) -> Pooling | None:
         """Return the pooling of requests that name none; None: they must."""
-        return self.catalog.deployed.pooling or self.pooling_of_base
+        return self.driver.deployed.pooling or self.pooling_of_base
 
     @property
     def poolings(self) -> tuple[Pooling, ...]:
@@ -188,21 +184,21 @@ class GenerationService:
     @property
     def default_max_tokens(self) -> int | None:
         """New tokens of a request that sets no limit; None: as many as fit."""
-        return self.catalog.deployed.request_default_max_tokens
+        return self.driver.deployed.request_default_max_tokens
 
     @property
     def parsers(self) -> Parsers:
         """Return the parsers of chat answers."""
-        deployed = self.catalog.deployed
+        deployed = self.driver.deployed
         return self._parsers_of(deployed.tool_parser, deployed.reasoning_parser)
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        self.in_work += 1
+        self._in_work += 1
         try:
             yield
         finally:
-            self.in_work -= 1
+            self._in_work -= 1
 
     async def look_up(self, request: Request) -> tuple[ResolvedModel, AdapterDefaults]:
         """Return the model of a request and its defaults, for an API that needs them before it submits the
@@ -211,8 +207,8 @@ class GenerationService:
         A request that ends here is followed like one that ends in `generate`. Raise what `generate` does.
         """
         with self.following_to_its_end(request):
-            served = await self.naming.choose(request)
-            return served, await self.naming.defaults(served.model)
+            served = await self.choose(request)
+            return served, await self.defaults(served.model)
 
     @contextmanager
     def following_to_its_end(self, request: Request) -> Iterator[None]:
@@ -225,64 +221,24 @@ class GenerationService:
                 follower.record.model = served.model if served else None
                 raise
 
-    def _admit(self, model: ServedModel) -> AbstractContextManager[Ticket]:
-        return self.limiter.admit(model, ACCESS.get(), self.catalog.deployed.limits)
-
-    async def _submit(
-        self,
-        terms: Terms,  # noqa: ARG002 - of an engine in another process
-        model: ServedModel,  # noqa: ARG002
-        seqs: Seq[Sequence],
-        ticket: Ticket,
-    ) -> Outputs:
-        ticket.check_tokens()
-        outputs = self.engine.submit(seqs)
-        ticket.submitted(seqs[0])
-        return outputs
-
-    async def _grammars(self, terms: Terms) -> Seq[Grammar | None]:
-        return await terms.grammars(self.constraints)
-
     def _terms(self, request: Request, defaults: AdapterDefaults) -> Terms:
         text, usual = defaults.text or self.text, self.default_max_tokens
         return Terms(request, defaults, text, self.limits, usual, self.logprobs_mode)
 
-    async def _answers(
-        self, terms: Terms, model: ServedModel, tokens: list[int], ticket: Ticket, second: int
-    ) -> dict[str, Answer]:
-        """Return the n answers of a request by the ids of their sequences."""
-        request, output, scheduling = terms.request, terms.request.output, terms.request.scheduling
-        sampling = await terms.sampling(len(tokens))
-        grammars = await self._grammars(terms)
-        number, where = next(_numbers), output.constraint.where if output.constraint else ""
-        stop_tokens = frozenset(request.sampling.stop_token_ids) - terms.ends
-        adapter, invocation = activation(model.mixture or model.adapter, tokens)
-        answers: dict[str, Answer] = {}
-        for index, grammar in enumerate(grammars):
-            seq = Sequence(
-                f"{number}.{index}",
-                tokens,
-                of_answer(sampling, index),
-                adapter,
-                priority=scheduling.priority,
-                deadline_s=scheduling.deadline_s,
-                grammar=grammar,
-                invocation=invocation,
-                pooling=output.pooling,
-                second=second,
-                cache_salt=scheduling.cache_salt or "",
-                model=model.name,
-                counted=model.names if model.parts else (),
-                flow=ticket.flow,
-                share=ticket.share,
-                key_id=ticket.key_id,
-            )
-            stops = StopTexts(request.sampling.stop, keep=request.sampling.include_stop_str_in_output)
-            detokenizer = terms.text.detokenizer(
-                tokens, skip_special_tokens=output.skip_special_tokens, visible=output.shown_special_tokens
-            )
-            answers[seq.id] = Answer(index, seq, detokenizer, stops, stop_tokens, where)
-        return answers
+
+def _answers(terms: Terms, submission: Submission, outputs: Outputs) -> dict[str, Answer]:
+    """Return the answers of a request by the ids of their sequences."""
+    request, output, tokens = terms.request, terms.request.output, submission.prompt
+    where = output.constraint.where if output.constraint else ""
+    stop_tokens = frozenset(request.sampling.stop_token_ids) - terms.ends
+    answers: dict[str, Answer] = {}
+    for index, (seq_id, view) in enumerate(outputs.views.items()):
+        stops = StopTexts(request.sampling.stop, keep=request.sampling.include_stop_str_in_output)
+        detokenizer = terms.text.detokenizer(
+            tokens, skip_special_tokens=output.skip_special_tokens, visible=output.shown_special_tokens
+        )
+        answers[seq_id] = Answer(index, submission, view, detokenizer, stops, stop_tokens, where)
+    return answers
 
 
 def _events(
@@ -299,7 +255,6 @@ def _events(
 def _sink(
     answers: Mapping[str, Answer],
     follower: RequestFollower,
-    ticket: Ticket,
     sink: Sink[AnswerDelta],
     arrived: Mapping[str, Seq[StepOutput]],
 ) -> bool:
@@ -312,6 +267,5 @@ def _sink(
     for seq_id, each in arrived.items():
         delta = answers[seq_id].more(each)
         follower.see(delta)
-        ticket.see(delta)
         sink.take(delta)
     return True

@@ -12,12 +12,13 @@ from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
-from inference_service.adapters.served_model import AdapterDefaults
+from inference_service.adapters.served_model import AdapterDefaults, ServedModel
 from inference_service.core.constraint import Constraint, Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.core.sequence import NEVER
 from inference_service.serving.bounds import check_constraint, countable, prompt_too_long
 from inference_service.serving.constraints import Constraints
+from inference_service.serving.driver import Submission
 from inference_service.serving.request import Request, TextPair
 from inference_service.text.text import Text
 from loramux_shared.faults import PromptTooLong, RequestInvalid
@@ -137,15 +138,22 @@ class Terms:
         tokens, types = self.text.encode_shortened(texts, longest, most, add_special_tokens=special)
         return PromptTokens(tokens, types.index(1) if 1 in types else NEVER)
 
-    async def grammars(self, constraints: Constraints) -> list[Grammar | None]:
-        """Return a grammar for each answer, or None for each.
-
-        Raises:
-            RequestInvalid: the constraint is too long, or cannot be followed, and is not optional.
-        """
-        output = self.request.output
-        begin = await begin_of(output.constraint, self.text, self.ends_of_text, constraints)
-        return [begin() for _ in range(output.n)]
+    async def submission(self, model: ServedModel, tokens: list[int], second: int) -> Submission:
+        """Return what the engine needs for answers to a prompt; raise PromptTooLong where both do not fit."""
+        output, scheduling = self.request.output, self.request.scheduling
+        return Submission(
+            model,
+            tokens,
+            await self.sampling(len(tokens)),
+            output.n,
+            output.constraint,
+            self.ends_of_text if output.constraint else frozenset(),
+            output.pooling,
+            second,
+            scheduling.priority,
+            scheduling.deadline_s,
+            scheduling.cache_salt or "",
+        )
 
     async def sampling(self, prompt_tokens: int) -> SamplingParams:
         """Return what the answers to so many tokens are drawn by; raise PromptTooLong where both do not fit."""

@@ -38,6 +38,7 @@ from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
 from inference_service.models.packed import named
+from inference_service.serving.engine_driver import EngineDriver
 from inference_service.serving.engine_thread import EngineThread, Inbox
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.record import Watcher
@@ -240,20 +241,26 @@ def _begin(
     if generation.resolve is not None and resolver is None:
         missing = "LORAMUX_BUILDER" if publisher is None else "a package that brings a resolver"
         log.warning("requests cannot add adapters, though the deployment allows it", missing=missing)
-    service = GenerationService(
+    driver = EngineDriver(
         catalog,
-        base.text,
         thread,
-        ServingLimits(limits.max_seq_len, ends, hidden, base.config.encodes, base.config.token_types),
-        watchers,
+        base.text,
+        ends,
         adapters=manager,
         follower=follower,
         texts=base.texts(BundleReader(store, None)) if bank is None else bank.texts,
         resolver=resolver,
+        metrics_models=settings.metrics_models,
+    )
+    service = GenerationService(
+        driver,
+        base.text,
+        ServingLimits(limits.max_seq_len, ends, hidden, base.config.encodes, base.config.token_types),
+        driver.metrics,
+        watchers,
         pooling_of_base=base.pooling,
         parsers_of=settings.parsers,
         logprobs_mode=settings.logprobs_mode,
-        metrics_models=settings.metrics_models,
         batches=open_batches(settings),
     )
     if bank is not None:

@@ -18,6 +18,7 @@ from inference_service.core.sequence import EndReason, Token
 from inference_service.engine.engine import SequenceCounts
 from inference_service.http import server as api
 from inference_service.http.server import HttpServer
+from inference_service.serving.engine_driver import EngineDriver
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
 from inference_service.serving.service import GenerationService
@@ -57,7 +58,9 @@ class ScriptedPage(GenerationService):
         sequences = SequenceCounts({"base": 1, adapters[0]: 2}, {adapters[-1]: 2})
         engine = cast(EngineThread, SimpleNamespace(max_queue=8, stats=STATS, sequence_counts=sequences))
         catalog = Catalog(7, "base", models(adapters))
-        super().__init__(catalog, Text.load(folder, VOCAB), engine, ServingLimits(256, frozenset({2})))
+        text, limits = Text.load(folder, VOCAB), ServingLimits(256, frozenset({2}))
+        driver = EngineDriver(catalog, engine, text, limits.eos_token_ids)
+        super().__init__(driver, text, limits, driver.metrics)
         self._says = says
         self.asked: list[str] = []
         """The models of requests, as they came."""
@@ -67,8 +70,8 @@ class ScriptedPage(GenerationService):
     async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
         """Answer with the model's script."""
         self.asked.append(request.model.name)
-        model = self.catalog.get(request.model.name)
-        yield AnswerStarted(request.id, model, self.catalog.generation, 2, self.text)
+        model = self.local.catalog.get(request.model.name)
+        yield AnswerStarted(request.id, model, self.local.catalog.generation, 2, self.text)
         pieces = self._says.get(request.model.name, ("Ahoy", "!"))
         for piece in pieces:
             if isinstance(piece, Exception):

@@ -4,17 +4,19 @@ import asyncio
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock, MagicMock
+from unittest.mock import AsyncMock, MagicMock, call
 
 import pytest
 
+from inference_service.adapters.served_model import ServedModel
 from inference_service.apis import host, messages
 from inference_service.apis.api import ApiProcess
 from inference_service.apis.channel import MOST_UNREAD, Channel
 from inference_service.apis.host import ApiHost, ApiPeer, RelayedOutputs
-from inference_service.apis.remote import HERE, RemoteEngine
+from inference_service.apis.remote import RemoteApi, served_to
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
+from inference_service.serving.driver import Submission
 from loramux_shared.faults import Fault, ReplicaFailed, RequestInvalid
 from tests.support.apart import Loopback, connect
 from tests.support.services.silent import silent_service
@@ -97,31 +99,31 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
 async def test_a_process_that_is_lost_leaves_nothing() -> None:
     """A lost process has no sequences, limits or counts left; counts need no scrape that waits for them."""
     engine, closed, left = MagicMock(), list[str](), MagicMock()
-    engine.service.in_work = 5
+    work = engine.service.add_in_work
     peer = ApiPeer(engine, lost := MagicMock())
     seqs = [Sequence(name, [5], SamplingParams()) for name in "ab"]
-    outputs = peer._open[7] = RelayedOutputs(seqs, closed.append, peer, 7, HERE)
+    outputs = peer._open[7] = RelayedOutputs(seqs, closed.append, peer, 7)
     outputs.leave = left
     process = ApiProcess()
     connect(peer.channel, process.channel)
     collecting = asyncio.ensure_future(peer.collect())
-    process._service = MagicMock(collect=lambda: collecting.cancel() and [2, [], [], {}])
-    await until(lambda: engine.service.in_work == 7, "the counts")
+    process._api = MagicMock(collect=lambda: collecting.cancel() and [2, [], [], {}])
+    await until(lambda: work.called, "the counts")
     peer.channel.connection_lost(None)
-    assert (closed, peer._open, engine.service.in_work) == (["a", "b"], {}, 5)
+    assert (closed, peer._open, work.mock_calls) == (["a", "b"], {}, [call(2), call(-2)])
     assert left.call_count == lost.call_count == 1
 
 
 @pytest.mark.parametrize("refused", [False, True])
-async def test_an_api_process_forgets_what_has_ended(refused: bool) -> None:
+async def test_an_api_process_forgets_what_has_ended(tmp_path: Path, refused: bool) -> None:
     """A request that leaves, or is refused, is dropped at the engine too, and nothing of it stays."""
-    engine = RemoteEngine(8)
-    engine.channel = MagicMock(ask=AsyncMock(side_effect=RequestInvalid("not so.") if refused else None))
-    seqs = [Sequence(name, [5], SamplingParams()) for name in "ab"]
+    channel = MagicMock(ask=AsyncMock(side_effect=RequestInvalid("not so.") if refused else None), handlers={})
+    service = silent_service(tmp_path)
+    driver = RemoteApi.open(channel, served_to(service), service._parsers_of).driver
     with pytest.raises(RequestInvalid) if refused else nullcontext():
-        (await engine.submit(seqs)).close()
-    assert not engine._open
-    assert sorted(each.args for each in engine.channel.say.call_args_list) == [("drop", 0, 0), ("drop", 0, 1)]
+        (await driver.submit(Submission(ServedModel("base"), [5], SamplingParams(), n=2))).close()
+    assert not driver._open
+    assert sorted(each.args for each in channel.say.call_args_list) == [("drop", 0, 0), ("drop", 0, 1)]
 
 
 async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path, monkeypatch) -> None:
@@ -144,7 +146,7 @@ async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path
     await until(lambda: len(found) == 3, "the others")
     assert found == [[[1, 0, ["a"]]], [[3, 0, ["x"]], [1, 0, ["b", "d"]]], [[2, 0, ["c"]]]]
     assert peer._pending == 0
-    ended = RelayedOutputs([Sequence("a", [5], SamplingParams())], MagicMock(), peer, 4, HERE)
+    ended = RelayedOutputs([Sequence("a", [5], SamplingParams())], MagicMock(), peer, 4)
     peer.send((4, 0), ["last"])
     ended.fail(ReplicaFailed("it ended"))
     await until(lambda: found[-1][0] == 4, "the end")

@@ -202,7 +202,7 @@ async def test_metrics_are_sums_over_processes(served: Replica) -> None:
 
 async def test_limits_hold_across_processes(served: Replica) -> None:
     """Tokens that one process served count against the limit of a model in the other."""
-    catalog = served.service.catalog
+    catalog = served.service.local.catalog
     kept = catalog.deployed
     catalog.deployed = kept.model_copy(
         update={"limits": kept.limits.model_copy(update={"models": {MODEL: Limits(tokens_per_minute=100)}})}
@@ -231,7 +231,7 @@ async def test_every_process_follows_keys_certificates_and_aliases(count: int, t
     files = certificates.server
     guarded = {"keys_file": keys, "tls_cert": files.cert, "tls_key": files.key}
     async with replica(tmp_path, count, guarded) as served:
-        catalog = served.service.catalog
+        catalog = served.service.local.catalog
         catalog._models["other"] = ServedModel("other")
         catalog.deployed = catalog.deployed.model_copy(update={"aliases": {"alias": {MODEL: 1, "other": 1}}})
 
@@ -268,7 +268,7 @@ async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path, monkey
     """Processes that stand still, do not begin, or end at once are replaced by one of the newest generation."""
     begun, ended, ask = list[str](), list[int](), Channel.ask
     async with replica(tmp_path, 1, look_s=0.05) as served:
-        catalog = served.service.catalog
+        catalog = served.service.local.catalog
 
         async def watched(channel: Channel, name: str, *arguments: Any) -> Any:
             if name == "begin":

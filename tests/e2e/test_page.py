@@ -73,7 +73,7 @@ async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path)
     """Each chosen model, and the blend of the chosen adapters, has a card with its own answer and numbers."""
     async with open_api(openai_world(tmp_path)) as api:
         await _open(page, api.url, 4)
-        listed = [model.name for model in api.ready.service.catalog]
+        listed = [model.name for model in api.ready.service.local.catalog]
         assert await page.texts(".model .name") == listed == ["base", "all", "rs", "wide"]
         await page.click(".model input[value=all]")
         assert await page.text("#chosen") == "3 of 4"
@@ -107,7 +107,7 @@ async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path)
         ]
         assert await page.texts("article .end") == [each["choices"][0]["finish_reason"] for each in parsed]
         assert await page.texts("article .rank") == ["base model", "rank 5", "rank 8", "rank 5, 8"]
-        digests = [api.ready.service.catalog.get(name).digest for name in ("rs", "wide")]
+        digests = [api.ready.service.local.catalog.get(name).digest for name in ("rs", "wide")]
         assert await page.texts("article .digest:not([hidden])") == [digest[:12] for digest in digests]
         tips = "[...document.querySelectorAll('.digest:not([hidden])')].map((each) => each.dataset.tip)"
         assert await page.eval(tips) == digests
@@ -197,7 +197,7 @@ async def test_what_a_model_writes_stays_text(page: Page, tmp_path: Path) -> Non
     """No tag in an answer becomes an element, no script runs, and reasoning stands apart."""
     says = {"evil": [HOSTILE[:9], HOSTILE[9:]], "thinks": ["<think>Hm.", "</think>Ahoy."]}
     service = ScriptedPage(tmp_path, list(says), says)
-    change_deployed(service.catalog, reasoning_parser=ReasoningParser.THINK)
+    change_deployed(service.local.catalog, reasoning_parser=ReasoningParser.THINK)
     async with scripted_api(service) as url:
         await _open(page, url, 3)
         await _ask(page)
@@ -335,7 +335,7 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
     """The panel lists each name with version and place; an action is reported, and the list follows."""
     replica = managed_replica(["one", "two"])
     service = ScriptedPage(tmp_path, ["one", "two"], {})
-    service.catalog = replica.names
+    service.local.catalog = replica.names
     reported = "document.querySelector('#operated').textContent"
     async with scripted_api(service, adapters=replica.manager) as url:
         await _open(page, url, 3)

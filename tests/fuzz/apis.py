@@ -170,7 +170,7 @@ async def open_apis(folder: Path) -> AsyncIterator[FuzzedApis]:
     context = BuildContext(MemoryStore(), Sources({SourceKind.LOCAL: LocalSource([folder])}), folder / "work")
     builds, checks = Builds(context, BuildLimits(running=1)), Checks(context)
     http = HttpServer("127.0.0.1:0", ready.service)
-    operators = AdapterServicer(fixed_manager(ready.service.catalog))
+    operators = AdapterServicer(fixed_manager(ready.service.local.catalog))
     servers = {
         INFERENCE: RpcServer("127.0.0.1:0", {INFERENCE: InferenceServicer(ready.service).register}),
         ADAPTERS: RpcServer("127.0.0.1:0", {ADAPTERS: operators.register}),

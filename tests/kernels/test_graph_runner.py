@@ -158,7 +158,7 @@ def _run(ready: Ready, requests: Sequence[Query], walking: Collection[int] = ())
     engine = ready.engine._engine
     tokens: dict[str, list[Token]] = {}
     for number, (name, prompt, sampling) in enumerate(requests):
-        adapter = ready.service.catalog.get(name).adapter
+        adapter = ready.service.local.catalog.get(name).adapter
         grammar = walk() if number in walking else None
         engine.add(EngineSequence(str(number), list(prompt), sampling, adapter, grammar=grammar))
         tokens[str(number)] = []
@@ -230,7 +230,7 @@ class Copies(TorchDispatchMode):
 def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner) -> None:
     """A step copies tokens, sources, positions, tables, segments and sampling at once, and only used parts."""
     seqs = []
-    adapters = [ready.service.catalog.get(name).adapter for name in ("all", "rs")]
+    adapters = [ready.service.local.catalog.get(name).adapter for name in ("all", "rs")]
     in_order = sorted(filter(None, adapters), key=lambda adapter: adapter.slot or 0)
     for place, (name, adapter) in enumerate([("base", None), ("one", in_order[0]), ("other", in_order[1])]):
         seq = EngineSequence(name, [3, 4, 5 + place], SamplingParams(temperature=1.0, seed=place), adapter)

@@ -80,7 +80,7 @@ def answers(ready: Ready, query: Queries, **params: Any) -> list[list[Token]]:
     sampling = SamplingParams(max_tokens=NEW, logprobs=5, **params)
     found: dict[str, list[Token]] = {}
     for number, (model, prompt) in enumerate(query):
-        adapter = ready.service.catalog.get(model).adapter
+        adapter = ready.service.local.catalog.get(model).adapter
         engine.add(Sequence(str(number), list(prompt), sampling, adapter))
         found[str(number)] = []
     while not engine.idle:

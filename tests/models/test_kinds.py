@@ -172,7 +172,7 @@ def test_two_ranks_answer_the_same(answers: tiny.Answers, counted: Counted) -> N
 def test_an_adapter_is_called_what_it_is(answers: tiny.Answers) -> None:
     """A replica names each adapter's kind, also of an untrained one, and counts the rows that it replaces."""
     ready = answers.world.load(answers.store)
-    found = {model.name: model for model in ready.service.catalog}
+    found = {model.name: model for model in ready.service.local.catalog}
     assert {name: model.kinds for name, model in found.items()} == {
         "base": (),
         "plain": ("lora",),
@@ -209,7 +209,7 @@ def test_merged_weights_and_biases_equal_peft(answers: tiny.Answers, name: str) 
     """Merged weights equal PEFT, with biases where the base has none too."""
     requests, expected = of_kinds(answers, name)
     ready = ready_of(answers.world, name, {"serve_base": False})
-    assert ready.service.catalog.get(name).adapter is None
+    assert ready.service.local.catalog.get(name).adapter is None
     assert tiny.run_engine(ready, requests, NEW) == expected
 
 
@@ -240,7 +240,7 @@ async def test_a_name_of_another_kind_answers_as_that_one(
 
 def test_mixtures_are_of_plain_adapters(answers: tiny.Answers) -> None:
     """Others are refused by name in both forms of a request, unless scales make each itself or leave it out."""
-    catalog = answers.world.load(answers.store, preload=0).service.catalog
+    catalog = answers.world.load(answers.store, preload=0).service.local.catalog
     for name in APART:
         text = rf"adapters that can be scaled; this one (is DoRA|acts from|has embeddings).*, found {name}"
         for parts in ([ScaledAdapter(name, 0.5)], [ScaledAdapter("plain"), ScaledAdapter(name)]):

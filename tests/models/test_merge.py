@@ -43,14 +43,14 @@ def test_merged_and_unmerged_agree(world: World, name: str, native: bool) -> Non
     requests = [(name, prompt) for prompt in PROMPTS]
     merged = ready_of(world, name, {"serve_base": False}, native=native)
     beside = ready_of(world, name, {"serve_base": False, "merge": "never"}, native=native)
-    assert merged.service.catalog.get(name).adapter is None
-    assert beside.service.catalog.get(name).adapter is not None
+    assert merged.service.local.catalog.get(name).adapter is None
+    assert beside.service.local.catalog.get(name).adapter is not None
     assert run_engine(merged, requests, 20) == run_engine(beside, requests, 20)
 
 
 def test_a_hidden_base_is_unknown_to_clients(world: World) -> None:
     """The base's name is neither listed nor served; the adapter keeps digest and parent."""
-    catalog = ready_of(world, "rs", {"serve_base": False}).service.catalog
+    catalog = ready_of(world, "rs", {"serve_base": False}).service.local.catalog
     assert [model.name for model in catalog] == ["rs"]
     assert catalog.get("rs").digest
     with pytest.raises(ModelNotFound, match="Served: rs"):

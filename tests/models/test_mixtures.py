@@ -124,7 +124,7 @@ REFUSED: list[tuple[str, type[Fault], str]] = [
 
 def test_what_cannot_be_mixed_is_refused_by_name(world: tiny.World, store: MemoryStore) -> None:
     """A blend that cannot be computed is refused by name before the engine."""
-    catalog = world.load(store, max_batch_adapters=2).service.catalog
+    catalog = world.load(store, max_batch_adapters=2).service.local.catalog
     assert isinstance(catalog.resolve("wide*1e-1+all*2E+0+rs*0").mixture, Mixture)
     for request, fault, stated in REFUSED:
         with pytest.raises(fault, match=stated):

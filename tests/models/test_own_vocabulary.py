@@ -107,7 +107,7 @@ def test_log_probabilities_of_a_prompt_are_those_of_its_own_head(world: World, s
     prompt = REQUESTS[-1][1]
     ready = world.load(store)
     engine = ready.engine._engine
-    adapter = ready.service.catalog.get("factors").adapter
+    adapter = ready.service.local.catalog.get("factors").adapter
     engine.add(Sequence("scored", list(prompt), SamplingParams(max_tokens=1, prompt_logprobs=0), adapter))
     scores = [token.logprob for output in engine.step() for token in output.prompt[1:]]
     logits = oracle(world.base, world.adapters["factors"])(torch.tensor([prompt])).logits[0]
@@ -140,7 +140,7 @@ def test_other_bases_equal_peft(tmp_path: Path, config: Any) -> None:
 def test_a_slot_that_was_left_has_no_tables(world: World, store: MemoryStore) -> None:
     """A slot that an adapter left has neither its embeddings nor its head for the next one."""
     ready = world.load(store)
-    adapter = ready.service.catalog.get("factors").adapter
+    adapter = ready.service.local.catalog.get("factors").adapter
     lora, slot = ready.bank.lora, adapter.slot
     rows = [Segment(slot, 0, 2)]
     assert lora.vocabularies.of(rows, lambda: rows) is not None

@@ -156,7 +156,7 @@ def test_ranks_merge_their_parts(built: tuple[World, Store]) -> None:
     found = []
     for ranks in (1, 2):
         ready = load(built, tensor_parallel=ranks, adapter_memory_gb=None)
-        assert ready.service.catalog.get("all").adapter is None
+        assert ready.service.local.catalog.get("all").adapter is None
         found.append(run_engine(ready, [("all", [5, 6, 7 + place]) for place in range(4)], 16))
         close(ready)
     assert found[0] == found[1]

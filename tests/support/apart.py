@@ -10,7 +10,7 @@ import pytest
 from inference_service.apis.channel import Channel
 from inference_service.apis.host import ApiHost, ApiPeer
 from inference_service.apis.relay import HttpRelay
-from inference_service.apis.remote import RemoteService, deployed_to, served_to
+from inference_service.apis.remote import RemoteApi, deployed_to, served_to
 from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import InferenceServicer
 from inference_service.serving.engine_thread import EngineThread
@@ -58,20 +58,21 @@ class Apart:
         self.peer = ApiPeer(self.host, lambda: None)
         self.host.peers.add(self.peer)
         watchers = service._watchers[1:]
-        self.service = RemoteService(served_to(service), service._parsers_of, watchers)
-        self.channel = Channel({}, {"collect": self._collect}, self.service.end)
-        self.service.attach(self.channel)
+        self.channel = Channel({}, {"collect": self._collect}, lambda: self.api.driver.end())
+        self.api = RemoteApi.open(self.channel, served_to(service), service._parsers_of, watchers)
+        self.service = self.api.service
         connect(self.peer.channel, self.channel)
-        service.catalog.watchers.append(lambda: self.peer.channel.say("deployed", deployed_to(service.catalog)))
+        catalog = service.local.catalog
+        catalog.watchers.append(lambda: self.peer.channel.say("deployed", deployed_to(catalog)))
         self.relay = HttpRelay(self.channel)
 
     async def _collect(self) -> None:
-        self.channel.say("count", *self.service.collect())
+        self.channel.say("count", *self.api.collect())
 
 
 def apart(service: Any, keyless: bool = True) -> Apart | None:
     """Return a service behind a channel, one for each; None for fakes."""
-    if type(service) is not GenerationService or type(service.engine) is not EngineThread:
+    if type(service) is not GenerationService or type(service.local.engine) is not EngineThread:
         return None
     known = vars(service).get("_apart")
     if known is None:

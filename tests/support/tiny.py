@@ -169,7 +169,7 @@ class World:
 
 def refusal(ready: Ready, name: str) -> Fault | None:
     """Why an adapter that was to be loaded before the start is not resident."""
-    adapter = ready.service.catalog.get(name).adapter
+    adapter = ready.service.local.catalog.get(name).adapter
     standing = ready.bank.residency.standing(adapter)
     assert (standing.failure is None) == (adapter.slot is not None)
     return standing.failure
@@ -199,7 +199,7 @@ def sequence(
     ready: Ready, number: str, model: str, prompt: Sequence[int], params: SamplingParams
 ) -> EngineSequence:
     """Return the sequence that the service makes of a request."""
-    served = ready.service.catalog.resolve(model)
+    served = ready.service.local.catalog.resolve(model)
     adapter, invocation = activation(served.mixture or served.adapter, prompt)
     return EngineSequence(number, list(prompt), params, adapter, invocation=invocation)
 

@@ -257,8 +257,8 @@ class LLM:
     async def _marks_of(self, name: str) -> tuple[str, ...]:
         """Return marks of the chat template of a model; none where it has none, or cannot be asked."""
         try:
-            served = await self.service.naming.choose(Request.of(name, ""))
-            defaults = await self.service.naming.defaults(served.model)
+            served = await self.service.choose(Request.of(name, ""))
+            defaults = await self.service.defaults(served.model)
             template = defaults.template or self.service.text.template
             return await template.marks() if template is not None else ()
         except Fault:

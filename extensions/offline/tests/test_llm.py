@@ -137,14 +137,14 @@ class Interrupting(Sequence[str]):
 
 def test_ctrl_c_ends_a_call_and_not_the_model(llm: LLM) -> None:
     """The answers that are complete come with the exception; nothing runs on, and the next call is answered."""
-    before = llm.service.engine.stats.tokens_generated
+    before = llm.service.local.engine.stats.tokens_generated
     with pytest.raises(Interrupted) as ended:
         llm.generate(Interrupting(), max_tokens=400, ignore_eos=True)
     assert len(ended.value.answers) == 3
     assert None in ended.value.answers
     assert alone(llm, "hello", "", max_tokens=2)
-    wait_until(lambda: llm.service.engine.stats.running == 0, "nothing runs")
-    assert llm.service.engine.stats.tokens_generated - before < 3 * 400
+    wait_until(lambda: llm.service.local.engine.stats.running == 0, "nothing runs")
+    assert llm.service.local.engine.stats.tokens_generated - before < 3 * 400
 
 
 def test_a_start_says_what_it_does(world: World, capfd: pytest.CaptureFixture[str]) -> None:

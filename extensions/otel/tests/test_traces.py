@@ -69,7 +69,7 @@ async def watched(request: pytest.FixtureRequest, chatty: Built) -> AsyncIterato
     tracing = Tracing(provider)
     ready = chatty[0].load(chatty[1], stream_interval_ms=0)
     made, watchers = ready.service, open_watchers(tracing, log_prompts=request.param)
-    service = GenerationService(made.catalog, made.text, ready.engine, made.limits, watchers)
+    service = GenerationService(made.local, made.text, made.limits, made.metrics, watchers)
     http = HttpServer("127.0.0.1:0", service, tracing=tracing)
     add = InferenceServicer(service).register
     rpc = RpcServer("127.0.0.1:0", {SERVICE_NAME: add}, tracing=tracing)

@@ -67,7 +67,7 @@ class Engine:
 
     async def base_name(self) -> AsyncGenerator[str]:
         """Tell what the base is called: its requests may go to any replica."""
-        yield self._replica.ready.service.catalog.base_name
+        yield self._replica.ready.service.local.catalog.base_name
 
     async def check_health(self) -> None:
         """Tell Ray whether to continue with this replica.

@@ -170,7 +170,7 @@ def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Clien
     """Each of eight adapters is answered by one or two of three replicas, over both APIs; the base by all."""
 
     def by_model(engine: Any) -> dict[str, int]:
-        lines = engine._replica.ready.service.metrics.render().decode().splitlines()
+        lines = engine._replica.ready.service.local.metrics.render().decode().splitlines()
         found = [line for line in lines if line.startswith("loramux_requests_total{")]
         return {line.split('model="')[1].split('"')[0]: float(line.rpartition(" ")[2]) for line in found}
 
@@ -271,6 +271,6 @@ def test_a_generation_comes_while_it_is_served(fleet: RayFleet, client: Client, 
     assert answer.text == client.complete("a1", PROMPT, **FIELDS).text
     assert not failures
     fleet.until(
-        lambda: set(fleet.ask(lambda engine: engine._replica.ready.service.catalog.generation)) == {2},
+        lambda: set(fleet.ask(lambda engine: engine._replica.ready.service.local.catalog.generation)) == {2},
         "the new generation at every replica",
     )

@@ -71,7 +71,7 @@ async def health(service: GenerationService, http: HttpRequest) -> Reply[Health]
 
     `front` does that, before anything gets here.
     """
-    computing = service.adapters.facts.computing
+    computing = service.local.adapters.facts.computing
     body: Health = {"status": "slow" if computing.lack else "ok", "backend": computing.backend}
     if computing.lack:
         body |= {"lack": computing.lack.value}
@@ -80,7 +80,7 @@ async def health(service: GenerationService, http: HttpRequest) -> Reply[Health]
 
 async def show_metrics(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """Return the metrics in Prometheus' format; a thread writes them, so that requests do not wait."""
-    body = await asyncio.to_thread(service.metrics.render)
+    body = await asyncio.to_thread(service.local.metrics.render)
     return Response(body, headers={"content-type": CONTENT_TYPE})
 
 
@@ -91,7 +91,7 @@ async def show_version(service: GenerationService, http: HttpRequest) -> Reply[V
 
 async def show_state(service: GenerationService, http: HttpRequest) -> Reply[State]:  # noqa: ARG001
     """Return the load of the whole server, and the caller's models that have sequences."""
-    stats = service.engine.stats
+    stats = service.local.engine.stats
     return Reply(
         {
             "running": stats.running,
@@ -110,9 +110,9 @@ async def show_load(service: GenerationService, http: HttpRequest) -> Reply[Load
 
 
 def _at_work(service: GenerationService) -> dict[str, AtWork]:
-    sequences = service.engine.sequence_counts
+    sequences = service.local.engine.sequence_counts
     found: dict[str, AtWork] = {}
-    for model in service.catalog:
+    for model in service.local.catalog:
         name = model.name
         counts: AtWork = {"running": sequences.running.get(name, 0), "waiting": sequences.waiting.get(name, 0)}
         if any(counts.values()):

@@ -36,7 +36,7 @@ class Loads(TypedDict):
 
 async def show_loads(service: GenerationService, http: HttpRequest) -> Reply[Loads]:  # noqa: ARG001
     """Return how full the replica is, in SGLang's words; it is one rank of one."""
-    stats = service.engine.stats
+    stats = service.local.engine.stats
     total = stats.blocks_total * stats.block_size
     used = total - stats.blocks_free * stats.block_size
     load: RankLoad = {

@@ -145,4 +145,4 @@ async def detokenize(service: GenerationService, http: HttpRequest) -> Reply[Pro
 
 async def _defaults(service: GenerationService, model: str | None) -> AdapterDefaults:
     """Return what a model brings; without a name, the base."""
-    return await service.naming.defaults(service.catalog.resolve(model)) if model else NO_DEFAULTS
+    return await service.defaults(service.local.catalog.resolve(model)) if model else NO_DEFAULTS

@@ -97,10 +97,10 @@ async def get_world_size(service: GenerationService, http: HttpRequest) -> Reply
 async def server_info(service: GenerationService, http: HttpRequest) -> Reply[ServerInfo]:
     """Describe the model as vLLM's configuration does, as far as trainers read it."""
     read_query(http, InfoQuery)
-    facts, stats = manager_of(http).facts, service.engine.stats
+    facts, stats = manager_of(http).facts, service.local.engine.stats
     config: VllmConfig = {
         "model_config": {
-            "model": service.catalog.base_name,
+            "model": service.local.catalog.base_name,
             "dtype": facts.dtype or None,
             "max_model_len": service.limits.max_seq_len,
             "logprobs_mode": f"{service.logprobs_mode}_logprobs",
@@ -118,17 +118,17 @@ async def server_info(service: GenerationService, http: HttpRequest) -> Reply[Se
 async def pause(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
     """Pause requests (mode keep), end them (abort) or let them end (wait); new ones wait."""
     refuse_other_sites(http)
-    await service.engine.pause(read_query(http, PauseQuery).pause_mode)
+    await service.local.engine.pause(read_query(http, PauseQuery).pause_mode)
     return Reply({"status": "paused"})
 
 
 async def resume(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
     """Resume all paused and waiting requests."""
     refuse_other_sites(http)
-    service.engine.resume()
+    service.local.engine.resume()
     return Reply({"status": "resumed"})
 
 
 async def is_paused(service: GenerationService, http: HttpRequest) -> Reply[IsPaused]:  # noqa: ARG001
     """Return whether requests are paused."""
-    return Reply({"is_paused": service.engine.paused})
+    return Reply({"is_paused": service.local.engine.paused})

@@ -262,7 +262,7 @@ class CompletionAnswer:
         A sink takes deltas of a single prompt: those of several wait for each other in `merged`.
         """
         if len(self._requests) > 1:
-            served = await self._service.naming.choose(self._requests[0])
+            served = await self._service.choose(self._requests[0])
             self._requests = [request.answered_by(served) for request in self._requests]
         alone = sink if len(self._requests) == 1 else None
         return merged([self._service.generate(request, alone) for request in self._requests])

@@ -61,7 +61,7 @@ class ModelList(TypedDict):
 
 async def list_models(service: GenerationService, http: HttpRequest) -> Reply[ModelList]:
     """List the base, where it is served, and the adapters."""
-    models, adapters = list(service.catalog), manager_of(http)
+    models, adapters = list(service.local.catalog), manager_of(http)
 
     def write() -> Reply[ModelList]:
         return Reply(
@@ -80,11 +80,11 @@ async def list_models(service: GenerationService, http: HttpRequest) -> Reply[Mo
 
 async def get_model(service: GenerationService, http: HttpRequest) -> Reply[Model]:
     """Describe one model."""
-    return Reply(_model(service.catalog.get(http.path_params["model"]), service, manager_of(http)))
+    return Reply(_model(service.local.catalog.get(http.path_params["model"]), service, manager_of(http)))
 
 
 def _model(model: ServedModel, service: GenerationService, adapters: AdapterManager) -> Model:
-    catalog = service.catalog
+    catalog = service.local.catalog
     base = model.name == catalog.base_name
     dialect = dialect_of_model(service, model)
     return {

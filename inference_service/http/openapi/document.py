@@ -95,11 +95,13 @@ async def show_openapi(service: GenerationService, http: HttpRequest) -> Respons
 
 def facts_of(service: GenerationService, *, keyless: bool) -> ServerFacts:
     """Return what the document of a server depends on."""
-    models = list(service.catalog)
+    models = list(service.local.catalog)
     vocab = max([service.text.vocab, *(model.vocab or 0 for model in models)])
     largest = largest_numbers(vocab, service.max_queue, service.limits.max_seq_len)
     return ServerFacts(
-        model=next((model.name for model in models if model.num_labels is None), service.catalog.base_name),
+        model=next(
+            (model.name for model in models if model.num_labels is None), service.local.catalog.base_name
+        ),
         scorer=next((model.name for model in models if model.num_labels == 1), ""),
         classifier=next((model.name for model in models if model.num_labels), ""),
         keyless=keyless,

@@ -221,7 +221,7 @@ class ResponseAnswer:
         scored = None if self._body.logprobs is None else started.text
         functions = functions_of(self._body.tools)
         self._output = OutputItems(scored, functions, carries=self._body.carries, number=self._number)
-        return ResponseObject(self._body, self.head, await self._service.naming.defaults(started.model))
+        return ResponseObject(self._body, self.head, await self._service.defaults(started.model))
 
     def _read(self, resource: ResponseObject, part: AnswerPart) -> list[ResponseEvent]:
         """Collect more of the answer, or its end; return the events of it."""

@@ -1,8 +1,9 @@
 """Metrics of requests, by model, in Prometheus' format."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Final
+from typing import Final, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -52,7 +53,60 @@ PER_TOKEN: Final = Timed(
 DURATION: Final = Timed("loramux_request_seconds", "Time from a request's arrival to its end.", REQUEST_BUCKETS)
 
 
-class Metrics:
+class Series(Protocol):
+    """Counters and histograms by model."""
+
+    def count(self, name: str, model: str, amount: int = 1, label: str = "") -> None:
+        """Add to a counter."""
+
+    def observe(self, name: str, model: str, seconds: float) -> None:
+        """Add to a histogram."""
+
+
+class RequestMetrics(ABC):
+    """Counts requests in series, and answers of the HTTP server."""
+
+    def __init__(self, series: Series) -> None:
+        self._series = series
+
+    def began(self, record: RequestRecord) -> None:
+        """Count a prompt, and observe how long it waited."""
+        for model in _models(record):
+            self._series.count(PROMPT.name, model, record.prompt_tokens)
+            self._series.count(CACHED.name, model, record.cached_tokens)
+            self._observe(QUEUE, model, record.queue_s)
+            self._observe(TTFT, model, record.ttft_s)
+
+    def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
+        """Count tokens."""
+        for model in _models(record):
+            self._series.count(GENERATED.name, model, len(delta.tokens))
+
+    def ended(self, record: RequestRecord) -> None:
+        """Count a request and its answers, and observe how long they took."""
+        for model in _models(record):
+            self._ended(record, model)
+
+    def _ended(self, record: RequestRecord, model: str) -> None:
+        self._series.count(REQUESTS.name, model, label=record.outcome)
+        if record.first_s is None:
+            return
+        self._observe(DURATION, model, record.duration_s)
+        for answer in record.answers:
+            if answer.finish is not None:
+                self._series.count(ANSWERS.name, model, label=answer.finish.value)
+            self._observe(PER_TOKEN, model, answer.seconds_per_token)
+
+    @abstractmethod
+    def responded(self, status: int) -> None:
+        """Count an answer of the HTTP server; a request that it refuses itself never gets here."""
+
+    def _observe(self, family: Timed, model: str, seconds: float | None) -> None:
+        if seconds is not None:
+            self._series.observe(family.name, model, seconds)
+
+
+class Metrics(RequestMetrics):
     """Watch requests, and report what was seen and what the engine holds.
 
     The label ``model`` is a served name, or empty for a request that named none, and ``outcome`` is OK,
@@ -74,34 +128,7 @@ class Metrics:
         )
         self._adapters = AdapterSeries(catalog, engine, adapters, most)
         self._registry.register(self._adapters)
-
-    def began(self, record: RequestRecord) -> None:
-        """Count a prompt, and observe how long it waited."""
-        for model in _models(record):
-            self._models.count(PROMPT.name, model, record.prompt_tokens)
-            self._models.count(CACHED.name, model, record.cached_tokens)
-            self._observe(QUEUE, model, record.queue_s)
-            self._observe(TTFT, model, record.ttft_s)
-
-    def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
-        """Count tokens."""
-        for model in _models(record):
-            self._models.count(GENERATED.name, model, len(delta.tokens))
-
-    def ended(self, record: RequestRecord) -> None:
-        """Count a request and its answers, and observe how long they took."""
-        for model in _models(record):
-            self._ended(record, model)
-
-    def _ended(self, record: RequestRecord, model: str) -> None:
-        self._models.count(REQUESTS.name, model, label=record.outcome)
-        if record.first_s is None:
-            return
-        self._observe(DURATION, model, record.duration_s)
-        for answer in record.answers:
-            if answer.finish is not None:
-                self._models.count(ANSWERS.name, model, label=answer.finish.value)
-            self._observe(PER_TOKEN, model, answer.seconds_per_token)
+        super().__init__(self._models)
 
     def responded(self, status: int) -> None:
         """Count an answer of the HTTP server; a request that it refuses itself never gets here."""
@@ -125,10 +152,6 @@ class Metrics:
         """Return everything, as CONTENT_TYPE says."""
         library = generate_latest(self._registry)
         return b"".join(chain((library,), self._models.parts(), self._adapters.parts()))
-
-    def _observe(self, family: Timed, model: str, seconds: float | None) -> None:
-        if seconds is not None:
-            self._models.observe(family.name, model, seconds)
 
 
 def _models(record: RequestRecord) -> tuple[str, ...]:

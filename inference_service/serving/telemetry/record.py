@@ -2,14 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.sequence import EndReason, Sequence as EngineSequence
+from inference_service.core.sequence import EndReason
+from inference_service.serving.delivery import AnswerView
+from inference_service.serving.driver import Submission
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, Request
 from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import Fault, InternalFault
@@ -23,7 +25,7 @@ CANCELLED: Final = "CANCELLED"
 class AnswerRecord:
     """One of the n answers; times are on the clock of ``time.monotonic``."""
 
-    seq: EngineSequence
+    view: AnswerView
     first_s: float | None = None
     """When its first token got here."""
     last_s: float | None = None
@@ -45,8 +47,10 @@ class RequestRecord:
     request: Request
     model: ServedModel | None = None
     """None: there is no such model."""
+    submission: Submission | None = None
+    """None until the prompt is tokenized."""
     answers: list[AnswerRecord] = field(default_factory=list)
-    """Empty until the prompt is tokenized and the constraint compiled."""
+    """Empty until the engine was given them."""
     arrived_s: float = field(default_factory=lambda: ARRIVED_S.get() or time.monotonic())
     """Arrival of the call that brought it, as near to the socket as its server can tell."""
     submitted_s: float | None = None
@@ -62,19 +66,19 @@ class RequestRecord:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt; 0 while they are not known."""
-        return self.answers[0].seq.num_prompt if self.answers else 0
+        return 0 if self.submission is None else len(self.submission.prompt)
 
     @property
     def temperature(self) -> float | None:
         """Return the temperature of its draws: the request's, the adapter's or the API's; None while it is
         unknown.
         """
-        return self.answers[0].seq.sampling.temperature if self.answers else self.request.sampling.temperature
+        return (self.submission or self.request).sampling.temperature
 
     @property
     def cached_tokens(self) -> int:
         """Return the tokens of the prompt that the prefix cache held."""
-        return self.answers[0].seq.progress.num_cached if self.answers else 0
+        return self.answers[0].view.num_cached if self.answers else 0
 
     @property
     def completion_tokens(self) -> int:
@@ -84,7 +88,7 @@ class RequestRecord:
     @property
     def began_s(self) -> float | None:
         """When the first step for it was submitted."""
-        return self.answers[0].seq.progress.began_s if self.answers else None
+        return self.answers[0].view.began_s if self.answers else None
 
     @property
     def queue_s(self) -> float | None:
@@ -129,10 +133,14 @@ class RequestFollower:
         self.record = RequestRecord(request)
         self._watchers = watchers
 
-    def submitted(self, seqs: Sequence[EngineSequence]) -> None:
-        """Note that the engine is given the sequences of the answers."""
-        self.record.answers = [AnswerRecord(seq) for seq in seqs]
-        self.record.submitted_s = time.monotonic()
+    def prepared(self, submission: Submission) -> None:
+        """Note what the engine will be given."""
+        self.record.submission = submission
+
+    def submitted(self, views: Iterable[AnswerView], submitted_s: float) -> None:
+        """Note when the engine was given it, and its progress with the answers."""
+        self.record.answers = [AnswerRecord(view) for view in views]
+        self.record.submitted_s = submitted_s
 
     def see(self, event: Event) -> None:
         """Note an event that comes from the engine."""

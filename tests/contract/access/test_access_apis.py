@@ -69,7 +69,7 @@ async def guarded(
     add = {
         BUILDER: builder_servicer(tmp_path).register,
         INFERENCE: InferenceServicer(service).register,
-        ADAPTERS: AdapterServicer(fixed_manager(service.catalog)).register,
+        ADAPTERS: AdapterServicer(fixed_manager(service.local.catalog)).register,
     }[request.param]
     async with (
         serve(RpcServer(ANY_PORT, {request.param: add}, Guard(RING))) as server,

@@ -236,14 +236,14 @@ async def test_a_key_has_its_limits_at_both_apis(world: tuple[World, MemoryStore
 async def test_tokens_of_a_minute_are_used_once(apis: ReplicaApis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting requests are checked again before the engine, so no token of the minute is used twice."""
     service, gate = apis.ready.service, asyncio.Event()
-    change_deployed(service.catalog, limits=ModelLimits(default=Limits(tokens_per_minute=4)))
+    change_deployed(service.local.catalog, limits=ModelLimits(default=Limits(tokens_per_minute=4)))
 
     async def slowly(digest: str, name: str) -> AdapterDefaults:
         await gate.wait()
         return NO_DEFAULTS
 
     monkeypatch.setattr(apis.ready.bank.texts, "defaults", slowly)
-    service.catalog.know(apis.digest("rs"), defaults=None)
+    service.local.catalog.know(apis.digest("rs"), defaults=None)
     waiting = [asyncio.ensure_future(apis.ask("rs")) for _ in range(3)]
     await until(lambda: service.in_work == 3, "three requests in work", lambda: service.in_work)
     gate.set()

@@ -219,7 +219,7 @@ async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
     """A block before the text, with a signature and its price; without its text where that is not wanted."""
     stated = "<think>I |look.</think>|The |sky."
     async with scripted(tmp_path) as (service, client):
-        change_deployed(service.catalog, reasoning_parser=ReasoningParser.THINK)
+        change_deployed(service.local.catalog, reasoning_parser=ReasoningParser.THINK)
         service.say(stated, stated)
         async with client.messages.stream(**SENT, thinking={"type": "enabled", "budget_tokens": 9}) as stream:
             kinds = list(dict.fromkeys([event.type async for event in stream if event.type in KINDS]))

@@ -60,7 +60,7 @@ async def test_trainers_learn_which_server_it_is(web: httpx.AsyncClient) -> None
 async def test_the_load_is_at_both_paths(tmp_path: Path) -> None:
     """Sequences, seats and tokens of the cache are at the two paths that gateways try."""
     service = silent_service(tmp_path)
-    cast(Any, service.engine).stats = replace(IDLE, running=3, waiting=2, blocks_free=6, seats=4)
+    cast(Any, service.local.engine).stats = replace(IDLE, running=3, waiting=2, blocks_free=6, seats=4)
     async with web_client(create_app(service)) as web:
         for path in ("/loads?model=base", "/v1/loads?include=core,disagg,queues,memory"):
             [load] = (await web.get(path)).json()["loads"]
@@ -85,7 +85,7 @@ async def test_the_load_is_at_both_paths(tmp_path: Path) -> None:
 async def test_trainers_pause_and_resume(tmp_path: Path, query: str, mode: str) -> None:
     """Trainers use vLLM's modes, and its own default."""
     service = silent_service(tmp_path)
-    engine = cast(SilentEngine, service.engine)
+    engine = cast(SilentEngine, service.local.engine)
     async with web_client(create_app(service, adapters=managed_replica().manager)) as web:
         assert (await web.post(f"/pause{query}")).json() == {"status": "paused"}
         assert (engine.mode, (await web.get("/is_paused")).json()) == (mode, {"is_paused": True})
@@ -140,8 +140,8 @@ async def test_an_adapters_own_tokens_are_read(api: OpenAIApi) -> None:
     flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word", "normalized"), False)
     token = {"id": new, "content": "<tool>", **flags}
     own = OwnTokens.model_validate({"vocab": new + 1, "tokens": [token]})
-    digest = service.catalog.get("wide").digest
-    service.catalog.know(digest, defaults=replace(NO_DEFAULTS, text=service.text.with_tokens(own)))
+    digest = service.local.catalog.get("wide").digest
+    service.local.catalog.know(digest, defaults=replace(NO_DEFAULTS, text=service.text.with_tokens(own)))
     for model, ids in (("wide", [new]), ("base", service.text.encode("<tool>"))):
         found = await api.post("/tokenize", model=model, prompt="<tool>", add_special_tokens=model == "base")
         assert found.json()["tokens"] == ids

@@ -48,7 +48,7 @@ async def test_models_are_listed_with_what_is_known_of_them(api: OpenAIApi) -> N
     assert [model["id"] for model in adapters] == ["all", "rs", "wide"]
     everything = adapters[0]
     assert everything["parent"] == "base"
-    assert everything["digest"] == api.ready.service.catalog.get("all").digest
+    assert everything["digest"] == api.ready.service.local.catalog.get("all").digest
     assert everything["ranks"] == [2, 4, 12]
     assert adapters[2]["modules"] == ["attn_q", "attn_v"]
     assert (everything["kinds"], base["kinds"]) == (["lora"], [])
@@ -152,14 +152,14 @@ async def test_a_failure_of_the_api_itself_tells_nothing(tmp_path: Path) -> None
 
 async def test_health_and_version(api: OpenAIApi, tmp_path: Path) -> None:
     """Monitors get the status that vLLM gives them, and why it is slow if so."""
-    manager = api.ready.service.adapters
+    manager = api.ready.service.local.adapters
     for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
         response = await api.http.request(method, path)
         expected = {"status": "ok", "backend": manager.facts.computing.backend}
         assert (response.status_code, response.json()) == (200, expected)
     slower = replace(manager.facts, computing=Computing(lack=Lack.NO_COMPILER))
     service = silent_service(tmp_path)
-    service.adapters = fixed_manager(service.catalog, slower)
+    service.local.adapters = fixed_manager(service.local.catalog, slower)
     async with web_client(create_app(service)) as web:
         slow = await web.get("/health")
     assert slow.status_code == 200

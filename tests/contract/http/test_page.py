@@ -66,7 +66,7 @@ async def test_the_state_names_the_callers_models_only(tmp_path: Path) -> None:
     """A key that is limited to a model does not learn which others are at work."""
     key, entry = new_entry("ann", "infer", models=("wide",))
     service = silent_service(tmp_path)
-    cast(Any, service.engine).sequence_counts = SequenceCounts({"base": 1, "rs": 2}, {"wide": 2})
+    cast(Any, service.local.engine).sequence_counts = SequenceCounts({"base": 1, "rs": 2}, {"wide": 2})
     app = create_app(service, Keyring(text=lines(entry)))
     async with web_client(app, headers={"authorization": f"Bearer {key}"}) as web:
         assert (await web.get("/state")).json()["models"] == {"wide": {"running": 0, "waiting": 2}}

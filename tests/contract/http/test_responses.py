@@ -120,7 +120,7 @@ async def test_functions_of_a_namespace(api: ScriptedApi) -> None:
 
 async def test_reasoning_is_an_item_and_comes_back(api: ScriptedApi) -> None:
     """Reasoning is an item of its own, is counted, and goes into the template again, also when encrypted."""
-    change_deployed(api.service.catalog, reasoning_parser=ReasoningParser.THINK)
+    change_deployed(api.service.local.catalog, reasoning_parser=ReasoningParser.THINK)
     text = f"<think>H|m.</think>\n\nSo.|{CALL}"
     for more in ({}, {"include": ["reasoning.encrypted_content"]}):
         api.service.say(text)

@@ -39,7 +39,7 @@ async def test_a_stream_is_started_deltas_finished(api: tuple[Ready, AsyncClient
     events = [event async for event in client.generate("rs", PROMPT, max_tokens=5, ignore_eos=True)]
     started, *deltas, finished = events
     assert isinstance(started, Started)
-    assert (started.model, started.adapter_digest) == ("rs", ready.service.catalog.get("rs").digest)
+    assert (started.model, started.adapter_digest) == ("rs", ready.service.local.catalog.get("rs").digest)
     assert (started.generation, started.prompt_tokens) == (1, 4)
     assert sum(len(delta.token_ids) for delta in deltas if isinstance(delta, Delta)) == 5
     assert isinstance(finished, Finished)

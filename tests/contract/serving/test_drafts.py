@@ -38,7 +38,7 @@ async def test_a_deployment_says_how_many_unless_the_replica_does(
         await ready.follower.catch_up(publish(tokens))
         request = Request.of("base", [5, 6, 7, 8] * 8, max_tokens=50, temperature=0, ignore_eos=True)
         assert [event async for event in ready.service.generate(request)]
-        drafted = Scrape(ready.service.metrics.render().decode()).value("loramux_drafted_tokens_total")
+        drafted = Scrape(ready.service.local.metrics.render().decode()).value("loramux_drafted_tokens_total")
         found.append(drafted > before)
         before = drafted
     await operators.end()

@@ -133,10 +133,10 @@ async def test_what_is_loaded_is_reported(api: OpenAIApi) -> None:
     assert metrics.value("vllm:num_gpu_loaded_lora_adapters") == 3
     loaded = [own for own, value in metrics.series("vllm:lora_adapter_loaded") if value]
     assert {"adapter_name": "wide", "level": "gpu", "pinned": "false"}.items() <= loaded[-1].items()
-    digest = api.ready.service.catalog.get("wide").digest[:12]
+    digest = api.ready.service.local.catalog.get("wide").digest[:12]
     assert metrics.value("loramux_model_info", model="wide", digest=digest) == 1
     assert metrics.value("loramux_build_info", generation="1") == 1
-    computing = api.ready.service.adapters.facts.computing
+    computing = api.ready.service.local.adapters.facts.computing
     of_operations = {"backend": computing.backend, "operations": computing.how, "product": computing.product}
     assert metrics.series("loramux_operations_info") == [(of_operations | {"lack": ""}, 1)]
     assert metrics.value("loramux_least_token_seconds") == (computing.token_s or 0.0)

@@ -1,5 +1,6 @@
 """A replica with every metric."""
 
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +16,13 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import Facts
+from inference_service.apis.messages import AnswerState
 from inference_service.core.adapter import Adapter
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import EndReason, Sequence, Token
+from inference_service.core.sequence import EndReason, Token
 from inference_service.engine.engine import SequenceCounts
+from inference_service.serving.driver import Submission
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
 from inference_service.serving.telemetry.metrics import Metrics
@@ -49,8 +52,8 @@ def everything() -> Scrape:
     metrics = replica(SequenceCounts({}, {}))
     with following(Request.of("pirate", "Hi"), [metrics]) as follower:
         follower.record.model = MODELS[1]
-        follower.submitted([Sequence("0", [1, 2], SamplingParams())])
-        follower.record.answers[0].seq.progress.began_s = follower.record.submitted_s
+        follower.prepared(Submission(MODELS[1], [1, 2], SamplingParams()))
+        follower.submitted([AnswerState(began_s=time.monotonic())], time.monotonic())
         for token in (5, 6):
             follower.see(AnswerDelta("a", (Token(token),)))
         follower.see(AnswerFinished(EndReason.STOP, "", 2, 0, 2))

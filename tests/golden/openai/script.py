@@ -20,6 +20,7 @@ from inference_service.http.app import create_app
 from inference_service.http.wire.reply import CONNECTION
 from inference_service.serving.bounds import check
 from inference_service.serving.delivery import Sink
+from inference_service.serving.engine_driver import EngineDriver
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import (
     AnswerDelta,
@@ -77,14 +78,15 @@ class Scripted(GenerationService):
             ServedModel("pirate", digest="0123456789abcdef" * 4),
         ]
         engine = cast(EngineThread, SimpleNamespace())
-        super().__init__(Catalog(7, "tiny", models), text, engine, ServingLimits(256, frozenset({2})))
-        self.metrics = replica(SequenceCounts({}, {}))
+        limits = ServingLimits(256, frozenset({2}))
+        driver = EngineDriver(Catalog(7, "tiny", models), engine, text, limits.eos_token_ids)
+        super().__init__(driver, text, limits, replica(SequenceCounts({}, {})))
         self._case = case
 
     async def generate(self, request: Request, sink: Sink[AnswerDelta] | None = None) -> AsyncGenerator[Event]:
         check(request, self.text.vocab, max_queue=16, max_seq_len=self.limits.max_seq_len)
         prompt = request.prompt.content if isinstance(request.prompt.content, str) else "??"
-        yield AnswerStarted(request.id, self.catalog.get(request.model.name), 7, len(prompt), self.text)
+        yield AnswerStarted(request.id, self.local.catalog.get(request.model.name), 7, len(prompt), self.text)
         if request.sampling.prompt_logprobs is not None:
             yield PromptScores((Token(36), Token(37, -1.5, ((38, -0.25),))))
         steps = [answer.split("|") for answer in self._case.answers]

@@ -40,7 +40,7 @@ class Endless(Scripted):
     async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
         self.open += 1
         try:
-            yield AnswerStarted(request.id, self.catalog.get(request.model.name), 7, 2, self.text)
+            yield AnswerStarted(request.id, self.local.catalog.get(request.model.name), 7, 2, self.text)
             while True:
                 yield AnswerDelta("x" * PIECE, (Token(5),), 0)
                 self.pieces += 1

@@ -7,6 +7,7 @@ from typing import cast
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
+from inference_service.serving.engine_driver import EngineDriver
 from inference_service.serving.engine_thread import EngineThread, PauseMode
 from inference_service.serving.service import GenerationService
 from inference_service.serving.terms import ServingLimits
@@ -43,4 +44,6 @@ def silent_service(folder: Path, catalog: Catalog | None = None) -> GenerationSe
     write_tokenizer(folder)
     catalog = catalog or Catalog(1, MODELS[0], map(ServedModel, MODELS))
     engine = cast(EngineThread, SilentEngine(max_queue=8, stats=IDLE, sequence_counts=SequenceCounts({}, {})))
-    return GenerationService(catalog, Text.load(folder, VOCAB), engine, ServingLimits(64, frozenset({2})))
+    text, limits = Text.load(folder, VOCAB), ServingLimits(64, frozenset({2}))
+    driver = EngineDriver(catalog, engine, text, limits.eos_token_ids)
+    return GenerationService(driver, text, limits, driver.metrics)

@@ -66,7 +66,7 @@ def ready(world: World) -> Ready:
 
 def defaults(ready: Ready, model: str) -> AdapterDefaults:
     """Return a model's defaults beside its weights, as a request for it finds them."""
-    return asyncio.run(ready.service.naming.defaults(ready.service.catalog.get(model)))
+    return asyncio.run(ready.service.defaults(ready.service.local.catalog.get(model)))
 
 
 def prompt(ready: Ready, model: str) -> str:

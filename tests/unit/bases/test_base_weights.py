@@ -96,7 +96,7 @@ def test_of_a_tied_model_what_is_in_the_file_counts(
     with capture_logs() as logs:
         ready = world.load(store)
     assert run_engine(ready, [("base", PROMPT)], 12) == [expected]
-    assert ready.service.catalog.get("base").warnings == (("W_HEAD",) if warned else ())
+    assert ready.service.local.catalog.get("base").warnings == (("W_HEAD",) if warned else ())
     assert [line.get("code") for line in logs if line["log_level"] == "warning"] == ["W_HEAD"] * warned
 
 

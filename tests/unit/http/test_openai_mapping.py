@@ -3,7 +3,8 @@
 import json
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from tokenizers import Tokenizer
@@ -16,6 +17,7 @@ from inference_service.http.openai.chat import ChatChoice
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import chat_of, completion_requests
 from inference_service.http.openai.schema import CompletionBody
+from inference_service.serving.driver import Driver
 from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
 from inference_service.serving.service import GenerationService
 from inference_service.serving.terms import ServingLimits
@@ -36,8 +38,9 @@ class Named(GenerationService):
 
     def __init__(self, default_max_tokens: int | None = None) -> None:
         self.limits = ServingLimits(256, frozenset({2}))
-        self.catalog = Catalog(1, "base", [])
-        change_deployed(self.catalog, request_default_max_tokens=default_max_tokens)
+        catalog = Catalog(1, "base", [])
+        change_deployed(catalog, request_default_max_tokens=default_max_tokens)
+        self.driver = cast(Driver, SimpleNamespace(deployed=catalog.deployed))
 
 
 def _chat(headers: Mapping[str, str] = NO_HEADERS, **fields: Any) -> Request:
@@ -126,7 +129,7 @@ class Speaks(Scripted):
 
     async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
         self.asked.append(request)
-        model = self.catalog.get(request.model.name)
+        model = self.local.catalog.get(request.model.name)
         turns: Any = request.prompt.content
         tokens = await self.text.encode_messages(turns, 9999, None, (), request.prompt.chat_template_kwargs)
         if request.output.constraint_by_ending is not None:
@@ -226,5 +229,5 @@ async def test_a_deployment_says_which_parsers(tmp_path: Path) -> None:
     """The deployment's parsers come before those of the template."""
     service = Speaks(tmp_path, "Qwen 3", "<think>Hm.</think>" + CALL)
     assert await ask(service, tools=[FIND]) == [["thought", "Hm."], ["call", "find", "{}"]]
-    change_deployed(service.catalog, tool_parser=ToolParser.NONE, reasoning_parser=ReasoningParser.NONE)
+    change_deployed(service.local.catalog, tool_parser=ToolParser.NONE, reasoning_parser=ReasoningParser.NONE)
     assert await ask(service, tools=[FIND]) == [["said", "<think>Hm.</think>" + CALL]]

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence as Seq
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
+from inference_service.adapters.served_model import ServedModel
+from inference_service.apis.messages import AnswerState
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
+from inference_service.core.sequence import EndReason, StepOutput, Token
 from inference_service.serving.answer import Answer
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
+from inference_service.serving.driver import Submission
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.faults import InternalFault, ReplicaFailed
@@ -17,9 +20,8 @@ from tests.unit.serving.threads import following
 
 
 def _stream(name: int) -> Outputs:
-    seq = Sequence(str(name), [5], SamplingParams(max_tokens=9))
-    stream = Outputs([seq], lambda _: None)
-    stream.put(seq.id, [StepOutput(seq.id, Token(7), None)])
+    stream = Outputs({str(name): AnswerState()}, lambda _: None)
+    stream.put(str(name), [StepOutput(str(name), Token(7), None)])
     return stream
 
 
@@ -77,8 +79,9 @@ def _answer(stops: Seq[str] = (), *, keep: bool = False) -> Answer:
     tokenizer = Tokenizer(models.WordLevel(dict(zip(WORDS, range(len(WORDS)), strict=True)), unk_token="a"))  # noqa: S106 - a word
     tokenizer.decoder = decoders.Fuse()
     text = Text(tokenizer, None, len(WORDS))
-    seq = Sequence("0", [0], SamplingParams(max_tokens=9, stop_token_ids=frozenset({END})))
-    return Answer(0, seq, text.detokenizer([0]), StopTexts(stops, keep=keep))
+    sampling = SamplingParams(max_tokens=9, stop_token_ids=frozenset({END}))
+    submission = Submission(ServedModel("base"), [0], sampling)
+    return Answer(0, submission, AnswerState(), text.detokenizer([0]), StopTexts(stops, keep=keep))
 
 
 def _outputs(tokens: Seq[int], finish: EndReason | None = None) -> list[StepOutput]:

@@ -8,9 +8,8 @@ import pytest
 
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Sequence, Share, Token
+from inference_service.core.sequence import Sequence, Share
 from inference_service.serving.limits import FEW_METERS, Limiter, Ticket
-from inference_service.serving.request import AnswerDelta
 from loramux_shared.access.keys import EVERYTHING, Access, Scope
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.faults import RateLimited
@@ -38,7 +37,7 @@ class World:
             ticket.check_tokens()
             ticket.submitted(sequence(prompt))
             for _ in range(answer):
-                ticket.see(AnswerDelta("x", (Token(5),)))
+                ticket.take(1)
 
     def refused(self, model: ServedModel = A, access: Access = EVERYTHING) -> RateLimited:
         with pytest.raises(RateLimited) as caught, self.limiter.admit(model, access, self.limits):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -12,9 +13,11 @@ from structlog.contextvars import bound_contextvars
 from structlog.testing import capture_logs
 
 from inference_service.adapters.served_model import ServedModel
+from inference_service.apis.messages import AnswerState
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import EndReason, Sequence, Token
+from inference_service.core.sequence import EndReason, Token
 from inference_service.engine.engine import SequenceCounts
+from inference_service.serving.driver import Submission
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
 from inference_service.serving.telemetry.record import RequestFollower, RequestRecord, following
 from inference_service.serving.telemetry.request_log import RequestLog
@@ -44,7 +47,8 @@ class Ear:
 
 
 def submit(follower: RequestFollower, answers: int = 1) -> None:
-    follower.submitted([Sequence(str(index), [1, 2, 3], SamplingParams()) for index in range(answers)])
+    follower.prepared(Submission(ServedModel("base"), [1, 2, 3], SamplingParams(), n=answers))
+    follower.submitted([AnswerState() for _ in range(answers)], time.monotonic())
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_what_a_step_takes_is_what_it_had_at_once(ready: Ready) -> None:
     """The step runs for real; its runner is freed before the peak of memory is read."""
     runner = ready.engine._engine._runner
     assert isinstance(runner, Runner)
-    adapters = [model.adapter for model in ready.service.catalog if model.adapter]
+    adapters = [model.adapter for model in ready.service.local.catalog if model.adapter]
     batch = memory.largest_step(LIMITS, adapters, 16)
     alive: list[weakref.ref[Runner]] = []
     ran: list[list[tuple[Sequence, Token]]] = []
