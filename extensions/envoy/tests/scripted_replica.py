@@ -9,7 +9,6 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import EndReason, Token
 from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
-from inference_service.serving.naming import Naming
 from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
@@ -26,9 +25,8 @@ class Named(Scripted):
 
     def __init__(self, folder: Path, name: str) -> None:
         write_tokenizer(folder)
-        super().__init__(Case("chat", {}, []), Text.load(folder, VOCAB))
-        self.catalog = Catalog(1, MODELS[0], map(ServedModel, MODELS))
-        self.naming = Naming(self.catalog)
+        catalog = Catalog(1, MODELS[0], map(ServedModel, MODELS))
+        super().__init__(Case("chat", {}, []), Text.load(folder, VOCAB), catalog)
         self.name = name
         self.asked = self.open = 0
         self.refuses: Fault | None = None
@@ -41,7 +39,7 @@ class Named(Scripted):
 
     async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
         """Answer once the gate of tokens is open."""
-        model = self.catalog.get(request.model.name)
+        model = self.local.catalog.get(request.model.name)
         if self.refuses is not None:
             raise self.refuses
         self.asked += 1

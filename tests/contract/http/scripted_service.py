@@ -5,6 +5,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from inference_service.core.sequence import EndReason
 from inference_service.http.server import HttpServer
 from inference_service.serving.request import Event, Request
@@ -52,7 +54,11 @@ class ScriptedApi(ServedApi):
 async def open_scripted(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[ScriptedApi]:
     """Listen on a free port; a tokenizer lies in a folder."""
     write_tokenizer(folder)
-    service = ScriptedService(Text.load(folder, VOCAB))
+    (folder / "chat_template.jinja").write_text("??")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["\n"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    service = ScriptedService(Text.load(folder, VOCAB + 1))
     async with serve(HttpServer(ANY_PORT, service, guard)) as server:
         api = ScriptedApi(service, server)
         yield api

@@ -14,6 +14,7 @@ from inference_service.adapters.fixed import fixed_manager
 from inference_service.core.computing import Computing, Lack
 from inference_service.http.app import create_app
 from inference_service.http.server import HttpServer
+from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.openai.script import CHAT_BODY, Case, Scripted
@@ -131,7 +132,7 @@ async def test_requests_have_ids(api: OpenAIApi) -> None:
 async def test_a_failure_of_the_api_itself_tells_nothing(tmp_path: Path) -> None:
     """A failure before the first byte is a 500 in OpenAI's shape; a failure in a stream cuts the connection."""
     write_tokenizer(tmp_path)
-    text = Text(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), None, VOCAB)
+    text = Text(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), ChatTemplate("??", {}), VOCAB)
     body = CHAT_BODY | {"messages": [{"role": "user", "content": "x"}]}
     for answers, stream in ((["A"], False), (["A|B"], True)):
         server = HttpServer(

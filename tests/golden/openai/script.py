@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,20 +18,12 @@ from inference_service.core.sequence import EndReason, Token
 from inference_service.engine.engine import SequenceCounts
 from inference_service.http.app import create_app
 from inference_service.http.wire.reply import CONNECTION
-from inference_service.serving.bounds import check
-from inference_service.serving.delivery import Sink
 from inference_service.serving.engine_driver import EngineDriver
 from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.request import (
-    AnswerDelta,
-    AnswerFinished,
-    AnswerStarted,
-    Event,
-    PromptScores,
-    Request,
-)
+from inference_service.serving.fake_driver import FakeDriver, Script
 from inference_service.serving.service import GenerationService
 from inference_service.serving.terms import ServingLimits
+from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.faults import InternalFault, ReplicaFailed
 from tests.golden.metrics.script import replica
@@ -72,41 +64,25 @@ CASES = {
 class Scripted(GenerationService):
     """Answers every request as a case says."""
 
-    def __init__(self, case: Case, text: Text) -> None:
+    def __init__(self, case: Case, text: Text, catalog: Catalog | None = None) -> None:
         models = [
             ServedModel("tiny", source="org/tiny@main"),
             ServedModel("pirate", digest="0123456789abcdef" * 4),
         ]
-        engine = cast(EngineThread, SimpleNamespace())
-        limits = ServingLimits(256, frozenset({2}))
-        driver = EngineDriver(Catalog(7, "tiny", models), engine, text, limits.eos_token_ids)
+        catalog, limits = catalog or Catalog(7, "tiny", models), ServingLimits(256, frozenset({2}))
+        driver = FakeDriver(catalog, text, lambda _: self._script())
         super().__init__(driver, text, limits, replica(SequenceCounts({}, {})))
+        self._local = EngineDriver(catalog, cast(EngineThread, SimpleNamespace()), text, limits.eos_token_ids)
         self._case = case
 
-    async def generate(self, request: Request, sink: Sink[AnswerDelta] | None = None) -> AsyncGenerator[Event]:
-        check(request, self.text.vocab, max_queue=16, max_seq_len=self.limits.max_seq_len)
-        prompt = request.prompt.content if isinstance(request.prompt.content, str) else "??"
-        yield AnswerStarted(request.id, self.local.catalog.get(request.model.name), 7, len(prompt), self.text)
-        if request.sampling.prompt_logprobs is not None:
-            yield PromptScores((Token(36), Token(37, -1.5, ((38, -0.25),))))
-        steps = [answer.split("|") for answer in self._case.answers]
-        for nth in range(max(map(len, steps), default=0)):
-            for index, answer in enumerate(steps):
-                delta = AnswerDelta(answer[nth], self._tokens(answer[nth], request.sampling.logprobs), index)
-                if sink is not None and nth and sink.has_room():
-                    sink.take(delta)
-                else:
-                    yield delta
-        if self._case.failure:
-            raise self._case.failure
-        for index, answer in enumerate(steps):
-            yield AnswerFinished(self._case.reason, "", len(prompt), 1, len("".join(answer)), index)
+    @property
+    def local(self) -> EngineDriver:
+        return self._local
 
-    def _tokens(self, text: str, logprobs: int | None) -> tuple[Token, ...]:
-        ids = self.text.encode(text)
-        if logprobs is None:
-            return tuple(map(Token, ids))
-        return tuple(Token(number, -0.5, ((number, -0.5),)[:logprobs]) for number in ids)
+    def _script(self) -> Script:
+        answers = [answer.split("|") for answer in self._case.answers]
+        prompt = Token(36), Token(37, -1.5, ((38, -0.25),))
+        return Script(answers, self._case.reason, self._case.failure, prompt=prompt)
 
 
 class Direct:
@@ -137,7 +113,7 @@ class Direct:
 async def transcript(case: Case, folder: Path, *, direct: bool = False) -> bytes:
     """Return the body of the answer, with a fixed time and fixed ids."""
     write_tokenizer(folder)
-    text = Text(Tokenizer.from_file(str(folder / "tokenizer.json")), None, VOCAB)
+    text = Text(Tokenizer.from_file(str(folder / "tokenizer.json")), ChatTemplate("??", {}), VOCAB)
     app = create_app(Scripted(case, text))
     transport = httpx.ASGITransport(Direct(app) if direct else app)
     async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:

@@ -1,0 +1,110 @@
+"""What a package outside of the tree adds: it is installed into a folder of its own, and used end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.root import ROOT
+
+PYPROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "loramux-parrot"
+version = "1.0"
+[project.entry-points."loramux.ports"]
+"family.parrot" = "parrot:FAMILY"
+"command.parrot" = "parrot:COMMAND"
+[tool.hatch.build.targets.wheel]
+only-include = ["parrot.py"]
+"""
+PARROT = '''
+"""A family whose layers have a block of its own, and a command."""
+from dataclasses import dataclass, replace
+from loramux.cli import shell
+from loramux_shared.bases.family import Architecture, Family, llama_like
+from loramux_shared.bases.layers import MlpLayer
+
+@dataclass(frozen=True)
+class ParrotLayer(MlpLayer):
+    """An MLP that doubles what it returns."""
+
+def read(config):
+    model = llama_like(config)
+    mlp = ParrotLayer(model.dims.intermediate)
+    return replace(model, layers=tuple(replace(layer, mlp=mlp) for layer in model.layers))
+
+def blocks():
+    from inference_service.models.blocks import MlpBlock
+    class ParrotBlock:
+        def __init__(self, reader, spec):
+            self._mlp = MlpBlock.of_layer(reader)
+        def __call__(self, step, x):
+            return 2 * self._mlp(step, x)
+    return {ParrotLayer: ParrotBlock}
+
+FAMILY = Family((Architecture("ParrotForCausalLM", "parrot"),), read, models="Parrots", blocks=blocks)
+
+@shell.command
+def parrot() -> None:
+    """Say what parrots say."""
+    shell.show("Pieces of eight!")
+
+COMMAND = shell.Command(parrot)
+'''
+LOGITS = """
+import sys, torch
+from pathlib import Path
+from loramux_shared.bases.read import read_config
+from inference_service.models.checkpoint import Checkpoint
+from inference_service.models.decoder import Decoder
+folder = Path(sys.argv[1])
+config = read_config(folder)
+model = Decoder(config, Checkpoint(folder, torch.float32, torch.device("cpu")))
+print(type(config.layers[0].mlp).__name__, sorted({type(layer.mlp).__name__ for layer in model._layers}))
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the package is installed."""
+    package = tmp_path_factory.mktemp("parrot")
+    (package / "pyproject.toml").write_text(PYPROJECT)
+    (package / "parrot.py").write_text(PARROT)
+    into = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", into, package], check=True, capture_output=True)
+    return into
+
+
+def run(site: Path, *words: str) -> str:
+    """Run Python with this tree and the folder; return its output."""
+    places = (str(site), str(ROOT), str(ROOT / "shared"))
+    code = f"import sys; sys.path[:0] = {places!r}; exec(sys.argv.pop(1))"
+    done = subprocess.run([sys.executable, "-c", code, *words], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_family_of_another_package_is_served(site: Path, tmp_path: Path) -> None:
+    """Its config is read, and its layers have its blocks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    named = {"architectures": ["ParrotForCausalLM"], "model_type": "parrot"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    assert run(site, LOGITS, str(tmp_path)) == "ParrotLayer ['ParrotBlock']\n"
+
+
+def test_a_command_of_another_package_is_there(site: Path) -> None:
+    """It stands among the others, and runs."""
+    main = "from loramux.cli.main import main; main()"
+    assert "parrot  " in run(site, main, "--help")
+    assert run(site, main, "parrot") == "Pieces of eight!\n"
