@@ -67,7 +67,7 @@ def deployed_to(catalog: Catalog) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RemoteTerms:
-    """What the served generation says about requests."""
+    """The terms of the served generation for requests."""
 
     served_model_name: str
     request_default_max_tokens: int | None

@@ -44,7 +44,7 @@ class Submission:
 
 
 class DeployedTerms(Protocol):
-    """What the served generation says about requests."""
+    """The terms of the served generation for requests."""
 
     @property
     def served_model_name(self) -> str:

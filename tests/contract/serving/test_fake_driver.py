@@ -46,6 +46,12 @@ def service(tmp_path: Path) -> GenerationService:
     return GenerationService(driver, text, limits, replica(SequenceCounts({}, {})))
 
 
+def submitted(service: GenerationService) -> list[Submission]:
+    """Return what the engine was given."""
+    assert isinstance(service.driver, FakeDriver)
+    return service.driver.submitted
+
+
 @pytest_asyncio.fixture
 async def http(service: GenerationService) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(service, relay=lambda *_: None)  # what reads no prompt is the engine's to answer
@@ -71,7 +77,7 @@ async def test_every_api_submits_the_prompt_and_tells_the_answer(
     assert answer.status_code == 200
     parts = ('"Ahoy"', '", mate"') if stream else ("Ahoy, mate",)
     assert all(part in answer.text for part in parts)
-    [submission] = service.driver.submitted
+    [submission] = submitted(service)
     assert submission.model.name == "pirate"
     assert list(submission.prompt) == service.text.encode("Hi", add_special_tokens=False)
 
@@ -80,7 +86,7 @@ async def test_a_vector_is_what_was_pooled(service: GenerationService, http: htt
     """A vector comes back with the length 1, and no token was asked for."""
     answer = await http.post("/v1/embeddings", json={"model": "tiny", "input": "Hi"})
     assert answer.json()["data"][0]["embedding"] == pytest.approx([0.6, 0.8])
-    [submission] = service.driver.submitted
+    [submission] = submitted(service)
     assert submission.sampling.max_tokens == 0
 
 
