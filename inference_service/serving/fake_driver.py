@@ -26,7 +26,7 @@ LOGPROB: Final = -0.5
 
 @dataclass(frozen=True)
 class Script:
-    """What the engine says to a request."""
+    """The words of the engine to a request."""
 
     answers: Sequence[Sequence[str]] = ()
     """The texts of the steps of each answer; one of a vector has none."""

@@ -1,4 +1,4 @@
-"""What a package outside of the tree adds: it is installed into a folder of its own, and used end to end."""
+"""A package outside of the tree, installed into a folder of its own, adds to ports, and is used end to end."""
 
 import json
 import subprocess
@@ -91,7 +91,7 @@ def run(site: Path, *words: str) -> str:
 
 
 def test_a_family_of_another_package_is_served(site: Path, tmp_path: Path) -> None:
-    """Its config is read, and its layers have its blocks."""
+    """The config is read as the family says, and layers have the blocks that it brings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
@@ -104,7 +104,7 @@ def test_a_family_of_another_package_is_served(site: Path, tmp_path: Path) -> No
 
 
 def test_a_command_of_another_package_is_there(site: Path) -> None:
-    """It stands among the others, and runs."""
+    """The command stands among the others, and runs."""
     main = "from loramux.cli.main import main; main()"
     assert "parrot  " in run(site, main, "--help")
     assert run(site, main, "parrot") == "Pieces of eight!\n"
