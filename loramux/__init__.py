@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from loramux import faults
     from loramux.changes import AdapterChange, ChangeKind, GenerationInfo, PushInfo, RollbackInfo
     from loramux.client import AsyncClient, Client
-    from loramux.operations import AdapterStatus, ReplicaStatus
     from loramux.records import (
         AdapterInfo,
         AdapterReport,
@@ -39,11 +38,12 @@ if TYPE_CHECKING:
     from loramux.vectors import Classification, Classifications, Embeddings
     from loramux_shared.deployment import Deployment
     from loramux_shared.deployment_file import load_deployment
+    from loramux_shared.operations import AdapterStatus, ReplicaStatus
 
 _HOMES = {
     "loramux.client": ("AsyncClient", "Client"),
     "loramux.changes": ("AdapterChange", "ChangeKind", "GenerationInfo", "PushInfo", "RollbackInfo"),
-    "loramux.operations": ("AdapterStatus", "ReplicaStatus"),
+    "loramux_shared.operations": ("AdapterStatus", "ReplicaStatus"),
     "loramux.vectors": ("Classification", "Classifications", "Embeddings"),
     "loramux_shared.deployment": ("Deployment",),
     "loramux_shared.deployment_file": ("load_deployment",),

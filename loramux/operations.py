@@ -1,10 +1,8 @@
-"""Operators' calls of a replica: records of adapters and replicas, and a client's methods."""
+"""Operators' calls of a replica: the methods of a client."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from loramux.inference.v1 import adapters_pb2 as pb
@@ -13,64 +11,13 @@ from loramux.mapping import record_of
 from loramux.requests import fitted
 from loramux.steps import Ask, Steps, Stream
 from loramux_shared.faults import FAULTS, Fault, InternalFault
+from loramux_shared.operations import AdapterStatus, ReplicaStatus
 
 # The generated stubs have no types; what they answer is typed here.
 adapter_stub: Callable[[Any], Any] = AdapterServiceStub
 BUILD_TIMEOUT_S = 3600.0
 """Deadline of calls that wait for a build."""
 _PAGE = 1000
-
-
-@dataclass(frozen=True)
-class AdapterStatus:
-    """A registered adapter of a replica."""
-
-    name: str
-    digest: str
-    """The version that the name stands for."""
-    resident_digest: str
-    """The version of the name that is in the bank; empty where there is none."""
-    generation: int
-    tier: str
-    """store, host or device."""
-    residency: str
-    """absent, loading, held, copying or resident."""
-    pinned: bool
-    in_flight: int
-    waiting: int
-    num_bytes: int
-    last_used: datetime | None
-    last_failure: Fault | None
-    """Why its last load failed."""
-    only_here: bool
-    """True if it was loaded into this replica alone."""
-    kinds: tuple[str, ...] = ()
-    """Kinds of the adapter, as in `ModelInfo`."""
-
-
-@dataclass(frozen=True)
-class ReplicaStatus:
-    """A replica."""
-
-    deployment: str
-    generation: int
-    newest_generation: int
-    state: str
-    """fixed, current, stale or blind."""
-    reason: str
-    """Why it is stale or blind."""
-    paused: bool
-    bank_bytes: int
-    bank_bytes_used: int
-    registered: int
-    resident: int
-    arriving: int
-    pinned: int
-    loads: int
-    load_failures: int
-    evictions: int
-    start_time: datetime | None
-    version: str
 
 
 def adapter_of(message: pb.AdapterState) -> AdapterStatus:

@@ -15,13 +15,10 @@ from inference_service.adapters.changing import already_loaded, digest_of, repos
 from inference_service.adapters.ports import Bundles, GenerationFollower, Publisher
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import (
-    PLACES,
+    TIERS,
     AdapterPage,
-    AdapterPlace,
-    AdapterView,
     Facts,
     Loaded,
-    ReplicaView,
 )
 from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import AdapterState
@@ -35,6 +32,7 @@ from loramux_shared.faults import (
     ReplicaBehind,
     RequestInvalid,
 )
+from loramux_shared.operations import AdapterStatus, ReplicaStatus, Tier
 
 PAGE: Final = 100
 MAX_PAGE: Final = 1000
@@ -74,11 +72,11 @@ class AdapterManager:
         self._paused = paused
         self._version = version("loramux")
 
-    def place_of(self, model: ServedModel) -> AdapterPlace:
+    def tier_of(self, model: ServedModel) -> Tier:
         """Say where a model's matrices are; costs next to nothing."""
         if model.adapter is None:
-            return AdapterPlace.DEVICE
-        return PLACES[self.residency.standing(model.adapter).state]
+            return "device"
+        return TIERS[self.residency.standing(model.adapter).state]
 
     def failure_of(self, model: ServedModel) -> Fault | None:
         """Return why a model is no longer served, or why its last load failed; None where neither is so."""
@@ -105,7 +103,7 @@ class AdapterManager:
         more = page[-1].name if len(found) > len(page) else ""
         return AdapterPage(tuple(map(self._view, page)), more)
 
-    def get(self, name: str) -> AdapterView:
+    def get(self, name: str) -> AdapterStatus:
         """Return one adapter.
 
         Raises:
@@ -114,7 +112,7 @@ class AdapterManager:
         """
         return self._view(self._adapter(name))
 
-    def pin(self, name: str) -> AdapterView:
+    def pin(self, name: str) -> AdapterStatus:
         """Keep a name resident, whatever version it stands for; its load begins now if it is not there.
 
         Raises:
@@ -129,7 +127,7 @@ class AdapterManager:
         self._adapters.pin(name, model.adapter)
         return self._view(model)
 
-    def unpin(self, name: str) -> AdapterView:
+    def unpin(self, name: str) -> AdapterStatus:
         """Let a name leave when others need its place; repeating it changes nothing.
 
         Raises:
@@ -195,13 +193,13 @@ class AdapterManager:
         await self._follower.catch_up(generation)
         return generation
 
-    def replica(self) -> ReplicaView:
+    def replica(self) -> ReplicaStatus:
         """Return the state of the replica; costs at most a look at the adapters in the bank or on their way."""
         standing, stats = self._follower.standing, self.residency.stats
         states = [each.state for each in self.residency.standings()]
         resident = states.count(AdapterState.RESIDENT)
         served_base = any(model.name == self._catalog.base_name for model in self._catalog.everything[:1])
-        return ReplicaView(
+        return ReplicaStatus(
             deployment=self.facts.deployment,
             generation=standing.generation,
             newest_generation=standing.newest,
@@ -215,20 +213,20 @@ class AdapterManager:
             arriving=len(states) - resident - states.count(AdapterState.ABSENT),
             pinned=self._adapters.num_pinned,
             loads=stats.loads,
-            failures=stats.failures,
+            load_failures=stats.failures,
             evictions=stats.evictions,
-            started=self.facts.started,
+            start_time=self.facts.started,
             version=self._version,
         )
 
-    async def watch(self) -> AsyncGenerator[ReplicaView]:
-        """Yield how the replica is: at once, and again whenever `ReplicaView.standing` changes."""
+    async def watch(self) -> AsyncGenerator[ReplicaStatus]:
+        """Yield how the replica is: at once, and again when what `_watched` returns changes."""
         sent: tuple[object, ...] | None = None
         while True:
-            view = self.replica()
-            if view.standing != sent:
-                sent = view.standing
-                yield view
+            status = self.replica()
+            if (watched := _watched(status)) != sent:
+                sent = watched
+                yield status
             await asyncio.sleep(WATCH_S)
 
     def _builder(self) -> Publisher:
@@ -272,28 +270,33 @@ class AdapterManager:
             raise RequestInvalid(f"{name!r} is the base; expected the name of an adapter.")
         return self._catalog.get(name)
 
-    def _view(self, model: ServedModel) -> AdapterView:
+    def _view(self, model: ServedModel) -> AdapterStatus:
         own = self._adapters.is_own(model.name)
         if model.adapter is None:
-            return AdapterView(
+            return AdapterStatus(
                 model.name,
                 model.digest,
                 model.digest,
                 self._catalog.generation,
-                AdapterPlace.DEVICE,
-                AdapterState.RESIDENT,
+                "device",
+                "resident",
                 pinned=True,
+                in_flight=0,
+                waiting=0,
+                num_bytes=0,
+                last_used=None,
+                last_failure=None,
                 only_here=own,
                 kinds=model.kinds,
             )
         standing = self.residency.standing(model.adapter)
-        return AdapterView(
+        return AdapterStatus(
             model.name,
             model.digest,
             self._resident_digest(model.name, model.adapter),
             self._catalog.generation,
-            PLACES[standing.state],
-            standing.state,
+            TIERS[standing.state],
+            standing.state.value,
             pinned=self._adapters.is_pinned(model.name),
             only_here=own,
             kinds=model.kinds,
@@ -301,7 +304,7 @@ class AdapterManager:
             waiting=standing.waiting,
             num_bytes=standing.num_bytes,
             last_used=_wall_time(standing.last_used_s),
-            failure=standing.failure,
+            last_failure=standing.failure,
         )
 
     def _resident_digest(self, name: str, adapter: Adapter) -> str:
@@ -314,3 +317,9 @@ def _wall_time(monotonic_s: float | None) -> datetime | None:
     if monotonic_s is None:
         return None
     return datetime.now(UTC) - timedelta(seconds=time.monotonic() - monotonic_s)
+
+
+def _watched(status: ReplicaStatus) -> tuple[object, ...]:
+    """Return the values whose change a watcher is notified of; uses of adapters change much more often."""
+    counts = (status.registered, status.pinned, status.loads, status.load_failures, status.evictions)
+    return (status.generation, status.newest_generation, status.state, status.reason, status.paused, *counts)

@@ -7,9 +7,9 @@ from typing import Final
 import grpc
 
 from inference_service.adapters.manager import AdapterManager
-from inference_service.adapters.views import AdapterView, ReplicaView
 from loramux.inference.v1 import adapters_pb2 as pb, adapters_pb2_grpc
 from loramux.messages import message_of
+from loramux_shared.operations import AdapterStatus, ReplicaStatus
 from loramux_shared.rpc.status import Context
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdapterService"].full_name
@@ -72,18 +72,18 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
                 yield pb.WatchReplicaResponse(replica=replica_message(view))
 
 
-def adapter_message(view: AdapterView) -> pb.AdapterState:
+def adapter_message(view: AdapterStatus) -> pb.AdapterState:
     """Return an adapter as a message."""
     return message_of(
         pb.AdapterState,
         view,
-        tier=f"TIER_{view.place.name}",
-        residency=f"RESIDENCY_{view.state.name}",
+        tier=f"TIER_{view.tier.upper()}",
+        residency=f"RESIDENCY_{view.residency.upper()}",
         bytes=view.num_bytes,
-        last_failure=message_of(pb.LoadFailure, view.failure) if view.failure else None,
+        last_failure=message_of(pb.LoadFailure, view.last_failure) if view.last_failure else None,
     )
 
 
-def replica_message(view: ReplicaView) -> pb.ReplicaState:
+def replica_message(view: ReplicaStatus) -> pb.ReplicaState:
     """Return a replica as a message."""
-    return message_of(pb.ReplicaState, view, load_failures=view.failures, start_time=view.started)
+    return message_of(pb.ReplicaState, view)

@@ -7,7 +7,7 @@ import typer
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.client import INFERENCE, Client
-from loramux.operations import AdapterStatus
+from loramux_shared.operations import AdapterStatus
 
 AdapterName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter.", show_default=False)]
 

@@ -13,8 +13,8 @@ from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit
 from loramux.client import INFERENCE, AsyncClient
 from loramux.connection import Address, resolve
-from loramux.operations import ReplicaStatus
 from loramux_shared.faults import Fault, PermissionDenied, SettingsInvalid, Status, Unauthenticated
+from loramux_shared.operations import ReplicaStatus
 
 RETRY_S: Final = 1.0
 """Before a replica that does not answer is asked again: it may be on its way."""

@@ -16,9 +16,9 @@ from loramux.cli.exits import Exit
 from loramux.cli.tables import kind
 from loramux.client import INFERENCE, Client
 from loramux.connection import Credentials
-from loramux.operations import AdapterStatus
 from loramux_shared.bundle.names import BASE, names_of
 from loramux_shared.faults import Fault, ModelNotFound, PermissionDenied, ServerUnavailable, Unauthenticated
+from loramux_shared.operations import AdapterStatus
 from loramux_shared.rpc.status import CallFailed, fault_of
 from loramux_shared.wording import listed
 

@@ -8,12 +8,12 @@ from starlette.responses import PlainTextResponse, Response
 from typing_extensions import TypedDict
 
 from inference_service.adapters.manager import MAX_PAGE, MAX_TOKEN, PAGE, AdapterManager
-from inference_service.adapters.views import AdapterView, ReplicaView
 from inference_service.http.wire.body import Body, Examples, Query, read_body, read_query
 from inference_service.http.wire.errors import Error, error_body, headers_of, status_of
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import AdapterExists, Fault, PermissionDenied
+from loramux_shared.operations import AdapterStatus, ReplicaStatus
 from loramux_shared.rpc.stopping import shielded
 
 VLLM_TYPES: Final = {400: "BadRequestError", 404: "NotFoundError"}
@@ -224,24 +224,24 @@ def failure_of(fault: Fault | None) -> Failure | None:
     return None if fault is None else {"reason": fault.reason, "message": fault.message}
 
 
-def _adapter(view: AdapterView) -> Adapter:
+def _adapter(view: AdapterStatus) -> Adapter:
     return {
         "id": view.name,
         "object": "adapter",
         "digest": view.digest,
         "resident_digest": view.resident_digest or None,
         "generation": view.generation,
-        "tier": view.place.value,
-        "residency": view.state.value,
+        "tier": view.tier,
+        "residency": view.residency,
         "pinned": view.pinned,
         "in_flight": view.in_flight,
         "waiting": view.waiting,
         "bytes": view.num_bytes,
         "last_used": int(view.last_used.timestamp()) if view.last_used else None,
-        "last_failure": failure_of(view.failure),
+        "last_failure": failure_of(view.last_failure),
         "only_here": view.only_here,
     }
 
 
-def _replica(view: ReplicaView) -> Replica:
+def _replica(view: ReplicaStatus) -> Replica:
     return cast(Replica, {name: getattr(view, name) for name in Replica.__annotations__})

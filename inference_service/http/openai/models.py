@@ -97,7 +97,7 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "max_model_len": service.limits.max_seq_len,
         "generation": catalog.generation,
         "digest": model.digest or None,
-        "tier": adapters.place_of(model).value,
+        "tier": adapters.tier_of(model),
         "ranks": list(model.ranks),
         "modules": list(model.modules),
         "kinds": list(model.kinds),

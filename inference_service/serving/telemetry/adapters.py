@@ -15,19 +15,20 @@ from prometheus_client.registry import Collector
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
-from inference_service.adapters.views import PLACES, AdapterPlace, ReplicaView
+from inference_service.adapters.views import TIERS
 from inference_service.engine.residents import LOAD_BUCKETS_S, AdapterState
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.telemetry.model_series import MOST, Lines, bounds_of, families, head, sample
 from inference_service.serving.telemetry.replica import MODEL_LABEL, of_model
 from loramux_shared.deployment import ModelLimits
+from loramux_shared.operations import ReplicaStatus, Tier
 
 if TYPE_CHECKING:  # which would import torch
     from inference_service.engine.engine import SequenceCounts
 
 MOST_NAMED: Final = 2000
 """Names in one label."""
-LEVELS: Final = {AdapterPlace.DEVICE: "gpu", AdapterPlace.HOST: "cpu"}
+LEVELS: Final = {"device": "gpu", "host": "cpu"}
 """vLLM's words; on a machine without a GPU the bank is the host's, and what is in it is ready all the same."""
 INFO: Final = "vllm:lora_requests_info"
 HEADS: Final = tuple(
@@ -49,7 +50,7 @@ INFO_HEAD: Final = head(
 
 class _Listed(NamedTuple):
     model: ServedModel
-    place: AdapterPlace
+    place: Tier
     used_s: float
 
 
@@ -134,7 +135,7 @@ class AdapterSeries(Collector):
         yield state
         yield _load_seconds(stats.load_counts, stats.load_seconds)
 
-    def _room(self, view: ReplicaView) -> int:
+    def _room(self, view: ReplicaStatus) -> int:
         """Return how many as large as those in it the bank holds; of an empty one, as many as a step takes."""
         if not view.bank_bytes_used:
             return self._engine.stats.max_adapters
@@ -152,11 +153,11 @@ class AdapterSeries(Collector):
         found = []
         for model in self._catalog.everything:
             if model.adapter is None:
-                found.append(_Listed(model, AdapterPlace.DEVICE, math.inf))
+                found.append(_Listed(model, "device", math.inf))
             elif (standing := standings.get(model.adapter)) is not None:
                 at_work = standing.in_flight or standing.waiting
                 if standing.state is not AdapterState.ABSENT or at_work:
-                    found.append(_Listed(model, PLACES[standing.state], standing.last_used_s or 0.0))
+                    found.append(_Listed(model, TIERS[standing.state], standing.last_used_s or 0.0))
         return sorted(found, key=lambda each: -each.used_s)
 
     def _lines(self, listed: list[_Listed], sequences: SequenceCounts) -> list[Lines]:
@@ -181,7 +182,7 @@ class AdapterSeries(Collector):
     def _info(self, listed: list[_Listed], sequences: SequenceCounts) -> bytes:
         """Return the adapters that are ready, and those that are waited for; of the base there is nothing."""
         places = {each.model.name: each.place for each in listed if each.model.name != self._catalog.base_name}
-        ready = sorted(name for name, place in places.items() if place is AdapterPlace.DEVICE)
+        ready = sorted(name for name, place in places.items() if place == "device")
         waiting = sorted(places.keys() & sequences.waiting.keys())
         labels = {
             "max_lora": str(self._engine.stats.max_adapters),

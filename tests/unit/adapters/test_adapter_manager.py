@@ -10,7 +10,6 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.changing import digest_of as digest_in, repository_of
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.served_model import ServedModel
-from inference_service.adapters.views import AdapterPlace
 from inference_service.rpc.builder import BuilderPublisher
 from loramux_shared import faults
 from loramux_shared.access.keys import ACCESS, Access, Scope
@@ -176,7 +175,7 @@ async def test_a_fixed_replica_serves_what_it_has() -> None:
     """All is resident, pins change nothing, and nothing can be loaded or waited for."""
     models = [ServedModel("base"), ServedModel("merged", digest=digest_of(9))]
     manager = fixed_manager(Catalog(4, "base", models))
-    assert manager.get("merged").place is AdapterPlace.DEVICE
+    assert manager.get("merged").tier == "device"
     with pytest.raises(faults.RequestInvalid, match="merged"):
         manager.pin("merged")
     with pytest.raises(faults.NoBuilder):
