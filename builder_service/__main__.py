@@ -69,7 +69,7 @@ async def serve(settings: BuilderSettings) -> None:
     metrics = "off"
     if settings.metrics:
         meter = BuildMeter(builds.count_running)
-        builds.on_end = meter.ended
+        builds.watchers.append(meter.ended)
         hosts = Guard(hosts=settings.http_hosts).hosts_at(settings.metrics)  # they require no key
         metrics = meter.listen(settings.metrics, insecure=settings.insecure, hosts=hosts)
     log.info("reading the journal", store=store, builder=identity.name)

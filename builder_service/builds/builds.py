@@ -81,7 +81,7 @@ class Builds(BuildViews):
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
         self.pushes = Pushes(context, self.published)
-        self.on_end: Callable[[RunningBuild], None] = lambda _: None
+        self.watchers: list[Callable[[RunningBuild], None]] = []
         """Called with each build that ended."""
 
     async def recover(self) -> int:
@@ -425,7 +425,8 @@ class Builds(BuildViews):
             log.error("build failed: unexpected error", deployment=running.name, exc_info=problem)
             fault = InternalFault(UNEXPECTED)
             running.refuse(fault) if not running.accepted.is_set() else running.fail(fault)
-        self.on_end(running)
+        for watcher in self.watchers:
+            watcher(running)
         self._following.forget(running.name)
 
 

@@ -107,7 +107,7 @@ class History:
             context = BuildContext(store, self.base.sources, self.folder, owner=owner, bases=self.base.bases)
             builds = Builds(context, LIMITS)
             self.places.add(place_of(context))
-            builds.on_end = partial(self.note, host)
+            builds.watchers.append(partial(self.note, host))
             try:
                 await builds.recover()
             except Fault:

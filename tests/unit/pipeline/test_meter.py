@@ -26,7 +26,7 @@ async def test_builds_are_counted_by_outcome(tmp_path: Path) -> None:
     world.store.gate.clear()
     builds = world.builder()
     meter = BuildMeter(builds.count_running)
-    builds.on_end = meter.ended
+    builds.watchers.append(meter.ended)
     address = meter.listen("127.0.0.1:0", insecure=False)
     await builds.build(world.deployment("one"))
     busy = await scrape(address)
