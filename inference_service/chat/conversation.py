@@ -125,7 +125,7 @@ class Demand:
         before = f"{thought} {self._final}".strip()
         return replace(constraint, around=f"start: {before} @answer\n{rules}") if before else constraint
 
-    def _grammar(self, form: ToolParser, tools: Sequence[OfferedTool], *, several: bool) -> CallGrammar | None:
+    def _grammar(self, form: str, tools: Sequence[OfferedTool], *, several: bool) -> CallGrammar | None:
         """Return the grammar of calls in a format, None where none is known; raise CannotSayError for schemas
         without one.
         """
@@ -133,7 +133,7 @@ class Demand:
         return known.grammar(tools, self._spelling, several) if known else None
 
     @property
-    def _form(self) -> ToolParser:
+    def _form(self) -> str:
         return ToolParser.HERMES if self.dialect.tool is ToolParser.AUTO else self.dialect.tool
 
     @property

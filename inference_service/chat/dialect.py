@@ -15,6 +15,7 @@ from inference_service.chat.formats.reading import (
     AnswerSource,
     ParsedAnswer,
     Reader,
+    TemplateMarks,
     ThinkingMarks,
     ToolFormat,
     answer,
@@ -26,49 +27,18 @@ from inference_service.serving.request import Message
 from inference_service.serving.service import GenerationService
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
+from loramux_shared.ports import registered
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 
-
-@dataclass(frozen=True)
-class TemplateMarks:
-    """Texts by which a chat template shows what its models write."""
-
-    words: tuple[str, ...]
-    """All of them stand in it."""
-    without: str = ""
-    """Text that the template must not have."""
-
-    def by(self, template: str) -> bool:
-        """True where the text of a template shows it."""
-        return all(word in template for word in self.words) and not (self.without and self.without in template)
-
-
-FORMATS: Final[Mapping[ToolParser, ToolFormat]] = {
+FORMATS: Final[Mapping[str, ToolFormat]] = {
     each.parser: each
     for each in (
-        *(HARMONY, MISTRAL, PHI4, QWEN3_CODER, GRANITE, HERMES, LLAMA3_JSON),
-        *(GEMMA4, FUNCTIONGEMMA, OLMO3, TOOL_CODE, PYTHONIC),
+        *(HARMONY, GEMMA4, FUNCTIONGEMMA, MISTRAL, OLMO3, PHI4, QWEN3_CODER, GRANITE, HERMES, TOOL_CODE),
+        *(PYTHONIC, LLAMA3_JSON),
+        *registered("tool_format", ToolFormat).values(),
     )
 }
-"""Formats by their names."""
-CALLS_SHOWN: Final = (
-    (ToolParser.HARMONY, TemplateMarks(("<|channel|>", "<|message|>"))),
-    (ToolParser.GEMMA4, TemplateMarks(("<|tool_call>",))),
-    (ToolParser.FUNCTIONGEMMA, TemplateMarks(("<start_function_call>",))),
-    (ToolParser.MISTRAL, TemplateMarks(("[TOOL_CALLS]",))),
-    (ToolParser.OLMO3, TemplateMarks(("<function_calls>",))),
-    (ToolParser.PHI4, TemplateMarks(("<|tool|>",))),
-    (ToolParser.PHI4, TemplateMarks(("functools[",))),
-    (ToolParser.QWEN3_CODER, TemplateMarks(("<function=", "<tool_call>"))),
-    (ToolParser.GRANITE, TemplateMarks(("<|start_of_role|>", "<|tool_call|>"))),
-    (ToolParser.GRANITE, TemplateMarks(("<|start_of_role|>", "available_tools"), without="<tool_call>")),
-    (ToolParser.HERMES, TemplateMarks(("<tool_call>",))),
-    (ToolParser.TOOL_CODE, TemplateMarks(("```tool_code",))),
-    (ToolParser.PYTHONIC, TemplateMarks(("func_name1(",))),
-    (ToolParser.LLAMA3_JSON, TemplateMarks(("<|start_header_id|>", '"parameters"'))),
-    (ToolParser.LLAMA3_JSON, TemplateMarks(("<|python_tag|>",))),
-)
-"""Formats of calls by the marks in a template; the first one counts."""
+"""Formats by their names; of those that a template shows the first one counts."""
 THINK: Final = ThinkingMarks("<think>", "</think>")
 REASONING: Final[Mapping[ReasoningParser, tuple[ThinkingMarks, ...]]] = {
     ReasoningParser.THINK: (THINK,),
@@ -100,7 +70,7 @@ GRANITE_FRAME: Final = ("<response>", "</response>")
 class Dialect:
     """The dialect of one model."""
 
-    tool: ToolParser
+    tool: str
     reasoning: ReasoningParser
 
     @property
@@ -194,9 +164,11 @@ def dialect_of_model(service: GenerationService, model: ServedModel) -> Dialect 
 @lru_cache(maxsize=128)
 def parsers_of(template: str, explicit: Parsers = Parsers()) -> Parsers:  # noqa: B008 - frozen
     """Return what is said, and where that is auto what a template's text shows; auto where it shows nothing."""
-    tool, reasoning = explicit.tool, explicit.reasoning
+    tool: str = explicit.tool
+    reasoning = explicit.reasoning
     if tool is ToolParser.AUTO:
-        tool = next((name for name, one in CALLS_SHOWN if one.by(template)), tool)
+        shown = (name for name, each in FORMATS.items() if any(marks.by(template) for marks in each.shown_by))
+        tool = next(shown, tool)
     if reasoning is ReasoningParser.AUTO:
         reasoning = next((name for name, one in REASONING_SHOWN if one.by(template)), reasoning)
     return Parsers(tool, reasoning)

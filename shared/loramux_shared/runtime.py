@@ -76,7 +76,8 @@ class ReasoningParser(StrEnum):
 class Parsers:
     """The parsers that a deployment, or a replica, sets for all its models."""
 
-    tool: ToolParser = ToolParser.AUTO
+    tool: str = ToolParser.AUTO
+    """A `ToolParser`, or the name of a format that a package registers."""
     reasoning: ReasoningParser = ReasoningParser.AUTO
 
 

@@ -19,8 +19,9 @@ version = "1.0"
 [project.entry-points."loramux.ports"]
 "family.parrot" = "parrot:FAMILY"
 "command.parrot" = "parrot:COMMAND"
+"tool_format.parrot" = "parrot_calls:FORMAT"
 [tool.hatch.build.targets.wheel]
-only-include = ["parrot.py"]
+only-include = ["parrot.py", "parrot_calls.py"]
 """
 PARROT = '''
 """A family whose layers have a block of its own, and a command."""
@@ -56,6 +57,25 @@ def parrot() -> None:
 
 COMMAND = shell.Command(parrot)
 '''
+CALLS = '''
+"""Calls between squawks."""
+from dataclasses import replace
+from inference_service.chat.formats.reading import TemplateMarks
+from inference_service.chat.formats.tagged import HERMES
+
+def blocks(calls):
+    return {"<squawk>": HERMES.blocks(calls)["<tool_call>"]}
+
+FORMAT = replace(HERMES, parser="parrot", shown_by=(TemplateMarks(("<squawk>",)),), blocks=blocks)
+'''
+READ = """
+from inference_service.chat.dialect import Dialect, parsers_of
+from inference_service.chat.request import AnswerCalls
+parsers = parsers_of("{{ messages[0].content }}<squawk>")
+reading = Dialect(parsers.tool, parsers.reasoning).reading(AnswerCalls({"find": {}}), None)
+text = '<squawk>{"name": "find", "arguments": {}}</tool_call>'
+print(parsers.tool, [type(part).__name__ for part in (*reading.push(text), *reading.finish())])
+"""
 LOGITS = """
 import sys, torch
 from pathlib import Path
@@ -75,6 +95,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = tmp_path_factory.mktemp("parrot")
     (package / "pyproject.toml").write_text(PYPROJECT)
     (package / "parrot.py").write_text(PARROT)
+    (package / "parrot_calls.py").write_text(CALLS)
     into = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", into, package], check=True, capture_output=True)
@@ -101,6 +122,11 @@ def test_a_family_of_another_package_is_served(site: Path, tmp_path: Path) -> No
     named = {"architectures": ["ParrotForCausalLM"], "model_type": "parrot"}
     file.write_text(json.dumps(json.loads(file.read_text()) | named))
     assert run(site, LOGITS, str(tmp_path)) == "ParrotLayer ['ParrotBlock']\n"
+
+
+def test_calls_in_the_form_of_another_package_are_read(site: Path) -> None:
+    """A template shows the form by a mark, and what it writes are calls."""
+    assert run(site, READ).startswith("parrot ['CallBegun'")
 
 
 def test_a_command_of_another_package_is_there(site: Path) -> None:

@@ -24,7 +24,7 @@ from inference_service.chat.formats.lark import (
     quoted,
     row,
 )
-from inference_service.chat.formats.reading import AnswerSource, Block, Reader, ToolFormat, marks
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat, marks
 from inference_service.chat.formats.values import (
     MAX_DEPTH,
     PARSING,
@@ -271,11 +271,13 @@ class _Rules:
 
 
 def _format(
-    parser: ToolParser, own: GemmaMarks, blocks: Callable[[AnswerCalls], Mapping[str, Block]]
+    parser: ToolParser, shown: str, own: GemmaMarks, blocks: Callable[[AnswerCalls], Mapping[str, Block]]
 ) -> ToolFormat:
     tokens = (own.begin, own.end, own.quote)
-    return ToolFormat(parser, blocks, _gemma(own), tokens=tokens, end=own.end)
+    return ToolFormat(parser, (TemplateMarks((shown,)),), blocks, _gemma(own), tokens=tokens, end=own.end)
 
 
-GEMMA4: Final = _format(ToolParser.GEMMA4, MARKS, gemma_blocks)
-FUNCTIONGEMMA: Final = _format(ToolParser.FUNCTIONGEMMA, FUNCTION_MARKS, function_blocks)
+GEMMA4: Final = _format(ToolParser.GEMMA4, "<|tool_call>", MARKS, gemma_blocks)
+FUNCTIONGEMMA: Final = _format(
+    ToolParser.FUNCTIONGEMMA, "<start_function_call>", FUNCTION_MARKS, function_blocks
+)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling, either, json_of
-from inference_service.chat.formats.reading import AnswerSource, Reader, ToolFormat, marks
+from inference_service.chat.formats.reading import AnswerSource, Reader, TemplateMarks, ToolFormat, marks
 from inference_service.chat.request import AnswerCalls, Piece, TextPiece, Thought
 from inference_service.serving.request import Message
 from loramux_shared.runtime import ToolParser
@@ -155,6 +155,7 @@ def _of_call(message: Message, call: Mapping[str, Any], *, first: bool) -> Messa
 
 HARMONY: Final = ToolFormat(
     ToolParser.HARMONY,
+    (TemplateMarks(("<|channel|>", "<|message|>")),),
     lambda _: {},  # all of an answer is messages
     _harmony,
     tokens=MARKS,

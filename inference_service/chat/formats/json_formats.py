@@ -34,7 +34,7 @@ from inference_service.chat.formats.lark import (
     json_of,
     list_schema,
 )
-from inference_service.chat.formats.reading import AnswerSource, Block, Reader, ToolFormat
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat
 from inference_service.chat.request import AnswerCalls
 from inference_service.serving.request import Message
 from loramux_shared.runtime import ToolParser
@@ -67,9 +67,22 @@ def _phi(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> Cal
 
 
 GRANITE: Final = ToolFormat(
-    ToolParser.GRANITE, granite_blocks, _granite, tokens=(MARK, tagged.BEGIN, tagged.END)
+    ToolParser.GRANITE,
+    (
+        TemplateMarks(("<|start_of_role|>", "<|tool_call|>")),
+        TemplateMarks(("<|start_of_role|>", "available_tools"), without="<tool_call>"),
+    ),
+    granite_blocks,
+    _granite,
+    tokens=(MARK, tagged.BEGIN, tagged.END),
 )
-PHI4: Final = ToolFormat(ToolParser.PHI4, phi_blocks, _phi, tokens=(MARK, PHI_END))
+PHI4: Final = ToolFormat(
+    ToolParser.PHI4,
+    (TemplateMarks(("<|tool|>",)), TemplateMarks(("functools[",))),
+    phi_blocks,
+    _phi,
+    tokens=(MARK, PHI_END),
+)
 
 
 PYTHON_TAG: Final = "<|python_tag|>"
@@ -100,7 +113,12 @@ def _llama(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> C
 
 
 LLAMA3_JSON: Final = ToolFormat(
-    ToolParser.LLAMA3_JSON, llama_blocks, _llama, leading=llama_leading, tokens=(PYTHON_TAG,)
+    ToolParser.LLAMA3_JSON,
+    (TemplateMarks(("<|start_header_id|>", '"parameters"')), TemplateMarks(("<|python_tag|>",))),
+    llama_blocks,
+    _llama,
+    leading=llama_leading,
+    tokens=(PYTHON_TAG,),
 )
 
 
@@ -174,6 +192,7 @@ def _short(own: str) -> str:
 
 MISTRAL: Final = ToolFormat(
     ToolParser.MISTRAL,
+    (TemplateMarks(("[TOOL_CALLS]",)),),
     mistral_blocks,
     _mistral,
     tokens=(TOOL_CALLS, ID, ARGS),

@@ -35,7 +35,7 @@ from inference_service.chat.formats.lark import (
     quoted,
     row,
 )
-from inference_service.chat.formats.reading import AnswerSource, Block, Reader, ToolFormat
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat
 from inference_service.chat.formats.values import (
     MAX_DEPTH,
     MAX_LITERAL,
@@ -208,10 +208,13 @@ def _python(tools: Sequence[OfferedTool]) -> str:
 
 PYTHONIC: Final = ToolFormat(
     ToolParser.PYTHONIC,
+    (TemplateMarks(("func_name1(",)),),
     pythonic_blocks,
     _pythonic,
     leading=pythonic_leading,
     tokens=(PYTHON_TAG,),
 )
-OLMO3: Final = ToolFormat(ToolParser.OLMO3, olmo_blocks, _olmo, tokens=(OLMO, OLMO_END))
-TOOL_CODE: Final = ToolFormat(ToolParser.TOOL_CODE, fenced_blocks, _fenced)
+OLMO3: Final = ToolFormat(
+    ToolParser.OLMO3, (TemplateMarks(("<function_calls>",)),), olmo_blocks, _olmo, tokens=(OLMO, OLMO_END)
+)
+TOOL_CODE: Final = ToolFormat(ToolParser.TOOL_CODE, (TemplateMarks(("```tool_code",)),), fenced_blocks, _fenced)

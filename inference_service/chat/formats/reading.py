@@ -15,7 +15,6 @@ from typing import Final, TypeVar
 from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling
 from inference_service.chat.request import AnswerCalls, Piece, Plain, TextPiece, Thought, call_id
 from inference_service.serving.request import Message
-from loramux_shared.runtime import ToolParser
 
 T = TypeVar("T")
 Reader = Generator[Piece | None, None, T]
@@ -275,11 +274,27 @@ def _leading(source: AnswerSource, block: Block) -> Reader[None]:
 
 
 @dataclass(frozen=True)
+class TemplateMarks:
+    """Texts by which a chat template shows what its models write."""
+
+    words: tuple[str, ...]
+    """All of them stand in it."""
+    without: str = ""
+    """Text that the template must not have."""
+
+    def by(self, template: str) -> bool:
+        """True where the text of a template shows it."""
+        return all(word in template for word in self.words) and not (self.without and self.without in template)
+
+
+@dataclass(frozen=True)
 class ToolFormat:
     """The form in which some models write calls."""
 
-    parser: ToolParser
+    parser: str
     """Its name."""
+    shown_by: tuple[TemplateMarks, ...]
+    """Marks of it in a template; any of them."""
     blocks: Callable[[AnswerCalls], Mapping[str, Block]]
     """Returns the readers of what begins with a mark, by that."""
     grammar: Callable[[Sequence[OfferedTool], Spelling, bool], CallGrammar]

@@ -35,7 +35,7 @@ from inference_service.chat.formats.lark import (
     quoted,
     row,
 )
-from inference_service.chat.formats.reading import AnswerSource, Block, Reader, ToolFormat, marks
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat, marks
 from inference_service.chat.formats.values import arguments, is_open, is_text, texts, typed, written
 from inference_service.chat.request import AnswerCalls
 from loramux_shared.runtime import ToolParser
@@ -151,5 +151,14 @@ def _xml(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> Cal
     return CallGrammar(BEGIN, "".join(rules), MOST_CALLS if several else 1, "\n")
 
 
-HERMES: Final = ToolFormat(ToolParser.HERMES, tagged_blocks, _hermes, tokens=(BEGIN, END), end=END)
-QWEN3_CODER: Final = ToolFormat(ToolParser.QWEN3_CODER, tagged_blocks, _xml, tokens=(BEGIN, END), end=END)
+HERMES: Final = ToolFormat(
+    ToolParser.HERMES, (TemplateMarks(("<tool_call>",)),), tagged_blocks, _hermes, tokens=(BEGIN, END), end=END
+)
+QWEN3_CODER: Final = ToolFormat(
+    ToolParser.QWEN3_CODER,
+    (TemplateMarks(("<function=", "<tool_call>")),),
+    tagged_blocks,
+    _xml,
+    tokens=(BEGIN, END),
+    end=END,
+)
