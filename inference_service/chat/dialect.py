@@ -167,8 +167,8 @@ def parsers_of(template: str, explicit: Parsers = Parsers()) -> Parsers:  # noqa
     tool: str = explicit.tool
     reasoning = explicit.reasoning
     if tool is ToolParser.AUTO:
-        shown = (name for name, each in FORMATS.items() if any(marks.by(template) for marks in each.shown_by))
-        tool = next(shown, tool)
+        named = (name for name, each in FORMATS.items() if any(marks.by(template) for marks in each.shown_by))
+        tool = next(named, tool)
     if reasoning is ReasoningParser.AUTO:
         reasoning = next((name for name, one in REASONING_SHOWN if one.by(template)), reasoning)
     return Parsers(tool, reasoning)

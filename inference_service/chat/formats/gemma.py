@@ -271,10 +271,10 @@ class _Rules:
 
 
 def _format(
-    parser: ToolParser, shown: str, own: GemmaMarks, blocks: Callable[[AnswerCalls], Mapping[str, Block]]
+    parser: ToolParser, mark: str, own: GemmaMarks, blocks: Callable[[AnswerCalls], Mapping[str, Block]]
 ) -> ToolFormat:
     tokens = (own.begin, own.end, own.quote)
-    return ToolFormat(parser, (TemplateMarks((shown,)),), blocks, _gemma(own), tokens=tokens, end=own.end)
+    return ToolFormat(parser, (TemplateMarks((mark,)),), blocks, _gemma(own), tokens=tokens, end=own.end)
 
 
 GEMMA4: Final = _format(ToolParser.GEMMA4, "<|tool_call>", MARKS, gemma_blocks)
