@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from builder_service.domain import tokens
-from builder_service.domain.rules.adapter import ComparedTokens
+from builder_service.domain.rules.checked import ComparedTokens
 from builder_service.domain.sandbox import Bounds, TooCostly, ask
 from loramux_shared.adapter_files import TOKEN_FILES
 from loramux_shared.bundle.added_tokens import AddedToken

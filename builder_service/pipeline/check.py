@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from builder_service.domain.origin import origin_warnings
-from builder_service.domain.rules.adapter import CheckedAdapter
+from builder_service.domain.rules.checked import CheckedAdapter
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.convert import bundle_bytes
 from builder_service.pipeline.fetch import fetch_adapters

@@ -12,7 +12,7 @@ import numpy as np
 
 from builder_service.domain.own_rows import PlannedRows
 from builder_service.domain.planned import PlannedRow
-from builder_service.domain.rules.adapter import CheckedAdapter
+from builder_service.domain.rules.checked import CheckedAdapter
 from builder_service.domain.score_heads import PlannedScore
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter

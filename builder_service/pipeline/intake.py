@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, most_tensors
+from builder_service.domain.rules.adapter import most_tensors
+from builder_service.domain.rules.checked import CheckedAdapter, Rulebook
 from builder_service.domain.safetensors_header import HeaderInvalid, read_header
 from builder_service.pipeline.context import BuildContext, Space
 from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gathered

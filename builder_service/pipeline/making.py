@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 
 from builder_service.domain.origin import origin_warnings
-from builder_service.domain.rules.adapter import Rulebook
+from builder_service.domain.rules.checked import Rulebook
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BASE_FILES, BuildContext, Space
 from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_adapter

@@ -19,7 +19,8 @@ import numpy as np
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.peft_names import ALL_LINEAR
-from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, check_tensors
+from builder_service.domain.rules.checked import CheckedAdapter, Rulebook
+from builder_service.domain.rules.tensor_passes import TensorCheck, check_tensors
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from loramux_shared.adapter_files import KEYS_FILE
 from loramux_shared.bases.config import ModelConfig
@@ -128,12 +129,12 @@ class _Table:
         return self.offset + (row * self.width + element) * self.itemsize
 
 
-def check(folder: Path, book: Rulebook, progress: Callable[[int], None]) -> CheckedAdapter:
-    """Check the files of a folder as tensors of an adapter; what `builder_service.pipeline.validate` calls."""
-    npy = read_npy_adapter(folder, book.limits.base)
+def check(folder: Path, rules: Rulebook, advance: Callable[[int], None]) -> CheckedAdapter:
+    """Check the files of a folder as tensors of an adapter; advance counts bytes that were read."""
+    npy = read_npy_adapter(folder, rules.limits.base)
     if npy.file is None:
         return CheckedAdapter(npy.findings)
-    checked = check_tensors(npy.file, FOLDED, book, list(npy.findings), progress)
+    checked = check_tensors(TensorCheck(npy.file, FOLDED, rules, advance, list(npy.findings)))
     return replace(checked, coverage=Coverage())  # the tensors' names are ours, not the adapter's
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from builder_service.domain.low_rank import LowRank, best_approximation
 from builder_service.domain.planned import PlannedRow
-from builder_service.domain.rules.adapter import CheckedAdapter
+from builder_service.domain.rules.checked import CheckedAdapter
 from builder_service.domain.rules.values import row_norms
 from builder_service.domain.safetensors_header import Tensor, TensorFile
 from loramux_shared.bundle.manifest import Truncation

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from builder_service.domain.full_tensors import EMBED_FIX
-from builder_service.domain.rules.adapter import CheckedAdapter, ComparedTokens, Rulebook, check_adapter
+from builder_service.domain.rules.adapter import check_adapter
+from builder_service.domain.rules.checked import CheckedAdapter, ComparedTokens, Rulebook
 from builder_service.domain.rules.tensors import AdapterLimits
 from builder_service.domain.rules.texts import check_texts
 from builder_service.domain.score_heads import with_labels

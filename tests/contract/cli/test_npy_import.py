@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builder_service.domain.rules.adapter import check_tensors
+from builder_service.domain.rules.tensor_passes import TensorCheck, check_tensors
 from builder_service.pipeline.check import CheckedReport, check_one
 from builder_service.pipeline.npy_files import FOLDED, NpyAdapter, read_npy_adapter
 from builder_service.pipeline.progress import Progress
@@ -291,7 +291,9 @@ def test_mutated_files_are_taken_or_refused_by_name(tmp_path: Path, cases: range
             written(tmp_path, Random(case))
             with watch.case(f"seed {case}"):
                 npy = read_npy_adapter(tmp_path, rules.limits.base)
-                whole = npy.file and check_tensors(npy.file, FOLDED, rules, list(npy.findings), lambda _: None)
+                whole = npy.file and check_tensors(
+                    TensorCheck(npy.file, FOLDED, rules, lambda _: None, list(npy.findings))
+                )
             findings = npy.findings if whole is None else whole.findings
             check_findings(findings, case)
             refused = any(finding.code.startswith("E_") for finding in findings)

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from builder_service.domain.rules.adapter import MAX_CONFIG
+from builder_service.domain.rules.adapter import MAX_CONFIG_BYTES
 from tests.golden.hostile.exhibit import BASE, CONFIG, Exhibit, adapter, exhibit, of_config, of_config_text
 from tests.support.adapters import ADAPTER_CONFIG, tensors
 from tests.support.cases import cases
@@ -22,7 +22,7 @@ GIANT = "a{16000000}"
 
 def _huge(folder: Path) -> None:
     adapter(folder)
-    (folder / CONFIG).write_text(json.dumps(ADAPTER_CONFIG | {"filler": "x" * MAX_CONFIG}))
+    (folder / CONFIG).write_text(json.dumps(ADAPTER_CONFIG | {"filler": "x" * MAX_CONFIG_BYTES}))
 
 
 def _of_values(name: str, codes: str, change: Callable[[str, Any], Any], **settings: Any) -> Exhibit:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from builder_service.domain.rules import texts
-from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, check_adapter
+from builder_service.domain.rules.adapter import check_adapter
+from builder_service.domain.rules.checked import CheckedAdapter, Rulebook
 from builder_service.domain.rules.files import file_findings
 from builder_service.domain.rules.tensors import AdapterLimits
 from loramux_shared.bases.read import read_fields

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
-from builder_service.domain.rules.adapter import ComparedTokens
+from builder_service.domain.rules.checked import ComparedTokens
 from builder_service.domain.tokens import FLAGS
 from builder_service.pipeline.base_tokens import BaseTokens
 from loramux_shared.bundle.manifest import FileDigest
