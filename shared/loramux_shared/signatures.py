@@ -79,7 +79,8 @@ def parse_signer(text: str) -> str:
     blocks = list(_PEM.finditer(text))
     kinds = [block[1] for block in blocks]
     if kinds != ["PUBLIC KEY"] and set(kinds) != {"CERTIFICATE"}:
-        raise ValueError(f"{EXPECTED}{', found a private key' * any('PRIVATE' in kind for kind in kinds)}")
+        private = any("PRIVATE" in kind for kind in kinds)
+        raise ValueError(f"{EXPECTED}, found a private key" if private else EXPECTED)
     return "".join(f"{block[0]}\n" for block in blocks)
 
 

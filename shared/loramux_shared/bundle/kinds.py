@@ -98,12 +98,7 @@ def kinds_of(
         classifies: whether it has a score head.
         encodes: whether it was trained to make vectors.
     """
-    names = "\n".join(key for key in keys if not (classifies and _OF_HEAD.search(key)))
-    found = {kind for kind, mark in _MARKS if mark.search(names)}
-    if not names and any(row.vectors for row in rows):
-        found.add(AdapterKind.DORA)
-    if any(row.rank for row in rows) and found.isdisjoint(_METHODS):
-        found.add(AdapterKind.LORA)
+    found = _methods_of(rows, [key for key in keys if not (classifies and _OF_HEAD.search(key))])
     if not OF_EXPERTS.isdisjoint(modules):
         found.add(AdapterKind.EXPERTS)
     found |= {AdapterKind(BY_ID[number].name) for number in OF_NO_LAYER.intersection(modules)}
@@ -116,3 +111,14 @@ def kinds_of(
     if encodes:
         found.add(AdapterKind.ENCODER)
     return tuple(kind.value for kind in AdapterKind if kind in found)
+
+
+def _methods_of(rows: Sequence[Row], keys: Sequence[str]) -> set[AdapterKind]:
+    """Return the methods that made the rows, by the keys of the tensors or, without keys, by the rows."""
+    names = "\n".join(keys)
+    found = {kind for kind, mark in _MARKS if mark.search(names)}
+    if not names and any(row.vectors for row in rows):
+        found.add(AdapterKind.DORA)
+    if any(row.rank for row in rows) and found.isdisjoint(_METHODS):
+        found.add(AdapterKind.LORA)
+    return found

@@ -52,9 +52,9 @@ ALL_TEXTS: Final = (*TEXT_FILES, OWN_TOKENS_FILE)
 """Files of a bundle that are for text, and not for the device."""
 
 MAX_LABELS: Final = 1024
+"""Largest number of labels of a score head."""
 MAX_LABEL: Final = 256
 """Characters of the name of a label."""
-"""Largest number of labels of a score head."""
 PROBLEM_TYPES: Final = ("regression", "single_label_classification", "multi_label_classification")
 """Problem types that transformers knows."""
 MAX_INVOCATION: Final = 64

@@ -47,12 +47,25 @@ class ModelNames:
         gone while another one answers.
         """
         place = "build.lora_adapters" if in_file else "adapters"
+        yield from self._clashes(place)
+        yield from self._bad_aliases(in_file=in_file)
+        if not self.serve_base and not self.adapters:
+            yield _bad(place, "at least one adapter where runtime.serve_base is false", "none")
+        if self.merge_always and (len(self.adapters) != 1 or self.serve_base):
+            found = f"adapters: {listed(self.adapters)}; runtime.serve_base: {str(self.serve_base).lower()}"
+            yield _bad(place, "one adapter and runtime.serve_base: false where runtime.merge is always", found)
+
+    def _clashes(self, place: str) -> Iterator[Finding]:
+        """Yield a finding for each name that two models have, in any case."""
         taken: dict[str, str] = {}
         for model, name in self._all():
             owner = taken.setdefault(name.casefold(), model)
             if owner != model:
                 where = f"{place}.{name}" if model.startswith("adapter") else f"runtime.aliases.{name}"
                 yield _bad(where, OWN_NAME, owner, f"Rename {model} or {owner}.")
+
+    def _bad_aliases(self, *, in_file: bool) -> Iterator[Finding]:
+        """Yield a finding for each alias for which no model can answer, or which names others in a file."""
         for alias, weights in self.aliases.items():
             gone = [name for name in weights if name != self.base and name not in self.adapters]
             if in_file and gone:
@@ -61,11 +74,6 @@ class ModelNames:
                 found = ", ".join(f"{name}: {weight}" for name, weight in weights.items()) or "none"
                 fix = "Keep or add one of its models, or build the deployment without the alias."
                 yield _bad(f"runtime.aliases.{alias}", "a served model with a weight above 0", found, fix)
-        if not self.serve_base and not self.adapters:
-            yield _bad(place, "at least one adapter where runtime.serve_base is false", "none")
-        if self.merge_always and (len(self.adapters) != 1 or self.serve_base):
-            found = f"adapters: {listed(self.adapters)}; runtime.serve_base: {str(self.serve_base).lower()}"
-            yield _bad(place, "one adapter and runtime.serve_base: false where runtime.merge is always", found)
 
     def _all(self) -> Iterator[tuple[str, str]]:
         yield f"the base {self.base}", self.base

@@ -169,39 +169,70 @@ def _expected(files: Mapping[str, FileDigest], name: str, digest: str) -> FileDi
 
 
 def _check_manifest(manifest: Manifest, what: str) -> None:
+    """Raise BundleCorrupt where parts of a manifest contradict each other."""
+    _check_places(manifest, what)
+    for index, row in enumerate(manifest.rows):
+        _check_row(row, f"{what}: row {index}")
+    _check_columns(manifest, what)
+    _check_replaced(manifest, what)
+    _check_labels(manifest, what)
+    _check_own_tokens(manifest, what)
+    _expect(bool(manifest.row_width), bool(manifest.layer_rows), f"{what}: row_width is not 0")
+    version = version_of(manifest.parts, manifest.invocation_tokens, manifest.files)
+    _expect(manifest.format_version, version, f"{what}: format_version")
+    _check_coverage(manifest, what)
+    _check_zero_warning(manifest, what)
+
+
+def _check_places(manifest: Manifest, what: str) -> None:
     places = [row.place for row in manifest.rows]
     if places != sorted(set(places)):
         raise BundleCorrupt(f"{what}: expected rows sorted by (layer, module, expert), each once")
-    for i, row in enumerate(manifest.rows):
-        module = BY_ID.get(row.module_id)
-        _expect(row.module, module.name if module else "a module that is served", f"{what}: row {i}: module")
-        _expect(row.expert is not None, row.module_id in OF_EXPERTS, f"{what}: row {i}: says an expert")
-        _expect(row.layer == NO_LAYER, row.module_id in OF_NO_LAYER, f"{what}: row {i}: is of no layer")
-        if row.vectors and (row.expert is not None or row.layer == NO_LAYER):
-            raise BundleCorrupt(f"{what}: row {i}: expected no vectors of {row.module}, found {row.vectors}")
-        if not row.rank and not row.vectors:
-            raise BundleCorrupt(f"{what}: row {i}: expected a rank or vectors, found neither")
+
+
+def _check_row(row: ModuleRow, what: str) -> None:
+    """Check that a row has the module, the expert and the layer that belong together, and some content."""
+    module = BY_ID.get(row.module_id)
+    _expect(row.module, module.name if module else "a module that is served", f"{what}: module")
+    _expect(row.expert is not None, row.module_id in OF_EXPERTS, f"{what}: says an expert")
+    _expect(row.layer == NO_LAYER, row.module_id in OF_NO_LAYER, f"{what}: is of no layer")
+    if row.vectors and (row.expert is not None or row.layer == NO_LAYER):
+        raise BundleCorrupt(f"{what}: expected no vectors of {row.module}, found {row.vectors}")
+    if not row.rank and not row.vectors:
+        raise BundleCorrupt(f"{what}: expected a rank or vectors, found neither")
+
+
+def _check_columns(manifest: Manifest, what: str) -> None:
     mixed = any(row.expert is not None for row in manifest.rows)
     _expect(manifest.config_columns == 5, mixed, f"{what}: config_columns is 5")
     if manifest.config_columns == 3 and any(row.vectors for row in manifest.rows):
         raise BundleCorrupt(f"{what}: expected 4 columns, which say which rows have vectors, found 3")
-    _check_replaced(manifest, what)
+
+
+def _check_labels(manifest: Manifest, what: str) -> None:
     head = manifest.score
     if head and head.id2label and len(head.id2label) != head.num_labels:
         raise BundleCorrupt(f"{what}: expected a name for each label, found {len(head.id2label)}. {REBUILD}")
+
+
+def _check_own_tokens(manifest: Manifest, what: str) -> None:
     if manifest.vocab is not None and OWN_TOKENS_FILE not in manifest.files:
         raise BundleCorrupt(
             f"{what}: expected {OWN_TOKENS_FILE} for an adapter with its own vocabulary, found none"
         )
-    _expect(bool(manifest.row_width), bool(manifest.layer_rows), f"{what}: row_width is not 0")
-    version = version_of(manifest.parts, manifest.invocation_tokens, manifest.files)
-    _expect(manifest.format_version, version, f"{what}: format_version")
+
+
+def _check_coverage(manifest: Manifest, what: str) -> None:
     used, redundant = manifest.coverage.used, manifest.coverage.redundant
     if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:
         raise BundleCorrupt(f"{what}: expected sorted tensor keys without duplicates")
-    says = any(warning.code == "W_ZERO_B" for warning in manifest.warnings)
+
+
+def _check_zero_warning(manifest: Manifest, what: str) -> None:
+    """Check that a manifest warns of an adapter that changes nothing, and of no other."""
+    warns = any(warning.code == "W_ZERO_B" for warning in manifest.warnings)
     changes = manifest.replaced or manifest.score or any(row.norm_ba or row.vectors for row in manifest.rows)
-    _expect(says, not changes, f"{what}: warning W_ZERO_B")
+    _expect(warns, not changes, f"{what}: warning W_ZERO_B")
 
 
 def _check_replaced(manifest: Manifest, what: str) -> None:

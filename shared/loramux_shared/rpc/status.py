@@ -3,6 +3,7 @@
 Source of the details: https://google.aip.dev/193 and google/rpc/error_details.proto.
 """
 
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 import grpc
@@ -129,40 +130,58 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
     anything else `CallFailed` with grpc's code.
     """
     status = rpc_status.from_call(error)
-    reason, repository, findings = "", "", []
+    message = status.message if status else str(error.details())
+    details = _read_details(status)
+    if details.reason in FAULTS:
+        return FAULTS[details.reason](message, details.findings, details.repository, details.retry_after_s)
+    return _fault_of_code(error.code(), message, target)
+
+
+@dataclass
+class _Details:
+    """The details of a status of ours."""
+
+    reason: str = ""
+    repository: str = ""
+    findings: list[Finding] = field(default_factory=list)
     retry_after_s: float | None = None
+
+
+def _read_details(status: status_pb2.Status | None) -> _Details:
+    """Return the details of a status; those that are not ours are left out."""
+    found = _Details()
     for detail in status.details if status else ():
         info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
         retry = error_details_pb2.RetryInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
-            reason, repository = info.reason, info.metadata.get(REPOSITORY, "")
+            found.reason, found.repository = info.reason, info.metadata.get(REPOSITORY, "")
         elif detail.Unpack(bad):
-            findings = [
+            found.findings = [
                 Finding(code=item.reason, where=item.field, fix=item.description)
                 for item in bad.field_violations
             ]
         elif detail.Unpack(retry):
-            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
-    message = status.message if status else str(error.details())
-    if reason in FAULTS:
-        return FAULTS[reason](message, findings, repository, retry_after_s)
-    code = error.code()
+            found.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+    return found
+
+
+def _fault_of_code(code: grpc.StatusCode, message: str, target: str) -> Fault:
+    """Return the fault of a status that gives no reason of ours."""
+    server = target or "the server"
     if code is grpc.StatusCode.INTERNAL and RESET in message:
         return ServerUnavailable(
-            f"{target or 'the server'} ended the stream in the middle of the answer: the server behind it "
+            f"{server} ended the stream in the middle of the answer: the server behind it "
             f"stopped. Retry ({message})."
         )
     if code is grpc.StatusCode.CANCELLED and message == DROPPED:
-        return ServerUnavailable(f"{target or 'the server'} ended when the call reached it. Retry.")
+        return ServerUnavailable(f"{server} ended when the call reached it. Retry.")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded(
-            f"{target or 'the server'} did not answer before the deadline of the call. Give it more time."
-        )
+        return DeadlineExceeded(f"{server} did not answer before the deadline of the call. Give it more time.")
     if code is grpc.StatusCode.UNAVAILABLE:
-        return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")
+        return ServerUnavailable(f"no answer from {server}: {unreachable(target, message)}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         message = (
-            f"{target or 'the server'} does not have this call. A builder and an inference service are two "
+            f"{server} does not have this call. A builder and an inference service are two "
             "servers, by default on 50051 and 50052; or its version is older than this one."
         )
     return CallFailed(f"{code.name}: {message}", code)

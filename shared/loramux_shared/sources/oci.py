@@ -5,6 +5,8 @@ https://github.com/opencontainers/distribution-spec (the API), https://github.co
 of the manifest is the revision: with it, everything below it is pinned.
 """
 
+from __future__ import annotations
+
 import base64
 import binascii
 import re
@@ -339,6 +341,50 @@ def _first_digest(registry: Registry, index: Mapping[str, Any]) -> str:
     raise SourceRefused(f"{registry.label}: its index names no manifest")
 
 
+@dataclass(frozen=True)
+class _Descriptor:
+    """A layer as a manifest describes it."""
+
+    digest: str
+    """sha256 in hex."""
+    size: int
+    media_type: str
+    notes: Mapping[str, Any]
+    """Annotations."""
+
+    @classmethod
+    def parse(cls, fields: Any) -> _Descriptor | None:
+        """Return the descriptor of a manifest's entry; None where it has no valid digest or size."""
+        try:
+            digest = _DIGEST.fullmatch(fields["digest"])
+            size, media_type = int(fields["size"]), str(fields.get("mediaType", ""))
+            notes = dict(fields.get("annotations") or {})
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+            return None
+        return None if digest is None or size < 0 else cls(digest[1], size, media_type, notes)
+
+    @property
+    def file(self) -> str:
+        """Return the name of the file that the layer is; empty where its annotations have none."""
+        return next((str(self.notes[name]) for name in FILE_NAMES if name in self.notes), "")
+
+    @property
+    def is_archive(self) -> bool:
+        """Return True if the layer is a tar to unpack."""
+        if self.notes.get(UNPACKED) == "true":
+            return True
+        # Clients of ORAS give the type of a tar to plain files too.
+        misnamed = self.media_type.endswith("gzip") and not self.file.endswith("gz")
+        packed = not self.file or misnamed or ".model." in self.media_type
+        return packed and "tar" in re.split(r"[.+]", self.media_type)
+
+    @property
+    def folder(self) -> str:
+        """Return the folder of the archive that is the repository; the others of an image are its system."""
+        is_image = "image.layer" in self.media_type or "rootfs" in self.media_type
+        return MODELS if is_image and not self.file else ""
+
+
 def _layers(registry: Registry, manifest: Mapping[str, Any]) -> Iterator[Layer]:
     """Yield the layers that hold files of a model.
 
@@ -346,28 +392,19 @@ def _layers(registry: Registry, manifest: Mapping[str, Any]) -> Iterator[Layer]:
         SourceRefused: a layer cannot be read.
     """
     layers = manifest.get("layers")
-    for layer in layers if isinstance(layers, list) else ():
-        try:
-            digest = _DIGEST.fullmatch(layer["digest"])
-            size, kind = int(layer["size"]), str(layer.get("mediaType", ""))
-            notes = dict(layer.get("annotations") or {})
-        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
-            digest = None
-        if digest is None or size < 0:
+    for fields in layers if isinstance(layers, list) else ():
+        described = _Descriptor.parse(fields)
+        if described is None:
             raise SourceRefused(f"{registry.label}: a layer of its manifest has no valid digest or size")
-        file = next((str(notes[name]) for name in FILE_NAMES if name in notes), "")
-        # Clients of ORAS give the type of a tar to plain files too.
-        packed = not file or (kind.endswith("gzip") and not file.endswith("gz")) or ".model." in kind
-        if notes.get(UNPACKED) == "true" or (packed and "tar" in re.split(r"[.+]", kind)):
-            if kind.endswith("zstd"):
+        if described.is_archive:
+            if described.media_type.endswith("zstd"):
                 raise SourceRefused(
                     f"{registry.label}: layers packed with zstd are not read. Pack them with gzip."
                 )
-            image = "image.layer" in kind or "rootfs" in kind
-            yield Layer(digest[1], size, "", MODELS if image and not file else "")
-        elif file:
-            inside(Path(), file)
-            yield Layer(digest[1], size, file.removeprefix("./"), "")
+            yield Layer(described.digest, described.size, "", described.folder)
+        elif described.file:
+            inside(Path(), described.file)
+            yield Layer(described.digest, described.size, described.file.removeprefix("./"), "")
 
 
 class _Overlay:
