@@ -205,25 +205,24 @@ def parse_config(data: bytes) -> ParsedConfig:
 
 
 def _config(kind: Kind, fields: dict[str, Any]) -> AdapterConfig:
-    targets, excluded = fields.get("target_modules"), fields.get("exclude_modules") or ()
-    layers, pattern = fields.get("layers_to_transform"), fields.get("layers_pattern") or ()
-    mapping = fields.get("auto_mapping") or {}
+    targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
+    layers, alpha = fields.get("layers_to_transform"), fields.get("lora_alpha")
     return AdapterConfig(
         kind=kind,
         rank=fields.get("r"),
-        alpha=float(DEFAULT_ALPHA if (alpha := fields.get("lora_alpha")) is None else alpha),
+        alpha=float(DEFAULT_ALPHA if alpha is None else alpha),
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
-        initial=initial if (initial := str(fields.get("init_lora_weights")).lower()) in RECKONED else "",
+        initial=_initial(fields.get("init_lora_weights")),
         use_rslora=bool(fields.get("use_rslora")),
         classifies=fields.get("task_type") == CLASSIFIES,
         encodes=fields.get("task_type") == ENCODES,
-        use_dora=bool(fields.get("use_dora")) if kind is Kind.LORA else None,
-        lora_bias=bool(fields.get("lora_bias")) if kind is Kind.LORA else None,
+        use_dora=_lora_flag(kind, fields.get("use_dora")),
+        lora_bias=_lora_flag(kind, fields.get("lora_bias")),
         target_modules=tuple(targets) if isinstance(targets, list) else targets,
-        exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
+        exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded or ()),
         layers_to_transform=layers if isinstance(layers, int) else tuple(layers or ()),
-        layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
+        layers_pattern=_patterns(fields.get("layers_pattern")),
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
         target_parameters=parameters_of_experts(fields.get("target_parameters")),
         invocation_tokens=_tokens(fields.get(INVOCATION)),
@@ -231,8 +230,29 @@ def _config(kind: Kind, fields: dict[str, Any]) -> AdapterConfig:
         ensure_weight_tying=fields.get("ensure_weight_tying") is True,
         base_model_name=fields.get("base_model_name_or_path") or "",
         base_model_revision=fields.get("revision") or "",
-        base_model_class=str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else "",
+        base_model_class=_base_class(fields.get("auto_mapping")),
     )
+
+
+def _initial(value: Any) -> str:
+    """Return the initialisation that took a part of the base's weights; empty for others."""
+    name = str(value).lower()
+    return name if name in RECKONED else ""
+
+
+def _lora_flag(kind: Kind, value: Any) -> bool | None:
+    """Return a switch that only LoRA has; None for other kinds, whose tensors say it."""
+    return bool(value) if kind is Kind.LORA else None
+
+
+def _patterns(value: str | list[str] | None) -> tuple[str, ...]:
+    """Return one pattern, or several, as a tuple."""
+    return (value,) if value and isinstance(value, str) else tuple(value or ())
+
+
+def _base_class(mapping: Any) -> str:
+    """Return the class of the base in ``auto_mapping``; empty where it has none."""
+    return str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else ""
 
 
 def _tokens(value: Any) -> tuple[int, ...]:

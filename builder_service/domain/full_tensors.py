@@ -103,18 +103,30 @@ def check_full_tensors(
         if not problem:
             redundant.append(full.tensor.name)
         elif differs is None or module is None:
-            code = "E_EMBED" if named else full.key.code
-            fix = EMBED_FIX if is_embedding(full.key.name) else _saved_fix(full.key.name)
-            fix = BIAS_FIX if full.key.kind == "bias" else fix
-            expected = f"the base's own {full.key.tensor}, or none"
-            report.add(code, full.tensor.name, cause=problem, expected=expected, found=problem, fix=fix)
+            _report_change(full, problem, report, named=named)
     for name in saved:
         if not any(_is_of(full.key.name, name) for full in fulls):
-            place = "adapter_config.json: modules_to_save"
-            fix = EMBED_FIX if is_embedding(name) else _saved_fix(name)
-            found = f"{name}, which has no tensors in the file"
-            report.add("E_EMBED", place, cause=name, expected="unset", found=found, fix=fix)
+            _report_missing(name, report)
     return FullTensors(tuple(sorted(redundant)), tables)
+
+
+def _report_change(full: FullTensor, problem: str, report: Grouping, *, named: bool) -> None:
+    """Report a matrix that is not the base's own; named: the config saves its module."""
+    code = "E_EMBED" if named else full.key.code
+    fix = BIAS_FIX if full.key.kind == "bias" else _fix_of(full.key.name)
+    expected = f"the base's own {full.key.tensor}, or none"
+    report.add(code, full.tensor.name, cause=problem, expected=expected, found=problem, fix=fix)
+
+
+def _report_missing(name: str, report: Grouping) -> None:
+    """Report a module that the config saves, and that has no tensors."""
+    place, found = "adapter_config.json: modules_to_save", f"{name}, which has no tensors in the file"
+    report.add("E_EMBED", place, cause=name, expected="unset", found=found, fix=_fix_of(name))
+
+
+def _fix_of(name: str) -> str:
+    """Return how to serve an adapter that has a module of its own."""
+    return EMBED_FIX if is_embedding(name) else _saved_fix(name)
 
 
 def _saved_fix(name: str) -> str:

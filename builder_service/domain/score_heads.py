@@ -13,7 +13,7 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import FullTensor
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.rules.texts import bad_text
-from builder_service.domain.safetensors_header import READABLE, TensorFile
+from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from loramux_shared.adapter_files import MODEL_CONFIG
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import MAX_LABEL, MAX_LABELS, PROBLEM_TYPES, ScoreHead, names_of_labels
@@ -47,18 +47,28 @@ def plan_score(
     own = [full for full in fulls if full.key.name == SCORE and not full.key.of_base]
     rest = [full for full in fulls if full not in own]
     saved = tuple(name for name in config.modules_to_save if name not in SAVED)
-    hidden = base.dims.hidden
+    return _plan_head(file, own, base.dims.hidden, report), rest, saved
+
+
+def _plan_head(file: TensorFile, own: list[FullTensor], hidden: int, report: Grouping) -> PlannedScore | None:
+    """Return the head that the tensors of an adapter's ``score`` make; None where they make none."""
     expected = f"one score.weight [1 to {MAX_LABELS} labels, {hidden}], and no bias"
     if len(own) != 1 or own[0].key.kind != "weight":
         found = ", ".join(full.tensor.name for full in own) or "no tensors of a score head"
         report.add("E_TASK", "task_type SEQ_CLS", expected=expected, found=found, fix=_AGAIN)
-        return None, rest, saved
+        return None
     tensor = own[0].tensor
     fits = len(tensor.shape) == 2 and tensor.shape[1] == hidden and 1 <= tensor.shape[0] <= MAX_LABELS
     if not fits or tensor.dtype not in READABLE:
         found = f"{tensor.dtype} {list(tensor.shape)}"
         report.add("E_TASK", tensor.name, expected=f"{expected}, in F32, F16 or BF16", found=found, fix=_AGAIN)
-        return None, rest, saved
+        return None
+    _check_finite(file, tensor, report)
+    head = ScoreHead(num_labels=tensor.shape[0], hidden_size=hidden)
+    return PlannedScore(head, file, tensor.name)
+
+
+def _check_finite(file: TensorFile, tensor: Tensor, report: Grouping) -> None:
     bad = sum(
         int(np.count_nonzero(~np.isfinite(piece.astype(np.float32))))
         for piece in file.pieces(tensor.name, PIECE)
@@ -66,11 +76,6 @@ def plan_score(
     if bad:
         fix = "Training diverged: use an earlier checkpoint."
         report.add("E_NAN", tensor.name, expected="finite values", found=f"{bad} NaN or infinite", fix=fix)
-    return (
-        PlannedScore(ScoreHead(num_labels=tensor.shape[0], hidden_size=hidden), file, tensor.name),
-        rest,
-        saved,
-    )
 
 
 def with_labels(planned: PlannedScore, data: bytes) -> tuple[PlannedScore, list[Finding]]:

@@ -232,33 +232,64 @@ class _Modules(NamedTuple):
 
 @lru_cache(maxsize=_CACHED)
 def _parse(key: str, modules: _Modules, experts: bool) -> ParsedKey:
+    if (refused := _known_refusal(key, experts=experts)) is not None:
+        return refused
+    plain = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix("module.")
+    name = plain.removeprefix(_ROOT)
+    rooted = plain != name
+    return (
+        _read_embedding_factor(name, rooted=rooted)
+        or _read_lora(name, modules, rooted=rooted)
+        or _read_full(name, modules, rooted=rooted)
+        or _read_tokens(name, rooted=rooted)
+        or RefusedKey("E_UNKNOWN_KEY", "")
+    )
+
+
+def _known_refusal(key: str, *, experts: bool) -> RefusedKey | None:
+    """Return the refusal of a key whose form is known not to be served; None for other keys."""
     for code, cause, pattern in _KNOWN_REFUSALS:
         if pattern.search(key):
             return RefusedKey(code, cause)
-    if _MIXTURE.search(key) and not experts:
-        return RefusedKey("E_MOE", "")
-    plain = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix("module.")
-    name = plain.removeprefix(_ROOT)
+    return RefusedKey("E_MOE", "") if _MIXTURE.search(key) and not experts else None
+
+
+def _read_embedding_factor(name: str, *, rooted: bool) -> LoraKey | RefusedKey | None:
+    """Read A or B of embeddings; a key without the root of PEFT's models (rooted) is refused."""
     for side, pattern in _OF_EMBEDDING.items():
         if match := pattern.fullmatch(name):
-            return _embedding_key(match, side) if plain != name else RefusedKey("E_EMBED", "")
+            return _embedding_key(match, side) if rooted else RefusedKey("E_EMBED", "")
+    return None
+
+
+def _read_lora(name: str, modules: _Modules, *, rooted: bool) -> LoraKey | TowerKey | RefusedKey | None:
+    """Read a factor or a vector of any module; None for keys of another form."""
     for side, pattern in _FORMS.items():
         if match := pattern.fullmatch(name):
-            if is_embedding(match["module"]) and side not in {"A", "B", "magnitude"}:
+            of_embedding = is_embedding(match["module"])
+            if of_embedding and side not in {"A", "B", "magnitude"}:
                 return RefusedKey("E_EMBED", "")
-            if plain == name:
+            if not rooted:
                 return RefusedKey("E_UNKNOWN_KEY", "")
-            return (
-                _embedding_key(match, side)
-                if is_embedding(match["module"])
-                else _lora_key(match, modules, side)
-            )
-    if full := _FULL.fullmatch(name):
-        return _full_key(full, name, modules) if plain != name else RefusedKey(_code_of(full, name), "")
-    if tokens := _TOKENS.fullmatch(name):
-        module = _module_of(tokens["name"]) if plain != name else None
-        return TokensKey(tokens["name"], module, tokens["infix"] or "") if module else RefusedKey("E_EMBED", "")
-    return RefusedKey("E_UNKNOWN_KEY", "")
+            return _embedding_key(match, side) if of_embedding else _lora_key(match, modules, side)
+    return None
+
+
+def _read_full(name: str, modules: _Modules, *, rooted: bool) -> ParsedKey | None:
+    """Read a whole matrix or a bias; None for keys of another form."""
+    full = _FULL.fullmatch(name)
+    if full is None:
+        return None
+    return _full_key(full, name, modules) if rooted else RefusedKey(_code_of(full, name), "")
+
+
+def _read_tokens(name: str, *, rooted: bool) -> TokensKey | RefusedKey | None:
+    """Read rows of some tokens; None for keys of another form."""
+    tokens = _TOKENS.fullmatch(name)
+    if tokens is None:
+        return None
+    module = _module_of(tokens["name"]) if rooted else None
+    return TokensKey(tokens["name"], module, tokens["infix"] or "") if module else RefusedKey("E_EMBED", "")
 
 
 def _full_key(full: re.Match[str], name: str, modules: _Modules) -> ParsedKey:
@@ -301,26 +332,37 @@ def nearest_key(
 
 
 def _lora_key(match: re.Match[str], modules: _Modules, side: Side) -> LoraKey | TowerKey | RefusedKey:
-    if tower := TOWER.search(match["module"]):
-        return TowerKey(tower[1])
     name = match["module"]
-    before = next((each for each in modules.layers if name.startswith(each)), None)
-    place = _PLACE.fullmatch(name if before is None else f"layers.{name.removeprefix(before)}")
+    if tower := TOWER.search(name):
+        return TowerKey(tower[1])
+    place = _place_of(name, modules)
     if place is None:
         return RefusedKey("E_UNKNOWN_KEY", "")
     if place["decoder"] not in _DECODERS:
         return RefusedKey("E_PREFIX", place["decoder"].rstrip("."))
-    path, expert = place["path"], None
-    if own := _OF_EXPERTS.fullmatch(path):
-        leaf = _OF_MIXTRAL.get(own["leaf"], own["leaf"]) if own["mixtral"] else own["leaf"]
-        path = ".".join(part for part in (EXPERTS, leaf) if part)
-        expert = None if own["expert"] is None else int(own["expert"])
+    path, expert = _expert_path(place["path"])
     usual = dict(modules.renamed)
     path, own_path = usual.get(path, path), path if path in usual else ""
     if not _is_known(path, expert, modules.fused) or (path in usual.values() and not own_path):
-        return RefusedKey("E_MOE" if _MIXTURE.search(f".{match['module']}.") else "E_MODULE", path)
+        return RefusedKey("E_MOE" if _MIXTURE.search(f".{name}.") else "E_MODULE", path)
     infix = match.groupdict().get("infix") or ""
-    return LoraKey(int(place["layer"]), path, side, match["module"], infix, expert, own_path=own_path)
+    return LoraKey(int(place["layer"]), path, side, name, infix, expert, own_path=own_path)
+
+
+def _place_of(name: str, modules: _Modules) -> re.Match[str] | None:
+    """Return decoder, layer and path of a module of a layer; None for other names."""
+    before = next((each for each in modules.layers if name.startswith(each)), None)
+    return _PLACE.fullmatch(name if before is None else f"layers.{name.removeprefix(before)}")
+
+
+def _expert_path(path: str) -> tuple[str, int | None]:
+    """Return a path within a layer as our modules have it, and the expert that it names."""
+    own = _OF_EXPERTS.fullmatch(path)
+    if own is None:
+        return path, None
+    leaf = _OF_MIXTRAL.get(own["leaf"], own["leaf"]) if own["mixtral"] else own["leaf"]
+    ours = ".".join(part for part in (EXPERTS, leaf) if part)
+    return ours, None if own["expert"] is None else int(own["expert"])
 
 
 def _module_of(name: str) -> Module | None:

@@ -127,30 +127,54 @@ def _contents(
     checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]
 ) -> dict[str, Iterator[bytes | int]]:
     """Return the files that are made, by their names, each as the pieces that it is written from."""
-    of_layers = [planned for planned in checked.rows if planned.row.layer != NO_LAYER]
-    others = [planned for planned in checked.rows if planned.row.layer == NO_LAYER]
-    found: dict[str, Iterator[bytes | int]] = {}
-    if of_layers:
-        columns = columns_of(checked)
-        table = np.array([planned.row.columns(columns) for planned in of_layers], np.int32)
-        rows = (_row(planned, checked, dtype, count) for planned in of_layers)
-        width = _width(planned.row for planned in of_layers)
-        found[WEIGHTS_FILE] = weights_pieces(dtype, count=len(of_layers), width=width, rows=rows)
-        found[CONFIG_FILE] = config_pieces(table)
-    if others or checked.replaced:
-        elements = sum(planned.row.elements for planned in others)
-        elements += sum(planned.replaced.elements for planned in checked.replaced)
-        values = [_row(planned, checked, dtype, count) for planned in others]
-        values += [_replaced(planned, dtype, count) for planned in checked.replaced]
-        whole = [chain.from_iterable(values)]
-        found[VOCABULARY_FILE] = weights_pieces(dtype, count=1, width=elements, rows=whole)
-    if (score := checked.score) is not None:
-        height, width = score.head.shape
-        scores = (_score(score, row, count) for row in range(height))
-        found[SCORE_FILE] = weights_pieces(Dtype.FLOAT32, count=height, width=width, rows=scores)
+    found = {
+        **_layer_files(checked, dtype, count),
+        **_vocabulary_file(checked, dtype, count),
+        **_score_file(checked, count),
+    }
     if checked.own_tokens is not None:
         found[OWN_TOKENS_FILE] = iter([checked.own_tokens.to_bytes()])
     return found
+
+
+def _layer_files(
+    checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]
+) -> dict[str, Iterator[bytes | int]]:
+    """Return the two files of the rows of layers; none without such rows."""
+    planned_rows = [planned for planned in checked.rows if planned.row.layer != NO_LAYER]
+    if not planned_rows:
+        return {}
+    columns, width = columns_of(checked), _width(planned.row for planned in planned_rows)
+    table = np.array([planned.row.columns(columns) for planned in planned_rows], np.int32)
+    rows = (_row(planned, checked, dtype, count) for planned in planned_rows)
+    return {
+        WEIGHTS_FILE: weights_pieces(dtype, count=len(planned_rows), width=width, rows=rows),
+        CONFIG_FILE: config_pieces(table),
+    }
+
+
+def _vocabulary_file(
+    checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]
+) -> dict[str, Iterator[bytes | int]]:
+    """Return the file of rows outside the layers and of replaced rows; none without any."""
+    planned_rows = [planned for planned in checked.rows if planned.row.layer == NO_LAYER]
+    if not planned_rows and not checked.replaced:
+        return {}
+    elements = sum(planned.row.elements for planned in planned_rows)
+    elements += sum(planned.replaced.elements for planned in checked.replaced)
+    values = [_row(planned, checked, dtype, count) for planned in planned_rows]
+    values += [_replaced(planned, dtype, count) for planned in checked.replaced]
+    rows = [chain.from_iterable(values)]
+    return {VOCABULARY_FILE: weights_pieces(dtype, count=1, width=elements, rows=rows)}
+
+
+def _score_file(checked: CheckedAdapter, count: Callable[[int], None]) -> dict[str, Iterator[bytes | int]]:
+    """Return the file of the score head; none without a head."""
+    if (score := checked.score) is None:
+        return {}
+    height, width = score.head.shape
+    rows = (_score(score, row, count) for row in range(height))
+    return {SCORE_FILE: weights_pieces(Dtype.FLOAT32, count=height, width=width, rows=rows)}
 
 
 def _row(

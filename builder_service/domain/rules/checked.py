@@ -1,4 +1,4 @@
-"""What adapters are checked against, and the result of a check."""
+"""The base and the deployment that adapters must fit, and the result of a check."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
@@ -93,6 +93,10 @@ class Sorted:
         return [*pairs, *(lone.vector for lone in self.lone)]
 
 
+_Sides: TypeAlias = dict[tuple[int, str, int | None], list[tuple[LoraKey, Tensor]]]
+"""Tensors of modules by layer, path and expert."""
+
+
 def sort_tensors(
     file: TensorFile, base: ModelConfig, report: Grouping, parameters: tuple[str, ...] = ()
 ) -> Sorted:
@@ -100,7 +104,7 @@ def sort_tensors(
 
     parameters are ``target_parameters`` of the config.
     """
-    sides: dict[tuple[int, str, int | None], list[tuple[LoraKey, Tensor]]] = defaultdict(list)
+    sides: _Sides = defaultdict(list)
     infixes: dict[str, str] = {}
     fulls, tokens, towers = [], [], []
     has_towers = load_families()[base.architecture][0].nested
@@ -125,25 +129,35 @@ def sort_tensors(
                     infixes.setdefault(parsed.infix, name)
                 sides[parsed.layer, parsed.path, parsed.expert].append((parsed, tensor))
     if len(infixes) > 1:
-        report.add(
-            "E_ADAPTER_INFIX",
-            ", ".join(sorted(infixes.values())),
-            expected="one adapter",
-            found=", ".join(sorted(name or "(no name)" for name in infixes)),
-            fix="Save one adapter: save_pretrained(selected_adapters=[...]).",
-        )
+        _refuse_several(infixes, report)
         sides.clear()  # the pairs of A and B are ambiguous
-    lone = [entry for entries in sides.values() if (entry := _lone(entries)) is not None]
-    alone = {id(bias.key) for bias in lone}
-    found = [
-        pair
-        for entries in sides.values()
-        if id(entries[0][0]) not in alone and (pair := _pair(entries, report)) is not None
-    ]
+    found, lone = _pair_sides(sides, report)
     file, pairs = unstacked(file, found, base, parameters, report)
     pairs.sort(key=lambda pair: pair.order)
     _once_each(pairs, report)
     return Sorted(pairs, lone, fulls, tuple(sorted(towers)), tokens, file)
+
+
+def _refuse_several(infixes: Mapping[str, str], report: Grouping) -> None:
+    """Report a file with tensors of several adapters; infixes has a tensor of each by the adapter's name."""
+    report.add(
+        "E_ADAPTER_INFIX",
+        ", ".join(sorted(infixes.values())),
+        expected="one adapter",
+        found=", ".join(sorted(name or "(no name)" for name in infixes)),
+        fix="Save one adapter: save_pretrained(selected_adapters=[...]).",
+    )
+
+
+def _pair_sides(sides: _Sides, report: Grouping) -> tuple[list[Pair], list[Lone]]:
+    """Return the pairs of modules that have A and B, and the vectors of modules that have nothing else."""
+    pairs, vectors = [], []
+    for entries in sides.values():
+        if (lone := _lone(entries)) is not None:
+            vectors.append(lone)
+        elif (pair := _pair(entries, report)) is not None:
+            pairs.append(pair)
+    return pairs, vectors
 
 
 def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits, report: Grouping) -> None:
