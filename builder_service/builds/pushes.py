@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.making import workshop
+from builder_service.pipeline.making import open_workshop
 from builder_service.pipeline.progress import AdapterProgress, Progress
 from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.update import changed, push
@@ -136,14 +136,18 @@ class Pushes:
     ) -> Pushed:
         await asyncio.to_thread(self._look, upload)
         store = PatientStore(self._context.store, progress.check)
-        with workshop(self._context, store, progress) as shop:
+        with open_workshop(self._context, store, progress) as workshop:
             adapter = PushedAdapter(
-                upload.deployment, upload.name, shop.work / "adapter-0", shop.space, others=upload.other_files
+                upload.deployment,
+                upload.name,
+                workshop.work / "adapter-0",
+                workshop.space,
+                others=upload.other_files,
             )
             async with _in_time():
                 await _receive(adapter, upload, parts, progress)
-            making = self._pool.submit(push, adapter, shop, upload.expected_generation)
-            result, record = await _until_done(asyncio.wrap_future(making), progress)
+            future = self._pool.submit(push, adapter, workshop, upload.expected_generation)
+            result, record = await _until_done(asyncio.wrap_future(future), progress)
         if not result.unchanged:
             await self._published(upload.deployment)
         return Pushed(result, record, progress.adapters[0])

@@ -1,4 +1,4 @@
-"""Kinds of PEFT's adapters that are a LoRA in disguise: what their configs say, in the words of one of LoRA.
+"""The kinds of PEFT's adapters that amount to LoRA, and their configs in the words of LoRA's.
 
 What they compute is read in PEFT's layers; papers: AdaLoRA 2303.10512, VeRA 2310.11454, LoHa 2108.06098,
 LoKr 2309.14859, and IA3 2205.05638, which has scales of outputs and no A and B.

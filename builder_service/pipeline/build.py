@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 
 import structlog
 
+from builder_service.domain.rules.tensors import AdapterLimits
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.keep import Keeping, Moved, same_conditions, still_fits
-from builder_service.pipeline.making import Workshop, hold, making, prover, workshop
+from builder_service.pipeline.keep import Moved, ReusableAdapters, same_conditions, still_fits
+from builder_service.pipeline.making import AdapterMaker, Workshop, hold, open_workshop, require_prover
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.speculator import record_speculator
 from loramux_shared.bases.config import ModelConfig
@@ -22,10 +23,10 @@ from loramux_shared.bundle.deployments import (
     publish_generation,
 )
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation, Recipe
-from loramux_shared.deployment import Deployment, Dtype, Merge, Runtime, SourceKind
+from loramux_shared.deployment import Build, Deployment, Dtype, Merge, Runtime, SourceKind
 from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, Fault, Finding
 from loramux_shared.runtime import Pooling
-from loramux_shared.sources.checkpoint import Base, describe_base
+from loramux_shared.sources.checkpoint import Base
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.patient import PatientStore
 from loramux_shared.wording import listed
@@ -65,53 +66,62 @@ def build(
         Fault: what the base, a source or the store raises.
     """
     if deployment.build.prove:
-        prover()
+        require_prover()
     store = PatientStore(context.store, progress.check)
     while True:
         try:
-            with workshop(context, store, progress) as shop:
-                return _build(deployment, shop, identity, verify=verify, exact=exact)
+            with open_workshop(context, store, progress) as workshop:
+                return _build(deployment, workshop, identity, verify=verify, exact=exact)
         except Moved:
             log.info("adapters were added during the build, building again", deployment=deployment.model_name)
 
 
 def _build(
-    deployment: Deployment, shop: Workshop, identity: Identity, *, verify: bool, exact: bool
+    deployment: Deployment, workshop: Workshop, identity: Identity, *, verify: bool, exact: bool
 ) -> BuildResult:
-    store, progress = shop.store, shop.progress
+    store, progress = workshop.store, workshop.progress
     before = newest_or_none(store, deployment.model_name)
     if before is not None and identity.applied_in(before):
         return result_of_replay(store, before, deployment.build.lora_adapters, progress)
-    base = _describe_base(deployment, shop)
+    base = _describe_base(deployment.build, workshop)
     _check_base(deployment.runtime, base.model, prove=deployment.build.prove)
-    made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
-    draft = _draft(deployment, base.record, made.book.dtype)
-    if (speculator := deployment.runtime.speculator) is not None:
-        draft = draft.model_copy(update={"speculator": record_speculator(speculator, base, shop)})
-    same = before if before is not None and same_conditions(before, draft) else None
-    named = deployment.build.lora_adapters
-    added = {} if exact else added_to(before)
-    beside = {name: record for name, record in added.items() if name not in named}
-    limits = made.book.limits
-    fit = {
-        name: record
-        for name, record in beside.items()
-        if same or (before is not None and still_fits(record, before, draft, limits))
-    }
-    _check_beside(draft, named, beside, beside.keys() - fit.keys())
-    progress.include(beside)
-    keeping = Keeping(same, fit)
-    records = made.make(
-        {**named, **{name: each.source for name, each in beside.items()}}, keeping, verify=verify
+    maker = AdapterMaker.for_base(
+        workshop, base, deployment.build, digests_of(before), deployment.runtime.merge
     )
-    records |= {name: records[name].model_copy(update={"added": True}) for name in beside}
+    draft = _draft(deployment, base.record, maker.rules.dtype)
+    if (speculator := deployment.runtime.speculator) is not None:
+        draft = draft.model_copy(update={"speculator": record_speculator(speculator, base, workshop)})
+    added = {} if exact else added_to(before)
+    named = deployment.build.lora_adapters
+    retained = {name: record for name, record in added.items() if name not in named}
+    reusable = _find_reusable(before, draft, retained, maker.rules.limits)
+    _check_retained(draft, named, retained, retained.keys() - reusable.fixed.keys())
+    progress.include(retained)
+    sources = {**named, **{name: record.source for name, record in retained.items()}}
+    records = maker.make(sources, reusable, verify=verify)
+    records |= {name: records[name].model_copy(update={"added": True}) for name in retained}
     for name, record in added.items():
         if name in named and records[name].digest != record.digest:
             progress.warn(name, _replaced(record))
-    _hold_on(store, before, records.values())
-    merged = draft.model_copy(update={"adapters": dict(sorted(records.items()))})
-    published = _publish(merged, None if before is None or exact else added, shop, identity)
+    _hold_reused(store, before, records.values())
+    planned = draft.model_copy(update={"adapters": dict(sorted(records.items()))})
+    published = _publish(planned, None if before is None or exact else added, workshop, identity)
     return BuildResult(published, unchanged=before is not None and published.number == before.number)
+
+
+def _find_reusable(
+    before: Generation | None,
+    draft: Generation,
+    retained: Mapping[str, AdapterRecord],
+    limits: AdapterLimits,
+) -> ReusableAdapters:
+    """Return what a build may reuse: all under the same base and settings, else retained adapters that fit."""
+    if before is None:
+        return ReusableAdapters(None)
+    if same_conditions(before, draft):
+        return ReusableAdapters(before, retained)
+    fitting = {name: record for name, record in retained.items() if still_fits(record, before, draft, limits)}
+    return ReusableAdapters(None, fitting)
 
 
 def result_of_replay(store: Store, newest: Generation, names: Iterable[str], progress: Progress) -> BuildResult:
@@ -140,24 +150,24 @@ def added_to(generation: Generation | None) -> dict[str, AdapterRecord]:
     return {name: record for name, record in records.items() if record.added}
 
 
-def _check_beside(
-    draft: Generation, named: Collection[str], beside: Mapping[str, AdapterRecord], remade: Collection[str]
+def _check_retained(
+    draft: Generation, named: Collection[str], retained: Mapping[str, AdapterRecord], remade: Collection[str]
 ) -> None:
-    """Refuse adapters that are to stay beside those of the file, and cannot.
+    """Refuse adapters that would stay beside those of the file, and cannot.
 
-    `remade` names those to be made again.
+    `remade` names those that must be made again.
     """
-    if not beside:
+    if not retained:
         return
-    names = f"the file does not name {listed(beside)}, which came by an update or a push and would stay"
-    lost = [name for name in beside if name in remade and beside[name].source.source is SourceKind.PUSHED]
+    names = f"the file does not name {listed(retained)}, which came by an update or a push and would stay"
+    lost = [name for name in retained if name in remade and retained[name].source.source is SourceKind.PUSHED]
     if lost:
         raise DeploymentInvalid(
             f"deployment {draft.deployment}: {names}, but a push leaves no files to make {listed(lost)} for "
             "another base or other settings. Build with --exact, which removes them, then push them again."
         )
     try:
-        draft.model_copy(update={"adapters": {**dict.fromkeys(named), **beside}}).check_names()
+        draft.model_copy(update={"adapters": {**dict.fromkeys(named), **retained}}).check_names()
     except DeploymentInvalid as fault:
         raise fault.with_message(f"{fault.message}: {names}. Build with --exact to remove them.") from fault
 
@@ -173,10 +183,10 @@ def _replaced(record: AdapterRecord) -> Finding:
 
 
 def _publish(
-    planned: Generation, added: Mapping[str, AdapterRecord] | None, shop: Workshop, identity: Identity
+    planned: Generation, added: Mapping[str, AdapterRecord] | None, workshop: Workshop, identity: Identity
 ) -> Generation:
     """Publish; raise Moved where others than the added adapters were added meanwhile, unless added is None."""
-    store, name, check = PatientStore(shop.context.store), planned.deployment, shop.progress.check
+    store, name, check = PatientStore(workshop.context.store), planned.deployment, workshop.progress.check
 
     def change(current: Generation) -> Generation:
         if added_to(current) != added and not current.same_content(planned):
@@ -184,7 +194,7 @@ def _publish(
         return planned
 
     check()  # a build that is stopped from here on is published all the same
-    with shop.context.publishing(name):
+    with workshop.context.publishing(name):
         if added is None:
             return publish_generation(store, planned, identity)
         return publish_change(store, name, change, identity, check=check)[0]
@@ -204,7 +214,7 @@ def digests_of(generation: Generation | None) -> frozenset[str]:
     return frozenset(record.digest for record in records)
 
 
-def _hold_on(store: Store, before: Generation | None, records: Iterable[AdapterRecord]) -> None:
+def _hold_reused(store: Store, before: Generation | None, records: Iterable[AdapterRecord]) -> None:
     """Keep `loramux gc` from bundles that are reused though the served generation no longer refers to them."""
     now = served_generation(store, before.deployment) if before is not None else None
     if before is not None and (now is None or now.number != before.number):
@@ -212,20 +222,16 @@ def _hold_on(store: Store, before: Generation | None, records: Iterable[AdapterR
         hold(store, {record.digest for record in records} & held)
 
 
-def _describe_base(deployment: Deployment, shop: Workshop) -> Base:
-    spec, check = deployment.build, shop.progress.check
+def _describe_base(settings: Build, workshop: Workshop) -> Base:
     try:
-        base = describe_base(
-            shop.context.sources,
-            spec.checkpoint_repository,
-            lambda _: check(),
-            shop.room,
-            max_seq_len=spec.max_seq_len,
-            signed_by=spec.base_signed_by,
+        base = workshop.describe(
+            settings.checkpoint_repository,
+            max_seq_len=settings.max_seq_len,
+            signed_by=settings.base_signed_by,
         )
     except Fault as fault:
         raise fault.with_message(f"base checkpoint: {fault.message}") from fault
-    shop.context.bases.remember(base, spec.max_seq_len)
+    workshop.context.bases.remember(base, settings.max_seq_len)
     return base
 
 

@@ -13,7 +13,7 @@ from builder_service.domain.rules.checked import CheckedAdapter
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.convert import bundle_bytes
 from builder_service.pipeline.fetch import fetch_adapters
-from builder_service.pipeline.making import workshop
+from builder_service.pipeline.making import open_workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.access.keys import ACCESS
@@ -33,7 +33,7 @@ from loramux_shared.faults import (
     ShuttingDown,
     SourceUnavailable,
 )
-from loramux_shared.sources.checkpoint import Base, describe_base
+from loramux_shared.sources.checkpoint import Base
 
 ADAPTER: Final = "adapter"
 """The name of the one adapter of a check."""
@@ -86,20 +86,14 @@ def check_one(
     Raises:
         Fault: what the base or a source raises; rules that are broken are findings.
     """
-    with workshop(context, context.store, progress) as shop:
+    with open_workshop(context, context.store, progress) as workshop:
         build, sources = deployment.build, context.sources
-        base = describe_base(
-            sources,
-            build.checkpoint_repository,
-            lambda _: progress.check(),
-            shop.room,
-            max_seq_len=build.max_seq_len,
-        )
-        book = rulebook(base.model, build.lora_configuration, shop.weights(base.record))
+        base = workshop.describe(build.checkpoint_repository, max_seq_len=build.max_seq_len)
+        rules = rulebook(base.model, build.lora_configuration, workshop.weights(base.record))
         adapters, signers = build.lora_adapters, build.signed_by
-        [fetched] = fetch_adapters(adapters, sources, shop.space, shop.work, progress, signers)
+        [fetched] = fetch_adapters(adapters, sources, workshop.space, workshop.work, progress, signers)
         with computing or nullcontext():
-            checked = check_fetched(fetched, book, progress)
+            checked = check_fetched(fetched, rules, progress)
         rows = tuple(planned.row for planned in checked.rows)
         changes = bool(rows or checked.replaced)
         named = origin_warnings(checked.base_model_name, fetched.licence, base.record) if changes else []
@@ -109,11 +103,11 @@ def check_one(
         return CheckedReport(
             fetched.source,
             base.record.source,
-            book.dtype,
+            rules.dtype,
             tuple(found),
             fetched.files,
             rows,
-            _files_bytes(checked, book.dtype),
+            _files_bytes(checked, rules.dtype),
             checked.base_model_name,
             fetched.licence,
             base.record.licence,

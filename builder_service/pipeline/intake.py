@@ -29,7 +29,7 @@ Identity: TypeAlias = tuple[tuple[str, str], ...]
 class Intake:
     """The incoming adapters of one build."""
 
-    book: Rulebook
+    rules: Rulebook
     context: BuildContext
     space: Space
     work: Path
@@ -90,7 +90,7 @@ class Intake:
     def _check(self, fetched: FetchedAdapter) -> CheckedAdapter:
         heavy = self.context.heavy if self._largest_tensor(fetched) > HEAVY_BYTES else nullcontext()
         with heavy, self.context.compute:
-            return check_fetched(fetched, self.book, self.progress)
+            return check_fetched(fetched, self.rules, self.progress)
 
     def _largest_tensor(self, fetched: FetchedAdapter) -> int:
         """Return the bytes of the largest tensor of a large file; of the file where that is not known."""
@@ -100,7 +100,7 @@ class Intake:
         if WEIGHTS not in fetched.files:
             return size
         try:
-            tensors = read_header(fetched.folder / WEIGHTS, most_tensors(self.book.limits.base)).tensors
+            tensors = read_header(fetched.folder / WEIGHTS, most_tensors(self.rules.limits.base)).tensors
         except HeaderInvalid:  # which the rules will say
             return 0
         return max((tensor.size for tensor in tensors.values()), default=0)

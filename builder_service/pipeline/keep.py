@@ -1,4 +1,4 @@
-"""Keep: adapters that are what they were in the served generation; they are neither fetched nor converted."""
+"""Adapters that a build reuses from the served generation: they are neither fetched nor converted."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -50,12 +50,12 @@ class Moved(Exception):
 
 
 @dataclass
-class Keeping:
-    """The adapters of the served generation that a build with the same base and settings may keep."""
+class ReusableAdapters:
+    """The adapters of the served generation that a build with the same base and settings may reuse."""
 
     before: Generation | None
-    """None where nothing may be kept."""
-    beside: Mapping[str, AdapterRecord] = field(default_factory=dict)
+    """The served generation; None where none of its adapters may be reused by its source."""
+    fixed: Mapping[str, AdapterRecord] = field(default_factory=dict)
     """Adapters that stay as they are, whatever their sources say now."""
     _by_revision: dict[Place, AdapterRecord] = field(default_factory=dict)
     _by_listing: dict[Place, AdapterRecord] = field(default_factory=dict)
@@ -66,10 +66,10 @@ class Keeping:
                 self._by_revision[_place(record.source, record.source.revision)] = record
                 self._by_listing[_place(record.source, record.listing)] = record
 
-    def unasked(self, name: str, repository: Repository) -> ReusedAdapter | None:
-        """Return an adapter whose repository need not even be listed: it was built at this very revision."""
-        if name in self.beside:
-            return ReusedAdapter(name, self.beside[name])
+    def find_by_revision(self, name: str, repository: Repository) -> ReusedAdapter | None:
+        """Return an adapter that is fixed, or was built at this very revision; its source is not asked."""
+        if name in self.fixed:
+            return ReusedAdapter(name, self.fixed[name])
         pinned = _PINNED.get(repository.source)
         if repository.source is not SourceKind.PUSHED and not (
             pinned and pinned.fullmatch(repository.revision)
@@ -77,11 +77,11 @@ class Keeping:
             return None
         found = self._by_revision.get(_place(repository, repository.revision))
         if found is None and repository.source is SourceKind.PUSHED and not repository.revision:
-            found = self._pushed(repository)
+            found = self._last_pushed(repository)
         return ReusedAdapter(name, _from(found, repository)) if found else None
 
-    def listed(self, adapter: ListedAdapter) -> ReusedAdapter | None:
-        """Return an adapter of whose files its source says what it said when they were built."""
+    def find_by_listing(self, adapter: ListedAdapter) -> ReusedAdapter | None:
+        """Return an adapter whose source lists the same files as when the adapter was built."""
         repository, says = adapter.resolved.repository, adapter.digest
         found = self._by_listing.get(_place(repository, says)) if says else None
         if found is None:
@@ -91,10 +91,10 @@ class Keeping:
         extra = tuple(extra_files(adapter.resolved.files))
         return ReusedAdapter(adapter.name, _from(found, repository), extra)
 
-    def _pushed(self, repository: Repository) -> AdapterRecord | None:
-        """Return the one that was pushed under this name last."""
-        same = (r for r in self._by_revision.values() if r.source.source is SourceKind.PUSHED)
-        return next((record for record in same if record.source.repo == repository.repo), None)
+    def _last_pushed(self, repository: Repository) -> AdapterRecord | None:
+        """Return the adapter that was pushed under this name last."""
+        pushed = (r for r in self._by_revision.values() if r.source.source is SourceKind.PUSHED)
+        return next((record for record in pushed if record.source.repo == repository.repo), None)
 
 
 def same_conditions(one: Generation, other: Generation) -> bool:
@@ -138,17 +138,19 @@ def _from(record: AdapterRecord, repository: Repository) -> AdapterRecord:
 def keep(
     store: Store, found: Iterable[ReusedAdapter], base: BaseRecord, progress: Progress, *, verify: bool
 ) -> dict[str, AdapterRecord]:
-    """Return the records of those whose bundles are in the store, and tell that they are done.
+    """Return the records of adapters whose bundles are in the store, and report these adapters as done.
 
-    With verify every byte of them is read back, and one that differs is not kept. Without, it is enough that
-    all files are there. Raise StoreUnavailable where the store does not answer.
+    With verify every byte of a bundle is read back, and a bundle that differs is not kept. Without, it is
+    enough that all files are there. Raise StoreUnavailable where the store does not answer.
     """
     candidates = list(found)
-    whole = _whole if verify else _there
+    is_whole = _is_whole if verify else _has_files
     digests = list({each.record.digest: each.record for each in candidates}.values())
     with ThreadPoolExecutor(PARALLEL, "keep") as pool:
-        fit = dict(zip([r.digest for r in digests], pool.map(lambda r: whole(store, r), digests), strict=True))
-    reused = [each for each in candidates if fit[each.record.digest]]
+        whole = dict(
+            zip([r.digest for r in digests], pool.map(lambda r: is_whole(store, r), digests), strict=True)
+        )
+    reused = [each for each in candidates if whole[each.record.digest]]
     for each in reused:
         named = each.record.summary.base_model_name if each.record.summary else ""
         origin = origin_warnings(named, each.record.licence, base)
@@ -157,7 +159,7 @@ def keep(
     return {each.name: each.record for each in reused}
 
 
-def _there(store: Store, record: AdapterRecord) -> bool:
+def _has_files(store: Store, record: AdapterRecord) -> bool:
     names: tuple[str, ...] = (WEIGHTS_FILE, CONFIG_FILE)
     if record.summary is not None:
         names = (*record.summary.npy_files, *record.summary.texts)
@@ -168,7 +170,7 @@ def _there(store: Store, record: AdapterRecord) -> bool:
     return not lost
 
 
-def _whole(store: Store, record: AdapterRecord) -> bool:
+def _is_whole(store: Store, record: AdapterRecord) -> bool:
     try:
         manifest = read_manifest(store, record.digest)
     except BundleCorrupt as damage:

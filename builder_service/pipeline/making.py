@@ -1,7 +1,9 @@
-"""Making: the adapters of one build, from their repositories to what the generation says of them.
+"""The adapters of one build, from their repositories to their records in the generation.
 
 Bundles are converted and published several at once, each only once, and with its manifest last.
 """
+
+from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from builder_service.pipeline.context import BASE_FILES, BuildContext, Space
 from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_adapter
 from builder_service.pipeline.fetch import FetchedAdapter, gathered, list_adapters
 from builder_service.pipeline.intake import Identity, Intake, identity
-from builder_service.pipeline.keep import Keeping, keep
+from builder_service.pipeline.keep import ReusableAdapters, keep
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter, rulebook
 from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord
@@ -32,7 +34,7 @@ from loramux_shared.deployment import Build, Merge, Repository
 from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, StoreUnavailable
 from loramux_shared.ports import required
 from loramux_shared.sources.base import Room
-from loramux_shared.sources.checkpoint import Base
+from loramux_shared.sources.checkpoint import Base, describe_base
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage.base import ObjectMissing, Store
 
@@ -173,11 +175,11 @@ class Prover:
     """Returns the proofs of adapters, in their order."""
 
 
-def prover() -> Prover:
-    """Return what computes proofs; raise SettingsInvalid where it is not installed."""
-    found = required("prover", Prover, "a deployment with prove: true")
-    found.require()
-    return found
+def require_prover() -> Prover:
+    """Return the prover; raise SettingsInvalid where it or a package that it needs is not installed."""
+    prover = required("prover", Prover, "a deployment with prove: true")
+    prover.require()
+    return prover
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,20 @@ class Workshop:
         """Counts what is written of the base."""
         return self.space.room(BASE_FILES)
 
+    def describe(
+        self, checkpoint: Repository, *, max_seq_len: int | None = None, signed_by: Sequence[str] = ()
+    ) -> Base:
+        """Return the description of a checkpoint, as `describe_base` does."""
+        sources, progress = self.context.sources, self.progress
+        return describe_base(
+            sources,
+            checkpoint,
+            lambda _: progress.check(),
+            self.room,
+            max_seq_len=max_seq_len,
+            signed_by=signed_by,
+        )
+
     def weights(self, base: BaseRecord) -> BaseWeights:
         """Return the base's own files, which are fetched when they are asked for."""
         sources, progress = self.context.sources, self.progress
@@ -202,28 +218,36 @@ class Workshop:
 
 
 @contextmanager
-def workshop(context: BuildContext, store: Store, progress: Progress) -> Iterator[Workshop]:
+def open_workshop(context: BuildContext, store: Store, progress: Progress) -> Iterator[Workshop]:
     """Open a workshop; its folder goes when it is left."""
     with context.folder() as work:
         yield Workshop(context, store, work, context.space(work), progress)
 
 
 @dataclass(frozen=True)
-class Making:
+class AdapterMaker:
     """Makes adapters for one base under the settings of one deployment."""
 
-    shop: Workshop
+    workshop: Workshop
     base: Base
     settings: Build
     """Settings of the build; the adapters in them are not used."""
-    book: Rulebook
+    rules: Rulebook
     served: frozenset[str]
     """Digests that the served generation refers to."""
     merge: Merge
     """Merging of the one adapter into the weights."""
 
+    @classmethod
+    def for_base(
+        cls, workshop: Workshop, base: Base, settings: Build, served: frozenset[str], merge: Merge
+    ) -> AdapterMaker:
+        """Return a maker of adapters for a base under a deployment's settings."""
+        rules = rulebook(base.model, settings.lora_configuration, workshop.weights(base.record))
+        return cls(workshop, base, settings, rules, served, merge)
+
     def make(
-        self, adapters: Mapping[str, Repository], keeping: Keeping, *, verify: bool = False
+        self, adapters: Mapping[str, Repository], reusable: ReusableAdapters, *, verify: bool = False
     ) -> dict[str, AdapterRecord]:
         """Keep what is what it was, make the rest; everything is checked before anything is put.
 
@@ -232,19 +256,19 @@ class Making:
             DeploymentInvalid: one that must be merged cannot be.
             Fault: what sources and the store raise.
         """
-        unasked = [
-            found_record for name, each in adapters.items() if (found_record := keeping.unasked(name, each))
+        pinned = [
+            reused for name, each in adapters.items() if (reused := reusable.find_by_revision(name, each))
         ]
-        base, progress, shop = self.base.record, self.shop.progress, self.shop
-        records = keep(shop.store, unasked, base, progress, verify=verify)
+        base, progress, workshop = self.base.record, self.workshop.progress, self.workshop
+        records = keep(workshop.store, pinned, base, progress, verify=verify)
         requested = {name: each for name, each in adapters.items() if name not in records}
         signers = self.settings.signed_by
-        with list_adapters(requested, shop.context.sources, shop.space, progress, signers) as listed:
-            found = [found_record for each in listed if (found_record := keeping.listed(each))]
-            records |= keep(shop.store, found, base, progress, verify=verify)
+        with list_adapters(requested, workshop.context.sources, workshop.space, progress, signers) as listed:
+            same = [reused for each in listed if (reused := reusable.find_by_listing(each))]
+            records |= keep(workshop.store, same, base, progress, verify=verify)
             valid = self._intake().take_in([each for each in listed if each.name not in records])
         self._check_merge({name: record.apart for name, record in records.items()} | _apart(valid))
-        return records | self._put_out(valid)
+        return records | self._publish(valid)
 
     def make_fetched(self, fetched: FetchedAdapter) -> AdapterRecord:
         """Make an adapter whose files are in the work folder already.
@@ -256,7 +280,7 @@ class Making:
         """
         valid = [self._intake().judge(fetched)]
         self._check_merge(_apart(valid))
-        return self._put_out(valid)[fetched.name]
+        return self._publish(valid)[fetched.name]
 
     def _check_merge(self, apart: Mapping[str, str]) -> None:
         """Refuse to merge an adapter that is more, or at times less, than layers' weights; values say why."""
@@ -271,50 +295,53 @@ class Making:
             )
 
     def _intake(self) -> Intake:
-        shop = self.shop
-        return Intake(self.book, shop.context, shop.space, shop.work, shop.progress)
+        workshop = self.workshop
+        return Intake(self.rules, workshop.context, workshop.space, workshop.work, workshop.progress)
 
-    def _put_out(self, adapters: Sequence[ValidAdapter]) -> dict[str, AdapterRecord]:
-        """Convert and publish adapters that are valid; return what the generation says of them, by name."""
-        shop, groups = self.shop, duplicates(adapters)
-        sources = shop.context.sources
+    def _publish(self, adapters: Sequence[ValidAdapter]) -> dict[str, AdapterRecord]:
+        """Convert and publish valid adapters; return their records by name."""
+        workshop, groups = self.workshop, duplicates(adapters)
+        sources = workshop.context.sources
         proofs: Sequence[Proof | None] = [None] * len(groups)
         if self.settings.prove:
             firsts = [group.first for group in groups]
-            proofs = prover().prove_adapters(
-                firsts, self.settings, self.base.record, sources, shop.work, shop.progress, shop.room
+            proofs = require_prover().prove_adapters(
+                firsts,
+                self.settings,
+                self.base.record,
+                sources,
+                workshop.work,
+                workshop.progress,
+                workshop.room,
             )
-        with ThreadPoolExecutor(shop.context.parallel_adapters, "output") as pool:
+        with ThreadPoolExecutor(workshop.context.parallel_adapters, "output") as pool:
             futures = {
-                group.names[0]: pool.submit(self._put_out_group, group, proof)
+                group.names[0]: pool.submit(self._publish_group, group, proof)
                 for group, proof in zip(groups, proofs, strict=True)
             }
-        records = gathered(futures, shop.progress)
+        records = gathered(futures, workshop.progress)
         return {name: record for each in records for name, record in each.items()}
 
-    def _put_out_group(self, group: Duplicates, proof: Proof | None) -> dict[str, AdapterRecord]:
-        shop, base, dtype = self.shop, self.base.record, self.book.dtype
+    def _publish_group(self, group: Duplicates, proof: Proof | None) -> dict[str, AdapterRecord]:
+        workshop, base, dtype = self.workshop, self.base.record, self.rules.dtype
         for name in group.names:
-            shop.progress.enter(name, Stage.CONVERTING)
+            workshop.progress.enter(name, Stage.CONVERTING)
         size = bundle_bytes(group.first.checked, dtype)
-        with shop.space.writing(size, f"the bundle of adapter {group.names[0]!r}"), shop.context.compute:
-            bundle = convert_adapter(group.first, dtype, shop.progress, proof)
+        with (
+            workshop.space.writing(size, f"the bundle of adapter {group.names[0]!r}"),
+            workshop.context.compute,
+        ):
+            bundle = convert_adapter(group.first, dtype, workshop.progress, proof)
         adapters, named = [each.fetched for each in group.adapters], bundle.manifest.base_model_name
         for adapter in adapters:
             extra = [*origin_warnings(named, adapter.licence, base), *adapter.warnings]
-            shop.progress.describe(adapter.name, bundle.digest, bundle.manifest, extra)
-        publish_bundle(shop.store, bundle, group.names, self.served, shop.progress)
+            workshop.progress.describe(adapter.name, bundle.digest, bundle.manifest, extra)
+        publish_bundle(workshop.store, bundle, group.names, self.served, workshop.progress)
         return {adapter.name: _record(adapter, bundle) for adapter in adapters}
 
 
-def making(shop: Workshop, base: Base, settings: Build, served: frozenset[str], merge: Merge) -> Making:
-    """Return what makes adapters for a base under a deployment's settings."""
-    book = rulebook(base.model, settings.lora_configuration, shop.weights(base.record))
-    return Making(shop, base, settings, book, served, merge)
-
-
 def _apart(valid: Sequence[ValidAdapter]) -> dict[str, str]:
-    """Why they are never merged, by name."""
+    """Return why adapters are never merged, by name; empty for those that can be."""
     checked = {each.fetched.name: each.checked for each in valid}
     return {
         name: apart(each.invocation_tokens, each.modules, each.vocab, each.num_labels)

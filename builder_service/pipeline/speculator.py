@@ -12,7 +12,7 @@ from loramux_shared.bases.memory import count_weights
 from loramux_shared.bundle.generation import BaseRecord, SpeculatorRecord
 from loramux_shared.deployment import Speculator
 from loramux_shared.faults import DeploymentInvalid, Fault, Finding
-from loramux_shared.sources.checkpoint import Base, describe_base
+from loramux_shared.sources.checkpoint import Base
 from loramux_shared.sources.files import scratch
 from loramux_shared.sources.open import Sources
 from loramux_shared.wording import listed
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 TOKENIZER: Final = "tokenizer.json"
 
 
-def record_speculator(speculator: Speculator, base: Base, shop: Workshop) -> SpeculatorRecord:
+def record_speculator(speculator: Speculator, base: Base, workshop: Workshop) -> SpeculatorRecord:
     """Return the record of a draft model that fits a base.
 
     Raises:
         DeploymentInvalid: it does not fit, with every reason.
         Fault: what its source raises.
     """
-    sources, check = shop.context.sources, shop.progress.check
+    sources = workshop.context.sources
     try:
-        draft = describe_base(sources, speculator.model, lambda _: check(), shop.room)
+        draft = workshop.describe(speculator.model)
         findings = list(_misfits(draft, base, sources))
     except Fault as fault:
         raise fault.with_message(f"runtime.speculator: {fault.message}") from fault

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from builder_service.pipeline.build import BuildResult, digests_of, result_of_replay
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.keep import Keeping, Moved, keep, same_conditions
-from builder_service.pipeline.making import Making, Workshop, hold, making, prover, workshop
+from builder_service.pipeline.keep import Moved, ReusableAdapters, keep, same_conditions
+from builder_service.pipeline.making import AdapterMaker, Workshop, hold, open_workshop, require_prover
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.push import PushedAdapter
 from loramux_shared.bundle.claims import generation_numbers
@@ -89,15 +89,15 @@ def update(
         judge(before, wish)
         records: dict[str, AdapterRecord] = {}
         if wish.add:
-            with workshop(context, store, progress) as shop:
-                records = _making(shop, before).make(wish.add, Keeping(before))
+            with open_workshop(context, store, progress) as workshop:
+                records = _maker(workshop, before).make(wish.add, ReusableAdapters(before))
         try:
             return _publish(context, before, wish, records, progress.check, identity)
         except Moved:
             log.info("base or settings changed during the update, making it again", deployment=wish.name)
 
 
-def push(pushed: PushedAdapter, shop: Workshop, expected: int | None) -> tuple[BuildResult, AdapterRecord]:
+def push(pushed: PushedAdapter, workshop: Workshop, expected: int | None) -> tuple[BuildResult, AdapterRecord]:
     """Make an adapter whose files are here and publish the generation that follows. Blocks.
 
     Raises:
@@ -106,16 +106,16 @@ def push(pushed: PushedAdapter, shop: Workshop, expected: int | None) -> tuple[B
         DeploymentInvalid: the name is taken.
         Fault: what the base's source and the store raise.
     """
-    store, check = shop.store, shop.progress.check
+    store, check = workshop.store, workshop.progress.check
     before = newest_generation(store, pushed.deployment)
     require(before, expected)
     fetched = pushed.fetched(before.recipe.signed_by if before.recipe else ())
-    there = Keeping(before).unasked(pushed.name, fetched.source)
-    found = keep(store, [there], before.base, shop.progress, verify=False) if there else {}
-    record = found.get(pushed.name) or _making(shop, before).make_fetched(fetched)
+    same = ReusableAdapters(before).find_by_revision(pushed.name, fetched.source)
+    reused = keep(store, [same], before.base, workshop.progress, verify=False) if same else {}
+    record = reused.get(pushed.name) or _maker(workshop, before).make_fetched(fetched)
     try:
         wish = Update(name=pushed.deployment, add={pushed.name: record.source}, expected_generation=expected)
-        result = _publish(shop.context, before, wish, {pushed.name: record}, check, NAMELESS)
+        result = _publish(workshop.context, before, wish, {pushed.name: record}, check, NAMELESS)
     except Moved as moved:
         raise GenerationMismatch(
             f"deployment {pushed.deployment}: its base or settings changed while the adapter was made. "
@@ -174,12 +174,12 @@ def _require_new(generation: Generation, there: Collection[str]) -> None:
         )
 
 
-def _making(shop: Workshop, before: Generation) -> Making:
+def _maker(workshop: Workshop, before: Generation) -> AdapterMaker:
     settings = _settings_of(before)
     if settings.prove:
-        prover()
-    base = shop.context.bases.recall(before.base, before.max_seq_len, shop.weights(before.base))
-    return making(shop, base, settings, digests_of(before), before.merge)
+        require_prover()
+    base = workshop.context.bases.recall(before.base, before.max_seq_len, workshop.weights(before.base))
+    return AdapterMaker.for_base(workshop, base, settings, digests_of(before), before.merge)
 
 
 def _settings_of(generation: Generation) -> Build:

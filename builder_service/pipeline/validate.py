@@ -97,31 +97,31 @@ def refuse_any(checked: Mapping[str, CheckedAdapter]) -> None:
         raise AdapterInvalid(f"{listed(violations)}: {rules} broken; nothing was published", findings)
 
 
-def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -> CheckedAdapter:
+def check_fetched(adapter: FetchedAdapter, rules: Rulebook, progress: Progress) -> CheckedAdapter:
     """Check one adapter against every rule; truncate it where the deployment wishes."""
     if adapter.findings:
         return CheckedAdapter(adapter.findings)
     progress.enter(adapter.name, Stage.VALIDATING, sum(file.size for file in adapter.files.values()))
     count, folder = progress.counter(adapter.name), adapter.folder
     if CONFIG in weight_files(adapter.files):
-        checked = check_adapter(folder, book, count)
+        checked = check_adapter(folder, rules, count)
     else:
-        checked = npy_files.check(folder, book, count)
+        checked = npy_files.check(folder, rules, count)
     texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if name in adapter.files}
-    vocab = checked.vocab or book.limits.base.dims.vocab
-    tokens = book.tokens.compared(folder, adapter.files) if book.tokens else ComparedTokens()
+    vocab = checked.vocab or rules.limits.base.dims.vocab
+    tokens = rules.tokens.compared(folder, adapter.files) if rules.tokens else ComparedTokens()
     found = [*check_texts(texts, vocab), *tokens.findings, *_without_rows(tokens.added, vocab)]
-    if checked.vocab and checked.vocab < book.limits.base.dims.vocab:
-        found += _cut_off(checked.vocab, book)
+    if checked.vocab and checked.vocab < rules.limits.base.dims.vocab:
+        found += _cut_off(checked.vocab, rules)
     own = OwnTokens(vocab=vocab, tokens=tokens.added) if tokens.added or checked.vocab else None
     score = checked.score
     if score is not None and MODEL_CONFIG in adapter.files:
         score, wrong = with_labels(score, (folder / MODEL_CONFIG).read_bytes())
         found += wrong
     checked = replace(checked, findings=(*checked.findings, *found), own_tokens=own, score=score)
-    if checked.errors or book.truncate_to_rank is None:
+    if checked.errors or rules.truncate_to_rank is None:
         return checked
-    return truncate_adapter(checked, book.truncate_to_rank, book.dtype, folder, count)
+    return truncate_adapter(checked, rules.truncate_to_rank, rules.dtype, folder, count)
 
 
 def _without_rows(added: Sequence[AddedToken], vocab: int) -> list[Finding]:
@@ -135,9 +135,9 @@ def _without_rows(added: Sequence[AddedToken], vocab: int) -> list[Finding]:
     ]
 
 
-def _cut_off(vocab: int, book: Rulebook) -> list[Finding]:
+def _cut_off(vocab: int, rules: Rulebook) -> list[Finding]:
     """Return a finding where tokens of the base have no rows any more: more than its padding was cut off."""
-    last = book.tokens.last if book.tokens else book.limits.base.dims.vocab - 1
+    last = rules.tokens.last if rules.tokens else rules.limits.base.dims.vocab - 1
     if vocab > last:
         return []
     expected, found = f"rows for the base's tokens, at least {last + 1}", f"{vocab} rows"

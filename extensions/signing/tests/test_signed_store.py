@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from builder_service.builder import Builder
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.making import workshop
+from builder_service.pipeline.making import open_workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.update import Update, push, rollback, update
@@ -210,17 +210,17 @@ def test_what_comes_in_later_is_signed_too(world):
         update(add, context, Progress(["two"]))
     signature = sign_folder(two, world.key)
     for sent in (None, b"{}", signature):
-        with workshop(context, world.plain, Progress(["sent"])) as shop:
-            adapter = PushedAdapter("tiny", "sent", shop.work / "adapter-0", shop.space)
+        with open_workshop(context, world.plain, Progress(["sent"])) as workshop:
+            adapter = PushedAdapter("tiny", "sent", workshop.work / "adapter-0", workshop.space)
             for path in two.iterdir():
                 adapter.write(path.name, path.read_bytes())
             if sent is not None:
                 adapter.write(SIGNATURE, sent)
             if sent is signature:
-                _, record = push(adapter, shop, None)
+                _, record = push(adapter, workshop, None)
                 continue
             with pytest.raises(faults.AdapterInvalid, match="E_SIGNATURE"):
-                push(adapter, shop, None)
+                push(adapter, workshop, None)
     (two / SIGNATURE).write_bytes(signature)
     generation = update(add, context, Progress(["two"])).generation
     assert generation.adapters["two"].digest == record.digest == generation.adapters["sent"].digest
