@@ -47,9 +47,9 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 STOP_GRACE_S: Final = 15.0
-"""For a build that was asked to stop, and waits for a network."""
-AGAIN_S: Final = 1.0
-"""Before the store is asked again that did not answer."""
+"""Time that a build has to stop, for one that waits for a network."""
+RETRY_S: Final = 1.0
+"""Pause before the builder asks a store again that did not answer."""
 RECORDING_THREADS: Final = 16
 CANCELLED: Final = "a client cancelled the build; the deployment is unchanged"
 
@@ -357,7 +357,7 @@ class Builds(BuildViews):
                 log.warning("journal waits for the store, trying again", problem=fault.message)
             if self._ending.is_set():
                 raise BuildInterrupted(INTERRUPTED)
-            await wait_at_most(AGAIN_S, self._ending)
+            await wait_at_most(RETRY_S, self._ending)
 
     async def _in_thread(self, operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()

@@ -253,7 +253,7 @@ class Journal:
         return found
 
     def is_ended(self, run: str) -> bool:
-        """True for the earlier runs of this owner."""
+        """Return True for the earlier runs of this owner."""
         return run != self.run and run.partition(".")[0] == self._owner
 
     def read(self, copies: Iterable[Ticket]) -> dict[Ticket, JournalEntry]:

@@ -19,8 +19,8 @@ from loramux_shared.storage.base import Store
 
 log = structlog.get_logger()
 
-WATCHED_S: Final = 3600.0
-"""For a deployment whose changes were taken over: a builder that stood still may put an old pointer."""
+WATCH_S: Final = 3600.0
+"""Time to watch a deployment that was taken over: a builder that stood still may put an old pointer."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Keeper:
         new = [ticket for ticket in abandoned if ticket not in self.left]
         for name in dict.fromkeys(ticket.deployment for ticket in new):
             await asyncio.to_thread(settle, self._store, name)
-            self._watched[name] = self._clock() + WATCHED_S
+            self._watched[name] = self._clock() + WATCH_S
         left = [await self._take(copies) for copies in _by_change(new)]
         self.left = frozenset(chain(*left, self.left & abandoned.keys()))
         await asyncio.to_thread(self._journal.tidy)

@@ -32,12 +32,12 @@ from loramux_shared.storage.patient import PatientStore
 
 T = TypeVar("T")
 
-RUNNING: Final = 4
+MAX_RUNNING_PUSHES: Final = 4
 """Pushed adapters that are made at once; others wait."""
-OPEN: Final = 64
+MAX_OPEN_UPLOADS: Final = 64
 """Uploads that are open at once, which keys share."""
-UPLOAD_S: Final = 600.0
-"""For a whole upload."""
+MAX_UPLOAD_S: Final = 600.0
+"""Time of a whole upload."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Pushes:
         """Call published for each deployment with a new generation."""
         self._context = context
         self._published = published
-        self._pool = ThreadPoolExecutor(RUNNING, "push")
-        self._places = Shares(OPEN)
+        self._pool = ThreadPoolExecutor(MAX_RUNNING_PUSHES, "push")
+        self._places = Shares(MAX_OPEN_UPLOADS)
         self._open: set[Progress] = set()
         self._stopped = False
 
@@ -175,10 +175,10 @@ async def _receive(
 async def _in_time() -> AsyncIterator[None]:
     """Bound the time of what a client sends."""
     try:
-        async with asyncio.timeout(UPLOAD_S):
+        async with asyncio.timeout(MAX_UPLOAD_S):
             yield
     except TimeoutError:
-        raise ClientStalled(f"the upload took longer than {UPLOAD_S:g} s.") from None
+        raise ClientStalled(f"the upload took longer than {MAX_UPLOAD_S:g} s.") from None
 
 
 async def _until_done(work: Awaitable[T], progress: Progress) -> T:

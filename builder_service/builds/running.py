@@ -25,7 +25,8 @@ from loramux_shared.faults import FAULTS, BundleCorrupt, Fault, Finding, Interna
 
 log = structlog.get_logger()
 
-MAX_KEPT: Final = 1000
+MAX_FAILURES: Final = 1000
+"""Failed builds whose records are kept."""
 
 
 class FailedBuild(Record):
@@ -71,7 +72,7 @@ class Failures:
             temporary.write_bytes(failed.to_bytes())
             temporary.replace(path)
             paths = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-            for old in paths[:-MAX_KEPT]:
+            for old in paths[:-MAX_FAILURES]:
                 old.unlink()
         except OSError as error:
             log.warning("record of a failure could not be written", path=str(path), problem=error.strerror)

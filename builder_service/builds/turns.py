@@ -125,7 +125,7 @@ def _fault_of(error: BaseException) -> BaseException:
 
 
 def _is_of_one(error: BaseException) -> bool:
-    """True for what a smaller group may be spared."""
+    """Return True for what a smaller group may be spared."""
     return isinstance(error, TakenOver | PartlyApplied | Fault) and not isinstance(error, OF_ALL)
 
 
@@ -134,7 +134,7 @@ def _touched(running: RunningBuild) -> frozenset[str]:
 
 
 def _may_join(one: RunningBuild, other: RunningBuild) -> bool:
-    """True when two builds can be one change, as far as they touch different adapters.
+    """Return True if two builds can be one change, as far as they touch different adapters.
 
     A change that expects a generation follows that one alone; so does, at its last attempt, a change that the
     builder may have been killed by.

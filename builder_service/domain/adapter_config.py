@@ -266,7 +266,7 @@ def _trainable_tokens(value: dict[str, list[int]] | list[int]) -> dict[str, tupl
 
 
 def is_end(end: str, name: str) -> bool:
-    """True where a name of the config means a module of the base."""
+    """Return True where a name of the config means a module of the base."""
     return f".{name}".endswith(f".{end}")
 
 

@@ -16,14 +16,14 @@ from loramux_shared.faults import Finding
 from loramux_shared.untrusted_json import excerpt, quoted
 from loramux_shared.wording import listed
 
-MAX_PATTERN: Final = 4096
-"""Characters of one pattern."""
+MAX_PATTERN_CHARACTERS: Final = 4096
+"""Longest pattern."""
 MAX_PATTERNS: Final = 8192
 """Patterns of one field; EVA writes one per module, which is 560 for 80 layers."""
 BOUNDS: Final = Bounds(cpu_s=1.0, memory_bytes=256 << 20)
 """For all names and all patterns of a config; honest ones take milliseconds, EVA's of 126 layers 0.2 s."""
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.]*")
-_FEW: Final = 20_000
+_MAX_PLAIN_MATCHES: Final = 20_000
 """Names times patterns that are matched here, where all patterns are plain: 20 ms."""
 _FIELDS: Final = ("exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
 
@@ -59,7 +59,7 @@ def read_names(
     """
     question = dict(fields) | {"names": list(names)}
     patterns = list(_patterns(question))
-    plain = len(patterns) * len(names) <= _FEW and all(map(_PLAIN.fullmatch, patterns))
+    plain = len(patterns) * len(names) <= _MAX_PLAIN_MATCHES and all(map(_PLAIN.fullmatch, patterns))
     found = peft_names.answer(question) if plain else ask(peft_names, question, bounds)
     if problems := found.get("problems"):
         raise PatternsInvalid(problems)
@@ -81,11 +81,11 @@ def _patterns(question: Mapping[str, Any]) -> Iterator[str]:
 FILE: Final = "adapter_config.json"
 MAX_RANK: Final = 1 << 16
 RANK: Final = f"a whole number from 1 to {MAX_RANK}"
-MAX_NAME: Final = 4096
-"""Characters."""
+MAX_NAME_CHARACTERS: Final = 4096
+"""Longest name of a base."""
 MAX_ALPHA: Final = 1e30
 ALPHA: Final = f"a number above -{MAX_ALPHA:g} and below {MAX_ALPHA:g}"
-MAX_SAVED: Final = 64
+MAX_SAVED_MODULES: Final = 64
 """Modules that are saved whole: embeddings, a head, norms."""
 MAX_TOKENS: Final = 1 << 16
 """Most tokens whose rows are trained by themselves."""
@@ -123,12 +123,12 @@ def bad_fields(fields: dict[str, Any]) -> list[Finding]:
         ("lora_bias", lambda value: isinstance(value, bool), "true or false"),
         ("target_modules", _is_names_or_pattern, "a list of names or a pattern"),
         ("exclude_modules", _is_names_or_pattern, "a list of names or a pattern"),
-        ("modules_to_save", _is_few_names, f"a list of at most {MAX_SAVED} names"),
+        ("modules_to_save", _is_few_names, f"a list of at most {MAX_SAVED_MODULES} names"),
         ("trainable_token_indices", _is_tokens, "a list of token ids, or one for each of some modules"),
         ("layers_to_transform", _is_layers, "a layer or a list of layers"),
         ("layers_pattern", _is_names_or_pattern, "a pattern or a list of patterns"),
-        ("base_model_name_or_path", _is_name, f"a name of at most {MAX_NAME} characters"),
-        ("revision", _is_name, f"a name of at most {MAX_NAME} characters"),
+        ("base_model_name_or_path", _is_name, f"a name of at most {MAX_NAME_CHARACTERS} characters"),
+        ("revision", _is_name, f"a name of at most {MAX_NAME_CHARACTERS} characters"),
     ):
         value = fields.get(key)
         if value is not None and not check(value):
@@ -159,7 +159,7 @@ def bad_config(where: str, expected: str, found: str) -> Finding:
 
 
 def is_rank(value: Any) -> bool:
-    """True for what a rank can be."""
+    """Return True for what a rank can be."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_RANK
 
 
@@ -185,8 +185,10 @@ def _bad_sizes(key: str, patterns: Collection[str]) -> list[Finding]:
     if len(patterns) > MAX_PATTERNS:
         return [bad_config(key, f"at most {MAX_PATTERNS} patterns", str(len(patterns)))]
     longest = max(map(len, patterns), default=0)
-    if longest > MAX_PATTERN:
-        return [bad_config(key, f"patterns of at most {MAX_PATTERN} characters", f"one of {longest}")]
+    if longest > MAX_PATTERN_CHARACTERS:
+        return [
+            bad_config(key, f"patterns of at most {MAX_PATTERN_CHARACTERS} characters", f"one of {longest}")
+        ]
     return []
 
 
@@ -207,11 +209,11 @@ def _contradictions(fields: dict[str, Any]) -> list[Finding]:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_NAME
+    return isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS
 
 
 def _is_few_names(value: Any) -> bool:
-    return _is_names(value) and len(value) <= MAX_SAVED
+    return _is_names(value) and len(value) <= MAX_SAVED_MODULES
 
 
 def _is_names(value: Any) -> bool:
@@ -224,7 +226,7 @@ def _is_names_or_pattern(value: Any) -> bool:
 
 def _is_tokens(value: Any) -> bool:
     lists = list(value.values()) if isinstance(value, dict) else [value]
-    return len(lists) <= MAX_SAVED and all(
+    return len(lists) <= MAX_SAVED_MODULES and all(
         isinstance(each, list) and len(each) <= MAX_TOKENS and all(type(index) is int for index in each)
         for each in lists
     )

@@ -24,7 +24,7 @@ from loramux_shared.bundle.manifest import Replaced
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.npy import Array
 
-BLOCK: Final = 1 << 20
+BLOCK_ELEMENTS: Final = 1 << 20
 """Elements that are computed at once, in float64."""
 
 
@@ -116,7 +116,7 @@ class WithDora(TensorFile):
 
 
 def _blocks(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK // width)
+    step = max(1, BLOCK_ELEMENTS // width)
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
 

@@ -22,7 +22,7 @@ from loramux_shared.wording import listed
 
 _UNUSED: Final = ".original_module."
 """Part of the names of PEFT's copies beside modules that are saved whole; a resized one has new rows too."""
-PIECE: Final = 1 << 20
+PIECE_ELEMENTS: Final = 1 << 20
 """Elements that are compared at once."""
 EMBED_FIX: Final = (
     "Save embeddings and head whole (modules_to_save), with the tokenizer beside them; or merge the adapter "
@@ -165,7 +165,7 @@ def _compare(
     if ours.dtype not in READABLE or theirs.dtype not in READABLE:
         return f"{ours.dtype}, the base has {theirs.dtype}", None
     width = max(1, math.prod(ours.shape[1:]))
-    step = max(1, PIECE // width) * width
+    step = max(1, PIECE_ELEMENTS // width) * width
     rows = (0, min(ours.shape[0], theirs.shape[0])) if resized else None
     pieces = zip(file.pieces(ours.name, step, rows), found.pieces(name, step, rows), strict=True)
     differs = np.concatenate([_differs(a, b, width) for a, b in pieces])
@@ -200,5 +200,5 @@ def _differs(ours: Array, theirs: Array, width: int) -> Array:
 
 
 def _is_of(name: str, module: str) -> bool:
-    """True when a tensor belongs to a module that ``modules_to_save`` names, as PEFT means it."""
+    """Return True if a tensor belongs to a module that ``modules_to_save`` names, as PEFT means it."""
     return f".{module}." in f".{name}."

@@ -8,9 +8,9 @@ from typing import Final
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
-LISTED: Final = 3
+MAX_LISTED_PLACES: Final = 3
 """Places that a finding names before it counts the others."""
-LONGEST: Final = 200
+MAX_PLACE_CHARACTERS: Final = 200
 """Characters of a place that are shown; hostile files have keys of megabytes."""
 MAX_CAUSES: Final = 32
 """Findings of one code; hostile files have thousands of causes."""
@@ -43,11 +43,13 @@ class Grouping:
         expected: str = "",
         found: str = "",
         fix: str = "",
-        places_listed: int = LISTED,
+        places_listed: int = MAX_LISTED_PLACES,
     ) -> None:
         """Add a place; the words of the first place of a cause are kept."""
         group = self._groups.setdefault((code, cause), _Group(expected, found, fix, places_listed))
-        group.places.append(place if len(place) <= LONGEST else place[: LONGEST - 3] + "...")
+        group.places.append(
+            place if len(place) <= MAX_PLACE_CHARACTERS else place[: MAX_PLACE_CHARACTERS - 3] + "..."
+        )
 
     def findings(self) -> list[Finding]:
         """Return one finding per code and cause; of a code with very many causes, the others are counted."""

@@ -28,9 +28,9 @@ from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFi
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.npy import Array
 
-ROUNDS: Final = 200
+MAX_ROUNDS: Final = 200
 """Rounds of the iteration; 20 are usual."""
-CLOSE: Final = 1e-8
+MAX_CHANGE: Final = 1e-8
 """Largest change of the space in the last round."""
 _FLAT: Final = 1e-7
 """Share of the largest column below which the rest of a column behind those before it says nothing."""
@@ -163,11 +163,11 @@ def leading(w: Array, rank: int) -> Array:
     start = np.random.default_rng(0).normal(size=(inside, size))
     space, _ = np.linalg.qr(w @ start)
     found: Array = space[:, :rank]
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ROUNDS):
         back, _ = np.linalg.qr(w.T @ space)
         space, within = np.linalg.qr(w @ back)
         before, found = found, space @ np.linalg.svd(within)[0][:, :rank]
-        if np.linalg.norm(found - before @ (before.T @ found)) < CLOSE:
+        if np.linalg.norm(found - before @ (before.T @ found)) < MAX_CHANGE:
             return found
     raise NotMade("E_INIT", f"singular values {rank} and {rank + 1} are nearly equal", CONVERTED)
 

@@ -31,7 +31,7 @@ _INDICES: Final = "adapter_config.json: trainable_token_indices"
 _AGAIN: Final = "Save the adapter again, or correct trainable_token_indices."
 _WHOLE: Final = "Save both whole: modules_to_save with embed_tokens and lm_head."
 _ONCE: Final = "It is not clear what PEFT makes of both: merge it (merge_and_unload), or train one of them."
-PIECE: Final = 1 << 20
+PIECE_ELEMENTS: Final = 1 << 20
 """Elements that are compared at once."""
 
 Runs = tuple[tuple[int, int], ...]
@@ -140,7 +140,9 @@ def _are_same(file: TensorFile, tables: list[FullTable]) -> bool:
     return all(first.shape == other.shape for other in others) and all(
         np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
         for other in others
-        for a, b in zip(file.pieces(first.name, PIECE), file.pieces(other.name, PIECE), strict=True)
+        for a, b in zip(
+            file.pieces(first.name, PIECE_ELEMENTS), file.pieces(other.name, PIECE_ELEMENTS), strict=True
+        )
     )
 
 

@@ -21,8 +21,8 @@ from loramux_shared.adapter_files import INDEX, WEIGHTS
 from loramux_shared.bundle.npy import Array
 from loramux_shared.untrusted_json import MAX_SHARD_TENSORS, JsonInvalid, of_tensors, parse_strict_json
 
-MAX_HEADER: Final = 16 << 20
-"""Bytes; a shard of a hundred thousand tensors has about half of it."""
+MAX_HEADER_BYTES: Final = 16 << 20
+"""Largest header; a shard of a hundred thousand tensors has about half of it."""
 MAX_DIMS: Final = 8
 MAX_SIZE: Final = 1 << 48
 """Largest dimension and offset."""
@@ -146,8 +146,8 @@ def read_header(path: Path, max_tensors: int = MAX_SHARD_TENSORS) -> TensorFile:
     with path.open("rb") as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")
-        if len(head) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise HeaderInvalid(f"header of {length} bytes in a file of {size} (at most {MAX_HEADER})")
+        if len(head) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise HeaderInvalid(f"header of {length} bytes in a file of {size} (at most {MAX_HEADER_BYTES})")
         text = file.read(length)
     if (count := text.count(b'"data_offsets"')) > max_tensors:
         raise TooManyTensors(str(count))
@@ -198,8 +198,8 @@ def _without_gaps(tensors: list[Tensor], start: int, size: int) -> None:
         raise HeaderInvalid(f"expected a file of {start} bytes, found {size}")
 
 
-MAX_INDEX: Final = 16 << 20
-"""Bytes; ten times what an index of as many tensors as an adapter may have takes."""
+MAX_INDEX_BYTES: Final = 16 << 20
+"""Largest index: ten times the size of one with as many tensors as an adapter may have."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +245,8 @@ def read_weights(folder: Path, max_tensors: int) -> TensorFile:
 
 
 def _index(path: Path, max_tensors: int) -> dict[str, str]:
-    if (size := path.stat().st_size) > MAX_INDEX:
-        raise HeaderInvalid(f"{INDEX}: {size} bytes, at most {MAX_INDEX}")
+    if (size := path.stat().st_size) > MAX_INDEX_BYTES:
+        raise HeaderInvalid(f"{INDEX}: {size} bytes, at most {MAX_INDEX_BYTES}")
     try:
         table = parse_strict_json(path.read_bytes(), of_tensors(max_tensors))
     except JsonInvalid as error:

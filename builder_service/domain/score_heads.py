@@ -22,7 +22,7 @@ from loramux_shared.untrusted_json import JsonInvalid, excerpt, parse_strict_jso
 
 SCORE: Final = "score"
 SAVED: Final = (SCORE, "classifier")
-PIECE: Final = 1 << 18
+PIECE_ELEMENTS: Final = 1 << 18
 _AGAIN: Final = "Save the adapter with the head that it was trained with: PEFT does so for task_type SEQ_CLS."
 
 
@@ -71,7 +71,7 @@ def _plan_head(file: TensorFile, own: list[FullTensor], hidden: int, report: Gro
 def _check_finite(file: TensorFile, tensor: Tensor, report: Grouping) -> None:
     bad = sum(
         int(np.count_nonzero(~np.isfinite(piece.astype(np.float32))))
-        for piece in file.pieces(tensor.name, PIECE)
+        for piece in file.pieces(tensor.name, PIECE_ELEMENTS)
     )
     if bad:
         fix = "Training diverged: use an earlier checkpoint."

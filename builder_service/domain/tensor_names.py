@@ -35,9 +35,9 @@ _DECODERS: Final = (
 )
 _ROOTS: Final = (*_DECODERS, "language_model.")
 """Prefixes of modules that have the embeddings or the head of the text decoder."""
-MAX_KEY: Final = 512
-"""Characters; what is longer is no name of a module."""
-_CACHED: Final = 8192
+MAX_KEY_CHARACTERS: Final = 512
+"""Longest key; a longer one names no module."""
+_MAX_CACHED_KEYS: Final = 8192
 """Keys that are parsed once for all adapters, which mostly have the same; 80 layers have 1120."""
 Side: TypeAlias = Literal["A", "B", "magnitude", "lora_bias", "bias", "bare_bias", "scale"]
 """Role of a tensor in its module.
@@ -217,7 +217,7 @@ def parse_key(
 
     layers are what stands before the number of a layer, where that is not what most bases have.
     """
-    if len(key) > MAX_KEY:
+    if len(key) > MAX_KEY_CHARACTERS:
         return RefusedKey("E_UNKNOWN_KEY", "")
     return _parse(key, _Modules(frozenset(fused), renamed, layers), experts)
 
@@ -230,7 +230,7 @@ class _Modules(NamedTuple):
     layers: tuple[str, ...]
 
 
-@lru_cache(maxsize=_CACHED)
+@lru_cache(maxsize=_MAX_CACHED_KEYS)
 def _parse(key: str, modules: _Modules, experts: bool) -> ParsedKey:
     if (refused := _known_refusal(key, experts=experts)) is not None:
         return refused
@@ -309,7 +309,7 @@ def _code_of(full: re.Match[str], name: str) -> str:
 
 
 def is_embedding(name: str) -> bool:
-    """True for names of embeddings and heads."""
+    """Return True for names of embeddings and heads."""
     return _EMBEDDING.search(name) is not None
 
 
@@ -320,7 +320,7 @@ def nearest_key(
     layers: tuple[str, ...] = (),
 ) -> str:
     """Return a key like this one that would be understood, or nothing."""
-    if len(key) > MAX_KEY:
+    if len(key) > MAX_KEY_CHARACTERS:
         return ""
     guess = key.replace(".attention.", ".self_attn.")
     if guess.endswith(("lora_A", "lora_B")):

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-LISTED: Final = 5
-MAX_ADDED: Final = 4096
+MAX_LISTED_TOKENS: Final = 5
+MAX_ADDED_TOKENS: Final = 4096
 """Tokens that an adapter may add."""
-MAX_CHARS: Final = 256
-"""Most characters of a token."""
+MAX_TOKEN_CHARACTERS: Final = 256
+"""Longest token."""
 FLAGS: Final = ("special", "lstrip", "rstrip", "single_word", "normalized")
 """Fields of an added token in the tokenizers library beside its text and id; all of them are booleans."""
 _ID: Final = re.compile(r"[0-9]{1,9}")
@@ -75,14 +75,14 @@ def _added(
     """Return the tokens that the tokenizers library would number so if they were added to the base's."""
     first = 1 + max(known.values(), default=-1)
     numbers = [number for number, _ in others]
-    fits = known and len(others) <= MAX_ADDED and numbers == [*range(first, first + len(others))]
+    fits = known and len(others) <= MAX_ADDED_TOKENS and numbers == [*range(first, first + len(others))]
     if not fits or not all(token not in known and token in flags and _fits(token) for _, token in others):
         return []
     return [{"id": number, "content": token, **flags[token]} for number, token in others]
 
 
 def _fits(token: str) -> bool:
-    return 0 < len(token) <= MAX_CHARS and token == _text(token, MAX_CHARS)
+    return 0 < len(token) <= MAX_TOKEN_CHARACTERS and token == _text(token, MAX_TOKEN_CHARACTERS)
 
 
 def _flags(name: str, value: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
@@ -104,7 +104,7 @@ def _flags(name: str, value: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
 
 def _described(others: Others, known: Mapping[str, int]) -> Iterable[str]:
     names = {number: token for token, number in known.items()}
-    for number, token in others[:LISTED]:
+    for number, token in others[:MAX_LISTED_TOKENS]:
         used = f", which is {_text(names[number])} in the base" if number in names else ""
         yield f"{_text(token)} (id {number}{used})"
 

@@ -22,7 +22,7 @@ from loramux_shared.bundle.npy import NUMPY_TYPES, Array, cast
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import Finding
 
-BLOCK: Final = 1 << 20
+BLOCK_ELEMENTS: Final = 1 << 20
 """Elements of W whose norms are computed at once, in float64."""
 
 
@@ -175,7 +175,7 @@ class VectorReader:
         if file is None:
             return None
         a, b = self.file.read(pair.a.name).astype(np.float64), self.file.read(pair.b.name).astype(np.float64)
-        norms, step = np.empty(len(b)), max(1, BLOCK // a.shape[1])
+        norms, step = np.empty(len(b)), max(1, BLOCK_ELEMENTS // a.shape[1])
         for start in range(0, len(b), step):
             rows = file.read(name, (start, min(start + step, len(b)))).astype(np.float64)
             rows += scale * np.dot(b[start : start + step], a)

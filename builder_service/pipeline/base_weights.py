@@ -136,7 +136,7 @@ class BaseWeights:
         return path
 
 
-MOST: Final = 64
+MAX_KNOWN_CONFIGS: Final = 64
 """Configs that are remembered; one is a few KB."""
 
 CONFIGS: Final = (CONFIG, GENERATION, QUANTIZE)
@@ -156,7 +156,7 @@ class KnownBases:
         """Keep what was read of a base."""
         with self._lock:
             self._models[_key(base.record, max_seq_len)] = base.model
-            while len(self._models) > MOST:
+            while len(self._models) > MAX_KNOWN_CONFIGS:
                 self._models.popitem(last=False)
 
     def recall(self, record: BaseRecord, max_seq_len: int | None, weights: BaseWeights) -> Base:

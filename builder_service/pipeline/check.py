@@ -38,9 +38,9 @@ from loramux_shared.sources.checkpoint import Base
 ADAPTER: Final = "adapter"
 """The name of the one adapter of a check."""
 _PREFIX: Final = f"adapter {ADAPTER!r}: "
-MAX_CONCURRENT: Final = 2
+MAX_COMPUTING_CHECKS: Final = 2
 """Checks that compute at once; others wait."""
-MAX_OPEN: Final = 16
+MAX_OPEN_CHECKS: Final = 16
 """Checks that fetch or compute at once: most wait for sources, which costs no processor."""
 MAX_CHECK_S: Final = 600.0
 """Seconds of a check: what takes longer to fetch is built."""
@@ -143,9 +143,9 @@ class Checks:
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
-        self._pool = ThreadPoolExecutor(MAX_OPEN, "check")
-        self._places = Shares(MAX_OPEN)
-        self._computing = threading.Semaphore(MAX_CONCURRENT)
+        self._pool = ThreadPoolExecutor(MAX_OPEN_CHECKS, "check")
+        self._places = Shares(MAX_OPEN_CHECKS)
+        self._computing = threading.Semaphore(MAX_COMPUTING_CHECKS)
         self._running: set[Progress] = set()
         self._stopped = False
 

@@ -21,7 +21,7 @@ from loramux_shared.sources.open import Sources
 from loramux_shared.storage.base import Store
 
 RESERVE_BYTES: Final = 256 << 20
-"""Stays free for everything else on the disk."""
+"""Bytes of the disk that stay free for others."""
 
 BASE_FILES: Final = "files of the base"
 """Name for messages of the files that a build writes of its base."""
@@ -159,7 +159,7 @@ def _unusable(folder: Path, error: OSError) -> ResourcesExhausted:
     return ResourcesExhausted(f"the builder's work folder {folder}: {problem}")
 
 
-SLOTS: Final = 100
+MAX_BUILDERS: Final = 100
 """Builders that share one work folder."""
 
 
@@ -175,7 +175,7 @@ def claim_identity(folder: Path) -> Identity:
     """Return the first identity of a work folder that no living builder has. Raise ResourcesExhausted where the
     folder cannot be written, or all of them are taken.
     """
-    for slot in range(SLOTS):
+    for slot in range(MAX_BUILDERS):
         try:
             file = (folder / f"loramux-builder-{slot}.id").open("a+")
         except PermissionError:  # another user's

@@ -36,7 +36,7 @@ from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import InternalFault
 
-PIECE: Final = 1 << 18
+PIECE_ELEMENTS: Final = 1 << 18
 """Elements that are converted at once; what fits a core's cache."""
 FOLDER: Final = "bundle"
 """Folder of the files that are written: an adapter's own can have the same names."""
@@ -184,10 +184,10 @@ def _row(
     if checked.file is None:
         raise InternalFault(f"{planned.a}: no file to read it from")
     if planned.row.rank:
-        for values in checked.file.pieces(planned.a, PIECE):
+        for values in checked.file.pieces(planned.a, PIECE_ELEMENTS):
             yield cast(values, dtype)
             count(values.nbytes)
-        for values in checked.file.pieces(planned.b, PIECE, planned.b_rows):
+        for values in checked.file.pieces(planned.b, PIECE_ELEMENTS, planned.b_rows):
             yield cast(values, dtype, planned.row.scale)
             count(values.nbytes)
     yield from planned.vectors
@@ -196,14 +196,14 @@ def _row(
 def _replaced(planned: PlannedRows, dtype: Dtype, count: Callable[[int], None]) -> Iterator[Array]:
     """Yield the rows that replace the base's, in the storage type."""
     for rows in planned.rows:
-        for values in planned.file.pieces(planned.tensor, PIECE, rows):
+        for values in planned.file.pieces(planned.tensor, PIECE_ELEMENTS, rows):
             yield cast(values, dtype)
             count(values.nbytes)
 
 
 def _score(planned: PlannedScore, row: int, count: Callable[[int], None]) -> Iterator[Array]:
     """Yield the weights of a row, which float32 holds as they are."""
-    for values in planned.file.pieces(planned.tensor, PIECE, (row, row + 1)):
+    for values in planned.file.pieces(planned.tensor, PIECE_ELEMENTS, (row, row + 1)):
         yield cast(values, Dtype.FLOAT32)
         count(values.nbytes)
 

@@ -23,9 +23,9 @@ from loramux_shared.wording import listed
 
 T = TypeVar("T")
 
-PARALLEL: Final = 4
+MAX_PARALLEL_FETCHES: Final = 4
 """Adapters that are fetched at once."""
-MAX_BYTES: Final = 8 << 30
+MAX_ADAPTER_BYTES: Final = 8 << 30
 """Largest adapter; a rank-64 adapter of a 70B base has about 1.6e9 bytes."""
 
 
@@ -87,7 +87,7 @@ def list_adapters(
         Fault: what sources raise, of all adapters: see `joined`.
     """
     with ExitStack() as listings:
-        with ThreadPoolExecutor(PARALLEL, "list") as pool:
+        with ThreadPoolExecutor(MAX_PARALLEL_FETCHES, "list") as pool:
             futures = {
                 name: pool.submit(_list, name, repository, sources, space, progress, listings, signed_by)
                 for name, repository in sorted(adapters.items())
@@ -105,7 +105,7 @@ def fetch_adapters(
 ) -> list[FetchedAdapter]:
     """List and fetch every adapter, several at once, by name; raise what sources do, see `joined`."""
     with list_adapters(adapters, sources, space, progress, signed_by) as listed:
-        with ThreadPoolExecutor(PARALLEL, "fetch") as pool:
+        with ThreadPoolExecutor(MAX_PARALLEL_FETCHES, "fetch") as pool:
             futures = {
                 adapter.name: pool.submit(fetch_adapter, adapter, work / f"adapter-{i}", progress)
                 for i, adapter in enumerate(listed)
@@ -188,8 +188,8 @@ def _list(
 
 
 def _limited(repository: Repository, size: int) -> None:
-    if size > MAX_BYTES:
-        raise SourceRefused(f"{repository.label}: {size} bytes; an adapter has at most {MAX_BYTES}")
+    if size > MAX_ADAPTER_BYTES:
+        raise SourceRefused(f"{repository.label}: {size} bytes; an adapter has at most {MAX_ADAPTER_BYTES}")
 
 
 def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> FetchedAdapter:

@@ -17,8 +17,8 @@ from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter, check_fetched, refuse_any
 from loramux_shared.adapter_files import WEIGHTS
 
-HEAVY_FILE: Final = 32 << 20
-HEAVY_BYTES: Final = 8 << 20
+HEAVY_FILE_BYTES: Final = 32 << 20
+HEAVY_TENSOR_BYTES: Final = 8 << 20
 """The rules hold A and B of one row; rows of larger tensors, in larger files, are looked at one by one."""
 
 Identity: TypeAlias = tuple[tuple[str, str], ...]
@@ -88,14 +88,14 @@ class Intake:
         return checked
 
     def _check(self, fetched: FetchedAdapter) -> CheckedAdapter:
-        heavy = self.context.heavy if self._largest_tensor(fetched) > HEAVY_BYTES else nullcontext()
+        heavy = self.context.heavy if self._largest_tensor(fetched) > HEAVY_TENSOR_BYTES else nullcontext()
         with heavy, self.context.compute:
             return check_fetched(fetched, self.rules, self.progress)
 
     def _largest_tensor(self, fetched: FetchedAdapter) -> int:
         """Return the bytes of the largest tensor of a large file; of the file where that is not known."""
         size = max((file.size for file in fetched.files.values()), default=0)
-        if size <= HEAVY_FILE:
+        if size <= HEAVY_FILE_BYTES:
             return 0
         if WEIGHTS not in fetched.files:
             return size

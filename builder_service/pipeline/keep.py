@@ -22,7 +22,7 @@ from loramux_shared.storage.base import Store
 
 log = structlog.get_logger()
 
-PARALLEL: Final = 16
+MAX_PARALLEL_REQUESTS: Final = 16
 """Bundles that are looked at at once: each look is a request."""
 _PINNED: Final = {
     SourceKind.HF: re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}"),
@@ -98,7 +98,7 @@ class ReusableAdapters:
 
 
 def same_conditions(one: Generation, other: Generation) -> bool:
-    """True when an adapter gives the same bundle, or breaks the same rules, in both."""
+    """Return True if an adapter gives the same bundle, or breaks the same rules, in both."""
     return _conditions(one) == _conditions(other)
 
 
@@ -146,7 +146,7 @@ def keep(
     candidates = list(found)
     is_whole = _is_whole if verify else _has_files
     digests = list({each.record.digest: each.record for each in candidates}.values())
-    with ThreadPoolExecutor(PARALLEL, "keep") as pool:
+    with ThreadPoolExecutor(MAX_PARALLEL_REQUESTS, "keep") as pool:
         whole = dict(
             zip([r.digest for r in digests], pool.map(lambda r: is_whole(store, r), digests), strict=True)
         )

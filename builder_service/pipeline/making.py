@@ -41,10 +41,10 @@ from loramux_shared.storage.base import ObjectMissing, Store
 log = structlog.get_logger()
 
 
-REMOVAL_LOOKS: Final = 120
+MAX_REMOVAL_LOOKS: Final = 120
 REMOVAL_PAUSE_S: Final = 0.5
-MAX_REMOVAL: Final = timedelta(minutes=10)
-"""For the removal of one bundle: a few requests."""
+MAX_REMOVAL_TIME: Final = timedelta(minutes=10)
+"""Time of the removal of one bundle, which is a few requests."""
 
 
 def publish_bundle(
@@ -110,13 +110,13 @@ def outlast_removal(
     """
     names = {bundle_key(digest, file) for file in (MANIFEST_FILE, *files)}
     manifest, mark = bundle_key(digest, MANIFEST_FILE), bundle_key(digest, REMOVAL_FILE)
-    for _ in range(REMOVAL_LOOKS):
+    for _ in range(MAX_REMOVAL_LOOKS):
         there = {entry.key: entry for entry in store.entries(bundle_key(digest, ""))}
         if lost := sorted(names - there.keys()):
             raise BundleCorrupt(f"bundle {digest[:12]}: {lost[0]} is not in {store.uri}. Build again.")
         if mark not in there:
             return
-        if there[manifest].modified - there[mark].modified > MAX_REMOVAL:
+        if there[manifest].modified - there[mark].modified > MAX_REMOVAL_TIME:
             store.delete(mark)  # the process that put it was killed
             return
         wait(REMOVAL_PAUSE_S)

@@ -30,9 +30,9 @@ from loramux_shared.bundle.npy import Array, Header, parse_header
 from loramux_shared.faults import BundleCorrupt, Finding
 
 CONFIG_FILES: Final = (CONFIG_FILE, KEYS_FILE)
-MAX_HEADER: Final = 4096
+MAX_HEADER_BYTES: Final = 4096
 MAX_ROWS: Final = 100_000
-PIECE: Final = 1 << 20
+PIECE_BYTES: Final = 1 << 20
 """Bytes of padding that are looked at at once."""
 # numpy writes bfloat16 as 2-byte voids, from a void type as "|V2" and from ml_dtypes as "<V2".
 _DTYPES: Final = {"<f2": "F16", "<f4": "F32", "|V2": "BF16", "<V2": "BF16"}
@@ -179,7 +179,7 @@ def _config(path: Path, rows: int) -> Array:
 def _header(path: Path) -> tuple[Header, tuple[int, int]]:
     """Return a header and the shape without the batch dimension, which some converters leave out."""
     with path.open("rb") as file:
-        header = parse_header(file.read(MAX_HEADER), path.name)
+        header = parse_header(file.read(MAX_HEADER_BYTES), path.name)
     shape = header.shape[1:] if len(header.shape) == 3 and header.shape[0] == 1 else header.shape
     if len(shape) != 2 or 0 in shape or shape[0] > MAX_ROWS:
         raise BundleCorrupt(f"{path.name}: expected shape (1, rows, columns), found {header.shape}")
@@ -291,10 +291,10 @@ def _lower_rank(row: _Row, table: _Table) -> int:
 
 
 def _is_zero(table: _Table, row: int, start: int, stop: int) -> bool:
-    """True where the elements of a row from start up to stop are zeros."""
+    """Return True where the elements of a row from start up to stop are zeros."""
     offset, left = table.at(row, start), (stop - start) * table.itemsize
     while left:
-        count = min(left, PIECE)
+        count = min(left, PIECE_BYTES)
         if np.fromfile(table.path, np.uint8, count, offset=offset).any():
             return False
         offset, left = offset + count, left - count

@@ -12,7 +12,7 @@ from typing import Final
 from builder_service.domain.rules.files import extra_files, file_findings
 from builder_service.domain.rules.texts import too_large
 from builder_service.pipeline.context import Space
-from builder_service.pipeline.fetch import MAX_BYTES, FetchedAdapter, no_signature, take_signature
+from builder_service.pipeline.fetch import MAX_ADAPTER_BYTES, FetchedAdapter, no_signature, take_signature
 from loramux_shared.adapter_files import (
     CONFIG,
     INDEX,
@@ -66,9 +66,11 @@ class PushedAdapter:
         if file not in NAMES and not SHARD.fullmatch(file):
             raise RequestInvalid(f"file {file[:128]!r}: expected one of {listed(NAMES, len(NAMES))}")
         size = self._sizes.get(file, 0) + len(data)
-        most = MAX_BYTES if holds_weights(file) else MAX_SMALL
-        if size > most or sum(self._sizes.values()) + len(data) > MAX_BYTES + MAX_SMALL:
-            raise RequestInvalid(f"file {file}: more than {most} bytes. An adapter has at most {MAX_BYTES}.")
+        most = MAX_ADAPTER_BYTES if holds_weights(file) else MAX_SMALL
+        if size > most or sum(self._sizes.values()) + len(data) > MAX_ADAPTER_BYTES + MAX_SMALL:
+            raise RequestInvalid(
+                f"file {file}: more than {most} bytes. An adapter has at most {MAX_ADAPTER_BYTES}."
+            )
         if file not in self._sizes and len(self._sizes) >= MAX_FILES:
             raise RequestInvalid(f"file {file}: expected at most {MAX_FILES} files, found more.")
         self.space.room(f"adapter {self.name!r}")(len(data))

@@ -9,7 +9,7 @@ from typing import Final
 
 from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
-from builder_service.domain.grouping import LONGEST
+from builder_service.domain.grouping import MAX_PLACE_CHARACTERS
 from builder_service.domain.rules.checked import CheckedAdapter, Rulebook
 from builder_service.domain.rules.config import INVOCATION
 from builder_service.domain.rules.tensor_passes import TensorCheck, check_tensors, empty_finding
@@ -60,7 +60,7 @@ def check_adapter(
 
 def _base_findings(config: AdapterConfig, rules: Rulebook) -> list[Finding]:
     """A class of another family is another base, whatever its name."""
-    family = _family(config.base_model_class[:LONGEST])
+    family = _family(config.base_model_class[:MAX_PLACE_CHARACTERS])
     if not family or not rules.architectures or family in map(_family, rules.architectures):
         return []
     return [

@@ -7,7 +7,7 @@ from typing import Final, TypeAlias
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
-from builder_service.domain.grouping import LISTED, Grouping
+from builder_service.domain.grouping import MAX_LISTED_PLACES, Grouping
 from builder_service.domain.own_rows import TokenTensor
 from builder_service.domain.pairs import Lone, Pair
 from builder_service.domain.rules.stacks import MERGE, unstacked
@@ -187,7 +187,7 @@ def tower_warning(towers: tuple[str, ...]) -> list[Finding]:
     if not towers:
         return []
     found = "of a tower that no text passes, left out"
-    return [Finding(code="W_TOWER", where=listed(towers, LISTED), found=found, fix=_TOWERS_FIX)]
+    return [Finding(code="W_TOWER", where=listed(towers, MAX_LISTED_PLACES), found=found, fix=_TOWERS_FIX)]
 
 
 def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> None:
@@ -282,7 +282,7 @@ def _check_targets(pair: Pair, config: AdapterConfig, report: Grouping) -> None:
 
 
 def _is_tied(pair: Pair, pairs: list[Pair], config: AdapterConfig, base: ModelConfig) -> bool:
-    """True for a head whose adapter PEFT tied to the embeddings': the config names those alone."""
+    """Return True for a head whose adapter PEFT tied to the embeddings': the config names those alone."""
     if pair.key.layer != NO_LAYER or not (config.ensure_weight_tying and base.tied_embeddings):
         return False
     others = [other.key.name for other in pairs if other.key.layer == NO_LAYER and other is not pair]

@@ -17,7 +17,7 @@ from builder_service.domain.full_tensors import BaseTensors
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import Pair
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from builder_service.domain.vectors import BLOCK
+from builder_service.domain.vectors import BLOCK_ELEMENTS
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import NO_LAYER, Module
 from loramux_shared.bundle.npy import NUMPY_TYPES, Array, cast
@@ -54,7 +54,7 @@ def _gram(tall: Array) -> Array:
     """Return ``XᵀX`` of X ``(n, rank)`` in float64."""
     rank = tall.shape[1]
     total: Array = np.zeros((rank, rank))
-    step = max(1, PIECE // rank)
+    step = max(1, PIECE_ELEMENTS // rank)
     for start in range(0, len(tall), step):
         wide = tall[start : start + step].astype(np.float64)
         total += np.dot(wide.T, wide)  # np.dot runs beside other threads, unlike @
@@ -69,7 +69,7 @@ UNDERFLOW_SHARE: Final = 0.01
 SCALES: Final = (1e-3, 64.0)
 """Scales outside are legal and rare."""
 EXACT: Final = "values that the storage type can hold"
-PIECE: Final = 1 << 18
+PIECE_ELEMENTS: Final = 1 << 18
 """Elements that are looked at at once; what fits a core's cache."""
 
 INFINITY: Final = {kind: np.array(np.inf, kind).view(f"u{kind.itemsize}")[()] for kind in READABLE.values()}
@@ -178,7 +178,7 @@ def _stored(
         return None
     stored = np.empty(tensor.shape, NUMPY_TYPES[dtype])
     flat, done, bad, biggest, overflow, worst = stored.reshape(-1), 0, 0, 0.0, False, 0.0
-    for values in file.pieces(tensor.name, PIECE):
+    for values in file.pieces(tensor.name, PIECE_ELEMENTS):
         piece, bits = cast(values, dtype, scale), magnitudes(values)
         flat[done : done + piece.size] = piece
         done += piece.size
@@ -217,7 +217,7 @@ def _stored(
 
 
 def _narrows(kind: np.dtype[Any], dtype: Dtype, scale: float) -> bool:
-    """True where storing rounds: in a narrower type, or with a scale that is not a power of two."""
+    """Return True where storing rounds: in a narrower type, or with a scale that is not a power of two."""
     if dtype is Dtype.FLOAT32:
         return False
     return kind != NUMPY_TYPES[dtype] or abs(math.frexp(scale)[0]) != 0.5
@@ -316,7 +316,7 @@ def _norm(part: Part, base: ModelConfig, weights: BaseTensors | None) -> float:
         file = None if weights is None else weights.find(name)
         if file is None or file.tensors[name].dtype not in READABLE or file.tensors[name].shape[0] < stop:
             continue
-        step, total = max(1, BLOCK // part.pair.a.shape[1]), 0.0
+        step, total = max(1, BLOCK_ELEMENTS // part.pair.a.shape[1]), 0.0
         for first in range(start, stop, step):
             rows = file.read(name, (first, min(first + step, stop))).astype(np.float64)
             total += float(np.einsum("ij,ij->", rows, rows))

@@ -196,16 +196,16 @@ async def test_checks_of_a_busy_key_leave_a_place_to_another(tmp_path: Path) -> 
         ACCESS.set(Access(key_id, frozenset({Scope.BUILD})))
         await builders.checks.check(builders.deployment(adapter))
 
-    calls = [asyncio.create_task(check_as("busy", "one")) for _ in range(check.MAX_OPEN)]
+    calls = [asyncio.create_task(check_as("busy", "one")) for _ in range(check.MAX_OPEN_CHECKS)]
     try:
-        await until(lambda: begun["one"] == check.MAX_OPEN - 1, "the busy key's share")
+        await until(lambda: begun["one"] == check.MAX_OPEN_CHECKS - 1, "the busy key's share")
         calls.append(asyncio.create_task(check_as("other", "two")))
         await until(lambda: begun["two"], "the other key's check")
-        assert begun["one"] == check.MAX_OPEN - 1
+        assert begun["one"] == check.MAX_OPEN_CHECKS - 1
     finally:
         builders.source.go.set()
     await asyncio.gather(*calls)
-    assert begun["one"] == check.MAX_OPEN
+    assert begun["one"] == check.MAX_OPEN_CHECKS
 
 
 async def test_a_check_ends_in_time(world: Served) -> None:

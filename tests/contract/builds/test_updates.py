@@ -347,7 +347,7 @@ async def test_an_upload_that_stalls_is_ended(
     world: World, monkeypatch: pytest.MonkeyPatch, upload_s: float, why: str
 ) -> None:
     """A client that pauses, or sends for too long, is CLIENT_STALLED, and nothing is left of its upload."""
-    monkeypatch.setattr(pushes, "UPLOAD_S", upload_s)
+    monkeypatch.setattr(pushes, "MAX_UPLOAD_S", upload_s)
     clock = Clock()
 
     async def stalling() -> AsyncIterator[pb.PutAdapterRequest]:
@@ -411,12 +411,12 @@ async def test_an_upload_that_is_cut_off_leaves_nothing(world: World) -> None:
 async def test_an_upload_begins_in_time(world: World) -> None:
     """A client that sends no first message is CLIENT_STALLED, and takes no place of another."""
     clock, places = Clock(), pushes.Pushes(world.context(), published)
-    silent = [asyncio.create_task(places.put(uploaded())) for _ in range(pushes.OPEN)]
+    silent = [asyncio.create_task(places.put(uploaded())) for _ in range(pushes.MAX_OPEN_UPLOADS)]
     await asyncio.sleep(0)
     wrong = places.put(uploaded(PushedChunk("", b"x")))
     with pytest.raises(faults.RequestInvalid, match="first message"):
         await result_of(wrong, "the refusal of a wrong message")
-    clock.advance(pushes.UPLOAD_S)
+    clock.advance(pushes.MAX_UPLOAD_S)
     waited = asyncio.gather(*silent, return_exceptions=True)
     for each in await result_of(waited, "the end of silent uploads"):
         assert isinstance(each, faults.ClientStalled)
@@ -431,7 +431,7 @@ async def test_uploads_that_begin_together_are_bounded(world: World) -> None:
         async for part in uploaded(Upload("tiny", "two", b"{}")):
             yield part
 
-    begun = [asyncio.create_task(places.put(late())) for _ in range(pushes.OPEN + 3)]
+    begun = [asyncio.create_task(places.put(late())) for _ in range(pushes.MAX_OPEN_UPLOADS + 3)]
     await asyncio.sleep(0)
     together.set()
     await until(lambda: sum(each.done() for each in begun) == 3, "three refusals")
@@ -452,12 +452,12 @@ async def test_a_key_that_pushes_much_leaves_room_for_another(world: World) -> N
         return asyncio.create_task(places.put(uploaded(Upload("tiny", "two", b"{}"))))
 
     async def push_much() -> list[asyncio.Task[pushes.Pushed]]:
-        return [push("busy") for _ in range(pushes.OPEN)] + [push("other")]
+        return [push("busy") for _ in range(pushes.MAX_OPEN_UPLOADS)] + [push("other")]
 
     *busy, over, other = await asyncio.create_task(push_much())
-    with pytest.raises(faults.QueueFull, match=f"this key has its share of {pushes.OPEN} places"):
+    with pytest.raises(faults.QueueFull, match=f"this key has its share of {pushes.MAX_OPEN_UPLOADS} places"):
         await result_of(over, "the refusal")
-    await until(lambda: len(world.uploads) == pushes.OPEN, "the uploads that began")
+    await until(lambda: len(world.uploads) == pushes.MAX_OPEN_UPLOADS, "the uploads that began")
     for each in (*busy, other):
         assert not each.done()
         each.cancel()
