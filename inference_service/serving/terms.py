@@ -80,42 +80,46 @@ class Terms:
         """Return the tokens of the prompt, of which a text may have so many unless it is cut. Raise
         PromptTooLong for more, and RequestInvalid for none, or where the template refuses its messages.
         """
-        source, text = self.request.prompt, self.text
-        prompt, cut, second = source.content, source.truncate_prompt_tokens, NEVER
+        prompt, cut = self.request.prompt.content, self.request.prompt.truncate_prompt_tokens
         if cut is not None and self.limits.encodes and isinstance(prompt, str | TextPair):
-            most = most if cut == -1 else cut
-            return await asyncio.to_thread(self._cut, (prompt,) if isinstance(prompt, str) else prompt, most)
-        if cut is not None:
-            most = countable(most)
-        if isinstance(prompt, TextPair):
-            special = source.add_special_tokens is not False
-            tokens, types = await asyncio.to_thread(text.encode_pair, prompt, most, add_special_tokens=special)
-            second = types.index(1) if 1 in types else NEVER
-        elif isinstance(prompt, str):
-            special = source.add_special_tokens is not False
-            tokens = await text.encoded(prompt, most, add_special_tokens=special)
-        elif prompt and isinstance(prompt[0], Mapping):
-            tokens = await text.encode_messages(
-                [item for item in prompt if isinstance(item, Mapping)],
-                most,
-                self.defaults.template,
-                source.tools,
-                source.chat_template_kwargs,
-                add_generation_prompt=source.add_generation_prompt,
-                add_special_tokens=bool(source.add_special_tokens),
-                continue_final_message=source.continue_final_message,
-            )
-        else:
-            tokens = [item for item in prompt if isinstance(item, int)]
-        if not tokens:
+            texts = (prompt,) if isinstance(prompt, str) else prompt
+            return await asyncio.to_thread(self._cut, texts, most if cut == -1 else cut)
+        found = await self._tokens(most if cut is None else countable(most))
+        if not found.ids:
             raise RequestInvalid.of_field("the prompt is empty.", "prompt", "at least one token", "none")
         if cut == -1:
-            longest = self.limits.max_seq_len
-            usual = min(self.default_max_tokens or 1, longest - 1)
-            most_new = self.request.sampling.max_tokens
-            cut = longest - (usual if most_new is None else most_new)
-        found = PromptTokens(tokens, second)
+            cut = self._longest_prompt()
         return found if cut is None or cut < 1 else found.last(cut)
+
+    async def _tokens(self, most: int) -> PromptTokens:
+        """Return the tokens of the whole prompt: of a pair, a text, messages, or tokens as they are."""
+        source, text = self.request.prompt, self.text
+        prompt, special = source.content, source.add_special_tokens is not False
+        if isinstance(prompt, TextPair):
+            tokens, types = await asyncio.to_thread(text.encode_pair, prompt, most, add_special_tokens=special)
+            return PromptTokens(tokens, types.index(1) if 1 in types else NEVER)
+        if isinstance(prompt, str):
+            return PromptTokens(await text.encoded(prompt, most, add_special_tokens=special))
+        if prompt and isinstance(prompt[0], Mapping):
+            return PromptTokens(
+                await text.encode_messages(
+                    [item for item in prompt if isinstance(item, Mapping)],
+                    most,
+                    self.defaults.template,
+                    source.tools,
+                    source.chat_template_kwargs,
+                    add_generation_prompt=source.add_generation_prompt,
+                    add_special_tokens=bool(source.add_special_tokens),
+                    continue_final_message=source.continue_final_message,
+                )
+            )
+        return PromptTokens([item for item in prompt if isinstance(item, int)])
+
+    def _longest_prompt(self) -> int:
+        """Return the tokens of a prompt that leaves room for the answer."""
+        longest, most_new = self.limits.max_seq_len, self.request.sampling.max_tokens
+        usual = min(self.default_max_tokens or 1, longest - 1)
+        return longest - (usual if most_new is None else most_new)
 
     def check_rows(self, tokens: list[int], second: int) -> None:
         """Raise RequestInvalid for tokens, or types of tokens, that the model's tables have no rows for: its
