@@ -120,20 +120,25 @@ class Lookup:
         costs = [decodes * log1p(rows * parts[rows.bit_length() - 1]) for rows in range(1, room + 1)]
         if min((cost / rows for rows, cost in enumerate(costs, 1)), default=math.inf) >= log(2):
             return  # log(2) is what a token gains that is sure to come
-        most: dict[Sequence, int] = {}
-        for seq in running:
-            known = self._expected.get(seq)
-            if known is not None and known.rest:
-                known.rest -= 1
-            elif plan.lengths.get(seq) == 1 and not looks_back(seq, seq.num_known):
-                left = seq.progress.end - len(seq.progress.tokens)
-                most[seq] = min(limits.speculative_tokens, room, left - 1)  # the step draws one more
+        most = self._most_rows(plan, running, min(limits.speculative_tokens, room))
         for seq, draft in self.choose(most, costs, plan).items():
             if seq.grammar is not None:
                 draft = draft[: seq.grammar.draft(draft)]
             if draft and blocks.grow(seq, len(seq.progress.tokens) + len(draft), limits.watermark):
                 plan.drafts[seq] = draft
                 plan.lengths[seq] += len(draft)
+
+    def _most_rows(self, plan: Plan, running: Iterable[Sequence], most: int) -> dict[Sequence, int]:
+        """Return how many tokens may be drafted for each sequence that decodes and does not rest."""
+        rows: dict[Sequence, int] = {}
+        for seq in running:
+            known = self._expected.get(seq)
+            if known is not None and known.rest:
+                known.rest -= 1
+            elif plan.lengths.get(seq) == 1 and not looks_back(seq, seq.num_known):
+                left = seq.progress.end - len(seq.progress.tokens)
+                rows[seq] = min(most, left - 1)  # the step draws one more
+        return rows
 
     def choose(
         self, most: Mapping[Sequence, int], costs: Seq[float], plan: Plan

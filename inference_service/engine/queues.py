@@ -109,9 +109,12 @@ class SequenceQueues:
     @property
     def in_foreground(self) -> bool:
         """True if sequences that are not of the background are under way, or can begin."""
-        return any(not queue.share.background for queue in self.under_way) or any(
-            not queue.share.background and queue.resident for queue in self.waiting
-        )
+        return any(not queue.share.background for queue in self.under_way) or self.foreground_waits
+
+    @property
+    def foreground_waits(self) -> bool:
+        """True if a sequence that waits is not of the background, and can begin."""
+        return any(not queue.share.background and queue.resident for queue in self.waiting)
 
     def add(self, seq: Sequence) -> SequenceQueue:
         """Add a waiting sequence to its queue."""

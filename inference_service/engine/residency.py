@@ -239,13 +239,7 @@ class Residency(Residents):
         of its places before another gets one of them, so that no two keep half of what they need.
         """
         if self._absent and self._has_room:
-            now = self._clock()
-            ready = [entry for entry in self._absent if entry.retry_s <= now]
-            for entry in sorted(ready, key=lambda each: ranks.get(each.adapter, _NOBODY)):
-                if (key_id := self._key_in_share(entry)) is not None:
-                    self._load(entry, key_id)
-                if not self._has_room:
-                    break
+            self._begin_loads(ranks)
         if self._may_prefetch:
             self.prefetch(self._later.popleft())
             for entry in tuple(self._absent):
@@ -258,6 +252,16 @@ class Residency(Residents):
             self._settle(lacking, ranks)
         if self._wait_s:
             self._end_copies(self._wait_s)
+
+    def _begin_loads(self, ranks: Mapping[Adapter, Rank]) -> None:
+        """Load absent adapters in the order of the waiting sequences, while there is room on the way."""
+        now = self._clock()
+        ready = [entry for entry in self._absent if entry.retry_s <= now]
+        for entry in sorted(ready, key=lambda each: ranks.get(each.adapter, _NOBODY)):
+            if (key_id := self._key_in_share(entry)) is not None:
+                self._load(entry, key_id)
+            if not self._has_room:
+                break
 
     @property
     def _may_prefetch(self) -> bool:

@@ -87,16 +87,7 @@ def sample(
     for it those that the token was drawn by.
     """
     later = ahead or [0] * len(seqs)
-    ids, tops = draw(logits, [_drawing(seq, more) for seq, more in zip(seqs, later, strict=True)])
-    again = [
-        row
-        for row, (seq, token) in enumerate(zip(seqs, ids, strict=True))
-        if token == NO_TOKEN and seq.num_known < seq.sampling.min_tokens
-    ]
-    if again:
-        stopping, _ = draw(logits[again], [_drawing(seqs[row], later[row], may_stop=True) for row in again])
-        for row, token in zip(again, stopping, strict=True):
-            ids[row] = token
+    ids, tops = _draw_ids(logits, seqs, later, draw)
     tokens = [Token(max(token, 0), impossible=token == NO_TOKEN) for token in ids]
     for count, mode, rows in scored_rows(seqs, 1):
         drawn = torch.tensor([tokens[row].id for row in rows], device=logits.device)
@@ -109,6 +100,21 @@ def sample(
             scored.impossible = tokens[row].impossible
             tokens[row] = scored
     return marked(tokens, tops)
+
+
+def _draw_ids(logits: Tensor, seqs: Seq[Sequence], later: Seq[int], draw: Draw) -> Drawn:
+    """Draw ids; a sequence below its min_tokens draws stop tokens where no other token is left."""
+    ids, tops = draw(logits, [_drawing(seq, more) for seq, more in zip(seqs, later, strict=True)])
+    again = [
+        row
+        for row, (seq, token) in enumerate(zip(seqs, ids, strict=True))
+        if token == NO_TOKEN and seq.num_known < seq.sampling.min_tokens
+    ]
+    if again:
+        stopping, _ = draw(logits[again], [_drawing(seqs[row], later[row], may_stop=True) for row in again])
+        for row, token in zip(again, stopping, strict=True):
+            ids[row] = token
+    return ids, tops
 
 
 def scored_rows(seqs: Seq[Sequence], processed: int) -> Iterator[tuple[int, LogprobsMode, list[int]]]:

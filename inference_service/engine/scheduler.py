@@ -149,21 +149,23 @@ class Scheduler:
             for seq in decodes:
                 plan.lengths.pop(seq, None)
         if self.limits.speculative_tokens and not plan.short:
-            drafting = self.running
-            if plan.has_foreground:
-                drafting = [seq for seq in drafting if not seq.share.background]
-            self.lookup.fill(plan, drafting, self.limits, self.blocks)
+            self._draft(plan)
         self._load = plan.load()
         return plan.batch(self.blocks)
+
+    def _draft(self, plan: Plan) -> None:
+        """Fill a step with drafts; beside others, sequences of the background have none."""
+        drafting = self.running
+        if plan.has_foreground:
+            drafting = [seq for seq in drafting if not seq.share.background]
+        self.lookup.fill(plan, drafting, self.limits, self.blocks)
 
     def _step_back(self, decodes: list[Sequence], plan: Plan) -> list[Sequence]:
         """Leave out of a step sequences of the background that would lengthen it for others; return them."""
         foreground = plan.has_foreground = self.queues.in_foreground
         others = sum(not seq.share.background for seq in decodes)
         plan.spare_s = self.step_times.spare_s(others) if foreground else math.inf
-        waited_for = any(not seq.share.background for seq in plan.prompts) or any(
-            not queue.share.background and queue.resident for queue in self.queues.waiting
-        )
+        waited_for = self.queues.foreground_waits or any(not seq.share.background for seq in plan.prompts)
         fits = self.step_times.cost_s(0, LEAST) <= plan.spare_s
         plan.admits_background = not foreground or (fits and not waited_for)
         most = 0 if foreground and not others else self.step_times.beside(others, plan.spare_s)
@@ -391,15 +393,20 @@ class Scheduler:
         new = self.queues.new if self._credit > 0 else ()
         if not (seats or asks or new):
             return []
-        joining = [queue for queue in self.queues.joining() if self._may_begin(queue, queue.waiting[0], plan)]
+        joining = self._may_begin_now(self.queues.joining(), plan)
         if asks:
             known = set(joining)
             joining = joining if seats else heapq.nsmallest(1, joining, key=lambda queue: queue.rank)
-            others = [queue for queue in self.queues.look_through() if queue not in known]
-            others = [queue for queue in others if self._may_begin(queue, queue.waiting[0], plan)]
+            others = self._may_begin_now(
+                (queue for queue in self.queues.look_through() if queue not in known), plan
+            )
             joining += heapq.nsmallest(places + 1, others, key=lambda queue: queue.rank)
         may = (queue for queue in new if queue.waiting and self._may_begin(queue, queue.waiting[0], plan))
         return list(dict.fromkeys((*joining, *itertools.islice(may, self.limits.max_seqs))))
+
+    def _may_begin_now(self, queues: Iterable[SequenceQueue], plan: Plan) -> list[SequenceQueue]:
+        """Return the queues of some whose first waiting sequence nothing of their own blocks."""
+        return [queue for queue in queues if self._may_begin(queue, queue.waiting[0], plan)]
 
     def _somebody_is_far_ahead(self) -> bool:
         """Return True if a queue under way may be far enough ahead of a waiting one to make room."""

@@ -53,33 +53,38 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
     quantization = settings.rounding
     require_able(quantization, chosen.device, chosen.dtype)
     chosen = replace(chosen, quantization=quantization)
-    product = f"{_product(chosen, config)}; {_why(settings, config, chosen.dtype)}"
+    product = f"{_describe_product(chosen, config)}; {_why(settings, config, chosen.dtype)}"
     return replace(chosen, computing=replace(chosen.computing, product=product))
 
 
-def _product(chosen: Backend, config: ModelConfig) -> str:
-    operations, rounding = chosen.operations, chosen.quantization
-    dtype = named(chosen.dtype)
-    integers = rounding is not Rounding.NONE
+def _describe_product(chosen: Backend, config: ModelConfig) -> str:
+    """Return how a backend multiplies by weights, for the start line."""
+    operations, dtype = chosen.operations, named(chosen.dtype)
+    rounding = "" if chosen.quantization is Rounding.NONE else str(chosen.quantization)
     if chosen.device.type != "cpu":
-        return str(rounding) if integers else dtype
+        return rounding or dtype
     if not isinstance(operations, NativeOperations):
-        return f"{rounding} widened piece by piece by torch" if integers else f"{dtype} by torch"
-    if not integers and not operations.own_products:
+        return f"{rounding} widened piece by piece by torch" if rounding else f"{dtype} by torch"
+    if not rounding and not operations.own_products:
         return f"{dtype} by oneDNN"
-    instructions = operations.ops.instructions
-    few_bits = str(rounding) if integers else ""
-    if not integers and config.quantization and may_stay_packed(config, operations.keeps):
-        few_bits = config.quantization.label
-    if few_bits:
+    packed = config.quantization
+    if not rounding and packed and may_stay_packed(config, operations.keeps):
+        rounding = packed.label
+    if rounding:
         how = "times rows of 8 bits" if chosen.dtype is torch.bfloat16 else "widened in registers"
-        return f"{few_bits} {how} ({instructions})"
+        return f"{rounding} {how} ({operations.ops.instructions})"
+    return _describe_float_product(operations, chosen.dtype)
+
+
+def _describe_float_product(operations: NativeOperations, dtype: torch.dtype) -> str:
+    """Return how compiled operations multiply by weights that are not rounded."""
+    instructions = operations.ops.instructions
     widened = ""
-    if chosen.dtype is torch.bfloat16 and operations.ops.widened_from.value < NEVER:
+    if dtype is torch.bfloat16 and operations.ops.widened_from.value < NEVER:
         few = f" from {FEW_ROWS} rows on, which is faster here" if "bfloat16" in instructions else ""
         widened = f" widened in registers{few}"
     held = " held in 12 bits" if operations.ops.compacts else ""
-    return f"{dtype}{held}{widened} ({instructions})"
+    return f"{named(dtype)}{held}{widened} ({instructions})"
 
 
 def _why(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> str:

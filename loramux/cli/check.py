@@ -190,23 +190,8 @@ RIGHT = frozenset({"rows", "rank", "scale", "|A|", "|B|", "|BA| least", "|BA| mo
 
 def show_report(report: AdapterReport) -> None:
     """Print a report."""
-    shell.show(f"adapter  {_name(report.adapter)}")
-    shell.show(f"base     {_name(report.base)}")
-    if report.base_model_name:
-        shell.show(f"trained  on {report.base_model_name}, as the adapter says")
-    if report.licence or report.base_licence:
-        shell.show(f"licence  {report.licence or 'not said'}; the base's: {report.base_licence or 'not said'}")
-    sizes = ", ".join(f"{name} {decimal(file.size)}" for name, file in sorted(report.files.items()))
-    if sizes:
-        shell.show(f"files    {sizes}")
-    if report.kinds:
-        shell.show(f"kind     {kind(report.kinds, report.replaced_rows, len(report.labels))}")
-    if purpose := task(report.kinds, report.labels, report.problem_type):
-        shell.show(f"task     {purpose}")
-    if report.invocation_tokens:
-        shell.show(f"acts     from the tokens {shell.numbers(report.invocation_tokens)} on")
-    if report.kinds:
-        shell.show(f"bundle   {decimal(report.bundle_bytes)} as {report.dtype}, {len(report.rows)} rows")
+    _show_origin(report)
+    _show_contents(report)
     if report.rows:
         shell.show()
         _show_rows(report.rows)
@@ -221,6 +206,31 @@ def show_report(report: AdapterReport) -> None:
         shell.show(f"accepted: {summary}", "bold green")
     else:
         shell.show(f"refused: {summary}", "bold red")
+
+
+def _show_origin(report: AdapterReport) -> None:
+    """Print the repositories, their licences and their files."""
+    shell.show(f"adapter  {_name(report.adapter)}")
+    shell.show(f"base     {_name(report.base)}")
+    if report.base_model_name:
+        shell.show(f"trained  on {report.base_model_name}, as the adapter says")
+    if report.licence or report.base_licence:
+        shell.show(f"licence  {report.licence or 'not said'}; the base's: {report.base_licence or 'not said'}")
+    sizes = ", ".join(f"{name} {decimal(file.size)}" for name, file in sorted(report.files.items()))
+    if sizes:
+        shell.show(f"files    {sizes}")
+
+
+def _show_contents(report: AdapterReport) -> None:
+    """Print what the adapter is, its task, and the bundle that a build would make of it."""
+    if report.kinds:
+        shell.show(f"kind     {kind(report.kinds, report.replaced_rows, len(report.labels))}")
+    if purpose := task(report.kinds, report.labels, report.problem_type):
+        shell.show(f"task     {purpose}")
+    if report.invocation_tokens:
+        shell.show(f"acts     from the tokens {shell.numbers(report.invocation_tokens)} on")
+    if report.kinds:
+        shell.show(f"bundle   {decimal(report.bundle_bytes)} as {report.dtype}, {len(report.rows)} rows")
 
 
 def _show_rows(rows: Sequence[RowReport]) -> None:

@@ -67,42 +67,69 @@ def json_call(source: AnswerSource, calls: AnswerCalls) -> Reader[bool]:
     """Read an object that is a call; return whether it was one, as far as that was emitted."""
     if not (yield from source.literal("{")):
         return False
-    name: str | None = None
-    held: str | None = None
-    begun = False
+    call = _CallReader(source, calls)
     while True:
         yield from source.spaces()
         if (yield from source.literal(",")):
             continue
         if (yield from source.literal("}")):
+            yield from call.end()
             break
+        if not (yield from call.read_entry()):
+            break
+    return call.emitted
+
+
+class _CallReader:
+    """Reads the entries of one call, and emits it as soon as its name and its arguments are known."""
+
+    def __init__(self, source: AnswerSource, calls: AnswerCalls) -> None:
+        self.emitted = False
+        self._source = source
+        self._calls = calls
+        self._name: str | None = None
+        self._arguments: str | None = None
+        """Arguments that stood before the name."""
+
+    def read_entry(self) -> Reader[bool]:
+        """Read a key and its value; return whether the object may still be a call."""
+        source = self._source
         key = yield from json_string(source)
         yield from source.spaces()
         if key is None or not (yield from source.literal(":")):
-            return begun
+            return False
         yield from source.spaces()
-        if key == "name" and name is None:
-            name = yield from json_string(source)
-            if name is None or name not in calls.offered:
-                return False
-            if held is not None:
-                yield calls.begin(name)
-                yield calls.more(held)
-                begun = True
-        elif key in ARGUMENTS and name is not None and not begun:
-            yield calls.begin(name)
-            begun = True
-            yield from json_arguments(source, calls)
-        else:
-            value = yield from _held_value(source)
-            if value is None:
-                return begun
-            held = value if key in ARGUMENTS and held is None else held
-    if name is not None and not begun:
-        yield calls.begin(name)
-        yield calls.more("{}")
-        begun = True
-    return begun
+        if key == "name" and self._name is None:
+            return (yield from self._read_name())
+        if key in ARGUMENTS and self._name is not None and not self.emitted:
+            yield self._calls.begin(self._name)
+            self.emitted = True
+            yield from json_arguments(source, self._calls)
+            return True
+        value = yield from _held_value(source)
+        if key in ARGUMENTS and self._arguments is None:
+            self._arguments = value
+        return value is not None
+
+    def _read_name(self) -> Reader[bool]:
+        """Read the name; return whether a function of this name was offered."""
+        name = yield from json_string(self._source)
+        if name is None or name not in self._calls.offered:
+            return False
+        self._name = name
+        if self._arguments is not None:
+            yield from self._emit(name, self._arguments)
+        return True
+
+    def end(self) -> Reader[None]:
+        """Emit a call whose object had no arguments."""
+        if self._name is not None and not self.emitted:
+            yield from self._emit(self._name, "{}")
+
+    def _emit(self, name: str, arguments: str) -> Reader[None]:
+        yield self._calls.begin(name)
+        yield self._calls.more(arguments)
+        self.emitted = True
 
 
 def json_arguments(source: AnswerSource, calls: AnswerCalls) -> Reader[None]:
@@ -186,13 +213,9 @@ def json_string(source: AnswerSource) -> Reader[str | None]:
         return None
     begin = place = source.at
     while True:
-        found = _IN_STRING.search(source.text, place)
-        if found is None or (found[0] == "\\" and found.end() == len(source.text)):
-            if source.ended or len(source.text) - begin > MAX_HELD:
-                return None
-            place = len(source.text) if found is None else found.start()
-            yield None
-            continue
+        found = yield from source.search(_IN_STRING, place, begin + MAX_HELD)
+        if found is None:
+            return None
         place = found.end() + (found[0] == "\\")
         if found[0] == '"':
             break

@@ -144,13 +144,9 @@ def _brackets(source: AnswerSource, begin: int) -> Reader[bool]:
     """Read to the bracket that closes the one before; say whether that came within bounds."""
     depth, quote, place = 1, "", source.at
     while depth:
-        found = (_QUOTE[quote] if quote else _STEP).search(source.text, place)
-        if found is None or (found[0] == "\\" and found.end() == len(source.text)):
-            if source.ended or len(source.text) - begin > MAX_LITERAL:
-                return False
-            place = len(source.text) if found is None else found.start()
-            yield None
-            continue
+        found = yield from source.search(_QUOTE[quote] if quote else _STEP, place, begin + MAX_LITERAL)
+        if found is None:
+            return False
         place = found.end()
         match found[0]:
             case "\\":

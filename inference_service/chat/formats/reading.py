@@ -91,6 +91,20 @@ class AnswerSource:
             self.at = found.end()
         return found
 
+    def search(self, pattern: re.Pattern[str], place: int, limit: int) -> Reader[re.Match[str] | None]:
+        """Find what a pattern matches from a place on, and wait for the character behind a backslash.
+
+        Nothing is read. None: it is not there, and the text ended or went beyond the limit.
+        """
+        while True:
+            found = pattern.search(self.text, place)
+            if found is not None and (found[0] != "\\" or found.end() < len(self.text)):
+                return found
+            if self.ended or len(self.text) > limit:
+                return None
+            place = len(self.text) if found is None else found.start()
+            yield None
+
 
 class Marks:
     """Some words, of which the first in a text is looked for."""

@@ -8,7 +8,7 @@ Source of the rules: RFC 9112, sections 2.2, 3.2, 6.1, 6.3, 7.1 and 11.2.
 import asyncio
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, Self, cast
 
@@ -109,6 +109,18 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
     upgrades is true where it asks for another protocol. Raise Refused for what two servers could read
     differently, or what is not spoken here.
     """
+    _check_request_line(version, url)
+    fields: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        fields.setdefault(name, []).append(value.strip(b" \t"))
+    _check_fields(version, fields)
+    _check_framing(version, fields, upgrades=upgrades)
+    if any(each.lower() != b"100-continue" for each in fields.get(b"expect", [])):
+        raise Refused(417, "invalid_http", "expected the header Expect to be `100-continue`.")
+
+
+def _check_request_line(version: str, url: bytes) -> None:
+    """Raise Refused for another version than 1.0 and 1.1, and for a target that is too long or no path."""
     if version not in ("1.0", "1.1"):
         raise Refused(505, "invalid_http", "expected HTTP/1.1.")
     if len(url) > MAX_TARGET_BYTES:
@@ -117,9 +129,10 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
         raise Refused(
             400, "invalid_http", "expected the target of the request as a path, or as http://HOST/PATH."
         )
-    fields: dict[bytes, list[bytes]] = {}
-    for name, value in headers:
-        fields.setdefault(name, []).append(value.strip(b" \t"))
+
+
+def _check_fields(version: str, fields: Mapping[bytes, Sequence[bytes]]) -> None:
+    """Raise Refused for hosts, headers of `ONCE` and a content-encoding that are not spoken here."""
     hosts = fields.get(b"host", [])
     if len(hosts) > 1 or (version == "1.1" and not hosts) or not all(map(HOST.fullmatch, hosts)):
         raise Refused(400, "invalid_http", "expected one valid Host header.")
@@ -132,6 +145,10 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
             "unsupported_media_type",
             f"expected a body without content-encoding, found {encoding[:20]!r}: send it uncompressed.",
         )
+
+
+def _check_framing(version: str, fields: Mapping[bytes, Sequence[bytes]], *, upgrades: bool) -> None:
+    """Raise Refused for a body whose length two servers could read differently (RFC 9112, section 6.3)."""
     codings = fields.get(b"transfer-encoding", [])
     if codings and (version == "1.0" or b"content-length" in fields):
         raise Refused(400, "invalid_http", "Transfer-Encoding is not allowed here.")
@@ -142,8 +159,6 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
         raise Refused(
             501, "invalid_http", "an Upgrade with a body is not supported: send HTTP/1.1 from the start."
         )
-    if any(each.lower() != b"100-continue" for each in fields.get(b"expect", [])):
-        raise Refused(417, "invalid_http", "expected the header Expect to be `100-continue`.")
 
 
 class UntilClosed(int):

@@ -41,8 +41,16 @@ class Inputs:
     """bfloat16 [2, kv heads, cache rows] of keys and values of 8 bits; None: they have the heads' type."""
 
     def __post_init__(self) -> None:
-        dtype, device = self.heads.dtype, self.heads.device
         require(self.heads, "heads", dims=3)
+        self._check_cache_types()
+        for name in ("cos", "sin"):
+            require(getattr(self, name), name, dims=2, device=self.heads.device)
+        self._check_heads()
+        self._check_rotation()
+
+    def _check_cache_types(self) -> None:
+        """Raise ValueError for keys and values of another type than the heads', unless they have scales."""
+        dtype, device = self.heads.dtype, self.heads.device
         kept = dtype if self.scales is None else self.keys.dtype
         for name in ("keys", "values"):
             require(getattr(self, name), name, dims=3, dtype=kept, device=device)
@@ -51,8 +59,9 @@ class Inputs:
             heads = 2, self.kv_heads, self.keys.shape[1]
             if kept not in MOST or self.scales.shape != heads or not self.scales.is_contiguous():
                 raise ValueError(f"scales must be {heads} of {[*MOST]}, got {self.scales.shape} of {kept}")
-        for name in ("cos", "sin"):
-            require(getattr(self, name), name, dims=2, device=device)
+
+    def _check_heads(self) -> None:
+        """Raise ValueError for strides, dimensions and numbers of heads that the kernels do not take."""
         if self.heads.stride(1) != self.head_dim:
             raise ValueError(f"the heads of a row must be contiguous, got strides {self.heads.stride()}")
         if self.keys.stride() != self.values.stride() or self.keys.shape != self.values.shape:
@@ -61,6 +70,9 @@ class Inputs:
             raise ValueError(f"keys must have {self.head_dim} dimensions, got {self.keys.shape[2]}")
         if self.num_heads < 1 or self.num_heads % self.kv_heads:
             raise ValueError(f"{self.num_heads} query heads cannot share {self.kv_heads} heads of keys")
+
+    def _check_rotation(self) -> None:
+        """Raise ValueError for tables of another shape than the rows', or of more than a head."""
         shape = self.heads.shape[0], self.rotary
         if self.cos.shape != shape or self.sin.shape != shape or self.cos.stride() != self.sin.stride():
             raise ValueError(f"cos and sin must be {shape}, got {self.cos.shape} and {self.sin.shape}")
