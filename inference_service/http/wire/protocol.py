@@ -10,10 +10,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, Self, cast
+from typing import Any, Final, NoReturn, cast
 
 import httptools
 from pydantic_core import to_json
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from inference_service.http.wire.errors import status_of
@@ -161,17 +162,23 @@ def _check_framing(version: str, fields: Mapping[bytes, Sequence[bytes]], *, upg
         )
 
 
-class UntilClosed(int):
-    """The length of a body that the end of the connection ends: no part is too long, and no whole too short."""
+def end_with_connection(app: ASGIApp, cycle: Any) -> ASGIApp:
+    """Return an application whose answer has no chunks: the end of the connection ends the body.
 
-    def __lt__(self, other: int) -> bool:
-        return False
+    uvicorn compares what is not sent in chunks with a length, so each part is expected to be as long as it is.
+    """
 
-    def __ne__(self, other: object) -> bool:
-        return False
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_part(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                cycle.chunked_encoding = False
+            elif message["type"] == "http.response.body":
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
 
-    def __sub__(self, other: int) -> Self:
-        return self
+        await app(scope, receive, send_part)
+
+    return run
 
 
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -393,8 +400,6 @@ class BoundedHttp(HttpToolsProtocol):
         self.scope["state"][CONNECTION] = self
         self.scope["state"][ARRIVED] = arrived_at(self.transport.get_extra_info("socket"))
         super().on_headers_complete()
-        if self.parser.get_http_version() == "1.0":  # such a client knows no chunks: RFC 9112, section 6.1
-            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, UntilClosed()
         self._in_head, self._since_body = False, 0
         if self._leaving():
             self.announce()
@@ -423,6 +428,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._answered = cycle
+        if cycle.scope["http_version"] == "1.0":  # such a client knows no chunks: RFC 9112, section 6.1
+            app = end_with_connection(app, cycle)
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
