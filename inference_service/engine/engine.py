@@ -136,7 +136,7 @@ class Engine:
         self._aside: dict[str, Sequence] = {}
         """Those that the scheduler does not have, while a search for the one that a step raises for goes on."""
         self._search = Search()
-        self._under_way: deque[Pending] = deque()
+        self._pending: deque[Pending] = deque()
         self._outputs: list[StepOutput] = []  # not handed out yet: a step that raises loses none
         self._earliest_s = math.inf  # no deadline of a sequence comes before
         self._arrivals = 0
@@ -163,7 +163,7 @@ class Engine:
     @property
     def idle_until_s(self) -> float:
         """When the next step has something to do, on the engine's clock; infinite: when something arrives."""
-        busy = self._scheduler.running or self._under_way or self._outputs or self._scheduler.may_begin
+        busy = self._scheduler.running or self._pending or self._outputs or self._scheduler.may_begin
         return (
             -math.inf
             if busy or self._search.has_passed(self._seqs)
@@ -173,7 +173,7 @@ class Engine:
     @property
     def resting_until_s(self) -> float:
         """When `rest` has something to do, on the engine's clock; infinite: when something arrives."""
-        return -math.inf if self._under_way or self._outputs else self._earliest_s
+        return -math.inf if self._pending or self._outputs else self._earliest_s
 
     @property
     def stats(self) -> EngineStats:
@@ -238,24 +238,24 @@ class Engine:
         self._end_failed_loads()
         if batch.chunks:
             self._begin(batch)
-            self._under_way.append(self._runner.submit(batch))
+            self._pending.append(self._runner.submit(batch))
             self._residency.submitted()
             self._scheduler.commit(batch, began_s)
-        if len(self._under_way) > (self._runner.depth if batch.chunks else 0):
-            self._resolve(self._under_way.popleft())
-        for pending in self._under_way:
+        if len(self._pending) > (self._runner.depth if batch.chunks else 0):
+            self._resolve(self._pending.popleft())
+        for pending in self._pending:
             pending.finish()
         if self._search.has_passed(self._seqs):
-            while self._under_way:
-                self._resolve(self._under_way.popleft())
+            while self._pending:
+                self._resolve(self._pending.popleft())
             self._withdraw()
             self.retry()
         return self._hand_out()
 
     def rest(self) -> list[StepOutput]:
         """Resolve what is under way and begin nothing; sequences stay as they are, until their deadlines."""
-        while self._under_way:
-            self._resolve(self._under_way.popleft())
+        while self._pending:
+            self._resolve(self._pending.popleft())
         self._expire()
         return self._hand_out()
 
@@ -289,7 +289,7 @@ class Engine:
         return self._hand_out()
 
     def _forget_steps(self) -> None:
-        self._under_way.clear()
+        self._pending.clear()
         self._scheduler.step_times.forget_steps()
         self._residency.resolved(everything=True)
         self._blocks.forget_all()

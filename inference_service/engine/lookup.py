@@ -25,16 +25,16 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.queues import Plan, SchedulerLimits
 from inference_service.engine.sampler import looks_back
 
-LOOKED_UP: Final = 3
+LOOKED_UP_TOKENS: Final = 3
 """Tokens that must have stood together before. Fewer do so by chance too often, more miss what was changed."""
-FIRST_CHANCE: Final = 0.5
+FIRST_PROBABILITY: Final = 0.5
 """Probability of an expected token, while its sequence has no record."""
-LEARNED: Final = 0.1
+TOKEN_LEARNING_RATE: Final = 0.1
 """Part that one token has in the chance of the next."""
-LEAST_GAIN: Final = 0.05
+MIN_LOG_GAIN: Final = 0.05
 """Mean logarithm of how much faster streams must be with drafts: costs are known no better."""
 
-STREAMS_OF_REST: Final = 16
+STREAMS_PER_REST_STEP: Final = 16
 """Streams in a step that leave one alone for a step without a draft for it, twice as many for two."""
 
 _ITEM: Final = array("i").itemsize
@@ -50,7 +50,7 @@ class Expected:
     """Tokens that are expected behind them."""
     forced: bool = False
     """True if a grammar leaves no choice about these, as far as it can say how they are spelt."""
-    chances: list[float] = field(default_factory=lambda: [FIRST_CHANCE, FIRST_CHANCE])
+    chances: list[float] = field(default_factory=lambda: [FIRST_PROBABILITY, FIRST_PROBABILITY])
     """Probabilities of a token that was looked up, and of one that is forced."""
     rest: int = 0
     """Steps in which it is left alone."""
@@ -78,7 +78,7 @@ class Expected:
         """Take in what came since; it may be more, or less, than was expected."""
         came = tokens[len(self.data) // _ITEM :]
         for token, expected in zip(came, self.tokens, strict=False):
-            self.chances[self.forced] += LEARNED * ((token == expected) - self.chance)
+            self.chances[self.forced] += TOKEN_LEARNING_RATE * ((token == expected) - self.chance)
             if token != expected:
                 break
         self.data += array("i", came).tobytes()
@@ -153,11 +153,11 @@ class Lookup:
         gains: list[tuple[float, Sequence]] = []
         for seq, room in most.items():
             expected = self.expect(seq, room)
-            expected.rest = decodes // STREAMS_OF_REST
+            expected.rest = decodes // STREAMS_PER_REST_STEP
             gains.extend((gain, seq) for gain in expected.gains(least))
         gains.sort(key=lambda each: each[0], reverse=True)
         drafts: dict[Sequence, list[int]] = {}
-        for seq, rows in Counter(_worth_it(gains, costs, LEAST_GAIN * decodes)).items():
+        for seq, rows in Counter(_worth_it(gains, costs, MIN_LOG_GAIN * decodes)).items():
             expected = self._expected[seq]
             drafts[seq], expected.rest = list(expected.tokens[:rows]), 0
         return drafts
@@ -195,7 +195,7 @@ def _worth_it(gains: Seq[tuple[float, Sequence]], costs: Seq[float], least: floa
 
 def _look_up(data: bytearray, most: int) -> list[int]:
     """Return what followed the last tokens, int32, when they stood together before; at most so many tokens."""
-    last, before = data[-LOOKED_UP * _ITEM :], len(data) - _ITEM
+    last, before = data[-LOOKED_UP_TOKENS * _ITEM :], len(data) - _ITEM
     if len(data) <= len(last):
         return []
     while (found := data.rfind(last, 0, before)) % _ITEM:

@@ -18,14 +18,20 @@ from typing import Any, Final
 from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import FAIR, Batch, Chunk, Sequence, Share
 from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.step_times import BRIEF, TIMES, TIMES_OF_BRIEF, StepLoad, StepTimes
+from inference_service.engine.step_times import (
+    MAX_BRIEF_STEP_RATIO,
+    MAX_BRIEF_TOKENS,
+    MAX_STEP_RATIO,
+    StepLoad,
+    StepTimes,
+)
 
 Key = tuple[str, tuple[Adapter, ...]]
 Rank = tuple[float, tuple[int, int]]
 """Counter, then priority and arrival of who waits first: the smaller comes first."""
-BACKGROUND: Final = 2.0**40
+FIRST_BACKGROUND_COUNTER: Final = 2.0**40
 """Counter at which queues of the background begin: behind all others, and far enough ahead to make room."""
-MOST_REMEMBERED: Final = 4096
+MAX_IDLE_COUNTERS: Final = 4096
 """Counters of idle queues that are kept, as far as they are ahead of the others."""
 
 
@@ -43,9 +49,9 @@ class SequenceQueue:
     """True if nothing was computed for it since it came, and it is not ahead of the others from before."""
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
-    """Both in their order."""
+    """Running sequences, ordered like the waiting ones: by priority, then by arrival."""
     by_length: list[Sequence] = field(default_factory=list)
-    """Those that wait, the most urgent first, then those of the shortest prompts."""
+    """Waiting sequences, the most urgent first, then by the length of their prompts."""
 
     @property
     def rank(self) -> Rank:
@@ -65,23 +71,23 @@ class SequenceQueues:
         self.uncounted: set[SequenceQueue] = set()
         """Queues that wait for adapters to arrive: their counters restart then."""
         self.new: dict[SequenceQueue, None] = {}
-        """Those that are new and can be served, in the order in which they came."""
+        """New queues that can be served, in the order of their arrival."""
         self.lowest = math.inf
-        """No counter of those that wait and can be served is smaller; see `look_through`."""
+        """Lower bound of the counters of waiting queues that can be served; see `look_through`."""
         self.active: Counter[Adapter] = Counter()
-        """Sequences under way, by adapter."""
-        self.under_way: dict[SequenceQueue, None] = {}
-        """Queues that have some."""
+        """Running sequences, by adapter."""
+        self.running_queues: dict[SequenceQueue, None] = {}
+        """Queues with running sequences."""
         self.in_background = 0
         """Sequences of the background."""
         self._smallest: dict[bool, float] = {}
-        """Last results of `_least`, while they hold."""
+        """Last results of `_least`, by whether they are of the background; empty when counters changed."""
         self._queues: dict[Key, SequenceQueue] = {}
         self.of: dict[Sequence, SequenceQueue] = {}
         """The queue that each sequence is in."""
         self._by_adapter: defaultdict[Adapter | None, dict[SequenceQueue, None]] = defaultdict(dict)
         self._running: Counter[str] = Counter()
-        """Sequences under way, by flow."""
+        """Running sequences, by flow."""
         self._ahead: dict[Key, float] = {}
 
     def __iter__(self) -> Iterator[SequenceQueue]:
@@ -109,7 +115,7 @@ class SequenceQueues:
     @property
     def in_foreground(self) -> bool:
         """True if sequences that are not of the background are under way, or can begin."""
-        return any(not queue.share.background for queue in self.under_way) or self.foreground_waits
+        return any(not queue.share.background for queue in self.running_queues) or self.foreground_waits
 
     @property
     def foreground_waits(self) -> bool:
@@ -151,7 +157,7 @@ class SequenceQueues:
         _leave(queue, seq)
         bisect.insort(queue.running, seq, key=order)
         self._running[queue.flow] += 1
-        self.under_way[queue] = None
+        self.running_queues[queue] = None
         self.active.update(queue.adapters)
 
     def stop(self, seq: Sequence) -> None:
@@ -196,7 +202,7 @@ class SequenceQueues:
         for adapter in queue.adapters:
             _one_less(self.active, adapter)
         if not queue.running:
-            del self.under_way[queue]
+            del self.running_queues[queue]
         return True
 
     def _wait(self, queue: SequenceQueue, seq: Sequence) -> None:
@@ -211,7 +217,7 @@ class SequenceQueues:
             counted = (queue for queue in self._queues.values() if queue not in self.uncounted)
             counters = [queue.served for queue in counted if queue.share.background == background]
             if not counters:
-                return BACKGROUND if background else 0.0
+                return FIRST_BACKGROUND_COUNTER if background else 0.0
             self._smallest[background] = min(counters)
         return self._smallest[background]
 
@@ -230,9 +236,9 @@ class SequenceQueues:
             self._ahead.clear()  # no other queue is there to compare with
             return
         self._ahead[key] = queue.served
-        if len(self._ahead) > MOST_REMEMBERED:
+        if len(self._ahead) > MAX_IDLE_COUNTERS:
             least = self._least()
-            ahead = sorted(self._ahead.items(), key=lambda item: item[1])[MOST_REMEMBERED // 2 :]
+            ahead = sorted(self._ahead.items(), key=lambda item: item[1])[MAX_IDLE_COUNTERS // 2 :]
             self._ahead = {key: served for key, served in ahead if served > least}
 
 
@@ -338,7 +344,7 @@ class Plan:
     def limit(self, decodes: int) -> None:
         """Bound prompts by the step-time model, beside so many that decode."""
         self.decodes, self.brief = decodes, all(map(_is_brief, self.prompts))
-        seconds = self.step_times.room_s(decodes, TIMES_OF_BRIEF if self.brief else TIMES)
+        seconds = self.step_times.room_s(decodes, MAX_BRIEF_STEP_RATIO if self.brief else MAX_STEP_RATIO)
         self.budget, self.seconds = (0, 0.0) if seconds is None else (self.budget, seconds)
 
     def begin(self, seq: Sequence) -> None:
@@ -346,7 +352,9 @@ class Plan:
         self.prompts.append(seq)
         if self.brief and not _is_brief(seq):
             self.brief = False
-            more_s, less_s = (self.step_times.room_s(self.decodes, times) for times in (TIMES_OF_BRIEF, TIMES))
+            more_s, less_s = (
+                self.step_times.room_s(self.decodes, times) for times in (MAX_BRIEF_STEP_RATIO, MAX_STEP_RATIO)
+            )
             self.seconds -= (more_s or 0.0) - (less_s or 0.0)
 
     def fitting(self, seq: Sequence) -> int:
@@ -394,4 +402,4 @@ class Plan:
 
 
 def _is_brief(seq: Sequence) -> bool:
-    return seq.num_prompt - seq.progress.num_cached <= BRIEF
+    return seq.num_prompt - seq.progress.num_cached <= MAX_BRIEF_TOKENS

@@ -22,21 +22,21 @@ from inference_service.engine.queues import (
     take,
 )
 from inference_service.engine.residents import Presence, Residents
-from inference_service.engine.step_times import LEAST, NOTHING, StepTimes
+from inference_service.engine.step_times import EMPTY_LOAD, MIN_CHUNK_ROWS, StepTimes
 
-QUANTUM: Final = 128.0
+QUANTUM_TOKENS: Final = 128.0
 """Tokens, by weight, that a queue under way is ahead of one that finds no place before it makes room for it.
 
 With less, sequences would be computed again too often; with more, the others would wait longer.
 """
-FIRST_QUANTUM: Final = 4.0
+FIRST_QUANTUM_TOKENS: Final = 4.0
 """The same for a place among the adapters where a queue is new, while there is credit for it.
 
 For a seat it need not wait at all: its first token costs one preemption.
 """
-TWICE: Final = 1 / 8
-"""Share of all computed rows that may be computed twice for new queues, a QUANTUM of them at once."""
-SHORTER: Final = 0.75
+MAX_RECOMPUTED_SHARE: Final = 1 / 8
+"""Share of all computed rows that may be computed twice for new queues, QUANTUM_TOKENS of them at once."""
+SHORTER_PROMPTS_SHARE: Final = 0.75
 """Part that a prompt which would take all that is left of a step leaves to shorter ones of its queue."""
 
 
@@ -64,10 +64,10 @@ class Scheduler:
     step.
 
     A sequence without a seat, blocks, a place among the adapters or in the bank is served nothing, while those
-    under way are. So the difference grows, and from a QUANTUM on they make room: the queue that is furthest
-    ahead gives up its least urgent sequence, whose tokens are kept and whose blocks may be found again. That no
-    sequence starves follows from this and from nothing else. New ones wait for less than a QUANTUM, as long as
-    few rows are computed twice.
+    under way are. So the difference grows, and from QUANTUM_TOKENS on they make room: the queue that is
+    furthest ahead gives up its least urgent sequence, whose tokens are kept and whose blocks may be found
+    again. That no sequence starves follows from this and from nothing else. New ones wait for less than
+    QUANTUM_TOKENS, as long as few rows are computed twice.
 
     A token in flight counts as a token: its sequence is scheduled again before it is known, unless it is the
     last one. A preempted sequence waits until its tokens in flight are known.
@@ -83,12 +83,12 @@ class Scheduler:
         self.preemptions = 0
         self.lookup = Lookup()
         self.step_times = StepTimes(prefill_first=limits.prefill_first)
-        self._load = NOTHING
+        self._load = EMPTY_LOAD
         self._parted = False
         """True if the last step left out those that decode."""
         self._residents = residents
-        self._credit = QUANTUM
-        """Rows that may be computed twice now; below 0 only those that are a QUANTUM behind find room."""
+        self._credit = QUANTUM_TOKENS
+        """Rows that may be computed twice now; below 0 only those that are QUANTUM_TOKENS behind find room."""
         self._seen = -1
         self._bound = math.inf
         """The counter from which on no queue begins on an adapter."""
@@ -166,7 +166,7 @@ class Scheduler:
         others = sum(not seq.share.background for seq in decodes)
         plan.spare_s = self.step_times.spare_s(others) if foreground else math.inf
         waited_for = self.queues.foreground_waits or any(not seq.share.background for seq in plan.prompts)
-        fits = self.step_times.cost_s(0, LEAST) <= plan.spare_s
+        fits = self.step_times.cost_s(0, MIN_CHUNK_ROWS) <= plan.spare_s
         plan.admits_background = not foreground or (fits and not waited_for)
         most = 0 if foreground and not others else self.step_times.beside(others, plan.spare_s)
         behind = [seq for seq in decodes if seq.share.background][most:]
@@ -204,7 +204,7 @@ class Scheduler:
                 progress.num_charged = progress.num_computed
             if progress.num_computed >= (progress.num_full + 1) * block_size:
                 self.blocks.register(seq)
-        self._credit = min(QUANTUM, self._credit + TWICE * computed)
+        self._credit = min(QUANTUM_TOKENS, self._credit + MAX_RECOMPUTED_SHARE * computed)
 
     def accept(self, seq: Sequence) -> None:
         """Note that one more token of a draft held: it was computed, and the one behind it was drawn."""
@@ -290,7 +290,8 @@ class Scheduler:
             seq, seq.progress.num_computed + plan.lengths[seq]
         ):
             plan.short = True
-            furthest = max(self.queues.under_way, key=lambda queue: (queue.served, queue.running[-1].order))
+            running = self.queues.running_queues
+            furthest = max(running, key=lambda queue: (queue.served, queue.running[-1].order))
             self._preempt(furthest.running[-1], plan)
 
     def _take_turns(self, plan: Plan) -> None:
@@ -344,8 +345,9 @@ class Scheduler:
         return min(rows, max(1, self.blocks.reach(seq, spare) - reached))
 
     def _give_shorter(self, long: Sequence, plan: Plan) -> None:
-        """Give SHORTER of the rest to prompts of a queue that are shorter than one of it, shortest first."""
-        budget, kept_s = math.ceil((1 - SHORTER) * plan.budget), (1 - SHORTER) * plan.seconds
+        """Give SHORTER_PROMPTS_SHARE of the rest to shorter prompts of the same queue, shortest first."""
+        kept = 1 - SHORTER_PROMPTS_SHARE
+        budget, kept_s = math.ceil(kept * plan.budget), kept * plan.seconds
         plan.budget, plan.seconds = plan.budget - budget, plan.seconds - kept_s
         shorter = self._shorter(long, plan)
         while not plan.full and (seq := next(shorter, None)) is not None:
@@ -358,10 +360,10 @@ class Scheduler:
         """Yield them, those under way and those that wait, which begin for it; none that is less urgent."""
         queue, left = self.queues.of[long], plan.left(long)
         others = (seq for seq in plan.prompts if self.queues.of[seq] is queue and seq not in plan.preempted)
-        under_way = [seq for seq in others if seq.priority >= long.priority and 0 < plan.left(seq) < left]
-        under_way.sort(key=plan.left, reverse=True)
+        running = [seq for seq in others if seq.priority >= long.priority and 0 < plan.left(seq) < left]
+        running.sort(key=plan.left, reverse=True)
         while True:
-            shortest = plan.left(under_way[-1]) if under_way else left
+            shortest = plan.left(running[-1]) if running else left
             waits = queue.by_length[0] if queue.waiting else None
             if (
                 waits is not None
@@ -371,8 +373,8 @@ class Scheduler:
                 and self._admit(waits, plan) is _Outcome.ADMITTED
             ):
                 yield waits
-            elif under_way:
-                yield under_way.pop()
+            elif running:
+                yield running.pop()
             else:
                 return
 
@@ -410,8 +412,8 @@ class Scheduler:
 
     def _somebody_is_far_ahead(self) -> bool:
         """Return True if a queue under way may be far enough ahead of a waiting one to make room."""
-        most = max((queue.served for queue in self.queues.under_way), default=0.0)
-        return most - self.queues.lowest >= QUANTUM
+        most = max((queue.served for queue in self.queues.running_queues), default=0.0)
+        return most - self.queues.lowest >= QUANTUM_TOKENS
 
     def _may_begin(self, queue: SequenceQueue, seq: Sequence, plan: Plan) -> bool:
         """Return True if nothing that only the queue itself can change blocks a sequence that waits in it."""
@@ -469,7 +471,7 @@ class Scheduler:
 
     def _make_room(self, queue: SequenceQueue, plan: Plan) -> bool:
         """Preempt one sequence of the queue that is furthest ahead of this one, if any is far enough."""
-        quantum = 0.0 if self._comes_first(queue) else QUANTUM
+        quantum = 0.0 if self._comes_first(queue) else QUANTUM_TOKENS
         ahead = self._far_ahead(queue, plan, quantum, lambda other: not other.is_new)
         if ahead:
             self._preempt(ahead[0].running[-1], plan)
@@ -480,13 +482,13 @@ class Scheduler:
     ) -> list[SequenceQueue]:
         """Return the queues under way that are far enough ahead of another to make room, the furthest first."""
         least = plan.counter(queue) + quantum
-        under_way = (other for other in self.queues.under_way if other is not queue and may(other))
-        ahead = [other for other in under_way if other.served >= least]
+        running = (other for other in self.queues.running_queues if other is not queue and may(other))
+        ahead = [other for other in running if other.served >= least]
         return sorted(ahead, key=lambda other: other.served, reverse=True)
 
     def _quantum(self, queue: SequenceQueue) -> float:
         """Return how far others must be ahead of a queue to leave their places among the adapters to it."""
-        return FIRST_QUANTUM if self._comes_first(queue) else QUANTUM
+        return FIRST_QUANTUM_TOKENS if self._comes_first(queue) else QUANTUM_TOKENS
 
     def _comes_first(self, queue: SequenceQueue) -> bool:
         """Return True if a queue is new, and there is credit for it."""

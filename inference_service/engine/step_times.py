@@ -14,33 +14,33 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-TIMES: Final = 2.5
+MAX_STEP_RATIO: Final = 2.5
 """Largest time of a step with prompts, relative to one that only decodes the same sequences."""
-TIMES_OF_BRIEF: Final = 5.0
+MAX_BRIEF_STEP_RATIO: Final = 5.0
 """The same where all prompts under way are brief: they are over soon, and with less of a step for them seats
 would stand half empty, and first tokens come late."""
-BRIEF: Final = 512
+MAX_BRIEF_TOKENS: Final = 512
 """Tokens of a brief prompt that were not cached, at most."""
-LONGEST_S: Final = 0.5
+MAX_PREFILL_STEP_S: Final = 0.5
 """Largest time of a step in which nothing decodes: a later request waits for its end."""
-LOOK: Final = 64
+PROBE_INTERVAL_STEPS: Final = 64
 """Steps after which one differs, so that what was learned stays true: it decodes without prompts, or has no
 drafts, or one more sequence of the background."""
-LEAST: Final = 8
+MIN_CHUNK_ROWS: Final = 8
 """Rows that each chunk of a prompt has, whatever they cost: all prompts continue, and short ones soon begin."""
-MANY: Final = 64
+MIN_MEASURED_ROWS: Final = 64
 """Rows beside which what a step takes by itself is little."""
-DECAY: Final = 0.998
+ROW_COST_DECAY: Final = 0.998
 """Decay of the known cost of rows, at every step with prompts: some 500 of them are remembered."""
-FADING: Final = 0.9995
+DRAFT_COST_DECAY: Final = 0.9995
 """Decay of the cost of drafts, at every step without: those that cost too much are tried again some time."""
-STALL: Final = 3.0
+MAX_STALL_RATIO: Final = 3.0
 """Times as long as known that a step counts at most, for the machine may have done something else."""
-SPREAD: Final = 256.0
+CONTEXT_SPREAD_TOKENS: Final = 256.0
 """Tokens by which contexts must differ before what was measured says anything of their cost."""
-SPARE: Final = 0.05
+MAX_BACKGROUND_SHARE: Final = 0.05
 """Part of a step by which sequences of the background may lengthen it."""
-SMALL: Final = 0.4
+MAX_SMALL_STEP_RATIO: Final = 0.4
 """Part of a step that one of few rows takes, at most, where two steps take about as long as one of both."""
 
 
@@ -59,7 +59,7 @@ class StepLoad(NamedTuple):
     """Seconds that a draft model took before the step."""
 
 
-NOTHING: Final = StepLoad(0, 0, 0.0)
+EMPTY_LOAD: Final = StepLoad(0, 0, 0.0)
 
 
 @dataclass
@@ -74,17 +74,17 @@ class _Regression:
 
     def add(self, weight: float, context: float, seconds: float) -> None:
         """Take in a step."""
-        self.weight = self.weight * DECAY + weight
-        self.context = self.context * DECAY + weight * context
-        self.square = self.square * DECAY + weight * context * context
-        self.seconds = self.seconds * DECAY + weight * seconds
-        self.product = self.product * DECAY + weight * context * seconds
+        self.weight = self.weight * ROW_COST_DECAY + weight
+        self.context = self.context * ROW_COST_DECAY + weight * context
+        self.square = self.square * ROW_COST_DECAY + weight * context * context
+        self.seconds = self.seconds * ROW_COST_DECAY + weight * seconds
+        self.product = self.product * ROW_COST_DECAY + weight * context * seconds
 
     def line(self) -> tuple[float, float]:
         """Return the seconds of a row without a context, and what each token of a context adds."""
         context, seconds = self.context / self.weight, self.seconds / self.weight
         spread = self.square / self.weight - context * context
-        slope = (self.product / self.weight - context * seconds) / (spread + SPREAD * SPREAD)
+        slope = (self.product / self.weight - context * seconds) / (spread + CONTEXT_SPREAD_TOKENS**2)
         slope = min(max(0.0, slope), seconds / context if context else 0.0)
         return seconds - slope * context, slope
 
@@ -110,7 +110,7 @@ class StepTimes:
     def __init__(self, *, prefill_first: bool = False) -> None:
         """Know nothing yet; with prefill_first, prompts have as much of a step as where nothing decodes."""
         self._prefill_first = prefill_first
-        self._under_way: deque[tuple[StepLoad, float]] = deque()
+        self._submitted: deque[tuple[StepLoad, float]] = deque()
         self._resolved_s = -math.inf
         self._steps: Counter[int] = Counter()
         """Steps without prompts, by the number of sequences."""
@@ -122,20 +122,22 @@ class StepTimes:
         """Cost of a draft's row, as a part of the step without drafts; by the number of sequences and the bits
         of the number of such rows.
         """
-        self._since_look = self._since_try = 0
+        self._steps_since_probe = self._calls_since_try = 0
         self._sums = _Regression()
         self._row_s = self._token_s = 0.0
 
-    def room_s(self, decodes: int, times: float = TIMES) -> float | None:
+    def room_s(self, decodes: int, times: float = MAX_STEP_RATIO) -> float | None:
         """Return the seconds that prompts may have beside so many sequences that decode; None for a step
         without prompts, from which the time of the others is learned.
 
         A step aims to take so many times one that only decodes.
         """
         if not decodes or self._prefill_first:
-            return LONGEST_S
+            return MAX_PREFILL_STEP_S
         decode_s = self._decode_s.known.get(decodes.bit_length())
-        return None if decode_s is None or self._since_look >= LOOK else (times - 1) * decode_s
+        if decode_s is None or self._steps_since_probe >= PROBE_INTERVAL_STEPS:
+            return None
+        return (times - 1) * decode_s
 
     def decode_s(self, decodes: int) -> float | None:
         """Return what a step of so many sequences takes without drafts, where that is known."""
@@ -143,7 +145,7 @@ class StepTimes:
 
     def spare_s(self, decodes: int) -> float:
         """Return by how long the background may lengthen a step in which so many others decode."""
-        return SPARE * self._exactly_s.known.get(decodes, 0.0)
+        return MAX_BACKGROUND_SHARE * self._exactly_s.known.get(decodes, 0.0)
 
     def beside(self, decodes: int, spare_s: float) -> int:
         """Return how many more sequences may decode beside so many, and lengthen the step by no more than this.
@@ -154,8 +156,8 @@ class StepTimes:
         most_s = known.get(decodes, 0.0) + spare_s
         while (took_s := known.get(decodes + more + 1)) is not None and took_s <= most_s:
             more += 1
-        self._since_try = (self._since_try + 1) % LOOK
-        return more + (took_s is None or not self._since_try)
+        self._calls_since_try = (self._calls_since_try + 1) % PROBE_INTERVAL_STEPS
+        return more + (took_s is None or not self._calls_since_try)
 
     def may_part(self, decodes: int) -> bool:
         """Return whether prompts may have a step without those that decode, which costs little more.
@@ -163,14 +165,14 @@ class StepTimes:
         True where a step's rows take most of its time, as on a CPU, and not its weights and launches.
         """
         decode_s = self._decode_s.known.get(decodes.bit_length())
-        return decode_s is not None and min(self._decode_s.known.values()) <= SMALL * decode_s
+        return decode_s is not None and min(self._decode_s.known.values()) <= MAX_SMALL_STEP_RATIO * decode_s
 
     def rows(self, context: int, seconds: float) -> float:
-        """Return how many rows behind a context fit a time; LEAST where they do not."""
+        """Return how many rows behind a context fit a time; MIN_CHUNK_ROWS where they do not."""
         row_s, token_s = self._row_s + self._token_s * context, self._token_s
         # The root of rows * (row_s + token_s * rows / 2) = seconds, in a form that holds for token_s = 0.
         root = row_s + math.sqrt(row_s * row_s + 2 * token_s * max(0.0, seconds))
-        return max(LEAST, 2 * seconds / root) if root else math.inf
+        return max(MIN_CHUNK_ROWS, 2 * seconds / root) if root else math.inf
 
     def cost_s(self, context: int, rows: int) -> float:
         """Return what rows behind a context are expected to take."""
@@ -184,7 +186,7 @@ class StepTimes:
         sequences. None at all for a measurement of a step without drafts.
         """
         now, alone = self._steps[decodes], self._exactly_s
-        if decodes not in alone.known or now - alone.learned_at[decodes] > LOOK:
+        if decodes not in alone.known or now - alone.learned_at[decodes] > PROBE_INTERVAL_STEPS:
             return []
         parts: list[float] = []
         for bits in range(1, most.bit_length() + 1):
@@ -199,15 +201,15 @@ class StepTimes:
             self._row_parts.known.get((decodes, bits)),
             self._row_parts.learned_at.get((decodes, bits), 0),
         )
-        return part and part * FADING ** (self._steps[decodes] - since)
+        return part and part * DRAFT_COST_DECAY ** (self._steps[decodes] - since)
 
     def submitted(self, load: StepLoad, now_s: float) -> None:
         """Note that a step began, and its drafts before it."""
-        self._under_way.append((load, now_s + load.drafting_s))
+        self._submitted.append((load, now_s + load.drafting_s))
 
     def resolved(self, now_s: float) -> None:
         """Note that the oldest step that was submitted is over; its time began when the one before ended."""
-        load, began_s = self._under_way.popleft()
+        load, began_s = self._submitted.popleft()
         took_s = now_s - max(began_s, self._resolved_s)
         self._resolved_s = now_s
         if load.rows:
@@ -221,11 +223,11 @@ class StepTimes:
 
     def forget_steps(self) -> None:
         """Note that no step is under way any more, for one failed."""
-        self._under_way.clear()
+        self._submitted.clear()
 
     def _learn_decode(self, decodes: int, took_s: float) -> None:
-        self._since_look = 0
-        took_s = min(took_s, STALL * self._decode_s.known.get(decodes.bit_length(), math.inf))
+        self._steps_since_probe = 0
+        took_s = min(took_s, MAX_STALL_RATIO * self._decode_s.known.get(decodes.bit_length(), math.inf))
         self._decode_s.learn(decodes.bit_length(), took_s, self._steps[decodes])
         self._exactly_s.learn(decodes, took_s, self._steps[decodes])
 
@@ -237,12 +239,12 @@ class StepTimes:
     def _learn_rows(self, load: StepLoad, took_s: float) -> None:
         """Take what a step took beyond a decode as its rows' cost."""
         decode_s = self._decode_s.known.get(max(1, load.decodes).bit_length())
-        if decode_s is None and (load.decodes or load.rows < MANY):
+        if decode_s is None and (load.decodes or load.rows < MIN_MEASURED_ROWS):
             return  # what the step itself took would count as its rows'
         per_row_s = max(0.0, took_s - (decode_s or 0.0)) / load.rows
         context = load.area / load.rows
         if usual_s := self._row_s + self._token_s * context:
-            per_row_s = min(per_row_s, STALL * usual_s)
+            per_row_s = min(per_row_s, MAX_STALL_RATIO * usual_s)
         self._sums.add(load.rows, context, per_row_s)
         self._row_s, self._token_s = self._sums.line()
-        self._since_look += bool(load.decodes)
+        self._steps_since_probe += bool(load.decodes)

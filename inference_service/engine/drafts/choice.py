@@ -18,31 +18,31 @@ from typing import Final, cast
 from inference_service.core.sequence import Sequence
 from inference_service.engine.drafts.model import DraftModel
 from inference_service.engine.drafts.score import Candidate, Score, gain
-from inference_service.engine.lookup import LEARNED, LEAST_GAIN, Lookup
+from inference_service.engine.lookup import MIN_LOG_GAIN, TOKEN_LEARNING_RATE, Lookup
 from inference_service.engine.queues import Plan
-from inference_service.engine.step_times import FADING, STALL, TIMES, TimesByKind
+from inference_service.engine.step_times import DRAFT_COST_DECAY, MAX_STALL_RATIO, MAX_STEP_RATIO, TimesByKind
 
-FIRST: Final = 0.8
+FIRST_DRAFT_PROBABILITY: Final = 0.8
 """Probability of a drafted token, while its adapter has no record."""
-OF_ADAPTER: Final = 0.01
+ADAPTER_LEARNING_RATE: Final = 0.01
 """Part that one token has in the probability of the adapter's next sequences."""
-NEAR: Final = 8
+MAX_ROWS_BEFORE_DRAFT: Final = 8
 """Rows that may come before a draft, in the same step."""
-FADING_S: Final = 0.998
+STEP_TIME_DECAY: Final = 0.998
 """Decay of the known time of the draft model's steps, at every step: what took too long is tried again."""
-MOST_RECORDS: Final = 10_000
+MAX_ADAPTER_RECORDS: Final = 10_000
 """Adapters and blends with a record, at most: the oldest one makes room."""
-SHARE: Final = 0.005
+MAX_LOSS_SHARE: Final = 0.005
 """Part of the time that drafts may take without a gain."""
-MOST_SPARE: Final = 8
+MAX_SAVED_STEPS: Final = 8
 """Steps whose time drafts may have gained, and lose again."""
-LEAST_READ: Final = 16
+MIN_READ_ROWS: Final = 16
 """Rows that are read in a step, whatever they take."""
-MOST_READ: Final = 256
+MAX_READ_ROWS: Final = 256
 """Rows that are read in a step, however fast that is."""
-PATIENCE: Final = 2
+MAX_READING_RATIO: Final = 2
 """Times as many steps as expected, in which sequences are read that then have no drafts."""
-REST: Final = 4
+REST_STEPS: Final = 4
 """Steps without a look at the draft model, after one that found no gain; and streams in a step for one more."""
 
 
@@ -50,14 +50,14 @@ REST: Final = 4
 class Chance:
     """The probability of a drafted token, by the drafts before."""
 
-    value: float = FIRST
+    value: float = FIRST_DRAFT_PROBABILITY
     tokens: int = 0
     learned_at: int = 0
     """Step of the last of them."""
 
     def at(self, step: int) -> float:
         """Return the probability; what was learned long ago counts for less, so that it is tried again."""
-        return 1 - (1 - self.value) * FADING ** (step - self.learned_at)
+        return 1 - (1 - self.value) * DRAFT_COST_DECAY ** (step - self.learned_at)
 
     def learn(self, step: int, part: float, *, held: bool) -> None:
         """Take in a token, for at least this part; of the first ones each counts as much."""
@@ -127,18 +127,18 @@ class DraftChoice(Lookup):
         """Return how many tokens to draft for which sequences; read one that is behind, if that pays."""
         found = [each for seq, room in most.items() if (each := self._candidate(seq, room, score.looked_up))]
         found.sort(key=lambda each: each.chance, reverse=True)
-        near = [each for each in found if each.rows <= NEAR]
-        least = score.of((), 0) + LEAST_GAIN * score.decodes
+        near = [each for each in found if each.rows <= MAX_ROWS_BEFORE_DRAFT]
+        least = score.of((), 0) + MIN_LOG_GAIN * score.decodes
         best = score.best(near, self._tokens)
         if best.score > least:
             self._reads = 0
             return {each.seq: min(best.tokens, each.most) for each in near[: best.candidates]}
         best = score.best([each._replace(rows=1) for each in found], self._tokens)
-        behind = [each for each in found[: best.candidates] if each.rows > NEAR]
+        behind = [each for each in found[: best.candidates] if each.rows > MAX_ROWS_BEFORE_DRAFT]
         if best.score > least and behind:
             self._read(behind, (best.score - least) / best.candidates / score.decodes, score.step_s)
         else:
-            self._rest = REST + score.decodes // REST
+            self._rest = REST_STEPS + score.decodes // REST_STEPS
         return {}
 
     def _candidate(
@@ -156,15 +156,15 @@ class DraftChoice(Lookup):
 
     def _read(self, behind: Seq[Candidate], gained: float, step_s: float) -> None:
         """Read sequences that are behind; drafts gain each so much of a step, for all streams."""
-        most, lengths = LEAST_READ, dict[Sequence, int]()
-        while self._takes_s(2 * most) < (TIMES - 1) * step_s and most < MOST_READ:
+        most, lengths = MIN_READ_ROWS, dict[Sequence, int]()
+        while self._takes_s(2 * most) < (MAX_STEP_RATIO - 1) * step_s and most < MAX_READ_ROWS:
             most *= 2
         if not self._reads:
             steps = math.ceil(sum(each.rows for each in behind) / most)
             takes_s = steps * self._takes_s(most)
             if self._spare_s < 0 or gained * step_s * sum(each.seq.num_known for each in behind) < takes_s:
                 return
-            self._reads = PATIENCE * steps
+            self._reads = MAX_READING_RATIO * steps
         for each in sorted(behind, key=lambda each: each.rows):
             if most > 0:
                 lengths[each.seq] = min(most, each.rows - 1)
@@ -179,17 +179,17 @@ class DraftChoice(Lookup):
             return 0.0
         near = min(known, key=lambda each: abs(each - bits))
         since = self._step - self._took.learned_at[near]
-        return known[near] * FADING_S**since * 2 ** ((bits - near) / 2)
+        return known[near] * STEP_TIME_DECAY**since * 2 ** ((bits - near) / 2)
 
     def _note(self, rows: int, took_s: float) -> None:
         bits = rows.bit_length()
         known = self._took.known.get(bits, math.inf)
-        self._took.learn(bits, min(took_s, STALL * known), self._step)
+        self._took.learn(bits, min(took_s, MAX_STALL_RATIO * known), self._step)
         self._spare_s -= took_s
 
     def _chance_of(self, seq: Sequence) -> Chance:
         digest = "" if seq.adapter is None else seq.adapter.digest
-        if digest not in self._adapters and len(self._adapters) >= MOST_RECORDS:
+        if digest not in self._adapters and len(self._adapters) >= MAX_ADAPTER_RECORDS:
             del self._adapters[next(iter(self._adapters))]
         return self._adapters.setdefault(digest, Chance())
 
@@ -197,15 +197,15 @@ class DraftChoice(Lookup):
         """Take in a step, which tokens of the last drafts came, and what these took and saved."""
         rows = sum(len(draft) for _, _, draft in self._drafted)
         self._spare_s -= score.verifying_s(min(rows, len(score.costs)))
-        self._spare_s = min(self._spare_s + SHARE * score.step_s, MOST_SPARE * score.step_s)
+        self._spare_s = min(self._spare_s + MAX_LOSS_SHARE * score.step_s, MAX_SAVED_STEPS * score.step_s)
         for seq, start, draft in self._drafted:
             of_adapter = self._chance_of(seq)
             own = self._chances.get(seq, of_adapter)
             for drafted, came in zip(draft, seq.progress.tokens[start:], strict=False):
                 held = drafted == came
                 self._spare_s += held * score.step_s / score.decodes
-                own.learn(self._step, LEARNED, held=held)
-                of_adapter.learn(self._step, OF_ADAPTER, held=held)
+                own.learn(self._step, TOKEN_LEARNING_RATE, held=held)
+                of_adapter.learn(self._step, ADAPTER_LEARNING_RATE, held=held)
                 if not held:
                     break
         self._drafted.clear()

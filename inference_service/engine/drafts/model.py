@@ -72,20 +72,20 @@ class DraftModel:
         """Return up to so many tokens for each of sequences whose rows are known."""
         each = {self._followed[seq].own: (seq, count) for seq, count in requested.items()}
         each = {own: of for own, of in each.items() if self._blocks.grow(own, len(own.progress.tokens) + of[1])}
-        under_way: deque[Pending] = deque()
+        submitted: deque[Pending] = deque()
         for place in range(max((count for _, count in each.values()), default=0)):
             owns = [own for own, (_, count) in each.items() if count > place]
             began_s, lengths = self._clock(), {own: own.progress.num_pending for own in owns}
-            under_way.append(self._submit(lengths))
+            submitted.append(self._submit(lengths))
             for own in owns:
                 own.progress.in_flight += 1
-            if len(under_way) > self._runner.depth:
-                _take(under_way.popleft())
-            for pending in under_way:
+            if len(submitted) > self._runner.depth:
+                _take(submitted.popleft())
+            for pending in submitted:
                 pending.finish()
             self.noted(sum(lengths.values()), self._clock() - began_s)
-        while under_way:
-            _take(under_way.popleft())
+        while submitted:
+            _take(submitted.popleft())
         drafts: dict[Sequence, list[int]] = {}
         for own, (seq, _) in each.items():
             tokens = own.progress.tokens[self._followed[seq].known :]

@@ -311,7 +311,7 @@ def test_after_a_failed_step_nothing_is_trusted(snapshots: int | None) -> None:
     engine.step()
     device.broken = False
     assert [output.finish for output in engine.fail_all()] == [EndReason.FAILED]
-    assert not engine._scheduler.step_times._under_way
+    assert not engine._scheduler.step_times._submitted
     if manager.states is not None:
         manager.release(failing)  # twice frees nothing twice
         manager.keep()

@@ -14,10 +14,10 @@ from inference_service.core.sequence import Batch, EndReason, Sequence, Share, T
 from inference_service.engine import queues
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import BACKGROUND, SchedulerLimits, SequenceQueues
+from inference_service.engine.queues import FIRST_BACKGROUND_COUNTER, SchedulerLimits, SequenceQueues
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
-from inference_service.engine.scheduler import QUANTUM, TWICE
+from inference_service.engine.scheduler import MAX_RECOMPUTED_SHARE, QUANTUM_TOKENS
 from inference_service.engine.step_times import StepTimes
 from tests.support.examples import examples
 
@@ -198,7 +198,7 @@ def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
             engine.add(_seq(2, 1, flow=f"once {number}"))
         engine.step()
     rows = sum(chunk.length for batch in runner.batches for chunk in batch.chunks)
-    assert QUANTUM < runner.again <= rows * TWICE + QUANTUM
+    assert QUANTUM_TOKENS < runner.again <= rows * MAX_RECOMPUTED_SHARE + QUANTUM_TOKENS
 
 
 def test_few_take_seats_of_others_in_a_step() -> None:
@@ -235,7 +235,7 @@ def test_the_newest_share_of_a_queue_counts() -> None:
 
 def test_counters_begin_where_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A queue that comes back is as far ahead as it was; those that are gone do not count."""
-    monkeypatch.setattr(queues, "MOST_REMEMBERED", 4)
+    monkeypatch.setattr(queues, "MAX_IDLE_COUNTERS", 4)
     every = SequenceQueues()
 
     def served(flow: str, rows: int = 0, **fields: Any) -> tuple[Sequence, float]:
@@ -251,7 +251,7 @@ def test_counters_begin_where_others_are(monkeypatch: pytest.MonkeyPatch) -> Non
     for seq in gone:
         every.remove(seq)
     assert [served(f"flow {rows}")[1] for rows in (1, 5)] == [0.0, 5.0]
-    assert served("behind", share=Share(background=True))[1] == BACKGROUND
+    assert served("behind", share=Share(background=True))[1] == FIRST_BACKGROUND_COUNTER
     high = every.of[served("high", 9)[0]]
     for seq in [seq for queue in every for seq in queue.waiting if queue.flow not in ("low", "high")]:
         every.remove(seq)

@@ -12,11 +12,16 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.lookup import FIRST_CHANCE, LEARNED, Expected
+from inference_service.engine.lookup import FIRST_PROBABILITY, TOKEN_LEARNING_RATE, Expected
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.runner import Pending
-from inference_service.engine.step_times import LONGEST_S, LOOK, TIMES, StepTimes
+from inference_service.engine.step_times import (
+    MAX_PREFILL_STEP_S,
+    MAX_STEP_RATIO,
+    PROBE_INTERVAL_STEPS,
+    StepTimes,
+)
 
 STREAMS = 8
 LONG = 2000
@@ -136,7 +141,7 @@ def test_a_step_beside_streams_takes_a_small_multiple(depth: int, row_s: float, 
         engine.step()
     times = sorted(took / machine.step_s for took in machine.took_s)
     assert times[int(0.99 * len(times))] < 3.0
-    assert times[len(times) // 2] == pytest.approx(TIMES, rel=0.1)
+    assert times[len(times) // 2] == pytest.approx(MAX_STEP_RATIO, rel=0.1)
 
 
 def test_prompts_are_computed_first_where_nobody_waits_for_single_tokens() -> None:
@@ -149,7 +154,7 @@ def test_prompts_are_computed_first_where_nobody_waits_for_single_tokens() -> No
         while not engine.idle:
             engine.step()
         steps.append(len(machine.batches))
-        assert max(machine.took_s[1:]) < 1.1 * LONGEST_S
+        assert max(machine.took_s[1:]) < 1.1 * MAX_PREFILL_STEP_S
     assert steps[1] < 0.6 * steps[0]
 
 
@@ -158,17 +163,17 @@ def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one_for_long() 
     machine = Machine()
     engine = _streaming(machine)
     _add(engine, *(_seq(8000) for _ in range(6)))
-    _run(engine, 2 * LOOK)
+    _run(engine, 2 * PROBE_INTERVAL_STEPS)
     decode_s = machine.step_s
     usual = sorted(machine.took_s[-20:])[10]
     for look in (False, True):
-        while (engine._scheduler.step_times._since_look >= LOOK) is not look:
+        while (engine._scheduler.step_times._steps_since_probe >= PROBE_INTERVAL_STEPS) is not look:
             engine.step()
         machine.step_s = 2.0
         engine.step()
         assert (machine.batches[-1].num_tokens == STREAMS) is look
         machine.step_s = decode_s
-    _run(engine, 5 * LOOK)
+    _run(engine, 5 * PROBE_INTERVAL_STEPS)
     times = sorted(machine.took_s[-20:])
     assert times[10] == pytest.approx(usual, rel=0.1)
     assert times[-1] < 3.2 * decode_s
@@ -190,7 +195,7 @@ def test_prompts_that_are_computed_whole_share_a_step_as_far_as_they_fit() -> No
     _add(engine, *(_seq(64) for _ in range(40)))
     while not engine.idle:
         engine.step()
-    assert {len(batch.chunks) for batch in machine.batches[1:-1]} == {int(LONGEST_S / 0.128)}
+    assert {len(batch.chunks) for batch in machine.batches[1:-1]} == {int(MAX_PREFILL_STEP_S / 0.128)}
 
 
 def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:
@@ -284,7 +289,7 @@ def test_drafts_stop_where_rows_cost_what_they_save_and_come_back_where_they_are
 def test_what_a_step_takes_without_drafts_stays_known() -> None:
     """A machine that became slower altogether drafts as before."""
     machine = Machine()
-    _run(_drafting(machine, 1), 3 * LOOK)
+    _run(_drafting(machine, 1), 3 * PROBE_INTERVAL_STEPS)
     rows = [sum(chunk.drafted for chunk in batch.chunks) for batch in machine.batches[11:]]
     assert 2 <= rows.count(0) <= 4
 
@@ -305,7 +310,8 @@ def test_the_background_takes_part_as_far_as_it_is_known_to_cost_little() -> Non
     for number, took in seconds.items():
         times._learn_decode(number, took)
     spare = times.spare_s(1)
-    assert [times.beside(1, spare) for _ in range(LOOK)] == [2] * (LOOK - 1) + [3]
+    *usual, tried = [times.beside(1, spare) for _ in range(PROBE_INTERVAL_STEPS)]
+    assert (set(usual), tried) == ({2}, 3)
     assert times.beside(4, times.spare_s(4)) == 1
     assert times.spare_s(9) == 0.0
 
@@ -314,4 +320,6 @@ def test_a_draft_counts_up_to_its_first_miss() -> None:
     """Tokens behind a miss say nothing of a draft: they follow another text."""
     expected = Expected(tokens=[1, 2, 3])
     expected.follow([1, 9, 3])
-    assert expected.chance == pytest.approx(FIRST_CHANCE + LEARNED * (1 - FIRST_CHANCE) - LEARNED * 0.55)
+    assert expected.chance == pytest.approx(
+        FIRST_PROBABILITY + TOKEN_LEARNING_RATE * (1 - FIRST_PROBABILITY) - TOKEN_LEARNING_RATE * 0.55
+    )
