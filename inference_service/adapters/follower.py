@@ -133,7 +133,7 @@ class Follower:
         if self._standing.generation < number:
             raise ReplicaBehind(
                 f"expected generation {number} of {self._name!r} or a newer one, this replica serves "
-                f"{self._standing.generation}{_WHY[self._standing.state]}. "
+                f"{self._standing.generation}{_STATE_CAUSES[self._standing.state]}. "
                 "Retry, here or with another replica."
             )
 
@@ -231,7 +231,7 @@ class Follower:
         log.info("generation taken over", generation=number, adapters=len(generation.adapters))
 
 
-_WHY: Final = {
+_STATE_CAUSES: Final = {
     FollowerState.FIXED: " and follows no deployment (follow_interval_s is 0)",
     FollowerState.CURRENT: ", the newest there is",
     FollowerState.STALE: ": the newest needs a restart",

@@ -41,7 +41,7 @@ MAX_TOKEN: Final = 256
 """Characters of a page token: it is a name."""
 WATCH_S: Final = 0.1
 """Between two looks at what a watcher gets."""
-BLIND: Final = "the store cannot be read; the server's log says why"
+BLIND_REASON: Final = "the store cannot be read; the server's log says why"
 
 
 class AdapterManager:
@@ -204,7 +204,7 @@ class AdapterManager:
             generation=standing.generation,
             newest_generation=standing.newest,
             state=str(standing.state),
-            reason=standing.stale or (BLIND if str(standing.state) == "blind" else ""),
+            reason=standing.stale or (BLIND_REASON if str(standing.state) == "blind" else ""),
             paused=self._paused(),
             bank_bytes=self.residency.capacity,
             bank_bytes_used=self.residency.num_bytes,

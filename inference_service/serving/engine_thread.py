@@ -78,15 +78,15 @@ LOOK_S: Final = 0.02
 """Between two looks at whether those that were under way have ended."""
 
 
-Held = dict[str, Sequence]
+Deferred = dict[str, Sequence]
 """First sequences of requests that came while those before them run to their ends, by their ids."""
 
 
-def take_late(held: Held, now_s: float) -> list[Sequence]:
+def take_expired(deferred: Deferred, now_s: float) -> list[Sequence]:
     """Take out those whose deadline has passed."""
-    late = [seq for seq in held.values() if seq.deadline_s is not None and seq.deadline_s <= now_s]
+    late = [seq for seq in deferred.values() if seq.deadline_s is not None and seq.deadline_s <= now_s]
     for seq in late:
-        del held[seq.id]
+        del deferred[seq.id]
     return late
 
 
@@ -172,7 +172,7 @@ class EngineThread:
         self._before_cut: Callable[[], Awaitable[None]] | None = None
         self._stopped: Fault | None = None
         self._ending: asyncio.Task[None] | None = None
-        self._held: Held | None = None
+        self._deferred: Deferred | None = None
         self._pausing = False
         self._resting = False
         """The thread's own copy of it."""
@@ -244,8 +244,8 @@ class EngineThread:
             self._later[outputs] = seqs[1:]
         self._under_way |= {seq.id: seq for seq in seqs}
         self._delivery.came = True
-        if self._held is not None:
-            self._held[seqs[0].id] = seqs[0]
+        if self._deferred is not None:
+            self._deferred[seqs[0].id] = seqs[0]
         else:
             self._begin(seqs[0])
         return outputs
@@ -265,10 +265,14 @@ class EngineThread:
         key_id = new[0].key_id
         if not key_id or not waiting:
             return
-        held = Counter(seq.key_id for seq in self._under_way.values() if seq.progress.began_s is None)
-        held[key_id] += len(new) - 1
-        places = self.max_queue + held.total() + 1 - waiting  # with the free seats that some of them find
-        if not is_in_share(key_id, held, places):
+        unseated_of_keys = Counter(
+            seq.key_id for seq in self._under_way.values() if seq.progress.began_s is None
+        )
+        unseated_of_keys[key_id] += len(new) - 1
+        places = (
+            self.max_queue + unseated_of_keys.total() + 1 - waiting
+        )  # with the free seats that some of them find
+        if not is_in_share(key_id, unseated_of_keys, places):
             raise QueueFull(
                 f"requests of the API key {key_id!r} have its share of the {self.max_queue} that may wait. "
                 "Retry in a moment, or add a replica."
@@ -287,7 +291,7 @@ class EngineThread:
             await self._until_ended()
         if self._pausing and self._stopped is None:
             rested = asyncio.get_running_loop().create_future()
-            self._inbox.post(partial(self._rest, rested))
+            self._inbox.post(partial(self._begin_rest, rested))
             ended = asyncio.ensure_future(self.ended())
             await asyncio.wait({rested, ended}, return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
@@ -295,33 +299,33 @@ class EngineThread:
     def resume(self) -> None:
         """Resume; does nothing if the engine is not paused."""
         self._pausing = False
-        self._let_in()
-        self._inbox.post(self._go_on)
+        self._begin_deferred()
+        self._inbox.post(self._end_rest)
 
     async def _until_ended(self) -> None:
         """Wait until the requests that are under way have ended; hold those back that come meanwhile."""
-        held = self._held = {} if self._held is None else self._held
-        while self._held is held and self._has_others(held) and self._stopped is None:
-            for seq in take_late(held, time.monotonic()):
+        deferred = self._deferred = {} if self._deferred is None else self._deferred
+        while self._deferred is deferred and self._has_others(deferred) and self._stopped is None:
+            for seq in take_expired(deferred, time.monotonic()):
                 self._deliver({seq.id: [StepOutput(seq.id, None, EndReason.DEADLINE)]})
             await asyncio.sleep(LOOK_S)
-        self._let_in()
+        self._begin_deferred()
 
-    def _has_others(self, held: Held) -> bool:
+    def _has_others(self, deferred: Deferred) -> bool:
         """Return True if a request is open that is not held back; one that is may have several sequences."""
-        waiting = {self._streams[seq_id] for seq_id in held}
+        waiting = {self._streams[seq_id] for seq_id in deferred}
         return not waiting.issuperset(self._streams.values())
 
-    def _let_in(self) -> None:
-        held, self._held = self._held, None
-        for seq in (held or {}).values():
+    def _begin_deferred(self) -> None:
+        deferred, self._deferred = self._deferred, None
+        for seq in (deferred or {}).values():
             self._begin(seq)
 
-    def _rest(self, rested: asyncio.Future[None]) -> None:
+    def _begin_rest(self, rested: asyncio.Future[None]) -> None:
         self._resting = True
-        self._rested.append(partial(_tell, rested))
+        self._rested.append(partial(_set_done, rested))
 
-    def _go_on(self) -> None:
+    def _end_rest(self) -> None:
         self._resting = False
 
     def _begin(self, seq: Sequence) -> None:
@@ -332,8 +336,8 @@ class EngineThread:
         outputs = self._streams.pop(seq_id)
         if not outputs.open:
             self._later.pop(outputs, None)
-        if self._held is not None:
-            self._held.pop(seq_id, None)
+        if self._deferred is not None:
+            self._deferred.pop(seq_id, None)
         if seq_id in self._under_way:  # else it ended by itself, and the thread need not wake
             del self._under_way[seq_id]
             self._inbox.post(partial(self._engine.abort, seq_id))
@@ -366,11 +370,11 @@ class EngineThread:
                         return f"every engine step fails since a {type(error).__name__}"
                     self._engine.retry()
             self._send(outputs)
-            self._tell_rested()
+            self._notify_rested()
             if self._after_step is not None:
                 self._after_step()
 
-    def _tell_rested(self) -> None:
+    def _notify_rested(self) -> None:
         rested, self._rested = self._rested, []
         for tell in rested:
             if self._loop is not None and not self._loop.is_closed():
@@ -442,6 +446,6 @@ class EngineThread:
         self._delivery.begin()
 
 
-def _tell(rested: asyncio.Future[None]) -> None:
+def _set_done(rested: asyncio.Future[None]) -> None:
     if not rested.done():
         rested.set_result(None)

@@ -276,7 +276,7 @@ async def test_what_leaves_while_others_end_is_neither_waited_for_nor_begun(thre
     for _ in range(2):
         late = submit(thread)
         await asyncio.sleep(2 * LOOK_S)
-        assert thread._held is not None
+        assert thread._deferred is not None
         late.close()
     thread.resume()
     device.go.set()
