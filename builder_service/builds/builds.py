@@ -21,7 +21,7 @@ from builder_service.builds.views import BuildState, DeploymentView, served_numb
 from builder_service.pipeline.build import BuildResult, build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import INTERRUPTED, JointProgress
-from builder_service.pipeline.update import Update, check_update, joined, rollback, update
+from builder_service.pipeline.update import Update, check_update, join_updates, rollback, update
 from builder_service.pipeline.validate import check_deployment
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.access.shares import is_in_share
@@ -389,7 +389,7 @@ class Builds(BuildViews):
             options = {"verify": first.entry.verify, "exact": first.entry.exact}
             work = partial(build, whole, self._context, progress, identity=identity, **options)
         else:
-            wish = joined([running.entry.update for running in group if running.entry.update])
+            wish = join_updates([running.entry.update for running in group if running.entry.update])
             work = partial(update, wish, self._context, progress, identity)
         loop, timeout_s = asyncio.get_running_loop(), self._limits.timeout_s
         late = BuildTimedOut(f"the build took longer than {timeout_s:g} s, which is the limit of this builder")

@@ -294,20 +294,3 @@ class Journal:
 
 def _beat_key(run: str) -> str:
     return f"{BUILDERS_PREFIX}{run}.json"
-
-
-class Abandoned:
-    """Finds runs that give no signs of life. It compares what it saw itself: clocks of others do not matter."""
-
-    def __init__(self, lease_s: float) -> None:
-        self._lease_s = lease_s
-        self._seen: dict[str, tuple[bytes, float]] = {}
-
-    def among(self, runs: Collection[str], beats: Mapping[str, bytes], now_s: float) -> set[str]:
-        """Return the runs without a sign of life for a lease: without any, or with the one of a lease ago."""
-        before, self._seen = self._seen, {}
-        for run, beat in beats.items():
-            same = run in before and before[run][0] == beat
-            self._seen[run] = before[run] if same else (beat, now_s)
-        living = {run for run, (_, since_s) in self._seen.items() if now_s - since_s < self._lease_s}
-        return set(runs) - living

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Final
 
 import structlog
 
-from builder_service.builds.journal import Abandoned, Journal, JournalEntry, Ticket
+from builder_service.builds.journal import Journal, JournalEntry, Ticket
 from loramux_shared.bundle.deployments import newest_or_none, point_at_highest, settle
 from loramux_shared.faults import Fault, StoreUnavailable
 from loramux_shared.storage.base import Store
@@ -37,6 +37,23 @@ class BuildLimits:
     """Between two signs of life of the builder."""
     lease_s: float = 90
     """Seconds without a sign of life after which another builder takes a builder's changes over."""
+
+
+class Abandoned:
+    """Finds runs that give no signs of life. It compares what it saw itself: clocks of others do not matter."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._seen: dict[str, tuple[bytes, float]] = {}
+
+    def among(self, runs: Collection[str], beats: Mapping[str, bytes], now_s: float) -> set[str]:
+        """Return the runs without a sign of life for a lease: without any, or with the one of a lease ago."""
+        before, self._seen = self._seen, {}
+        for run, beat in beats.items():
+            same = run in before and before[run][0] == beat
+            self._seen[run] = before[run] if same else (beat, now_s)
+        living = {run for run, (_, since_s) in self._seen.items() if now_s - since_s < self._lease_s}
+        return set(runs) - living
 
 
 class Keeper:

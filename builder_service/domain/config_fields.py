@@ -164,7 +164,7 @@ def is_rank(value: Any) -> bool:
 
 
 def is_alpha(value: Any) -> bool:
-    """True for what an alpha can be; PEFT itself writes fractions, and reads negative ones as they are."""
+    """Return True if a value can be an alpha: PEFT writes fractions, and reads negative alphas as they are."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_ALPHA < value < MAX_ALPHA
 
 

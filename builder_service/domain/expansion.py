@@ -60,7 +60,7 @@ class Side:
     product: Product
 
 
-def expanded(file: TensorFile, kind: Kind, base: ModelConfig, report: Grouping) -> Expanded:
+def expand_tensors(file: TensorFile, kind: Kind, base: ModelConfig, report: Grouping) -> Expanded:
     """Return a file that has A and B for each module, of any kind; report what does not fit together."""
     key = re.compile(rf"(.+)\.({'|'.join(sorted(_PARTS.get(kind, ()), reverse=True))})((?:\.[^.]+)?)")
     modules: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)

@@ -41,7 +41,7 @@ class BaseTensors(Protocol):
         """Return the file that holds a tensor, or None where the base has no such tensor."""
         ...
 
-    def widened(self, name: str, shape: tuple[int, int]) -> TensorFile | None:
+    def widen(self, name: str, shape: tuple[int, int]) -> TensorFile | None:
         """Return a file with a weight of few bits in float32, which goes with the object.
 
         None where the base has none of this name, or nothing here can widen it.

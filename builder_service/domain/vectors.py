@@ -205,7 +205,7 @@ class VectorReader:
         features = features_of(key, self.base)
         if self.weights is None or self.base.quantization is None or features is None:
             return None
-        return self.weights.widened(name, (sum(out for _, out in features), features[0][0]))
+        return self.weights.widen(name, (sum(out for _, out in features), features[0][0]))
 
 
 def divided(magnitudes: Array, norms: Array) -> Array:

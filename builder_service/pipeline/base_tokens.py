@@ -32,7 +32,7 @@ class BaseTokens:
         self._lock = threading.Lock()
         self._found: dict[frozenset[tuple[str, str]], ComparedTokens] = {}
 
-    def compared(self, folder: Path, files: Mapping[str, FileDigest]) -> ComparedTokens:
+    def compare(self, folder: Path, files: Mapping[str, FileDigest]) -> ComparedTokens:
         """Return how the tokenizer among an adapter's files differs from the base's.
 
         Raises:
@@ -45,7 +45,7 @@ class BaseTokens:
         with self._lock:  # of adapters with the same tokenizer, the others wait for the first
             if key not in self._found:
                 self._found[key] = (
-                    self._compared({name: folder / name for name in own}) if own else ComparedTokens()
+                    self._compare({name: folder / name for name in own}) if own else ComparedTokens()
                 )
             return self._found[key]
 
@@ -70,7 +70,7 @@ class BaseTokens:
         answer: dict[str, Any] = ask(tokens, question, BOUNDS)
         return answer
 
-    def _compared(self, own: Mapping[str, Path]) -> ComparedTokens:
+    def _compare(self, own: Mapping[str, Path]) -> ComparedTokens:
         try:
             answer = self._ask(own)
         except TooCostly as error:

@@ -64,7 +64,7 @@ class BaseWeights:
             file = self._open.get(shard) or self._read(shard)
             return file if name in file.tensors else None
 
-    def widened(self, name: str, shape: tuple[int, int]) -> TensorFile | None:
+    def widen(self, name: str, shape: tuple[int, int]) -> TensorFile | None:
         """Return a file with a weight of few bits [out, in] in float32, which goes with the object.
 
         None where the base has no such weight, or torch is not installed here.

@@ -84,7 +84,7 @@ def list_adapters(
 
     Raises:
         ResourcesExhausted: the disk has no room for the archives whose listings are in them.
-        Fault: what sources raise, of all adapters: see `joined`.
+        Fault: what sources raise, of all adapters: see `join_faults`.
     """
     with ExitStack() as listings:
         with ThreadPoolExecutor(MAX_PARALLEL_FETCHES, "list") as pool:
@@ -92,7 +92,7 @@ def list_adapters(
                 name: pool.submit(_list, name, repository, sources, space, progress, listings, signed_by)
                 for name, repository in sorted(adapters.items())
             }
-        yield gathered(futures, progress)
+        yield gather(futures, progress)
 
 
 def fetch_adapters(
@@ -103,21 +103,21 @@ def fetch_adapters(
     progress: Progress,
     signed_by: tuple[str, ...] = (),
 ) -> list[FetchedAdapter]:
-    """List and fetch every adapter, several at once, by name; raise what sources do, see `joined`."""
+    """List and fetch every adapter, several at once, by name; raise what sources do, see `join_faults`."""
     with list_adapters(adapters, sources, space, progress, signed_by) as listed:
         with ThreadPoolExecutor(MAX_PARALLEL_FETCHES, "fetch") as pool:
             futures = {
                 adapter.name: pool.submit(fetch_adapter, adapter, work / f"adapter-{i}", progress)
                 for i, adapter in enumerate(listed)
             }
-        return gathered(futures, progress)
+        return gather(futures, progress)
 
 
-def gathered(futures: Mapping[str, Future[T]], progress: Progress) -> list[T]:
+def gather(futures: Mapping[str, Future[T]], progress: Progress) -> list[T]:
     """Wait for what is done for each adapter, and return the results in their order.
 
     Raises:
-        Fault: those of all adapters, see `joined`; that the build was stopped comes before them.
+        Fault: those of all adapters, see `join_faults`; that the build was stopped comes before them.
     """
     faults = {}
     for name, future in futures.items():
@@ -129,11 +129,11 @@ def gathered(futures: Mapping[str, Future[T]], progress: Progress) -> list[T]:
     for name in faults:
         progress.update(name, stage=Stage.REFUSED)
     if faults:
-        raise joined(faults)
+        raise join_faults(faults)
     return [future.result() for future in futures.values()]
 
 
-def joined(faults: Mapping[str, Fault]) -> Fault:
+def join_faults(faults: Mapping[str, Fault]) -> Fault:
     """Return the faults of adapters as one.
 
     Of several there is one finding each, whose code is the reason. The reason of the whole is the first of
@@ -168,7 +168,7 @@ def _list(
     def room(count: int) -> None:
         nonlocal taken
         taken += count
-        _limited(repository, taken)
+        _check_size(repository, taken)
         take(count)
 
     with about(repository):
@@ -183,11 +183,11 @@ def _list(
     ]
     selected = [*wanted_files(sizes), *beside]
     listed = ListedAdapter(name, source, resolved, tuple(selected), signed_by=signed_by)
-    _limited(repository, listed.size)
+    _check_size(repository, listed.size)
     return listed
 
 
-def _limited(repository: Repository, size: int) -> None:
+def _check_size(repository: Repository, size: int) -> None:
     if size > MAX_ADAPTER_BYTES:
         raise SourceRefused(f"{repository.label}: {size} bytes; an adapter has at most {MAX_ADAPTER_BYTES}")
 

@@ -12,7 +12,7 @@ from builder_service.domain.rules.adapter import most_tensors
 from builder_service.domain.rules.checked import CheckedAdapter, Rulebook
 from builder_service.domain.safetensors_header import HeaderInvalid, read_header
 from builder_service.pipeline.context import BuildContext, Space
-from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gathered
+from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gather
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter, check_fetched, refuse_any
 from loramux_shared.adapter_files import WEIGHTS
@@ -51,7 +51,7 @@ class Intake:
                 adapter.name: pool.submit(self._take_in, adapter, self.work / f"adapter-{i}")
                 for i, adapter in enumerate(listed)
             }
-        taken = gathered(futures, self.progress)
+        taken = gather(futures, self.progress)
         refuse_any({adapter.fetched.name: adapter.checked for adapter in taken})
         return taken
 

@@ -103,7 +103,7 @@ def same_conditions(one: Generation, other: Generation) -> bool:
 
 
 def still_fits(record: AdapterRecord, before: Generation, draft: Generation, limits: AdapterLimits) -> bool:
-    """True when all that differs between two generations are ceilings, and an adapter is below the new ones."""
+    """Return True if two generations differ in ceilings alone, and an adapter is below the new ones."""
     ceilings = {"max_lora_rank": draft.max_lora_rank, "lora_target_modules": draft.lora_target_modules}
     summary, allowed = record.summary, limits.target_modules
     return (

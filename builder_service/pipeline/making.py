@@ -21,7 +21,7 @@ from builder_service.domain.rules.checked import Rulebook
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BASE_FILES, BuildContext, Space
 from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_adapter
-from builder_service.pipeline.fetch import FetchedAdapter, gathered, list_adapters
+from builder_service.pipeline.fetch import FetchedAdapter, gather, list_adapters
 from builder_service.pipeline.intake import Identity, Intake, identity
 from builder_service.pipeline.keep import ReusableAdapters, keep
 from builder_service.pipeline.progress import Progress, Stage
@@ -319,7 +319,7 @@ class AdapterMaker:
                 group.names[0]: pool.submit(self._publish_group, group, proof)
                 for group, proof in zip(groups, proofs, strict=True)
             }
-        records = gathered(futures, workshop.progress)
+        records = gather(futures, workshop.progress)
         return {name: record for each in records for name, record in each.items()}
 
     def _publish_group(self, group: Duplicates, proof: Proof | None) -> dict[str, AdapterRecord]:

@@ -58,7 +58,7 @@ class Update(Model):
         return self
 
 
-def joined(wishes: Sequence[Update]) -> Update:
+def join_updates(wishes: Sequence[Update]) -> Update:
     """Return changes of a deployment as one; they touch different adapters and agree on the rest."""
     add = {name: repository for wish in wishes for name, repository in wish.add.items()}
     remove = tuple(name for wish in wishes for name in wish.remove)

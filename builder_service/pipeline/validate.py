@@ -109,7 +109,7 @@ def check_fetched(adapter: FetchedAdapter, rules: Rulebook, progress: Progress) 
         checked = npy_files.check(folder, rules, count)
     texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if name in adapter.files}
     vocab = checked.vocab or rules.limits.base.dims.vocab
-    tokens = rules.tokens.compared(folder, adapter.files) if rules.tokens else ComparedTokens()
+    tokens = rules.tokens.compare(folder, adapter.files) if rules.tokens else ComparedTokens()
     found = [*check_texts(texts, vocab), *tokens.findings, *_without_rows(tokens.added, vocab)]
     if checked.vocab and checked.vocab < rules.limits.base.dims.vocab:
         found += _cut_off(checked.vocab, rules)

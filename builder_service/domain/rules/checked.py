@@ -71,7 +71,7 @@ class CheckedAdapter:
 class TokenComparison(Protocol):
     """The base's own tokens."""
 
-    def compared(self, folder: Path, files: Mapping[str, FileDigest]) -> ComparedTokens:
+    def compare(self, folder: Path, files: Mapping[str, FileDigest]) -> ComparedTokens:
         """Compare the tokenizer among an adapter's files with the base's."""
         ...
 

@@ -109,7 +109,7 @@ def unstack(
 MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
 
 
-def unstacked(
+def unstack_tensors(
     file: TensorFile, pairs: list[Pair], base: ModelConfig, parameters: tuple[str, ...], report: Grouping
 ) -> tuple[TensorFile, list[Pair]]:
     """Return pairs of single experts for those of all, and the file to read them from."""

@@ -8,7 +8,7 @@ from typing import Final
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.dora_tables import with_dora_tables
-from builder_service.domain.expansion import expanded
+from builder_service.domain.expansion import expand_tensors
 from builder_service.domain.full_tensors import FullTable, FullTensor, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.initial import with_initial
@@ -143,7 +143,7 @@ def _take_encoder_head(check: TensorCheck) -> None:
 
 def _expand_kinds(check: TensorCheck) -> None:
     """Make A and B of the tensors of other kinds than LoRA."""
-    plain = expanded(check.file, check.config.kind, check.base, check.report)
+    plain = expand_tensors(check.file, check.config.kind, check.base, check.report)
     check.file = plain.file
     check.unused += plain.idle
 

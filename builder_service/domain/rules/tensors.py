@@ -10,7 +10,7 @@ from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
 from builder_service.domain.grouping import MAX_LISTED_PLACES, Grouping
 from builder_service.domain.own_rows import TokenTensor
 from builder_service.domain.pairs import Lone, Pair
-from builder_service.domain.rules.stacks import MERGE, unstacked
+from builder_service.domain.rules.stacks import MERGE, unstack_tensors
 from builder_service.domain.rules.vectors import check_vectors, refuse_vectors, report_left_out
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import (
@@ -132,7 +132,7 @@ def sort_tensors(
         _refuse_several(infixes, report)
         sides.clear()  # the pairs of A and B are ambiguous
     found, lone = _pair_sides(sides, report)
-    file, pairs = unstacked(file, found, base, parameters, report)
+    file, pairs = unstack_tensors(file, found, base, parameters, report)
     pairs.sort(key=lambda pair: pair.order)
     _once_each(pairs, report)
     return Sorted(pairs, lone, fulls, tuple(sorted(towers)), tokens, file)

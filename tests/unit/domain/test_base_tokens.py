@@ -36,7 +36,7 @@ def files(folder: Path) -> dict[str, FileDigest]:
 
 
 def compared(base: Path, adapter: Path) -> ComparedTokens:
-    return BaseTokens(files(base), lambda name: base / name, VOCAB).compared(adapter, files(adapter))
+    return BaseTokens(files(base), lambda name: base / name, VOCAB).compare(adapter, files(adapter))
 
 
 def folders(path: Path) -> tuple[Path, Path]:
