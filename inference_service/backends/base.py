@@ -21,7 +21,7 @@ from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.rope import AttentionSpec
 from loramux_shared.faults import InternalFault
 
-Turn = tuple[Tensor, Tensor]
+Rotation = tuple[Tensor, Tensor]
 """cos and sin of the step's rows, in the form that an `Attention` made them."""
 
 
@@ -46,7 +46,7 @@ class LayerHeads(NamedTuple):
     heads: Tensor
     """Queries, keys and values, side by side [T, all heads, d]; queries alone of a layer that reads another's
     keys and values."""
-    turn: Turn
+    rotation: Rotation
     keys: Tensor
     values: Tensor
     spec: AttentionSpec
@@ -57,13 +57,13 @@ class LayerHeads(NamedTuple):
     scales: Tensor | None = None
     """Scales of keys and values of 8 bits, of the same cache."""
     update: Update | None = None
-    """The update of `Operations.begun`, which is to be added to the heads."""
+    """The update of `Operations.apply_deferring_lora`, which is to be added to the heads."""
 
 
 class Attention(Protocol):
     """The attention of one step, shared by all layers."""
 
-    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+    def prepare_rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
         """Prepare cos and sin [T, 1, rotary] of `Rope.at`, once per step."""
         ...
 
@@ -82,7 +82,7 @@ no_recurrence: Final = Recurrence(_unplanned)
 
 LayerOutputs: TypeAlias = tuple[Tensor, Tensor | None]
 """The hidden rows [T, hidden size], and what is to be added to them."""
-Layers: TypeAlias = Callable[[Tensor, "Attention", "tuple[Turn, ...]"], LayerOutputs]
+Layers: TypeAlias = Callable[[Tensor, "Attention", "tuple[Rotation, ...]"], LayerOutputs]
 """All layers, which take hidden rows, attention, and the rotations of all ropes."""
 
 
@@ -92,7 +92,7 @@ class LayerInputs(NamedTuple):
     hidden: Tensor
     """[T, hidden size]; changed in place."""
     attention: Attention
-    turns: tuple[Turn, ...]
+    rotations: tuple[Rotation, ...]
     lora: StepLora | None
     cache: object
     """The cache of all layers, which distinguishes steps: it is compared by identity, and not used."""
@@ -118,7 +118,7 @@ class StepLora(ABC):
 
     @abstractmethod
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
-        """The same of each place's expert: out [pairs, all slices] and x [pairs, in] are by place."""
+        """Add to out [pairs, all slices] what the adapters make of x [pairs, in], by each place's expert."""
 
 
 class LoraBackend(Slots, StepLora):

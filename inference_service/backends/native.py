@@ -72,13 +72,13 @@ class NativeOperations(Operations):
             return None
         return self.ops.compact(weight, bias) or self.ops.tiled(weight, bias)
 
-    def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
+    def apply_with_lora(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
         """Compute it in one call, where both are compiled."""
         if isinstance(layer, NativeLinear) and isinstance(lora, NativeLora):
             if self.ops.recorder is not None and self.ops.recorder.here:
                 self.ops.recorder.note(lora.place(index, group))
             return layer(x, lora.adapters(index, group))
-        return super().adapted(layer, x, lora, index, group)
+        return super().apply_with_lora(layer, x, lora, index, group)
 
     def norm(
         self,
@@ -110,11 +110,11 @@ class NativeOperations(Operations):
         """Compute it in one pass."""
         return self.ops.add(out, None, factor)
 
-    def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
+    def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - nothing is deferred here
         """Compute it in one pass."""
         return self.ops.activated(gate_up, activation, gated=True)
 
-    def activated(self, x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
+    def activated(self, x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - nothing is deferred here
         """Compute it in one pass."""
         return self.ops.activated(x, activation)
 

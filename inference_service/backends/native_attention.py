@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import LayerHeads, Turn
+from inference_service.backends.base import LayerHeads, Rotation
 from inference_service.backends.long_chunks import LongChunk, split
 from inference_service.backends.operations import parts
 from inference_service.core.sequence import GONE
@@ -107,20 +107,20 @@ class NativeAttention:
         for window, plan in self._plans.items():
             plan.take(other._plans[window])
 
-    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+    def prepare_rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
         """float32 [T, rotary]."""
         return cos.squeeze(1).float().contiguous(), sin.squeeze(1).float().contiguous()
 
     def __call__(self, layer: LayerHeads) -> Tensor:
         """Rotate in place, write the cache, attend over it where it lies."""
-        # A cache of the model's type has no scales, and `begun` makes no update.
-        heads, turn, keys, values, spec, norm, sinks, *_ = layer
+        # A cache of the model's type has no scales, and `apply_deferring_lora` makes no update.
+        heads, rotation, keys, values, spec, norm, sinks, *_ = layer
         queries, rotated = parts(heads, len(keys), spec)
         if norm is not None:
             self._ops.norm_heads(heads, norm.weight, norm.eps, norm.offset)
         q, k, v = heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:]
         plan = self._plans[spec.window]
-        self._ops.rope_write(q, k, v, *turn, plan.cache_rows, keys, values)
+        self._ops.rope_write(q, k, v, *rotation, plan.cache_rows, keys, values)
         bounded = spec.window is not None or spec.softcap is not None or sinks is not None
         chunks, long = (plan.chunks, []) if bounded else (plan.short, plan.long)
         out = self._ops.attention(

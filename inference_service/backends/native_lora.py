@@ -210,21 +210,21 @@ def pack_native(weights: AdapterWeights, layout: Layout, ops: CpuOps) -> PackedA
     size = ops.dtype.itemsize
     vectors, end = layout.vectors(weights, numel, size)
     matrices, values = torch.empty(end, dtype=ops.dtype), weights.values.to(ops.dtype)
-    adapted = np.nonzero(weights.ranks)
+    places = np.nonzero(weights.ranks)
     rank, inside, outside = (
-        weights.ranks[adapted],
-        layout.in_features[adapted[1]],
-        layout.out_features[adapted[1]],
+        weights.ranks[places],
+        layout.in_features[places[1]],
+        layout.out_features[places[1]],
     )
     pieces = np.empty((len(rank), 2, PIECE_FIELDS), dtype=np.int64)
     for kind, firsts, to, fields in (
         (0, weights.first_a, first_a, (inside, 1, rank, inside)),
         (1, weights.first_b, first_b, (1, rank, rank, outside)),  # transposed
     ):
-        pieces[:, kind, 0] = values.data_ptr() + firsts[adapted] * size
+        pieces[:, kind, 0] = values.data_ptr() + firsts[places] * size
         for field, each in enumerate((*fields, kind), 1):
             pieces[:, kind, field] = each
-        pieces[:, kind, 6] = matrices.data_ptr() + to[adapted] * size
+        pieces[:, kind, 6] = matrices.data_ptr() + to[places] * size
     if len(rank):
         ops.pack(Table(pieces.reshape(-1, PIECE_FIELDS)))
     write_vectors(weights, vectors, matrices)

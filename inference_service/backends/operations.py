@@ -18,8 +18,8 @@ from inference_service.backends.base import (
     LayerOutputs,
     Layers,
     LoraBackend,
+    Rotation,
     StepLora,
-    Turn,
 )
 from inference_service.core.computing import Computing
 from inference_service.kernels.attention import Context, KeysValues, PagedAttention
@@ -74,19 +74,22 @@ class Operations:
         """Return what a linear makes of x [T, in], [T, out]."""
         return layer(x)
 
-    def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
+    def apply_with_lora(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
         """Return [T, out] of a group of layer ``index``, with what adapters add to it."""
         out = self.linear(layer, x)
         lora.apply(x, out, index, group)
         return out
 
-    def begun(
+    def apply_deferring_lora(
         self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str
     ) -> tuple[Tensor, Update | None]:
-        """Return [T, out] as `adapted` does, or of the base alone, and what is to be added by what reads it."""
-        return self.adapted(layer, x, lora, index, group), None
+        """Return [T, out] of the base, and the adapters' update for the operation that reads it.
 
-    def adapted_experts(
+        The update is None where the output has it already.
+        """
+        return self.apply_with_lora(layer, x, lora, index, group), None
+
+    def apply_experts_with_lora(
         self,
         layer: Grouped,
         x: Tensor,
@@ -97,7 +100,7 @@ class Operations:
         *,
         of_tokens: bool = False,
     ) -> Tensor:
-        """Return [pairs, out] of a group of all experts as `adapted` does; x is by place, or by token."""
+        """Return [pairs, out] of a group of all experts, adapters included; x is by place, or by token."""
         if not lora.adapts_experts(index):
             return layer(x, pairs, of_tokens=of_tokens)
         rows = x.index_select(0, pairs.tokens) if of_tokens else x
@@ -105,11 +108,11 @@ class Operations:
         lora.apply_experts(rows, out, index, group, pairs)
         return out
 
-    def begun_experts(
+    def apply_experts_deferring_lora(
         self, layer: Grouped, x: Tensor, lora: StepLora, index: int, group: str, pairs: ByExpert
     ) -> tuple[Tensor, Update | None]:
-        """Return the same of x [T, in] by token, or as `begun` does."""
-        return self.adapted_experts(layer, x, lora, index, group, pairs, of_tokens=True), None
+        """Return [pairs, out] of the base for x [T, in] by token, and the adapters' update, as for a linear."""
+        return self.apply_experts_with_lora(layer, x, lora, index, group, pairs, of_tokens=True), None
 
     def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of `Rope.at` [T, 1, dim] for positions [T]."""
@@ -145,13 +148,13 @@ class Operations:
         """Multiply out [T, dim] by a factor in place, and return it."""
         return out.mul_(factor)
 
-    def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
-        """Return activation(gate) * up [T, intermediate] of both side by side; an update is one of `begun`."""
+    def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - nothing is deferred here
+        """Return activation(gate) * up [T, intermediate] of both side by side, with a deferred update."""
         gate, up = gate_up.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate) * up
 
-    def activated(self, x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
-        """Return activation(x) [T, intermediate], of an MLP without a gate; an update is one of `begun`."""
+    def activated(self, x: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - nothing is deferred here
+        """Return activation(x) [T, intermediate], of an MLP without a gate, with a deferred update."""
         return ACTIVATIONS[activation](x)
 
     def run_layers(self, layers: Layers, inputs: LayerInputs) -> LayerOutputs:
@@ -160,7 +163,7 @@ class Operations:
         A device may replay what they did before for a step of the same shape, so layers must do the same
         operations with the same weights in every such step.
         """
-        return layers(inputs.hidden, inputs.attention, inputs.turns)
+        return layers(inputs.hidden, inputs.attention, inputs.rotations)
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """Return tanh(logits / cap) * cap, for which logits may be reused."""
@@ -260,7 +263,7 @@ class TorchAttention:
     def __init__(self, plan: PagedAttention) -> None:
         self._plan = plan
 
-    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+    def prepare_rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
         """Return both unchanged."""
         return cos, sin
 
@@ -270,7 +273,7 @@ class TorchAttention:
         queries, rotated = parts(heads, len(keys), layer.spec)
         if norm is not None:
             heads = normed(heads, len(norm.weight), norm)
-        qk = rotate(heads[:, :rotated], *layer.turn)
+        qk = rotate(heads[:, :rotated], *layer.rotation)
         q, k, v = qk[:, :queries], qk[:, queries:], heads[:, rotated:]
         out = self._plan(q, k, v, KeysValues(keys, layer.values, layer.scales), layer.spec, layer.sinks)
         return out.reshape(len(heads), -1)

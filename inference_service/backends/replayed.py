@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference_service.backends.base import LayerInputs, LayerOutputs, Layers, Turn
+from inference_service.backends.base import LayerInputs, LayerOutputs, Layers, Rotation
 from inference_service.backends.native_attention import NativeAttention
 from inference_service.backends.native_lora import NativeLora
 from inference_service.kernels.cpu.ops import CpuOps
@@ -44,14 +44,14 @@ class Replays:
 
     def __call__(self, layers: Layers, inputs: LayerInputs) -> LayerOutputs:
         """Return what layers compute, by their program where there is one."""
-        hidden, attention, turns, lora, cache = inputs
+        hidden, attention, rotations, lora, cache = inputs
         if (
             len(hidden) > MOST_ROWS
             or not isinstance(attention, NativeAttention)
             or attention.num_chunks is None
             or not (lora is None or isinstance(lora, NativeLora))
         ):
-            return layers(hidden, attention, turns)
+            return layers(hidden, attention, rotations)
         known = self._known.get(cache)
         if known is None:
             known = self._known[cache] = _Known()
@@ -59,12 +59,12 @@ class Replays:
         program = known.programs.get(shape)
         if program is not None:
             known.programs.move_to_end(shape)
-            return program.run(hidden, attention, turns)
+            return program.run(hidden, attention, rotations)
         if known.is_due(shape):
             with self._ops.recorded(known.buffers, len(hidden)) as recorder:
                 if recorder is not None:
                     return known.record(recorder, shape, layers, inputs)
-        return layers(hidden, attention, turns)
+        return layers(hidden, attention, rotations)
 
 
 class _Known:
@@ -87,12 +87,12 @@ class _Known:
         """Run layers, and write down what they do."""
         assert isinstance(inputs.attention, NativeAttention)  # noqa: S101 - the caller looked
         hidden, attention = inputs.hidden.clone(), inputs.attention.copied()
-        turns = tuple((cos.clone(), sin.clone()) for cos, sin in inputs.turns)
+        rotations = tuple((cos.clone(), sin.clone()) for cos, sin in inputs.rotations)
         with _Others() as others:
-            outputs = layers(hidden, attention, turns)
+            outputs = layers(hidden, attention, rotations)
         self._possible = not others.ran
         if self._possible:
-            self.programs[shape] = _Replay(hidden, attention, turns, shape[2], recorder, outputs)
+            self.programs[shape] = _Replay(hidden, attention, rotations, shape[2], recorder, outputs)
             if len(self.programs) > MOST_PROGRAMS:
                 oldest, _ = self.programs.popitem(last=False)
                 del self._runs[oldest]
@@ -106,23 +106,23 @@ class _Replay:
         self,
         hidden: Tensor,
         attention: NativeAttention,
-        turns: Sequence[Turn],
+        rotations: Sequence[Rotation],
         lora: NativeLora | None,
         recorder: Recorder,
         outputs: LayerOutputs,
     ) -> None:
         """Take the inputs and outputs of the step that was written down."""
-        self._hidden, self._attention, self._turns, self._lora = hidden, attention, turns, lora
+        self._hidden, self._attention, self._rotations, self._lora = hidden, attention, rotations, lora
         self._program = recorder.program()
         self._outputs = outputs[0], None if outputs[1] is None else recorder.kept(outputs[1])
         self._places = [place for _, place in recorder.linears]
         first = np.array([at + _ADAPTERS_AT for at, _ in recorder.linears], dtype=np.int64)
         self._adapters = first[:, None] + np.arange(7)
 
-    def run(self, hidden: Tensor, attention: NativeAttention, turns: Sequence[Turn]) -> LayerOutputs:
+    def run(self, hidden: Tensor, attention: NativeAttention, rotations: Sequence[Rotation]) -> LayerOutputs:
         """Return what the layers compute of another step; it is valid until the next one."""
         self._hidden.copy_(hidden)
-        for (cos, sin), (new_cos, new_sin) in zip(self._turns, turns, strict=True):
+        for (cos, sin), (new_cos, new_sin) in zip(self._rotations, rotations, strict=True):
             cos.copy_(new_cos)
             sin.copy_(new_sin)
         self._attention.take(attention)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Delta, LayerHeads, StepLora, Turn
+from inference_service.backends.base import Attention, Delta, LayerHeads, Rotation, StepLora
 from inference_service.backends.operations import Grouped, Operations
 from inference_service.backends.triton_lora import TritonLora
 from inference_service.kernels import experts, rows
@@ -80,21 +80,21 @@ class TritonOperations(Operations):
             return Fp8Linear(weight, bias, round_rows)
         return super().new_linear(weight, bias)
 
-    def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
-        """The adapters' first half beside the base's product, where that is recorded."""
+    def apply_with_lora(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
+        """Return [T, out]; the adapters' first half runs beside the base's product where that is recorded."""
         if isinstance(lora, TritonLora):
-            return lora.adapted(partial(self.linear, layer, x), x, index, group)
-        return super().adapted(layer, x, lora, index, group)
+            return lora.apply_with_lora(partial(self.linear, layer, x), x, index, group)
+        return super().apply_with_lora(layer, x, lora, index, group)
 
-    def begun(
+    def apply_deferring_lora(
         self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str
     ) -> tuple[Tensor, Update | None]:
-        """The second half is left to what reads the output, in steps of few rows."""
+        """Return [T, out]; in steps of few rows, what reads it computes the adapters' second half."""
         if isinstance(lora, TritonLora):
-            return lora.begun(partial(self.linear, layer, x), x, index, group)
-        return super().begun(layer, x, lora, index, group)
+            return lora.apply_deferring_lora(partial(self.linear, layer, x), x, index, group)
+        return super().apply_deferring_lora(layer, x, lora, index, group)
 
-    def adapted_experts(
+    def apply_experts_with_lora(
         self,
         layer: Grouped,
         x: Tensor,
@@ -105,19 +105,21 @@ class TritonOperations(Operations):
         *,
         of_tokens: bool = False,
     ) -> Tensor:
-        """As `adapted`, and x is not laid out by place."""
+        """Return [pairs, out] of all experts, adapters included; x by token is not laid out by place."""
         if isinstance(lora, TritonLora):
             base = partial(layer, x, pairs, of_tokens=of_tokens)
-            return lora.adapted_experts(base, x, index, group, pairs, of_tokens=of_tokens)
-        return super().adapted_experts(layer, x, lora, index, group, pairs, of_tokens=of_tokens)
+            return lora.apply_experts_with_lora(base, x, index, group, pairs, of_tokens=of_tokens)
+        return super().apply_experts_with_lora(layer, x, lora, index, group, pairs, of_tokens=of_tokens)
 
-    def begun_experts(
+    def apply_experts_deferring_lora(
         self, layer: Grouped, x: Tensor, lora: StepLora, index: int, group: str, pairs: ByExpert
     ) -> tuple[Tensor, Update | None]:
-        """As `begun`."""
+        """Return [pairs, out] of all experts; what reads it may compute the adapters' second half."""
         if isinstance(lora, TritonLora):
-            return lora.begun_experts(partial(layer, x, pairs, of_tokens=True), x, index, group, pairs)
-        return super().begun_experts(layer, x, lora, index, group, pairs)
+            return lora.apply_experts_deferring_lora(
+                partial(layer, x, pairs, of_tokens=True), x, index, group, pairs
+            )
+        return super().apply_experts_deferring_lora(layer, x, lora, index, group, pairs)
 
     def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
         """The scale included."""
@@ -254,13 +256,15 @@ class TritonAttention:
             for group, window in enumerate(windows)
         }
 
-    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+    def prepare_rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
         """[T, rotary]."""
         return cos.squeeze(1), sin.squeeze(1)
 
     def __call__(self, layer: LayerHeads) -> Tensor:
         """Rows that belong to no chunk are 0."""
         spec, norm, writes = layer.spec, layer.norm, layer.spec.keys_of is None
-        inputs = Inputs(layer.heads, *layer.turn, layer.keys, layer.values, writes=writes, scales=layer.scales)
+        inputs = Inputs(
+            layer.heads, *layer.rotation, layer.keys, layer.values, writes=writes, scales=layer.scales
+        )
         tables, head_norm = self.tables[inputs.counts, spec.window], None if norm is None else norm.of_heads
         return attend(inputs, tables, spec, head_norm, layer.sinks, layer.update).flatten(1)

@@ -125,26 +125,26 @@ class TritonLora(Bank, LoraBackend):
             self._numels[segments.capacity] = needed
         return torch.empty(needed, dtype=torch.float32, device=self._device)
 
-    def adapted(self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str) -> Tensor:
+    def apply_with_lora(self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str) -> Tensor:
         """Return what the base's product gives [T, all slices], with what the adapters make of x [T, in]."""
-        out, segments = self._shrunk(base, x, layer, group)
+        out, segments = self._shrink(base, x, layer, group)
         if segments is not None:
             for launch in expand(out, self.groups[layer, group], segments, self._workspace)[: self._passes]:
                 launch()
         return out
 
-    def begun(
+    def apply_deferring_lora(
         self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str
     ) -> tuple[Tensor, Update | None]:
-        """Return what `adapted` does, or in steps of few rows what the base gives, and the missing update."""
+        """Return [T, all slices]; in steps of few rows the adapters' update is returned apart."""
         if self._step is None or not self._step.capacity.rows:
-            return self.adapted(base, x, layer, group), None
-        out, segments = self._shrunk(base, x, layer, group)
+            return self.apply_with_lora(base, x, layer, group), None
+        out, segments = self._shrink(base, x, layer, group)
         if segments is None:
             return out, None
         return out, update(self.groups[layer, group], segments, self._workspace)
 
-    def _shrunk(
+    def _shrink(
         self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str
     ) -> tuple[Tensor, Segments | None]:
         """Return the base's product, and the segments to expand; None where no adapter touches it."""
@@ -169,7 +169,7 @@ class TritonLora(Bank, LoraBackend):
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
-        self.adapted(lambda: out, x, layer, group)
+        self.apply_with_lora(lambda: out, x, layer, group)
 
     def adapts_experts(self, layer: int) -> bool:
         """Return whether launches of the step add to experts of a layer."""
@@ -185,14 +185,14 @@ class TritonLora(Bank, LoraBackend):
         return self.touched(slots) & sum(self._of_experts) != 0
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
-        """The same of each place's expert."""
-        self.adapted_experts(lambda: out, x, layer, group, pairs, of_tokens=False)
+        """Add to out [pairs, all slices] what the adapters make of x, by each place's expert."""
+        self.apply_experts_with_lora(lambda: out, x, layer, group, pairs, of_tokens=False)
 
-    def adapted_experts(
+    def apply_experts_with_lora(
         self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str, pairs: ByExpert, *, of_tokens: bool
     ) -> Tensor:
-        """Return what `adapted` does of each place's expert, [pairs, all slices]; x is by place or by token."""
-        out, passes, others = self._shrunk_experts(base, x, layer, group, pairs, of_tokens=of_tokens)
+        """Return [pairs, all slices] of each place's expert, adapters included; x is by place or by token."""
+        out, passes, others = self._shrink_experts(base, x, layer, group, pairs, of_tokens=of_tokens)
         for index, segments in enumerate(passes):
             if index:
                 others[index - 1]()
@@ -202,19 +202,19 @@ class TritonLora(Bank, LoraBackend):
                 launch()
         return out
 
-    def begun_experts(
+    def apply_experts_deferring_lora(
         self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str, pairs: ByExpert
     ) -> tuple[Tensor, Update | None]:
-        """Return what `begun` does of each place's expert; x is by token."""
+        """Return [pairs, all slices] of each place's expert, and an update that is missing; x is by token."""
         if self._step is None or self._step.capacity.passes > 1:
-            return self.adapted_experts(base, x, layer, group, pairs, of_tokens=True), None
-        out, passes, _ = self._shrunk_experts(base, x, layer, group, pairs, of_tokens=True)
+            return self.apply_experts_with_lora(base, x, layer, group, pairs, of_tokens=True), None
+        out, passes, _ = self._shrink_experts(base, x, layer, group, pairs, of_tokens=True)
         if not passes:
             return out, None
         (segments,) = passes
         return out, update(self.experts[layer, group], segments, self._workspaces[segments.capacity])
 
-    def _shrunk_experts(
+    def _shrink_experts(
         self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str, pairs: ByExpert, *, of_tokens: bool
     ) -> tuple[Tensor, list[Segments], list[Launch]]:
         """Return the base's product, the passes' segments to expand, and what shrinks for all but the first."""

@@ -28,20 +28,20 @@ def frequencies(spec: RopeSpec) -> Tensor:
 
 
 def _llama3(scaling: Llama3, freqs: Tensor) -> Tensor:
-    """Divide what turns less than low_freq_factor times in the original context."""
-    turns = scaling.original_positions * freqs / (2 * math.pi)
-    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    """Divide what rotates less than low_freq_factor times in the original context."""
+    rotations = scaling.original_positions * freqs / (2 * math.pi)
+    share = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     share = share.clamp(0, 1)
     return (1 - share) * freqs / scaling.factor + share * freqs
 
 
 def _yarn(scaling: Yarn, freqs: Tensor, theta: float) -> Tensor:
-    """Divide the dimensions that turn less than beta_slow times, keep those above beta_fast."""
+    """Divide the dimensions that rotate less than beta_slow times, keep those above beta_fast."""
     dim = 2 * len(freqs)
 
-    def dimension(turns: float) -> float:
-        """Return the dimension that turns so often in the original context."""
-        return dim * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def dimension(rotations: float) -> float:
+        """Return the dimension that rotates so often in the original context."""
+        return dim * math.log(scaling.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
@@ -79,5 +79,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if dim != x.shape[-1]:
         return torch.cat([rotate(x[..., :dim], cos, sin), x[..., dim:]], dim=-1)
     half = dim // 2
-    turned = torch.cat([x[..., half:], x[..., :half]], dim=-1)
-    return torch.addcmul(x * cos, turned, sin)
+    swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)

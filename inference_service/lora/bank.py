@@ -30,7 +30,7 @@ class Bank(Slots):
         self.groups: dict[tuple[int, str], Group] = {}
         """Groups by layer and name, once it is open."""
         self.experts: dict[tuple[int, str], Group] = {}
-        """The same of those of all experts, in which each of a slot's is a slot of its own."""
+        """Groups of all experts, by layer and name; in them, each expert of a slot has a slot of its own."""
         self.num_experts: Final = sum(1 for shape in shapes if shape.expert is not None) // GROUPS_APART
         self._layout = Layout(shapes)
         self._num_layers = num_layers

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, LayerHeads, Recurrence, StepLora, Turn, no_recurrence
+from inference_service.backends.base import Attention, LayerHeads, Recurrence, Rotation, StepLora, no_recurrence
 from inference_service.backends.operations import Grouped, Operations
 from inference_service.kernels.attention import MAX_UPDATED_DIM
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights
@@ -79,7 +79,7 @@ class Step:
     attention: Attention
     cache: Cache
     lora: StepLora | None
-    turns: tuple[Turn, ...]
+    rotations: tuple[Rotation, ...]
     """Rotations of each of the decoder's ropes."""
     query_factors: Tensor | None
     """Factors of the queries, [T, 1]; None: no scaling."""
@@ -90,13 +90,15 @@ class Step:
         """Return what a fused linear of layer ``index`` makes of x [T, in], adapters included."""
         if self.lora is None:
             return self.operations.linear(layer, x)
-        return self.operations.adapted(layer, x, self.lora, index, group)
+        return self.operations.apply_with_lora(layer, x, self.lora, index, group)
 
-    def begun(self, layer: Linear, x: Tensor, index: int, group: str) -> tuple[Tensor, Update | None]:
-        """Return the same, or without adapters, whose update is for the operation that reads it."""
+    def apply_deferring_lora(
+        self, layer: Linear, x: Tensor, index: int, group: str
+    ) -> tuple[Tensor, Update | None]:
+        """Return what a fused linear makes of x, and an update of adapters for the operation that reads it."""
         if self.lora is None:
             return self.operations.linear(layer, x), None
-        return self.operations.begun(layer, x, self.lora, index, group)
+        return self.operations.apply_deferring_lora(layer, x, self.lora, index, group)
 
     def experts(
         self, layer: Grouped, x: Tensor, index: int, group: str, pairs: ByExpert, *, of_tokens: bool = False
@@ -104,15 +106,17 @@ class Step:
         """Return what the experts of layer ``index`` make of x by place, or by token; adapters included."""
         if self.lora is None:
             return layer(x, pairs, of_tokens=of_tokens)
-        return self.operations.adapted_experts(layer, x, self.lora, index, group, pairs, of_tokens=of_tokens)
+        return self.operations.apply_experts_with_lora(
+            layer, x, self.lora, index, group, pairs, of_tokens=of_tokens
+        )
 
-    def begun_experts(
+    def apply_experts_deferring_lora(
         self, layer: Grouped, x: Tensor, index: int, group: str, pairs: ByExpert
     ) -> tuple[Tensor, Update | None]:
-        """Return the same of x by token, as `begun` does."""
+        """Return what the experts make of x by token, and an update of adapters for what reads it."""
         if self.lora is None:
             return layer(x, pairs, of_tokens=True), None
-        return self.operations.begun_experts(layer, x, self.lora, index, group, pairs)
+        return self.operations.apply_experts_deferring_lora(layer, x, self.lora, index, group, pairs)
 
     def summed(self, partial: Tensor) -> Tensor:
         """Sum what each rank computed, in place."""
@@ -193,15 +197,15 @@ class AttentionBlock(MixerBlock):
         if self._reads_qkv or step.query_factors is not None or scales is not None:
             qkv = step.linear(self._qkv, x, self._index, self._qkv_group)
         else:
-            qkv, update = step.begun(self._qkv, x, self._index, self._qkv_group)
+            qkv, update = step.apply_deferring_lora(self._qkv, x, self._index, self._qkv_group)
         if spec.gated:
             qkv, gate = self._parted(qkv)
         qkv = self._prepared(step, qkv)
         heads = qkv.view(len(x), -1, spec.head_dim)
         if spec.values_are_keys and spec.attention.keys_of is None:
             heads = torch.cat([heads, heads[:, spec.num_heads :]], dim=1)
-        turn, norm, sinks = step.turns[self._rope], self._head_norm, self._sinks
-        layer = LayerHeads(heads, turn, keys, values, spec.attention, norm, sinks, scales, update)
+        rotation, norm, sinks = step.rotations[self._rope], self._head_norm, self._sinks
+        layer = LayerHeads(heads, rotation, keys, values, spec.attention, norm, sinks, scales, update)
         attended = step.attention(layer)
         if gate is not None:
             attended = step.operations.gate(attended, gate)
@@ -303,7 +307,7 @@ class MlpBlock:
 
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
-        up, update = step.begun(self._gate_up, x, self._index, self._up_group)
+        up, update = step.apply_deferring_lora(self._gate_up, x, self._index, self._up_group)
         activate = step.operations.gated if self._gated else step.operations.activated
         return step.linear(self._down, activate(up, self._activation, update), self._index, self._down_group)
 

@@ -19,8 +19,8 @@ from inference_service.backends.base import (
     LayerInputs,
     LayerOutputs,
     Recurrence,
+    Rotation,
     StepLora,
-    Turn,
     no_recurrence,
 )
 from inference_service.backends.operations import Operations
@@ -238,7 +238,7 @@ class Decoder:
         ops = self._operations
         if self.ranks is not None:
             self.ranks.share(hidden)
-        turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
+        rotations = tuple(attention.prepare_rotation(*ops.angles(rope, positions)) for rope in self._ropes)
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
         if self.ranks is not None and (spec := self.config.inputs) is not None:
             if inputs is None:
@@ -246,14 +246,14 @@ class Decoder:
             self.ranks.share(inputs)
         factors = self._factors_at(positions)
 
-        def run(hidden: Tensor, attention: Attention, turns: tuple[Turn, ...]) -> LayerOutputs:
-            step = Step(ops, attention, cache, lora, turns, factors, recurrence, self.ranks)
+        def run(hidden: Tensor, attention: Attention, rotations: tuple[Rotation, ...]) -> LayerOutputs:
+            step = Step(ops, attention, cache, lora, rotations, factors, recurrence, self.ranks)
             return self._run_layers(step, hidden, inputs)
 
         if inputs is None and factors is None and not self._stateful:
-            hidden, delta = ops.run_layers(run, LayerInputs(hidden, attention, turns, lora, cache))
+            hidden, delta = ops.run_layers(run, LayerInputs(hidden, attention, rotations, lora, cache))
         else:
-            hidden, delta = run(hidden, attention, turns)
+            hidden, delta = run(hidden, attention, rotations)
         delta_norm = None if delta is None else self._delta_norm
         if last_rows is not None:
             hidden, delta = hidden[last_rows], None if delta is None else delta[last_rows]

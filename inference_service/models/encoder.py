@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, gelu, relu, scaled_dot_product_attention, silu
 
-from inference_service.backends.base import Attention, LayerHeads, Recurrence, StepLora, Turn, no_recurrence
+from inference_service.backends.base import Attention, LayerHeads, Recurrence, Rotation, StepLora, no_recurrence
 from inference_service.backends.operations import Operations
 from inference_service.kernels.attention import Context
 from inference_service.layers.linear import Linear
@@ -72,7 +72,7 @@ class SequenceAttention:
         """Positions from which on tokens are a second text's."""
         self._seen: dict[tuple[int, int], Tensor] = {}
 
-    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+    def prepare_rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
         """Return both unchanged."""
         return cos, sin
 
@@ -131,7 +131,7 @@ class EncoderLayer:
         return self._norm(self._linear(ops, self.down, wide, lora, down) + x)
 
     def _linear(self, ops: Operations, layer: Linear, x: Tensor, lora: StepLora | None, group: str) -> Tensor:
-        return ops.linear(layer, x) if lora is None else ops.adapted(layer, x, lora, self._index, group)
+        return ops.linear(layer, x) if lora is None else ops.apply_with_lora(layer, x, lora, self._index, group)
 
     def _activated(self, ops: Operations, x: Tensor) -> Tensor:
         """Return an activation of rows [T, intermediate]; at once, its last few values may be others."""
@@ -257,19 +257,21 @@ class ModernLayer:
         ops: Operations,
         x: Tensor,
         attention: SequenceAttention,
-        turns: Sequence[Turn],
+        rotations: Sequence[Rotation],
         lora: StepLora | None,
     ) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
 
         def linear(place: int, x: Tensor) -> Tensor:
             layer, group = self.linears[place], self._groups[place]
-            return ops.linear(layer, x) if lora is None else ops.adapted(layer, x, lora, self._index, group)
+            if lora is None:
+                return ops.linear(layer, x)
+            return ops.apply_with_lora(layer, x, lora, self._index, group)
 
         normed = x if self._attention_norm is None else self._attention_norm(x)
         heads = linear(0, normed).view(len(x), -1, self._head_dim)
-        turned = rotate(heads[:, : 2 * self._heads], *turns[self._rope])
-        heads = torch.cat([turned, heads[:, 2 * self._heads :]], dim=1)
+        rotated = rotate(heads[:, : 2 * self._heads], *rotations[self._rope])
+        heads = torch.cat([rotated, heads[:, 2 * self._heads :]], dim=1)
         x = x + linear(1, attention.attend(heads, self._scale, self._reach))
         wide = linear(2, x if self._norm is None else self._norm(x))
         gate, up = wide.chunk(2, dim=1)
@@ -310,10 +312,10 @@ class ModernEncoder(Encoder):
     ) -> Tensor:
         """Run embeddings [T, hidden] at positions [T]; return the last hidden states of some or all rows."""
         assert isinstance(attention, SequenceAttention)  # noqa: S101 - `attention` made it
-        turns = [self._operations.angles(rope, positions) for rope in self._ropes]
+        rotations = [self._operations.angles(rope, positions) for rope in self._ropes]
         x = self._embeddings_norm(hidden)
         for layer in self._modern:
-            x = layer(self._operations, x, attention, turns, lora)
+            x = layer(self._operations, x, attention, rotations, lora)
         return self._norm(x if last_rows is None else x[last_rows])
 
 

@@ -32,7 +32,7 @@ class Experts:
         ops, gate, pairs = step.operations, self._spec.gate, step.operations.by_expert(routed, self._spec.num)
         of_up = self._index, self._up_group, pairs
         if gate is None:
-            gate_up, update = step.begun_experts(self._gate_up, x, *of_up)
+            gate_up, update = step.apply_experts_deferring_lora(self._gate_up, x, *of_up)
             gated = ops.gated(gate_up, self._activation, update)
         else:
             gate_up = step.experts(self._gate_up, x, *of_up, of_tokens=True)

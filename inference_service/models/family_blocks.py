@@ -59,9 +59,9 @@ class LatentBlock(MixerBlock):
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
         spec, rows = self._spec, len(x)
-        turned, plain = spec.rope.dim, spec.head_dim - spec.rope.dim
+        rotary, plain = spec.rope.dim, spec.head_dim - spec.rope.dim
         fused = step.linear(self._in, x, self._index, self._groups[self._first])
-        widths = [fused.shape[1] - spec.kv_rank - turned, spec.kv_rank, turned]
+        widths = [fused.shape[1] - spec.kv_rank - rotary, spec.kv_rank, rotary]
         queries, latent, key = torch.split(fused, widths, dim=1)
         if self._q_b is not None and self._q_norm is not None:
             queries = step.operations.norm(queries.contiguous(), self._q_norm, None, None)
@@ -83,8 +83,8 @@ class LatentBlock(MixerBlock):
         )
         cached_keys, cached_values, *eight_bits = step.cache.layers[self._index]
         scales = eight_bits[0] if eight_bits else None
-        turn = step.turns[self._rope]
-        layer = LayerHeads(heads, turn, cached_keys, cached_values, spec.attention, scales=scales)
+        rotation = step.rotations[self._rope]
+        layer = LayerHeads(heads, rotation, cached_keys, cached_values, spec.attention, scales=scales)
         seen = step.attention(layer)
         seen = seen.view(rows, -1, spec.head_dim)[..., : spec.value_dim].flatten(1)
         return step.linear(self._o, seen, self._index, self._groups["attn_dense"])

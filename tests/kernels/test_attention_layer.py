@@ -44,12 +44,12 @@ def _attended(layer: Attention, counts: HeadCounts, cache: Pair, rope: Rope, nor
     """Return the output of a layer that writes keys and values, and of one that reads those."""
     torch.manual_seed(3)
     own = torch.randn(ROWS, counts.queries + 2 * counts.kv, counts.dim)
-    spec, turn = AttentionSpec(counts.dim**-0.5), layer.turn(*rope.at(POSITIONS))
-    first = layer(LayerHeads(own, turn, *cache, spec, norm))
+    spec, rotation = AttentionSpec(counts.dim**-0.5), layer.prepare_rotation(*rope.at(POSITIONS))
+    first = layer(LayerHeads(own, rotation, *cache, spec, norm))
     queries = torch.randn(ROWS, counts.queries, counts.dim)
     held = [each.clone() for each in cache]
     of_queries = RMSNorm(norm.weight[: counts.queries], norm.eps)
-    second = layer(LayerHeads(queries, turn, *cache, replace(spec, keys_of=0), of_queries))
+    second = layer(LayerHeads(queries, rotation, *cache, replace(spec, keys_of=0), of_queries))
     assert all(torch.equal(now, then) for now, then in zip(cache, held, strict=True))
     return first, second
 
@@ -91,6 +91,6 @@ def test_layers_of_other_heads_have_tables_of_their_own(device: str) -> None:
         heads = torch.randn(ROWS, counts.queries + 2 * counts.kv, counts.dim).to(place, dtype)
         keys, values = operations.new_cache(CACHE_ROWS, counts)
         rope = Rope(RopeSpec(counts.dim, 1e4), dtype, place)
-        turn = attention.turn(*rope.at(POSITIONS.to(place)))
-        out = attention(LayerHeads(heads, turn, keys, values, AttentionSpec(1.0)))
+        rotation = attention.prepare_rotation(*rope.at(POSITIONS.to(place)))
+        out = attention(LayerHeads(heads, rotation, keys, values, AttentionSpec(1.0)))
         assert out.shape == (ROWS, counts.queries * counts.dim)

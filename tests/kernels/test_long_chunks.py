@@ -61,8 +61,8 @@ def _attend(
     dim = keys.shape[2] // 16
     fused = torch.randn(rows, heads + 2 * kv, dim).to(ops.dtype)
     attention = NativeAttention(ops, contexts, 16, long_rows, (spec.window,))
-    turn = attention.turn(torch.ones(rows, 1, dim), torch.zeros(rows, 1, dim))
-    return attention(LayerHeads(fused, turn, keys, values, spec, sinks=sinks))
+    rotation = attention.prepare_rotation(torch.ones(rows, 1, dim), torch.zeros(rows, 1, dim))
+    return attention(LayerHeads(fused, rotation, keys, values, spec, sinks=sinks))
 
 
 @pytest.mark.parametrize("ops", [torch.float32, torch.bfloat16], indirect=True)
