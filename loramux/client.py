@@ -38,8 +38,8 @@ from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, Ge
 from loramux.requests import fitted, generate_request
 from loramux.steps import (
     Ask,
-    Awaiting,
-    Blocking,
+    AsyncCaller,
+    BlockingCaller,
     Service,
     Steps,
     Stream,
@@ -225,7 +225,7 @@ class _Addresses:
         return Calls(stub(channel), self._credentials)
 
 
-class Client(Blocking, _Addresses):
+class Client(BlockingCaller, _Addresses):
     """The client for threads; one may be shared by many."""
 
     _kind = grpc
@@ -270,7 +270,7 @@ class Client(Blocking, _Addresses):
             closing.join(CLOSE_S)
 
 
-class AsyncClient(Awaiting, _Addresses):
+class AsyncClient(AsyncCaller, _Addresses):
     """The client for asyncio, with the methods of `Client`."""
 
     _kind = grpc.aio

@@ -52,8 +52,8 @@ class Stream(Generic[T]):
 Steps: TypeAlias = Generator[Ask | Stream[Any], Any, T]
 
 
-class Blocking:
-    """Asks, and waits in this thread."""
+class BlockingCaller:
+    """Makes the calls of a client, and waits in this thread."""
 
     _target: Callable[[Service], str]
     _calls: Callable[[Service], Any]
@@ -75,8 +75,8 @@ class Blocking:
             call.cancel()
 
 
-class Awaiting:
-    """Ask without blocking the event loop."""
+class AsyncCaller:
+    """Makes the calls of a client without blocking the event loop."""
 
     _target: Callable[[Service], str]
     _calls: Callable[[Service], Any]

@@ -14,7 +14,7 @@ from inference_service.chat.dialect import FORMATS, Dialect, dialect_of
 from inference_service.chat.formats import harmony
 from inference_service.chat.formats.lark import ANYTHING, CallGrammar, OfferedTool, Spelling, calls_schema
 from inference_service.chat.formats.reading import AnswerReader, ThinkingMarks
-from inference_service.chat.formats.values import CannotSayError
+from inference_service.chat.formats.values import SchemaUnsupportedError
 from inference_service.chat.request import (
     ANY_ARGUMENTS,
     AnswerCalls,
@@ -63,7 +63,7 @@ class Demand:
         """
         try:
             return self._grammar(self.dialect.tool, tools, several=several)
-        except CannotSayError:
+        except SchemaUnsupportedError:
             return None
 
     def calls(
@@ -77,7 +77,7 @@ class Demand:
         text = f"start: {thought} {self._calls(grammar)}\n{rules}{grammar.rules}"
         return Constraint("lark", text, WHERE, composed=True)
 
-    def free(self, tools: Sequence[OfferedTool], strict: Sequence[str]) -> ConstraintAt:
+    def constrain_text(self, tools: Sequence[OfferedTool], strict: Sequence[str]) -> ConstraintAt:
         """Return what makes the constraint to any text, in which what begins as a call is one of these tools.
 
         That is None where calls are not read; or no tool is strict, and the form has no mark that a call begins
@@ -86,9 +86,9 @@ class Demand:
         """
         try:
             grammar = self._grammar(self._form, tools, several=True)
-        except CannotSayError as error:
+        except SchemaUnsupportedError as error:
             if strict:
-                raise self._unsaid(error, "strict") from None
+                raise self._unsupported(error, "strict") from None
             return _no_constraint
         if grammar is None or not (strict or (grammar.begin and not grammar.narrow)):
             return _no_constraint
@@ -101,14 +101,17 @@ class Demand:
 
         return constraint
 
-    def calls_or(self, constraint: Constraint, tools: Sequence[OfferedTool], several: bool) -> ConstraintAt:
-        """Return what makes the constraint to calls of these tools or else to another one, behind reasoning;
-        raise RequestInvalid where calls cannot be held to the schemas.
+    def constrain_to_calls_or(
+        self, constraint: Constraint, tools: Sequence[OfferedTool], several: bool
+    ) -> ConstraintAt:
+        """Return what makes the constraint to calls of these tools or else to another one, behind reasoning.
+
+        Raise RequestInvalid where calls cannot be held to the schemas.
         """
         try:
             grammar = self._grammar(self._form, tools, several=several)
-        except CannotSayError as error:
-            raise self._unsaid(error, constraint.where) from None
+        except SchemaUnsupportedError as error:
+            raise self._unsupported(error, constraint.where) from None
         if grammar is None:
             return partial(self.behind_reasoning, constraint)
         choice = f"({self._final} @answer | {self._calls(grammar)})"
@@ -126,8 +129,9 @@ class Demand:
         return replace(constraint, around=f"start: {before} @answer\n{rules}") if before else constraint
 
     def _grammar(self, form: str, tools: Sequence[OfferedTool], *, several: bool) -> CallGrammar | None:
-        """Return the grammar of calls in a format, None where none is known; raise CannotSayError for schemas
-        without one.
+        """Return the grammar of calls in a format, None where none is known.
+
+        Raise SchemaUnsupportedError for schemas without one.
         """
         known = FORMATS.get(form)
         return known.grammar(tools, self._spelling, several) if known else None
@@ -148,7 +152,7 @@ class Demand:
         more = f" ({between}{begin} call){{0,{grammar.most - 1}}}" if grammar.most > 1 else ""
         return f"{begin} call{more}"
 
-    def _unsaid(self, error: CannotSayError, asks: str) -> RequestInvalid:
+    def _unsupported(self, error: SchemaUnsupportedError, asks: str) -> RequestInvalid:
         finding = Finding(
             code="E_CONSTRAINT",
             where=WHERE,
@@ -288,7 +292,7 @@ class Conversation:
         served, defaults = await self._service.look_up(self.request)
         text = defaults.text or self._service.text
         self._dialect = dialect_of(text, defaults.template, self._service.parsers)
-        begin = self._demanded(text)
+        begin = self._choose_constraint(text)
         end = self._dialect.form.end if self._chat.one_call and not self._chat.forced else ""
         original, sampling, output = self.request, self.request.sampling, self.request.output
         messages: list[Message] = [turn for turn in original.prompt.content if isinstance(turn, Mapping)]
@@ -305,7 +309,7 @@ class Conversation:
         )
         return request, begin
 
-    def _demanded(self, text: Text) -> Callable[[], ConstraintAt] | None:
+    def _choose_constraint(self, text: Text) -> Callable[[], ConstraintAt] | None:
         """Return what begins with the constraint of the answers; None: there is none."""
         demand, several = Demand(self._dialect, text), not self._chat.one_call
         if self._chat.forced:
@@ -315,14 +319,14 @@ class Conversation:
                 self._dialect = replace(self._dialect, tool=ToolParser.LLAMA3_JSON)  # which has no marks
             return lambda: partial(demand.calls, tools, grammar)
         strict = [tool.name for tool in self._tools if tool.strict]
-        tools = [_offered(tool, free=not tool.strict) for tool in self._tools]
+        tools = [_offered(tool, any_arguments=not tool.strict) for tool in self._tools]
         constraint = self._chat.constraint
         if tools:
             if constraint is not None:
-                return partial(demand.calls_or, constraint, tools, several)
+                return partial(demand.constrain_to_calls_or, constraint, tools, several)
             sampling = self.request.sampling
             restricted = sampling.allowed_token_ids is not None or sampling.bad_words
-            return partial(demand.free, tools, strict) if strict or not restricted else None
+            return partial(demand.constrain_text, tools, strict) if strict or not restricted else None
         return None if constraint is None else lambda: partial(demand.behind_reasoning, constraint)
 
     def _constraint(self, begin: Callable[[], ConstraintAt] | None) -> ByEnding | None:
@@ -355,6 +359,6 @@ class Conversation:
         return not (self._chat.one_call and isinstance(piece, CallBegun | CallArguments) and piece.index)
 
 
-def _offered(tool: ChatTool, *, free: bool = False) -> OfferedTool:
-    """Return a tool as a grammar knows it; free: any arguments will do."""
-    return OfferedTool(tool.name, ANY_ARGUMENTS if free else tool.parameters or ANY_ARGUMENTS)
+def _offered(tool: ChatTool, *, any_arguments: bool = False) -> OfferedTool:
+    """Return a tool as a grammar knows it, with its schema or with any arguments."""
+    return OfferedTool(tool.name, ANY_ARGUMENTS if any_arguments else tool.parameters or ANY_ARGUMENTS)

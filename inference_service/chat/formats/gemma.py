@@ -28,7 +28,7 @@ from inference_service.chat.formats.reading import AnswerSource, Block, Reader, 
 from inference_service.chat.formats.values import (
     MAX_DEPTH,
     PARSING,
-    CannotSayError,
+    SchemaUnsupportedError,
     arguments,
     asks_more,
     excerpt,
@@ -267,7 +267,7 @@ class _Rules:
             yield f'{name}: "[" ({name}_i ("," {name}_i)*)? "]"\n'
             yield from self.value(f"{name}_i", tool, schema["items"])
         else:
-            raise CannotSayError(f"a value of {excerpt(schema)}")
+            raise SchemaUnsupportedError(f"a value of {excerpt(schema)}")
 
 
 def _format(

@@ -315,7 +315,7 @@ class ToolFormat:
     """Returns what a call of tools may be, several of them where that is so.
 
     Raises:
-        CannotSayError: the format cannot say what the schemas ask for; such a call is demanded as plain JSON.
+        SchemaUnsupportedError: the format cannot say what the schemas ask for; plain JSON is demanded then.
     """
     leading: Callable[[AnswerCalls], Block] | None = None
     """Returns the reader of calls without a mark, where an answer begins with them."""

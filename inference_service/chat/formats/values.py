@@ -133,7 +133,7 @@ SAID_ABOUT: Final = frozenset(
 """Keywords that ask nothing of a text but that it is one."""
 
 
-class CannotSayError(Exception):
+class SchemaUnsupportedError(Exception):
     """A schema asks for what a form cannot hold a model to; the message names it."""
 
 
@@ -149,14 +149,14 @@ def _properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def arguments(schema: Mapping[str, Any]) -> list[tuple[str, Any, bool]]:
     """Return the arguments that a schema names, each with whether it must be there; others there are none.
-    Raise CannotSayError where more is asked of them together.
+    Raise SchemaUnsupportedError where more is asked of them together.
     """
     if asks_more(schema, {"properties", "required", "additionalProperties", "$defs", "definitions", "$schema"}):
-        raise CannotSayError(f"arguments of {excerpt(schema)}")
+        raise SchemaUnsupportedError(f"arguments of {excerpt(schema)}")
     needed = schema.get("required")
     required = set(needed) if isinstance(needed, list) else set()
     if not required <= _properties(schema).keys():
-        raise CannotSayError("required arguments that properties does not have")
+        raise SchemaUnsupportedError("required arguments that properties does not have")
     return [(name, own, name in required) for name, own in _properties(schema).items()]
 
 
@@ -167,7 +167,7 @@ def asks_more(schema: Any, known: set[str]) -> bool:
 
 def texts(schema: Any) -> list[str] | None:
     """Return which texts a value may be, none for any; None where it is no text that stands as it is. Raise
-    CannotSayError for a text of which more is asked.
+    SchemaUnsupportedError for a text of which more is asked.
     """
     if not schema:
         return []
@@ -177,11 +177,11 @@ def texts(schema: Any) -> list[str] | None:
         values = schema.get("enum", [schema["const"]] if "const" in schema else [])
         if not asks_more(schema, {"enum", "const"}) and all(isinstance(value, str) for value in values):
             if any("\n" in value or "<" in value for value in values):
-                raise CannotSayError("a text with a line break or <")
+                raise SchemaUnsupportedError("a text with a line break or <")
             return list(values)
     if _is_any_text(schema):
         return []
-    raise CannotSayError(f"a text of {excerpt(schema)}")
+    raise SchemaUnsupportedError(f"a text of {excerpt(schema)}")
 
 
 def excerpt(schema: Any) -> str:

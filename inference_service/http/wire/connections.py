@@ -16,19 +16,19 @@ from inference_service.http.wire.protocol import LINGER_S, BoundedHttp, ClientTi
 from loramux_shared.arrival import unread_bytes
 from loramux_shared.rpc.stopping import supervise
 
-ACCEPTS: Final = 64
+MAX_ACCEPTS: Final = 64
 """Connections that are taken at a time; in between those that are open have their turn."""
-RETRY_S: Final = 1.0
+ACCEPT_RETRY_S: Final = 1.0
 """Between attempts to accept, when the system has no descriptor left."""
-UNREAD_BYTES: Final = 128 * 1024
+MAX_UNREAD_BYTES: Final = 128 * 1024
 """Bytes of answers that the system keeps for a client, doubled by Linux; by itself it would be megabytes."""
-REFUSED: Final = 64
+MAX_REFUSED_CONNECTIONS: Final = 64
 """Refused connections that are read until their clients close; they count among `descriptors.RESERVED`."""
-UNUSED_S: Final = 1e6
+UNLIMITED_S: Final = 1e6
 """Seconds of asyncio's own limit of a handshake, which does not see that its bytes lie unread."""
-SAY_S: Final = 60.0
+WARNING_INTERVAL_S: Final = 60.0
 """A condition that lasts is logged this often."""
-FULL: Final = (
+FULL_RESPONSE: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 )
 
@@ -62,7 +62,7 @@ class Connections:
         """Connections that were refused, and until when their clients may close them."""
         self._listener: socket.socket | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._said_s = -math.inf
+        self._warned_s = -math.inf
 
     def start(self, listener: socket.socket) -> None:
         """Accept from a listening socket from now on."""
@@ -100,11 +100,11 @@ class Connections:
                 while self._opening or self._state.connections:
                     await asyncio.sleep(0.01)
                     for each in self.held():
-                        each.part()
+                        each.close_after_answers()
         for each in self.held():
             each.transport.abort()
         for sock in list(self._refused):
-            self._part(sock)
+            self._close_refused(sock)
         ending = [*self._opening, *([self._watching] if self._watching else [])]
         for task in ending:
             task.cancel()
@@ -116,19 +116,19 @@ class Connections:
 
     def _listen(self) -> None:
         if self._listener is not None:
-            asyncio.get_running_loop().add_reader(self._listener, self._take, self._listener)
+            asyncio.get_running_loop().add_reader(self._listener, self._accept_some, self._listener)
 
-    def _take(self, listener: socket.socket) -> None:
+    def _accept_some(self, listener: socket.socket) -> None:
         try:
-            for _ in range(ACCEPTS):
+            for _ in range(MAX_ACCEPTS):
                 # Without TLS those that are being opened are open soon, and can make room then.
                 if (self._tls is None and self._opening and self._is_full()) or not self._accept(listener):
                     return
         except OSError as error:
-            self._say("cannot accept connections", error=str(error))
+            self._warn("cannot accept connections", error=str(error))
             loop = asyncio.get_running_loop()
             loop.remove_reader(listener)
-            loop.call_later(RETRY_S, self._listen)
+            loop.call_later(ACCEPT_RETRY_S, self._listen)
 
     def _accept(self, listener: socket.socket) -> bool:
         """Accept one, False when none waits; raise OSError where the system has no descriptor left."""
@@ -148,12 +148,12 @@ class Connections:
 
     async def _open(self, sock: socket.socket, made: BoundedHttp) -> None:
         loop = asyncio.get_running_loop()
-        limit_s = None if self._tls is None else UNUSED_S
+        limit_s = None if self._tls is None else UNLIMITED_S
         try:
             # asyncio sets it only where the listener was made with proto=IPPROTO_TCP; without it, every small
             # answer on a kept connection waits for the client's delayed acknowledgement, 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_UNREAD_BYTES)
             await loop.connect_accepted_socket(
                 lambda: made, sock, ssl=self._tls, ssl_handshake_timeout=limit_s, ssl_shutdown_timeout=limit_s
             )
@@ -173,7 +173,7 @@ class Connections:
             (since, each) for each in self.held() if (since := each.unused_since) is not None
         ]
         unused += self._unopened()
-        self._say("connections are at their bound", bound=self._bound, unused=len(unused))
+        self._warn("connections are at their bound", bound=self._bound, unused=len(unused))
         for _, each in sorted(unused, key=lambda pair: pair[0]):
             if isinstance(each, asyncio.Task):
                 if not unread_bytes(self._opening[each][0]):
@@ -204,9 +204,9 @@ class Connections:
         try:
             if self._tls is None:
                 with contextlib.suppress(BlockingIOError):
-                    sock.recv(UNREAD_BYTES)
-                sock.send(FULL)
-            if self._tls is not None or len(self._refused) >= REFUSED:
+                    sock.recv(MAX_UNREAD_BYTES)
+                sock.send(FULL_RESPONSE)
+            if self._tls is not None or len(self._refused) >= MAX_REFUSED_CONNECTIONS:
                 sock.close()
                 return
             sock.shutdown(socket.SHUT_WR)
@@ -220,15 +220,15 @@ class Connections:
     def _drop(self, sock: socket.socket) -> None:
         """Read what a refused client sends, until it closes."""
         try:
-            if sock.recv(UNREAD_BYTES):
+            if sock.recv(MAX_UNREAD_BYTES):
                 return
         except BlockingIOError:
             return
         except OSError:  # the client reset the connection
             pass
-        self._part(sock)
+        self._close_refused(sock)
 
-    def _part(self, sock: socket.socket) -> None:
+    def _close_refused(self, sock: socket.socket) -> None:
         asyncio.get_running_loop().remove_reader(sock)
         del self._refused[sock]
         sock.close()
@@ -247,13 +247,13 @@ class Connections:
                 if now >= since + patience.head_s and not unread_bytes(sock):
                     task.cancel()
             for sock in [sock for sock, end in self._refused.items() if now >= end]:
-                self._part(sock)
+                self._close_refused(sock)
 
     def _keep_time(self) -> None:
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
 
-    def _say(self, event: str, **fields: object) -> None:
+    def _warn(self, event: str, **fields: object) -> None:
         now = asyncio.get_running_loop().time()
-        if now - self._said_s >= SAY_S:
-            self._said_s = now
+        if now - self._warned_s >= WARNING_INTERVAL_S:
+            self._warned_s = now
             log.warning(event, **fields)

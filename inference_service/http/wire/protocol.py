@@ -25,7 +25,7 @@ from inference_service.serving.request import MIN_GENERATION, STICKY_KEY
 from loramux_shared.arrival import arrived_at, unread_bytes, unsent_bytes
 from loramux_shared.faults import ShuttingDown
 
-LARGE_BYTES, MOST_PARTS = 16 * 1024, 16
+LARGE_BYTES, MAX_WAITING_PARTS = 16 * 1024, 16
 """Bytes of a part that is written at once, and parts that wait for the end of a turn of the loop."""
 
 
@@ -42,8 +42,8 @@ class StagedTransport:
         """Stand before a transport; closed is called when the first stage was."""
         self._transport = transport
         self._closed = closed
-        self._said_all = False
-        self._turn: list[bytes] = []
+        self._eof_written = False
+        self._unwritten: list[bytes] = []
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the transport's."""
@@ -51,20 +51,20 @@ class StagedTransport:
 
     def is_closing(self) -> bool:
         """True when nothing more can be said; what comes is to be dropped."""
-        return self._said_all or bool(self._transport.is_closing())
+        return self._eof_written or bool(self._transport.is_closing())
 
     def write(self, data: bytes) -> None:
         """Write with all else of this turn of the loop: each call of the system wakes the client too."""
-        if not self._turn:
+        if not self._unwritten:
             asyncio.get_running_loop().call_soon(self.flush)
-        self._turn.append(data)
-        if len(data) > LARGE_BYTES or len(self._turn) > MOST_PARTS:
+        self._unwritten.append(data)
+        if len(data) > LARGE_BYTES or len(self._unwritten) > MAX_WAITING_PARTS:
             self.flush()  # so that the transport tells when the client does not read
 
     def flush(self, *last: bytes) -> None:
         """Write what waits, and more, now."""
-        parts, self._turn = (*self._turn, *last), []
-        if parts and not self._said_all:
+        parts, self._unwritten = (*self._unwritten, *last), []
+        if parts and not self._eof_written:
             self._transport.write(b"".join(parts))
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class StagedTransport:
         if not self._transport.can_write_eof():
             self._transport.close()
             return
-        self._said_all = True
+        self._eof_written = True
         try:
             self._transport.write_eof()
         except OSError:  # the client was faster
@@ -92,7 +92,7 @@ MAX_TARGET_BYTES: Final = 2**16 - 1
 TARGET: Final = re.compile(rb"(/|https?://[^/]|\*$)[^#]*$", re.IGNORECASE)
 
 
-ONCE: Final = (b"content-type", b"content-encoding", MIN_GENERATION.encode(), STICKY_KEY.encode())
+SINGLE_HEADERS: Final = (b"content-type", b"content-encoding", MIN_GENERATION.encode(), STICKY_KEY.encode())
 """Headers of which two readers could take different ones, if there were several."""
 
 
@@ -133,11 +133,11 @@ def _check_request_line(version: str, url: bytes) -> None:
 
 
 def _check_fields(version: str, fields: Mapping[bytes, Sequence[bytes]]) -> None:
-    """Raise Refused for hosts, headers of `ONCE` and a content-encoding that are not spoken here."""
+    """Raise Refused for hosts, headers of `SINGLE_HEADERS` and a content-encoding that are not spoken here."""
     hosts = fields.get(b"host", [])
     if len(hosts) > 1 or (version == "1.1" and not hosts) or not all(map(HOST.fullmatch, hosts)):
         raise Refused(400, "invalid_http", "expected one valid Host header.")
-    if twice := [name.decode() for name in ONCE if len(fields.get(name, [])) > 1]:
+    if twice := [name.decode() for name in SINGLE_HEADERS if len(fields.get(name, [])) > 1]:
         raise Refused(400, "invalid_http", f"expected the header {twice[0]} once.")
     encoding = fields.get(b"content-encoding", [b""])[0].decode("latin-1")
     if encoding.lower() not in ("", "identity"):
@@ -185,13 +185,13 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 """Most bytes of a request's line and headers, of its trailers, or of a chunk's head; a read may bring more."""
 MAX_FIELDS: Final = 200
 """Headers of a request; also its trailers."""
-OVERHEAD: Final = 8
+MAX_FRAMING_BYTES_PER_BYTE: Final = 8
 """Bytes of framing that a byte of the body may take, besides MAX_HEAD_BYTES: chunks of one byte take 6."""
 MAX_PIPELINED: Final = 16
 """Requests that wait on one connection for the answer before them."""
 LINGER_S: Final = 1.0
 """For the client to close, once everything was said to it."""
-FIRST_S: Final = 0.1
+FIRST_REQUEST_S: Final = 0.1
 """For a client that has just connected to say what it wants, once the server parts with everybody."""
 DRAIN_BODY_S: Final = 1.0
 """For the rest of a body once the server drains."""
@@ -239,7 +239,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._patience = patience
         self._leaving = leaving
-        self._heard = refused
+        self._on_refusal = refused
         self._deadline = math.inf
         self._body_end = math.inf
         """When the body that is awaited must be whole."""
@@ -289,7 +289,7 @@ class BoundedHttp(HttpToolsProtocol):
         if not self._whole and not self._in_head:
             self._deadline = min(self._deadline, self.loop.time() + DRAIN_BODY_S)
 
-    def part(self) -> None:
+    def close_after_answers(self) -> None:
         """Close: behind the answers that are under way, else now.
 
         A client that asks in this moment reads what is said here as its answer. 408 is what RFC 9110 has for
@@ -303,7 +303,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.close()
         else:
             fault = ShuttingDown(DRAINING)
-            self._say(
+            self._answer_and_close(
                 408 if self._whole else status_of(fault),
                 fault_body({"path": self._path}, fault),
                 came=self._in_head,
@@ -353,7 +353,9 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._in_head and self._since_body > MAX_HEAD_BYTES:
             self._refuse(431, "head_too_large", f"the head of the request exceeds {MAX_HEAD_BYTES} bytes.")
-        elif self._since_body > MAX_HEAD_BYTES or self._overhead > MAX_HEAD_BYTES + OVERHEAD * self._body:
+            return
+        most = MAX_HEAD_BYTES + MAX_FRAMING_BYTES_PER_BYTE * self._body
+        if self._since_body > MAX_HEAD_BYTES or self._overhead > most:
             self._refuse(400, "invalid_http", "the chunk extensions or trailers of the request are too large.")
 
     def pause_writing(self) -> None:
@@ -460,7 +462,7 @@ class BoundedHttp(HttpToolsProtocol):
     def _has_just_come(self) -> bool:
         if self._answered is not None or not self._whole:
             return False
-        return self.loop.time() - self._unused_since < FIRST_S or self.has_unread()
+        return self.loop.time() - self._unused_since < FIRST_REQUEST_S or self.has_unread()
 
     def has_unread(self) -> bool:
         """True when the client sent something that this process has not read yet."""
@@ -508,7 +510,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.close()  # the connection has no request
         elif self._draining:
             fault = ShuttingDown(DRAINING)
-            self._say(status_of(fault), fault_body({"path": self._path}, fault))
+            self._answer_and_close(status_of(fault), fault_body({"path": self._path}, fault))
         else:
             self._refuse(408, "request_timeout", "the request did not arrive in time.")
 
@@ -529,9 +531,9 @@ class BoundedHttp(HttpToolsProtocol):
         return self.url.partition(b"?")[0].decode("latin-1")
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        self._say(status, refused_body(self._path, message, status, code))
+        self._answer_and_close(status, refused_body(self._path, message, status, code))
 
-    def _say(self, status: int, body: Mapping[str, object], *, came: bool = True) -> None:
+    def _answer_and_close(self, status: int, body: Mapping[str, object], *, came: bool = True) -> None:
         """Answer in the place of the application, and end the connection; `came`: a request came."""
         if self._has_begun() or self.transport.is_closing():
             self.transport.abort()  # no second answer, and none within an answer or after the end
@@ -546,4 +548,4 @@ class BoundedHttp(HttpToolsProtocol):
         self.transport.close()
         self._linger()
         if came:
-            self._heard(status)
+            self._on_refusal(status)

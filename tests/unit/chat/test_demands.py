@@ -144,10 +144,10 @@ def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
     assert not accepts(constraint, 'hm\n</think>\n\n{"name": "f", "arguments": {"x": "b"}}', vocabulary)
     assert not accepts(constraint, '{"name": "f", "arguments": {"x": "aa"}}', vocabulary)
     with pytest.raises(RequestInvalid, match="pattern"):
-        expected.free(tools, ["f"])
-    assert expected.free(tools, [])("") is None
+        expected.constrain_text(tools, ["f"])
+    assert expected.constrain_text(tools, [])("") is None
     with pytest.raises(RequestInvalid, match="pattern"):
-        expected.calls_or(SCHEMA, tools, True)
+        expected.constrain_to_calls_or(SCHEMA, tools, True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -160,7 +160,7 @@ async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
     call = as_models_write(family, call)
     call = call.removeprefix("\n") if name == "Qwen 2.5" else call
     thought, head = "</think>\n\n" if name == "Qwen 3.5" else "", head_of(family)
-    constraint = expected.calls_or(SCHEMA, TOOLS_OFFERED, True)(prompt)
+    constraint = expected.constrain_to_calls_or(SCHEMA, TOOLS_OFFERED, True)(prompt)
     assert accepts(constraint, f'{thought}{head}{{"a": 1}}', vocabulary)
     assert accepts(constraint, call, vocabulary)
     for wrong in (f"{thought}{head}Hi", f'{thought}{head}{{"a": 2}}', call.replace("find", "fine"), call[:-1]):
@@ -173,8 +173,8 @@ def test_calls_of_tools_that_are_not_strict_are_held_to_their_form() -> None:
     held = set()
     for name, family in FAMILIES.items():
         expected, vocabulary = demand(family)
-        constraint = expected.free(tools, [])("")
-        strict = expected.free(tools, ["find"])("")
+        constraint = expected.constrain_text(tools, [])("")
+        strict = expected.constrain_text(tools, ["find"])("")
         assert strict is None or not strict.optional
         if constraint is not None:
             assert constraint.optional
@@ -195,7 +195,7 @@ def test_whatever_a_grammar_lets_pass_is_read_as_whole_calls(tool: ToolParser, m
         tools = (
             TOOLS_OFFERED if strict else [OfferedTool(each.name, {"type": "object"}) for each in TOOLS_OFFERED]
         )
-        constraint = Demand(dialect, vocabulary.text()).free(tools, strict)("")
+        constraint = Demand(dialect, vocabulary.text()).constrain_text(tools, strict)("")
         for _ in range(examples(6) if constraint else 0):
             matcher = LLMatcher(tokenizer, constraint.text, limits=LIMITS, log_level=0)
             begin = "functools" if (tool, marks) == (T.PHI4, "text") else BEGINS[tool]
