@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.test_cli_processes import on_a_terminal
 from tests.support.processes.commands import run, start_command
 from tests.support.services.fake_grpc import Fakes
-from tests.support.waiting import wait_until
+from tests.support.waiting import BOUND_S, wait_until
 from tests.unit.cli.test_cli_commands import completions
 
 
@@ -91,5 +91,5 @@ def test_a_conversation(fakes: Fakes, tmp_path: Path) -> None:
     assert "error: MODEL_NOT_FOUND: no model 'lora22'; served are base, lora1, lora2." in text
     assert "no command /modle" in text
     assert "stopped" in text
-    assert fakes.inference.cancelled.is_set()
+    assert fakes.inference.cancelled.wait(BOUND_S)
     assert "two\n" in (tmp_path / "loramux/chat_history").read_text()
