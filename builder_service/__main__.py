@@ -18,7 +18,6 @@ import structlog
 
 from builder_service.builder import Builder
 from builder_service.builds.builds import Builds
-from builder_service.meter import BuildMeter
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux_shared.access.guard import Guard, open_guard
 from loramux_shared.faults import Fault, SettingsInvalid
@@ -68,6 +67,8 @@ async def serve(settings: BuilderSettings) -> None:
     server = RpcServer(settings.grpc, services, guard, tracing, patience)
     metrics = "off"
     if settings.metrics:
+        from builder_service.meter import BuildMeter  # which few ask for, and imports Prometheus' client
+
         meter = BuildMeter(builds.count_running)
         builds.watchers.append(meter.ended)
         hosts = Guard(hosts=settings.http_hosts).hosts_at(settings.metrics)  # they require no key

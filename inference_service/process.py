@@ -1,7 +1,6 @@
 """A replica with its APIs: loaded, listening, and drained at a signal."""
 
 import asyncio
-import atexit
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     """Load, listen, and drain at SIGTERM or SIGINT, or end when the engine failed."""
     replica = await stop.starting(Replica.load(settings))
     with ExitStack() as sockets:
-        atexit.register(sockets.close)
         servers = await _listen(replica, settings, guard, stop, sockets)
         log.info(
             "inference service ready",

@@ -5,7 +5,7 @@ import math
 import re
 import secrets
 from bisect import bisect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Final
@@ -127,6 +127,17 @@ def _unscalable(model: ServedModel, members: Sequence[Adapter]) -> str:
         return "is DoRA, or has biases or scales of its own: their blend is not their sum"
     own = next(adapter for adapter in members if adapter is model.adapter)
     return apart(own.invocation, model.modules, model.vocab, model.num_labels)
+
+
+async def defaults_of(
+    model: ServedModel, read: Callable[[ServedModel], Awaitable[AdapterDefaults]]
+) -> AdapterDefaults:
+    """Return what is known of a model's defaults, what the parts of a blend agree on, or what read returns."""
+    if model.defaults is not None:
+        return model.defaults
+    if model.parts:
+        return agreed([await defaults_of(part, read) for part in model.parts])
+    return await read(model)
 
 
 def agreed(defaults: Sequence[AdapterDefaults]) -> AdapterDefaults:

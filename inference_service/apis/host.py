@@ -53,11 +53,9 @@ class RelayedOutputs(Outputs):
         self.leave: Callable[[], None] = lambda: None
         """Ends the request's place in the limits."""
 
-    def put(self, seq_id: str, outputs: list[StepOutput]) -> None:
+    def _keep(self, seq_id: str, outputs: list[StepOutput]) -> None:
         """Send outputs of a sequence."""
         seq = self.seqs[seq_id]
-        if self.meter is not None:
-            self.meter(sum(output.token is not None for output in outputs))
         found = [messages.output_to(output, seq) for output in outputs]
         ends = outputs[-1].finish is not None
         self._peer.send((self._number, self._places[seq_id]), found, urgent=outputs[0].first or ends)

@@ -7,14 +7,14 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.names import agreed
-from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults, ServedModel
+from inference_service.adapters.names import defaults_of
+from inference_service.adapters.served_model import AdapterDefaults, ServedModel
 from inference_service.adapters.texts import AdapterTexts, Scorer
 from inference_service.apis import messages
 from inference_service.apis.channel import GONE, Channel
@@ -55,14 +55,7 @@ def served_to(service: GenerationService) -> dict[str, Any]:
 
 def deployed_to(catalog: Catalog) -> dict[str, Any]:
     """Return what a generation says about requests, as a message has it."""
-    deployed = catalog.deployed
-    return {
-        "served_model_name": deployed.served_model_name,
-        "request_default_max_tokens": deployed.request_default_max_tokens,
-        "tool_parser": deployed.tool_parser,
-        "reasoning_parser": deployed.reasoning_parser,
-        "pooling": deployed.pooling,
-    }
+    return {each.name: getattr(catalog.deployed, each.name) for each in fields(RemoteTerms)}
 
 
 @dataclass(frozen=True)
@@ -119,11 +112,7 @@ class RemoteDriver:
 
     async def defaults(self, model: ServedModel) -> AdapterDefaults:
         """Return what an adapter brings beside its weights, or raise why it cannot be read."""
-        if model.defaults is NO_DEFAULTS:
-            return NO_DEFAULTS
-        if model.parts:
-            return agreed([await self.defaults(part) for part in model.parts])
-        return await self._texts.defaults(model.digest, model.name)
+        return await defaults_of(model, lambda each: self._texts.defaults(each.digest, each.name))
 
     async def scorer(self, model: ServedModel) -> Scorer:
         """Return the score head of a model that classifies, or raise what `AdapterTexts.scorer` does."""

@@ -85,9 +85,13 @@ class Outputs:
         """Takes outputs while the reader waits for them, or returns False and leaves them to the reader."""
 
     def put(self, seq_id: str, outputs: list[StepOutput]) -> None:
-        """Keep outputs of a sequence until `wake`."""
+        """Take outputs of a sequence, and count their tokens."""
         if self.meter is not None:
             self.meter(sum(output.token is not None for output in outputs))
+        self._keep(seq_id, outputs)
+
+    def _keep(self, seq_id: str, outputs: list[StepOutput]) -> None:
+        """Keep outputs of a sequence until `wake`."""
         if seq_id in self._waiting:
             self._waiting[seq_id] += outputs
         else:

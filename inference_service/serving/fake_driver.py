@@ -76,7 +76,7 @@ class FakeDriver:
         """Answer for the models of a catalog, in tokens of a text."""
         self.max_queue = max_queue
         self.submitted: list[Submission] = []
-        """What came, in its order."""
+        """Submissions so far, the oldest first."""
         self._catalog = catalog
         self._text = text
         self._script_of = script_of

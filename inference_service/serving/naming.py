@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.follower import FollowerState
-from inference_service.adapters.names import agreed, blend_parts
+from inference_service.adapters.names import blend_parts, defaults_of
 from inference_service.adapters.ports import GenerationFollower, Resolver
 from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults, ServedModel
 from inference_service.adapters.texts import AdapterTexts
@@ -112,10 +112,9 @@ class Naming:
 
     async def defaults(self, model: ServedModel) -> AdapterDefaults:
         """Return what an adapter brings beside its weights, or raise why it cannot be read."""
-        if model.defaults is not None:
-            return model.defaults
-        if model.parts:
-            return agreed([await self.defaults(part) for part in model.parts])
+        return await defaults_of(model, self._read_defaults)
+
+    async def _read_defaults(self, model: ServedModel) -> AdapterDefaults:
         if self._texts is None:
             return NO_DEFAULTS
         defaults = await self._texts.defaults(model.digest, model.name)

@@ -155,7 +155,7 @@ class GenerationService:
 
     async def defaults(self, model: ServedModel) -> AdapterDefaults:
         """Return what an adapter brings beside its weights, or raise why it cannot be read."""
-        return model.defaults or await self.driver.defaults(model)
+        return await self.driver.defaults(model)
 
     async def scorer(self, model: ServedModel) -> Scorer:
         """Return the score head of a model that classifies, or raise what `AdapterTexts.scorer` does."""

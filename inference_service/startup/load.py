@@ -155,8 +155,8 @@ def _begin(
     inbox = Inbox()
     bank = open_bank(generation, base, store, settings, inbox) if generation.merged is None else None
     catalog = _open_catalog(settings, store, generation, base)
-    registered = [model.adapter for model in catalog.everything if model.adapter is not None]
-    fitting = bank.fitting(registered) if bank is not None else []
+    served_adapters = [model.adapter for model in catalog.everything if model.adapter is not None]
+    fitting = bank.fitting(served_adapters) if bank is not None else []
     if bank is not None and (first := fitting[: settings.preload]):
         report(f"loading {counted(len(first), 'adapter')}")
         preload(bank, first, inbox)
@@ -164,7 +164,7 @@ def _begin(
     probe = partial(run_a_few_tokens, engine, bank, encodes=base.config.encodes)
     probe()  # so that the first request does not wait for buffers and kernels of the first use
     facts = _describe_replica(settings, generation, base, time.monotonic() - started)
-    _report_loaded(generation, base, bank, engine, limits, registered, facts)
+    _report_loaded(generation, base, bank, engine, limits, served_adapters, facts)
     thread = _make_thread(settings, base, engine, probe, inbox)
     adapters = _open_adapters(settings, catalog, bank, engine, inbox, base.model.device.type)
     follower = Follower(
@@ -317,7 +317,7 @@ def _report_loaded(
     bank: OpenBank | None,
     engine: Engine,
     limits: SchedulerLimits,
-    registered: Sequence[Adapter],
+    served_adapters: Sequence[Adapter],
     about: Facts,
 ) -> None:
     """Log what a replica serves and how, and warn where it computes slower than the machine can."""
@@ -336,7 +336,7 @@ def _report_loaded(
         weights=describe_weights(base),
         reading=about.computing.reading,
         threads=torch.get_num_threads(),
-        adapters=len(registered) or len(generation.adapters),
+        adapters=len(served_adapters) or len(generation.adapters),
         **facts,
         merged=generation.merged or "none",
         kv_tokens=stats.blocks_total * stats.block_size,

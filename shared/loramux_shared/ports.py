@@ -28,7 +28,7 @@ def registered(port: str, kind: type[Entry], left_out: Notify | None = None) -> 
         SettingsInvalid: the same, where nobody is told.
     """
     entries = {}
-    for name, point in _declared(port, *sys.path).items():
+    for name, point in _declared(port).items():
         try:
             entries[name] = _load(point, name, kind)
         except SettingsInvalid as fault:
@@ -40,7 +40,7 @@ def registered(port: str, kind: type[Entry], left_out: Notify | None = None) -> 
 
 def entry_of(port: str, name: str, kind: type[Entry]) -> Entry | None:
     """Return one entry of a port; None where there is none of this name."""
-    point = _declared(port, *sys.path).get(name)
+    point = _declared(port).get(name)
     return None if point is None else _load(point, name, kind)
 
 
@@ -58,15 +58,20 @@ def log_left_out(name: str, fault: SettingsInvalid) -> None:
     structlog.get_logger().warning("extension is left out", extension=name, why=fault.message)
 
 
+def _declared(port: str) -> dict[str, EntryPoint]:
+    """Return the entry points of a port by the names of the entries."""
+    points = _all_declared(*sys.path)
+    mine = (name for name in sorted(points) if name.partition(".")[0] == port)
+    return {name.partition(".")[2]: points[name] for name in mine}
+
+
 @cache
-def _declared(port: str, *_: str) -> dict[str, EntryPoint]:
+def _all_declared(*_: str) -> dict[str, EntryPoint]:
     """Find them once for the places where Python looks: the metadata of all packages are read for it.
 
     An entry point whose package is not there is no entry: the folder of an extension may be deleted.
     """
-    points = {point.name: point for point in entry_points(group=GROUP) if find_spec(_package_of(point))}
-    mine = (name for name in sorted(points) if name.partition(".")[0] == port)
-    return {name.partition(".")[2]: points[name] for name in mine}
+    return {point.name: point for point in entry_points(group=GROUP) if find_spec(_package_of(point))}
 
 
 def _package_of(point: EntryPoint) -> str:
@@ -83,7 +88,7 @@ def _load(point: EntryPoint, name: str, kind: type[Entry]) -> Entry:
         raise SettingsInvalid(
             f"the extension {name!r} needs packages that are not installed here ({error.name}): {cure}"
         ) from error
-    except Exception as error:
+    except Exception as error:  # the code of another package, which may raise anything while it is imported
         why = " ".join(str(error).split())
         raise SettingsInvalid(
             f"the extension {name!r} cannot be imported: {type(error).__name__}: {why}. "
