@@ -175,7 +175,7 @@ def native_folder() -> Path:
 @pytest.fixture(scope="session")
 def beforehand() -> Path:
     """A folder of what a wheel holds, for each kind of processor, but quickly compiled; in a sweep just so."""
-    from inference_service.kernels.cpu import compiling
+    from inference_service.engine.kernels.cpu import compiling
     from tests.support.native import compiled_as_in_a_wheel
 
     if (compiler := compiling.compiler()) is None:

@@ -42,7 +42,7 @@ __all__ = [
 REPOSITORY_URL = "LORAMUX_REPOSITORY_URL"
 """Environment variable: where the sources of this release are, as https://HOST/OWNER/NAME."""
 LINK = re.compile(r"(!?)\[([^]]*)\]\((?![a-z]+:|#)([^)]+)\)")
-PACKAGE = "inference_service/kernels/cpu"
+PACKAGE = "inference_service/engine/kernels/cpu"
 
 
 class CompiledOperations(BuildHookInterface[Any]):
@@ -56,7 +56,7 @@ class CompiledOperations(BuildHookInterface[Any]):
             return
         sys.path.insert(0, self.root)  # in the environment of a build, which is isolated, nothing is installed
         try:
-            from inference_service.kernels.cpu import compiling
+            from inference_service.engine.kernels.cpu import compiling
         finally:
             sys.path.remove(self.root)
         self.folder = tempfile.TemporaryDirectory(prefix="loramux-build-")

@@ -27,22 +27,22 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.on_gpu.model import LLAMA_8B, QWEN3_30B_A3B, RandomTensors, config_of
-from inference_service.backends.triton import TritonOperations
-from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence
-from inference_service.engine import runner
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.graphs import Graph
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.runner import lay_out
-from inference_service.engine.tape import launches_of, names_of
-from inference_service.kernels.launch import Launch, intercepted
-from inference_service.kernels.sgmv import PLACES, Slices
-from inference_service.kernels.sgmv.tuning import width_of
-from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary
-from inference_service.models.decoder import Decoder
+from inference_service.engine.backends.triton import TritonOperations
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.execution import runner
+from inference_service.engine.execution.graph_runner import GraphRunner
+from inference_service.engine.execution.graphs import Graph
+from inference_service.engine.execution.runner import lay_out
+from inference_service.engine.execution.tape import launches_of, names_of
+from inference_service.engine.kernels.launch import Launch, intercepted
+from inference_service.engine.kernels.sgmv import PLACES, Slices
+from inference_service.engine.kernels.sgmv.tuning import width_of
+from inference_service.engine.lora.vocabulary import Factors, OwnTable, Vocabulary
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
 from loramux_shared.runtime import Rounding

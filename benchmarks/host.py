@@ -36,15 +36,15 @@ from benchmarks.on_gpu.model import LLAMA_8B, QWEN3_30B_A3B
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.graphs import Graph
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.trace import TraceRecorder
-from inference_service.kernels.launch import Target, compiling_for
-from inference_service.lora.vocabulary import Vocabularies
+from inference_service.engine.execution.graph_runner import GraphRunner
+from inference_service.engine.execution.graphs import Graph
+from inference_service.engine.execution.trace import TraceRecorder
+from inference_service.engine.kernels.launch import Target, compiling_for
+from inference_service.engine.lora.vocabulary import Vocabularies
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from loramux_shared.bases.rope import HeadCounts
 
 Kind = Literal["decode", "starved", "crowded"]

@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.forge import BASE, RANK, Forge
 from benchmarks.service import Answer, Prompt
+from inference_service.core.request import AnswerDelta, Request
 from inference_service.core.sequence import StepOutput
-from inference_service.serving.request import AnswerDelta, Request
 from inference_service.startup.bank import PACKING
 from inference_service.startup.load import Ready, load_apart
 from loramux_shared.bases.memory import GB, adapter_bytes

@@ -17,22 +17,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.streams_clients import MODEL
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.served_model import ServedModel
-from inference_service.apis.children import ApiProcesses
+from inference_service.api.http.server import HttpServer
+from inference_service.api.processes.children import ApiProcesses
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.requests.terms import ServingLimits
+from inference_service.api.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.core.sequence import Batch, Token
-from inference_service.engine.block_manager import BlockManager
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.engine_driver import EngineDriver
+from inference_service.driver.engine_thread import EngineThread
+from inference_service.driver.telemetry.request_log import open_watchers
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending
-from inference_service.http.server import HttpServer
+from inference_service.engine.execution.runner import Pending
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from inference_service.replica import SWITCH_S, keep_what_is_loaded
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
-from inference_service.serving.engine_driver import EngineDriver
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.service import GenerationService
-from inference_service.serving.telemetry.request_log import open_watchers
-from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.server import RpcServer

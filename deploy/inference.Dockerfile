@@ -18,7 +18,7 @@ RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '
     ${MORE:+"$MORE"}
 # The wheel brings the operations of CPUs, compiled for every processor that may run the image, which has no C++ compiler
 # itself. This fails where it could not; not in /source, where the sources would be imported.
-RUN cd / && /opt/loramux/bin/python -m inference_service.kernels.cpu.build
+RUN cd / && /opt/loramux/bin/python -m inference_service.engine.kernels.cpu.build
 
 FROM python:3.11-slim-bookworm
 # Triton compiles its launchers on the machine that runs them.

@@ -9,13 +9,13 @@ from signal import Signals
 
 import structlog
 
-from inference_service.apis.children import ApiProcesses
-from inference_service.http.server import HttpServer
-from inference_service.http.wire import protocol
+from inference_service.api.http.server import HttpServer
+from inference_service.api.http.wire import protocol
+from inference_service.api.processes.children import ApiProcesses
+from inference_service.api.rpc import adapters as adapters_rpc
+from inference_service.api.rpc.adapters import AdapterServicer
+from inference_service.api.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.replica import TELL_S, Replica, end_broken
-from inference_service.rpc import adapters as adapters_rpc
-from inference_service.rpc.adapters import AdapterServicer
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
 from loramux_shared.access.guard import Guard
 from loramux_shared.process import socket_folder
 from loramux_shared.rpc import calls

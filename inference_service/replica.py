@@ -11,9 +11,9 @@ from typing import Final, NoReturn, Self
 
 import structlog
 
-from inference_service.http.app import create_app
-from inference_service.rpc.builder import BuilderNews, BuilderPublisher
-from inference_service.serving.telemetry.request_log import open_watchers
+from inference_service.api.http.app import create_app
+from inference_service.api.rpc.builder import BuilderNews, BuilderPublisher
+from inference_service.driver.telemetry.request_log import open_watchers
 from inference_service.startup.load import Ready, load_apart
 from inference_service.store import open_replica_store
 from loramux.client import AsyncClient

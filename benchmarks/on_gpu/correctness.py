@@ -15,23 +15,23 @@ from torch import Tensor
 from benchmarks.on_gpu.device import ROOT, Device
 from benchmarks.on_gpu.model import LLAMA_8B, QWEN3_30B_A3B, TINY, RandomTensors, config_of, random_adapter
 from benchmarks.on_gpu.run import Run
-from inference_service.backends.base import LoraBackend
-from inference_service.backends.operations import Operations
-from inference_service.backends.torch_lora import TorchLora
-from inference_service.backends.triton import TritonOperations
-from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence
-from inference_service.engine.runner import Runner, lay_out
-from inference_service.kernels.sampling import (
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.backends.operations import Operations
+from inference_service.engine.backends.torch_lora import TorchLora
+from inference_service.engine.backends.triton import TritonOperations
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.execution.runner import Runner, lay_out
+from inference_service.engine.kernels.sampling import (
     RowParams,
     SamplingTables,
     pack_rows,
     reference as sampling_reference,
     sample,
 )
-from inference_service.models.decoder import Decoder
+from inference_service.engine.models.decoder import Decoder
 from inference_service.startup.merged import hold
 from loramux_shared.bases.config import ModelConfig
 from tests.kernels import delta_case

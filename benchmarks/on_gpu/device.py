@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import torch
 
-from inference_service.engine.graphs import CudaRecorder, Recorder
-from inference_service.engine.tape import TapeRecorder
+from inference_service.engine.execution.graphs import CudaRecorder, Recorder
+from inference_service.engine.execution.tape import TapeRecorder
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 FLUSH: Final = 4

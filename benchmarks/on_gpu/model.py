@@ -6,8 +6,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from inference_service.lora.weights import AdapterWeights, Placed, arrange
-from inference_service.models.packed import Kept
+from inference_service.engine.lora.weights import AdapterWeights, Placed, arrange
+from inference_service.engine.models.packed import Kept
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.modules import BY_NAME

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.on_gpu.device import Device, Work
 from benchmarks.on_gpu.run import FLOOR, OF_FLOOR, Run
-from inference_service.kernels.launch import Launch
-from inference_service.kernels.sgmv import (
+from inference_service.engine.kernels.launch import Launch
+from inference_service.engine.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
     Group,

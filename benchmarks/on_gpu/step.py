@@ -12,15 +12,15 @@ from torch.profiler import profile
 
 from benchmarks.on_gpu.model import LLAMA_8B, TINY, RandomTensors, config_of, random_adapter
 from benchmarks.on_gpu.run import OF_BASE, Run
-from inference_service.backends.triton import TritonOperations
-from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.lora.places import taken_by
-from inference_service.models.decoder import Decoder
+from inference_service.engine.backends.triton import TritonOperations
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.execution.graph_runner import GraphRunner
+from inference_service.engine.lora.places import taken_by
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.scheduling.queues import SchedulerLimits
 
 RANK: Final = 16
 CEILING: Final = 64

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from benchmarks.on_gpu.run import Run
 from benchmarks.on_gpu.sgmv import Linear, Point, all_of
-from inference_service.kernels.experts import by_expert, grouped
-from inference_service.kernels.experts.tuning import GroupedConfig
-from inference_service.kernels.launch import Launch, intercepted
-from inference_service.kernels.sgmv import launch as launcher
-from inference_service.kernels.sgmv.tuning import DECODE_TILE, ExpandConfig, ShrinkConfig
+from inference_service.engine.kernels.experts import by_expert, grouped
+from inference_service.engine.kernels.experts.tuning import GroupedConfig
+from inference_service.engine.kernels.launch import Launch, intercepted
+from inference_service.engine.kernels.sgmv import launch as launcher
+from inference_service.engine.kernels.sgmv.tuning import DECODE_TILE, ExpandConfig, ShrinkConfig
 
 POINTS: Final = (
     Point(4096, 16, 1, 1),

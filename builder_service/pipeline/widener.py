@@ -19,7 +19,7 @@ from loramux_shared.faults import FAULTS, InternalFault, ResourcesExhausted
 from loramux_shared.process import python
 
 NEEDS: Final = ("torch", "inference_service")
-MODULE: Final = "inference_service.models.lowbit.widen"
+MODULE: Final = "inference_service.engine.models.lowbit.widen"
 LIMIT_S: Final = 600.0
 """For one weight, the start of the process included; a large one takes a second."""
 POLL_S: Final = 0.5

@@ -20,8 +20,8 @@ from inference_service.adapters.names import (
     model_not_found,
     version_not_found,
 )
-from inference_service.adapters.served_model import NO_DEFAULTS, ServedModel, display_source
 from inference_service.core.adapter import MOST_PARTS, Adapter
+from inference_service.core.served_model import NO_DEFAULTS, ServedModel, display_source
 from loramux_shared.access.keys import ACCESS, Access
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.bundle.names import BASE

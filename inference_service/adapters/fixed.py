@@ -8,7 +8,7 @@ from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.views import Facts
 from inference_service.core.adapter import Adapter
-from inference_service.engine.residents import AdapterState, ResidencyStats, Standing
+from inference_service.engine.scheduling.residents import AdapterState, ResidencyStats, Standing
 from loramux_shared.faults import ReplicaBehind
 
 

@@ -15,14 +15,14 @@ import torch
 from inference_service.adapters.reading import BundleReader, FoundBundle, Tier
 from inference_service.adapters.recent import Recent
 from inference_service.adapters.workers import Workers
-from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import Adapter
-from inference_service.engine.graph_runner import ROOM
-from inference_service.kernels.launch import stream_of
-from inference_service.lora.packed import PackedAdapter
-from inference_service.lora.places import ALIGNMENT
-from inference_service.lora.weights import AdapterWeights, in_order, load_adapter, part_of, values_of
-from inference_service.models.decoder import Decoder
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.execution.graph_runner import ROOM
+from inference_service.engine.kernels.launch import stream_of
+from inference_service.engine.lora.packed import PackedAdapter
+from inference_service.engine.lora.places import ALIGNMENT
+from inference_service.engine.lora.weights import AdapterWeights, in_order, load_adapter, part_of, values_of
+from inference_service.engine.models.decoder import Decoder
 from loramux_shared.bundle.manifest import REBUILD, Manifest
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.bundle.reader import Bundle

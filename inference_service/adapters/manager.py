@@ -13,7 +13,6 @@ from typing import Final
 from inference_service.adapters.adapter_set import AdapterSet
 from inference_service.adapters.changing import already_loaded, digest_of, repository_of
 from inference_service.adapters.ports import Bundles, GenerationFollower, Publisher
-from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import (
     TIERS,
     AdapterPage,
@@ -21,7 +20,8 @@ from inference_service.adapters.views import (
     Loaded,
 )
 from inference_service.core.adapter import Adapter
-from inference_service.engine.residents import AdapterState
+from inference_service.core.served_model import ServedModel
+from inference_service.engine.scheduling.residents import AdapterState
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import (

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Final
 
-from inference_service.adapters.served_model import AdapterDefaults, ServedModel
 from inference_service.core.adapter import MOST_PARTS, Adapter, Mixture
+from inference_service.core.served_model import AdapterDefaults, ServedModel
 from loramux_shared.bundle.manifest import apart
 from loramux_shared.faults import ModelNotFound, RequestInvalid
 from loramux_shared.wording import is_number, listed

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from inference_service.adapters.follower import FollowerStanding
 from inference_service.core.adapter import Adapter
-from inference_service.engine.residents import ResidencyStats, Standing
+from inference_service.engine.scheduling.residents import ResidencyStats, Standing
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.deployment import Repository
 

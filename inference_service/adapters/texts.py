@@ -10,9 +10,9 @@ from typing import Final, Protocol
 import numpy as np
 
 from inference_service.adapters.recent import Recent
-from inference_service.adapters.served_model import AdapterDefaults, read_adapter_defaults
 from inference_service.adapters.workers import Workers
 from inference_service.core.sequence import Vector
+from inference_service.core.served_model import AdapterDefaults, read_adapter_defaults
 from inference_service.text.text import Text
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Final
 
 from inference_service.core.computing import UNKNOWN, Computing
-from inference_service.engine.residents import AdapterState
+from inference_service.engine.scheduling.residents import AdapterState
 from loramux_shared.operations import AdapterStatus, Tier
 
 TIERS: Final[Mapping[AdapterState, Tier]] = {

@@ -13,13 +13,13 @@ import structlog
 
 from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token, Vector
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.lookup import Lookup
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending, StepRunner
-from inference_service.engine.scheduler import Scheduler
-from inference_service.engine.search import Search
+from inference_service.engine.execution.runner import Pending, StepRunner
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.lookup import Lookup
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
+from inference_service.engine.scheduling.scheduler import Scheduler
+from inference_service.engine.scheduling.search import Search
 from loramux_shared.faults import ModelUnusable, NumericsFault
 
 OVERFLOWS: Final = 3

@@ -12,12 +12,12 @@ from inference_service.adapters.disk import open_disk_tier
 from inference_service.adapters.loader import AdapterLoader, Pack, Packer
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.texts import AdapterTexts
-from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import Adapter
-from inference_service.engine.residency import Residency
-from inference_service.engine.residents import BankMemory
-from inference_service.lora.places import Places
-from inference_service.serving.engine_thread import Inbox
+from inference_service.driver.engine_thread import Inbox
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.lora.places import Places
+from inference_service.engine.scheduling.residency import Residency
+from inference_service.engine.scheduling.residents import BankMemory
 from inference_service.startup.base import LoadedBase
 from inference_service.startup.memory import free_bytes
 from loramux_shared.bases.memory import GB, USUAL_RANK, adapter_bytes, plan_bank

@@ -10,14 +10,14 @@ import structlog
 import torch
 
 from inference_service.adapters.reading import BundleReader
-from inference_service.adapters.served_model import ServedModel, display_source
 from inference_service.adapters.texts import AdapterTexts, Scorer
-from inference_service.backends.operations import Backend
 from inference_service.core.computing import Computing
-from inference_service.engine.lookup import Lookup
-from inference_service.layers.linear import Linear
-from inference_service.models.decoder import Decoder
-from inference_service.models.packed import named
+from inference_service.core.served_model import ServedModel, display_source
+from inference_service.engine.backends.operations import Backend
+from inference_service.engine.layers.linear import Linear
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.models.packed import named
+from inference_service.engine.scheduling.lookup import Lookup
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.model import read_model
 from inference_service.startup.ranks.start import ReplicaRanks, read_with_ranks

@@ -9,20 +9,20 @@ from typing import Final
 
 import torch
 
-from inference_service.backends.deterministic import DeterministicOperations
-from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
-from inference_service.backends.native import NativeOperations
-from inference_service.backends.native_lora import NativeLora
-from inference_service.backends.operations import Backend, Operations
-from inference_service.backends.torch_lora import TorchLora
-from inference_service.backends.triton import TritonOperations
-from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.computing import Computing, Lack
-from inference_service.kernels.attention import MIN_BLOCK_SIZE
-from inference_service.kernels.cpu import build
-from inference_service.kernels.cpu.ops import BLOCK, DTYPES, FEW_ROWS, MAX_HEAD_DIM, NEVER, CpuOps
-from inference_service.layers.quantized import require_able
-from inference_service.models.packed import named
+from inference_service.engine.backends.deterministic import DeterministicOperations
+from inference_service.engine.backends.long_chunks import rows_from_which_torch_is_faster
+from inference_service.engine.backends.native import NativeOperations
+from inference_service.engine.backends.native_lora import NativeLora
+from inference_service.engine.backends.operations import Backend, Operations
+from inference_service.engine.backends.torch_lora import TorchLora
+from inference_service.engine.backends.triton import TritonOperations
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.kernels.attention import MIN_BLOCK_SIZE
+from inference_service.engine.kernels.cpu import build
+from inference_service.engine.kernels.cpu.ops import BLOCK, DTYPES, FEW_ROWS, MAX_HEAD_DIM, NEVER, CpuOps
+from inference_service.engine.layers.quantized import require_able
+from inference_service.engine.models.packed import named
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import may_stay_packed
 from loramux_shared.faults import SettingsInvalid

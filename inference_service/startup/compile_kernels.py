@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from inference_service.adapters.loader import ProofReplay
-from inference_service.backends.triton import TritonOperations
-from inference_service.backends.triton_lora import TritonLora
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.graphs import Graph
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.kernels.launch import ARCHITECTURES, Launch, Target, compiling_for, intercepted
-from inference_service.models.decoder import Decoder
-from inference_service.models.packed import Kept
+from inference_service.engine.backends.triton import TritonOperations
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.execution.graph_runner import GraphRunner
+from inference_service.engine.execution.graphs import Graph
+from inference_service.engine.kernels.launch import ARCHITECTURES, Launch, Target, compiling_for, intercepted
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.models.packed import Kept
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup.choose import CACHE_DTYPES, compute_dtype
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config

@@ -17,8 +17,8 @@ from typing import Any, Final
 import psutil
 import torch
 
-from inference_service.backends.operations import Backend
-from inference_service.models.packed import named
+from inference_service.engine.backends.operations import Backend
+from inference_service.engine.models.packed import named
 from inference_service.startup.base import reading_of
 from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.config import ModelConfig

@@ -5,11 +5,11 @@ from typing import Any, Final
 
 import structlog
 
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.drafts.choice import DraftChoice
-from inference_service.engine.drafts.model import DraftModel
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.runner import Runner
+from inference_service.engine.execution.drafts.choice import DraftChoice
+from inference_service.engine.execution.drafts.model import DraftModel
+from inference_service.engine.execution.runner import Runner
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup.base import LoadedBase, load_base
 from loramux_shared.bases.memory import GB, cache_of, weights_bytes
 from loramux_shared.bundle.generation import Generation

@@ -8,17 +8,17 @@ import structlog
 import torch
 
 from inference_service.adapters.loader import ProofReplay
-from inference_service.backends.base import LoraBackend
-from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.backends.triton_lora import TritonLora
 from inference_service.engine.engine import Engine
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.graphs import CudaRecorder
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Blocks, Runner
+from inference_service.engine.execution.graph_runner import GraphRunner
+from inference_service.engine.execution.graphs import CudaRecorder
+from inference_service.engine.execution.runner import Blocks, Runner
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from inference_service.startup.bank import OpenBank
 from inference_service.startup.base import LoadedBase
 from inference_service.startup.memory import (

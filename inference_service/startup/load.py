@@ -23,17 +23,17 @@ from inference_service.adapters.ports import Publisher, Resolver
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.resolving import ResolverOpener
 from inference_service.adapters.views import Facts
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.requests.terms import ServingLimits
 from inference_service.core.adapter import MOST_PARTS, Adapter
 from inference_service.core.computing import Computing
+from inference_service.driver.engine_driver import EngineDriver
+from inference_service.driver.engine_thread import EngineThread, Inbox
+from inference_service.driver.telemetry.record import Watcher
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.kernels.cpu.spin import Spinning
-from inference_service.models.packed import named
-from inference_service.serving.engine_driver import EngineDriver
-from inference_service.serving.engine_thread import EngineThread, Inbox
-from inference_service.serving.service import GenerationService
-from inference_service.serving.telemetry.record import Watcher
-from inference_service.serving.terms import ServingLimits
+from inference_service.engine.kernels.cpu.spin import Spinning
+from inference_service.engine.models.packed import named
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup.bank import OpenBank, open_bank, preload, preload_later
 from inference_service.startup.base import (
     LoadedBase,

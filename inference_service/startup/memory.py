@@ -18,11 +18,11 @@ import torch
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.blocks import StateSlots
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.runner import Runner, StepRunner
-from inference_service.models.decoder import Decoder
+from inference_service.engine.execution.runner import Runner, StepRunner
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.blocks import StateSlots
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import GB, GRAPH_BYTES, MemoryPlan, cache_of, needs_of, plan_on
 from loramux_shared.faults import ResourcesExhausted

@@ -5,11 +5,11 @@ import time
 import torch
 
 from inference_service.adapters.loader import Packer
-from inference_service.adapters.served_model import ServedModel, display_source, read_adapter_defaults
-from inference_service.backends.base import LoraBackend
-from inference_service.lora.places import taken_by
-from inference_service.lora.weights import AdapterWeights, load_adapter
-from inference_service.models.decoder import Decoder
+from inference_service.core.served_model import ServedModel, display_source, read_adapter_defaults
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.lora.places import taken_by
+from inference_service.engine.lora.weights import AdapterWeights, load_adapter
+from inference_service.engine.models.decoder import Decoder
 from inference_service.startup.base import LoadedBase
 from inference_service.startup.model import checkpoint
 from loramux_shared.bundle.generation import Generation

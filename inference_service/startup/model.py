@@ -2,11 +2,11 @@
 
 import torch
 
-from inference_service.backends.operations import Backend
-from inference_service.models.blocks import Ranks
-from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder
-from inference_service.models.encoder import read_encoder
+from inference_service.engine.backends.operations import Backend
+from inference_service.engine.models.blocks import Ranks
+from inference_service.engine.models.checkpoint import Checkpoint
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.models.encoder import read_encoder
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families.encoders import EncoderConfig
 from loramux_shared.bases.formats import Quantization

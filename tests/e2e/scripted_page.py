@@ -12,17 +12,17 @@ import pytest
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.manager import AdapterManager
-from inference_service.adapters.served_model import ServedModel
+from inference_service.api.http import server as api
+from inference_service.api.http.server import HttpServer
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.requests.terms import ServingLimits
 from inference_service.core.adapter import Adapter
+from inference_service.core.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
 from inference_service.core.sequence import EndReason, Token
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.engine_driver import EngineDriver
+from inference_service.driver.engine_thread import EngineThread
 from inference_service.engine.engine import SequenceCounts
-from inference_service.http import server as api
-from inference_service.http.server import HttpServer
-from inference_service.serving.engine_driver import EngineDriver
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
-from inference_service.serving.service import GenerationService
-from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring

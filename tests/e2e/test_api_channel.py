@@ -8,15 +8,15 @@ from unittest.mock import AsyncMock, MagicMock, call
 
 import pytest
 
-from inference_service.adapters.served_model import ServedModel
-from inference_service.apis import host, messages
-from inference_service.apis.api import ApiProcess
-from inference_service.apis.channel import MOST_UNREAD, Channel
-from inference_service.apis.host import ApiHost, ApiPeer, RelayedOutputs
-from inference_service.apis.remote import RemoteApi, served_to
+from inference_service.api.processes import host, messages
+from inference_service.api.processes.api import ApiProcess
+from inference_service.api.processes.channel import MOST_UNREAD, Channel
+from inference_service.api.processes.host import ApiHost, ApiPeer, RelayedOutputs
+from inference_service.api.processes.remote import RemoteApi, served_to
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.serving.driver import Submission
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.port import Submission
 from loramux_shared.faults import Fault, ReplicaFailed, RequestInvalid
 from tests.support.apart import Loopback, connect
 from tests.support.services.silent import silent_service

@@ -20,13 +20,13 @@ import pytest_asyncio
 
 from benchmarks.streams_clients import MODEL
 from benchmarks.streams_server import Instant, service
-from inference_service.adapters.served_model import ServedModel
-from inference_service.apis import children
-from inference_service.apis.channel import Channel
-from inference_service.apis.children import ApiProcesses
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.service import GenerationService
+from inference_service.api.processes import children
+from inference_service.api.processes.channel import Channel
+from inference_service.api.processes.children import ApiProcesses
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.rpc.servicer import SERVICE_NAME, InferenceServicer
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.engine_thread import EngineThread
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import python
 from loramux_shared.rpc.server import RpcServer

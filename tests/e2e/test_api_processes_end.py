@@ -32,7 +32,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def _children(pid: int) -> list[psutil.Process]:
-    return [each for each in psutil.Process(pid).children() if "inference_service.apis.api" in each.cmdline()]
+    return [
+        each
+        for each in psutil.Process(pid).children()
+        if "inference_service.api.processes.api" in each.cmdline()
+    ]
 
 
 def _text(url: str) -> str:
@@ -65,7 +69,7 @@ def test_a_service_with_api_processes_drains(world: World, tmp_path: Path) -> No
 
 def test_a_signal_ends_a_start_whose_api_process_imports(world: World, tmp_path: Path) -> None:
     """A service that waits for an API process to listen ends at once, and the process with it."""
-    hangs = "import sys, time\nif 'inference_service.apis.api' in sys.orig_argv:\n"
+    hangs = "import sys, time\nif 'inference_service.api.processes.api' in sys.orig_argv:\n"
     hangs += "    sys.meta_path.insert(0, time)\n"
     hangs += "time.find_spec = lambda name, *_: time.sleep(1e6 if name == 'asyncio' else 0)\n"
     (tmp_path / "sitecustomize.py").write_text(hangs)

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
 from inference_service.core.sequence import Batch
-from inference_service.engine.runner import Pending, Runner
+from inference_service.engine.execution.runner import Pending, Runner
 from inference_service.replica import BROKEN
 from loramux import Client
 from loramux.cli.exits import Exit

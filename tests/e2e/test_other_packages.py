@@ -40,7 +40,7 @@ def read(config):
     return replace(model, layers=tuple(replace(layer, mlp=mlp) for layer in model.layers))
 
 def blocks():
-    from inference_service.models.blocks import MlpBlock
+    from inference_service.engine.models.blocks import MlpBlock
     class ParrotBlock:
         def __init__(self, reader, spec):
             self._mlp = MlpBlock.of_layer(reader)
@@ -60,8 +60,8 @@ COMMAND = shell.Command(parrot)
 CALLS = '''
 """Calls between squawks."""
 from dataclasses import replace
-from inference_service.chat.formats.reading import TemplateMarks
-from inference_service.chat.formats.tagged import HERMES
+from inference_service.api.chat.formats.reading import TemplateMarks
+from inference_service.api.chat.formats.tagged import HERMES
 
 def blocks(calls):
     return {"<squawk>": HERMES.blocks(calls)["<tool_call>"]}
@@ -69,8 +69,8 @@ def blocks(calls):
 FORMAT = replace(HERMES, parser="parrot", shown_by=(TemplateMarks(("<squawk>",)),), blocks=blocks)
 '''
 READ = """
-from inference_service.chat.dialect import Dialect, parsers_of
-from inference_service.chat.request import AnswerCalls
+from inference_service.api.chat.dialect import Dialect, parsers_of
+from inference_service.api.chat.request import AnswerCalls
 parsers = parsers_of("{{ messages[0].content }}<squawk>")
 reading = Dialect(parsers.tool, parsers.reasoning).reading(AnswerCalls({"find": {}}), None)
 text = '<squawk>{"name": "find", "arguments": {}}</tool_call>'
@@ -80,8 +80,8 @@ LOGITS = """
 import sys, torch
 from pathlib import Path
 from loramux_shared.bases.read import read_config
-from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder
+from inference_service.engine.models.checkpoint import Checkpoint
+from inference_service.engine.models.decoder import Decoder
 folder = Path(sys.argv[1])
 config = read_config(folder)
 model = Decoder(config, Checkpoint(folder, torch.float32, torch.device("cpu")))

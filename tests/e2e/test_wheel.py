@@ -17,9 +17,9 @@ from packaging.utils import parse_wheel_filename
 
 import hatch_build
 from hatch_build import REPOSITORY_URL, CompiledOperations, Links
-from inference_service.kernels.cpu import compiling
-from inference_service.kernels.cpu.build import load
-from inference_service.kernels.cpu.compiling import kinds_of_machine, kinds_that_run
+from inference_service.engine.kernels.cpu import compiling
+from inference_service.engine.kernels.cpu.build import load
+from inference_service.engine.kernels.cpu.compiling import kinds_of_machine, kinds_that_run
 from loramux_shared.pages import begin_of_pages
 from tests.support.native import as_in_a_wheel
 from tests.support.root import ROOT
@@ -70,7 +70,7 @@ def test_a_wheel_has_the_operations_of_every_kind_of_processor(
     site = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site]
     subprocess.run([*map(str, command), str(built)], check=True)
-    inside = site / "inference_service/kernels/cpu" / compiling.BEFOREHAND
+    inside = site / "inference_service/engine/kernels/cpu" / compiling.BEFOREHAND
     assert {path.name.split("-")[1] for path in inside.iterdir()} == {kind.name for kind in kinds_of_machine()}
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)

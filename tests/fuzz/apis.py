@@ -21,12 +21,12 @@ from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER, BuilderServicer
 from inference_service.adapters.fixed import fixed_manager
-from inference_service.http.app import ENDPOINTS
-from inference_service.http.server import HttpServer
-from inference_service.http.vectors.embeddings import PoolingBody
-from inference_service.http.wire.body import Body
-from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS, AdapterServicer
-from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer
+from inference_service.api.http.app import ENDPOINTS
+from inference_service.api.http.server import HttpServer
+from inference_service.api.http.vectors.embeddings import PoolingBody
+from inference_service.api.http.wire.body import Body
+from inference_service.api.rpc.adapters import SERVICE_NAME as ADAPTERS, AdapterServicer
+from inference_service.api.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.deployment import SourceKind

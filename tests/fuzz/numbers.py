@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, Never, TypeVar, Union, get_ar
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from pydantic import BaseModel
 
-from inference_service.chat.request import AllowedTools, NamedTool
+from inference_service.api.chat.request import AllowedTools, NamedTool
 from tests.support.examples import SWEEPING
 
 T = TypeVar("T")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from inference_service.http.admin.operators import LoadBody
-from inference_service.rpc.servicer import SERVICE_NAME
-from inference_service.serving.bounds import MAX_NAMES
+from inference_service.api.http.admin.operators import LoadBody
+from inference_service.api.requests.bounds import MAX_NAMES
+from inference_service.api.rpc.servicer import SERVICE_NAME
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from tests.fuzz.apis import BODIES, KINDS, METHODS, FuzzedApis, mutate, number_each, open_apis
 from tests.fuzz.mutate import bounded, json_text, mutated_json

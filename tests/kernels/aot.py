@@ -19,7 +19,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from inference_service.kernels.launch import ARCHITECTURES
+from inference_service.engine.kernels.launch import ARCHITECTURES
 
 PACKAGES = ("attention", "delta", "experts", "rounded", "rows", "sampling", "sgmv")
 """Each with a module ``tests.kernels.aot_<package>``, whose ``variants(architecture)`` yields `Variant`."""

@@ -5,9 +5,9 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Final
 
-from inference_service.kernels.attention import triton_kernels, tuning
-from inference_service.kernels.launch import ARCHITECTURES, RowTile
-from inference_service.kernels.sgmv import Phase, tuning as sgmv
+from inference_service.engine.kernels.attention import triton_kernels, tuning
+from inference_service.engine.kernels.launch import ARCHITECTURES, RowTile
+from inference_service.engine.kernels.sgmv import Phase, tuning as sgmv
 from tests.kernels import aot_sgmv
 from tests.kernels.aot import Variant, covering, typed
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from inference_service.kernels.delta import triton_kernels, tuning
+from inference_service.engine.kernels.delta import triton_kernels, tuning
 from tests.kernels.aot import Variant, typed, with_halves
 
 TYPES = typed(

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from inference_service.kernels.experts import triton_kernels, tuning
-from inference_service.kernels.packing import power_of_two
-from inference_service.kernels.rows.tuning import TILE as ROW_TILE
-from inference_service.kernels.sgmv import PREFILL_TILE
+from inference_service.engine.kernels.experts import triton_kernels, tuning
+from inference_service.engine.kernels.packing import power_of_two
+from inference_service.engine.kernels.rows.tuning import TILE as ROW_TILE
+from inference_service.engine.kernels.sgmv import PREFILL_TILE
 from tests.kernels.aot import Variant, typed, with_halves
 
 DTYPES = {2: "bf16", 4: "fp32"}

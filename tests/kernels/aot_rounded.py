@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Final
 
-from inference_service.kernels.rounded import launch, triton_kernels
+from inference_service.engine.kernels.rounded import launch, triton_kernels
 from tests.kernels.aot import Variant, with_halves
 
 DTYPES: Final = {2: "bf16", 4: "fp32"}

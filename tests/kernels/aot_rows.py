@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from inference_service.kernels.launch import RowTile
-from inference_service.kernels.rows import triton_kernels, tuning
-from inference_service.kernels.rows.launch import UNROUNDED
-from inference_service.kernels.sgmv import Phase, tuning as sgmv
+from inference_service.engine.kernels.launch import RowTile
+from inference_service.engine.kernels.rows import triton_kernels, tuning
+from inference_service.engine.kernels.rows.launch import UNROUNDED
+from inference_service.engine.kernels.sgmv import Phase, tuning as sgmv
 from tests.kernels import aot_rounded, aot_sgmv
 from tests.kernels.aot import Variant, typed, with_halves
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from inference_service.kernels.sampling import triton_kernels, tuning
-from inference_service.kernels.sampling.launch import SHIFTS
+from inference_service.engine.kernels.sampling import triton_kernels, tuning
+from inference_service.engine.kernels.sampling.launch import SHIFTS
 from tests.kernels.aot import Variant, typed
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

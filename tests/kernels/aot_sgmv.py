@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from inference_service.kernels.launch import ARCHITECTURES
-from inference_service.kernels.sgmv import triton_kernels, tuning
-from inference_service.kernels.sgmv.layout import MAX_SLICES, Phase
+from inference_service.engine.kernels.launch import ARCHITECTURES
+from inference_service.engine.kernels.sgmv import triton_kernels, tuning
+from inference_service.engine.kernels.sgmv.layout import MAX_SLICES, Phase
 from tests.kernels.aot import Variant, typed, with_halves
 
 TYPES = typed(

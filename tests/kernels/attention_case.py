@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from inference_service.kernels import attention
-from inference_service.kernels.launch import Launch, planned
+from inference_service.engine.kernels import attention
+from inference_service.engine.kernels.launch import Launch, planned
 from loramux_shared.bases.rope import AttentionSpec
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 6e-3, torch.bfloat16: 8e-2}

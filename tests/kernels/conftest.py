@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference_service.backends.base import LoraBackend
-from inference_service.backends.native_lora import NativeLora
-from inference_service.backends.torch_lora import TorchLora
-from inference_service.backends.triton_lora import TritonLora
-from inference_service.kernels.cpu.compiling import kinds_of_machine, kinds_that_run
-from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.backends.native_lora import NativeLora
+from inference_service.engine.backends.torch_lora import TorchLora
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.kernels.cpu.compiling import kinds_of_machine, kinds_that_run
+from inference_service.engine.kernels.cpu.ops import CpuOps
 from inference_service.startup.choose import FP8_CAPABILITY
 from tests.kernels.lora_case import GROUPS, LAYERS
 from tests.support.native import open_native

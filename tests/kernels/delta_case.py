@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from inference_service.engine.graphs import Recorder
-from inference_service.kernels.delta import (
+from inference_service.engine.execution.graphs import Recorder
+from inference_service.engine.kernels.delta import (
     DeltaCapacity,
     DeltaInputs,
     DeltaStates,

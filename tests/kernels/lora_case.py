@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import LoraBackend
-from inference_service.lora.places import Places
-from inference_service.lora.segments import Arrangement, Segment
-from inference_service.lora.weights import AdapterWeights, Vectors
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.lora.places import Places
+from inference_service.engine.lora.segments import Arrangement, Segment
+from inference_service.engine.lora.weights import AdapterWeights, Vectors
 from loramux_shared.bases.groups import layer_groups
 from tests.support.weights import adapter_of
 

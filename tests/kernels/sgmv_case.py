@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from inference_service.kernels import sgmv
-from inference_service.kernels.sgmv import reference
-from inference_service.kernels.sgmv.layout import FIELDS, ROW
+from inference_service.engine.kernels import sgmv
+from inference_service.engine.kernels.sgmv import reference
+from inference_service.engine.kernels.sgmv.layout import FIELDS, ROW
 
 GUARD = 16  # NaN elements around the weights, columns beside out
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}

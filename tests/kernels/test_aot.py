@@ -4,7 +4,7 @@ import difflib
 
 import pytest
 
-from inference_service.kernels.launch import ARCHITECTURES
+from inference_service.engine.kernels.launch import ARCHITECTURES
 from tests.golden.kernels import sources
 from tests.golden.kernels.write import package_of, printed, recorded
 from tests.kernels.aot import PACKAGES, Line, variants

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference_service.kernels.attention import pack_tables
+from inference_service.engine.kernels.attention import pack_tables
 from tests.kernels.attention_case import TOLERANCE, Heads, Layout, errors, expect_right, fill, make_case
 
 SKEWED = [(1, 4000)] + [(1, 20)] * 31

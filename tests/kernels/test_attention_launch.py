@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference_service.kernels.attention import AttentionTables, HeadNorm, Inputs, prefill_tile
+from inference_service.engine.kernels.attention import AttentionTables, HeadNorm, Inputs, prefill_tile
 from tests.kernels.attention_case import Case, Heads, Layout, expect_right, make_case, poison, reloaded
 
 DECODES = [(1, end) for end in (190, 1, 16, 17, 63)]

@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, LayerHeads
-from inference_service.backends.native_attention import NativeAttention
-from inference_service.backends.operations import TorchAttention
-from inference_service.backends.triton import TritonAttention, TritonOperations
-from inference_service.kernels.attention import (
+from inference_service.engine.backends.base import Attention, LayerHeads
+from inference_service.engine.backends.native_attention import NativeAttention
+from inference_service.engine.backends.operations import TorchAttention
+from inference_service.engine.backends.triton import TritonAttention, TritonOperations
+from inference_service.engine.kernels.attention import (
     AttentionCapacity,
     AttentionTables,
     Context,
     PagedAttention,
     pack_tables,
 )
-from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.layers.norm import RMSNorm
-from inference_service.layers.rope import Rope
+from inference_service.engine.kernels.cpu.ops import CpuOps
+from inference_service.engine.layers.norm import RMSNorm
+from inference_service.engine.layers.rope import Rope
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts, RopeSpec
 from tests.support.native import open_native
 

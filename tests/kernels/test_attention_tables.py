@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from inference_service.kernels.attention import AttentionCapacity, AttentionTables, Context, pack_tables
-from inference_service.kernels.attention.balance import SPAN_STEP
-from inference_service.kernels.attention.tuning import DECODE_BALANCE, PREFILL_BALANCE
+from inference_service.engine.kernels.attention import AttentionCapacity, AttentionTables, Context, pack_tables
+from inference_service.engine.kernels.attention.balance import SPAN_STEP
+from inference_service.engine.kernels.attention.tuning import DECODE_BALANCE, PREFILL_BALANCE
 from tests.support.cases import cases
 
 BLOCK_SIZE = 16

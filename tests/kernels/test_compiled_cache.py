@@ -14,10 +14,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from inference_service.core.computing import Lack
-from inference_service.kernels.cpu import build, compiling
-from inference_service.kernels.cpu.build import DIGEST_SIZE, Built, load
-from inference_service.kernels.cpu.check import first_wrong
-from inference_service.kernels.cpu.compiling import kinds_that_run
+from inference_service.engine.kernels.cpu import build, compiling
+from inference_service.engine.kernels.cpu.build import DIGEST_SIZE, Built, load
+from inference_service.engine.kernels.cpu.check import first_wrong
+from inference_service.engine.kernels.cpu.compiling import kinds_that_run
 from inference_service.startup.choose import check_triton_cache
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import open_folder, private_folder, read_private
@@ -306,7 +306,7 @@ def test_operations_that_compute_something_else_are_not_used(
 
 def test_what_compiles_needs_nothing_that_is_installed() -> None:
     """The module that compiles imports no installed package, as an installation has none."""
-    code = "import sys; sys.path.append(sys.argv[1]); import inference_service.kernels.cpu.compiling"
+    code = "import sys; sys.path.append(sys.argv[1]); import inference_service.engine.kernels.cpu.compiling"
     subprocess.run([sys.executable, "-I", "-S", "-c", code, str(ROOT)], check=True)
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from inference_service.core.constraint import packed
-from inference_service.kernels.cpu.compiling import (
+from inference_service.engine.kernels.cpu.compiling import (
     Kind,
     kinds_that_run,
 )
-from inference_service.kernels.cpu.ops import (
+from inference_service.engine.kernels.cpu.ops import (
     ADAPTER_FIELDS,
     BLOCK,
     FEW_ROWS,
@@ -29,9 +29,9 @@ from inference_service.kernels.cpu.ops import (
     Table,
     adapters_of,
 )
-from inference_service.kernels.rows import Activation
-from inference_service.kernels.rows.reference import ACTIVATIONS
-from inference_service.kernels.sampling import Edits, RowParams, draw_rows
+from inference_service.engine.kernels.rows import Activation
+from inference_service.engine.kernels.rows.reference import ACTIVATIONS
+from inference_service.engine.kernels.sampling import Edits, RowParams, draw_rows
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -188,7 +188,7 @@ def test_many_rows_of_bfloat16_are_widened_where_that_is_faster(
     two_ways = "bfloat16" in usual.instructions
     usual.widened_from.value = NOT_TIMED if two_ways else 1
     monkeypatch.setattr(CpuOps, "linear", linear)
-    monkeypatch.setattr("inference_service.kernels.cpu.ops.perf_counter", lambda: now[0])
+    monkeypatch.setattr("inference_service.engine.kernels.cpu.ops.perf_counter", lambda: now[0])
     chosen = CpuOps(library, torch.bfloat16).widened_from.value
     assert chosen == (start if two_ways else 1)
 

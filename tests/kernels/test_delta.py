@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.kernels import delta
-from inference_service.kernels.cpu.ops import CpuOps, Table
-from inference_service.kernels.launch import Launch, intercepted
+from inference_service.engine.kernels import delta
+from inference_service.engine.kernels.cpu.ops import CpuOps, Table
+from inference_service.engine.kernels.launch import Launch, intercepted
 from tests.kernels.delta_case import STEPS, Sizes, case, inputs_of, layer, wrong
 
 SIZES = {"shared": (2, 4, 16, 8), "odd": (3, 3, 24, 40)}

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import LoraBackend
-from inference_service.backends.native_lora import NativeLora
-from inference_service.backends.operations import Operations
-from inference_service.backends.torch_lora import TorchLora
-from inference_service.backends.triton import TritonOperations
-from inference_service.backends.triton_lora import TritonLora
-from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.kernels.experts import Routed, segments as of_pairs
-from inference_service.kernels.sgmv import SegmentCapacity
-from inference_service.lora.segments import Arrangement, Segment
-from inference_service.lora.weights import AdapterWeights, Placed, arrange
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.backends.native_lora import NativeLora
+from inference_service.engine.backends.operations import Operations
+from inference_service.engine.backends.torch_lora import TorchLora
+from inference_service.engine.backends.triton import TritonOperations
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.kernels.cpu.ops import CpuOps
+from inference_service.engine.kernels.experts import Routed, segments as of_pairs
+from inference_service.engine.kernels.sgmv import SegmentCapacity
+from inference_service.engine.lora.segments import Arrangement, Segment
+from inference_service.engine.lora.weights import AdapterWeights, Placed, arrange
 from inference_service.startup.merged import hold
 from loramux_shared.bases.groups import EXPERTS_DOWN, EXPERTS_GATE_UP, expert_groups, group_of, layer_groups
 from loramux_shared.bundle.modules import BY_NAME

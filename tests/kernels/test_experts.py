@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.deterministic import DeterministicOperations
-from inference_service.kernels import experts
-from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.kernels.experts.tuning import TILE, Load, load_of
-from inference_service.kernels.launch import Launch, intercepted
+from inference_service.engine.backends.deterministic import DeterministicOperations
+from inference_service.engine.kernels import experts
+from inference_service.engine.kernels.cpu.ops import CpuOps
+from inference_service.engine.kernels.experts.tuning import TILE, Load, load_of
+from inference_service.engine.kernels.launch import Launch, intercepted
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}

@@ -15,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inference_service.core.adapter import MOST_PARTS
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence, Token
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.buffers import PAIR
 from inference_service.engine.engine import Engine
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.graphs import Graph
-from inference_service.engine.lookup import Expected, Lookup
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending, lay_out
+from inference_service.engine.execution.buffers import PAIR
+from inference_service.engine.execution.graph_runner import GraphRunner
+from inference_service.engine.execution.graphs import Graph
+from inference_service.engine.execution.runner import Pending, lay_out
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.lookup import Expected, Lookup
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import blend_buckets, buckets
 from loramux_shared.runtime import Pooling

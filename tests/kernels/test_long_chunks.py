@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends import long_chunks
-from inference_service.backends.base import LayerHeads
-from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
-from inference_service.backends.native_attention import NativeAttention
-from inference_service.kernels.attention import Context
-from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.engine.backends import long_chunks
+from inference_service.engine.backends.base import LayerHeads
+from inference_service.engine.backends.long_chunks import rows_from_which_torch_is_faster
+from inference_service.engine.backends.native_attention import NativeAttention
+from inference_service.engine.kernels.attention import Context
+from inference_service.engine.kernels.cpu.ops import CpuOps
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 
 BLOCKS = 12

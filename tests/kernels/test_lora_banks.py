@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from inference_service.backends.base import LoraBackend
-from inference_service.backends.native_lora import NativeLora
-from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.lora.places import taken_by
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.backends.native_lora import NativeLora
+from inference_service.engine.kernels.cpu.ops import CpuOps
+from inference_service.engine.lora.places import taken_by
 from inference_service.startup.merged import hold
 from loramux_shared.bases.groups import layer_groups
 from loramux_shared.faults import InternalFault

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.native import NativeLinear, NativeOperations
-from inference_service.backends.triton import TritonOperations
-from inference_service.kernels.cpu.ops import ROUNDED, CpuOps
-from inference_service.kernels.integers import Quantized, quantize
-from inference_service.kernels.launch import planned
-from inference_service.kernels.rounded import MOST_ROWS, PackedWeight, product
-from inference_service.kernels.rounded.launch import packed_halves, round_rows, widened
-from inference_service.layers.linear import Linear
-from inference_service.layers.norm import RMSNorm
-from inference_service.layers.on_gpu import FP8, LARGEST_FP8, rounded_fp8
-from inference_service.layers.quantized import QuantizedLinear, require_able
+from inference_service.engine.backends.native import NativeLinear, NativeOperations
+from inference_service.engine.backends.triton import TritonOperations
+from inference_service.engine.kernels.cpu.ops import ROUNDED, CpuOps
+from inference_service.engine.kernels.integers import Quantized, quantize
+from inference_service.engine.kernels.launch import planned
+from inference_service.engine.kernels.rounded import MOST_ROWS, PackedWeight, product
+from inference_service.engine.kernels.rounded.launch import packed_halves, round_rows, widened
+from inference_service.engine.layers.linear import Linear
+from inference_service.engine.layers.norm import RMSNorm
+from inference_service.engine.layers.on_gpu import FP8, LARGEST_FP8, rounded_fp8
+from inference_service.engine.layers.quantized import QuantizedLinear, require_able
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.runtime import Rounding
 
@@ -233,7 +233,7 @@ def test_the_product_is_that_of_the_widened_weight(
     x = torch.full((rows, width + 8), torch.nan, dtype=dtype, device=device)[:, :width].normal_()
     found = product(x, weight, bias)
     with monkeypatch.context() as patch:
-        patch.setattr("inference_service.kernels.rounded.triton_kernels.OLD", True)
+        patch.setattr("inference_service.engine.kernels.rounded.triton_kernels.OLD", True)
         in_smaller_tiles = product(x, weight, bias)
     assert (found.double() - in_smaller_tiles).norm() / found.double().norm() < BOUND[dtype]
     expected = x.double() @ widened(weight, torch.float32).double().t() + bias.double()

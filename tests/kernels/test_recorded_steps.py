@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import Gemma4TextConfig, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.sampling import SamplingParams
-from inference_service.engine import graph_runner
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.runner import Blocks
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.execution import graph_runner
+from inference_service.engine.execution.graph_runner import GraphRunner
+from inference_service.engine.execution.runner import Blocks
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup.load import Ready
 from loramux_shared.bases.cache import window_blocks
 from loramux_shared.bases.config import ModelConfig

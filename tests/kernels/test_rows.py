@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.kernels.launch import Launch, intercepted, planned
-from inference_service.kernels.rounded import round_rows
-from inference_service.kernels.rows import Activation, activated, embed, gated, norm, reference, softcap
+from inference_service.engine.kernels.launch import Launch, intercepted, planned
+from inference_service.engine.kernels.rounded import round_rows
+from inference_service.engine.kernels.rows import Activation, activated, embed, gated, norm, reference, softcap
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS: list[Activation] = ["silu", "gelu_tanh", "gelu"]
@@ -209,9 +209,9 @@ def test_no_package_needs_triton() -> None:
     """CPU machines import all packages, these and the others, and use the references without Triton."""
     code = (
         "import sys; sys.modules['triton'] = None; "
-        "from inference_service.kernels.rows import reference as rows; "
-        "from inference_service.kernels.sampling import reference as sampling; "
-        "from inference_service.kernels.sgmv import reference as sgmv; "
-        "from inference_service.kernels import attention"
+        "from inference_service.engine.kernels.rows import reference as rows; "
+        "from inference_service.engine.kernels.sampling import reference as sampling; "
+        "from inference_service.engine.kernels.sgmv import reference as sgmv; "
+        "from inference_service.engine.kernels import attention"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,11 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inference_service.kernels.launch import planned
-from inference_service.kernels.sampling import RowParams, SamplingTables, draw, pack_rows, reference, sample
-from inference_service.kernels.sampling.host import philox
-from inference_service.kernels.sampling.launch import SHIFTS
-from inference_service.kernels.sampling.triton_kernels import _noise, _threshold
+from inference_service.engine.kernels.launch import planned
+from inference_service.engine.kernels.sampling import (
+    RowParams,
+    SamplingTables,
+    draw,
+    pack_rows,
+    reference,
+    sample,
+)
+from inference_service.engine.kernels.sampling.host import philox
+from inference_service.engine.kernels.sampling.launch import SHIFTS
+from inference_service.engine.kernels.sampling.triton_kernels import _noise, _threshold
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 UNTOUCHED = -7

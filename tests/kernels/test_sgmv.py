@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from inference_service.kernels.launch import ARCHITECTURES, DTYPES
-from inference_service.kernels.sgmv import (
+from inference_service.engine.kernels.launch import ARCHITECTURES, DTYPES
+from inference_service.engine.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
     Group,

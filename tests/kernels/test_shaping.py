@@ -9,13 +9,13 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
+from inference_service.api.requests.terms import completing
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence as EngineSequence, Token
-from inference_service.engine import sampler
-from inference_service.engine.shaping import Reading, Shaper
-from inference_service.kernels.sampling import ShapingTables, pack_shapes, sample_shaped
-from inference_service.kernels.sampling.shaping import PIECE, ShapedRow, ShapingState
-from inference_service.serving.terms import completing
+from inference_service.engine.execution import sampler
+from inference_service.engine.execution.shaping import Reading, Shaper
+from inference_service.engine.kernels.sampling import ShapingTables, pack_shapes, sample_shaped
+from inference_service.engine.kernels.sampling.shaping import PIECE, ShapedRow, ShapingState
 from loramux_shared.bases.memory import shaping_bytes
 from tests.support.examples import examples
 from tests.support.grammars import ScriptedGrammar, mask_of

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.triton_lora import TritonLora
-from inference_service.kernels.launch import Launch, intercepted
-from inference_service.kernels.sgmv import DECODE_TILE, SegmentCapacity, Segments, pack_segments
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.kernels.launch import Launch, intercepted
+from inference_service.engine.kernels.sgmv import DECODE_TILE, SegmentCapacity, Segments, pack_segments
 from inference_service.startup.merged import hold
 from tests.kernels.lora_case import ADAPTERS, GROUPS, LAYERS, Resident, adapted, adapter, arrangement
 

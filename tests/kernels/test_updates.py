@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from inference_service.kernels import sgmv
-from inference_service.kernels.attention import attend
-from inference_service.kernels.launch import Launch, intercepted
-from inference_service.kernels.rows import activated, gated
+from inference_service.engine.kernels import sgmv
+from inference_service.engine.kernels.attention import attend
+from inference_service.engine.kernels.launch import Launch, intercepted
+from inference_service.engine.kernels.rows import activated, gated
 from tests.kernels.attention_case import Heads, Layout, make_case as attention_case
 from tests.kernels.sgmv_case import Case, make_case
 from tests.kernels.test_rows import poisoned

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from inference_service.core.sequence import Batch
-from inference_service.engine.runner import Pending
+from inference_service.engine.execution.runner import Pending
 from inference_service.startup.load import Ready
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from inference_service.core.request import PromptScores
 from inference_service.core.sampling import SamplingParams
-from inference_service.serving.request import PromptScores
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.storage.memory import MemoryStore
 from tests.support import tiny

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from inference_service.engine.queues import SchedulerLimits
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import OWN_TOKENS_FILE
 from loramux_shared.bundle.reader import read_manifest

@@ -8,10 +8,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from inference_service.backends.deterministic import agreeing_sizes
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
-from inference_service.layers.linear import SIZES as ROWS, in_pieces
+from inference_service.engine.backends.deterministic import agreeing_sizes
+from inference_service.engine.layers.linear import SIZES as ROWS, in_pieces
 from inference_service.startup.load import Ready
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore

@@ -15,13 +15,13 @@ from hypothesis import given, settings, strategies as st
 from inference_service.adapters.follower import needs_restart
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Sequence, Token
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.drafts.choice import DraftChoice
-from inference_service.engine.drafts.model import DraftModel
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending
+from inference_service.engine.execution.drafts.choice import DraftChoice
+from inference_service.engine.execution.drafts.model import DraftModel
+from inference_service.engine.execution.runner import Pending
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import Fault, SettingsInvalid

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.runner import Runner
-from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder
+from inference_service.engine.execution.runner import Runner
+from inference_service.engine.models.checkpoint import Checkpoint
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.scheduling.block_manager import BlockManager
 from inference_service.startup.load import Ready
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families

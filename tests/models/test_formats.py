@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from inference_service.models import packed
-from inference_service.models.checkpoint import Checkpoint
+from inference_service.engine.models import packed
+from inference_service.engine.models.checkpoint import Checkpoint
 from loramux_shared.bases.formats import read_quantization, with_quantize
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid

@@ -6,8 +6,8 @@ import gguf
 import pytest
 import torch
 
-from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.models.gguf_blocks import BLOCK_TYPES
+from inference_service.engine.kernels.cpu.ops import CpuOps
+from inference_service.engine.models.gguf_blocks import BLOCK_TYPES
 from loramux_shared.gguf.header import SIZES
 from tests.kernels.conftest import compiled as compiled
 from tests.support.gguf_files import random_blocks

@@ -15,7 +15,7 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.layers.on_gpu import PackedLinear
+from inference_service.engine.layers.on_gpu import PackedLinear
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import AdapterInvalid

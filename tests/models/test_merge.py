@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder, Layer
+from inference_service.engine.models.checkpoint import Checkpoint
+from inference_service.engine.models.decoder import Decoder, Layer
 from inference_service.startup.load import Ready
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation

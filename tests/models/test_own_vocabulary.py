@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig, 
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.lora.segments import Segment
+from inference_service.engine.lora.segments import Segment
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.storage.memory import MemoryStore

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3_5Te
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.engine.step_times import StepTimes
-from inference_service.serving.engine_thread import Inbox
+from inference_service.driver.engine_thread import Inbox
+from inference_service.engine.scheduling.step_times import StepTimes
 from inference_service.startup import load
 from inference_service.startup.bank import OpenBank, preload
 from inference_service.startup.load import Ready

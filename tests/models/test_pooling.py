@@ -8,7 +8,7 @@ import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence, Vector
-from inference_service.engine.runner import lay_out
+from inference_service.engine.execution.runner import lay_out
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.pooled import cached_oracle, expected_of, run_pooled

@@ -18,10 +18,10 @@ import torch
 from transformers import LlamaConfig, Olmo2Config, PreTrainedConfig, Qwen3_5TextConfig
 
 from inference_service.adapters.loader import Packer
+from inference_service.core.request import Request
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, StepOutput
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.serving.request import Request
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup.load import Ready
 from inference_service.startup.ranks.host import RankHost
 from loramux_shared.bases.read import read_config

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from inference_service.backends import replayed
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import StepOutput
-from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.kernels.cpu.program import Buffers
+from inference_service.engine.backends import replayed
+from inference_service.engine.kernels.cpu.ops import CpuOps
+from inference_service.engine.kernels.cpu.program import Buffers
 from inference_service.startup.load import Ready
 from tests.models.test_families import CASES
 from tests.support.cases import cases

@@ -9,7 +9,7 @@ import torch
 from structlog.testing import capture_logs
 
 from inference_service.adapters.follower import needs_restart
-from inference_service.kernels.integers import quantize
+from inference_service.engine.kernels.integers import quantize
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.deployment_file import parse_deployment

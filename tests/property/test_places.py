@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from inference_service.lora.places import ALIGNMENT, Place, Places
+from inference_service.engine.lora.places import ALIGNMENT, Place, Places
 from loramux_shared.faults import InternalFault, ResourcesExhausted
 from tests.support.examples import examples
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from inference_service.apis.channel import Channel
-from inference_service.apis.host import ApiHost, ApiPeer
-from inference_service.apis.relay import HttpRelay
-from inference_service.apis.remote import RemoteApi, deployed_to, served_to
-from inference_service.http.server import HttpServer
-from inference_service.rpc.servicer import InferenceServicer
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.service import GenerationService
+from inference_service.api.http.server import HttpServer
+from inference_service.api.processes.channel import Channel
+from inference_service.api.processes.host import ApiHost, ApiPeer
+from inference_service.api.processes.relay import HttpRelay
+from inference_service.api.processes.remote import RemoteApi, deployed_to, served_to
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.rpc.servicer import InferenceServicer
+from inference_service.driver.engine_thread import EngineThread
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from inference_service.chat.dialect import FORMATS
+from inference_service.api.chat.dialect import FORMATS
 from loramux_shared.runtime import ReasoningParser, ToolParser
 
 

@@ -3,8 +3,8 @@
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
-from inference_service.serving.service import GenerationService
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.rpc.servicer import SERVICE_NAME, InferenceServicer
 from inference_service.startup.load import Ready
 from loramux import AsyncClient
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard

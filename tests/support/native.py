@@ -13,8 +13,8 @@ from typing import Final
 import pytest
 from filelock import FileLock
 
-from inference_service.kernels.cpu import build, compiling
-from inference_service.kernels.cpu.build import Built, load
+from inference_service.engine.kernels.cpu import build, compiling
+from inference_service.engine.kernels.cpu.build import Built, load
 from inference_service.startup import choose
 from tests.support.examples import SWEEPING
 

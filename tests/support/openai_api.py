@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 from openai import AsyncOpenAI
 
-from inference_service.http.server import HttpServer
+from inference_service.api.http.server import HttpServer
 from inference_service.startup.load import Ready
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.storage.memory import MemoryStore

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from inference_service.chat.formats.reading import AnswerReader
-from inference_service.chat.request import CallArguments, CallBegun, Piece, TextPiece, Thought
+from inference_service.api.chat.formats.reading import AnswerReader
+from inference_service.api.chat.request import CallArguments, CallBegun, Piece, TextPiece, Thought
 
 Collected = list[list[str]]
 """``["said", text]``, ``["thought", text]`` and ``["call", name, arguments]``, each as long as it continues."""

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.blocks import StateSlots
 from inference_service.engine.engine import Engine
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.graphs import CudaRecorder, Recorder
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Blocks
-from inference_service.engine.tape import TapeRecorder
-from inference_service.kernels.launch import Launch
+from inference_service.engine.execution.graph_runner import GraphRunner
+from inference_service.engine.execution.graphs import CudaRecorder, Recorder
+from inference_service.engine.execution.runner import Blocks
+from inference_service.engine.execution.tape import TapeRecorder
+from inference_service.engine.kernels.launch import Launch
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.blocks import StateSlots
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from inference_service.startup.load import Ready
 
 BLOCK = 16

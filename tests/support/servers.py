@@ -11,7 +11,7 @@ from tests.support.waiting import BOUND_S
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from inference_service.http.server import HttpServer
+    from inference_service.api.http.server import HttpServer
 
 Server = TypeVar("Server", "HttpServer", RpcServer)
 ANY_PORT = "127.0.0.1:0"

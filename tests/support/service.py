@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from inference_service.serving.request import AnswerDelta, Event, Request
+from inference_service.core.request import AnswerDelta, Event, Request
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import World

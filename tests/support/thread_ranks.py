@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.runner import Runner
-from inference_service.engine.tape import TapeRecorder
-from inference_service.kernels.launch import Launch
-from inference_service.lora.places import taken_by
-from inference_service.lora.weights import load_adapter, part_of
-from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder
+from inference_service.engine.execution.runner import Runner
+from inference_service.engine.execution.tape import TapeRecorder
+from inference_service.engine.kernels.launch import Launch
+from inference_service.engine.lora.places import taken_by
+from inference_service.engine.lora.weights import load_adapter, part_of
+from inference_service.engine.models.checkpoint import Checkpoint
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.load import Ready
 from inference_service.startup.ranks import work

@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from inference_service.lora.weights import AdapterWeights, Placed, Vectors, arrange
+from inference_service.engine.lora.weights import AdapterWeights, Placed, Vectors, arrange
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bundle.modules import BY_NAME
 

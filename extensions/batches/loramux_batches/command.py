@@ -93,7 +93,7 @@ async def _ask(batch: Batch, url: str, llm: Any, concurrency: int, on_answer: Ca
 
     transport = None
     if llm is not None:
-        from inference_service.http.app import create_app
+        from inference_service.api.http.app import create_app
 
         transport = httpx.ASGITransport(create_app(llm.service))
     credentials = Credentials()

@@ -15,11 +15,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from typing_extensions import TypedDict
 
-from inference_service.http.endpoint import Endpoint, Routes
-from inference_service.http.wire.body import Body, Query, read_body, read_query
-from inference_service.http.wire.reply import Reply
-from inference_service.serving.bounds import refused
-from inference_service.serving.service import GenerationService
+from inference_service.api.http.endpoint import Endpoint, Routes
+from inference_service.api.http.wire.body import Body, Query, read_body, read_query
+from inference_service.api.http.wire.reply import Reply
+from inference_service.api.requests.bounds import refused
+from inference_service.api.requests.service import GenerationService
 from loramux_batches.records import (
     DAY_S,
     KEPT_S,

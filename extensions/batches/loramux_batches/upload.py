@@ -8,7 +8,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 
-from inference_service.serving.bounds import refused
+from inference_service.api.requests.bounds import refused
 from loramux_batches.records import Pieces
 from loramux_shared.faults import RequestInvalid
 

@@ -17,7 +17,7 @@ from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundEr
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from inference_service.http.app import create_app
+from inference_service.api.http.app import create_app
 from loramux_batches import records, work
 from loramux_batches.records import BatchStore, Creation, new_file, owner_of
 from loramux_batches.work import BatchWorker

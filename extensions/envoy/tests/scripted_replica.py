@@ -5,11 +5,11 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.served_model import ServedModel
+from inference_service.api.http.server import HttpServer
+from inference_service.api.rpc.servicer import SERVICE_NAME, InferenceServicer
+from inference_service.core.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
 from inference_service.core.sequence import EndReason, Token
-from inference_service.http.server import HttpServer
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
-from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
+from inference_service.core.served_model import ServedModel
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import Fault

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from inference_service.http.wire import protocol
+from inference_service.api.http.wire import protocol
 from loramux import AsyncClient
 from loramux.faults import ServerUnavailable, ShuttingDown
 from loramux.inference.v1 import inference_pb2 as pb

@@ -15,8 +15,8 @@ import structlog
 from pydantic import ValidationError
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from inference_service.serving.request import Request
-from inference_service.serving.service import GenerationService
+from inference_service.api.requests.service import GenerationService
+from inference_service.core.request import Request
 from loramux import Classification, Completion, ModelInfo, load_deployment
 from loramux.records import GenerateOptions, Prompt
 from loramux.vectors import EmbedOptions, ScoreOptions, TextInput

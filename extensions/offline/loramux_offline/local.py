@@ -10,12 +10,12 @@ from typing import Any, cast
 
 from builder_service.builder import Builder
 from builder_service.rpc.servicer import BuilderServicer
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.rpc.adapters import AdapterServicer
+from inference_service.api.rpc.servicer import InferenceServicer
+from inference_service.core.request import AnswerDelta, AnswerFinished, Event, Request
+from inference_service.driver.delivery import Sink
 from inference_service.replica import Replica
-from inference_service.rpc.adapters import AdapterServicer
-from inference_service.rpc.servicer import InferenceServicer
-from inference_service.serving.delivery import Sink
-from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, Request
-from inference_service.serving.service import GenerationService
 from loramux import AsyncClient, Deployment
 from loramux.cli import shell
 from loramux.cli.build import follow_build

@@ -12,8 +12,8 @@ from typing import Final
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
-from inference_service.serving.request import AnswerDelta, Request
-from inference_service.serving.telemetry.record import OK, RequestRecord
+from inference_service.core.request import AnswerDelta, Request
+from inference_service.driver.telemetry.record import OK, RequestRecord
 
 PROVIDER: Final = "loramux"
 

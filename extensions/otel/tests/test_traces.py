@@ -15,10 +15,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from structlog.contextvars import merge_contextvars
 
-from inference_service.http.server import HttpServer
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
-from inference_service.serving.service import GenerationService
-from inference_service.serving.telemetry.request_log import open_watchers
+from inference_service.api.http.server import HttpServer
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.rpc.servicer import SERVICE_NAME, InferenceServicer
+from inference_service.driver.telemetry.request_log import open_watchers
 from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_otel.tracing import Tracing
 from loramux_shared.rpc.server import RpcServer

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from inference_service.layers.rope import frequencies
-from inference_service.models.checkpoint import Checkpoint
+from inference_service.engine.layers.rope import frequencies
+from inference_service.engine.models.checkpoint import Checkpoint
 from loramux_prove import delta
 from loramux_prove.adapter_source import SourceAdapter
 from loramux_prove.factors import ReferenceFactors

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from inference_service.adapters.loader import ProofReplay
-from inference_service.backends.base import StepLora
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence, Token
-from inference_service.engine.runner import Pending, Runner
-from inference_service.kernels.experts.layout import ByExpert
-from inference_service.lora.segments import Arrangement, Segment
-from inference_service.lora.vocabulary import StepVocabulary, Vocabularies
-from inference_service.models.decoder import Decoder
+from inference_service.engine.backends.base import StepLora
+from inference_service.engine.execution.runner import Pending, Runner
+from inference_service.engine.kernels.experts.layout import ByExpert
+from inference_service.engine.lora.segments import Arrangement, Segment
+from inference_service.engine.lora.vocabulary import StepVocabulary, Vocabularies
+from inference_service.engine.models.decoder import Decoder
 from loramux_prove.fingerprint import EMBEDDING, HEAD, difference, effect_of
 from loramux_shared.bundle.manifest import Manifest
 from loramux_shared.bundle.modules import NO_LAYER

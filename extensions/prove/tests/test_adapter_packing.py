@@ -8,9 +8,9 @@ from structlog.testing import capture_logs
 
 from inference_service.adapters.loader import AdapterLoader, Packer
 from inference_service.adapters.reading import BundleReader
-from inference_service.lora.slots import Slots
-from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder
+from inference_service.engine.lora.slots import Slots
+from inference_service.engine.models.checkpoint import Checkpoint
+from inference_service.engine.models.decoder import Decoder
 from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation

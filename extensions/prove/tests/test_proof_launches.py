@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.adapter import Adapter
+from inference_service.engine.backends.triton_lora import TritonLora
 from loramux_prove.replay import _submit, rehearse
 from loramux_shared.bundle.proof import PROBE_LENGTHS
 from tests.kernels.test_recorded_steps import BLOCKS, LIMITS

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
-from inference_service.http.wire.refusals import fault_response
+from inference_service.api.http.wire.refusals import fault_response
 from loramux_ray.calls import HttpCall, Messages, require_local
 from loramux_shared.faults import PermissionDenied
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import structlog
 
-from inference_service.http.app import create_app
+from inference_service.api.http.app import create_app
+from inference_service.api.rpc.adapters import AdapterServicer
+from inference_service.api.rpc.servicer import InferenceServicer
 from inference_service.replica import TELL_S, Replica, end_broken
-from inference_service.rpc.adapters import AdapterServicer
-from inference_service.rpc.servicer import InferenceServicer
 from loramux_ray.asgi import answered
 from loramux_ray.bridge import Bridge
 from loramux_ray.calls import End, HttpCall, Messages, RpcCall

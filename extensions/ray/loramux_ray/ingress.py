@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from inference_service.http.wire.refusals import fault_event, fault_response
-from inference_service.http.wire.reply import while_connected
+from inference_service.api.http.wire.refusals import fault_event, fault_response
+from inference_service.api.http.wire.reply import while_connected
 from loramux_ray.calls import HttpCall, Messages
 from loramux_ray.forwarding import ONCE, PAUSES_S, Forwarder
 from loramux_ray.names import ENGINE, MODEL

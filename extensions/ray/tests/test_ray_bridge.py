@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from inference_service.http.app import create_app
-from inference_service.rpc.servicer import InferenceServicer
+from inference_service.api.http.app import create_app
+from inference_service.api.rpc.servicer import InferenceServicer
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_ray.asgi import answered
 from loramux_ray.bridge import Bridge

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.serving.naming import Naming
-from inference_service.serving.request import ModelReference, Request, RequestPrompt
+from inference_service.core.request import ModelReference, Request, RequestPrompt
+from inference_service.driver.naming import Naming
 from loramux_resolve.resolver import BUILDS, MOST_BUILDS, REMEMBERED_S, Resolver, allowed
 from loramux_shared import faults
 from loramux_shared.access.keys import ACCESS, Access, Scope

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from inference_service.backends.native import NativeOperations
-from inference_service.backends.operations import Operations
-from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.engine.backends.native import NativeOperations
+from inference_service.engine.backends.operations import Operations
+from inference_service.engine.kernels.cpu.ops import CpuOps
 from loramux_shared.bases.shard import Shard
 
 PLACE: Final = 1 << 18

@@ -28,9 +28,9 @@ from inference_service.adapters.disk import open_disk_tier
 from inference_service.adapters.loader import Packer, one_thread
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.workers import Workers
-from inference_service.backends.operations import Backend
-from inference_service.engine.graphs import CudaRecorder
-from inference_service.lora.packed import PackedAdapter
+from inference_service.engine.backends.operations import Backend
+from inference_service.engine.execution.graphs import CudaRecorder
+from inference_service.engine.lora.packed import PackedAdapter
 from inference_service.startup.base import set_threads, shard_of
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.memory import bound_arenas, give_back

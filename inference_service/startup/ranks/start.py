@@ -5,14 +5,14 @@ from typing import cast
 import torch
 
 from inference_service.adapters.loader import Pack
-from inference_service.backends.base import LoraBackend
-from inference_service.backends.operations import Backend
-from inference_service.backends.triton_lora import TritonLora
-from inference_service.engine.graphs import CudaRecorder
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import BankMemory
-from inference_service.engine.runner import Blocks, Runner
-from inference_service.models.decoder import Decoder
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.backends.operations import Backend
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.execution.graphs import CudaRecorder
+from inference_service.engine.execution.runner import Blocks, Runner
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import BankMemory
 from inference_service.startup.model import read_model
 from inference_service.startup.ranks.group import group_of
 from inference_service.startup.ranks.host import RankHost

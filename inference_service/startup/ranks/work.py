@@ -12,20 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import LoraBackend, StepLora
-from inference_service.backends.triton_lora import TritonLora
 from inference_service.core.sequence import Batch
-from inference_service.engine.buffers import StepBuffers
-from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.graphs import Recorder
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.runner import KNOWN, Blocks, Pending, Rows, Runner, Vectors, new_cache, to_device
-from inference_service.kernels.attention import Context
-from inference_service.lora.packed import PackedAdapter
-from inference_service.lora.segments import Arrangement, Segment
-from inference_service.lora.vocabulary import StepVocabulary
-from inference_service.models.blocks import Cache
-from inference_service.models.decoder import Decoder
+from inference_service.engine.backends.base import LoraBackend, StepLora
+from inference_service.engine.backends.triton_lora import TritonLora
+from inference_service.engine.execution.buffers import StepBuffers
+from inference_service.engine.execution.graph_runner import GraphRunner
+from inference_service.engine.execution.graphs import Recorder
+from inference_service.engine.execution.runner import (
+    KNOWN,
+    Blocks,
+    Pending,
+    Rows,
+    Runner,
+    Vectors,
+    new_cache,
+    to_device,
+)
+from inference_service.engine.kernels.attention import Context
+from inference_service.engine.lora.packed import PackedAdapter
+from inference_service.engine.lora.segments import Arrangement, Segment
+from inference_service.engine.lora.vocabulary import StepVocabulary
+from inference_service.engine.models.blocks import Cache
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup.ranks.host import RankHost
 from loramux_shared.bundle.reader import Bundle
 

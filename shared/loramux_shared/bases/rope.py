@@ -1,4 +1,4 @@
-"""Rotary position embeddings in numbers; `inference_service.layers.rope` computes with them.
+"""Rotary position embeddings in numbers; `inference_service.engine.layers.rope` computes with them.
 
 Sources: https://arxiv.org/abs/2104.09864; the llama3 scaling as in Meta's Llama 3.1 reference code; YaRN
 https://arxiv.org/abs/2309.00071; LongRoPE https://arxiv.org/abs/2402.13753.

@@ -17,11 +17,11 @@ from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER, BuilderServicer
 from inference_service.adapters.fixed import fixed_manager
-from inference_service.http.app import ENDPOINTS, create_app
-from inference_service.http.wire.refusals import fault_body
-from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS, AdapterServicer
-from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer
-from inference_service.serving.service import GenerationService
+from inference_service.api.http.app import ENDPOINTS, create_app
+from inference_service.api.http.wire.refusals import fault_body
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.rpc.adapters import SERVICE_NAME as ADAPTERS, AdapterServicer
+from inference_service.api.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer
 from loramux import AsyncClient
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2

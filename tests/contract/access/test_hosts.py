@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from inference_service.http.app import ENDPOINTS
-from inference_service.http.server import HttpServer
+from inference_service.api.http.app import ENDPOINTS
+from inference_service.api.http.server import HttpServer
 from loramux_shared.access.guard import Guard
 from tests.support.access import keyring
 from tests.support.servers import ANY_PORT, serve

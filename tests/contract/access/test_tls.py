@@ -12,7 +12,7 @@ import httpx
 import pytest
 import structlog
 
-from inference_service.http.server import HttpServer
+from inference_service.api.http.server import HttpServer
 from loramux import AsyncClient, Client
 from loramux_shared.access.guard import Guard, TlsFiles
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid, Unauthenticated

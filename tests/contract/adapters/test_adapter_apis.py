@@ -6,8 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from inference_service.http.app import create_app
-from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer
+from inference_service.api.http.app import create_app
+from inference_service.api.rpc.adapters import SERVICE_NAME, AdapterServicer
 from loramux import AsyncClient
 from loramux_shared.faults import BundleCorrupt, NoBuilder, RequestInvalid
 from loramux_shared.rpc.server import RpcServer

@@ -15,7 +15,7 @@ import pytest_asyncio
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults
+from inference_service.core.served_model import NO_DEFAULTS, AdapterDefaults
 from inference_service.startup.load import Ready
 from loramux.client import AsyncClient
 from loramux.faults import GenerationNotFound, ModelNotFound, RateLimited

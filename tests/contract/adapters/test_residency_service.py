@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from inference_service.serving.request import AnswerDelta, AnswerStarted, Request
+from inference_service.core.request import AnswerDelta, AnswerStarted, Request
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
 from loramux_shared.faults import BundleCorrupt

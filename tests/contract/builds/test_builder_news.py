@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from inference_service.rpc import builder as builder_news
-from inference_service.rpc.builder import FIRST_PAUSE_S, BuilderNews
+from inference_service.api.rpc import builder as builder_news
+from inference_service.api.rpc.builder import FIRST_PAUSE_S, BuilderNews
 from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc as builder_grpc
 from loramux_shared.rpc.server import RpcServer
 from tests.support.s3_gateway import free_port

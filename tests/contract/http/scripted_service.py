@@ -7,9 +7,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from inference_service.api.http.server import HttpServer
+from inference_service.core.request import Event, Request
 from inference_service.core.sequence import EndReason
-from inference_service.http.server import HttpServer
-from inference_service.serving.request import Event, Request
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from tests.golden.openai.script import Case, Scripted

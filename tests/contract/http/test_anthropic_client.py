@@ -15,10 +15,10 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from inference_service.http.anthropic.mapping import chat_of
-from inference_service.http.anthropic.messages import MessageAnswer
-from inference_service.http.anthropic.schema import MessagesBody
-from inference_service.http.app import create_app
+from inference_service.api.http.anthropic.mapping import chat_of
+from inference_service.api.http.anthropic.messages import MessageAnswer
+from inference_service.api.http.anthropic.schema import MessagesBody
+from inference_service.api.http.app import create_app
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.runtime import ReasoningParser

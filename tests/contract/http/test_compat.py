@@ -12,10 +12,10 @@ import pytest_asyncio
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from inference_service.adapters.served_model import NO_DEFAULTS
-from inference_service.http.app import create_app
-from inference_service.http.compat.tokens import DetokenizeBody, TokenizeBody
-from inference_service.http.wire.errors import error_body, invalid_body
+from inference_service.api.http.app import create_app
+from inference_service.api.http.compat.tokens import DetokenizeBody, TokenizeBody
+from inference_service.api.http.wire.errors import error_body, invalid_body
+from inference_service.core.served_model import NO_DEFAULTS
 from loramux_shared.bundle.added_tokens import OwnTokens
 from tests.contract.http.conftest import api as api, opened as opened
 from tests.contract.http.test_vllm_parameters import world as world

@@ -8,11 +8,11 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from inference_service.http.app import ENDPOINTS, create_app
-from inference_service.http.openai.schema import MAX_PROMPTS
-from inference_service.http.server import HttpServer
-from inference_service.http.wire.protocol import MAX_FIELDS, MAX_PIPELINED, MAX_TARGET_BYTES
-from inference_service.serving.service import GenerationService
+from inference_service.api.http.app import ENDPOINTS, create_app
+from inference_service.api.http.openai.schema import MAX_PROMPTS
+from inference_service.api.http.server import HttpServer
+from inference_service.api.http.wire.protocol import MAX_FIELDS, MAX_PIPELINED, MAX_TARGET_BYTES
+from inference_service.api.requests.service import GenerationService
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from tests.support.cases import cases
 from tests.support.openai_api import OpenAIApi

@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from inference_service.adapters.fixed import fixed_manager
+from inference_service.api.http.app import create_app
+from inference_service.api.http.server import HttpServer
 from inference_service.core.computing import Computing, Lack
-from inference_service.http.app import create_app
-from inference_service.http.server import HttpServer
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.storage.memory import MemoryStore

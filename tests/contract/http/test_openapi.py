@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 from starlette.routing import Route
 
-from inference_service.http.app import ENDPOINTS, Application, create_app
-from inference_service.http.openapi.document import ServerFacts, document, facts_of
+from inference_service.api.http.app import ENDPOINTS, Application, create_app
+from inference_service.api.http.openapi.document import ServerFacts, document, facts_of
 from loramux_shared.access.keys import Scope
 from tests.contract.http.conftest import api as api, opened as opened, world as world
 from tests.contract.http.test_http_rules import web as web

@@ -9,14 +9,14 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from inference_service.api.http.app import ENDPOINTS, create_app
 from inference_service.engine.engine import SequenceCounts
-from inference_service.http.app import ENDPOINTS, create_app
 from loramux_shared.access.keyring import Keyring
 from tests.support.access import lines, new_entry
 from tests.support.services.silent import silent_service
 from tests.support.web import web_client
 
-FILES = {file.name: file for file in files("inference_service.http.page").iterdir() if file.is_file()}
+FILES = {file.name: file for file in files("inference_service.api.http.page").iterdir() if file.is_file()}
 SCRIPTS = {name: FILES[name].read_text() for name in FILES if name.endswith(".js")}
 ROUTES = [endpoint.path for endpoint in ENDPOINTS if endpoint.path == "/" or endpoint.path.startswith("/page/")]
 

@@ -17,8 +17,8 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from inference_service.http.app import ENDPOINTS
-from inference_service.http.server import HttpServer
+from inference_service.api.http.app import ENDPOINTS
+from inference_service.api.http.server import HttpServer
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
 from tests.support.access import lines, new_entry

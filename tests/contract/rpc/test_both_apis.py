@@ -8,7 +8,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from inference_service.rpc.servicer import SERVICE_NAME
+from inference_service.api.rpc.servicer import SERVICE_NAME
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.requests import generate_request
 from tests.fuzz.apis import FuzzedApis

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from inference_service.rpc.servicer import SERVICE_NAME
+from inference_service.api.rpc.servicer import SERVICE_NAME
 from loramux import AsyncClient
 from loramux_shared.faults import ShuttingDown
 from loramux_shared.rpc import calls, server

@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from inference_service.core.sequence import Batch
-from inference_service.engine.runner import Pending
+from inference_service.engine.execution.runner import Pending
 from inference_service.startup.load import Ready
 from loramux import AsyncClient, Delta, FinishReason, faults
 from loramux.records import Finished, Started

@@ -11,9 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from inference_service.http.wire import protocol
-from inference_service.http.wire.protocol import MAX_HEAD_BYTES
-from inference_service.rpc.servicer import SERVICE_NAME
+from inference_service.api.http.wire import protocol
+from inference_service.api.http.wire.protocol import MAX_HEAD_BYTES
+from inference_service.api.rpc.servicer import SERVICE_NAME
 from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.access.guard import Guard

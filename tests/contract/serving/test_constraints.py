@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 
 from inference_service.core.constraint import Constraint, Kind
+from inference_service.core.request import AnswerDelta, AnswerFinished, Request
 from inference_service.core.sequence import EndReason
-from inference_service.serving import constraints
-from inference_service.serving.constraints import Constraints
-from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
+from inference_service.driver import constraints
+from inference_service.driver.constraints import Constraints
 from inference_service.startup.load import Ready
 from inference_service.text.sandbox.process import SandboxProcess
 from inference_service.text.text import Text

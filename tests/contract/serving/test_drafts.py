@@ -2,8 +2,8 @@
 
 import pytest
 
+from inference_service.core.request import Request
 from inference_service.replica import Operators
-from inference_service.serving.request import Request
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore

@@ -10,14 +10,14 @@ import pytest
 import pytest_asyncio
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.served_model import ServedModel
+from inference_service.api.http.app import create_app
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.requests.terms import ServingLimits
 from inference_service.core.sequence import EndReason
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.fake_driver import FakeDriver, Script
+from inference_service.driver.port import Submission
 from inference_service.engine.engine import SequenceCounts
-from inference_service.http.app import create_app
-from inference_service.serving.driver import Submission
-from inference_service.serving.fake_driver import FakeDriver, Script
-from inference_service.serving.service import GenerationService
-from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from loramux import AsyncClient, FinishReason, faults
 from loramux_shared.faults import ReplicaFailed

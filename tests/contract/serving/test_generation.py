@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from inference_service.core.constraint import Constraint
+from inference_service.core.request import AnswerDelta, AnswerFinished, Event, PromptScores, Request
 from inference_service.core.sequence import Token
-from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, PromptScores, Request
 from loramux_shared.faults import Fault, QueueFull, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import PROMPT, Service, open_service

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from inference_service.kernels.launch import ARCHITECTURES
+from inference_service.engine.kernels.launch import ARCHITECTURES
 from tests.kernels.aot import PACKAGES, Variant, source_of, variants
 from tests.support.root import ROOT
 

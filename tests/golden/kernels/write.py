@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from inference_service.kernels.launch import ARCHITECTURES
+from inference_service.engine.kernels.launch import ARCHITECTURES
 from tests.golden.kernels import sources
 from tests.kernels.aot import PACKAGES, Line
 

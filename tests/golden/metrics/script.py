@@ -14,19 +14,19 @@ from builder_service.builds.views import BuildState
 from builder_service.meter import BuildMeter
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
-from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import Facts
-from inference_service.apis.messages import AnswerState
+from inference_service.api.processes.messages import AnswerState
 from inference_service.core.adapter import Adapter
 from inference_service.core.computing import Computing
+from inference_service.core.request import AnswerDelta, AnswerFinished, Request
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Token
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.engine_thread import EngineThread
+from inference_service.driver.port import Submission
+from inference_service.driver.telemetry.metrics import Metrics
+from inference_service.driver.telemetry.record import following
 from inference_service.engine.engine import SequenceCounts
-from inference_service.serving.driver import Submission
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
-from inference_service.serving.telemetry.metrics import Metrics
-from inference_service.serving.telemetry.record import following
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.runtime import Limits
 from tests.support.generations import change_deployed

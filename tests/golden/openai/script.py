@@ -13,16 +13,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.served_model import ServedModel
+from inference_service.api.http.app import create_app
+from inference_service.api.http.wire.reply import CONNECTION
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.requests.terms import ServingLimits
 from inference_service.core.sequence import EndReason, Token
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.engine_driver import EngineDriver
+from inference_service.driver.engine_thread import EngineThread
+from inference_service.driver.fake_driver import FakeDriver, Script
 from inference_service.engine.engine import SequenceCounts
-from inference_service.http.app import create_app
-from inference_service.http.wire.reply import CONNECTION
-from inference_service.serving.engine_driver import EngineDriver
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.fake_driver import FakeDriver, Script
-from inference_service.serving.service import GenerationService
-from inference_service.serving.terms import ServingLimits
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.faults import InternalFault, ReplicaFailed

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from inference_service.http.app import ENDPOINTS
-from inference_service.http.openapi.document import ServerFacts, document
+from inference_service.api.http.app import ENDPOINTS
+from inference_service.api.http.openapi.document import ServerFacts, document
 
 RECORDED: Final = Path(__file__).with_name("openapi.txt")
 MIN_SHARED_CHARACTERS: Final = 40

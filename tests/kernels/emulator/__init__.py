@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from inference_service.kernels.cpu import compiling
-from inference_service.kernels.cpu.compiling import KINDS
+from inference_service.engine.kernels.cpu import compiling
+from inference_service.engine.kernels.cpu.compiling import KINDS
 from tests.support.root import ROOT
 from tests.support.waiting import BOUND_S
 

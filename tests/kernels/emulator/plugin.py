@@ -12,9 +12,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from inference_service.backends import native_lora
-from inference_service.kernels.cpu import build
-from inference_service.kernels.cpu.build import Built
+from inference_service.engine.backends import native_lora
+from inference_service.engine.kernels.cpu import build
+from inference_service.engine.kernels.cpu.build import Built
 from tests.kernels.emulator import EMULATOR, HEAP, SERVER
 
 NAME, ARGUMENTS, TEXT = 32, 32, 56

@@ -5,11 +5,11 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Self
 
+from inference_service.api.http.server import HttpServer
+from inference_service.api.http.wire import protocol
+from inference_service.api.rpc.servicer import SERVICE_NAME, InferenceServicer
+from inference_service.core.request import AnswerDelta, AnswerStarted, Event, Request
 from inference_service.core.sequence import Token
-from inference_service.http.server import HttpServer
-from inference_service.http.wire import protocol
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer
-from inference_service.serving.request import AnswerDelta, AnswerStarted, Event, Request
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS
 from loramux_shared.rpc import calls

@@ -12,11 +12,11 @@ from inference_service.adapters.adapter_set import AdapterSet
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.manager import AdapterManager
-from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import Facts
+from inference_service.api.rpc.adapters import SERVICE_NAME, AdapterServicer
 from inference_service.core.adapter import Adapter
-from inference_service.engine.residents import AdapterState, ResidencyStats, Standing
-from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer
+from inference_service.core.served_model import ServedModel
+from inference_service.engine.scheduling.residents import AdapterState, ResidencyStats, Standing
 from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared import faults
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard

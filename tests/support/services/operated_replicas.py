@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from builder_service.pipeline.context import BuildContext
+from inference_service.api.rpc.builder import BuilderPublisher
 from inference_service.replica import Operators
-from inference_service.rpc.builder import BuilderPublisher
 from loramux.client import AsyncClient
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources

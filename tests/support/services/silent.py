@@ -5,12 +5,12 @@ from types import SimpleNamespace
 from typing import cast
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.served_model import ServedModel
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.requests.terms import ServingLimits
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.engine_driver import EngineDriver
+from inference_service.driver.engine_thread import EngineThread, PauseMode
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.serving.engine_driver import EngineDriver
-from inference_service.serving.engine_thread import EngineThread, PauseMode
-from inference_service.serving.service import GenerationService
-from inference_service.serving.terms import ServingLimits
 from inference_service.text.text import Text
 from tests.support.tokens import VOCAB, write_tokenizer
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from inference_service.adapters.served_model import AdapterDefaults
+from inference_service.api.requests.terms import Terms
+from inference_service.core.request import Request
 from inference_service.core.sampling import SamplingParams
-from inference_service.serving.request import Request
-from inference_service.serving.terms import Terms
+from inference_service.core.served_model import AdapterDefaults
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.manifest import TEXT_FILES
 from loramux_shared.faults import AdapterInvalid, RequestInvalid

@@ -9,8 +9,8 @@ import pytest
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.changing import digest_of as digest_in, repository_of
 from inference_service.adapters.fixed import fixed_manager
-from inference_service.adapters.served_model import ServedModel
-from inference_service.rpc.builder import BuilderPublisher
+from inference_service.api.rpc.builder import BuilderPublisher
+from inference_service.core.served_model import ServedModel
 from loramux_shared import faults
 from loramux_shared.access.keys import ACCESS, Access, Scope
 from tests.support.cases import cases

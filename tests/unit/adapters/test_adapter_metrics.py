@@ -5,13 +5,13 @@ from typing import cast
 
 import pytest
 
-from inference_service.adapters.served_model import ServedModel
+from inference_service.core.request import Request
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.engine_thread import EngineThread
+from inference_service.driver.telemetry import model_series
+from inference_service.driver.telemetry.metrics import Metrics
+from inference_service.driver.telemetry.record import following
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.request import Request
-from inference_service.serving.telemetry import model_series
-from inference_service.serving.telemetry.metrics import Metrics
-from inference_service.serving.telemetry.record import following
 from tests.support.metrics import Scrape
 from tests.support.services.managed_replica import ManagedReplica, managed_replica
 

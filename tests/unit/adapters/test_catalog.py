@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from inference_service.adapters.catalog import EARLIER, Catalog
-from inference_service.adapters.served_model import AdapterDefaults, ServedModel
 from inference_service.core.adapter import Adapter
+from inference_service.core.served_model import AdapterDefaults, ServedModel
 from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.manifest import AdapterSummary

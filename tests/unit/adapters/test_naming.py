@@ -10,10 +10,10 @@ import pytest
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.follower import FollowerStanding
-from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults
 from inference_service.adapters.texts import AdapterTexts
-from inference_service.serving.naming import Naming
-from inference_service.serving.request import Request
+from inference_service.core.request import Request
+from inference_service.core.served_model import NO_DEFAULTS, AdapterDefaults
+from inference_service.driver.naming import Naming
 from loramux_shared.faults import DeadlineExceeded, ModelNotFound, ReplicaBehind, RequestInvalid
 from tests.support.cases import cases
 from tests.unit.adapters.test_catalog import BASE, digest, generation

@@ -15,8 +15,8 @@ from transformers import Gemma2Config, LlamaConfig
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.progress import Progress
-from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.shard import ShardInvalid, read_shard
+from inference_service.engine.models.checkpoint import Checkpoint
+from inference_service.engine.models.shard import ShardInvalid, read_shard
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.bundle.deployments import current_generation

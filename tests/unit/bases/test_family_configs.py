@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DeepseekV3Config
 
-from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder, _query_factors
-from inference_service.models.experts import ExpertsBlock
-from inference_service.models.family_blocks import RoutedBlock
+from inference_service.engine.models.checkpoint import Checkpoint
+from inference_service.engine.models.decoder import Decoder, _query_factors
+from inference_service.engine.models.experts import ExpertsBlock
+from inference_service.engine.models.family_blocks import RoutedBlock
 from loramux_shared.bases.family_layers import RoutedLayer
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.bases.rope import LongRope, QueryScaling

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from inference_service.kernels.delta import DeltaStates, StateChunk
-from inference_service.models.mamba_scan import MambaWeights, mamba
+from inference_service.engine.kernels.delta import DeltaStates, StateChunk
+from inference_service.engine.models.mamba_scan import MambaWeights, mamba
 from loramux_shared.bases.mamba_layers import MambaLayer
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from builder_service.domain.safetensors_header import HeaderInvalid, TooManyTensors, read_header
-from inference_service.models.shard import ShardInvalid, read_shard
+from inference_service.engine.models.shard import ShardInvalid, read_shard
 from loramux_shared.untrusted_json import (
     PIECE,
     Bounds,

@@ -11,10 +11,10 @@ import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from inference_service.chat.conversation import Demand
-from inference_service.chat.dialect import FORMATS, Dialect, parsers_of
-from inference_service.chat.formats.lark import OfferedTool
-from inference_service.chat.request import AnswerCalls
+from inference_service.api.chat.conversation import Demand
+from inference_service.api.chat.dialect import FORMATS, Dialect, parsers_of
+from inference_service.api.chat.formats.lark import OfferedTool
+from inference_service.api.chat.request import AnswerCalls
 from inference_service.core.constraint import Constraint
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.sandbox import grammars as sandbox

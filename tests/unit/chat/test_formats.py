@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from inference_service.chat.dialect import FORMATS, Dialect, parsers_of
-from inference_service.chat.formats.reading import AnswerReader
-from inference_service.chat.request import AnswerCalls
+from inference_service.api.chat.dialect import FORMATS, Dialect, parsers_of
+from inference_service.api.chat.formats.reading import AnswerReader
+from inference_service.api.chat.request import AnswerCalls
 from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 from tests.support.cases import cases
 from tests.support.readings import Collected, read

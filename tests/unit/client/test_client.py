@@ -14,7 +14,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 import loramux
-from inference_service.kernels.cpu import compiling
+from inference_service.engine.kernels.cpu import compiling
 from loramux import AsyncClient, Client, Delta, DeploymentState, FinishReason, Stage, faults, load_deployment
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2

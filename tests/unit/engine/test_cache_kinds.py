@@ -15,13 +15,13 @@ from hypothesis import example, given, settings, strategies as st
 from inference_service.core.adapter import Adapter, activation
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import GONE, Batch, EndReason, Sequence, StepOutput, Token
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.blocks import BlockPool, StateSlots, prefix_key
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending, lay_out
-from inference_service.kernels.attention import Context
+from inference_service.engine.execution.runner import Pending, lay_out
+from inference_service.engine.kernels.attention import Context
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.blocks import BlockPool, StateSlots, prefix_key
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from loramux_shared.bases.cache import window_blocks
 from tests.support.examples import examples
 

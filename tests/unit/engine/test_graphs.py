@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from inference_service.backends.replayed import _Others
-from inference_service.engine import graphs, trace
-from inference_service.engine.graphs import Recorder
-from inference_service.engine.tape import CaptureRefused, TapeRecorder, Watching
-from inference_service.engine.trace import TraceRecorder
-from inference_service.kernels.launch import Launch, SideStream, stream_of
+from inference_service.engine.backends.replayed import _Others
+from inference_service.engine.execution import graphs, trace
+from inference_service.engine.execution.graphs import Recorder
+from inference_service.engine.execution.tape import CaptureRefused, TapeRecorder, Watching
+from inference_service.engine.execution.trace import TraceRecorder
+from inference_service.engine.kernels.launch import Launch, SideStream, stream_of
 
 STATIC = torch.zeros(4, 6)
 INDEX = torch.tensor([2, 0])

@@ -10,11 +10,11 @@ from benchmarks.host import ACTIVE, BLOCK_SIZE, Bench, Point
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Sequence, Token
-from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending
+from inference_service.engine.execution.runner import Pending
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from tests.unit.engine.instructions import instructions as count
 
 SEQS = 12

@@ -6,12 +6,12 @@ import pytest
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.blocks import StateSlots
 from inference_service.engine.engine import OVERFLOWS, WITHIN_S, Engine
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending
+from inference_service.engine.execution.runner import Pending
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.blocks import StateSlots
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from loramux_shared.runtime import Pooling
 
 PROMPT = list(range(3, 15))

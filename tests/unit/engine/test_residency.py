@@ -16,13 +16,13 @@ from hypothesis import given, settings, strategies as st
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
-from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residency import FIRST_PAUSE_S, LAST_PAUSE_S, LOADS, Residency
-from inference_service.engine.residents import AdapterState
-from inference_service.engine.runner import Pending
-from inference_service.lora.places import Places
+from inference_service.engine.execution.runner import Pending
+from inference_service.engine.lora.places import Places
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residency import FIRST_PAUSE_S, LAST_PAUSE_S, LOADS, Residency
+from inference_service.engine.scheduling.residents import AdapterState
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted
 from tests.support.examples import examples
 from tests.support.waiting import BOUND_S, wait_until

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from inference_service.api.requests.terms import completing
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
-from inference_service.engine.sampler import processed, sample, shape
-from inference_service.kernels.sampling import RowParams
-from inference_service.kernels.sampling.host import REACH
-from inference_service.kernels.sampling.reference import distribution
-from inference_service.serving.terms import completing
+from inference_service.engine.execution.sampler import processed, sample, shape
+from inference_service.engine.kernels.sampling import RowParams
+from inference_service.engine.kernels.sampling.host import REACH
+from inference_service.engine.kernels.sampling.reference import distribution
 from tests.support.examples import examples
 from tests.support.grammars import allow_only
 from tests.support.tiny import VOCAB

@@ -11,14 +11,14 @@ from hypothesis import given, settings, strategies as st
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, Share, Token
-from inference_service.engine import queues
-from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import FIRST_BACKGROUND_COUNTER, SchedulerLimits, SequenceQueues
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending
-from inference_service.engine.scheduler import MAX_RECOMPUTED_SHARE, QUANTUM_TOKENS
-from inference_service.engine.step_times import StepTimes
+from inference_service.engine.execution.runner import Pending
+from inference_service.engine.scheduling import queues
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.queues import FIRST_BACKGROUND_COUNTER, SchedulerLimits, SequenceQueues
+from inference_service.engine.scheduling.residents import Residents
+from inference_service.engine.scheduling.scheduler import MAX_RECOMPUTED_SHARE, QUANTUM_TOKENS
+from inference_service.engine.scheduling.step_times import StepTimes
 from tests.support.examples import examples
 
 ADAPTERS = [Adapter(f"{number:064x}", slot=number) for number in range(40)]

@@ -9,12 +9,12 @@ from hypothesis import given, settings, strategies as st
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import NOWHERE, Batch, EndReason, Sequence, StepOutput, Token
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.blocks import StateSlots
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending
+from inference_service.engine.execution.runner import Pending
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.blocks import StateSlots
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from loramux_shared.runtime import Pooling
 from tests.support.examples import examples
 

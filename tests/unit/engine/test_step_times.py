@@ -10,13 +10,13 @@ import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Sequence, Token
-from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.lookup import FIRST_PROBABILITY, TOKEN_LEARNING_RATE, Expected
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending
-from inference_service.engine.step_times import (
+from inference_service.engine.execution.runner import Pending
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.lookup import FIRST_PROBABILITY, TOKEN_LEARNING_RATE, Expected
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
+from inference_service.engine.scheduling.step_times import (
     MAX_PREFILL_STEP_S,
     MAX_STEP_RATIO,
     PROBE_INTERVAL_STEPS,

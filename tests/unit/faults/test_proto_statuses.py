@@ -15,9 +15,9 @@ from builder_service.builds.pushes import Pushes
 from builder_service.pipeline.check import Checks
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.texts import AdapterTexts
-from inference_service.rpc.mapping import request_from_message
-from inference_service.rpc.pooling import requests_from_message
-from inference_service.serving.service import GenerationService
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.rpc.mapping import request_from_message
+from inference_service.api.rpc.pooling import requests_from_message
 from loramux import faults
 from loramux_shared.codes import CODES, CURES
 from loramux_shared.faults import FAULTS

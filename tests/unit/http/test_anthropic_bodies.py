@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.chat.request import (
+from inference_service.api.chat.request import (
     Call,
     CallArguments,
     CallBegun,
@@ -15,9 +15,9 @@ from inference_service.chat.request import (
     TextPiece,
     Thought,
 )
-from inference_service.http.anthropic.mapping import chat_of
-from inference_service.http.anthropic.messages import Content, input_of, signature_of
-from inference_service.http.anthropic.schema import CountBody, MessagesBody
+from inference_service.api.http.anthropic.mapping import chat_of
+from inference_service.api.http.anthropic.messages import Content, input_of, signature_of
+from inference_service.api.http.anthropic.schema import CountBody, MessagesBody
 from tests.support.cases import cases
 from tests.support.root import ROOT
 

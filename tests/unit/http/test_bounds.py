@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from inference_service.api.requests.bounds import check
 from inference_service.core.constraint import Constraint
-from inference_service.serving.bounds import check
-from inference_service.serving.request import Request
+from inference_service.core.request import Request
 from loramux_shared.faults import PromptTooLong, RequestInvalid
 from tests.support.cases import cases
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.openai.mapping import turns_of
-from inference_service.http.openai.schema import CompletionBody
-from inference_service.http.wire.body import Body
+from inference_service.api.http.openai.chat_schema import ChatBody
+from inference_service.api.http.openai.mapping import turns_of
+from inference_service.api.http.openai.schema import CompletionBody
+from inference_service.api.http.wire.body import Body
 from tests.support.cases import cases
 from tests.support.root import ROOT
 

@@ -10,17 +10,17 @@ import pytest
 from tokenizers import Tokenizer
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.chat.conversation import AnswerPart, Conversation
-from inference_service.chat.request import NO_HEADERS, Piece, TextPiece, Thought
+from inference_service.api.chat.conversation import AnswerPart, Conversation
+from inference_service.api.chat.request import NO_HEADERS, Piece, TextPiece, Thought
+from inference_service.api.http.openai.chat import ChatChoice
+from inference_service.api.http.openai.chat_schema import ChatBody
+from inference_service.api.http.openai.mapping import chat_of, completion_requests
+from inference_service.api.http.openai.schema import CompletionBody
+from inference_service.api.requests.service import GenerationService
+from inference_service.api.requests.terms import ServingLimits
+from inference_service.core.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
 from inference_service.core.sequence import EndReason
-from inference_service.http.openai.chat import ChatChoice
-from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.openai.mapping import chat_of, completion_requests
-from inference_service.http.openai.schema import CompletionBody
-from inference_service.serving.driver import Driver
-from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
-from inference_service.serving.service import GenerationService
-from inference_service.serving.terms import ServingLimits
+from inference_service.driver.port import Driver
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.faults import RequestInvalid

@@ -8,7 +8,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from inference_service.http.wire.reply import DONE, HEARTBEAT, Head, open_stream
+from inference_service.api.http.wire.reply import DONE, HEARTBEAT, Head, open_stream
 from loramux_shared.faults import AdapterInvalid
 from tests.support.waiting import bounded
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from inference_service.chat.request import ChatRequest, TextPiece, Thought
+from inference_service.api.chat.request import ChatRequest, TextPiece, Thought
+from inference_service.api.http.openai import mapping as openai
+from inference_service.api.http.openai.chat_schema import ChatBody
+from inference_service.api.http.responses.items import carried, uncarried
+from inference_service.api.http.responses.mapping import chat_of
+from inference_service.api.http.responses.output import OutputItems
+from inference_service.api.http.responses.schema import ResponsesBody
 from inference_service.core.sequence import Token
-from inference_service.http.openai import mapping as openai
-from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.responses.items import carried, uncarried
-from inference_service.http.responses.mapping import chat_of
-from inference_service.http.responses.output import OutputItems
-from inference_service.http.responses.schema import ResponsesBody
 from tests.support.cases import cases
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference_service.kernels.cpu import spin
-from inference_service.kernels.cpu.spin import LOOK_S, REST_S, IdleTeams, Spin, Spinning
+from inference_service.engine.kernels.cpu import spin
+from inference_service.engine.kernels.cpu.spin import LOOK_S, REST_S, IdleTeams, Spin, Spinning
 from tests.support.waiting import wait_until
 
 S = 10**9

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from inference_service.lora.slab import ALIGNMENT, Slab
+from inference_service.engine.lora.slab import ALIGNMENT, Slab
 from loramux_shared.faults import ResourcesExhausted
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from inference_service.kernels.cpu import build
+from inference_service.engine.kernels.cpu import build
 from loramux_shared.settings import (
     CLIENT_VARIABLES,
     PREFIX,

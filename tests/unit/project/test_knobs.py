@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
+from inference_service.api.http.openai import chat_schema, schema
+from inference_service.api.http.openai.chat_schema import ChatBody
+from inference_service.api.http.openai.schema import CompletionBody
+from inference_service.api.http.responses import items, schema as responses
+from inference_service.api.http.responses.schema import ResponsesBody
+from inference_service.api.http.wire.body import Body
+from inference_service.api.requests.bounds import IDS, NUMBERS, TEXTS
+from inference_service.api.rpc.mapping import request_from_message
+from inference_service.core.request import PARTS, Request
 from inference_service.core.sampling import KNOBS, SamplingParams
-from inference_service.http.openai import chat_schema, schema
-from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.openai.schema import CompletionBody
-from inference_service.http.responses import items, schema as responses
-from inference_service.http.responses.schema import ResponsesBody
-from inference_service.http.wire.body import Body
-from inference_service.rpc.mapping import request_from_message
-from inference_service.serving.bounds import IDS, NUMBERS, TEXTS
-from inference_service.serving.request import PARTS, Request
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import GenerateOptions
 from loramux_shared.runtime import MAX_TEMPERATURE
@@ -138,7 +138,7 @@ def _section(name: str) -> str:
 
 def test_the_page_has_the_bound_of_the_temperature() -> None:
     """The chat page offers temperatures up to the bound."""
-    page = (ROOT / "inference_service/http/page/index.html").read_text()
+    page = (ROOT / "inference_service/api/http/page/index.html").read_text()
     [field] = re.findall(r'<input id="temperature"[^>]*>', page)
     assert 'min="0"' in field
     assert f'max="{MAX_TEMPERATURE:g}"' in field

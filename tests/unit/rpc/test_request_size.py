@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from inference_service.serving.bounds import JSON, MAX_NAMES
+from inference_service.api.requests.bounds import JSON, MAX_NAMES
 from inference_service.text.text import SLICE_CHARS, Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.deployment_file import parse_deployment

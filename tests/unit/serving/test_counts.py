@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from inference_service.serving.counts import MOST, MOST_UP_TO, too_many
+from inference_service.driver.counts import MOST, MOST_UP_TO, too_many
 from tests.support.cases import cases
 
 MANY = MOST + 1

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence as Seq
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from inference_service.adapters.served_model import ServedModel
-from inference_service.apis.messages import AnswerState
+from inference_service.api.processes.messages import AnswerState
+from inference_service.api.requests.answer import Answer
+from inference_service.core.request import AnswerDelta, AnswerFinished, Event
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, StepOutput, Token
-from inference_service.serving.answer import Answer
-from inference_service.serving.delivery import SLICE, Delivery, Outputs
-from inference_service.serving.driver import Submission
-from inference_service.serving.request import AnswerDelta, AnswerFinished, Event
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.delivery import SLICE, Delivery, Outputs
+from inference_service.driver.port import Submission
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.faults import InternalFault, ReplicaFailed
 from tests.unit.serving.threads import following

@@ -10,9 +10,9 @@ import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence
-from inference_service.serving import engine_thread
-from inference_service.serving.engine_thread import LOOK_S, PROBE_PAUSES_S, EngineThread, PauseMode
-from inference_service.serving.watchdog import Watchdog
+from inference_service.driver import engine_thread
+from inference_service.driver.engine_thread import LOOK_S, PROBE_PAUSES_S, EngineThread, PauseMode
+from inference_service.driver.watchdog import Watchdog
 from loramux_shared.faults import QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown
 from tests.support.waiting import result_of, until
 from tests.unit.serving.threads import Device, Threads, end, submit

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Share
-from inference_service.serving.limits import FEW_METERS, Limiter, Ticket
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.limits import FEW_METERS, Limiter, Ticket
 from loramux_shared.access.keys import EVERYTHING, Access, Scope
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.faults import RateLimited

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from inference_service.adapters.texts import Scorer
-from inference_service.serving.pooling import check_dimensions, pooling_of, shaped
+from inference_service.api.requests.pooling import check_dimensions, pooling_of, shaped
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.faults import CheckpointInvalid, RequestInvalid
 from loramux_shared.runtime import FILE, Pooling, pooling_in

@@ -12,15 +12,15 @@ import structlog
 from structlog.contextvars import bound_contextvars
 from structlog.testing import capture_logs
 
-from inference_service.adapters.served_model import ServedModel
-from inference_service.apis.messages import AnswerState
+from inference_service.api.processes.messages import AnswerState
+from inference_service.core.request import AnswerDelta, AnswerFinished, Request
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Token
+from inference_service.core.served_model import ServedModel
+from inference_service.driver.port import Submission
+from inference_service.driver.telemetry.record import RequestFollower, RequestRecord, following
+from inference_service.driver.telemetry.request_log import RequestLog
 from inference_service.engine.engine import SequenceCounts
-from inference_service.serving.driver import Submission
-from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
-from inference_service.serving.telemetry.record import RequestFollower, RequestRecord, following
-from inference_service.serving.telemetry.request_log import RequestLog
 from loramux_shared.faults import QueueFull
 from loramux_shared.process import log_to_stderr
 from tests.golden.metrics.script import replica

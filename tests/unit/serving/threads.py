@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
-from inference_service.engine.block_manager import BlockManager
+from inference_service.driver.delivery import Outputs
+from inference_service.driver.engine_thread import EngineThread
 from inference_service.engine.engine import Engine
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residents import Residents
-from inference_service.engine.runner import Pending
-from inference_service.serving.delivery import Outputs
-from inference_service.serving.engine_thread import EngineThread
+from inference_service.engine.execution.runner import Pending
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.engine.scheduling.residents import Residents
 from tests.support.waiting import BOUND_S, bounded
 
 _ids = itertools.count()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from inference_service.core.computing import COST, CURES, Lack
-from inference_service.kernels.cpu import build
-from inference_service.kernels.cpu.build import Built
+from inference_service.engine.kernels.cpu import build
+from inference_service.engine.kernels.cpu.build import Built
 from inference_service.startup.choose import TRITONS, check_cache_dtype, check_triton, choose_backend
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields

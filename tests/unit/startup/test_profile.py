@@ -15,12 +15,12 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from inference_service.backends.operations import Backend
 from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import Batch, Sequence, Token
-from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.runner import Pending, Runner
-from inference_service.layers.linear import Linear
+from inference_service.engine.backends.operations import Backend
+from inference_service.engine.execution.runner import Pending, Runner
+from inference_service.engine.layers.linear import Linear
+from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup import base, memory, memory as heap
 from inference_service.startup.base import BOUND_S, bytes_per_s
 from inference_service.startup.load import Ready

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from inference_service.serving.terms import completing
+from inference_service.api.requests.terms import completing
 from inference_service.text.text import StopTexts, Text
 from inference_service.text.vocabulary import TokenBytes
 from loramux_shared.faults import RequestInvalid

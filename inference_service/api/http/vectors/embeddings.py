@@ -1,0 +1,250 @@
+"""``POST /v1/embeddings``: texts as vectors; and the bodies of all requests for vectors and scores."""
+
+import asyncio
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+from starlette.requests import Request as HttpRequest
+from typing_extensions import TypedDict
+
+from inference_service.api.http.openai.answers import PromptDetails
+from inference_service.api.http.openai.schema import Inputs
+from inference_service.api.http.wire.body import (
+    Body,
+    Examples,
+    Made,
+    Noun,
+    Same,
+    in_words_of,
+    read_body,
+    request_fields,
+)
+from inference_service.api.http.wire.reply import Head, Reply, while_connected
+from inference_service.api.requests.pooling import (
+    MAX_INPUTS,
+    PooledPrompt,
+    check_dimensions,
+    pooled,
+    pooling_of,
+    shaped,
+)
+from inference_service.api.requests.service import GenerationService
+from inference_service.core.request import PromptContent, Request, hinted
+from inference_service.core.sequence import Vector
+from loramux_shared.runtime import Pooling
+
+
+class PoolingBody(Body):
+    """The fields that requests for vectors and scores have in common."""
+
+    model: Same[str]
+
+    # vLLM's
+    truncate_prompt_tokens: Same[int | None] = None
+    add_special_tokens: Same[bool | None] = None
+    cache_salt: Same[str | None] = None
+    request_id: Made[str | None] = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """Lower is earlier."""
+    lora_path: Same[str | None] = None
+    """SGLang's; the adapter that model names."""
+
+    # ours
+    min_generation: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+
+    user: str | None = None
+    """Picks among the models of an alias."""
+
+
+class EmbeddingsBody(PoolingBody):
+    """``POST /v1/embeddings``."""
+
+    examples: ClassVar[Examples] = {
+        "text": {"input": "My order is late."},
+        "several": {"input": ["One", "Two"], "encoding_format": "base64", "pooling": "mean"},
+    }
+
+    input: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]
+    encoding_format: Literal["float", "base64"] | None = None
+    """base64 is of float32, little endian."""
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Number of leading numbers of each vector to return."""
+    normalize: bool | None = None
+    """vLLM's; vectors have length 1, unless this is false."""
+    pooling: str | None = None
+    """Ours: last, mean, or of an encoder cls."""
+
+
+class ScoringBody(PoolingBody):
+    """The fields that requests for scores have in common."""
+
+    use_activation: bool | None = None
+    """vLLM's: true for probabilities, false for raw scores."""
+
+
+Texts = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_INPUTS)]
+
+
+class DocumentText(TypedDict):
+    """A document as an object, as Cohere's and Jina's clients send it."""
+
+    text: str
+
+
+def _documents(value: object) -> object:
+    """Take objects with a text for their texts."""
+    whole = isinstance(value, list) and all(isinstance(each, str) or _is_document(each) for each in value)
+    if not whole:
+        raise PydanticCustomError("documents", "a list of texts, or of objects with a text and nothing else")
+    assert isinstance(value, list)  # noqa: S101 - the line before
+    return tuple(each["text"] if isinstance(each, dict) else each for each in value)
+
+
+DocumentTexts = Annotated[list[str | DocumentText], Field(min_length=1, max_length=MAX_INPUTS)]
+
+
+def _is_document(value: object) -> bool:
+    return isinstance(value, dict) and set(value) == {"text"} and isinstance(value["text"], str)
+
+
+class ScoreBody(ScoringBody):
+    """``POST /score``: vLLM's."""
+
+    examples: ClassVar[Examples] = {"one beside several": {"text_1": "late", "text_2": ["Refunds", "Delivery"]}}
+
+    text_1: str | Texts
+    text_2: Annotated[str | Texts, Noun("prompt", also=("token_ids",), taken=False)]
+    """One text for all of the others, or as many of both."""
+
+
+class RerankBody(ScoringBody):
+    """``POST /v1/rerank``: Jina's and Cohere's, as vLLM has it."""
+
+    examples: ClassVar[Examples] = {
+        "the best": {"query": "late", "documents": ["Refunds", "Delivery"], "top_n": 1}
+    }
+
+    query: str
+    documents: Annotated[
+        Texts,
+        BeforeValidator(_documents, json_schema_input_type=DocumentTexts),
+        Noun("prompt", also=("token_ids",), taken=False),
+    ]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    """Number of results, best first; all when not set."""
+    return_documents: bool | None = None
+    """Return the texts too; the default."""
+    max_tokens_per_doc: None = None
+    max_chunks_per_doc: None = None
+
+
+class ClassifyBody(ScoringBody):
+    """``POST /classify``: vLLM's."""
+
+    examples: ClassVar[Examples] = {"text": {"input": "My order is late."}}
+
+    input: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]
+
+
+MANY: Final = 1 << 14
+"""Numbers that are written on another thread: as JSON, they take some milliseconds."""
+
+
+class PromptUsage(TypedDict):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class Embedding(TypedDict):
+    """The vector of an input: numbers, or float32 in little endian as base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(TypedDict):
+    """The vectors of inputs."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: PromptUsage
+
+
+async def embeddings(service: GenerationService, http: HttpRequest) -> Reply[Embeddings]:
+    """Make vectors of texts: their hidden states, pooled."""
+    body = await read_body(http, EmbeddingsBody)
+    with in_words_of(body):
+        pooling = pooling_of(body.pooling, service.usual_pooling, service.poolings)
+        check_dimensions(body.dimensions, service.limits.hidden_size)
+        requests = pooling_requests(body, body.input, pooling, http.headers)
+        found = await while_connected(http.receive, everything(service, requests))
+    normalize = body.normalize is not False
+    vectors = [shaped(each.vector, body.dimensions, normalize=normalize) for each in found]
+    return await answer(body, found, vectors, base64_=body.encoding_format == "base64")
+
+
+def pooling_requests(
+    body: PoolingBody, prompts: Sequence[PromptContent], pooling: Pooling, headers: Mapping[str, str]
+) -> list[Request]:
+    """Return a request for each prompt; raise RequestInvalid for a wrong header."""
+    own: dict[str, Any] = {"pooling": pooling, "max_tokens": 0, "priority": -(body.priority or 0)}
+    own |= hinted(headers, body.min_generation or 0, body.user or "")._asdict()
+    if body.request_id is not None:
+        own["id"] = body.request_id
+    fields = request_fields(body) | own
+    return [Request.of(**fields | {"prompt": prompt}) for prompt in prompts]
+
+
+async def everything(service: GenerationService, requests: Sequence[Request]) -> list[PooledPrompt]:
+    """Return what becomes of all requests."""
+    return [each async for each in pooled(service, requests)]
+
+
+def head_of(found: Sequence[PooledPrompt], body: PoolingBody, kind: str) -> Head:
+    """Return the headers that name the version."""
+    started = found[0].started
+    head = Head(f"{kind}-{started.request_id}", body.model)
+    head.begin(started)
+    return head
+
+
+def prompt_usage(found: Sequence[PooledPrompt]) -> PromptUsage:
+    """Return the tokens of all prompts."""
+    tokens = sum(each.finished.prompt_tokens for each in found)
+    cached = sum(each.finished.cached_tokens for each in found)
+    return {"prompt_tokens": tokens, "total_tokens": tokens, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+async def answer(
+    body: PoolingBody, found: Sequence[PooledPrompt], vectors: Sequence[Vector], *, base64_: bool
+) -> Reply[Embeddings]:
+    """Return vectors as OpenAI has them."""
+    head = head_of(found, body, "embd")
+    usage = prompt_usage(found)
+
+    def write() -> Reply[Embeddings]:
+        data: list[Embedding] = [
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, base64_=base64_)}
+            for index, vector in enumerate(vectors)
+        ]
+        whole: Embeddings = {"object": "list", "model": head.model, "usage": usage, "data": data}
+        return Reply(whole, headers=head.headers)
+
+    many = len(vectors) * len(vectors[0]) > MANY
+    return await asyncio.to_thread(write) if many else write()
+
+
+def _encoded(vector: Vector, *, base64_: bool) -> str | list[float]:
+    if base64_:
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    numbers: list[float] = np.asarray(vector, np.float64).tolist()
+    return numbers

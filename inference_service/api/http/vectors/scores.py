@@ -1,0 +1,194 @@
+"""``POST /score``, ``/rerank`` and ``/classify``: texts as the heads of adapters score them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NotRequired
+
+from starlette.requests import Request as HttpRequest
+from typing_extensions import TypedDict
+
+from inference_service.api.http.vectors.embeddings import (
+    ClassifyBody,
+    PromptUsage,
+    RerankBody,
+    ScoreBody,
+    ScoringBody,
+    head_of,
+    pooling_requests,
+    prompt_usage,
+)
+from inference_service.api.http.wire.body import in_words_of, read_body
+from inference_service.api.http.wire.reply import Reply, while_connected
+from inference_service.api.requests.bounds import refused
+from inference_service.api.requests.pooling import ScoredPrompt, scored
+from inference_service.api.requests.service import GenerationService
+from inference_service.core.request import PromptContent, TextPair
+
+
+class Score(TypedDict):
+    """The score of a pair of texts."""
+
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class Scores(TypedDict):
+    """vLLM's answer to pairs of texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: PromptUsage
+
+
+class Document(TypedDict):
+    """The text of a document."""
+
+    text: str
+
+
+class Ranked(TypedDict):
+    """A document among others."""
+
+    index: int
+    """Among those of the request."""
+    relevance_score: float
+    document: NotRequired[Document]
+
+
+class Ranking(TypedDict):
+    """Documents, the best first."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    results: list[Ranked]
+    usage: PromptUsage
+
+
+class Class(TypedDict):
+    """The class of a text."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classes(TypedDict):
+    """vLLM's answer about texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Class]
+    usage: PromptUsage
+
+
+class ScoringHead(TypedDict):
+    """The fields that all answers of scores have: which version answered, and the tokens of the texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    usage: PromptUsage
+
+
+async def score(service: GenerationService, http: HttpRequest) -> Reply[Scores]:
+    """Score pairs of texts."""
+    body = await read_body(http, ScoreBody)
+    with in_words_of(body):
+        found = await _scored(service, http, body, _pairs(body), labels=1)
+    data: list[Score] = [
+        {"index": index, "object": "score", "score": float(_scores(body, each)[0])}
+        for index, each in enumerate(found)
+    ]
+    head, headers = _head(body, found, "score")
+    return Reply({**head, "data": data}, headers=headers)
+
+
+async def rerank(service: GenerationService, http: HttpRequest) -> Reply[Ranking]:
+    """Sort documents by their score for a query, best first."""
+    body = await read_body(http, RerankBody)
+    with in_words_of(body):
+        pairs = [TextPair(body.query, document) for document in body.documents]
+        found = await _scored(service, http, body, pairs, labels=1)
+    scores = [float(_scores(body, each)[0]) for each in found]
+    best = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[: body.top_n]
+    texts = body.return_documents is not False
+    results: list[Ranked] = [{"index": index, "relevance_score": scores[index]} for index in best]
+    for ranked in results if texts else ():
+        ranked["document"] = {"text": body.documents[ranked["index"]]}
+    head, headers = _head(body, found, "rerank")
+    return Reply({**head, "results": results}, headers=headers)
+
+
+async def classify(service: GenerationService, http: HttpRequest) -> Reply[Classes]:
+    """Return the most likely label of each text, with the probabilities of all."""
+    body = await read_body(http, ClassifyBody)
+    with in_words_of(body):
+        found = await _scored(service, http, body, body.input)
+    data: list[Class] = []
+    for index, each in enumerate(found):
+        raw = body.use_activation is False
+        probs = each.scores if raw else each.scorer.activated(each.scores)
+        names = each.scorer.head.label_names
+        label = names[int(each.scores.argmax())]
+        data.append({"index": index, "label": label, "probs": probs.tolist(), "num_classes": len(names)})
+    head, headers = _head(body, found, "classify")
+    return Reply({**head, "data": data}, headers=headers)
+
+
+async def _scored(
+    service: GenerationService,
+    http: HttpRequest,
+    body: ScoringBody,
+    prompts: Sequence[PromptContent],
+    labels: int | None = None,
+) -> list[ScoredPrompt]:
+    requests = pooling_requests(body, prompts, service.score_pooling, http.headers)
+
+    async def everything() -> list[ScoredPrompt]:
+        return [each async for each in scored(service, requests, labels=labels)]
+
+    return await while_connected(http.receive, everything())
+
+
+def _pairs(body: ScoreBody) -> list[TextPair]:
+    """Return what is scored: one text beside each of several, or texts one by one. Raise RequestInvalid for
+    several of both, and not as many.
+    """
+    first, second = ((each,) if isinstance(each, str) else each for each in (body.text_1, body.text_2))
+    if len(first) == 1:
+        first *= len(second)
+    elif len(second) == 1:
+        second *= len(first)
+    if len(first) != len(second):
+        raise refused("text_2", f"one text, or {len(first)}, as many as text_1", len(second))
+    return [TextPair(*pair) for pair in zip(first, second, strict=True)]
+
+
+def _scores(body: ScoringBody, found: ScoredPrompt) -> Sequence[float]:
+    """Return scores as the head gives them, or where the body asks for it as probabilities."""
+    scores = found.scorer.activated(found.scores) if body.use_activation else found.scores
+    numbers: list[float] = scores.tolist()
+    return numbers
+
+
+def _head(body: ScoringBody, found: Sequence[ScoredPrompt], kind: str) -> tuple[ScoringHead, Mapping[str, str]]:
+    """Return the fields that all answers have, and the headers."""
+    prompts = [each.prompt for each in found]
+    head = head_of(prompts, body, kind)
+    fields: ScoringHead = {
+        "id": head.id,
+        "object": "list",
+        "created": head.created,
+        "model": head.model,
+        "usage": prompt_usage(prompts),
+    }
+    return fields, head.headers

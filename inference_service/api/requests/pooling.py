@@ -1,0 +1,150 @@
+"""Vectors of texts for the APIs: several prompts at once, answered by one version, in their order."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from inference_service.adapters.texts import Scorer
+from inference_service.api.requests.service import GenerationService
+from inference_service.core.request import AnswerFinished, AnswerStarted, Pooled, Request
+from inference_service.core.sequence import Vector
+from inference_service.core.served_model import refused_model
+from loramux_shared.bundle.kinds import AdapterKind
+from loramux_shared.faults import Finding, InternalFault, RequestInvalid
+from loramux_shared.runtime import OF_DECODERS, Pooling
+
+T = TypeVar("T")
+MAX_INPUTS: Final = 2048
+"""Texts of one call: as many as OpenAI's API takes."""
+AT_ONCE: Final = 64
+"""Prompts of one call that wait in the queue at once, or half of it: one call does not fill it."""
+
+
+@dataclass(frozen=True)
+class PooledPrompt:
+    """The result of one prompt."""
+
+    started: AnswerStarted
+    vector: Vector
+    finished: AnswerFinished
+
+
+async def pooled(service: GenerationService, requests: Sequence[Request]) -> AsyncGenerator[PooledPrompt]:
+    """Yield the vector of each request, in their order, as soon as it is there.
+
+    The first failure ends all; nothing runs on when this is closed. Raise what `GenerationService.generate`
+    does.
+    """
+    if len(requests) > 1:
+        served = await service.choose(requests[0])
+        requests = [request.answered_by(served) for request in requests]
+    most = max(1, min(AT_ONCE, service.max_queue // 2))  # the other half is for others
+    async with aclosing(_in_order((_pooled(service, request) for request in requests), most)) as found:
+        async for each in found:
+            yield each
+
+
+async def _pooled(service: GenerationService, request: Request) -> PooledPrompt:
+    async with aclosing(service.generate(request)) as events:
+        found = {type(event): event async for event in events}
+    started, vector, finished = found.get(AnswerStarted), found.get(Pooled), found.get(AnswerFinished)
+    if not (
+        isinstance(started, AnswerStarted)
+        and isinstance(vector, Pooled)
+        and isinstance(finished, AnswerFinished)
+    ):
+        raise InternalFault("no vector was computed for a prompt. Please report it.")
+    if not np.isfinite(vector.vector).all():
+        raise InternalFault("the model computes values that are not finite for this prompt. Please report it.")
+    return PooledPrompt(started, vector.vector, finished)
+
+
+async def _in_order(work: Iterable[Coroutine[Any, Any, T]], most: int) -> AsyncGenerator[T]:
+    """Yield what coroutines return, in their order, while up to so many of them run."""
+    tasks: deque[asyncio.Task[T]] = deque()
+    try:
+        for each in work:
+            tasks.append(asyncio.create_task(each))
+            if len(tasks) == most:
+                yield await tasks.popleft()
+        while tasks:
+            yield await tasks.popleft()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """A prompt and its scores."""
+
+    prompt: PooledPrompt
+    scorer: Scorer
+    scores: Vector
+    """[labels]"""
+
+
+async def scored(
+    service: GenerationService, requests: Sequence[Request], *, labels: int | None = None
+) -> AsyncGenerator[ScoredPrompt]:
+    """Yield the scores of each request, in their order; where labels are said, of a head with so many alone.
+    Raise RequestInvalid for another head or none, and what `GenerationService.generate` does.
+    """
+    served = await service.choose(requests[0])
+    model = served.model
+    if model.num_labels is None:
+        does = "makes vectors of texts" if AdapterKind.ENCODER in model.kinds else "generates text"
+        expected = "an adapter with a score head, of task_type SEQ_CLS"
+        raise refused_model(model.name, expected, f"one that {does}")
+    if labels is not None and model.num_labels != labels:
+        raise refused_model(
+            model.name,
+            f"a score head of {labels} label",
+            f"one of {model.num_labels}",
+            "Ask /classify for all of them.",
+        )
+    scorer = await service.scorer(model)
+    resolved = [request.answered_by(served) for request in requests]
+    async with aclosing(pooled(service, resolved)) as found:
+        async for prompt in found:
+            yield ScoredPrompt(prompt, scorer, scorer.scores(prompt.vector))
+
+
+def pooling_of(
+    requested: str | None, usual: Pooling | None, served: Collection[Pooling] = OF_DECODERS
+) -> Pooling:
+    """Return what a request says, else what is usual for the base, which serves some; raise RequestInvalid for
+    another pooling, or for none where nothing is usual.
+    """
+    if requested in set(served):
+        return Pooling(requested)
+    expected = " or ".join(served)
+    if requested is not None:
+        problem = "the pooling is not supported."
+        raise RequestInvalid.of_field(problem, "pooling", expected, repr(requested[:80]))
+    if usual is None:
+        fix = "Set it in the request, or as runtime.pooling in the deployment file."
+        finding = Finding(code="E_MISSING_FIELD", where="pooling", expected=expected, fix=fix)
+        raise RequestInvalid("the base was trained with a pooling that is not served.", [finding])
+    return usual
+
+
+def shaped(vector: Vector, dimensions: int | None, *, normalize: bool) -> Vector:
+    """Return the first dimensions of a vector, of length 1 where that is asked for; zeros stay zeros."""
+    cut = vector if dimensions is None else vector[:dimensions]
+    length = float(np.linalg.norm(cut.astype(np.float64))) if normalize else 1.0
+    return (cut / length).astype(np.float32) if length else cut
+
+
+def check_dimensions(dimensions: int | None, hidden: int) -> None:
+    """Raise RequestInvalid for more numbers of a vector than there are, or fewer than one."""
+    if dimensions is not None and not 1 <= dimensions <= hidden:
+        problem = "a vector cannot have this many dimensions."
+        expected = f"1 to {hidden}, the dimensions of this base's vectors"
+        raise RequestInvalid.of_field(problem, "dimensions", expected, str(dimensions))

@@ -1,0 +1,1 @@
+"""A step on a device: from sequences to tokens."""

@@ -1,0 +1,334 @@
+"""An encoder in plain torch over flat rows: sequences of all adapters in one forward pass, without padding.
+
+Linears are those of the decoder, which a device multiplies and adapts as it does there. What is left are sums,
+norms, an activation, and attention within each sequence.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, gelu, relu, scaled_dot_product_attention, silu
+
+from inference_service.engine.backends.base import (
+    Attention,
+    LayerHeads,
+    Recurrence,
+    Rotation,
+    StepLora,
+    no_recurrence,
+)
+from inference_service.engine.backends.operations import Operations
+from inference_service.engine.kernels.attention import Context
+from inference_service.engine.layers.linear import Linear
+from inference_service.engine.layers.norm import LayerNorm, RMSNorm
+from inference_service.engine.layers.rope import Rope, rotate
+from inference_service.engine.lora.vocabulary import StepVocabulary
+from inference_service.engine.models.blocks import Cache, CacheSize
+from inference_service.engine.models.checkpoint import Tensors
+from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.models.reader import LayerReader, Reader
+from loramux_shared.bases.families.encoders import EncoderConfig, ModernConfig
+from loramux_shared.bundle.manifest import ScoreHead
+from loramux_shared.bundle.npy import Array
+from loramux_shared.runtime import Rounding
+
+ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "gelu": gelu,
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(gelu, approximate="tanh")),
+    "relu": relu,
+    "silu": silu,
+}
+
+
+def read_norm(reader: Reader | LayerReader, name: str) -> LayerNorm:
+    """Read a norm; old checkpoints call its weight gamma and its bias beta."""
+    whole = reader if isinstance(reader, Reader) else reader.reader
+    names = ("weight", "bias") if reader.has(f"{name}.weight") else ("gamma", "beta")
+    shape = (whole.config.dims.hidden,)
+    weight, bias = (whole.rounded(reader.get(f"{name}.{each}", shape)) for each in names)
+    return LayerNorm(weight, whole.config.norm_eps, bias)
+
+
+def read_score(checkpoint: Tensors, config: EncoderConfig) -> tuple[ScoreHead, Array]:
+    """Read the base's own score head as those of adapters are kept: a dense layer, labels, biases last."""
+    layers, hidden = [], config.dims.hidden
+    for module, out in ((config.dense, hidden), (config.head, len(config.labels))):
+        name = checkpoint.first([f"{prefix}{module}.weight" for prefix in config.names.prefixes])
+        weight = checkpoint.get(name, (out, hidden), torch.float32)
+        bias = checkpoint.get(f"{name.removesuffix('.weight')}.bias", (out,), torch.float32)
+        layers.append(torch.cat([weight, bias[:, None]], dim=1))
+    head = ScoreHead(
+        num_labels=len(config.labels),
+        hidden_size=hidden,
+        problem_type=config.problem_type,
+        id2label=config.labels,
+        dense=True,
+    )
+    return head, torch.cat(layers).cpu().numpy()
+
+
+class SequenceAttention:
+    """Attention of every row to all rows of its sequence."""
+
+    def __init__(self, contexts: Sequence[Context]) -> None:
+        self.spans = [slice(context.row, context.row + context.length) for context in contexts]
+        self.seconds = [context.second for context in contexts]
+        """Positions from which on tokens are a second text's."""
+        self._seen: dict[tuple[int, int], Tensor] = {}
+
+    def prepare_rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
+        """Return both unchanged."""
+        return cos, sin
+
+    def __call__(self, layer: LayerHeads) -> Tensor:
+        """Return [T, heads * d]; embeddings have positions, and nothing is cached."""
+        return self.attend(layer.heads, layer.spec.scale)
+
+    def attend(self, heads: Tensor, scale: float, reach: int | None = None) -> Tensor:
+        """Return the same, of rows that see so many positions to each side; None: all."""
+        out = heads.new_empty(len(heads), heads.shape[1] // 3, heads.shape[2])
+        for span in self.spans:
+            q, k, v = heads[span].transpose(0, 1)[None].chunk(3, dim=1)
+            seen = None if reach is None else self._near(span.stop - span.start, reach, heads.device)
+            out[span] = scaled_dot_product_attention(q, k, v, seen, scale=scale)[0].transpose(0, 1)
+        return out.flatten(1)
+
+    def _near(self, length: int, reach: int, device: torch.device) -> Tensor | None:
+        """Return which positions of a sequence [length, length] each row sees; None: all."""
+        if length <= reach + 1:
+            return None
+        if (length, reach) not in self._seen:
+            rows = torch.arange(length, device=device)
+            self._seen[length, reach] = (rows[:, None] - rows).abs() <= reach
+        return self._seen[length, reach]
+
+
+class EncoderLayer:
+    """Attention and an MLP, each added to its input and normed."""
+
+    def __init__(self, reader: LayerReader, config: EncoderConfig) -> None:
+        """Read the weights."""
+        names, mixer = config.names, config.attentions[reader.index]
+        self._index, self._spec, self._head_dim = reader.index, mixer.attention, mixer.head_dim
+        modules = "attn_q", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h"
+        self._groups = tuple(reader.group(module).name for module in modules)
+        self.qkv = reader.linear("attn_q", names.qkv, bias=config.qkv_bias)
+        self.o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
+        self.up = reader.linear("mlp_h_to_4h", names.gate_up, bias=config.mlp_bias)
+        self.down = reader.linear("mlp_4h_to_h", (names.down,), bias=config.mlp_bias)
+        self._attention_norm = read_norm(reader, "attention.output.LayerNorm")
+        self._norm = read_norm(reader, "output.LayerNorm")
+        self._activation = ACTIVATIONS[config.hidden_act]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Return its linears, in the order of computation."""
+        return self.qkv, self.o, self.up, self.down
+
+    def __call__(self, ops: Operations, x: Tensor, attention: Attention, lora: StepLora | None) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        qkv, o, up, down = self._groups
+        heads = self._linear(ops, self.qkv, x, lora, qkv).view(len(x), -1, self._head_dim)
+        attended = attention(LayerHeads(heads, (x, x), x, x, self._spec))
+        x = self._attention_norm(self._linear(ops, self.o, attended, lora, o) + x)
+        wide = self._activated(ops, self._linear(ops, self.up, x, lora, up))
+        return self._norm(self._linear(ops, self.down, wide, lora, down) + x)
+
+    def _linear(self, ops: Operations, layer: Linear, x: Tensor, lora: StepLora | None, group: str) -> Tensor:
+        return ops.linear(layer, x) if lora is None else ops.apply_with_lora(layer, x, lora, self._index, group)
+
+    def _activated(self, ops: Operations, x: Tensor) -> Tensor:
+        """Return an activation of rows [T, intermediate]; at once, its last few values may be others."""
+        return torch.cat([*map(self._activation, torch.split(x, 1))]) if ops.by_row else self._activation(x)
+
+
+class Encoder(Decoder):
+    """Turns token ids into hidden states, as the engine's runner asks a decoder for them."""
+
+    config: EncoderConfig
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        checkpoint: Tensors,
+        operations: Operations,
+        quantization: Rounding = Rounding.NONE,
+    ) -> None:
+        """Load the weights of a checkpoint; those of linears are rounded as quantization says.
+
+        Raises:
+            CheckpointInvalid: a tensor is missing or has another shape than config.json implies.
+        """
+        self.config, self.ranks, self.rounding = config, None, quantization
+        self.dtype, self.device = checkpoint.dtype, checkpoint.device
+        self._operations = operations
+        reader = Reader(checkpoint, config, self.dtype, operations, quantization=quantization)
+        words = (config.dims.vocab, config.dims.hidden)
+        self._words = reader.rounded(reader.get(f"{config.names.embedding}.weight", words))
+        self._read(reader, config)
+        self.score = read_score(checkpoint, config) if config.labels else None
+
+    def _read(self, reader: Reader, config: EncoderConfig) -> None:
+        """Read the layers, and what is before and behind them."""
+
+        def table(name: str, rows: int) -> Tensor:
+            return reader.rounded(reader.get(f"embeddings.{name}.weight", (rows, config.dims.hidden)))
+
+        self._positions = table("position_embeddings", config.table_rows)
+        self._types = table("token_type_embeddings", config.token_types)
+        self._embeddings_norm: RMSNorm = read_norm(reader, "embeddings.LayerNorm")
+        self._encoders = [EncoderLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield the linears of all layers, in their order."""
+        for layer in self._encoders:
+            yield from layer.linears
+
+    def new_cache(self, size: CacheSize) -> Cache:  # noqa: ARG002 - nothing is cached
+        """Return an empty cache."""
+        return Cache(())
+
+    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:  # noqa: ARG002
+        """Plan the attention of a step, which has all rows of its sequences."""
+        return SequenceAttention(contexts)
+
+    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:  # noqa: ARG002 - no layer carries a state
+        """Return what no layer asks for."""
+        return no_recurrence
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tensor, own: StepVocabulary | None = None) -> Tensor:  # noqa: ARG002 - none has tokens
+        """Return the embeddings [T, hidden] of tokens [T] alone."""
+        return embedding(tokens, self._words)
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        last_rows: Tensor | None,
+        attention: Attention,
+        cache: Cache,  # noqa: ARG002 - nothing is cached
+        lora: StepLora | None,
+        recurrence: Recurrence = no_recurrence,  # noqa: ARG002
+        out: Tensor | None = None,  # noqa: ARG002 - steps of encoders are not recorded
+    ) -> Tensor:
+        """Run tokens [T] at positions [T]; return the last hidden states of some or all rows [N, hidden]."""
+        assert isinstance(attention, SequenceAttention)  # noqa: S101 - `attention` made it
+        types = torch.zeros_like(tokens)
+        for span, second in zip(attention.spans, attention.seconds, strict=True):
+            types[span.start + min(second, span.stop - span.start) : span.stop] = 1
+        if self.config.padding is not None:
+            positions = self._behind_padding(tokens, attention.spans, self.config.padding)
+        x = hidden + embedding(types, self._types) + embedding(positions, self._positions)
+        x = self._embeddings_norm(x)
+        for layer in self._encoders:
+            x = layer(self._operations, x, attention, lora)
+        return x if last_rows is None else x[last_rows]
+
+    def logits(self, hidden: Tensor, own: StepVocabulary | None = None) -> Tensor:  # noqa: ARG002
+        """Return no columns: an encoder draws no tokens."""
+        return hidden.new_empty(len(hidden), 0)
+
+    def _behind_padding(self, tokens: Tensor, spans: Sequence[slice], padding: int) -> Tensor:
+        """Return RoBERTa's positions [T]: of the n-th token of a sequence that is no padding, n + padding."""
+        real = (tokens != padding).long()
+        return padding + torch.cat([real[span].cumsum(0) for span in spans]) * real
+
+
+class ModernLayer:
+    """Attention of rotated heads and a gated MLP, each of normed rows, and added to these."""
+
+    def __init__(self, reader: LayerReader, config: ModernConfig) -> None:
+        """Read the weights."""
+        names, mixer = config.names, config.attentions[reader.index]
+        self._index, self._heads, self._head_dim = reader.index, mixer.num_heads, mixer.head_dim
+        self._scale, self._reach = mixer.attention.scale, config.reaches[reader.index]
+        self._rope = config.ropes.index(mixer.rope)
+        modules = "attn_q", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h"
+        self._groups = tuple(reader.group(module).name for module in modules)
+        places = zip(modules, (names.qkv, (names.o,), names.gate_up, (names.down,)), strict=True)
+        biases = config.qkv_bias, config.o_bias, config.mlp_bias, config.mlp_bias
+        self.linears = tuple(
+            reader.linear(module, own, bias=bias) for (module, own), bias in zip(places, biases, strict=True)
+        )
+        self._attention_norm = None if reader.index == 0 else reader.optional_norm(names.input_norm)
+        self._norm = reader.optional_norm(names.mlp_norm)
+
+    def __call__(
+        self,
+        ops: Operations,
+        x: Tensor,
+        attention: SequenceAttention,
+        rotations: Sequence[Rotation],
+        lora: StepLora | None,
+    ) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+
+        def linear(place: int, x: Tensor) -> Tensor:
+            layer, group = self.linears[place], self._groups[place]
+            if lora is None:
+                return ops.linear(layer, x)
+            return ops.apply_with_lora(layer, x, lora, self._index, group)
+
+        normed = x if self._attention_norm is None else self._attention_norm(x)
+        heads = linear(0, normed).view(len(x), -1, self._head_dim)
+        rotated = rotate(heads[:, : 2 * self._heads], *rotations[self._rope])
+        heads = torch.cat([rotated, heads[:, 2 * self._heads :]], dim=1)
+        x = x + linear(1, attention.attend(heads, self._scale, self._reach))
+        wide = linear(2, x if self._norm is None else self._norm(x))
+        gate, up = wide.chunk(2, dim=1)
+        rows = torch.split(gate, 1) if ops.by_row else (gate,)
+        return x + linear(3, torch.cat([gelu(row) for row in rows]) * up)
+
+
+class ModernEncoder(Encoder):
+    """An encoder whose positions are in rotations, and whose last hidden states are normed."""
+
+    config: ModernConfig
+
+    def _read(self, reader: Reader, config: EncoderConfig) -> None:
+        """Read the layers, and the norms before and behind them."""
+        assert isinstance(config, ModernConfig)  # noqa: S101 - `read_encoder` looked
+        self._embeddings_norm = reader.norm("embeddings.norm")
+        self._modern = [ModernLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
+        self._norm = reader.norm(config.names.final_norm)
+        self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield the linears of all layers, in their order."""
+        for layer in self._modern:
+            yield from layer.linears
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        tokens: Tensor,  # noqa: ARG002 - their embeddings are there
+        hidden: Tensor,
+        positions: Tensor,
+        last_rows: Tensor | None,
+        attention: Attention,
+        cache: Cache,  # noqa: ARG002 - nothing is cached
+        lora: StepLora | None,
+        recurrence: Recurrence = no_recurrence,  # noqa: ARG002
+        out: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """Run embeddings [T, hidden] at positions [T]; return the last hidden states of some or all rows."""
+        assert isinstance(attention, SequenceAttention)  # noqa: S101 - `attention` made it
+        rotations = [self._operations.angles(rope, positions) for rope in self._ropes]
+        x = self._embeddings_norm(hidden)
+        for layer in self._modern:
+            x = layer(self._operations, x, attention, rotations, lora)
+        return self._norm(x if last_rows is None else x[last_rows])
+
+
+def read_encoder(
+    config: EncoderConfig, checkpoint: Tensors, operations: Operations, quantization: Rounding
+) -> Encoder:
+    """Load the encoder of a config."""
+    kind = ModernEncoder if isinstance(config, ModernConfig) else Encoder
+    return kind(config, checkpoint, operations, quantization)

@@ -1,0 +1,128 @@
+"""The weights of few bits in a file, and the tensors that each of them consists of."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+from inference_service.engine.models.lowbit.awq import Awq
+from inference_service.engine.models.lowbit.bitsandbytes import STATE, EightBits, FourBits
+from inference_service.engine.models.lowbit.gptq import Gptq
+from inference_service.engine.models.lowbit.mxfp4 import Mxfp4
+from inference_service.engine.models.lowbit.pack_quantized import PackQuantized
+from inference_service.engine.models.lowbit.scaled import Scaled
+from inference_service.engine.models.packed import Packed, Pieces
+from loramux_shared.bases.formats import FormatName
+from loramux_shared.faults import CheckpointInvalid
+
+WEIGHT: Final = "weight"
+Open = Callable[[Pieces], Packed]
+LAYOUTS: Final[Mapping[FormatName, tuple[tuple[tuple[str, ...], Open, frozenset[str]], ...]]] = {
+    "fp8": ((("weight_scale_inv", "weight_scale"), Scaled, frozenset({"weight"})),),
+    "compressed-tensors": (
+        (
+            ("weight_packed",),
+            PackQuantized,
+            frozenset({"weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"}),
+        ),
+        (("weight_scale",), Scaled, frozenset({"weight", "weight_zero_point"})),
+    ),
+    "gptq": ((("qweight",), Gptq, frozenset({"qzeros", "scales", "g_idx"})),),
+    "awq": ((("qweight",), Awq, frozenset({"qzeros", "scales"})),),
+    "bitsandbytes": (
+        (
+            tuple(STATE),
+            FourBits,
+            frozenset(
+                {
+                    "weight",
+                    "weight.absmax",
+                    "weight.quant_map",
+                    "weight.nested_absmax",
+                    "weight.nested_quant_map",
+                }
+            ),
+        ),
+        (("SCB",), EightBits, frozenset({"weight", "weight_format"})),
+    ),
+    "mxfp4": ((("weight_blocks",), Mxfp4, frozenset({"weight_scales"})),),
+}
+"""Layouts by the mark of a weight of few bits: its reader, and its other tensors."""
+BESIDE: Final = frozenset(
+    {
+        *("bias", "weight_bias"),
+        *("activation_scale", "input_scale", "input_scale_ub", "input_zero_point", "weight_activation_scale"),
+    }
+)
+"""Tensors that may stand beside a weight.
+
+Those that are read on their own, and those that round activations.
+"""
+
+
+OF_PARAMETERS: Final = ("_scale_inv", "_blocks")
+"""Marks of experts' weights, which are parameters with names of their own."""
+
+
+class Found:
+    """The weights of few bits among the tensors of a checkpoint."""
+
+    def __init__(self, format_: FormatName, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._sorted = sorted(self._names)
+        self._open: dict[str, tuple[Open, frozenset[str]]] = {}
+        for marks, opened, others in LAYOUTS[format_]:
+            for mark in marks:
+                for name in self._sorted:
+                    weight = _marked(name, mark)
+                    if weight is not None and weight not in self._open:
+                        self._open[weight] = opened, others | set(marks)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._open
+
+    def parts(self, name: str) -> dict[str, str]:
+        """Return the names of the tensors that a weight is made of, by their roles.
+
+        Raises:
+            CheckpointInvalid: one stands beside it that is not read.
+        """
+        known = self._open[name][1]
+        roles = {role: each for each in self._beside(name) if (role := _role(name, each)) not in BESIDE}
+        for role, each in roles.items():
+            if role not in known:
+                raise CheckpointInvalid(f"{each}: it stands beside {name}, and is not read.")
+        return roles
+
+    def open(self, pieces: Pieces) -> Packed:
+        """Return a weight.
+
+        Raises:
+            CheckpointInvalid: its tensors do not go together.
+        """
+        return self._open[pieces.name][0](pieces)
+
+    def _beside(self, name: str) -> list[str]:
+        """Return the tensors of a weight's linear; of a parameter that is not called weight, its own."""
+        of_linear = name.endswith(f".{WEIGHT}")
+        prefix = name.removesuffix(WEIGHT) if of_linear else f"{name}_"
+        found = [] if of_linear or name not in self._names else [name]
+        at = bisect_left(self._sorted, prefix)
+        while at < len(self._sorted) and self._sorted[at].startswith(prefix):
+            found.append(self._sorted[at])
+            at += 1
+        return found
+
+
+def _marked(name: str, mark: str) -> str | None:
+    """Return the weight that a tensor marks; what is not called weight is marked by what follows its name."""
+    if name.endswith(f".{mark}"):
+        return name.removesuffix(mark) + WEIGHT
+    suffix = mark.removeprefix(WEIGHT)
+    return name.removesuffix(suffix) if suffix in OF_PARAMETERS and name.endswith(suffix) else None
+
+
+def _role(weight: str, name: str) -> str:
+    """Return what a tensor is of a weight's."""
+    if weight.endswith(f".{WEIGHT}"):
+        return name[len(weight) - len(WEIGHT) :]
+    return WEIGHT + name[len(weight) :]
