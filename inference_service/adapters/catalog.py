@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 
 from inference_service.adapters.names import (
     LEAST_DIGITS,
-    ScaledAdapter,
     ambiguous_version,
     bad_version,
     blend,
@@ -20,7 +19,7 @@ from inference_service.adapters.names import (
     model_not_found,
     version_not_found,
 )
-from inference_service.core.adapter import MOST_PARTS, Adapter
+from inference_service.core.adapter import MOST_PARTS, Adapter, ScaledAdapter
 from inference_service.core.served_model import NO_DEFAULTS, ServedModel, display_source
 from loramux_shared.access.keys import ACCESS, Access
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation

@@ -6,11 +6,11 @@ import re
 import secrets
 from bisect import bisect
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Final
 
-from inference_service.core.adapter import MOST_PARTS, Adapter, Mixture
+from inference_service.core.adapter import MOST_PARTS, Adapter, Mixture, ScaledAdapter
 from inference_service.core.served_model import AdapterDefaults, ServedModel
 from loramux_shared.bundle.manifest import apart
 from loramux_shared.faults import ModelNotFound, RequestInvalid
@@ -22,14 +22,6 @@ FOUND_CHARS: Final = 80
 """Characters of what a finding repeats."""
 _PART: Final = re.compile(r"([^*+]+)(?:\*\s*([-+]?[^\s*+eE]+(?:[eE][-+]?[0-9]+)?)\s*)?")
 """A name, and behind a star its scale: a number as JSON has it, or with a sign."""
-
-
-@dataclass(frozen=True)
-class ScaledAdapter:
-    """An adapter as a request names it."""
-
-    name: str
-    scale: float = 1.0
 
 
 def blend_parts(text: str) -> tuple[ScaledAdapter, ...]:

@@ -44,6 +44,14 @@ class Adapter:
         return (self,)
 
 
+@dataclass(frozen=True)
+class ScaledAdapter:
+    """An adapter as a request names it."""
+
+    name: str
+    scale: float = 1.0
+
+
 ScaledSlots = tuple[tuple[int, float], ...]
 """The slots of a mixture, with their scales."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, NamedTuple
 
-from inference_service.adapters.names import ScaledAdapter
+from inference_service.core.adapter import ScaledAdapter
 from inference_service.core.constraint import ByEnding, Constraint
 from inference_service.core.sampling import Sampling
 from inference_service.core.sequence import EndReason, Token, Vector

@@ -1,9 +1,12 @@
 """The choice of an answer's tokens: the knobs of a request with their bounds, and those of a sequence."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, Final, Literal
 
 from loramux_shared.runtime import MAX_TEMPERATURE
@@ -139,6 +142,13 @@ class SamplingParams:
     """Mode of the answer's tokens; those of the prompt are always raw."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt; 0 reports them alone."""
+
+    def of_answer(self, index: int) -> SamplingParams:
+        """Return the sampling of one answer: only the first scores the prompt, the others have own seeds."""
+        if not index:
+            return self
+        seed = int.from_bytes(blake2b(f"{self.seed}:{index}".encode(), digest_size=8).digest()) >> 1
+        return replace(self, seed=seed, prompt_logprobs=None)
 
     @property
     def greedy(self) -> bool:

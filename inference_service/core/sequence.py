@@ -208,6 +208,12 @@ class Sequence:
         """Tokens of the answer that are known here."""
         return len(self.progress.tokens) - self.num_prompt
 
+    def looks_back(self, generated: int) -> bool:
+        """Return whether more than a grammar shapes the token behind so many of the answer: what may need all
+        tokens before.
+        """
+        return generated < self.sampling.num_shaped
+
     @property
     def scores_prompt(self) -> bool:
         """True while log probabilities of the prompt are asked for and not all being computed."""

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.ports import GenerationFollower, Resolver
 from inference_service.adapters.texts import AdapterTexts, Scorer
-from inference_service.api.requests.terms import begin_of, of_answer
 from inference_service.core.adapter import activation
 from inference_service.core.constraint import Grammar
 from inference_service.core.request import Request, ResolvedModel
@@ -28,7 +28,7 @@ from inference_service.driver.telemetry.metrics import Metrics
 from inference_service.driver.telemetry.model_series import MOST
 from inference_service.text.text import Text
 from loramux_shared.access.keys import ACCESS
-from loramux_shared.faults import InternalFault
+from loramux_shared.faults import InternalFault, RequestInvalid
 
 _numbers = itertools.count()
 
@@ -96,13 +96,20 @@ class EngineDriver:
             yield EngineAdmission(self, ticket)
 
     async def begin_of(self, submission: Submission) -> Callable[[], Grammar | None]:
-        """Return a function that begins the grammar of an answer, or returns None; raise what `begin_of` of
-        `terms` does.
+        """Return a function that begins the grammar of an answer, or returns None; raise RequestInvalid where a
+        constraint that is not optional cannot be followed.
         """
-        if submission.constraint is None:
+        constraint = submission.constraint
+        if constraint is None:
             return lambda: None
         text = (await self.defaults(submission.model)).text or self._text
-        return await begin_of(submission.constraint, text, submission.ends, self._constraints)
+        try:
+            compiled = await self._constraints.compile(constraint, text)
+        except RequestInvalid:
+            if not constraint.optional:
+                raise
+            return lambda: None
+        return partial(compiled.begin, submission.ends, optional=constraint.optional)
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class EngineAdmission:
             Sequence(
                 f"{number}.{index}",
                 submission.prompt,
-                of_answer(submission.sampling, index),
+                submission.sampling.of_answer(index),
                 adapter,
                 priority=submission.priority,
                 deadline_s=submission.deadline_s,

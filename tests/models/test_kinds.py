@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from inference_service.adapters.changing import StoredBundles
-from inference_service.adapters.names import ScaledAdapter
+from inference_service.core.adapter import ScaledAdapter
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.reader import read_bundle

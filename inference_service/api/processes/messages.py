@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from inference_service.adapters.names import ScaledAdapter
-from inference_service.core.adapter import Adapter, Mixture
+from inference_service.core.adapter import Adapter, Mixture, ScaledAdapter
 from inference_service.core.constraint import Constraint
 from inference_service.core.request import ModelReference
 from inference_service.core.sampling import SamplingParams

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from hashlib import blake2b
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
 from inference_service.api.requests.bounds import check_constraint, countable, prompt_too_long
-from inference_service.core.constraint import Constraint, Grammar, packed
+from inference_service.core.constraint import Constraint, packed
 from inference_service.core.request import Request, TextPair
 from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.core.sequence import NEVER
 from inference_service.core.served_model import AdapterDefaults, ServedModel
-from inference_service.driver.constraints import Constraints
 from inference_service.driver.port import Submission
 from inference_service.text.text import Text
 from loramux_shared.faults import PromptTooLong, RequestInvalid
@@ -143,14 +140,19 @@ class Terms:
         return PromptTokens(tokens, types.index(1) if 1 in types else NEVER)
 
     async def submission(self, model: ServedModel, tokens: list[int], second: int) -> Submission:
-        """Return what the engine needs for answers to a prompt; raise PromptTooLong where both do not fit."""
+        """Return what the engine needs for answers to a prompt.
+
+        Raises:
+            PromptTooLong: both do not fit.
+            RequestInvalid: the constraint is too long, and is not optional.
+        """
         output, scheduling = self.request.output, self.request.scheduling
         return Submission(
             model,
             tokens,
             await self.sampling(len(tokens)),
             output.n,
-            output.constraint,
+            self._constraint(),
             self.ends_of_text if output.constraint else frozenset(),
             output.pooling,
             second,
@@ -158,6 +160,17 @@ class Terms:
             scheduling.deadline_s,
             scheduling.cache_salt or "",
         )
+
+    def _constraint(self) -> Constraint | None:
+        """Return the constraint; None also for one that is too long and may be left out."""
+        constraint = self.request.output.constraint
+        try:
+            check_constraint(constraint)
+        except RequestInvalid:
+            if constraint is None or not constraint.optional:
+                raise
+            return None
+        return constraint
 
     async def sampling(self, prompt_tokens: int) -> SamplingParams:
         """Return what the answers to so many tokens are drawn by; raise PromptTooLong where both do not fit."""
@@ -200,37 +213,9 @@ class Terms:
         return self.ends | (special & set(self.request.sampling.stop_token_ids))
 
 
-async def begin_of(
-    constraint: Constraint | None, text: Text, ends: frozenset[int], constraints: Constraints
-) -> Callable[[], Grammar | None]:
-    """Return a function that begins the grammar of an answer, or returns None.
-
-    Raises:
-        RequestInvalid: the constraint is too long, or cannot be followed, and is not optional.
-    """
-    if constraint is None:
-        return lambda: None
-    try:
-        check_constraint(constraint)
-        compiled = await constraints.compile(constraint, text)
-    except RequestInvalid:
-        if not constraint.optional:
-            raise
-        return lambda: None
-    return partial(compiled.begin, ends, optional=constraint.optional)
-
-
 N = TypeVar("N", int, float)
 LEAST: Final = 1e-6
 """Temperatures and top_p between 0 and this mean this: less would divide by what float32 takes for 0."""
-
-
-def of_answer(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Return the sampling of one answer: only the first scores the prompt, the others have own seeds."""
-    if not index:
-        return sampling
-    seed = int.from_bytes(blake2b(f"{sampling.seed}:{index}".encode(), digest_size=8).digest()) >> 1
-    return replace(sampling, seed=seed, prompt_logprobs=None)
 
 
 def first(requested: N | None, adapters: N | None, default: N) -> N:

@@ -7,11 +7,10 @@ from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message as ProtoMessage
 
-from inference_service.adapters.names import ScaledAdapter
 from inference_service.api.chat.dialect import dialect_of_model
 from inference_service.api.requests.bounds import check_ids, check_texts, countable, role_of, thought_of
 from inference_service.api.requests.service import GenerationService
-from inference_service.core.adapter import MOST_PARTS
+from inference_service.core.adapter import MOST_PARTS, ScaledAdapter
 from inference_service.core.constraint import Constraint, Kind
 from inference_service.core.request import (
     AnswerDelta,

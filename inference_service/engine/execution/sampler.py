@@ -164,7 +164,7 @@ def _drawing(seq: Sequence, ahead: int, *, may_stop: bool = False) -> RowParams:
         mask = seq.grammar.mask(ahead)
         allowed = mask if allowed is None else common(mask, allowed)
     edits = None
-    if looks_back(seq, seq.num_known):
+    if seq.looks_back(seq.num_known):
         edits = history_of(seq).edits
         if out := _forbidden(seq, may_stop=may_stop):
             added = edits.added + array("f", [-math.inf]) * len(out)
@@ -185,12 +185,7 @@ def _forbidden(seq: Sequence, *, may_stop: bool) -> array[int]:
 
 def shapes(seq: Sequence, generated: int) -> bool:
     """Return whether a token is not drawn from the model's logits, after so many others of the answer."""
-    return seq.grammar is not None or looks_back(seq, generated)
-
-
-def looks_back(seq: Sequence, generated: int) -> bool:
-    """Return whether more than a grammar shapes it: what may need to know all tokens before."""
-    return generated < seq.sampling.num_shaped
+    return seq.grammar is not None or seq.looks_back(generated)
 
 
 def shape(logits: Tensor, seq: Sequence, ahead: int = 0) -> Tensor:

@@ -21,7 +21,6 @@ from math import log, log1p
 from typing import Final
 
 from inference_service.core.sequence import Sequence, Token
-from inference_service.engine.execution.sampler import looks_back
 from inference_service.engine.scheduling.block_manager import BlockManager
 from inference_service.engine.scheduling.queues import Plan, SchedulerLimits
 
@@ -135,7 +134,7 @@ class Lookup:
             known = self._expected.get(seq)
             if known is not None and known.rest:
                 known.rest -= 1
-            elif plan.lengths.get(seq) == 1 and not looks_back(seq, seq.num_known):
+            elif plan.lengths.get(seq) == 1 and not seq.looks_back(seq.num_known):
                 left = seq.progress.end - len(seq.progress.tokens)
                 rows[seq] = min(most, left - 1)  # the step draws one more
         return rows
