@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, NamedTuple
 
@@ -213,14 +213,38 @@ class AnswerDelta:
 
 
 @dataclass(frozen=True)
+class TokenUsage:
+    """The tokens of answers; each API has names of its own for them."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt that the prefix cache held."""
+    completion_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of prompt and answers."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @classmethod
+    def of(cls, answers: Iterable[AnswerFinished]) -> TokenUsage:
+        """Return the tokens of the answers to one or more prompts, each of which counts once."""
+        ends = list(answers)
+        prompts = [end.usage for end in ends if not end.index]
+        return cls(
+            sum(prompt.prompt_tokens for prompt in prompts),
+            sum(prompt.cached_tokens for prompt in prompts),
+            sum(end.usage.completion_tokens for end in ends),
+        )
+
+
+@dataclass(frozen=True)
 class AnswerFinished:
     """An answer is complete."""
 
     reason: EndReason
     stop_text: str
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
+    usage: TokenUsage
     index: int = 0
     """Index of the answer among the n."""
     stop_token_id: int | None = None

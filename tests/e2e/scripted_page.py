@@ -17,7 +17,14 @@ from inference_service.api.http.server import HttpServer
 from inference_service.api.requests.service import GenerationService
 from inference_service.api.requests.terms import ServingLimits
 from inference_service.core.adapter import Adapter
-from inference_service.core.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
+from inference_service.core.request import (
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
+    Event,
+    Request,
+    TokenUsage,
+)
 from inference_service.core.sequence import EndReason, Token
 from inference_service.core.served_model import ServedModel
 from inference_service.driver.engine_driver import EngineDriver
@@ -84,7 +91,7 @@ class ScriptedPage(GenerationService):
             else:
                 yield AnswerDelta(piece, (Token(3),))
                 await asyncio.sleep(0.01)  # the browser sees the pieces one by one
-        yield AnswerFinished(EndReason.STOP, "", 2, 1, len(pieces))
+        yield AnswerFinished(EndReason.STOP, "", TokenUsage(2, 1, len(pieces)))
 
 
 @asynccontextmanager

@@ -7,7 +7,14 @@ from pathlib import Path
 from inference_service.adapters.catalog import Catalog
 from inference_service.api.http.server import HttpServer
 from inference_service.api.rpc.servicer import SERVICE_NAME, InferenceServicer
-from inference_service.core.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
+from inference_service.core.request import (
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
+    Event,
+    Request,
+    TokenUsage,
+)
 from inference_service.core.sequence import EndReason, Token
 from inference_service.core.served_model import ServedModel
 from inference_service.text.text import Text
@@ -52,7 +59,7 @@ class Named(Scripted):
             yield AnswerDelta(self.name, (Token(5),), 0)
             if request.prompt.content == "WAIT":
                 await self.ends.wait()
-            yield AnswerFinished(EndReason.STOP, "", 2, 0, 1, 0)
+            yield AnswerFinished(EndReason.STOP, "", TokenUsage(2, 0, 1))
         finally:
             self.open -= 1
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence as Seq
 
-from inference_service.core.request import AnswerDelta, AnswerFinished, Event, Pooled, PromptScores
+from inference_service.core.request import AnswerDelta, AnswerFinished, Event, Pooled, PromptScores, TokenUsage
 from inference_service.core.sequence import EndReason, StepOutput, Token
 from inference_service.driver.delivery import AnswerView
 from inference_service.driver.port import Submission
@@ -93,8 +93,8 @@ class Answer:
     def _finished(self, reason: EndReason, last: Token | None) -> AnswerFinished:
         text, token = self._stops.found, last.id if last else None
         stopped_by = token if text is None and token in self._stop_tokens else None
-        prompt, cached = len(self._submission.prompt), self._view.num_cached
-        return AnswerFinished(reason, text or "", prompt, cached, self._count, self._index, stopped_by)
+        usage = TokenUsage(len(self._submission.prompt), self._view.num_cached, self._count)
+        return AnswerFinished(reason, text or "", usage, self._index, stopped_by)
 
     def _failure(self, output: StepOutput, num_tokens: int) -> Fault:
         if output.finish is EndReason.DEADLINE:

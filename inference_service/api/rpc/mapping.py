@@ -25,6 +25,7 @@ from inference_service.core.request import (
     Request,
     RequestPrompt,
     SchedulingOptions,
+    TokenUsage,
     hinted,
 )
 from inference_service.core.sampling import KNOBS, Sampling
@@ -207,6 +208,15 @@ def texts_of(context: Context) -> dict[str, str]:
     return texts
 
 
+def usage_to_message(tokens: TokenUsage) -> pb.Usage:
+    """Return the tokens of an answer as a message."""
+    return pb.Usage(
+        prompt_tokens=tokens.prompt_tokens,
+        cached_tokens=tokens.cached_tokens,
+        completion_tokens=tokens.completion_tokens,
+    )
+
+
 def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]:
     """Return an event as messages: one, or for a long prompt's log probabilities several."""
     match event:
@@ -233,15 +243,10 @@ def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]
                 delta.logprobs.extend([_logprobs(token, text) for token in scored])
             yield message
         case AnswerFinished():
-            usage = pb.Usage(
-                prompt_tokens=event.prompt_tokens,
-                cached_tokens=event.cached_tokens,
-                completion_tokens=event.completion_tokens,
-            )
             reason = _REASONS[event.reason]
             finished = pb.Finished(
                 reason=reason,
-                usage=usage,
+                usage=usage_to_message(event.usage),
                 stop_text=event.stop_text,
                 index=event.index,
                 stop_token_id=event.stop_token_id,

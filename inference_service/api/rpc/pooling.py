@@ -7,7 +7,7 @@ import numpy as np
 
 from inference_service.api.requests.bounds import check_ids, countable
 from inference_service.api.requests.pooling import MAX_INPUTS, PooledPrompt, ScoredPrompt
-from inference_service.api.rpc.mapping import adapters_of, optional, texts_of
+from inference_service.api.rpc.mapping import adapters_of, optional, texts_of, usage_to_message
 from inference_service.core.request import (
     ModelReference,
     OutputOptions,
@@ -96,7 +96,7 @@ def vector_to_message(index: int, prompt: PooledPrompt, vector: Vector) -> pb.Em
         model=prompt.started.model.name,
         adapter_digest=prompt.started.model.digest,
         generation=prompt.started.generation,
-        usage=_usage(prompt),
+        usage=usage_to_message(prompt.finished.usage),
     )
 
 
@@ -111,10 +111,5 @@ def scores_to_message(index: int, scored: ScoredPrompt) -> pb.ClassifyResponse:
         model=started.model.name,
         adapter_digest=started.model.digest,
         generation=started.generation,
-        usage=_usage(scored.prompt),
+        usage=usage_to_message(scored.prompt.finished.usage),
     )
-
-
-def _usage(prompt: PooledPrompt) -> pb.Usage:
-    finished = prompt.finished
-    return pb.Usage(prompt_tokens=finished.prompt_tokens, cached_tokens=finished.cached_tokens)

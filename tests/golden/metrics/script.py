@@ -18,7 +18,7 @@ from inference_service.adapters.views import Facts
 from inference_service.api.processes.messages import AnswerState
 from inference_service.core.adapter import Adapter
 from inference_service.core.computing import Computing
-from inference_service.core.request import AnswerDelta, AnswerFinished, Request
+from inference_service.core.request import AnswerDelta, AnswerFinished, Request, TokenUsage
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Token
 from inference_service.core.served_model import ServedModel
@@ -56,7 +56,7 @@ def everything() -> Scrape:
         follower.submitted([AnswerState(began_s=time.monotonic())], time.monotonic())
         for token in (5, 6):
             follower.see(AnswerDelta("a", (Token(token),)))
-        follower.see(AnswerFinished(EndReason.STOP, "", 2, 0, 2))
+        follower.see(AnswerFinished(EndReason.STOP, "", TokenUsage(2, 0, 2)))
     metrics.responded(200)
     return Scrape(metrics.render().decode())
 

@@ -18,7 +18,14 @@ from inference_service.api.http.openai.mapping import chat_of, completion_reques
 from inference_service.api.http.openai.schema import CompletionBody
 from inference_service.api.requests.service import GenerationService
 from inference_service.api.requests.terms import ServingLimits
-from inference_service.core.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
+from inference_service.core.request import (
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
+    Event,
+    Request,
+    TokenUsage,
+)
 from inference_service.core.sequence import EndReason
 from inference_service.driver.port import Driver
 from inference_service.text.chat_template import ChatTemplate
@@ -98,7 +105,7 @@ def test_thoughts_have_both_names() -> None:
     parts = choice.parts(
         AnswerPart(AnswerDelta("ab", ()), [Thought("Let me "), Thought("see."), TextPiece("Yes.")])
     )
-    choice.take(AnswerPart(AnswerFinished(EndReason.STOP, "", 1, 3, 0), []))
+    choice.take(AnswerPart(AnswerFinished(EndReason.STOP, "", TokenUsage(1, 3, 0)), []))
     deltas = [part["delta"] for part in parts]
     assert deltas[0] == {"role": "assistant", "content": "", "refusal": None}
     assert deltas[1] == {"reasoning_content": "Let me ", "reasoning": "Let me "}
@@ -139,7 +146,7 @@ class Speaks(Scripted):
         [says] = self._case.answers
         for part in (says[:20], says[20:]):
             yield AnswerDelta(part, ())
-        yield AnswerFinished(EndReason.STOP, "", len(tokens), 0, 1)
+        yield AnswerFinished(EndReason.STOP, "", TokenUsage(len(tokens), 0, 1))
 
 
 async def ask(service: Speaks, **fields: Any) -> Collected:

@@ -13,7 +13,7 @@ from structlog.contextvars import bound_contextvars
 from structlog.testing import capture_logs
 
 from inference_service.api.processes.messages import AnswerState
-from inference_service.core.request import AnswerDelta, AnswerFinished, Request
+from inference_service.core.request import AnswerDelta, AnswerFinished, Request, TokenUsage
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Token
 from inference_service.core.served_model import ServedModel
@@ -26,7 +26,7 @@ from loramux_shared.process import log_to_stderr
 from tests.golden.metrics.script import replica
 from tests.support.metrics import Scrape
 
-DONE = AnswerFinished(EndReason.LENGTH, "", 3, 0, 2)
+DONE = AnswerFinished(EndReason.LENGTH, "", TokenUsage(3, 0, 2))
 
 
 class Ear:
@@ -76,7 +76,7 @@ def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...
     follower = following_one.__enter__()
     submit(follower, answers=2)
     for index in finished:
-        follower.see(AnswerFinished(EndReason.STOP, "", 3, 0, 0, index))
+        follower.see(AnswerFinished(EndReason.STOP, "", TokenUsage(3), index))
     following_one.__exit__(GeneratorExit, GeneratorExit(), None)
     assert ear.outcomes == [outcome]
 

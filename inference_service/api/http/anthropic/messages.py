@@ -29,7 +29,7 @@ from inference_service.api.http.wire.body import read_body
 from inference_service.api.http.wire.refusals import fault_body
 from inference_service.api.http.wire.reply import EventStream, Head, Reply, named, open_stream, while_connected
 from inference_service.api.requests.service import GenerationService
-from inference_service.core.request import WORDLESS, AnswerDelta, AnswerFinished, AnswerStarted
+from inference_service.core.request import WORDLESS, AnswerDelta, AnswerFinished, AnswerStarted, TokenUsage
 from inference_service.core.sequence import EndReason
 from loramux_shared.faults import PromptTooLong
 
@@ -247,14 +247,14 @@ class MessageAnswer:
 
     def _started(self) -> MessageEvent:
         """Return the first event; the last but one says how much of the prompt was cached."""
-        counted = usage(AnswerFinished(EndReason.STOP, "", self._prompt_tokens, 0, 0))
+        counted = usage(TokenUsage(self._prompt_tokens))
         return event_of("message_start", message=self._message([], counted))
 
     def _ended(self, finished: AnswerFinished) -> MessageEvent:
         return event_of("message_delta", delta=self._ending(finished), usage=self._usage(finished))
 
     def _usage(self, finished: AnswerFinished) -> MessageUsage:
-        counted = usage(finished)
+        counted = usage(finished.usage)
         if self._thinking:
             counted["output_tokens_details"] = {"thinking_tokens": self._thinking}
         return counted
@@ -283,13 +283,13 @@ class MessageAnswer:
         )
 
 
-def usage(finished: AnswerFinished) -> MessageUsage:
+def usage(tokens: TokenUsage) -> MessageUsage:
     """Return the tokens of a prompt, without those that were found in the cache, and of its answer."""
     return {
-        "input_tokens": finished.prompt_tokens - finished.cached_tokens,
+        "input_tokens": tokens.prompt_tokens - tokens.cached_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": finished.cached_tokens,
-        "output_tokens": finished.completion_tokens,
+        "cache_read_input_tokens": tokens.cached_tokens,
+        "output_tokens": tokens.completion_tokens,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Final, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from inference_service.core.request import AnswerDelta, AnswerFinished, AnswerStarted, Event
+from inference_service.core.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, TokenUsage
 from inference_service.core.sequence import EndReason
 
 Ended = Literal["stop", "length"]
@@ -255,22 +255,19 @@ def ended_by(finished: AnswerFinished, stops: Collection[str]) -> str | int | No
 
 
 def usage(finished: Iterable[AnswerFinished], reasoning: int = 0) -> Usage:
-    """Return the tokens of the answers to one or more prompts; a prompt counts once, whatever its answers.
+    """Return the tokens of the answers to one or more prompts.
 
     Reasoning tokens have a field of their own where there are any.
     """
-    ends = list(finished)
-    prompt = sum(end.prompt_tokens for end in ends if not end.index)
-    completion = sum(end.completion_tokens for end in ends)
+    tokens = TokenUsage.of(finished)
     counted: Usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
+        "prompt_tokens": tokens.prompt_tokens,
+        "completion_tokens": tokens.completion_tokens,
+        "total_tokens": tokens.total_tokens,
     }
     if reasoning:
         counted["completion_tokens_details"] = {"reasoning_tokens": reasoning}
-    cached = sum(end.cached_tokens for end in ends if not end.index)
-    counted["prompt_tokens_details"] = {"cached_tokens": cached}
+    counted["prompt_tokens_details"] = {"cached_tokens": tokens.cached_tokens}
     return counted
 
 

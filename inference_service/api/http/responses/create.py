@@ -129,12 +129,13 @@ def _text(text: TextConfig | None) -> dict[str, Any]:
 
 def usage_of(finished: AnswerFinished, reasoning_tokens: int) -> ResponseUsage:
     """Return the tokens of a response."""
+    tokens = finished.usage
     return {
-        "input_tokens": finished.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": finished.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": finished.completion_tokens,
+        "input_tokens": tokens.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": tokens.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": tokens.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
-        "total_tokens": finished.prompt_tokens + finished.completion_tokens,
+        "total_tokens": tokens.total_tokens,
     }
 
 

@@ -33,7 +33,7 @@ from inference_service.api.requests.pooling import (
     shaped,
 )
 from inference_service.api.requests.service import GenerationService
-from inference_service.core.request import PromptContent, Request, hinted
+from inference_service.core.request import PromptContent, Request, TokenUsage, hinted
 from inference_service.core.sequence import Vector
 from loramux_shared.runtime import Pooling
 
@@ -219,9 +219,12 @@ def head_of(found: Sequence[PooledPrompt], body: PoolingBody, kind: str) -> Head
 
 def prompt_usage(found: Sequence[PooledPrompt]) -> PromptUsage:
     """Return the tokens of all prompts."""
-    tokens = sum(each.finished.prompt_tokens for each in found)
-    cached = sum(each.finished.cached_tokens for each in found)
-    return {"prompt_tokens": tokens, "total_tokens": tokens, "prompt_tokens_details": {"cached_tokens": cached}}
+    tokens = TokenUsage.of(each.finished for each in found)
+    return {
+        "prompt_tokens": tokens.prompt_tokens,
+        "total_tokens": tokens.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": tokens.cached_tokens},
+    }
 
 
 async def answer(
