@@ -20,6 +20,7 @@ from loramux.cli.gc import gc
 from loramux.cli.import_bundle import import_bundle
 from loramux.cli.kernels import kernels
 from loramux.cli.local.demo import demo
+from loramux.cli.local.run import run
 from loramux.cli.local.services import builder, serve
 from loramux.cli.local.up import up
 from loramux.cli.rollout import rollout
@@ -35,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: half the lines, the same words
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for function in (demo, up, build, check, prove, add, remove, push, models, serve, builder, health):
+for function in (demo, run, up, build, check, prove, add, remove, push, models, serve, builder, health):
     app.command()(function)
 unusable: dict[str, SettingsInvalid] = {}
 """Why the commands of packages cannot be used that cannot be imported."""
@@ -56,11 +57,11 @@ others: dict[str, Callable[..., None] | typer.Typer] = {
     "watch": deployments.watch,
     **{name: each.run for name, each in registered("command", shell.Command, unusable.__setitem__).items()},
 }
-for name, run in sorted(others.items()):
-    if isinstance(run, typer.Typer):
-        app.add_typer(run, name=name)
+for name, other in sorted(others.items()):
+    if isinstance(other, typer.Typer):
+        app.add_typer(other, name=name)
     else:
-        app.command(name)(run)
+        app.command(name)(other)
 
 
 def _refusing(fault: SettingsInvalid) -> Callable[[], None]:

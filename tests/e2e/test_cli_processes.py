@@ -178,6 +178,19 @@ def test_up_serves_until_a_signal(
         assert_gone(children)
 
 
+def test_run_serves_a_base_without_a_file(scripted: dict[str, str], tmp_path: Path) -> None:
+    """``run`` builds and serves as ``up`` does, and writes the file that ``up`` takes."""
+    for name in ("tiny", "lora1", "lora2"):
+        (tmp_path / name).mkdir()
+    words = ("run", "./tiny", "--adapter", "lora1=./lora1", "-a", "lora2=./lora2", "--save", "saved.yaml")
+    for command_words in (words, ("up", "saved.yaml")):
+        with start_command(tmp_path, *command_words, **scripted) as command:
+            text = command.read_until("InferenceService/Generate")
+            assert "deployment tiny: generation" in text
+            assert "models     base, lora1, lora2" in text
+            assert command.end(signal.SIGINT) == 0
+
+
 def test_up_for_machines_killed_kills_its_children(
     scripted: dict[str, str], tmp_path: Path, deployment: Callable[..., str]
 ) -> None:

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -108,6 +108,7 @@ def _require_key(keyring: Keyring) -> None:
 
 
 OPENAI = "127.0.0.1:8000"
+HttpAddress = Annotated[str, typer.Option("--http", metavar="HOST:PORT", help="Address of the HTTP APIs.")]
 DEFAULT_STORE = "file://~/.local/share/loramux/store"
 
 
@@ -116,7 +117,7 @@ def up(
     file: shell.File,
     store: shell.Store = DEFAULT_STORE,
     grpc: shell.Grpc = "",
-    http: Annotated[str, typer.Option("--http", metavar="HOST:PORT", help="Address of the HTTP APIs.")] = "",
+    http: HttpAddress = "",
     builder: shell.Builder = "",
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,
@@ -131,17 +132,34 @@ def up(
 
     Example: loramux up deployment.yaml
     """
-    plan = UpPlan(
-        deployment=read_deployment(file).deployment,
+    engine = {"backend": backend, "dtype": dtype, "threads": threads}
+    plan = plan_of(read_deployment(file).deployment, store, grpc, http, builder, engine)
+    plan = replace(plan, roots=(file.absolute().parent, *(local_root or ())), exact=exact)
+    preflight(plan)
+    serve(plan, as_json=as_json)
+
+
+def plan_of(
+    deployment: Deployment,
+    store: str,
+    grpc: str,
+    http: str,
+    builder: str,
+    engine: Mapping[str, str | int | None] | None = None,
+) -> UpPlan:
+    """Return the plan of a deployment; an address that is empty is the usual one, or a free one."""
+    return UpPlan(
+        deployment=deployment,
         store=store,
         builder=listening_address(builder, BUILDER),
         inference=listening_address(grpc, INFERENCE),
-        engine={"backend": backend, "dtype": dtype, "threads": threads},
+        engine=engine or {},
         http=listening_address(http, OPENAI),
-        roots=(file.absolute().parent, *(local_root or ())),
-        exact=exact,
     )
-    preflight(plan)
+
+
+def serve(plan: UpPlan, *, as_json: bool) -> None:
+    """Build and serve until Ctrl-C."""
     run_tree(functools.partial(_up, plan=plan, as_json=as_json))
 
 
