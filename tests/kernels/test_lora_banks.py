@@ -4,7 +4,7 @@ import ctypes
 import mmap
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 
@@ -177,10 +177,26 @@ def resident(address: int, num_bytes: int) -> int:
     return int((pages >> 63).sum()) * mmap.PAGESIZE
 
 
+M_MMAP_MAX = -4
+"""Option of mallopt, from malloc.h; glibc's own number is 65,536."""
+
+
+@pytest.fixture
+def much_freed() -> Iterator[None]:
+    """An allocator that has freed a large array below one that stays, as at the end of a start."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_MAX, 0)
+    freed, stays = np.ones(100 << 20, np.uint8), np.ones(1 << 20, np.uint8)
+    del freed
+    yield
+    mallopt(M_MMAP_MAX, 65_536)
+    del stays
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory otherwise")
+@pytest.mark.usefixtures("much_freed")
 def test_native_memory_is_taken_when_it_is_touched(compiled: ctypes.CDLL) -> None:
     """An arena of gigabytes and slots by the thousand cost next to nothing until they are used."""
-    if sys.platform != "linux":
-        pytest.skip("other systems count memory otherwise")
     lora = NativeLora(CpuOps(compiled, torch.float32), GROUPS, LAYERS)
     lora.open(4 << 30, 64, 50_000)
     packed = lora.pack(adapter(ADAPTERS[1], 0))

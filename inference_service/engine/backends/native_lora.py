@@ -79,7 +79,10 @@ class NativeLora(LoraBackend):
         """Reserve addresses; memory is taken when it is touched."""
         super().open(num_bytes, max_rank, num_slots)
         self._arena = Arena(num_bytes)
-        table = Table(np.zeros((num_slots, len(self._names), ADAPTER_FIELDS), dtype=np.int64))
+        # no np.zeros, which touches all of it where the allocator has that much left from what a start freed
+        numbers = num_slots * self.slot_bytes
+        fields = Arena(numbers).read(0, numbers, torch.int64).view(num_slots, len(self._names), ADAPTER_FIELDS)
+        table = Table(fields.numpy())
         self._table = table.values
         for index, name in enumerate(self._names):
             self._linears[name] = 1 << index, table.address + index * ADAPTER_FIELDS * self._table.itemsize
