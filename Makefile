@@ -9,7 +9,7 @@ SILENT := $(if $(QUIET),; without a terminal pip is silent until it is done)
 # What there is only where the folder extensions/ was not deleted.
 EXTENSIONS := $(wildcard extensions)
 
-.PHONY: azurite demo test test-extensions check static stubs docs site images golden tritons clean
+.PHONY: azurite demo test test-extensions check static stubs docs site images golden tritons release clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
@@ -61,9 +61,19 @@ docs: $(VENV)/.test
 site: $(VENV)/.docs
 	$(BIN)/python -m scripts.site
 
+# The sdist, a wheel for x86-64 and one for ARM64 in build/release, each built twice and checked: minutes. It needs
+# g++ and aarch64-linux-gnu-g++. Nothing is published.
+release: $(VENV)/.release
+	$(BIN)/python -m scripts.release
+
 # Both images, built, and serving the example: minutes and gigabytes.
 images:
 	scripts/images.sh
+
+$(VENV)/.release: pyproject.toml | $(BIN)/python
+	@echo "1 of 1: what builds and checks wheels, 5 MB$(SILENT)"
+	$(BIN)/pip install $(QUIET) 'auditwheel>=6.2' 'build>=1.2'
+	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	@echo "1 of 1: what builds the site, 50 MB$(SILENT)"

@@ -41,6 +41,8 @@ __all__ = [
 ]
 REPOSITORY_URL = "LORAMUX_REPOSITORY_URL"
 """Environment variable: where the sources of this release are, as https://HOST/OWNER/NAME."""
+MACHINE = "LORAMUX_WHEEL_MACHINE"
+"""Environment variable: the machine that a wheel is for, with CXX as its compiler; else this one."""
 LINK = re.compile(r"(!?)\[([^]]*)\]\((?![a-z]+:|#)([^)]+)\)")
 PACKAGE = "inference_service/engine/kernels/cpu"
 
@@ -59,10 +61,11 @@ class CompiledOperations(BuildHookInterface[Any]):
             from inference_service.engine.kernels.cpu import compiling
         finally:
             sys.path.remove(self.root)
+        machine = os.environ.get(MACHINE) or platform.machine()
         self.folder = tempfile.TemporaryDirectory(prefix="loramux-build-")
         try:
             into = Path(self.folder.name) / compiling.BEFOREHAND
-            made = compiling.compile_beforehand(into, self.app.display_info)
+            made = compiling.compile_beforehand(into, self.app.display_info, machine)
         except subprocess.CalledProcessError as error:
             self._warn(compiling.reason(error))
         except OSError as error:
@@ -71,7 +74,7 @@ class CompiledOperations(BuildHookInterface[Any]):
             inside = f"{PACKAGE}/{compiling.BEFOREHAND}"
             build_data["force_include"] |= {str(path): f"{inside}/{path.name}" for path in made}
             if made:
-                build_data |= {"pure_python": False, "tag": f"py3-none-{system_of(made)}"}
+                build_data |= {"pure_python": False, "tag": f"py3-none-{system_of(made, machine)}"}
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002
         """Remove the folder."""
@@ -116,7 +119,7 @@ def prepare_metadata_for_build_wheel(
     return info.name
 
 
-def system_of(libraries: Sequence[Path]) -> str:
+def system_of(libraries: Sequence[Path], machine: str) -> str:
     """Return the tag of systems that can load libraries: any Linux with a glibc as new as what they ask for.
 
     They also need libstdc++ and libgomp: manylinux promises the first, and torch, without which nothing loads
@@ -125,7 +128,6 @@ def system_of(libraries: Sequence[Path]) -> str:
     versions = [
         version for path in libraries for version in re.findall(rb"GLIBC_(\d+)\.(\d+)", path.read_bytes())
     ]
-    machine = platform.machine()
     if not versions:
         return f"linux_{machine}"
     major, minor = max((int(major), int(minor)) for major, minor in versions)

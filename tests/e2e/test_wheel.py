@@ -44,9 +44,9 @@ for top in ("loramux", "loramux_shared", "builder_service"):
 def built(tmp_path: Path, beforehand: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The wheel, with operations that were compiled once for all tests."""
 
-    def copied(into: Path, _: Callable[[str], None]) -> list[Path]:
+    def copied(into: Path, _: Callable[[str], None], machine: str) -> list[Path]:
         shutil.copytree(beforehand, into)
-        return [compiling.place(into, kind) for kind in kinds_of_machine()]
+        return [compiling.place(into, kind) for kind in kinds_of_machine(machine)]
 
     as_in_a_wheel(monkeypatch)
     monkeypatch.setattr(compiling, "compile_beforehand", copied)

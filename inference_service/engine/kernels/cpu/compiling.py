@@ -71,9 +71,9 @@ KINDS: Final = {
 """Kinds by machine, the fastest first."""
 
 
-def kinds_of_machine() -> tuple[Kind, ...]:
-    """Return what can be compiled here without another machine's compiler."""
-    return KINDS.get(platform.machine(), ())
+def kinds_of_machine(machine: str = platform.machine()) -> tuple[Kind, ...]:
+    """Return the kinds of a machine, this one's by default."""
+    return KINDS.get(machine, ())
 
 
 def kinds_that_run(cpuinfo: Path = CPUINFO) -> list[Kind]:
@@ -104,9 +104,13 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
 
 
-def compile_beforehand(into: Path, tell: Callable[[str], None] = lambda _: None) -> list[Path]:
-    """Compile for every kind of processor of this kind of machine what is not there yet; return all of it.
-    As many compilers run as there are cores; tell is called with a line whenever one of them is done.
+def compile_beforehand(
+    into: Path, tell: Callable[[str], None] = lambda _: None, machine: str = platform.machine()
+) -> list[Path]:
+    """Compile for every kind of processor of a machine what is not there yet; return all of it.
+
+    As many compilers run as there are cores; tell is called with a line whenever one of them is done. For
+    another machine than this one, CXX names a compiler of its own.
 
     Raises:
         CompilerMissing: something is to be compiled, and there is no compiler.
@@ -114,7 +118,7 @@ def compile_beforehand(into: Path, tell: Callable[[str], None] = lambda _: None)
         CalledProcessError: the compiler refuses.
     """
     into.mkdir(exist_ok=True)
-    places = {kind: place(into, kind) for kind in kinds_of_machine()}
+    places = {kind: place(into, kind) for kind in kinds_of_machine(machine)}
     if missing := {kind: path for kind, path in places.items() if not path.is_file()}:
         found = compiler()
         if found is None:

@@ -8,6 +8,16 @@
 #include "rows.h"
 #include "sampling.h"
 
+// glibc 2.29 gave these two of double precision a new version, which differs in errno alone; the one before is in
+// every glibc that a wheel for manylinux_2_28 may meet.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver exp,exp@GLIBC_2.2.5");
+__asm__(".symver log,log@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver exp,exp@GLIBC_2.17");
+__asm__(".symver log,log@GLIBC_2.17");
+#endif
+
 #define ACTIVATION(T, SUFFIX, NAME, KIND)                                                                             \
   extern "C" void NAME##_##SUFFIX(const void* in, void* out, int64_t rows, int64_t width, int64_t gated,              \
                                   int64_t threads) {                                                                  \
