@@ -44,7 +44,7 @@ def test_words_become_a_deployment_whose_file_says_the_same(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["support"], "NAME=REPO"),
         (["a=./x", "a=./y"], "another name"),
@@ -54,9 +54,9 @@ def test_words_become_a_deployment_whose_file_says_the_same(tmp_path: Path) -> N
         (["a=ftp://host/x"], "names no repository"),
     ],
 )
-def test_words_that_name_no_adapter_are_refused(words: list[str], told: str) -> None:
+def test_words_that_name_no_adapter_are_refused(words: list[str], message: str) -> None:
     """The refusal says what was expected and found."""
-    with pytest.raises(DeploymentInvalid, match=told):
+    with pytest.raises(DeploymentInvalid, match=message):
         deployment_of(BASE, words, "", 64)
 
 
