@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence as Seq
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
@@ -24,8 +24,9 @@ from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ReplicaPaused
 from loramux_shared.rpc.stopping import shielded
 
 if TYPE_CHECKING:  # which would import torch
-    from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
+    from inference_service.engine.engine import Engine, EngineStats, Inspection, SequenceCounts
 
+T = TypeVar("T")
 Command = Callable[[], None]
 
 
@@ -193,6 +194,17 @@ class EngineThread:
         """Return the numbers of running and waiting sequences."""
         return self._engine.sequence_counts
 
+    async def inspect(self) -> Inspection | None:
+        """Return what the engine holds between two steps; None once its thread has ended."""
+        found: asyncio.Future[Inspection] = asyncio.get_running_loop().create_future()
+
+        def look() -> None:
+            self._call_on_loop(partial(_settle, found, self._engine.inspect()))
+
+        self._inbox.post(look)
+        await self._until_done(found)
+        return found.result() if found.done() else None
+
     def start(self, on_failure: Callable[[], Awaitable[None]] | None = None) -> None:
         """Start the thread; must be called on the event loop.
 
@@ -292,9 +304,13 @@ class EngineThread:
         if self._pausing and self._stopped is None:
             rested = asyncio.get_running_loop().create_future()
             self._inbox.post(partial(self._begin_rest, rested))
-            ended = asyncio.ensure_future(self.ended())
-            await asyncio.wait({rested, ended}, return_when=asyncio.FIRST_COMPLETED)
-            ended.cancel()
+            await self._until_done(rested)
+
+    async def _until_done(self, future: asyncio.Future[Any]) -> None:
+        """Wait for a future that the thread sets, or for the end of the thread."""
+        ended = asyncio.ensure_future(self.ended())
+        await asyncio.wait({future, ended}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
 
     def resume(self) -> None:
         """Resume; does nothing if the engine is not paused."""
@@ -323,7 +339,7 @@ class EngineThread:
 
     def _begin_rest(self, rested: asyncio.Future[None]) -> None:
         self._resting = True
-        self._rested.append(partial(_set_done, rested))
+        self._rested.append(partial(_settle, rested, None))
 
     def _end_rest(self) -> None:
         self._resting = False
@@ -377,8 +393,11 @@ class EngineThread:
     def _notify_rested(self) -> None:
         rested, self._rested = self._rested, []
         for tell in rested:
-            if self._loop is not None and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(tell)
+            self._call_on_loop(tell)
+
+    def _call_on_loop(self, call: Callable[[], None]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call)
 
     def _recovers(self) -> bool:
         """Return True if a step that works normally still does: errors of a CUDA context stay for the life of a
@@ -396,8 +415,7 @@ class EngineThread:
         return False
 
     def _end(self, why: str | None) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._on_end, why)
+        self._call_on_loop(partial(self._on_end, why))
 
     def _on_end(self, why: str | None) -> None:
         if self._ending is None:
@@ -425,8 +443,8 @@ class EngineThread:
             sent, self._pending, self._sent_s = self._pending, {}, now
         else:
             sent = {seq_id: self._pending.pop(seq_id) for seq_id in urgent}
-        if sent and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, sent)
+        if sent:
+            self._call_on_loop(partial(self._deliver, sent))
 
     def _deliver(self, sent: Mapping[str, list[StepOutput]]) -> None:
         paced = len(self._streams) > SLICE
@@ -446,6 +464,6 @@ class EngineThread:
         self._delivery.begin()
 
 
-def _set_done(rested: asyncio.Future[None]) -> None:
-    if not rested.done():
-        rested.set_result(None)
+def _settle(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)

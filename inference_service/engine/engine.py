@@ -15,11 +15,13 @@ from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token, Vector
 from inference_service.engine.execution.runner import Pending, StepRunner
 from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.blocks import BlockUse, StateUse
 from inference_service.engine.scheduling.lookup import Lookup
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.engine.scheduling.residents import Residents
 from inference_service.engine.scheduling.scheduler import Scheduler
 from inference_service.engine.scheduling.search import Search
+from inference_service.engine.scheduling.step_times import StepTimes
 from loramux_shared.faults import ModelUnusable, NumericsFault
 
 OVERFLOWS: Final = 3
@@ -108,6 +110,33 @@ class SequenceCounts:
     waiting: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """The content of an engine between two steps, for a person who looks for what is stuck or was not freed."""
+
+    stats: EngineStats
+    running: tuple[str, ...]
+    """Ids of sequences, the most urgent first."""
+    waiting: tuple[str, ...]
+    """Ids of sequences, queue by queue."""
+    aside: tuple[str, ...]
+    """Ids of sequences that wait for the end of the search for one that a step raises for."""
+    drafting: tuple[str, ...]
+    """Ids of sequences with a record of what may follow them."""
+    draft_blocks: tuple[BlockUse, ...]
+    """The blocks of a draft model, of each group of its layers; empty without one."""
+    served: Mapping[tuple[str, tuple[str, ...]], float]
+    """Rows that each scheduling queue was served, by weight; by its flow and its adapters' digests."""
+    resident: tuple[str, ...]
+    """Digests of the adapters that the bank holds."""
+    steps: int
+    """Steps that were submitted and are not over."""
+    blocks: tuple[BlockUse, ...]
+    """The blocks of each group of layers that see equally far."""
+    states: StateUse | None
+    """None where no layer carries a state."""
+
+
 class Engine:
     """Sequences in, tokens out.
 
@@ -124,14 +153,14 @@ class Engine:
         residency: Residents,
         clock: Callable[[], float] = time.monotonic,
         lookup: Lookup | None = None,
+        step_times: StepTimes | None = None,
     ) -> None:
+        """Run the steps that a scheduler of these parts chooses; clock is in seconds."""
         self._residency = residency
         self._runner = runner
         self._limits = limits
         self._blocks = blocks
-        self._scheduler = Scheduler(limits, blocks, residency)
-        if lookup is not None:
-            self._scheduler.lookup = lookup
+        self._scheduler = Scheduler(limits, blocks, residency, lookup, step_times)
         self._seqs: dict[str, Sequence] = {}
         self._aside: dict[str, Sequence] = {}
         """Those that the scheduler does not have, while a search for the one that a step raises for goes on."""
@@ -193,6 +222,24 @@ class Engine:
             tokens_accepted=self._scheduler.lookup.accepted,
             left=self._left,
             seats=self._limits.max_seqs,
+        )
+
+    def inspect(self) -> Inspection:
+        """Return a snapshot in full; takes time that grows with the blocks, between two steps."""
+        scheduler, states = self._scheduler, self._blocks.states
+        queues = {(each.flow, tuple(one.digest for one in each.adapters)): each for each in scheduler.queues}
+        return Inspection(
+            stats=self.stats,
+            running=tuple(seq.id for seq in scheduler.running),
+            waiting=tuple(seq.id for seq in scheduler.waiting),
+            aside=tuple(self._aside),
+            drafting=scheduler.lookup.followed,
+            draft_blocks=scheduler.lookup.cache,
+            served={key: queue.served for key, queue in queues.items()},
+            resident=tuple(adapter.digest for adapter in self._residency.resident()),
+            steps=scheduler.step_times.num_submitted,
+            blocks=self._blocks.inspect(),
+            states=None if states is None else states.inspect(),
         )
 
     @property

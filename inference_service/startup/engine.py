@@ -1,8 +1,10 @@
 """The engine of a replica: its runner, and the sizes of cache and steps, measured where a GPU runs them."""
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Final, cast
+from typing import Final, TypeAlias, cast
 
 import structlog
 import torch
@@ -43,11 +45,27 @@ log = structlog.get_logger()
 MAX_MEASURED_ADAPTERS: Final = 64
 """Adapters that take part in the step by which memory is measured, at most."""
 
+NewRunner: TypeAlias = Callable[[LoadedBase, LoraBackend, Blocks, int, SchedulerLimits, int], Runner]
+"""Makes a runner as `runner_of` does."""
+BuildEngine: TypeAlias = Callable[
+    [InferenceSettings, Generation, LoadedBase, OpenBank | None], tuple[Engine, SchedulerLimits]
+]
+"""Makes an engine as `build_engine` does."""
+
 
 def build_engine(
-    settings: InferenceSettings, generation: Generation, base: LoadedBase, bank: OpenBank | None
+    settings: InferenceSettings,
+    generation: Generation,
+    base: LoadedBase,
+    bank: OpenBank | None,
+    *,
+    new_runner: NewRunner | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Engine, SchedulerLimits]:
-    """Size the cache from what is free, the longest sequence from the cache, and make the engine."""
+    """Size the cache from what is free, the longest sequence from the cache, and make the engine.
+
+    new_runner makes the runner of its steps; None for `runner_of`. clock is in seconds.
+    """
     model, backend = base.model, base.backend
     sizes = settings.sizes(model.device.type, generation.drafted)
     block_size = settings.block_size
@@ -72,10 +90,10 @@ def build_engine(
     def measured(longest: int) -> Measured:
         of_step = limits_of(longest)
         batch = largest_step(of_step, resident, block_size)
-        new_runner = partial(runner_of, base, lora, SCRATCH_BLOCKS, block_size, of_step)
+        scratch = partial(runner_of, base, lora, SCRATCH_BLOCKS, block_size, of_step)
         memory = CudaMemory(model.device)
-        step = measure(new_runner, batch, memory)
-        return replace(step, graph=measure_graph(new_runner, memory), free=memory.settled())
+        step = measure(scratch, batch, memory)
+        return replace(step, graph=measure_graph(scratch, memory), free=memory.settled())
 
     plan = divide_memory(
         settings,
@@ -88,12 +106,12 @@ def build_engine(
     )
     limits = replace(limits_of(plan.max_seq_len), max_seqs=plan.seqs)
     blocks = blocks_of(plan, model.config, settings)
-    runner = runner_of(base, lora, plan.blocks, block_size, limits, plan.slots)
+    runner = (new_runner or runner_of)(base, lora, plan.blocks, block_size, limits, plan.slots)
     if backend.recordable:
         _record(runner, model.device)
         for proofs in registered("replay", ProofReplay).values() if base.host is None else ():
             proofs.rehearse(backend.new_lora(), model, block_size)
-    return Engine(runner, limits, blocks, residents, lookup=base.lookup), limits
+    return Engine(runner, limits, blocks, residents, clock, lookup=base.lookup), limits
 
 
 def run_a_few_tokens(engine: Engine, bank: OpenBank | None, *, encodes: bool) -> None:
@@ -116,18 +134,15 @@ def runner_of(
 ) -> Runner:
     """Return a runner with a cache of its own; one that can replay steps has recorded none yet."""
     model = base.model
+    depth = 0 if limits.speculative_tokens else None  # a draft follows tokens that are known
     if base.host is not None:
         recorded = limits if base.backend.recordable else None
-        runner = base.host.runner(model, lora, blocks, block_size, recorded, slots)
-    elif base.backend.recordable:
+        return base.host.runner(model, lora, blocks, block_size, recorded, slots, depth)
+    if base.backend.recordable:
         segmented = cast(TritonLora, lora)  # what `recordable` promises
         recorder = CudaRecorder(model.device)
-        runner = GraphRunner(model, segmented, blocks, block_size, limits, recorder, slots)
-    else:
-        runner = Runner(model, lora, blocks, block_size, slots)
-    if limits.speculative_tokens:
-        runner.depth = 0  # a draft follows tokens that are known
-    return runner
+        return GraphRunner(model, segmented, blocks, block_size, limits, recorder, slots, depth=depth)
+    return Runner(model, lora, blocks, block_size, slots, depth=depth)
 
 
 def _record(runner: Runner, device: torch.device) -> None:

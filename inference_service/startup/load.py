@@ -44,7 +44,7 @@ from inference_service.startup.base import (
     set_threads,
 )
 from inference_service.startup.draft import open_draft
-from inference_service.startup.engine import build_engine, run_a_few_tokens, runner_of
+from inference_service.startup.engine import BuildEngine, build_engine, run_a_few_tokens, runner_of
 from inference_service.startup.memory import bound_arenas, give_back
 from inference_service.startup.merged import merge
 from inference_service.startup.ranks.start import ReplicaRanks
@@ -107,12 +107,13 @@ def load(
     store: Store,
     watchers: Sequence[Watcher] = (),
     publisher: Publisher | None = None,
+    build: BuildEngine = build_engine,
 ) -> Ready:
     """Load the deployment's current generation; every byte is verified before it is used.
 
     Of its adapters the first ones are loaded, as many as settings say and the bank holds; the others are
     registered, and loaded at their first request, or while their place is free. Watchers hear of
-    every request that is served.
+    every request that is served. build makes the engine.
 
     Raises:
         DeploymentNotFound: the store has no such deployment.
@@ -139,7 +140,7 @@ def load(
         if generation.speculator is not None and settings.speculative_tokens != 0:
             lookup = open_draft(settings, generation, base, sources, runner_of)
             base = replace(base, lookup=lookup)
-        return _begin(settings, store, generation, base, started, watchers, publisher)
+        return _begin(settings, store, generation, base, started, watchers, publisher, build)
 
 
 def _begin(
@@ -150,6 +151,7 @@ def _begin(
     started: float,
     watchers: Sequence[Watcher],
     publisher: Publisher | None,
+    build: BuildEngine,
 ) -> Ready:
     """Make everything else of a base that is loaded."""
     inbox = Inbox()
@@ -160,7 +162,7 @@ def _begin(
     if bank is not None and (first := fitting[: settings.preload]):
         report(f"loading {counted(len(first), 'adapter')}")
         preload(bank, first, inbox)
-    engine, limits = build_engine(settings, generation, base, bank)
+    engine, limits = build(settings, generation, base, bank)
     probe = partial(run_a_few_tokens, engine, bank, encodes=base.config.encodes)
     probe()  # so that the first request does not wait for buffers and kernels of the first use
     facts = _describe_replica(settings, generation, base, time.monotonic() - started)

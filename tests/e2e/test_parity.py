@@ -12,14 +12,13 @@ import pytest
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.startup.load import Ready, load
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
 from tests.e2e.real import EXAMPLES, Answers, deployment, in_float32, oracle_choices, prompts
 from tests.support.s3_gateway import S3Server
-from tests.support.tiny import run_engine
+from tests.support.tiny import Replica, load_replica, run_engine
 
 pytestmark = pytest.mark.whole
 MIXED = 8
@@ -42,7 +41,7 @@ def query(sweeps: bool) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def ready(s3_server: S3Server) -> Iterator[Ready]:
+def ready(s3_server: S3Server) -> Iterator[Replica]:
     """The demo's deployment in float32, built into a real S3 server and read from it."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.environment.items():
@@ -51,12 +50,12 @@ def ready(s3_server: S3Server) -> Iterator[Ready]:
 
 
 @pytest.fixture(scope="module")
-def answers(ready: Ready, query: list[list[int]], new: int) -> Answers:
+def answers(ready: Replica, query: list[list[int]], new: int) -> Answers:
     """Every model's answers to every prompt, eight at a time."""
     return _mixed_batches(ready, query, new)
 
 
-def _ready(store: Store) -> Ready:
+def _ready(store: Store) -> Replica:
     """Build the demo's deployment in float32 into a store, and load it from there."""
     required = in_float32(deployment())
     base = Path(required.build.checkpoint_repository.repo)
@@ -67,7 +66,7 @@ def _ready(store: Store) -> Ready:
     settings = InferenceSettings(
         deployment=required.model_name, dtype="float32", local_roots=roots, kv_memory_gb=0.2, prefix_cache=False
     )
-    return load(settings, store)
+    return load_replica(settings, store)
 
 
 def _models() -> list[str]:
@@ -75,7 +74,7 @@ def _models() -> list[str]:
     return [found.served_model_name, *found.build.lora_adapters]
 
 
-def _mixed_batches(ready: Ready, query: Sequence[Sequence[int]], new: int) -> Answers:
+def _mixed_batches(ready: Replica, query: Sequence[Sequence[int]], new: int) -> Answers:
     """Every model meets every prompt, eight at a time, base and adapters side by side."""
     models = _models()
     pairs = [
@@ -102,7 +101,7 @@ def test_mixed_batches_equal_peft(query: list[list[int]], answers: Answers) -> N
 
 
 def test_each_alone_is_as_in_a_batch(
-    ready: Ready, query: list[list[int]], answers: Answers, sweeps: bool
+    ready: Replica, query: list[list[int]], answers: Answers, sweeps: bool
 ) -> None:
     """A request alone gets the same tokens, with one prompt per model or (in a sweep) all prompts."""
     for number, model in enumerate(_models()):

@@ -2,10 +2,10 @@
 
 import itertools
 from array import array
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,23 +15,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inference_service.core.adapter import MOST_PARTS
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence, Token
+from inference_service.engine.backends.triton_lora import TritonLora
 from inference_service.engine.engine import Engine
-from inference_service.engine.execution.buffers import PAIR
+from inference_service.engine.execution.buffers import PAIR, StepBuffers, StepCapacity, StepMemory
 from inference_service.engine.execution.graph_runner import GraphRunner
-from inference_service.engine.execution.graphs import Graph
 from inference_service.engine.execution.runner import Pending, lay_out
+from inference_service.engine.kernels.attention import cut_of
 from inference_service.engine.scheduling.block_manager import BlockManager
 from inference_service.engine.scheduling.lookup import Expected, Lookup
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.engine.scheduling.residents import Residents
-from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import blend_buckets, buckets
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grammars import ScriptedGrammar
 from tests.support.pooled import run_pooled
-from tests.support.recorded import BLOCK, install_runner, new_recorder, runner_of
-from tests.support.tiny import VOCAB, World, make_world, run_engine
+from tests.support.recorded import BLOCK, CountingRecorder, runner_of, with_runner
+from tests.support.tiny import VOCAB, Replica, World, make_world, run_engine, sequence
 
 pytestmark = pytest.mark.whole
 BLOCKS = 16
@@ -52,32 +52,6 @@ REQUESTS = [
 ]
 
 
-@dataclass
-class Counted:
-    """A graph that notes its replays."""
-
-    graph: Graph
-    number: int
-    replays: list[int]
-
-    def replay(self) -> None:
-        self.replays.append(self.number)
-        self.graph.replay()
-
-
-class CountingRecorder:
-    """Notes which graphs are replayed, by the order of their recording; CUDA's where there is a GPU."""
-
-    def __init__(self) -> None:
-        self.graphs: list[Graph] = []
-        self.replays: list[int] = []
-        self._inner = new_recorder()
-
-    def capture(self, work: Callable[[], None]) -> Graph:
-        self.graphs.append(self._inner.capture(work))
-        return Counted(self.graphs[-1], len(self.graphs) - 1, self.replays)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
     """A model of one layer; steps of several are recorded in `test_recorded_steps.py`."""
@@ -86,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
 
 
 @pytest.fixture(scope="module")
-def ready(world: tuple[World, MemoryStore]) -> Ready:
+def ready(world: tuple[World, MemoryStore]) -> Replica:
     return world[0].load(world[1], backend="triton")
 
 
@@ -96,7 +70,7 @@ def recorder() -> CountingRecorder:
 
 
 @pytest.fixture(scope="module")
-def runner(ready: Ready, recorder: CountingRecorder) -> GraphRunner:
+def runner(ready: Replica, recorder: CountingRecorder) -> GraphRunner:
     runner = runner_of(ready, LIMITS, BLOCKS, recorder=recorder)
     runner.capture()
     return runner
@@ -107,7 +81,7 @@ def runner(ready: Ready, recorder: CountingRecorder) -> GraphRunner:
 )
 def test_graphs_give_the_tokens_of_the_torch_backend(
     world: tuple[World, MemoryStore],
-    ready: Ready,
+    ready: Replica,
     runner: GraphRunner,
     recorder: CountingRecorder,
     kind: str,
@@ -116,18 +90,16 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
     """Graphs recorded without a row serve any number of rows and adapters at each replay, prompts too."""
     expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, TOKENS)
     recorder.replays.clear()
-    assert run_engine(install_runner(ready, runner, BLOCKS), requests, TOKENS) == expected
-    graphs = {
-        graph.number: passes for (_, passes, _), graph in runner._graphs.items() if isinstance(graph, Counted)
-    }
+    assert run_engine(with_runner(ready, runner, LIMITS, BLOCKS), requests, TOKENS) == expected
+    graphs = runner.inspect().graphs
     # Every step but those of blends with prompts, which are traced.
     steps, kinds = {"mixed": (7, {1, PAIR, MOST_PARTS}), "base": (TOKENS, {0})}[kind]
     assert len(recorder.replays) >= steps
-    assert {graphs[number] for number in recorder.replays} == kinds
+    assert {graphs[number].adapters for number in recorder.replays} == kinds
 
 
 def test_vectors_are_read_from_recorded_steps(
-    world: tuple[World, MemoryStore], ready: Ready, runner: GraphRunner, recorder: CountingRecorder
+    world: tuple[World, MemoryStore], ready: Replica, runner: GraphRunner, recorder: CountingRecorder
 ) -> None:
     """Last states and means come out of replayed steps, beside tokens that are drawn."""
     last, mean = [("all", [5, 6, 7, 8]), ("base", [9, 8, 7])], [("wide", [11, 3])]
@@ -138,7 +110,8 @@ def test_vectors_are_read_from_recorded_steps(
     ):
         expected, answers = run_pooled(reference, request, ["rs"], [3, 4, 5], 2)
         recorder.replays.clear()
-        found, emitted = run_pooled(install_runner(ready, runner, BLOCKS), request, ["rs"], [3, 4, 5], 2)
+        replayed = with_runner(ready, runner, LIMITS, BLOCKS)
+        found, emitted = run_pooled(replayed, request, ["rs"], [3, 4, 5], 2)
         assert emitted == answers
         assert len(recorder.replays) == 2
         for one, other in zip(found, expected, strict=True):
@@ -153,9 +126,9 @@ def walk() -> ScriptedGrammar:
     return ScriptedGrammar(lambda before: range((3 * before[-1] + 1) % 7 if before else 0, VOCAB, 7))
 
 
-def _run(ready: Ready, requests: Sequence[Query], walking: Collection[int] = ()) -> list[list[Token]]:
+def _run(ready: Replica, requests: Sequence[Query], walking: Collection[int] = ()) -> list[list[Token]]:
     """Run requests together, some by number with a grammar; return the tokens of each."""
-    engine = ready.engine._engine
+    engine = ready.core
     tokens: dict[str, list[Token]] = {}
     for number, (name, prompt, sampling) in enumerate(requests):
         adapter = ready.service.local.catalog.get(name).adapter
@@ -180,7 +153,7 @@ SHAPING = [
 
 
 def test_no_request_sits_out_a_step(
-    world: tuple[World, MemoryStore], ready: Ready, runner: GraphRunner, monkeypatch: pytest.MonkeyPatch
+    world: tuple[World, MemoryStore], ready: Replica, runner: GraphRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests with penalties and grammars have a row in every step, and the tokens of the torch backend."""
     requests = [(name, prompt[:4], params) for (name, prompt), params in zip(REQUESTS, SHAPING, strict=False)]
@@ -196,7 +169,7 @@ def test_no_request_sits_out_a_step(
         return submit(batch)
 
     monkeypatch.setattr(runner, "submit", counted)
-    found = _run(install_runner(ready, runner, BLOCKS), requests, walking=[2])
+    found = _run(with_runner(ready, runner, LIMITS, BLOCKS), requests, walking=[2])
     assert [[token.id for token in tokens] for tokens in found] == expected
     assert steps == [4] * 6
     assert all((one + other) % 2 for one, other in pairwise(expected[3]))
@@ -205,16 +178,25 @@ def test_no_request_sits_out_a_step(
     assert all(token.logprob is not None for token in found[2])
 
 
-def test_recording_touches_no_cache(ready: Ready) -> None:
+def test_recording_touches_no_cache(ready: Replica) -> None:
     """Graphs may be recorded again while the cache holds prefixes, and a token is in flight."""
-    runner = runner_of(ready, replace(LIMITS, max_seqs=1, max_tokens=16), BLOCKS)
-    runner._ids.fill_(9)
+    limits = replace(LIMITS, max_seqs=1, max_tokens=16)
+    runner = runner_of(ready, limits, BLOCKS)
+    [expected] = run_engine(with_runner(ready, runner, limits, BLOCKS), REQUESTS[:1], TOKENS)
+    engine = with_runner(ready, runner, limits, BLOCKS).core
+    engine.add(sequence(ready, "0", *REQUESTS[0], SamplingParams(max_tokens=TOKENS)))
+    assert engine.step() == []  # its first token is in flight
+    runner.capture()
+    runner.record_one()
+    tokens: list[int] = []
+    while not engine.idle:
+        tokens += [output.token.id for output in engine.step()]
+    assert tokens == expected
     for part in itertools.chain.from_iterable(runner.cache.layers):
         part.fill_(0.5)
     runner.capture()
     runner.record_one()
     assert all((part == 0.5).all() for part in itertools.chain.from_iterable(runner.cache.layers))
-    assert runner._ids.tolist() == [9]
 
 
 class Copies(TorchDispatchMode):
@@ -227,7 +209,7 @@ class Copies(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner) -> None:
+def test_one_copy_fills_the_buffers_of_a_step(ready: Replica) -> None:
     """A step copies tokens, sources, positions, tables, segments and sampling at once, and only used parts."""
     seqs = []
     adapters = [ready.service.local.catalog.get(name).adapter for name in ("all", "rs")]
@@ -238,8 +220,23 @@ def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner)
         seqs.append(seq)
     seqs[1].progress.num_computed, seqs[1].progress.in_flight = 3, 1
     rows = lay_out(Batch(tuple(Chunk(seq, 1) for seq in seqs)), {seqs[1]: 2})
-    buffers = runner._buffers_of(runner._capacity(4, mixed=False))
-    runner._ids[2] = 77
+    model = ready.base.model
+    capacity = StepCapacity(
+        rows=4,
+        seqs=4,
+        mixed=False,
+        max_seqs=4,
+        blocks_per_seq=4,
+        block_size=BLOCK,
+        cuts=tuple([cut_of(model.device, model.dtype, each) for each in model.config.heads]),
+        groups=1,
+        delta_tile=None,
+        slots=cast(TritonLora, ready.lora).num_slots,
+        active=3,
+    )
+    memory = StepMemory(4, capacity.size, VOCAB, model.device)
+    buffers = StepBuffers(capacity, memory)
+    memory.drawn[2] = 77
     with Copies() as copies:
         buffers.load(rows)
     assert copies.count == 1
@@ -264,7 +261,7 @@ def test_there_are_graphs_for_few_and_for_many_rows() -> None:
 
 
 def test_drafts_are_verified_row_by_row(
-    world: tuple[World, MemoryStore], ready: Ready, recorder: CountingRecorder, monkeypatch: pytest.MonkeyPatch
+    world: tuple[World, MemoryStore], ready: Replica, recorder: CountingRecorder
 ) -> None:
     """Tokens drawn behind drafts are those of single steps, for sampled ones and those of a grammar too."""
     lengths = {"base": 8, "wide": 8, "rs": 14}
@@ -276,18 +273,22 @@ def test_drafts_are_verified_row_by_row(
     expected = [[token.id for token in tokens] for tokens in _run(plain, requests, walking=[2])]
     known = {tuple(prompt): answer for (_, prompt, _), answer in zip(requests, expected, strict=True)}
 
-    def expect(lookup: Lookup, seq: EngineSequence, most: int) -> Expected:
-        expected = lookup._expected.setdefault(seq, Expected(chances=[0.9, 0.9]))
-        right = known[tuple(seq.progress.tokens[: seq.num_prompt])][seq.num_known :][:most]
-        expected.tokens = [*right[:-1], (right[-1] + 1) % VOCAB] if seq.num_known % 2 == 0 else right
-        return expected
+    class Knowing(Lookup):
+        """Expects the right tokens, and every other time a wrong one behind them."""
 
-    monkeypatch.setattr(Lookup, "expect", expect)
+        def expect(self, seq: EngineSequence, most: int) -> Expected:
+            expected = super().expect(seq, most)
+            right = known[tuple(seq.progress.tokens[: seq.num_prompt])][seq.num_known :][:most]
+            expected.tokens = [*right[:-1], (right[-1] + 1) % VOCAB] if seq.num_known % 2 == 0 else right
+            expected.chances = [0.9, 0.9]
+            return expected
+
     limits = replace(LIMITS, speculative_tokens=3)
-    runner = runner_of(ready, limits, BLOCKS, recorder=recorder)
-    runner.depth = 0
-    ready.engine._engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), Residents(), lambda: 0.0)
-    found = [[token.id for token in tokens] for tokens in _run(ready, requests, walking=[2])]
+    runner = runner_of(ready, limits, BLOCKS, recorder=recorder, depth=0)
+    blocks = BlockManager(BLOCKS, BLOCK)
+    engine = Engine(runner, limits, blocks, Residents(), lambda: 0.0, Knowing())
+    drafting = replace(ready, core=engine)
+    found = [[token.id for token in tokens] for tokens in _run(drafting, requests, walking=[2])]
     assert found == expected
-    stats = ready.engine.stats
+    stats = engine.stats
     assert stats.tokens_drafted > stats.tokens_accepted > 3

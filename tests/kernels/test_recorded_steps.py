@@ -3,7 +3,7 @@
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ from inference_service.engine.execution import graph_runner
 from inference_service.engine.execution.graph_runner import GraphRunner
 from inference_service.engine.execution.runner import Blocks
 from inference_service.engine.scheduling.queues import SchedulerLimits
-from inference_service.startup.load import Ready
 from loramux_shared.bases.cache import window_blocks
 from loramux_shared.bases.config import ModelConfig
 from tests.models.test_families import CASES as FAMILIES, PARTS
-from tests.support.recorded import BLOCK, install_runner, note_launches, runner_of
+from tests.support.recorded import BLOCK, note_launches, runner_of, with_runner
 from tests.support.tiny import (
     SIZES,
     VOCAB,
+    Replica,
     make_world,
     make_world_of,
     oracle,
@@ -37,9 +37,9 @@ LIMITS = SchedulerLimits(max_tokens=80, max_seqs=3, max_adapters=2, max_seq_len=
 """Steps of 64 rows are neither the smallest nor the largest of those that are not recorded."""
 
 
-def run(ready: Ready, runner: GraphRunner, requests: list[tuple[str, int, SamplingParams]]) -> None:
+def run(ready: Replica, runner: GraphRunner, requests: list[tuple[str, int, SamplingParams]]) -> None:
     """Run prompts of so many tokens to their end, a new one every step."""
-    engine = install_runner(ready, runner, BLOCKS).engine._engine
+    engine = with_runner(ready, runner, LIMITS, BLOCKS).core
     waiting = [
         sequence(ready, str(number), name, range(3, 3 + length), params)
         for number, (name, length, params) in enumerate(requests)
@@ -71,8 +71,8 @@ def test_traffic_launches_what_the_start_has_launched(tmp_path: Path, monkeypatc
         run(ready, runner, [("base", 1, SamplingParams(max_tokens=2))])
     with note_launches(monkeypatch) as known:
         runner.capture()
-    assert {capacity.rows for capacity, *_ in runner._traces} == {16, 32, 80}
-    replace_first(runner._segmented, runner._model.config)
+    assert {trace.rows for trace in runner.inspect().traces} == {16, 32, 80}
+    replace_first(cast(TritonLora, ready.lora), ready.base.config)
     draw = random.Random(0)
     kinds = [
         SamplingParams(max_tokens=2, temperature=0.8, top_p=0.9, seed=1),
@@ -184,7 +184,8 @@ def test_recorded_steps_answer_as_transformers_and_compile_nothing(
     with note_launches(monkeypatch) as known:
         runner.capture()
     with note_launches(monkeypatch) as traffic:
-        answers = run_engine(install_runner(ready, runner, case.blocks, case.slots), case.requests, case.new)
+        replayed = with_runner(ready, runner, case.limits, case.blocks, case.slots)
+        answers = run_engine(replayed, case.requests, case.new)
     models = {name: oracle(world.base, world.adapters.get(name)) for name in ("base", *case.adapters)}
     plain = world.load(store, backend="torch", native=False)
     assert answers == [
@@ -194,4 +195,4 @@ def test_recorded_steps_answer_as_transformers_and_compile_nothing(
         for name, prompt in case.requests
     ]
     assert not traffic - known
-    assert not case.slots or ready.engine.stats.prefix_tokens_hit > 0
+    assert not case.slots or replayed.core.stats.prefix_tokens_hit > 0

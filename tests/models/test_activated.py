@@ -93,9 +93,9 @@ def test_the_blocks_of_a_conversation_are_shared(
     for name in (first, then, "wide"):
         prompt = [*emitted, *calls.get(name, ()), 20]
         seq = tiny.sequence(ready, name, name, prompt, SamplingParams(max_tokens=30))
-        ready.engine._engine.add(seq)
-        while not ready.engine._engine.idle:
-            ready.engine._engine.step()
+        ready.core.add(seq)
+        while not ready.core.idle:
+            ready.core.step()
         found.append(seq.progress.num_cached // 4)
         emitted = list(seq.progress.tokens) if name == "base" else emitted
     blocks = (83 + (31 if first == "base" else 0)) // 4

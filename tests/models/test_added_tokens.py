@@ -16,7 +16,7 @@ from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.openai_api import open_api
-from tests.support.recorded import install_runner, runner_of
+from tests.support.recorded import runner_of, with_runner
 from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 NEW = 12
@@ -126,14 +126,14 @@ def test_the_kernels_for_gpus_answer_the_same(
     """Static buffers have room for more tokens than the base has, and nothing of them is left for others."""
     ready = world.load(store, backend="triton")
     limits = SchedulerLimits(max_tokens=8, max_seqs=2, max_adapters=2, max_seq_len=32)
-    runner = runner_of(ready, limits, 8)
-    install_runner(ready, runner, 8)
+    replayed = with_runner(ready, runner_of(ready, limits, 8), limits, 8)
     base, beside = REQUESTS[0], REQUESTS[2 * MODELS.index("beside")]
     first = {request[0]: answer[:2] for request, answer in zip(REQUESTS[::2], expected[::2], strict=True)}
-    assert run_engine(ready, [beside, base], 2) == [first["beside"], first["base"]]
-    runner._logits[:, BASE:] = 100.0
-    runner._wide = True
-    assert run_engine(ready, [base], 2) == [first["base"]]
+    assert run_engine(replayed, [beside, base], 2) == [first["beside"], first["base"]]
+    added = range(BASE, BASE + 3)
+    [drawn] = run_engine(replayed, [beside], 2, logit_bias=dict.fromkeys(added, 100.0))
+    assert {*drawn} <= {*added}
+    assert run_engine(replayed, [base], 2) == [first["base"]]
 
 
 def test_bundles_say_what_they_have(store: MemoryStore) -> None:

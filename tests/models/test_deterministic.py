@@ -12,11 +12,11 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.backends.deterministic import agreeing_sizes
 from inference_service.engine.layers.linear import SIZES as ROWS, in_pieces
-from inference_service.startup.load import Ready
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import CASES, PARTS, SETS
-from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
+from tests.support.steps import engine_without_time
+from tests.support.tiny import ADAPTERS, SIZES, VOCAB, Replica, World, make_world_of
 
 NEW, SEQS = 17, 64
 MODELS = ("base", *ADAPTERS)
@@ -64,7 +64,7 @@ def world(
     return world, world.built()
 
 
-def loaded(world: tuple[World, MemoryStore], **settings: Any) -> Ready:
+def loaded(world: tuple[World, MemoryStore], **settings: Any) -> Replica:
     """A replica, or a skipped test where there is no C++ compiler."""
     try:
         return world[0].load(world[1], **{"deterministic": True, "prefix_cache": False} | settings)
@@ -74,9 +74,9 @@ def loaded(world: tuple[World, MemoryStore], **settings: Any) -> Ready:
         raise
 
 
-def answers(ready: Ready, query: Queries, **params: Any) -> list[list[Token]]:
+def answers(ready: Replica, query: Queries, **params: Any) -> list[list[Token]]:
     """The tokens of all, asked together, with their log probabilities and those of five others."""
-    engine = ready.engine._engine
+    engine = ready.core
     sampling = SamplingParams(max_tokens=NEW, logprobs=5, **params)
     found: dict[str, list[Token]] = {}
     for number, (model, prompt) in enumerate(query):
@@ -114,14 +114,14 @@ def test_nothing_around_a_request_changes_a_bit_of_its_answer(
     chunked = loaded(world, dtype=dtype, max_batch_tokens=24, prefix_cache=True)
     assert answers(chunked, requests) == alone
     assert answers(chunked, requests) == alone
-    model = chunked.engine._engine._runner._model  # type: ignore[attr-defined]
+    model = chunked.base.model
     size, config = model.dtype.itemsize, model.config
     # states are kept of fewer places than keys and values
     assert chunked.engine.stats.prefix_tokens_hit > (0 if config.state_bytes(size) else 100)
     token_bytes = size * sum(layer.mixer.cached_features for layer in config.layers)
     cache = 208 * token_bytes + SEQS * config.state_bytes(size)
-    scarce = loaded(world, dtype=dtype, kv_memory_gb=cache / 1e9, max_batch_seqs=SEQS)
-    scarce.engine._engine._clock = lambda: 0.0  # how much a step has of prompts would depend on the machine
+    timeless = engine_without_time()  # how much a step has of prompts would depend on the machine
+    scarce = loaded(world, dtype=dtype, kv_memory_gb=cache / 1e9, max_batch_seqs=SEQS, build=timeless)
     assert answers(scarce, requests * 2) == alone * 2
     assert scarce.engine.stats.preemptions > 0
 

@@ -6,8 +6,9 @@ import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -18,18 +19,19 @@ from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.engine import Engine
 from inference_service.engine.execution.drafts.choice import DraftChoice
 from inference_service.engine.execution.drafts.model import DraftModel
-from inference_service.engine.execution.runner import Pending
+from inference_service.engine.execution.runner import Pending, Runner
 from inference_service.engine.scheduling.block_manager import BlockManager
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.engine.scheduling.residents import Residents
-from inference_service.startup.load import Ready
+from inference_service.startup.draft import LEAST_BLOCKS
+from inference_service.startup.engine import build_engine
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
 from tests.support.examples import examples
 from tests.support.grammars import ScriptedGrammar
-from tests.support.tiny import ADAPTERS, World, make_world, sequence
+from tests.support.tiny import ADAPTERS, VOCAB, Replica, World, make_world, sequence
 
 MODELS = ("base", "base", *ADAPTERS, "wide*0.5+rs*0.5")
 SAMPLINGS: tuple[dict[str, Any], ...] = (
@@ -62,27 +64,28 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
     return world, store
 
 
-def load_drafting(world: tuple[World, MemoryStore]) -> Ready:
+def load_drafting(world: tuple[World, MemoryStore]) -> Replica:
     """Load a replica with few blocks that drafts whatever it takes."""
-    ready = world[0].load(world[1], kv_memory_gb=64e-6, max_batch_tokens=32, max_batch_seqs=16)
     ticks = itertools.count()
-    ready.engine._engine._clock = lambda: float(next(ticks))
-    return ready
+    build = partial(build_engine, clock=lambda: float(next(ticks)))
+    return world[0].load(world[1], build=build, kv_memory_gb=64e-6, max_batch_tokens=32, max_batch_seqs=16)
 
 
 @pytest.fixture(scope="module")
-def replicas(world: tuple[World, MemoryStore]) -> tuple[Ready, Ready]:
+def replicas(world: tuple[World, MemoryStore]) -> tuple[Replica, Replica]:
     """A replica that drafts, and one that does not."""
     return load_drafting(world), world[0].load(world[1], speculative_tokens=0)
 
 
-def draft_model(ready: Ready) -> DraftModel:
-    return cast(DraftChoice, ready.engine._engine._scheduler.lookup)._model
+def draft_model(ready: Replica, depth: int) -> DraftModel:
+    """Return the base of a replica as a draft model, with a runner of its own."""
+    runner = Runner(ready.base.model, ready.lora, LEAST_BLOCKS, 16, depth=depth)
+    return DraftModel(runner, BlockManager(LEAST_BLOCKS, 16), VOCAB, LEAST_BLOCKS * 16)
 
 
-def run(ready: Ready, actions: list[Any]) -> dict[str, tuple[list[int], bool]]:
+def run(ready: Replica, actions: list[Any]) -> dict[str, tuple[list[int], bool]]:
     """Take in requests, steps, and aborts by place; return each request's tokens, and if it was aborted."""
-    engine, answers, aborted, seeds = ready.engine._engine, {}, set(), itertools.count(1)
+    engine, answers, aborted, seeds = ready.core, {}, set(), itertools.count(1)
     for action in [*actions, None]:
         if isinstance(action, tuple):
             model, length, new, sampling, constrained, common = action
@@ -107,7 +110,9 @@ def run(ready: Ready, actions: list[Any]) -> dict[str, tuple[list[int], bool]]:
 
 @settings(max_examples=examples(25), deadline=None)
 @given(st.lists(st.one_of(REQUEST, st.just("step"), st.integers(0, 9)), min_size=1, max_size=30))
-def test_every_answer_is_that_without_a_draft_model(replicas: tuple[Ready, Ready], actions: list[Any]) -> None:
+def test_every_answer_is_that_without_a_draft_model(
+    replicas: tuple[Replica, Replica], actions: list[Any]
+) -> None:
     """Adapters, blends, grammars, penalties, draws, chunks, preemption and aborts change no token."""
     drafting, plain = replicas
     found = run(drafting, actions)
@@ -115,9 +120,9 @@ def test_every_answer_is_that_without_a_draft_model(replicas: tuple[Ready, Ready
     expected = run(plain, requests)
     for name, (tokens, aborted) in found.items():
         assert tokens == (expected[name][0][: len(tokens)] if aborted else expected[name][0])
-    model = draft_model(drafting)
-    assert not model._followed
-    assert model._blocks.num_free == model._blocks.num_blocks
+    left = drafting.core.inspect()
+    assert not left.drafting
+    assert [use.held for use in left.draft_blocks] == [{}]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "drawn"])
@@ -125,15 +130,16 @@ def test_drafts_hold(world: tuple[World, MemoryStore], sampling: dict[str, Any])
     """Most drafts for the base hold, since a draft is drawn as the token is."""
     ready = load_drafting(world)
     run(ready, [("base", 8, 40, sampling, False, False)] * 3)
-    stats = ready.engine._engine.stats
+    stats = ready.core.stats
     assert stats.tokens_accepted > 0.7 * stats.tokens_drafted > 20
 
 
-def test_a_draft_depends_on_the_tokens_alone(replicas: tuple[Ready, Ready]) -> None:
+def test_a_draft_depends_on_the_tokens_alone(replicas: tuple[Replica, Replica]) -> None:
     """A draft behind tokens of which some were drafted before, read in parts, is that of one a step ahead that
     reads them first.
     """
-    model, draw = draft_model(replicas[0]), random.Random(1)
+    model, draw = draft_model(replicas[1], depth=0), random.Random(1)
+    ahead = draft_model(replicas[1], depth=1)  # as on a GPU: a step begins before the last token is known
     for _ in range(5):
         seq, again = (Sequence("s", [5, 6, 7], SamplingParams(temperature=0.0)) for _ in range(2))
         for _ in range(12):
@@ -142,13 +148,9 @@ def test_a_draft_depends_on_the_tokens_alone(replicas: tuple[Ready, Ready]) -> N
                 model.catch_up({seq: rows - 2})
             [draft] = model.propose({seq: 4}).values()
             again.progress.tokens[:] = seq.progress.tokens
-            assert model.rows(again)
-            model._runner.depth = (
-                1  # as on a GPU, where a step begins before the token of the one before is known
-            )
-            assert draft == model.propose({again: 4})[again]
-            model._runner.depth = 0
-            model.forget(again)
+            assert ahead.rows(again)
+            assert draft == ahead.propose({again: 4})[again]
+            ahead.forget(again)
             new = [draw.randrange(3, 190) for _ in range(draw.choice([1, 1, 6]))]
             seq.progress.tokens += draft[: draw.randrange(5)] + new
         model.forget(seq)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.engine.engine import Engine
-from inference_service.engine.execution.runner import Runner
 from inference_service.engine.models.checkpoint import Checkpoint
 from inference_service.engine.models.decoder import Decoder
 from inference_service.engine.scheduling.block_manager import BlockManager
-from inference_service.startup.load import Ready
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.startup.bank import OpenBank
+from inference_service.startup.base import LoadedBase
+from inference_service.startup.engine import NewRunner, build_engine
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config, read_fields
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import CheckpointInvalid, SettingsInvalid
+from loramux_shared.settings import InferenceSettings
 from scripts.models_doc import COUNTED
-from tests.models.poisoned_caches import poison
+from tests.models.poisoned_caches import Build, load_poisoned
 from tests.models.test_merge import ready_of
 from tests.support import tiny
 from tests.support.cases import cases
@@ -40,6 +45,7 @@ from tests.support.tiny import (
     ADAPTERS,
     SIZES,
     VOCAB,
+    Replica,
     World,
     make_checkpoint,
     make_world_of,
@@ -208,8 +214,7 @@ def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
     """One batch gives transformers' tokens and log probabilities, also in chunks, with NaN in unused cache."""
     assert answers.found == answers.expected
     assert answers.found_logprobs == pytest.approx(answers.logprobs, abs=2e-4)
-    ready = answers.world.load(answers.store, max_batch_tokens=16)
-    poison(ready)
+    ready = load_poisoned(answers.world, answers.store, max_batch_tokens=16)
     assert run_engine(ready, answers.requests, NEW) == answers.expected
 
 
@@ -218,8 +223,11 @@ def test_two_ranks_answer_the_same(answers: Answers, request: pytest.FixtureRequ
     refused = CASES[request.node.callspec.params["answers"]].mamba
     ready = answers.world.load(answers.store, max_batch_tokens=16)
     expected = pytest.raises(SettingsInvalid, match=r"(a Mamba-2 mixer|an MLP alone), which is served by one")
-    with expected if refused else nullcontext(), run_in_ranks(ready, answers.world.base, answers.store):
-        assert run_engine(ready, answers.requests, NEW) == answers.expected
+    with (
+        expected if refused else nullcontext(),
+        run_in_ranks(ready, answers.world.base, answers.store) as ranks,
+    ):
+        assert run_engine(ranks, answers.requests, NEW) == answers.expected
 
 
 @pytest.mark.parametrize("answers", KERNELS, indirect=True)
@@ -230,8 +238,7 @@ def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
         with pytest.raises(SettingsInvalid, match="max_seq_len to at most 24"):
             answers.world.load(answers.store, **settings)
         return
-    ready = answers.world.load(answers.store, **settings)
-    poison(ready)
+    ready = load_poisoned(answers.world, answers.store, **settings)
     picked = [(answers.requests[index], answers.expected[index]) for index in (2, 3, 4)]
     found = run_engine(ready, [request for request, _ in picked], 2)
     assert found == [expected[:2] for _, expected in picked]
@@ -255,28 +262,32 @@ def tight(world: World, sequences: int, least: int = 64) -> dict[str, Any]:
 @pytest.mark.parametrize("answers", CACHES, indirect=True)
 def test_preemption_and_prefix_hits_change_no_token(answers: Answers) -> None:
     """A cache too small for all changes no token, nor does a second run with the prefixes left in it."""
-    ready = answers.world.load(answers.store, **tight(answers.world, len(answers.requests)))
     windows = read_config(answers.world.base).windows
+    build: Build = build_engine
     if len(windows) > 1:  # for which a plan has more tokens of everything in as many bytes
-        _divide_evenly(ready, (152 if None in windows else 64) // 8)
-    poison(ready)
+        build = partial(build_evenly, (152 if None in windows else 64) // 8)
+    sizes = tight(answers.world, len(answers.requests))
+    ready = load_poisoned(answers.world, answers.store, build, **sizes)
     assert run_engine(ready, answers.requests, NEW) == answers.expected
-    assert ready.engine.stats.preemptions > 0
+    assert ready.core.stats.preemptions > 0
     for _ in range(2):  # alone, so that nobody needs its blocks meanwhile
         assert run_engine(ready, answers.requests[:1], NEW) == answers.expected[:1]
-    assert ready.engine.stats.prefix_tokens_hit > 0
+    assert ready.core.stats.prefix_tokens_hit > 0
 
 
-def _divide_evenly(ready: Ready, blocks: int) -> None:
-    """Give as many blocks to each group of layers."""
-    engine = ready.engine._engine
-    eager: Any = engine._runner
-    runner, limits = (
-        Runner(eager._model, eager._lora, blocks, 8),
-        replace(engine._limits, max_seq_len=8 * blocks),
-    )
-    manager = BlockManager(blocks, 8, eager._model.config.windows)
-    ready.engine._engine = Engine(runner, limits, manager, engine._residency)
+def build_evenly(
+    blocks: int,
+    settings: InferenceSettings,
+    generation: Generation,
+    base: LoadedBase,
+    bank: OpenBank,
+    new_runner: NewRunner,
+) -> tuple[Engine, SchedulerLimits]:
+    """Build an engine with as many blocks of 8 tokens for each group of layers."""
+    _, limits = build_engine(settings, generation, base, bank)
+    limits = replace(limits, max_seq_len=8 * blocks)
+    runner = new_runner(base, bank.lora, blocks, 8, limits, 0)
+    return Engine(runner, limits, BlockManager(blocks, 8, base.config.windows), bank.residency), limits
 
 
 @pytest.mark.parametrize(
@@ -287,8 +298,7 @@ def _divide_evenly(ready: Ready, blocks: int) -> None:
 @pytest.mark.parametrize("answers", HALVES, indirect=True)
 def test_fewer_bits_stay_close(answers: Answers, settings: dict[str, Any], within: float) -> None:
     """Rounding changes these random models by up to 0.14, another head's cache scales by up to 1.9."""
-    ready = answers.world.load(answers.store, **settings)
-    poison(ready)
+    ready = load_poisoned(answers.world, answers.store, **settings)
     found = _engine_logprobs(ready, answers.requests[0][1], new=1)
     assert found == pytest.approx(answers.logprobs[:1], abs=within)
 
@@ -356,8 +366,8 @@ def test_a_merged_adapter_equals_transformers(answers: Answers) -> None:
     assert run_engine(ready, list(requests), NEW) == list(expected)
 
 
-def _engine_logprobs(ready: Ready, prompt: list[int], new: int = NEW) -> list[float]:
-    engine = ready.engine._engine
+def _engine_logprobs(ready: Replica, prompt: list[int], new: int = NEW) -> list[float]:
+    engine = ready.core
     engine.add(Sequence("0", list(prompt), SamplingParams(max_tokens=new, logprobs=1)))
     found: list[float] = []
     while not engine.idle:

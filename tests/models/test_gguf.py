@@ -308,8 +308,7 @@ def test_blocks_stay_as_they_are_on_a_processor(llama: tiny.World) -> None:
     generation = require_deployment(store, "tiny")
     assert set(generation.base.files) >= {GGUF, "config.json", "tokenizer.json", "chat_template.jinja"}
     assert generation.base.weights_bytes == llama.base.stat().st_size
-    runner: Any = ready.engine._engine._runner
-    linears = list(runner._model.linears())
+    linears = list(ready.base.model.linears())
     assert [linear.saved_bytes > 0 for linear in linears] == [True] * 4 + [False] + [True] * 3
     assert tiny.run_engine(ready, [("base", PROMPT)], NEW)
 

@@ -156,17 +156,17 @@ def test_two_ranks_answer_the_same(answers: tiny.Answers, counted: Counted) -> N
     """Two ranks answer as PEFT for all kinds: magnitudes, biases and own tables count once."""
     settings: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 48, "speculative_tokens": 2}
     ready = answers.world.load(answers.store, **settings)
-    with run_in_ranks(ready, answers.world.base, answers.store):
+    with run_in_ranks(ready, answers.world.base, answers.store) as ranks:
         for situation in ("mixed batch", "prefix hits"):
             counted(
-                "kinds", "2 ranks", situation, tiny.run_engine(ready, answers.requests, NEW), answers.expected
+                "kinds", "2 ranks", situation, tiny.run_engine(ranks, answers.requests, NEW), answers.expected
             )
     small = answers.world.load(answers.store, kv_memory_gb=96 * 2 * 2 * 2 * 8 * 4 / 1e9, **settings)
-    with run_in_ranks(small, answers.world.base, answers.store):
+    with run_in_ranks(small, answers.world.base, answers.store) as ranks:
         counted(
-            "kinds", "2 ranks", "preemption", tiny.run_engine(small, answers.requests, NEW), answers.expected
+            "kinds", "2 ranks", "preemption", tiny.run_engine(ranks, answers.requests, NEW), answers.expected
         )
-        assert small.engine.stats.preemptions > 0
+        assert ranks.core.stats.preemptions > 0
 
 
 def test_an_adapter_is_called_what_it_is(answers: tiny.Answers) -> None:

@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -88,15 +87,13 @@ def test_weights_of_4_bits_stay_packed_for_the_kernels_of_gpus(
     world.build(store)
     for settings in ({"backend": "triton"}, {"backend": "torch", "device": "cpu"}):
         ready = world.load(store, **settings)
-        runner: Any = ready.engine._engine._runner
-        linears = [type(each) for each in runner._model.linears()]
+        linears = [type(each) for each in ready.base.model.linears()]
         assert (PackedLinear in linears) == (settings["backend"] == "triton")
         found.append(tiny.run_engine(ready, [("base", PROMPT[:9])], 3))
     assert found[0] == found[1]
-    with run_in_ranks(ready, world.base, store, backend="triton"):
-        runner = ready.engine._engine._runner
-        assert PackedLinear in [type(each) for each in runner._model.linears()]
-        assert tiny.run_engine(ready, [("base", PROMPT[:9])], 3) == found[0]
+    with run_in_ranks(ready, world.base, store, backend="triton") as ranks:
+        assert PackedLinear in [type(each) for each in ranks.base.model.linears()]
+        assert tiny.run_engine(ranks, [("base", PROMPT[:9])], 3) == found[0]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from inference_service.engine.models.checkpoint import Checkpoint
 from inference_service.engine.models.decoder import Decoder, Layer
-from inference_service.startup.load import Ready
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, ModelNotFound
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.tiny import World, make_world, run_engine
+from tests.support.tiny import Replica, World, make_world, run_engine
 from tests.support.weights import adapter_of
 
 PROMPTS = [[5 + 7 * turn + place for place in range(3 + 11 * turn)] for turn in range(5)]
@@ -28,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("tiny"))
 
 
-def ready_of(world: World, name: str, runtime: dict[str, object], **settings: object) -> Ready:
+def ready_of(world: World, name: str, runtime: dict[str, object], **settings: object) -> Replica:
     store = MemoryStore()
     replace(world, adapters={name: world.adapters[name]}).build_with(store, runtime=runtime)
     merged = "merge" not in runtime and not runtime.get("serve_base", True)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from inference_service.core.adapter import Mixture
-from inference_service.startup.load import Ready
 from loramux_shared.faults import Fault, ModelNotFound, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.conftest import Counted
@@ -75,7 +74,7 @@ def drawn(seed: int, count: int) -> list[tuple[Parts, list[int]]]:
     return requests
 
 
-def answers(ready: Ready, requests: Sequence[tuple[Parts, list[int]]]) -> list[list[int]]:
+def answers(ready: tiny.Replica, requests: Sequence[tuple[Parts, list[int]]]) -> list[list[int]]:
     return tiny.run_engine(ready, [(text(parts) or "base", prompt) for parts, prompt in requests], NEW)
 
 

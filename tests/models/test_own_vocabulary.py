@@ -106,7 +106,7 @@ def test_log_probabilities_of_a_prompt_are_those_of_its_own_head(world: World, s
     """A scored prompt goes through the head of its adapter, not through the base's."""
     prompt = REQUESTS[-1][1]
     ready = world.load(store)
-    engine = ready.engine._engine
+    engine = ready.core
     adapter = ready.service.local.catalog.get("factors").adapter
     engine.add(Sequence("scored", list(prompt), SamplingParams(max_tokens=1, prompt_logprobs=0), adapter))
     scores = [token.logprob for output in engine.step() for token in output.prompt[1:]]

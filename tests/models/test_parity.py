@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from inference_service.startup.load import Ready
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.conftest import Counted
 from tests.models.test_families import CASES, tight
-from tests.support.tiny import VOCAB, World, make_world_of, oracle, oracle_tokens, run_engine
+from tests.support.tiny import VOCAB, Replica, World, make_world_of, oracle, oracle_tokens, run_engine
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1200)]
 NEW = 64
@@ -35,7 +34,7 @@ class Query:
     requests: list[tuple[str, list[int]]]
     expected: list[list[int]]
 
-    def load(self, backend: str, **settings: object) -> Ready:
+    def load(self, backend: str, **settings: object) -> Replica:
         """A replica, or a skipped test where there is no compiler."""
         try:
             return self.world.load(self.store, backend=backend, **settings)

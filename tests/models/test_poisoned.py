@@ -14,14 +14,13 @@ from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.driver.engine_thread import Inbox
-from inference_service.engine.scheduling.step_times import StepTimes
 from inference_service.startup import load
 from inference_service.startup.bank import OpenBank, preload
-from inference_service.startup.load import Ready
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import PARTS, SETS
-from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, sequence
+from tests.support.steps import engine_without_time
+from tests.support.tiny import ADAPTERS, SIZES, VOCAB, Replica, World, make_world_of, sequence
 
 BAD = "bad"
 REQUESTS = 48
@@ -82,7 +81,7 @@ def test_it_reaches_no_answer_of_others(
     """Bit for bit: tokens, log probabilities and vectors; all but torch find prefixes, and share blocks."""
     world, every = stores
     small = {"max_batch_tokens": 24, "max_batch_seqs": 8, "kv_memory_gb": 0.0008} | settings
-    healthy, beside = [_answers(world.load(store, **small)) for store in every]
+    healthy, beside = [_answers(world.load(store, build=engine_without_time(), **small)) for store in every]
     bad = {key: one for key, one in beside.items() if BAD in key}
     assert set(map(str, bad.values())) == {"['NUMERICS']"}
     assert {key: one for key, one in beside.items() if BAD not in key} == {
@@ -93,11 +92,10 @@ def test_it_reaches_no_answer_of_others(
 Found = dict[str, list[Any]]
 
 
-def _answers(ready: Ready) -> Found:
+def _answers(ready: Replica) -> Found:
     """Return the answers of all models to overlapping requests; the bad one's are short."""
-    engine: Any = ready.engine._engine
+    engine = ready.core
     found: Found = {}
-    engine._clock, engine._scheduler.step_times = lambda: 0.0, StepTimes()  # so that chunks depend on no time
     coming, draw = list(_requests(ready)), random.Random(1)
     while coming or not engine.idle:
         while coming and (engine.idle or draw.random() < 0.4):
@@ -114,7 +112,7 @@ def _answers(ready: Ready) -> Found:
     return found
 
 
-def _requests(ready: Ready) -> Iterator[Sequence]:
+def _requests(ready: Replica) -> Iterator[Sequence]:
     draw = random.Random(2)
     models = ["base", *ready.generation.adapters]
     prefixes = [[draw.randrange(3, VOCAB) for _ in range(40)] for _ in range(2)]

@@ -22,7 +22,6 @@ from inference_service.core.request import Request
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.engine.scheduling.queues import SchedulerLimits
-from inference_service.startup.load import Ready
 from inference_service.startup.ranks.host import RankHost
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
@@ -34,10 +33,22 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
 from tests.models.test_deterministic import answers as with_logprobs
 from tests.models.test_families import PARTS, SETS
+from tests.models.test_replayed import Programs
 from tests.support.grammars import allow_only
+from tests.support.recorded import CountingRecorder
 from tests.support.service import Service
 from tests.support.thread_ranks import run_in_ranks
-from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, next_logprobs, run_engine, sequence
+from tests.support.tiny import (
+    ADAPTERS,
+    SIZES,
+    VOCAB,
+    Replica,
+    World,
+    make_world_of,
+    next_logprobs,
+    run_engine,
+    sequence,
+)
 from tests.support.waiting import result_of, until
 
 DELTA = Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"], pad_token_id=0)
@@ -70,12 +81,12 @@ def built(
         yield world, store
 
 
-def load(built: tuple[World, Store], **settings: Any) -> Ready:
+def load(built: tuple[World, Store], **settings: Any) -> Replica:
     few = {"adapter_memory_gb": 3e-5, "block_size": 16, "max_batch_tokens": 32, "tensor_parallel": 2}
     return built[0].load(built[1], **few | settings)
 
 
-def close(ready: Ready) -> None:
+def close(ready: Replica) -> None:
     if ready.bank is not None:
         ready.bank.close()
     if isinstance(ready.host, RankHost):
@@ -83,7 +94,7 @@ def close(ready: Ready) -> None:
         assert all(not Path(f"/proc/{pid}").exists() for pid in ready.host.pids)
 
 
-def request(ready: Ready, name: str, draw: random.Random) -> Sequence:
+def request(ready: Replica, name: str, draw: random.Random) -> Sequence:
     """A request of any model with any way to draw, or for a vector; its prompt often begins as others do."""
     prompt = [*range(7, 15)][: draw.randrange(9)] + draw.choices(range(3, VOCAB), k=draw.randint(1, 30))
     params = SamplingParams(max_tokens=draw.randint(1, 12))
@@ -105,7 +116,7 @@ def request(ready: Ready, name: str, draw: random.Random) -> Sequence:
 @pytest.mark.parametrize("requests", [24, pytest.param(300, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize(("built", "block"), [("llama", 4), ("llama", 16), ("delta", 16)], indirect=["built"])
 def test_random_steps_give_the_tokens_of_one_process(
-    built: tuple[World, Store], requests: int, block: int
+    built: tuple[World, Store], requests: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random requests of every kind, with preemption and changing adapters, get the answers of one process;
     compiled operations, which take blocks of 16, replay steps."""
@@ -113,9 +124,10 @@ def test_random_steps_give_the_tokens_of_one_process(
     states = read_config(built[0].base).state_bytes(4)
     sizes = {"adapter_memory_gb": 5e-5, "max_batch_seqs": 6} if states else {}
     for ranks in (1, 2):
+        programs = Programs(monkeypatch)
         memory = (64 * 2 * 2 * 2 * 8 * 4 * max(1, block // 8) + 8 * states) / 1e9 / ranks
         ready = load(built, tensor_parallel=ranks, kv_memory_gb=memory, block_size=block, **sizes)
-        engine, draw, answers = ready.engine._engine, random.Random(3), defaultdict(list)
+        engine, draw, answers = ready.core, random.Random(3), defaultdict(list)
         for step in range(requests * 4):
             if step % 4 == 0:
                 engine.add(request(ready, str(step), draw))
@@ -126,8 +138,7 @@ def test_random_steps_give_the_tokens_of_one_process(
         assert engine.stats.prefix_tokens_hit
         assert ready.bank.residency.stats.evictions
         found.append(answers)
-        runner: Any = engine._runner
-        assert block < 16 or states or runner._model._operations._replays._known[runner.cache].programs
+        assert block < 16 or states or programs.runs
         close(ready)
     assert found[0].keys() == found[1].keys()
     for name, outputs in found[0].items():
@@ -142,10 +153,10 @@ def test_random_steps_give_the_tokens_of_one_process(
             )
 
 
-def take(ready: Ready, answers: dict[str, list[StepOutput]]) -> None:
+def take(ready: Replica, answers: dict[str, list[StepOutput]]) -> None:
     """Run a step, behind what loads have posted."""
     ready.engine._inbox.receive(0.001)
-    for output in ready.engine._engine.step():
+    for output in ready.core.step():
         assert output.fault is None
         answers[output.seq_id].append(output)
 
@@ -301,8 +312,10 @@ def test_steps_that_all_ranks_record_answer_the_same(built: tuple[World, Store])
     one = load(built, tensor_parallel=1, adapter_memory_gb=None, backend="triton")
     expected = run_engine(one, requests, 3)
     limits = SchedulerLimits(max_tokens=8, max_seqs=2, max_adapters=1, max_seq_len=16)
-    with run_in_ranks(one, built[0].base, built[1], recorded=limits, backend="triton"):
-        assert run_engine(one, requests, 3) == expected
-        runner: Any = one.engine._engine._runner
-        assert runner._graphs
+    recorder = CountingRecorder()
+    with run_in_ranks(
+        one, built[0].base, built[1], recorded=limits, backend="triton", recorder=recorder
+    ) as two:
+        assert run_engine(two, requests, 3) == expected
+    assert recorder.replays
     close(one)

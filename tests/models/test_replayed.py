@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -13,31 +14,38 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import StepOutput
 from inference_service.engine.backends import replayed
 from inference_service.engine.kernels.cpu.ops import CpuOps
-from inference_service.engine.kernels.cpu.program import Buffers
-from inference_service.startup.load import Ready
+from inference_service.engine.kernels.cpu.program import Buffers, Program, Recorder
 from tests.models.test_families import CASES
 from tests.support.cases import cases
 from tests.support.native import open_native
-from tests.support.tiny import VOCAB, make_world_of, sequence
+from tests.support.tiny import VOCAB, Replica, make_world_of, sequence
 
 
-class Counted:
-    """Counts the runs of programs."""
+class Programs:
+    """Counts programs that were written down, those that are still held, and their runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.runs = 0
-        run = replayed._Replay.run
+        self.written = self.runs = 0
+        self.held: WeakSet[Program] = WeakSet()
+        run, program = Program.run, Recorder.program
 
-        def counted(*arguments: Any) -> Any:
+        def counted(one: Program) -> None:
             self.runs += 1
-            return run(*arguments)
+            run(one)
 
-        monkeypatch.setattr(replayed._Replay, "run", counted)
+        def noted(recorder: Recorder) -> Program:
+            made = program(recorder)
+            self.written += 1
+            self.held.add(made)
+            return made
+
+        monkeypatch.setattr(Program, "run", counted)
+        monkeypatch.setattr(Recorder, "program", noted)
 
 
-def answers(ready: Ready, models: Sequence[str], seed: int) -> dict[str, list[StepOutput]]:
+def answers(ready: Replica, models: Sequence[str], seed: int) -> dict[str, list[StepOutput]]:
     """Run requests to all models, which arrive and end at different steps; return the results."""
-    engine, draw = ready.engine._engine, random.Random(seed)
+    engine, draw = ready.core, random.Random(seed)
     params = SamplingParams(max_tokens=12, logprobs=3)
     found: dict[str, list[StepOutput]] = {}
     for number in range(24):
@@ -63,14 +71,12 @@ def test_answers_are_the_same_to_the_last_bit(
     store = world.built()
     monkeypatch.setattr(replayed, "RUNS_BEFORE", 0)
     monkeypatch.setattr(replayed, "MOST_PROGRAMS", 20)
-    counted = Counted(monkeypatch)
+    programs = Programs(monkeypatch)
     ready = world.load(store, backend="native", prefix_cache=False, **settings)
-    runner: Any = ready.engine._engine._runner
-    [known] = runner._model._operations._replays._known.values()
-    first, shapes = answers(ready, models, 1), set(known.programs)
+    first, written = answers(ready, models, 1), programs.written
     second = answers(ready, models, 2)
-    assert not replays or (len(known.programs) == 20 and set(known.programs) != shapes)
-    assert bool(counted.runs) is replays
+    assert not replays or (len(programs.held) == 20 and programs.written > written)
+    assert bool(programs.runs) is replays
     monkeypatch.setattr(replayed, "MOST_ROWS", 0)
     usual = world.load(store, backend="native", prefix_cache=False, **settings)
     assert answers(usual, models, 1) == first

@@ -10,13 +10,21 @@ from structlog.testing import capture_logs
 
 from inference_service.adapters.follower import needs_restart
 from inference_service.engine.kernels.integers import quantize
-from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
 from loramux_shared.runtime import Rounding
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.tiny import VOCAB, World, make_world, next_logprobs, oracle, oracle_tokens, run_engine
+from tests.support.tiny import (
+    VOCAB,
+    Replica,
+    World,
+    make_world,
+    next_logprobs,
+    oracle,
+    oracle_tokens,
+    run_engine,
+)
 
 INTEGERS = ["int8", "int4"]
 NEW = 12
@@ -39,7 +47,7 @@ def _requests() -> list[tuple[str, list[int]]]:
     return [(model, [(5 + 7 * place) % VOCAB for place in range(size)]) for model, size in PROMPTS.items()]
 
 
-def _loaded(world: World, store: MemoryStore, **settings: object) -> tuple[Ready, dict[str, Any]]:
+def _loaded(world: World, store: MemoryStore, **settings: object) -> tuple[Replica, dict[str, Any]]:
     with capture_logs() as logs:
         ready = world.load(store, **settings)
     return ready, next(entry for entry in logs if entry["event"] == "loaded")

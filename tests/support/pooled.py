@@ -10,9 +10,8 @@ import torch
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Vector
-from inference_service.startup.load import Ready
 from loramux_shared.runtime import Pooling
-from tests.support.tiny import World, oracle, run_sequences, sequence
+from tests.support.tiny import Replica, World, oracle, run_sequences, sequence
 
 Query = tuple[str, list[int], Pooling]
 
@@ -37,7 +36,7 @@ def expected_of(world: World, model: str, prompt: Sequence[int], pooling: Poolin
 
 
 def run_pooled(
-    ready: Ready,
+    ready: Replica,
     requests: Sequence[Query],
     answering: Sequence[str] = (),
     prompt: Sequence[int] = (),
@@ -51,7 +50,7 @@ def run_pooled(
         for number, (model, text, pooling) in enumerate(requests)
     ]
     outputs = run_sequences(ready, answers + pooled)
-    stats = ready.engine._engine.stats
+    stats = ready.core.stats
     assert stats.blocks_free == stats.blocks_total
     vectors = []
     for each in pooled:

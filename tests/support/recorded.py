@@ -1,17 +1,19 @@
 """Recorded steps of a loaded model: graphs on a GPU, tapes in the interpreter; and what they launch."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from inference_service.engine.backends.triton_lora import TritonLora
 from inference_service.engine.engine import Engine
 from inference_service.engine.execution.graph_runner import GraphRunner
-from inference_service.engine.execution.graphs import CudaRecorder, Recorder
+from inference_service.engine.execution.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.execution.runner import Blocks
 from inference_service.engine.execution.tape import TapeRecorder
 from inference_service.engine.kernels.launch import Launch
@@ -19,7 +21,7 @@ from inference_service.engine.scheduling.block_manager import BlockManager
 from inference_service.engine.scheduling.blocks import StateSlots
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.engine.scheduling.residents import Residents
-from inference_service.startup.load import Ready
+from tests.support.tiny import Replica
 
 BLOCK = 16
 Key = tuple[Any, ...]
@@ -29,21 +31,52 @@ def new_recorder() -> Recorder:
     return CudaRecorder(torch.device("cuda")) if torch.cuda.is_available() else TapeRecorder()
 
 
+@dataclass
+class CountedGraph:
+    """A graph that notes its replays."""
+
+    graph: Graph
+    number: int
+    replays: list[int]
+
+    def replay(self) -> None:
+        self.replays.append(self.number)
+        self.graph.replay()
+
+
+class CountingRecorder:
+    """Notes which graphs are replayed, by the order of their recording; CUDA's where there is a GPU."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Graph] = []
+        self.replays: list[int] = []
+        self._inner = new_recorder()
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        self.graphs.append(self._inner.capture(work))
+        return CountedGraph(self.graphs[-1], len(self.graphs) - 1, self.replays)
+
+
 def runner_of(
-    ready: Ready, limits: SchedulerLimits, blocks: Blocks, slots: int = 0, recorder: Recorder | None = None
+    ready: Replica,
+    limits: SchedulerLimits,
+    blocks: Blocks,
+    slots: int = 0,
+    recorder: Recorder | None = None,
+    depth: int | None = None,
 ) -> GraphRunner:
     """Return a runner with the model of a replica, and nothing recorded."""
-    eager: Any = ready.engine._engine._runner
-    recorder = recorder or new_recorder()
-    return GraphRunner(eager._model, eager._lora, blocks, BLOCK, limits, recorder, slots)
+    lora, recorder = cast(TritonLora, ready.lora), recorder or new_recorder()
+    return GraphRunner(ready.base.model, lora, blocks, BLOCK, limits, recorder, slots, depth=depth)
 
 
-def install_runner(ready: Ready, runner: GraphRunner, blocks: Blocks, slots: int = 0) -> Ready:
-    """Let a replica run on it, and know nothing of what the cache holds."""
+def with_runner(
+    ready: Replica, runner: GraphRunner, limits: SchedulerLimits, blocks: Blocks, slots: int = 0
+) -> Replica:
+    """Return a replica that runs on it, and knows nothing of what the cache holds."""
     states = StateSlots(slots, BLOCK, 1) if slots else None
-    manager = BlockManager(blocks, BLOCK, runner._model.config.windows, states=states)
-    ready.engine._engine = Engine(runner, runner._limits, manager, Residents())
-    return ready
+    manager = BlockManager(blocks, BLOCK, ready.base.config.windows, states=states)
+    return replace(ready, core=Engine(runner, limits, manager, Residents()))
 
 
 def key_of(launch: Launch) -> Key:

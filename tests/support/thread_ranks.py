@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inference_service.engine.engine import Engine
+from inference_service.engine.execution.graphs import Recorder
 from inference_service.engine.execution.runner import Runner
 from inference_service.engine.execution.tape import TapeRecorder
 from inference_service.engine.kernels.launch import Launch
@@ -19,9 +21,10 @@ from inference_service.engine.lora.places import taken_by
 from inference_service.engine.lora.weights import load_adapter, part_of
 from inference_service.engine.models.checkpoint import Checkpoint
 from inference_service.engine.models.decoder import Decoder
+from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.blocks import StateSlots
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup.choose import choose_backend
-from inference_service.startup.load import Ready
 from inference_service.startup.ranks import work
 from loramux_shared.bases.read import read_config
 from loramux_shared.bases.shard import Shard
@@ -29,6 +32,7 @@ from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.base import Store
 from tests.support.native import reuse_native
+from tests.support.tiny import Replica
 from tests.support.waiting import BOUND_S
 
 
@@ -106,18 +110,19 @@ class _Threads:
 
 @contextmanager
 def run_in_ranks(
-    ready: Ready,
+    ready: Replica,
     folder: Path,
     store: Store,
     world: int = 2,
     recorded: SchedulerLimits | None = None,
     backend: str = "auto",
-) -> Iterator[None]:
-    """Let a replica's engine compute with ranks in threads; within limits, steps are recorded on tapes."""
-    engine = ready.engine._engine
-    block_size, parts = engine._blocks.block_size, []
+    recorder: Recorder | None = None,
+) -> Iterator[Replica]:
+    """Give a replica an engine with ranks in threads; within limits, steps are recorded on tapes."""
+    found, parts = ready.core.inspect(), []
+    block_size = found.stats.block_size
     settings = InferenceSettings(deployment="tiny", dtype="float32", block_size=block_size, backend=backend)
-    whole, meeting, host = read_config(folder, engine._limits.max_seq_len), _Meeting(world), _Threads()
+    whole, meeting, host = read_config(folder, ready.limits.max_seq_len), _Meeting(world), _Threads()
     for rank in range(world):
         shard = Shard(whole, rank, world, whole.shard(world))
         with reuse_native():
@@ -137,8 +142,9 @@ def run_in_ranks(
             offset += taken_by(packed.num_bytes)
         parts.append((model, lora))
 
-    blocks, states = tuple(group.pool.num_blocks for group in engine._blocks.groups), engine._blocks.states
-    slots = 0 if states is None else states.num_slots
+    blocks = [len(use.held) + len(use.cached) + len(use.free) for use in found.blocks]
+    slots = 0 if found.states is None else len(found.states.cached) + len(found.states.free)
+    states = StateSlots(slots, block_size, 1) if slots else None
 
     def follow(follower: Any, messages: queue.SimpleQueue[Any]) -> None:
         while (message := messages.get()) is not None:
@@ -159,18 +165,19 @@ def run_in_ranks(
     if recorded is None:
         runner: Runner = work.RankedRunner(*parts[0], blocks, block_size, slots, host)
     else:
-        runner = work.RankedGraphRunner(*parts[0], blocks, block_size, recorded, TapeRecorder(), slots, host)
+        runner = work.RankedGraphRunner(
+            *parts[0], blocks, block_size, recorded, recorder or TapeRecorder(), slots, host
+        )
         with meeting.turn:
             runner.capture()
-    first: Any = Engine(runner, recorded or engine._limits, engine._blocks, engine._residency)
+    manager = BlockManager(blocks, block_size, whole.windows, states=states, prefix_cache=not whole.encodes)
+    first: Any = Engine(runner, recorded or ready.limits, manager, ready.bank.residency)
     first.step = in_turn(meeting, first.step)
-    ready.engine._engine = first
     try:
-        yield
+        yield replace(ready, core=first, base=replace(ready.base, model=parts[0][0]))
     finally:
         for each in host.queues:
             each.put(None)
         for thread in threads:
             thread.join(BOUND_S)
-        ready.engine._engine = engine
     assert host.failure == ""

@@ -23,7 +23,14 @@ from inference_service.adapters.ports import Publisher
 from inference_service.core.adapter import activation
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence as EngineSequence, StepOutput
+from inference_service.engine.backends.base import LoraBackend
+from inference_service.engine.engine import Engine
+from inference_service.engine.scheduling.queues import SchedulerLimits
+from inference_service.startup.bank import OpenBank
+from inference_service.startup.base import LoadedBase
+from inference_service.startup.engine import BuildEngine, build_engine
 from inference_service.startup.load import Ready, load
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import Fault
@@ -112,6 +119,41 @@ def oracle_tokens(model: Any, prompt: Sequence[int], new: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Replica(Ready):
+    """A loaded deployment, with the parts of its engine: until its thread starts, a test runs the steps."""
+
+    core: Engine
+    """The engine without its thread."""
+    base: LoadedBase
+    limits: SchedulerLimits
+
+    @property
+    def lora(self) -> LoraBackend:
+        """What adds adapters in its steps."""
+        return self.base.backend.new_lora() if self.bank is None else self.bank.lora
+
+
+def load_replica(
+    settings: InferenceSettings,
+    store: Store,
+    publisher: Publisher | None = None,
+    build: BuildEngine = build_engine,
+) -> Replica:
+    """Load a deployment as a replica does, and note the parts that its engine is built of."""
+    parts: dict[str, Any] = {}
+
+    def noted(
+        agreed: InferenceSettings, generation: Generation, base: LoadedBase, bank: OpenBank | None
+    ) -> tuple[Engine, SchedulerLimits]:
+        engine, limits = build(agreed, generation, base, bank)
+        parts.update(core=engine, base=base, limits=limits)
+        return engine, limits
+
+    ready = load(settings, store, publisher=publisher, build=noted)
+    return Replica(**vars(ready), **parts)
+
+
+@dataclass(frozen=True)
 class World:
     """A checkpoint, its adapters, and the deployment that names them."""
 
@@ -155,7 +197,13 @@ class World:
     def _build(self, store: Store, deployment: Deployment) -> None:
         run_build(deployment, BuildContext(store, open_sources(local_roots=[self.root])))
 
-    def load(self, store: Store, publisher: Publisher | None = None, **settings: Any) -> Ready:
+    def load(
+        self,
+        store: Store,
+        publisher: Publisher | None = None,
+        build: BuildEngine = build_engine,
+        **settings: Any,
+    ) -> Replica:
         values = {
             "deployment": "tiny",
             "dtype": "float32",
@@ -164,7 +212,7 @@ class World:
             "adapter_disk_gb": 0,  # the folder of this machine's user is nobody's business
         }
         with reuse_native():
-            return load(InferenceSettings(**(values | settings)), store, publisher=publisher)
+            return load_replica(InferenceSettings(**(values | settings)), store, publisher, build)
 
 
 def refusal(ready: Ready, name: str) -> Fault | None:
@@ -214,9 +262,9 @@ class Answers:
     expected: list[list[int]]
 
 
-def run_sequences(ready: Ready, sequences: Iterable[EngineSequence]) -> dict[str, list[StepOutput]]:
+def run_sequences(ready: Replica, sequences: Iterable[EngineSequence]) -> dict[str, list[StepOutput]]:
     """Run sequences together through the engine, without threads; return the outputs of each by its id."""
-    engine = ready.engine._engine
+    engine = ready.core
     outputs: dict[str, list[StepOutput]] = {}
     for each in sequences:
         engine.add(each)
@@ -228,7 +276,7 @@ def run_sequences(ready: Ready, sequences: Iterable[EngineSequence]) -> dict[str
 
 
 def run_engine(
-    ready: Ready, requests: Sequence[tuple[str, Sequence[int]]], new: int, **sampling: Any
+    ready: Replica, requests: Sequence[tuple[str, Sequence[int]]], new: int, **sampling: Any
 ) -> list[list[int]]:
     """Run (model, prompt) pairs together; return the new tokens of each."""
     found = _run(ready, requests, SamplingParams(max_tokens=new, **sampling))
@@ -237,14 +285,14 @@ def run_engine(
     return [[output.token.id for output in outputs] for outputs in found]
 
 
-def next_logprobs(ready: Ready, requests: Sequence[tuple[str, Sequence[int]]]) -> list[dict[int, float]]:
+def next_logprobs(ready: Replica, requests: Sequence[tuple[str, Sequence[int]]]) -> list[dict[int, float]]:
     """The log probability of every token behind each of (model, prompt) pairs, computed together."""
     found = _run(ready, requests, SamplingParams(max_tokens=1, logprobs=VOCAB))
     return [dict(outputs[-1].token.top) for outputs in found]
 
 
 def _run(
-    ready: Ready, requests: Sequence[tuple[str, Sequence[int]]], params: SamplingParams
+    ready: Replica, requests: Sequence[tuple[str, Sequence[int]]], params: SamplingParams
 ) -> list[list[StepOutput]]:
     made = [sequence(ready, str(number), *request, params) for number, request in enumerate(requests)]
     return list(run_sequences(ready, made).values())

@@ -1,7 +1,6 @@
 """The first proof waits for no compiler."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,8 +22,7 @@ def test_the_first_proof_launches_what_the_start_has_launched(
     """An adapter of a rank that no other has is proved in a bank of its own, by kernels of the start."""
     world = make_world(tmp_path)
     ready = world.load(world.built(max_lora_rank=16), backend="triton")
-    eager: Any = ready.engine._engine._runner
-    model, lora = eager._model, eager._lora
+    model, lora = ready.base.model, ready.lora
     with note_launches(monkeypatch) as known:
         runner_of(ready, LIMITS, BLOCKS).capture()
         recorded = set(known)

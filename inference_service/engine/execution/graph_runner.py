@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -41,6 +42,27 @@ MOST_TRACES: Final = 128
 """Traces that are held: each takes about a megabyte of the host's memory."""
 
 
+@dataclass(frozen=True)
+class RecordedStep:
+    """A kind of step that was recorded."""
+
+    rows: int
+    """Rows, of which a step may leave some unused."""
+    adapters: int
+    """Adapters that a row has at most."""
+    experts: bool
+    """True if these adapters touch experts."""
+
+
+@dataclass(frozen=True)
+class RecordedSteps:
+    """The kinds of steps that a runner has recorded, each in the order of the recording."""
+
+    graphs: tuple[RecordedStep, ...]
+    traces: tuple[RecordedStep, ...]
+    """A kind is here once for each number of adapters that a step had."""
+
+
 class GraphRunner(Runner):
     """Fills the static tensors of a step's capacity, and does what was recorded for it.
 
@@ -60,9 +82,10 @@ class GraphRunner(Runner):
         limits: SchedulerLimits,
         recorder: Recorder,
         slots: int = 0,
+        *,
+        depth: int | None = None,
     ) -> None:
-        super().__init__(model, lora, blocks, block_size, slots)
-        self.depth = 1
+        super().__init__(model, lora, blocks, block_size, slots, depth=1 if depth is None else depth)
         self._segmented = lora
         self._limits = limits
         self._recorder = recorder
@@ -88,6 +111,12 @@ class GraphRunner(Runner):
         self._logits = torch.full((most, vocab), -torch.inf, dtype=model.dtype, device=model.device)
         self._wide = False
         """True if the last step had added tokens."""
+
+    def inspect(self) -> RecordedSteps:
+        """Return what is recorded, for a person who looks for why a step is slow."""
+        graphs = tuple(RecordedStep(capacity.rows, *kind) for capacity, *kind in self._graphs)
+        traces = [RecordedStep(capacity.rows, passes, experts) for capacity, passes, _, experts in self._traces]
+        return RecordedSteps(graphs, tuple(traces))
 
     @torch.inference_mode()
     def capture(self) -> None:

@@ -261,8 +261,18 @@ def new_cache(model: Decoder, blocks: Blocks, block_size: int, slots: int) -> Ca
 class Runner:
     """Runs batches through a model and its cache, operation by operation."""
 
-    def __init__(self, model: Decoder, lora: StepLora, blocks: Blocks, block_size: int, slots: int = 0) -> None:
-        self.depth = 1 if model.device.type == "cuda" else 0
+    def __init__(
+        self,
+        model: Decoder,
+        lora: StepLora,
+        blocks: Blocks,
+        block_size: int,
+        slots: int = 0,
+        *,
+        depth: int | None = None,
+    ) -> None:
+        """Make a cache of blocks and of slots of states; depth is None for what the device needs."""
+        self.depth = int(model.device.type == "cuda") if depth is None else depth
         self._model = model
         self._lora = lora
         self._block_size = block_size

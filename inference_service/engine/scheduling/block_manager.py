@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass
 
 from inference_service.core.sequence import NEVER, Sequence
-from inference_service.engine.scheduling.blocks import BlockGroup, BlockPool, StateSlots, agreed, prefix_key
+from inference_service.engine.scheduling.blocks import (
+    BlockGroup,
+    BlockPool,
+    BlockUse,
+    StateSlots,
+    agreed,
+    prefix_key,
+)
 from loramux_shared.bases.cache import window_blocks
 
 
@@ -75,6 +82,10 @@ class BlockManager:
         if len(self.groups) == 1:
             return self.groups[0].pool.num_free
         return int(min(group.pool.num_free / group.pool.num_blocks for group in self.groups) * self.num_blocks)
+
+    def inspect(self) -> tuple[BlockUse, ...]:
+        """Return what the blocks of each group are used for."""
+        return tuple(group.pool.inspect() for group in self.groups)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that num_tokens fill."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence as Seq
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import cycle
 from typing import Final
@@ -18,6 +19,28 @@ from typing import Final
 from inference_service.core.sequence import GONE, NEVER, NOWHERE, Sequence
 
 KEY_BYTES: Final = 16
+
+
+@dataclass(frozen=True)
+class BlockUse:
+    """The blocks of a group of layers, each in one of three states."""
+
+    held: Mapping[int, int]
+    """Blocks of sequences, with the number of sequences that hold each."""
+    cached: frozenset[int]
+    """Blocks that nobody holds, whose prefixes are found until they are handed out again."""
+    free: frozenset[int]
+    """Blocks that nobody holds, and whose content is found by nobody."""
+
+
+@dataclass(frozen=True)
+class StateUse:
+    """The slots of recurrent states that no sequence has."""
+
+    cached: tuple[int, ...]
+    """Slots with snapshots of prefixes, the least recently used first."""
+    free: frozenset[int]
+    """Slots whose content is found by nobody."""
 
 
 class BlockPool:
@@ -43,6 +66,12 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that nobody holds."""
         return len(self._free)
+
+    def inspect(self) -> BlockUse:
+        """Return what each block is used for."""
+        held = {block: refs for block, refs in enumerate(self._refs) if refs}
+        cached = frozenset(self._free.keys() & self._key_of.keys())
+        return BlockUse(held, cached, frozenset(self._free) - cached)
 
     def hold(self, key: int) -> int:
         """Hold the block that is known by a key, and return it."""
@@ -235,6 +264,10 @@ class StateSlots:
     def num_free(self) -> int:
         """Slots that no sequence has."""
         return len(self._free) + len(self._snapshots)
+
+    def inspect(self) -> StateUse:
+        """Return what the slots that no sequence has are used for."""
+        return StateUse(tuple(self._snapshots.values()), frozenset(self._free))
 
     def longest(self, seq: Sequence, most: int) -> int:
         """Leading blocks, most at most, whose state was kept."""

@@ -22,6 +22,7 @@ from typing import Final
 
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.blocks import BlockUse
 from inference_service.engine.scheduling.queues import Plan, SchedulerLimits
 
 LOOKED_UP_TOKENS: Final = 3
@@ -92,6 +93,16 @@ class Lookup:
         self.accepted = 0
         """Tokens of those that held."""
         self._expected: dict[Sequence, Expected] = {}
+
+    @property
+    def followed(self) -> tuple[str, ...]:
+        """Return the ids of the sequences that it has a record of."""
+        return tuple(seq.id for seq in self._expected)
+
+    @property
+    def cache(self) -> tuple[BlockUse, ...]:
+        """Return the blocks of a draft model, of each group of layers; none here."""
+        return ()
 
     def expect(self, seq: Sequence, most: int) -> Expected:
         """Return what may follow a sequence all of whose tokens are known; at most so many tokens, or none.

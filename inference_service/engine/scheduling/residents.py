@@ -98,6 +98,10 @@ class Residents:
         """Return True if an adapter that no sequence is under way on may still be read by a step."""
         return False
 
+    def resident(self) -> list[Adapter]:
+        """Return the adapters that the bank holds."""
+        return []
+
     def presence(self, adapter: Adapter) -> Presence:
         """Say where an adapter is."""
         return Presence.ABSENT if adapter.slot is None else Presence.RESIDENT

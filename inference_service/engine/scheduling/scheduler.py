@@ -73,7 +73,15 @@ class Scheduler:
     last one. A preempted sequence waits until its tokens in flight are known.
     """
 
-    def __init__(self, limits: SchedulerLimits, blocks: BlockManager, residents: Residents) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockManager,
+        residents: Residents,
+        lookup: Lookup | None = None,
+        step_times: StepTimes | None = None,
+    ) -> None:
+        """Schedule within limits; lookup and step_times are None for those that know nothing yet."""
         self.limits = limits
         self.blocks = blocks
         self.queues = SequenceQueues()
@@ -81,8 +89,8 @@ class Scheduler:
         """Most urgent first, then oldest."""
         self.num_waiting = 0
         self.preemptions = 0
-        self.lookup = Lookup()
-        self.step_times = StepTimes(prefill_first=limits.prefill_first)
+        self.lookup = Lookup() if lookup is None else lookup
+        self.step_times = step_times or StepTimes(prefill_first=limits.prefill_first)
         self._load = EMPTY_LOAD
         self._parted = False
         """True if the last step left out those that decode."""

@@ -126,6 +126,11 @@ class StepTimes:
         self._sums = _Regression()
         self._row_s = self._token_s = 0.0
 
+    @property
+    def num_submitted(self) -> int:
+        """Return the steps that began and are not over."""
+        return len(self._submitted)
+
     def room_s(self, decodes: int, times: float = MAX_STEP_RATIO) -> float | None:
         """Return the seconds that prompts may have beside so many sequences that decode; None for a step
         without prompts, from which the time of the others is learned.

@@ -41,12 +41,15 @@ class ReplicaRanks(RankHost):
         block_size: int,
         recorded: SchedulerLimits | None,
         slots: int,
+        depth: int | None,
     ) -> Runner:
         """Return a runner of steps that all ranks compute, and record within limits where there are some."""
         if recorded is None:
-            return RankedRunner(model, lora, blocks, block_size, slots, self)
+            return RankedRunner(model, lora, blocks, block_size, slots, self, depth=depth)
         recorder, segmented = CudaRecorder(model.device), cast(TritonLora, lora)
-        return RankedGraphRunner(model, segmented, blocks, block_size, recorded, recorder, slots, self)
+        return RankedGraphRunner(
+            model, segmented, blocks, block_size, recorded, recorder, slots, self, depth=depth
+        )
 
 
 def read_with_ranks(

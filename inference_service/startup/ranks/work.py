@@ -162,9 +162,11 @@ class RankedGraphRunner(_LeadingRunner, GraphRunner):
         recorder: Recorder,
         slots: int,
         host: RankHost,
+        *,
+        depth: int | None = None,
     ) -> None:
         host.tell("prepare", blocks, block_size, slots, asdict(limits))
-        super().__init__(model, lora, blocks, block_size, limits, recorder, slots)
+        super().__init__(model, lora, blocks, block_size, limits, recorder, slots, depth=depth)
         self._host = host
 
     def capture(self) -> None:
@@ -187,9 +189,17 @@ class RankedRunner(_LeadingRunner):
     """Runs steps with the other ranks, which have caches of as many blocks and slots."""
 
     def __init__(
-        self, model: Decoder, lora: StepLora, blocks: Blocks, block_size: int, slots: int, host: RankHost
+        self,
+        model: Decoder,
+        lora: StepLora,
+        blocks: Blocks,
+        block_size: int,
+        slots: int,
+        host: RankHost,
+        *,
+        depth: int | None = None,
     ) -> None:
-        super().__init__(model, lora, blocks, block_size, slots)
+        super().__init__(model, lora, blocks, block_size, slots, depth=depth)
         host.tell("prepare", blocks, block_size, slots, None)
         self._host = host
 

@@ -23,19 +23,18 @@ from inference_service.engine.layers.linear import Linear
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup import base, memory, memory as heap
 from inference_service.startup.base import BOUND_S, bytes_per_s
-from inference_service.startup.load import Ready
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import STEP_SIZES, InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.tiny import World
+from tests.support.tiny import Replica, World
 
 LIMITS = SchedulerLimits(max_tokens=100, max_seqs=8, max_adapters=2, max_seq_len=64)
 ADAPTERS = [Adapter("a", 0), Adapter("b", 1), Adapter("c", 2)]
 
 
 @pytest.fixture(scope="module")
-def ready(world: tuple[World, MemoryStore]) -> Ready:
+def ready(world: tuple[World, MemoryStore]) -> Replica:
     return world[0].load(world[1])
 
 
@@ -97,17 +96,15 @@ class Noted(Runner):
         return pending
 
 
-def test_what_a_step_takes_is_what_it_had_at_once(ready: Ready) -> None:
+def test_what_a_step_takes_is_what_it_had_at_once(ready: Replica) -> None:
     """The step runs for real; its runner is freed before the peak of memory is read."""
-    runner = ready.engine._engine._runner
-    assert isinstance(runner, Runner)
     adapters = [model.adapter for model in ready.service.local.catalog if model.adapter]
     batch = memory.largest_step(LIMITS, adapters, 16)
     alive: list[weakref.ref[Runner]] = []
     ran: list[list[tuple[Sequence, Token]]] = []
 
     def new_runner() -> Runner:
-        made = Noted(runner._model, runner._lora, memory.SCRATCH_BLOCKS, 16)
+        made = Noted(ready.base.model, ready.lora, memory.SCRATCH_BLOCKS, 16)
         made.ran = ran
         alive.append(weakref.ref(made))
         return made
@@ -139,7 +136,7 @@ def test_a_graph_takes_what_those_behind_the_first_take() -> None:
     assert memory.measure_graph(lambda: runner, Meter([900, 900])) == memory.LEAST_GRAPH_BYTES
 
 
-def test_a_step_that_does_not_fit_is_refused_by_name(ready: Ready) -> None:
+def test_a_step_that_does_not_fit_is_refused_by_name(ready: Replica) -> None:
     """Torch's error names neither the settings nor the sizes."""
 
     class Full:
@@ -152,10 +149,8 @@ def test_a_step_that_does_not_fit_is_refused_by_name(ready: Ready) -> None:
         memory.measure(Full, memory.largest_step(LIMITS, [], 16), Meter([3 * 10**9]))
 
 
-def test_the_cache_gets_what_the_measured_step_leaves(ready: Ready) -> None:
+def test_the_cache_gets_what_the_measured_step_leaves(ready: Replica) -> None:
     """The cache has the memory that the largest measured step leaves, and both numbers are logged."""
-    runner = ready.engine._engine._runner
-    assert isinstance(runner, Runner)
     requests: list[int] = []
 
     def measured(longest: int) -> memory.Measured:
@@ -163,7 +158,7 @@ def test_the_cache_gets_what_the_measured_step_leaves(ready: Ready) -> None:
         return memory.Measured(steps=400_000_000, kept=50_000_000, free=1_000_000_000)
 
     settings = InferenceSettings(deployment="tiny", max_batch_seqs=50_000)
-    plan = partial(memory.divide_memory, settings, None, runner._model, 7, graphs=False)
+    plan = partial(memory.divide_memory, settings, None, ready.base.model, 7, graphs=False)
     with capture_logs() as logs:
         found = plan(measure=measured)
     assert requests == [256]

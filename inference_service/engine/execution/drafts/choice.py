@@ -18,6 +18,7 @@ from typing import Final, cast
 from inference_service.core.sequence import Sequence
 from inference_service.engine.execution.drafts.model import DraftModel
 from inference_service.engine.execution.drafts.score import Candidate, Score, gain
+from inference_service.engine.scheduling.blocks import BlockUse
 from inference_service.engine.scheduling.lookup import MIN_LOG_GAIN, TOKEN_LEARNING_RATE, Lookup
 from inference_service.engine.scheduling.queues import Plan
 from inference_service.engine.scheduling.step_times import (
@@ -90,6 +91,11 @@ class DraftChoice(Lookup):
         self._spare_s = 0.0
         """Seconds that drafts may take: what they saved, and a share of the time, without what they took."""
         model.noted = self._note
+
+    @property
+    def cache(self) -> tuple[BlockUse, ...]:
+        """Return the blocks of the draft model, of each group of layers."""
+        return self._model.cache
 
     def warm_up(self) -> None:
         """Learn what steps of the draft model take."""

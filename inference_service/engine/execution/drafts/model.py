@@ -10,6 +10,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence
 from inference_service.engine.execution.runner import Pending, StepRunner
 from inference_service.engine.scheduling.block_manager import BlockManager
+from inference_service.engine.scheduling.blocks import BlockUse
 
 WARMING: Final = 8
 """Tokens of a draft while it is warmed up."""
@@ -53,6 +54,11 @@ class DraftModel:
         self._longest = longest
         self._clock = clock
         self._followed: dict[Sequence, Followed] = {}
+
+    @property
+    def cache(self) -> tuple[BlockUse, ...]:
+        """Return what the blocks of each group of layers are used for."""
+        return self._blocks.inspect()
 
     def rows(self, seq: Sequence) -> int | None:
         """Return the rows that come before a draft; None where there is no room, or it does not know a token.
