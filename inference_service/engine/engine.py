@@ -121,6 +121,8 @@ class Inspection:
     """Ids of sequences, queue by queue."""
     aside: tuple[str, ...]
     """Ids of sequences that wait for the end of the search for one that a step raises for."""
+    draft_tokens: int
+    """Tokens that are drafted for a sequence in a step, at most."""
     drafting: tuple[str, ...]
     """Ids of sequences with a record of what may follow them."""
     draft_blocks: tuple[BlockUse, ...]
@@ -233,6 +235,7 @@ class Engine:
             running=tuple(seq.id for seq in scheduler.running),
             waiting=tuple(seq.id for seq in scheduler.waiting),
             aside=tuple(self._aside),
+            draft_tokens=scheduler.limits.speculative_tokens,
             drafting=scheduler.lookup.followed,
             draft_blocks=scheduler.lookup.cache,
             served={key: queue.served for key, queue in queues.items()},

@@ -325,7 +325,7 @@ async def test_an_engine_that_fails_ends_health_first(tmp_path: Path) -> None:
     """Every stream ends with REPLICA_FAILED, and later requests are refused."""
     async with replica(tmp_path, 1) as served:
         stream = await served.stream()
-        served.thread._end("a test says so")
+        served.thread.fail("a test says so")
         async with bounded("the reason of the end"):
             await stream.reader.readuntil(b"a test says")
         stream.close()

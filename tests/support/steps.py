@@ -36,6 +36,22 @@ def engine_around(around: Callable[[Submit, Batch], Pending]) -> BuildEngine:
     return partial(build_engine, new_runner=runner_around(around))
 
 
+def engine_of_depth(depth: int) -> BuildEngine:
+    """Return what builds a replica's engine with a runner of a depth, without recorded steps."""
+
+    def new_runner(
+        base: LoadedBase,
+        lora: LoraBackend,
+        blocks: Blocks,
+        block_size: int,
+        _limits: SchedulerLimits,
+        slots: int,
+    ) -> Runner:
+        return Runner(base.model, lora, blocks, block_size, slots, depth=depth)
+
+    return partial(build_engine, new_runner=new_runner)
+
+
 def engine_without_time() -> BuildEngine:
     """Return what builds a replica's engine on a clock that stands still: steps depend on no machine."""
     return partial(build_engine, clock=lambda: 0.0)

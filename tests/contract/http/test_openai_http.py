@@ -14,6 +14,8 @@ from inference_service.adapters.fixed import fixed_manager
 from inference_service.api.http.app import create_app
 from inference_service.api.http.server import HttpServer
 from inference_service.core.computing import Computing, Lack
+from inference_service.core.sequence import Batch
+from inference_service.engine.execution.runner import Pending
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.storage.memory import MemoryStore
@@ -21,6 +23,7 @@ from tests.golden.openai.script import CHAT_BODY, Case, Scripted
 from tests.support.openai_api import OpenAIApi, open_api
 from tests.support.raw_http import JSON, RawClient
 from tests.support.services.silent import silent_service
+from tests.support.steps import Submit, engine_around
 from tests.support.tiny import VOCAB, World, write_tokenizer
 from tests.support.waiting import BOUND_S, bounded, until
 from tests.support.web import web_client
@@ -241,17 +244,15 @@ async def test_a_full_queue_is_reported_with_a_delay(world: tuple[World, MemoryS
 
 async def test_a_failing_step_is_an_error_without_a_word_of_why(world: tuple[World, MemoryStore]) -> None:
     """A failing step is a 500 before the first token, else the last event of a stream; the next one works."""
-    async with open_api(world) as api:
-        runner = api.ready.engine._engine._runner
-        submit, calls = runner.submit, []
+    failing: list[bool] = []
 
-        def broken(batch: object) -> object:
-            calls.append(batch)
-            if len(calls) in (1, 10):  # four are those that find out whether the engine still works
-                raise RuntimeError("secret detail")
-            return submit(batch)
+    def broken(submit: Submit, batch: Batch) -> Pending:
+        if failing and failing.pop(0):
+            raise RuntimeError("secret detail")
+        return submit(batch)
 
-        runner.submit = broken  # type: ignore[method-assign, assignment]
+    async with open_api(world, build=engine_around(broken)) as api:
+        failing += [True, *[False] * 8, True]  # four are those that find out whether the engine still works
         response = await api.post(COMPLETIONS, **LONG | {"stream": True})
         assert response.status_code == 500
         assert _error(response)["type"] == "server_error"

@@ -23,6 +23,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.cases import cases
 from tests.support.grammars import mask_of
 from tests.support.service import Service, open_service
+from tests.support.steps import engine_without_time
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, result_of, until
 
@@ -86,9 +87,8 @@ async def test_drafts_change_no_constrained_answer(world: tuple[World, MemorySto
     again = {"max_tokens": 60, "temperature": 0.0}
     found, accepted = [], []
     for tokens in (0, 8):
-        service = await open_service(world, speculative_tokens=tokens)
-        ready = service.ready
-        ready.engine._engine._clock = lambda: 0.0  # rows are free
+        service = await open_service(world, speculative_tokens=tokens, build=engine_without_time())
+        ready = service.ready  # on its clock rows are free
         stated, count = [], []
         for model in ("base", "all"):
             for kind, text, fields in (

@@ -8,6 +8,7 @@ from loramux_shared.bundle.deployments import current_generation, publish_genera
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.metrics import Scrape
+from tests.support.steps import engine_without_time
 from tests.support.tiny import World, make_world, run_engine
 
 
@@ -29,8 +30,7 @@ async def test_a_deployment_says_how_many_unless_the_replica_does(
         return publish_generation(store, changed).number
 
     publish(0)
-    ready = world.load(store, **own)
-    ready.engine._engine._clock = lambda: 0.0  # rows are free
+    ready = world.load(store, build=engine_without_time(), **own)  # on its clock rows are free
     operators = Operators(InferenceSettings(deployment="tiny", **own), ready)
     ready.engine.start()
     found, before = [], 0.0

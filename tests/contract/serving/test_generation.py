@@ -14,6 +14,7 @@ from inference_service.core.sequence import Token
 from loramux_shared.faults import Fault, QueueFull, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import PROMPT, Service, open_service
+from tests.support.steps import engine_of_depth
 from tests.support.tiny import VOCAB, World, oracle
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -86,8 +87,7 @@ async def test_a_step_ahead_changes_nothing(world: tuple[World, MemoryStore]) ->
     ]
     found = []
     for depth in (0, 1):
-        service = await open_service(world, max_batch_tokens=48)
-        service.ready.engine._engine._runner.depth = depth
+        service = await open_service(world, max_batch_tokens=48, build=engine_of_depth(depth))
         fields = {"max_tokens": 12, "temperature": 1.0, "seed": 11}
         answers = await asyncio.gather(*(service.events(LONG, **fields | request) for request in requests))
         found.append([_story(events) for events in answers])

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from inference_service.core.sequence import Batch
+from inference_service.engine.execution.runner import Pending
 from loramux_shared.faults import Fault
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
 from tests.support.grpc_api import open_client
 from tests.support.metrics import Scrape
 from tests.support.openai_api import OpenAIApi, open_api
+from tests.support.steps import Submit, engine_around
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, bounded
 
@@ -89,13 +92,22 @@ async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
     assert "made-up" not in metrics.text
 
 
-async def test_gateways_see_who_runs_and_who_waits(api: OpenAIApi, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_gateways_see_who_runs_and_who_waits(chatty: tuple[World, MemoryStore]) -> None:
     """Two adapters run and two wait with two seats and four long requests; afterwards none does."""
+    steps, before = threading.Semaphore(1000), time.time()  # for those of the start
+
+    def step_waits(submit: Submit, batch: Batch) -> Pending:
+        assert steps.acquire(timeout=BOUND_S)
+        return submit(batch)
+
+    async with open_api(chatty, build=engine_around(step_waits), max_batch_seqs=2, max_queue=8) as api:
+        while steps.acquire(blocking=False):
+            pass
+        await _see_who_runs_and_who_waits(api, steps, before)
+
+
+async def _see_who_runs_and_who_waits(api: OpenAIApi, steps: threading.Semaphore, before: float) -> None:
     long = FIELDS | {"max_tokens": 60}
-    before = time.time()
-    steps, runner = threading.Semaphore(0), api.ready.engine._engine._runner
-    submit = runner.submit
-    monkeypatch.setattr(runner, "submit", lambda batch: steps.acquire(timeout=BOUND_S) and submit(batch))
     tasks = [
         asyncio.create_task(api.post("/v1/completions", **long | {"model": model}))
         for model in ("all", "base", "rs", "wide")

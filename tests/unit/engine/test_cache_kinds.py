@@ -7,7 +7,9 @@ import itertools
 import random
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import pytest
 from hypothesis import example, given, settings, strategies as st
@@ -34,6 +36,8 @@ HANDLES = [Adapter(f"{number:064x}", number, INVOCATION if number == 2 else ()) 
 """The third acts from its invocation on."""
 Windows = tuple[int | None, ...]
 _ids = itertools.count()
+_made: WeakValueDictionary[str, Sequence] = WeakValueDictionary()
+"""Sequences by their ids, as long as somebody holds them."""
 
 
 @dataclass
@@ -152,7 +156,7 @@ class Base:
     drafted: int = 0
     """Most tokens of a draft; with states nothing is drafted."""
 
-    def engine(self) -> tuple[Engine, Device, BlockManager]:
+    def engine(self, clock: Callable[[], float] = lambda: 0.0) -> tuple[Engine, Device, BlockManager]:
         sizes = [
             self.blocks if window is None else window_blocks(window, BLOCK, BLOCK) + self.sliding
             for window in self.windows
@@ -165,7 +169,7 @@ class Base:
         device = Device(self.depth, self.windows, self.snapshots is not None)
         drafted = 0 if states is not None else self.drafted
         limits = SchedulerLimits(self.rows, self.seqs, 2, LONGEST, speculative_tokens=drafted)
-        engine = Engine(device, limits, manager, Residents(), clock=lambda: 0.0)
+        engine = Engine(device, limits, manager, Residents(), clock)
         return engine, device, manager
 
 
@@ -202,11 +206,12 @@ def _drain(engine: Engine, manager: BlockManager) -> list[StepOutput]:
 
 def _expect_sound(engine: Engine, manager: BlockManager) -> None:
     """Every block is free or held as often as tables have it; exactly those that later rows see are there."""
-    running, drafted = engine._scheduler.running, engine._scheduler.limits.speculative_tokens
-    for place, group in enumerate(manager.groups):
+    found = engine.inspect()
+    running, drafted = [_made[seq_id] for seq_id in found.running], found.draft_tokens
+    for place, (group, use) in enumerate(zip(manager.groups, found.blocks, strict=True)):
         pool = group.pool
         held = Counter(block for seq in running for block in seq.progress.tables[place] if block != GONE)
-        assert {block: refs for block, refs in enumerate(pool._refs) if refs} == held
+        assert use.held == held
         assert pool.num_free == pool.num_blocks - len(held)
         for seq in running:
             known = min(seq.progress.num_computed, len(seq.progress.tokens))
@@ -214,9 +219,9 @@ def _expect_sound(engine: Engine, manager: BlockManager) -> None:
             assert gone == list(range(len(gone)))
             least = group.first_seen(max(0, known - 1 - drafted) // BLOCK * BLOCK)  # known before the last step
             assert least <= len(gone) <= group.first_seen(known)
-    if manager.states is not None:
+    if manager.states is not None and found.states is not None:
         slots = [seq.progress.state_slot for seq in running]
-        others = [*manager.states._free, *manager.states._snapshots.values()]
+        others = [*found.states.free, *found.states.cached]
         assert sorted(slots + others) == list(range(manager.states.num_slots))
 
 
@@ -256,14 +261,16 @@ def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) 
         assert [output.first for output in mine] == [True, *[False] * (len(mine) - 1)][: len(mine)]
         assert sum(output.finish is not None for output in mine) == (seq_id not in aborted)
     assert all(group.pool.num_free == group.pool.num_blocks for group in manager.groups)
-    assert not engine._scheduler.lookup._expected
+    assert not engine.inspect().drafting
     if manager.states is not None:
         assert manager.states.num_free == manager.states.num_slots
 
 
 def _sequence(prompt: list[int], sampling: SamplingParams, uid: int) -> Sequence:
     adapter, invocation = activation(HANDLES[uid - 1] if uid else None, prompt)
-    return Sequence(str(next(_ids)), prompt, sampling, adapter, invocation=invocation)
+    seq = Sequence(str(next(_ids)), prompt, sampling, adapter, invocation=invocation)
+    _made[seq.id] = seq
+    return seq
 
 
 def _run(engine: Engine, manager: BlockManager, prompt: list[int], new: int = 1, uid: int = 0) -> Sequence:
@@ -311,7 +318,7 @@ def test_after_a_failed_step_nothing_is_trusted(snapshots: int | None) -> None:
     engine.step()
     device.broken = False
     assert [output.finish for output in engine.fail_all()] == [EndReason.FAILED]
-    assert not engine._scheduler.step_times._submitted
+    assert not engine.inspect().steps
     if manager.states is not None:
         manager.release(failing)  # twice frees nothing twice
         manager.keep()
@@ -340,12 +347,13 @@ def test_a_failing_step_loses_no_end_of_the_others() -> None:
 
 def test_a_deadline_ends_a_sequence_with_a_token_in_flight() -> None:
     """A token that was drawn for an expired sequence is dropped, and its blocks come back; so for the next."""
-    engine, _, manager = Base(depth=1).engine()
+    now_s = [0.0]
+    engine, _, manager = Base(depth=1).engine(lambda: now_s[-1])
     for name, deadline_s in (("later", 3.0), ("late", 1.0)):
         engine.add(Sequence(name, [1, 2], SamplingParams(max_tokens=9), deadline_s=deadline_s))
     engine.step()
-    for now_s, name in ((2.0, "late"), (4.0, "later")):
-        engine._clock = lambda now_s=now_s: now_s
+    for at_s, name in ((2.0, "late"), (4.0, "later")):
+        now_s.append(at_s)
         ended = [(output.seq_id, output.finish) for output in engine.step() if output.finish]
         assert ended == [(name, EndReason.DEADLINE)]
     assert engine.idle

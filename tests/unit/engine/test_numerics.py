@@ -70,11 +70,11 @@ def test_it_fails_and_nothing_of_it_is_found(fields: dict[str, object]) -> None:
     world = World(states=states)
     assert world.reason("good", world.good, **fields) == ""
     world.blocks.keep()  # as the next step does
-    retained = world.blocks.stats.hit, list(states._snapshots)
+    retained = world.blocks.stats.hit, states.inspect().cached
     for _ in range(2):
         assert world.reason("bad", world.bad, **fields) == "NUMERICS"
     world.blocks.keep()
-    assert (world.blocks.stats.hit, list(states._snapshots)) == retained
+    assert (world.blocks.stats.hit, states.inspect().cached) == retained
     assert world.reason("good", world.good, **fields) == ""
     assert world.blocks.stats.hit == retained[0] + 8
     assert world.blocks.num_free == world.blocks.num_blocks

@@ -46,11 +46,12 @@ class FakeRunner:
         return Pending(seqs, lambda: [Token(7)] * len(seqs))
 
 
-def _engine(*, blocks=64, max_tokens=16, max_seqs=4, max_adapters=2, depth=0):
+def _engine(*, blocks=64, max_tokens=16, max_seqs=4, max_adapters=2, depth=0, step_times=None):
     manager = BlockManager(blocks, 4)
     runner = FakeRunner(depth)
     limits = SchedulerLimits(max_tokens, max_seqs, max_adapters, max_seq_len=blocks * 4)
-    return Engine(runner, limits, manager, Residents(), clock=lambda: 0.0), runner, manager
+    engine = Engine(runner, limits, manager, Residents(), clock=lambda: 0.0, step_times=step_times)
+    return engine, runner, manager
 
 
 def _seq(prompt: int, new: int, uid: int = 0, priority: int = 0, **fields: Any) -> Sequence:
@@ -150,7 +151,7 @@ def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blo
     ends += list(_drain(engine))
     assert sorted(ends) == sorted(set(added) - aborted)
     assert blocks.num_free == blocks.num_blocks
-    assert not engine._scheduler.num_waiting
+    assert not engine.stats.waiting
     assert {name for name, left in vars(engine._scheduler.queues).items() if left} <= {"lowest", "_smallest"}
     for batch in runner.batches:
         assert batch.num_tokens <= 16
@@ -329,14 +330,20 @@ class Costly(StepTimes):
         return False
 
 
+class Roomy(StepTimes):
+    """Says that any number of the background has room in a step."""
+
+    def beside(self, decodes: int, spare_s: float) -> int:  # noqa: ARG002 - as the real one
+        return 100
+
+
 BEHIND = {"share": Share(background=True), "flow": "background"}
 
 
 @pytest.mark.parametrize(("uid", "seats"), [(0, 2), (2, 2), (0, 9)])
 def test_the_background_steps_back_at_once(uid: int, seats: int) -> None:
     """A request gets a seat, a place of an adapter and steps of its own; the background goes on behind it."""
-    engine, runner, _ = _engine(max_seqs=seats, max_adapters=1)
-    engine._scheduler.step_times = Costly()
+    engine, runner, _ = _engine(max_seqs=seats, max_adapters=1, step_times=Costly())
     behind = [_seq(4, 40, 1, **BEHIND) for _ in range(4)]
     _add(engine, *behind[1:])
     _run(engine, 5)
@@ -350,8 +357,7 @@ def test_the_background_steps_back_at_once(uid: int, seats: int) -> None:
 
 def test_the_background_takes_no_row_of_others() -> None:
     """A step with fewer rows than sequences that decode leaves out the background."""
-    engine, _, _ = _engine(max_tokens=3)
-    engine._scheduler.step_times.beside = lambda *_: 100  # type: ignore[method-assign]
+    engine, _, _ = _engine(max_tokens=3, step_times=Roomy())
     _add(engine, *(_seq(2, 40, **BEHIND) for _ in range(3)))
     _run(engine, 6)
     request = _seq(2, 8)

@@ -4,7 +4,6 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from unittest.mock import MagicMock
 
 import pytest
 
@@ -13,13 +12,14 @@ from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.engine import Engine
 from inference_service.engine.execution.runner import Pending
 from inference_service.engine.scheduling.block_manager import BlockManager
-from inference_service.engine.scheduling.lookup import FIRST_PROBABILITY, TOKEN_LEARNING_RATE, Expected
+from inference_service.engine.scheduling.lookup import FIRST_PROBABILITY, TOKEN_LEARNING_RATE, Expected, Lookup
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.engine.scheduling.residents import Residents
 from inference_service.engine.scheduling.step_times import (
     MAX_PREFILL_STEP_S,
     MAX_STEP_RATIO,
     PROBE_INTERVAL_STEPS,
+    StepLoad,
     StepTimes,
 )
 
@@ -85,9 +85,12 @@ class Machine:
         return Pending(tuple(seq for seq, _ in places), wait, drafts=batch.drafts)
 
 
-def _engine(machine: Machine, drafted: int = 0, *, prefill_first: bool = False) -> Engine:
+def _engine(
+    machine: Machine, drafted: int = 0, *, prefill_first: bool = False, lookup: Lookup | None = None
+) -> Engine:
     limits = SchedulerLimits(1024, 64, 2, 8192, speculative_tokens=drafted, prefill_first=prefill_first)
-    return Engine(machine, limits, BlockManager(8192, 16), Residents(), clock=lambda: machine.now_s)
+    blocks = BlockManager(8192, 16)
+    return Engine(machine, limits, blocks, Residents(), clock=lambda: machine.now_s, lookup=lookup)
 
 
 def _run(engine: Engine, steps: int) -> None:
@@ -239,10 +242,10 @@ def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: floa
         _run(engine, 2)
 
 
-def _drafting(machine: Machine, streams: int) -> Engine:
+def _drafting(machine: Machine, streams: int, lookup: Lookup | None = None) -> Engine:
     """Return an engine that drafts eight tokens, with streams whose prompts are known."""
     DRAW.seed(0)
-    engine = _engine(machine, drafted=8)
+    engine = _engine(machine, drafted=8, lookup=lookup)
     _add(engine, *(_seq(1, new=8000) for _ in range(streams)))
     engine.step()
     return engine
@@ -264,8 +267,8 @@ def test_drafts_never_cost(text: Text, part: float, streams: int) -> None:
     engine = _drafting(machine, streams)
     _run(engine, 150)
     assert _token_s(machine, engine, 200) < machine.step_s / streams / 0.98
-    [queue] = engine._scheduler.queues  # drafts that held are charged as other tokens are
-    assert queue.served == sum(seq.progress.num_computed for seq in queue.running)
+    [served] = engine.inspect().served.values()  # drafts that held are charged as other tokens are
+    assert served == sum(chunk.seq.progress.num_computed for chunk in machine.batches[-1].chunks)
     drafted = sum(chunk.drafted for batch in machine.batches for chunk in batch.chunks)
     assert engine.stats.tokens_drafted == drafted
 
@@ -294,21 +297,35 @@ def test_what_a_step_takes_without_drafts_stays_known() -> None:
     assert 2 <= rows.count(0) <= 4
 
 
+class Counting(Lookup):
+    """Counts how often a sequence is looked at."""
+
+    looks = 0
+
+    def expect(self, seq: Sequence, most: int) -> Expected:
+        self.looks += 1
+        return super().expect(seq, most)
+
+
 def test_streams_that_nothing_is_drafted_for_are_looked_at_in_few_steps() -> None:
     """Each of 32 streams in which nothing comes twice is looked at in every third step."""
-    engine = _drafting(Machine(text=lambda _, position: position), 32)
+    lookup = Counting()
+    engine = _drafting(Machine(text=lambda _, position: position), 32, lookup)
     _run(engine, 9)
-    engine._scheduler.lookup.expect = MagicMock(wraps=engine._scheduler.lookup.expect)  # type: ignore[method-assign]
+    before = lookup.looks
     _run(engine, 30)
-    assert engine._scheduler.lookup.expect.call_count == 32 * 30 / 3
+    assert lookup.looks - before == 32 * 30 / 3
 
 
 def test_the_background_takes_part_as_far_as_it_is_known_to_cost_little() -> None:
     """One more than known is tried; what is known to lengthen a step too much is left out, and tried again."""
     times = StepTimes()
     seconds = {1: 0.1, 2: 0.1, 3: 0.105, 4: 0.2}
+    now_s = 0.0
     for number, took in seconds.items():
-        times._learn_decode(number, took)
+        times.submitted(StepLoad(number, 0, 0.0), now_s)
+        now_s += took
+        times.resolved(now_s)
     spare = times.spare_s(1)
     *usual, tried = [times.beside(1, spare) for _ in range(PROBE_INTERVAL_STEPS)]
     assert (set(usual), tried) == ({2}, 3)

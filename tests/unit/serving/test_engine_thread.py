@@ -4,14 +4,20 @@ import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence
 from inference_service.driver import engine_thread
-from inference_service.driver.engine_thread import LOOK_S, PROBE_PAUSES_S, EngineThread, PauseMode
+from inference_service.driver.engine_thread import (
+    LOOK_S,
+    PROBE_PAUSES_S,
+    Command,
+    EngineThread,
+    Inbox,
+    PauseMode,
+)
 from inference_service.driver.watchdog import Watchdog
 from loramux_shared.faults import QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown
 from tests.support.waiting import result_of, until
@@ -27,9 +33,19 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return paused
 
 
+class CountingInbox(Inbox):
+    """Counts what is posted."""
+
+    posted = 0
+
+    def post(self, command: Command) -> None:
+        self.posted += 1
+        super().post(command)
+
+
 async def test_what_others_held_for_a_moment_is_waited_for(threads: Threads, pauses: list[float]) -> None:
     """A probe that fails once and then works, as when memory came back, leaves the replica serving."""
-    device = Device()
+    device, inbox = Device(), CountingInbox()
     failures = iter([True, True])
 
     def out_of_memory(batch: Batch) -> None:
@@ -37,14 +53,14 @@ async def test_what_others_held_for_a_moment_is_waited_for(threads: Threads, pau
             raise MemoryError
 
     device.before_step = out_of_memory
-    thread = threads.start(device)
+    thread = threads.start(device, inbox=inbox)
     assert await end(submit(thread)) is EndReason.FAILED
     assert await end(submit(thread)) is EndReason.LENGTH
     assert pauses == list(PROBE_PAUSES_S)
     assert device.prompts == [3, 1, 1, 3]  # a probe that failed leaves nothing
-    thread._inbox.post = MagicMock(wraps=thread._inbox.post)  # type: ignore[method-assign]
+    before = inbox.posted
     assert await end(submit(thread)) is EndReason.LENGTH
-    assert thread._inbox.post.call_count == 1  # what ended by itself is not aborted too
+    assert inbox.posted == before + 1  # what ended by itself is not aborted too
 
 
 async def test_a_request_that_a_step_raises_for_ends_alone(threads: Threads, pauses: list[float]) -> None:
@@ -207,11 +223,8 @@ async def _running(device: Device, thread: EngineThread) -> asyncio.Task[EndReas
 
 async def _passes(thread: EngineThread) -> None:
     """Wait until the engine's thread has passed its loop, so that a possible step has run."""
-    loop = asyncio.get_running_loop()
     for _ in range(3):
-        passed = asyncio.Event()
-        thread._inbox.post(lambda: loop.call_soon_threadsafe(passed.set))  # noqa: B023 - awaited in its turn
-        await result_of(passed.wait(), "a pass of the engine's thread")
+        await result_of(thread.inspect(), "a pass of the engine's thread")
 
 
 async def _pausing(threads: Threads, mode: PauseMode, depth: int = 0) -> Any:
@@ -272,11 +285,11 @@ async def test_what_is_under_way_may_end_first(threads: Threads, called_off: boo
 
 async def test_what_leaves_while_others_end_is_neither_waited_for_nor_begun(threads: Threads) -> None:
     """A request that came during the pause and left does not end it, and the engine never has it."""
-    device, thread, task, _ = await _pausing(threads, PauseMode.WAIT)
+    device, thread, task, pause = await _pausing(threads, PauseMode.WAIT)
     for _ in range(2):
         late = submit(thread)
         await asyncio.sleep(2 * LOOK_S)
-        assert thread._deferred is not None
+        assert not pause.done()
         late.close()
     thread.resume()
     device.go.set()
@@ -309,3 +322,27 @@ async def test_a_stop_ends_a_pause(threads: Threads) -> None:
     await result_of(pause, "the pause")
     with pytest.raises(ShuttingDown):
         await task
+
+
+async def test_an_inspection_shows_the_engine_between_two_steps(threads: Threads) -> None:
+    """It waits for the step that is running, and has nothing to show once the thread has ended."""
+    device = Device(HELD_AT)
+    thread = threads.start(device)
+    task = await _running(device, thread)
+    asked = asyncio.ensure_future(thread.inspect())
+    await asyncio.sleep(0)
+    assert not asked.done()
+    device.go.set()
+    found = await result_of(asked, "an inspection")
+    assert found is not None
+    assert len(found.running) == found.stats.running == 1
+    assert (found.waiting, found.aside, found.resident, found.states) == ((), (), (), None)
+    [use] = found.blocks
+    assert len(use.held) + len(use.cached) + len(use.free) == found.stats.blocks_total
+    assert use.held.keys().isdisjoint(use.cached | use.free)
+    assert await task is EndReason.LENGTH
+    left = await result_of(thread.inspect(), "an inspection")
+    assert left is not None
+    assert (left.running, left.steps, left.blocks[0].held, left.served) == ((), 0, {}, {})
+    await thread.stop()
+    assert await result_of(thread.inspect(), "the end") is None
