@@ -12,7 +12,7 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.execution.runner import Pending, Runner
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.startup.engine import build_engine, runner_of
-from loramux_shared.bases.config import AttentionLayer
+from loramux_shared.bases.layers import AttentionLayer
 from loramux_shared.storage.base import Store
 from tests.support.tiny import Replica, World
 

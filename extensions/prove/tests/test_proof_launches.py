@@ -28,7 +28,7 @@ def test_the_first_proof_launches_what_the_start_has_launched(
         recorded = set(known)
         rehearse(lora, model, BLOCK)
     of_proofs = TritonLora(model.config.groups, model.config.dims.num_layers, model.dtype, model.device)
-    kv = model.config.layers[1].mixer.kv_features
+    kv = model.config.attentions[1].kv_features
     rows = [(1, "attn_k", torch.ones(7, model.config.dims.hidden), torch.ones(kv, 7))]
     packed = of_proofs.pack(adapter_of(rows, model.config.layer_groups))
     of_proofs.open(packed.num_bytes, 16, 1)

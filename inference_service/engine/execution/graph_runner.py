@@ -114,7 +114,9 @@ class GraphRunner(Runner):
 
     def inspect(self) -> RecordedSteps:
         """Return what is recorded, for a person who looks for why a step is slow."""
-        graphs = tuple(RecordedStep(capacity.rows, *kind) for capacity, *kind in self._graphs)
+        graphs = tuple(
+            RecordedStep(capacity.rows, passes, experts) for capacity, passes, experts in self._graphs
+        )
         traces = [RecordedStep(capacity.rows, passes, experts) for capacity, passes, _, experts in self._traces]
         return RecordedSteps(graphs, tuple(traces))
 
