@@ -37,7 +37,7 @@ HANDLES = [Adapter(f"{number:064x}", number, INVOCATION if number == 2 else ()) 
 Windows = tuple[int | None, ...]
 _ids = itertools.count()
 _made: WeakValueDictionary[str, Sequence] = WeakValueDictionary()
-"""Sequences by their ids, as long as somebody holds them."""
+"""Sequences by their ids, as long as a test or an engine holds them."""
 
 
 @dataclass

@@ -329,11 +329,11 @@ async def test_an_inspection_shows_the_engine_between_two_steps(threads: Threads
     device = Device(HELD_AT)
     thread = threads.start(device)
     task = await _running(device, thread)
-    asked = asyncio.ensure_future(thread.inspect())
+    inspection = asyncio.ensure_future(thread.inspect())
     await asyncio.sleep(0)
-    assert not asked.done()
+    assert not inspection.done()
     device.go.set()
-    found = await result_of(asked, "an inspection")
+    found = await result_of(inspection, "an inspection")
     assert found is not None
     assert len(found.running) == found.stats.running == 1
     assert (found.waiting, found.aside, found.resident, found.states) == ((), (), (), None)
