@@ -129,7 +129,7 @@ class Replica(Ready):
 
     @property
     def lora(self) -> LoraBackend:
-        """What adds adapters in its steps."""
+        """Return the backend that adds adapters in its steps."""
         return self.base.backend.new_lora() if self.bank is None else self.bank.lora
 
 

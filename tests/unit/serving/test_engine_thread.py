@@ -325,7 +325,7 @@ async def test_a_stop_ends_a_pause(threads: Threads) -> None:
 
 
 async def test_an_inspection_shows_the_engine_between_two_steps(threads: Threads) -> None:
-    """It waits for the step that is running, and has nothing to show once the thread has ended."""
+    """An inspection waits for the step that is running, and is None once the thread has ended."""
     device = Device(HELD_AT)
     thread = threads.start(device)
     task = await _running(device, thread)
