@@ -86,12 +86,6 @@ class Sorted:
         """The keys of the adapted modules."""
         return [*(pair.key for pair in self.pairs), *(lone.key for lone in self.lone)]
 
-    @property
-    def adapting(self) -> list[Tensor]:
-        """The tensors of these modules."""
-        pairs = [tensor for pair in self.pairs for tensor in pair.tensors]
-        return [*pairs, *(lone.vector for lone in self.lone)]
-
 
 _Sides: TypeAlias = dict[tuple[int, str, int | None], list[tuple[LoraKey, Tensor]]]
 """Tensors of modules by layer, path and expert."""

@@ -111,8 +111,6 @@ _KINDS: Final = (
     (re.compile(r"deployments/[^/]+/generations/[^/]+\.sig"), 256 * KIB),
     (re.compile(r"builds/.+"), 16 * MIB),
 )
-JOURNAL_BYTES: Final = 256 * MIB
-"""All entries of a builder's journal together."""
 KEYS: Final = 4_000_000
 """Keys of one listing: with five files each, 800,000 bundles."""
 PIECE: Final = MIB
