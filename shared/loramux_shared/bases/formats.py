@@ -39,11 +39,6 @@ class Quantization:
     format: FormatName
     schemes: tuple[WeightScheme, ...]
     """Formats that a weight may have; its tensors tell which one it has."""
-    rounds_activations: bool = False
-    """True if the format's own engines round the inputs of a linear, too.
-
-    Widened weights are used without that.
-    """
     columns_are_ordered: bool = False
     """True if each weight must have the group of each of its columns."""
     zeros_less_one: bool = False
@@ -96,16 +91,11 @@ def read_compressed(config: HfConfig) -> Quantization:
     if not groups.fields:
         raise CheckpointInvalid(f"config.json: {config.at}config_groups: expected a group, found none.")
     overall = config.fields.get("format")
-    read = [_group(groups.block(name), overall) for name in groups.fields]
-    return Quantization(
-        "compressed-tensors",
-        tuple(dict.fromkeys(scheme for scheme, _ in read)),
-        rounds_activations=any(rounds for _, rounds in read),
-    )
+    schemes = [_group(groups.block(name), overall) for name in groups.fields]
+    return Quantization("compressed-tensors", tuple(dict.fromkeys(schemes)))
 
 
-def _group(group: HfConfig, overall: Any) -> tuple[WeightScheme, bool]:
-    """Return the scheme of a group, and whether it rounds activations."""
+def _group(group: HfConfig, overall: Any) -> WeightScheme:
     group = HfConfig({"format": overall, **_present(group.fields)}, group.architecture, at=group.at)
     group.require("output_activations", None)
     group.require("format", *_BITS)
@@ -121,8 +111,7 @@ def _group(group: HfConfig, overall: Any) -> tuple[WeightScheme, bool]:
         )
     rows, columns = _shared(weights)
     symmetric = weights.flag("symmetric", default=True)
-    scheme = WeightScheme(served[numbers], rows, columns, zero_points=not symmetric)
-    return scheme, group.fields.get("input_activations") is not None
+    return WeightScheme(served[numbers], rows, columns, zero_points=not symmetric)
 
 
 def _shared(weights: HfConfig) -> tuple[int | None, int | None]:
@@ -169,7 +158,7 @@ def read_fp8(config: HfConfig) -> Quantization:
     schemes = [WeightScheme("fp8"), WeightScheme("fp8", rows=1)]
     if block is not None:
         schemes.insert(0, WeightScheme("fp8", *block))
-    return Quantization("fp8", tuple(schemes), rounds_activations=True)
+    return Quantization("fp8", tuple(schemes))
 
 
 def read_gptq(config: HfConfig) -> Quantization:
@@ -224,7 +213,7 @@ def read_bitsandbytes(config: HfConfig) -> Quantization:
             f"config.json: {config.at}load_in_4bit and load_in_8bit: expected one of both to be true."
         )
     if eight:
-        return Quantization("bitsandbytes", (WeightScheme("int8", rows=1),), rounds_activations=True)
+        return Quantization("bitsandbytes", (WeightScheme("int8", rows=1),))
     config.require("bnb_4bit_quant_type", "fp4", "nf4")
     numbers: Numbers = "nf4" if config.text("bnb_4bit_quant_type", "fp4") == "nf4" else "fp4"
     return Quantization("bitsandbytes", (WeightScheme(numbers),))
@@ -242,7 +231,7 @@ QUANTIZE: Final = "quantize_config.json"
 """The file in which AutoGPTQ said how weights are kept, before ``config.json`` did."""
 KEYS: Final = ("quantization_config", "compression_config", QUANTIZE)
 """The second is what compressed-tensors wrote first; under the third `with_quantize` puts that file."""
-FBGEMM: Final = Quantization("fp8", (WeightScheme("fp8", rows=1),), rounds_activations=True)
+FBGEMM: Final = Quantization("fp8", (WeightScheme("fp8", rows=1),))
 MXFP4: Final = Quantization("mxfp4", (WeightScheme("mxfp4", 1, MXFP4_COLUMNS),))
 FORMATS: Final = (
     Format("fp8", ("fp8",), "e4m3 or e5m2 with scales per block, row or tensor", read_fp8),

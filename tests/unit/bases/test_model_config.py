@@ -102,18 +102,16 @@ GROUPS_OF_128 = WeightScheme("int4", 1, 128)
 WITH_ZEROS = WeightScheme("int4", 1, 128, zero_points=True)
 PER_TENSOR, PER_ROW = WeightScheme("fp8"), WeightScheme("fp8", rows=1)
 READ: dict[str, Quantization] = {
-    "Qwen3 FP8": Quantization(
-        "fp8", (WeightScheme("fp8", 128, 128), PER_TENSOR, PER_ROW), rounds_activations=True
-    ),
-    "Ministral 3": Quantization("fp8", (PER_TENSOR, PER_ROW), rounds_activations=True),
-    "Llama 3.1 FP8": Quantization("fp8", (PER_ROW,), rounds_activations=True),
+    "Qwen3 FP8": Quantization("fp8", (WeightScheme("fp8", 128, 128), PER_TENSOR, PER_ROW)),
+    "Ministral 3": Quantization("fp8", (PER_TENSOR, PER_ROW)),
+    "Llama 3.1 FP8": Quantization("fp8", (PER_ROW,)),
     "W4A16": Quantization("compressed-tensors", (GROUPS_OF_128,)),
-    "groups": Quantization("compressed-tensors", (GROUPS_OF_128, PER_ROW), rounds_activations=True),
+    "groups": Quantization("compressed-tensors", (GROUPS_OF_128, PER_ROW)),
     "GPTQ": Quantization("gptq", (WITH_ZEROS,), columns_are_ordered=True, zeros_less_one=True),
     "gptqmodel": Quantization("gptq", (WITH_ZEROS, WeightScheme("int8", 1, 128, zero_points=True))),
     "AWQ": Quantization("awq", (WITH_ZEROS,)),
     "nf4": Quantization("bitsandbytes", (WeightScheme("nf4"),)),
-    "int8": Quantization("bitsandbytes", (WeightScheme("int8", rows=1),), rounds_activations=True),
+    "int8": Quantization("bitsandbytes", (WeightScheme("int8", rows=1),)),
     "gpt-oss": Quantization("mxfp4", (WeightScheme("mxfp4", 1, 32),)),
 }
 
