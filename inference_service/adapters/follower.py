@@ -52,8 +52,6 @@ class FollowerStanding:
     """Why the newest is not served: what needs a restart, or what failed when it was taken over."""
     blind: str = ""
     """Why nothing newer can be seen; for operators, it may name the store."""
-    seen_s: float = 0.0
-    """When the store was last read without a failure, on the clock of ``time.time``."""
 
     @property
     def state(self) -> FollowerState:
@@ -100,7 +98,7 @@ class Follower:
         """The newest generation that was taken over, or that needs a restart."""
         self._went_back = False
         self._workers: Workers | None = None
-        self._standing = FollowerStanding(started.number, started.number, interval_s > 0, seen_s=time.time())
+        self._standing = FollowerStanding(started.number, started.number, interval_s > 0)
 
     @property
     def standing(self) -> FollowerStanding:
@@ -207,7 +205,7 @@ class Follower:
             served = self._standing.generation
             log.warning("older generation ignored", served=served, found=pointer.generation)
         self._went_back = went_back
-        self._standing = replace(self._standing, blind="", seen_s=time.time())
+        self._standing = replace(self._standing, blind="")
 
     def _consider(self, generation: Generation) -> None:
         number = generation.number

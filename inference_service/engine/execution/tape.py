@@ -143,8 +143,6 @@ class Tape:
     """A recording that can be replayed."""
 
     def __init__(self, recording: _Recording, pool: list[Tensor]) -> None:
-        self.names = names_of(recording.launched)
-        """What is launched, in order: kernels, and operations of torch, which are seldom more than one each."""
         self._steps = recording.steps
         self._pool = pool
         pool += recording.made
