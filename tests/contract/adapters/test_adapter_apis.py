@@ -155,3 +155,5 @@ async def test_a_load_goes_through_the_builder_to_every_replica(
         assert await status() == 404
         assert (await other.post("/v1/rollback")).json() == {"generation": 4}
         assert await status() == 200
+        assert (await other.post("/v1/rollback", to=2)).json() == {"generation": 4}  # that is served, not 3
+        assert await status() == 200

@@ -1,15 +1,10 @@
 """Operators' calls for adapters, and pins that names keep while versions come and go."""
 
-from types import SimpleNamespace
-from typing import Any, cast
-from unittest.mock import AsyncMock
-
 import pytest
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.changing import digest_of as digest_in, repository_of
 from inference_service.adapters.fixed import fixed_manager
-from inference_service.api.rpc.builder import BuilderPublisher
 from inference_service.core.served_model import ServedModel
 from loramux_shared import faults
 from loramux_shared.access.keys import ACCESS, Access, Scope
@@ -217,11 +212,3 @@ def test_bundles_are_named_by_whole_digests() -> None:
     for wrong in ("bundle:", "bundle:abc", f"bundle:{digest_of(3)}0", f"bundle:{'G' * 64}"):
         with pytest.raises(faults.RequestInvalid):
             digest_in(wrong)
-
-
-async def test_a_builder_s_rollback_answers_with_the_number_of_its_generation() -> None:
-    """The rollback is of this deployment, and answers with the number of the generation that came of it."""
-    rollback = AsyncMock(return_value=SimpleNamespace(generation=7))
-    publisher = BuilderPublisher(cast(Any, SimpleNamespace(rollback=rollback)), "demo")
-    assert await publisher.roll_back(3) == 7
-    rollback.assert_awaited_once_with("demo", 3)
