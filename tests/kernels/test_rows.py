@@ -20,11 +20,6 @@ GUARD = 16
 EPS = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def guarded(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensor:
     """Fresh random rows with NaN columns beside them."""
     wide = torch.full((shape[0], shape[1] + GUARD), torch.nan)
