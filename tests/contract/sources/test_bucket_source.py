@@ -11,11 +11,38 @@ from loramux_shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFi
 from loramux_shared.sources.bucket import BucketSource, md5_of
 from loramux_shared.sources.retry import Busy, RetryPolicy
 from loramux_shared.sources.secrets import Secrets
-from tests.support.fake_bucket import FakeBucket
 from tests.support.waiting import OwnTime
 
 REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")
 QUICK = RetryPolicy(attempts=3, wait_s=0.01)
+
+
+class FakeBucket:
+    """A bucket in memory whose reads fail as often as wanted."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.reads = 0
+        self.failures: list[SourceUnavailable] = []
+
+    def list(self, prefix: str) -> Iterator[tuple[str, SourceFile]]:
+        if self.failures:
+            raise self.failures.pop()
+        for name, data in self.files.items():
+            yield prefix + name, SourceFile(len(data), version="1")
+
+    def read(self, key: str, version: str) -> Iterator[bytes]:
+        """Yield a file in two pieces, the second of which may fail."""
+        assert version == "1"
+        self.reads += 1
+        data = self.files[key.rpartition("one/")[2]]
+        yield data[:2]
+        if self.failures:
+            raise self.failures.pop()
+        yield data[2:]
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def source(bucket: FakeBucket, patience: RetryPolicy = QUICK) -> BucketSource:
