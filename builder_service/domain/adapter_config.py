@@ -17,7 +17,9 @@ from builder_service.domain.config_fields import (
     read_names,
     unknown_fields,
 )
-from builder_service.domain.kinds import Kind, as_lora, kind_of, scale
+from builder_service.domain.kinds import as_lora, kind_of
+from builder_service.domain.peft_kinds.kind import PeftKind
+from builder_service.domain.peft_kinds.lora import LORA
 from builder_service.domain.rules.config import (
     CLASSIFIES,
     ENCODES,
@@ -38,7 +40,7 @@ DEFAULT_ALPHA: Final = 8.0
 class AdapterConfig:
     """The fields that serving needs."""
 
-    kind: Kind = field(default=Kind.LORA, kw_only=True)
+    kind: PeftKind = field(default=LORA, kw_only=True)
     rank: int | None
     """None: not given. PEFT's default is 8, but the tensors are the truth."""
     alpha: float
@@ -97,7 +99,7 @@ class AdapterConfig:
         The rank is that of the training; 0 where the tensors do not show it.
         """
         ranks = self.ranks_of(module) or (rank,)
-        return scale(self.kind, self.alphas_of(module)[0], rank or ranks[0], self.rank, rs=self.use_rslora)
+        return self.kind.scale(self.alphas_of(module)[0], rank or ranks[0], self.rank, self.use_rslora)
 
     def indices_of(self, module: str) -> tuple[int, ...]:
         """Return the tokens that rows of a module of the base are trained of, in the order of the rows."""
@@ -112,7 +114,7 @@ class AdapterConfig:
         """Return the config with what PEFT adapts of a base where the config says no ``target_modules``."""
         if self.target_modules is not None:
             return self, []
-        targets = default_targets(self.kind, model_type)
+        targets = self.kind.targets.get(model_type)
         if targets is None and not self.target_parameters:
             expected = f"names or a pattern: PEFT has no default for {model_type}"
             return self, [bad_config("target_modules", expected, "none")]
@@ -182,7 +184,7 @@ class ParsedConfig:
 
     config: AdapterConfig | None
     findings: tuple[Finding, ...]
-    kind: Kind = Kind.LORA
+    kind: PeftKind = LORA
 
 
 def parse_config(data: bytes) -> ParsedConfig:
@@ -193,7 +195,7 @@ def parse_config(data: bytes) -> ParsedConfig:
         return ParsedConfig(None, (bad_config("", "a JSON object", f"invalid JSON ({error})"),))
     if not isinstance(fields, dict):
         return ParsedConfig(None, (bad_config("", "a JSON object", excerpt(fields)),))
-    kind = kind_of(fields) or Kind.LORA
+    kind = kind_of(fields) or LORA
     findings = refusals(fields)
     fields = as_lora(kind, fields)
     if any(finding.code in {"E_MLX", "E_NOT_LORA"} for finding in findings):
@@ -204,7 +206,7 @@ def parse_config(data: bytes) -> ParsedConfig:
     return ParsedConfig(_config(kind, fields), (*findings, *unknown_fields(fields)))
 
 
-def _config(kind: Kind, fields: dict[str, Any]) -> AdapterConfig:
+def _config(kind: PeftKind, fields: dict[str, Any]) -> AdapterConfig:
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
     layers, alpha = fields.get("layers_to_transform"), fields.get("lora_alpha")
     return AdapterConfig(
@@ -240,9 +242,9 @@ def _initial(value: Any) -> str:
     return name if name in RECKONED else ""
 
 
-def _lora_flag(kind: Kind, value: Any) -> bool | None:
+def _lora_flag(kind: PeftKind, value: Any) -> bool | None:
     """Return a switch that only LoRA has; None for other kinds, whose tensors say it."""
-    return bool(value) if kind is Kind.LORA else None
+    return bool(value) if kind is LORA else None
 
 
 def _patterns(value: str | list[str] | None) -> tuple[str, ...]:
@@ -268,41 +270,3 @@ def _trainable_tokens(value: dict[str, list[int]] | list[int]) -> dict[str, tupl
 def is_end(end: str, name: str) -> bool:
     """Return True where a name of the config means a module of the base."""
     return f".{name}".endswith(f".{end}")
-
-
-Targets = tuple[str, ...] | str
-"""Names, or a pattern."""
-
-_QUERY_VALUE: Final[Mapping[str, Targets]] = {
-    **dict.fromkeys(
-        ("llama", "llama4", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
-        ("q_proj", "v_proj"),
-    ),
-    "stablelm": ("q_proj", "v_proj"),
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "gpt_neox": ("query_key_value",),
-    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
-}
-_IA3: Final[Mapping[str, Targets]] = {
-    **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
-    **dict.fromkeys(
-        ("llama4", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), ("q_proj", "v_proj", "down_proj")
-    ),
-    "mixtral": ("k_proj", "v_proj", "w2"),
-    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
-    "phi": ("q_proj", "v_proj", "fc2"),
-    **dict.fromkeys(("bert", "roberta"), ("key", "value", "output.dense")),
-}
-
-
-def default_targets(kind: Kind, model_type: str) -> Targets | None:
-    """Return what PEFT 0.21 adapts of a base; None where it wants the config to say it."""
-    if kind is Kind.ADALORA and model_type in ("mistral", "mixtral", "phi", "stablelm", "xlm-roberta"):
-        return None
-    if kind is Kind.ADALORA and model_type == "roberta":
-        return "query", "key", "value", "dense"
-    if kind is Kind.VERA and model_type == "phi":
-        return "q_proj", "v_proj"
-    return (_IA3 if kind is Kind.IA3 else _QUERY_VALUE).get(model_type)

@@ -3,7 +3,8 @@
 import re
 from typing import Any, Final
 
-from builder_service.domain.kinds import Kind, kind_of
+from builder_service.domain.kinds import KINDS, kind_of
+from builder_service.domain.peft_kinds.lora import LORA
 from loramux_shared.bundle.manifest import MAX_INVOCATION
 from loramux_shared.faults import Finding
 from loramux_shared.untrusted_json import excerpt, quoted
@@ -15,7 +16,6 @@ CONVERTED: Final = (
 RECKONED: Final = ("pissa", "olora")
 """Initialisations that changed the base by what follows from it."""
 _ON_BASE_OK: Final = frozenset({"gaussian", "orthogonal", "eva", "mica", "true", "false"})
-_PROJECTIONS: Final = "Load it with PEFT where it was trained, set save_projection to True, and save it again."
 # Fields that can change the arithmetic of LoRA, and have no meaning for another kind.
 _OF_LORA: Final = (
     "alora_invocation_tokens",
@@ -56,13 +56,13 @@ def refusals(fields: dict[str, Any]) -> list[Finding]:
     if kind is None:
         fix = "Only what amounts to LoRA can be served beside a base. " + _MERGE
         peft_type = quoted(fields.get("peft_type"))
-        return [_refused("E_NOT_LORA", "peft_type", f"one of {', '.join(Kind)}", peft_type, fix)]
-    if kind is Kind.VERA and fields.get("save_projection") is False:
-        found = "false: the projections are drawn from a key, as a release of torch draws"
-        return [_refused("E_NOT_LORA", "save_projection", "true", found, _PROJECTIONS)]
-    if kind is not Kind.LORA and (set_too := [key for key in _OF_LORA if fields.get(key) not in _UNSET]):
-        fix = f"No release of PEFT has it for {kind}. {_MERGE}"
-        return [_refused("E_VARIANT", set_too[0], f"unset beside {kind}", excerpt(fields[set_too[0]]), fix)]
+        return [_refused("E_NOT_LORA", "peft_type", f"one of {', '.join(KINDS)}", peft_type, fix)]
+    if own := kind.refusals(fields):
+        return own
+    if kind is not LORA and (set_too := [key for key in _OF_LORA if fields.get(key) not in _UNSET]):
+        name = kind.peft_type
+        fix, expected = f"No release of PEFT has it for {name}. {_MERGE}", f"unset beside {name}"
+        return [_refused("E_VARIANT", set_too[0], expected, excerpt(fields[set_too[0]]), fix)]
     return [finding for rule in (_methods, _activated, _initialisation, _task) for finding in rule(fields)]
 
 

@@ -11,10 +11,10 @@ from peft.utils import constants
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
-from builder_service.domain.adapter_config import default_targets
+from builder_service.domain import kinds
 from builder_service.domain.derived import NotMade
 from builder_service.domain.initial import first_columns, leading
-from builder_service.domain.kinds import Kind
+from builder_service.domain.peft_kinds.kind import PeftKind
 from loramux_shared.bases.families import load_families
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.storage.memory import MemoryStore
@@ -78,12 +78,12 @@ def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
     assert run_engine(world.load(world.built()), [("vera", PROMPT)], NEW) == [expected]
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-def test_modules_that_a_config_does_not_name_are_those_of_peft(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", kinds.KINDS.values(), ids=list(kinds.KINDS))
+def test_modules_that_a_config_does_not_name_are_those_of_peft(kind: PeftKind) -> None:
     """The default modules are those of the installed PEFT, for every served architecture."""
-    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING")
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind.peft_type}_TARGET_MODULES_MAPPING")
     for architecture, _ in load_families().values():
-        found, expected = default_targets(kind, architecture.model_type), table.get(architecture.model_type)
+        found, expected = kind.targets.get(architecture.model_type), table.get(architecture.model_type)
         assert found == (tuple(expected) if isinstance(expected, list) else expected), architecture
 
 
