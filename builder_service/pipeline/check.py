@@ -18,7 +18,6 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.access.shares import Shares
-from loramux_shared.bases.files import GGUF
 from loramux_shared.bases.memory import ITEM_BYTES, widening
 from loramux_shared.bundle.manifest import FileDigest, ModuleRow, ScoreHead, npy_files
 from loramux_shared.bundle.npy import DESCR, header_bytes
@@ -120,7 +119,7 @@ def check_one(
 
 def _widened(base: Base) -> list[Finding]:
     """Return what replicas will need for a base of few bits."""
-    if GGUF in base.record.files:
+    if base.model.quantization is not None and base.model.quantization.in_blocks:
         return []  # a CPU keeps them
     dtype = base.model.dtype if base.model.dtype in ITEM_BYTES else "bfloat16"
     formats = widening(base.model, base.record.weights_bytes, dtype)

@@ -9,7 +9,7 @@ from inference_service.engine.models.decoder import Decoder
 from inference_service.engine.models.encoder import read_encoder
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families.encoders import EncoderConfig
-from loramux_shared.bases.formats import Quantization
+from loramux_shared.bases.weight_format import Quantization
 from loramux_shared.sources.checkpoint import PlacedBase
 
 

@@ -23,8 +23,8 @@ from inference_service.engine.models.packed import (
 from inference_service.engine.models.shard import Shard, ShardInvalid, read_shard
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.files import GGUF
-from loramux_shared.bases.formats import Quantization
 from loramux_shared.bases.unused import unknown
+from loramux_shared.bases.weight_format import Quantization
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.sources.files import hash_if_there

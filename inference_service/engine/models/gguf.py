@@ -13,7 +13,7 @@ from inference_service.engine.kernels.blocks import WeightBlocks
 from inference_service.engine.models.gguf_blocks import BLOCK_TYPES
 from inference_service.engine.models.packed import Keepable, Pieces
 from inference_service.engine.models.shard import Shard, ShardReader
-from loramux_shared.bases.formats import WeightScheme
+from loramux_shared.bases.weight_format import WeightScheme
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.gguf.files import checkpoint_name, rows_of_head
 from loramux_shared.gguf.header import FREQUENCIES, GgufHeader, read_header

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inference_service.engine.kernels.blocks import WeightBlocks, cut
-from loramux_shared.bases.formats import Numbers, Quantization, WeightScheme
+from loramux_shared.bases.weight_format import Quantization, WeightScheme
 from loramux_shared.faults import CheckpointInvalid
 
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,7 +83,7 @@ class Pieces:
         return self.shape[0], self.shape[1]
 
     def scheme(
-        self, numbers: Numbers, grid: Sequence[int], rows: int, columns: int, zero_points: bool | None = None
+        self, numbers: str, grid: Sequence[int], rows: int, columns: int, zero_points: bool | None = None
     ) -> WeightScheme:
         """Return the scheme of the config that has such a grid of scales, down and across.
 
@@ -139,6 +139,17 @@ class Packed(Protocol):
     def part(self, matrix: int, begin: int, end: int) -> Tensor:
         """Return rows of a matrix in float32; begin is a multiple of `ROWS`."""
         ...
+
+
+class Layout(NamedTuple):
+    """The tensors that a weight of few bits consists of, by the ends of their names."""
+
+    marks: tuple[str, ...]
+    """Tensors of which each shows such a weight."""
+    open: Callable[[Pieces], Packed]
+    """Raises CheckpointInvalid where the tensors do not go together."""
+    others: frozenset[str]
+    """Its other tensors."""
 
 
 def widened(packed: Packed, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
-from loramux_shared.bases.formats import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
 from loramux_shared.bases.layers import (
     AttentionLayer,
@@ -17,6 +16,7 @@ from loramux_shared.bases.layers import (
     MlpLayer,
 )
 from loramux_shared.bases.rope import HeadCounts, QueryScaling, RopeSpec
+from loramux_shared.bases.weight_format import Quantization
 from loramux_shared.bundle.modules import BY_NAME, NO_LAYER, BaseDims, Renamed
 from loramux_shared.faults import SettingsInvalid
 

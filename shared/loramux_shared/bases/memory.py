@@ -151,8 +151,8 @@ def may_stay_packed(config: ModelConfig, keeps: Keeps) -> bool:
     found = config.quantization
     if found is None or found.columns_are_ordered:
         return False
-    if found.format == "gguf" or keeps != "int4":
-        return found.format == "gguf" and keeps == "blocks"
+    if found.in_blocks or keeps != "int4":
+        return found.in_blocks and keeps == "blocks"
     return all(
         each.numbers == "int4" and each.rows == 1 and not (each.columns or 0) % PACKED_GROUP
         for each in found.schemes
@@ -166,7 +166,7 @@ def widening(config: ModelConfig, file_bytes: int | None, dtype: str, *, packed:
     """
     if config.quantization is None:
         return ""
-    if packed and config.quantization.format == "gguf":
+    if packed and config.quantization.in_blocks:
         return f"weights stay {config.quantization.label}"
     if packed:
         return f"linears stay {config.quantization.label}, and are widened in registers"
@@ -238,7 +238,7 @@ def weights_bytes(
     tied = config.tied_embeddings and device == "cuda" and of_head is Rounding.NONE
     head = 0 if tied or config.encodes else of_head.weight_bytes(table, item_bytes)
     whole = experts + table + _count_inputs(config)
-    if packed and config.quantization is not None and config.quantization.format == "gguf":
+    if packed and config.quantization is not None and config.quantization.in_blocks:
         return config.quantization.linear_bytes + config.quantization.table_bytes + table
     if packed and config.quantization is not None:
         sharing = min(each.columns or PACKED_GROUP for each in config.quantization.schemes)

@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoConfig
 
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.formats import Quantization, WeightScheme
 from loramux_shared.bases.memory import widening
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.bases.shard import Shard
+from loramux_shared.bases.weight_format import Quantization, WeightScheme
 from loramux_shared.faults import CheckpointInvalid, SettingsInvalid
 from tests.support.adapters import BASE_CONFIG
 from tests.support.cases import cases

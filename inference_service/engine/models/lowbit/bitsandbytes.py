@@ -10,7 +10,6 @@ from torch import Tensor
 
 from inference_service.engine.models.lowbit.words import looked_up, pairs
 from inference_service.engine.models.packed import Pieces
-from loramux_shared.bases.formats import Numbers
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.untrusted_json import JsonInvalid, parse_json
 
@@ -54,7 +53,7 @@ class FourBits:
         role = next(role for role in STATE if role in pieces.tensors)
         state = _state(pieces, role)
         self._block, self._dtype = _block(state, "blocksize", pieces), TYPES[_type_of(state, pieces)]
-        numbers: Numbers = "nf4" if STATE[role] == "nf4" else "fp4"
+        numbers = "nf4" if STATE[role] == "nf4" else "fp4"
         self.scheme = pieces.scheme(numbers, [1, 1], self.rows, self.columns)
         levels = pieces.take("weight.quant_map", (torch.float32,), (16,))
         if not torch.equal(levels, torch.tensor(TABLES[numbers])):

@@ -1,8 +1,8 @@
 """The weights of few bits in a file, and the tensors that each of them consists of."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, cast
 
 from inference_service.engine.models.lowbit.awq import Awq
 from inference_service.engine.models.lowbit.bitsandbytes import STATE, EightBits, FourBits
@@ -10,26 +10,25 @@ from inference_service.engine.models.lowbit.gptq import Gptq
 from inference_service.engine.models.lowbit.mxfp4 import Mxfp4
 from inference_service.engine.models.lowbit.pack_quantized import PackQuantized
 from inference_service.engine.models.lowbit.scaled import Scaled
-from inference_service.engine.models.packed import Packed, Pieces
-from loramux_shared.bases.formats import FormatName
+from inference_service.engine.models.packed import Layout, Packed, Pieces
+from loramux_shared.bases.formats import load_formats
 from loramux_shared.faults import CheckpointInvalid
 
 WEIGHT: Final = "weight"
-Open = Callable[[Pieces], Packed]
-LAYOUTS: Final[Mapping[FormatName, tuple[tuple[tuple[str, ...], Open, frozenset[str]], ...]]] = {
-    "fp8": ((("weight_scale_inv", "weight_scale"), Scaled, frozenset({"weight"})),),
+LAYOUTS: Final[Mapping[str, tuple[Layout, ...]]] = {
+    "fp8": (Layout(("weight_scale_inv", "weight_scale"), Scaled, frozenset({"weight"})),),
     "compressed-tensors": (
-        (
+        Layout(
             ("weight_packed",),
             PackQuantized,
             frozenset({"weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"}),
         ),
-        (("weight_scale",), Scaled, frozenset({"weight", "weight_zero_point"})),
+        Layout(("weight_scale",), Scaled, frozenset({"weight", "weight_zero_point"})),
     ),
-    "gptq": ((("qweight",), Gptq, frozenset({"qzeros", "scales", "g_idx"})),),
-    "awq": ((("qweight",), Awq, frozenset({"qzeros", "scales"})),),
+    "gptq": (Layout(("qweight",), Gptq, frozenset({"qzeros", "scales", "g_idx"})),),
+    "awq": (Layout(("qweight",), Awq, frozenset({"qzeros", "scales"})),),
     "bitsandbytes": (
-        (
+        Layout(
             tuple(STATE),
             FourBits,
             frozenset(
@@ -42,11 +41,11 @@ LAYOUTS: Final[Mapping[FormatName, tuple[tuple[tuple[str, ...], Open, frozenset[
                 }
             ),
         ),
-        (("SCB",), EightBits, frozenset({"weight", "weight_format"})),
+        Layout(("SCB",), EightBits, frozenset({"weight", "weight_format"})),
     ),
-    "mxfp4": ((("weight_blocks",), Mxfp4, frozenset({"weight_scales"})),),
+    "mxfp4": (Layout(("weight_blocks",), Mxfp4, frozenset({"weight_scales"})),),
 }
-"""Layouts by the mark of a weight of few bits: its reader, and its other tensors."""
+"""Layouts of our formats, by their names; other packages bring those of theirs."""
 BESIDE: Final = frozenset(
     {
         *("bias", "weight_bias"),
@@ -63,19 +62,27 @@ OF_PARAMETERS: Final = ("_scale_inv", "_blocks")
 """Marks of experts' weights, which are parameters with names of their own."""
 
 
+def layouts_of(format_: str) -> Sequence[Layout]:
+    """Return the layouts of a format of ours, or of another package."""
+    if (own := LAYOUTS.get(format_)) is not None:
+        return own
+    brought = (each.layouts() for each in load_formats() if each.name == format_ and each.layouts is not None)
+    return [cast(Layout, layout) for layouts in brought for layout in layouts]
+
+
 class Found:
     """The weights of few bits among the tensors of a checkpoint."""
 
-    def __init__(self, format_: FormatName, names: Iterable[str]) -> None:
+    def __init__(self, format_: str, names: Iterable[str]) -> None:
         self._names = frozenset(names)
         self._sorted = sorted(self._names)
-        self._open: dict[str, tuple[Open, frozenset[str]]] = {}
-        for marks, opened, others in LAYOUTS[format_]:
-            for mark in marks:
+        self._open: dict[str, Layout] = {}
+        for layout in layouts_of(format_):
+            for mark in layout.marks:
                 for name in self._sorted:
                     weight = _marked(name, mark)
                     if weight is not None and weight not in self._open:
-                        self._open[weight] = opened, others | set(marks)
+                        self._open[weight] = layout
 
     def __contains__(self, name: str) -> bool:
         return name in self._open
@@ -86,7 +93,8 @@ class Found:
         Raises:
             CheckpointInvalid: one stands beside it that is not read.
         """
-        known = self._open[name][1]
+        layout = self._open[name]
+        known = layout.others.union(layout.marks)
         roles = {role: each for each in self._beside(name) if (role := _role(name, each)) not in BESIDE}
         for role, each in roles.items():
             if role not in known:
@@ -99,7 +107,7 @@ class Found:
         Raises:
             CheckpointInvalid: its tensors do not go together.
         """
-        return self._open[pieces.name][0](pieces)
+        return self._open[pieces.name].open(pieces)
 
     def _beside(self, name: str) -> list[str]:
         """Return the tensors of a weight's linear; of a parameter that is not called weight, its own."""

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from inference_service.engine.models.lowbit.words import NO_NUMBER, powers
 from inference_service.engine.models.packed import FLOATS, Pieces, Shared, grids, has_zeros
-from loramux_shared.bases.formats import Numbers
 
-NUMBERS: Final[dict[torch.dtype, Numbers]] = {
+NUMBERS: Final[dict[torch.dtype, str]] = {
     torch.float8_e4m3fn: "fp8",
     torch.float8_e5m2: "fp8",
     torch.int8: "int8",

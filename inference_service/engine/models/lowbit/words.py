@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from inference_service.engine.models.packed import WHOLE, Pieces
-from loramux_shared.bases.formats import Numbers, WeightScheme
+from loramux_shared.bases.weight_format import WeightScheme
 
 WORD: Final = 32
 NO_NUMBER: Final = 255
 """The value of E8M0 that is no number."""
-NUMBERS: Final[dict[int, Numbers]] = {4: "int4", 8: "int8"}
+NUMBERS: Final[dict[int, str]] = {4: "int4", 8: "int8"}
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
