@@ -18,19 +18,13 @@ from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_F
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, Finding
+from loramux_shared.sources.entries import pinned_revision
 from loramux_shared.storage.base import Store
 
 log = structlog.get_logger()
 
 MAX_PARALLEL_REQUESTS: Final = 16
 """Bundles that are looked at at once: each look is a request."""
-_PINNED: Final = {
-    SourceKind.HF: re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}"),
-    SourceKind.REMOTE_URL: re.compile(r"[0-9a-f]{64}"),
-    SourceKind.OCI: re.compile(r"[0-9a-f]{64}"),
-}
-"""Patterns of revisions that mean one content for ever, known without a request."""
-
 Place: TypeAlias = tuple[SourceKind, str, str, str | None]
 """Kind, address and folder of a repository, with what says its state."""
 
@@ -70,9 +64,9 @@ class ReusableAdapters:
         """Return an adapter that is fixed, or was built at this very revision; its source is not asked."""
         if name in self.fixed:
             return ReusedAdapter(name, self.fixed[name])
-        pinned = _PINNED.get(repository.source)
+        pinned = pinned_revision(repository.source_name)
         if repository.source is not SourceKind.PUSHED and not (
-            pinned and pinned.fullmatch(repository.revision)
+            pinned and re.fullmatch(pinned, repository.revision)
         ):
             return None
         found = self._by_revision.get(_place(repository, repository.revision))
@@ -86,7 +80,8 @@ class ReusableAdapters:
         found = self._by_listing.get(_place(repository, says)) if says else None
         if found is None:
             return None
-        if repository.source not in _PINNED and repository.revision not in ("", found.source.revision):
+        pins = pinned_revision(repository.source_name) is not None
+        if not pins and repository.revision not in ("", found.source.revision):
             return None  # the source will report the missing revision
         extra = tuple(extra_files(adapter.resolved.files))
         return ReusedAdapter(adapter.name, _from(found, repository), extra)
@@ -130,7 +125,8 @@ def _place(repository: Repository, state: str | None) -> Place:
 
 def _from(record: AdapterRecord, repository: Repository) -> AdapterRecord:
     """Return a record as of a repository: of another commit with the same files, or with another secret."""
-    revision = repository.revision if repository.source in _PINNED else record.source.revision
+    pins = pinned_revision(repository.source_name) is not None
+    revision = repository.revision if pins else record.source.revision
     source = recorded(repository).model_copy(update={"revision": revision})
     return record.model_copy(update={"source": source, "added": False})
 

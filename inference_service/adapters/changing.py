@@ -8,7 +8,7 @@ from typing import Final
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
 from loramux_shared.bundle.reader import parse_manifest
-from loramux_shared.deployment import SCHEMES, SPELLINGS, Repository, SourceKind, spelled
+from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
     AdapterExists,
     BundleCorrupt,
@@ -17,6 +17,7 @@ from loramux_shared.faults import (
     RequestInvalid,
     StoreUnavailable,
 )
+from loramux_shared.sources.entries import SPELLINGS, addressed_sources, spelled
 from loramux_shared.spelling import parse_repository
 from loramux_shared.storage.base import ObjectMissing, Store
 
@@ -71,10 +72,6 @@ class StoredBundles:
 BUNDLE: Final = "bundle:"
 """Prefix of a bundle that the store has: ``bundle:`` and its digest."""
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-EXPECTED: Final = (
-    f"org/name[@revision], {', '.join((*SPELLINGS, *SCHEMES))}, an absolute path of the builder's machine, "
-    "or bundle:DIGEST"
-)
 
 
 def digest_of(path: str) -> str | None:
@@ -93,11 +90,17 @@ def repository_of(path: str) -> Repository:
     if not word.startswith(("/", "hf:")) and "://" not in word:
         word = f"hf:{path}"  # otherwise a folder of that name would win
     if "\0" in path or ".." in PurePosixPath(path).parts or path.startswith(("~", ".")):
-        raise _invalid(path, EXPECTED)
+        raise _no_path(path)
     try:
         return parse_repository(word)
     except DeploymentInvalid:
-        raise _invalid(path, EXPECTED) from None
+        raise _no_path(path) from None
+
+
+def _no_path(path: str) -> RequestInvalid:
+    schemes = ", ".join((*SPELLINGS, *(each.scheme for each in addressed_sources())))
+    expected = f"org/name[@revision], {schemes}, an absolute path of the builder's machine, or bundle:DIGEST"
+    return _invalid(path, expected)
 
 
 def _invalid(path: str, expected: str) -> RequestInvalid:

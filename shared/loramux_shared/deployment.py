@@ -11,46 +11,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from loramux_shared.bundle.names import ModelNames, Name
 from loramux_shared.runtime import Limits, Pooling, ReasoningParser, Rounding, ToolParser, unset
 from loramux_shared.signatures import is_file, parse_signer
+from loramux_shared.sources.entries import SCHEMES, SPELLINGS, SourceKind as SourceKind, scheme_of, spelled
 
 DEFAULT_MAX_LORA_RANK = 64
 
 
-class SourceKind(StrEnum):
-    """A kind of source of repositories."""
-
-    HF = "HF"
-    S3 = "S3"
-    GCS = "GCS"
-    AZURE = "AZURE"
-    REMOTE_URL = "REMOTE_URL"
-    OCI = "OCI"
-    MLFLOW = "MLFLOW"
-    LOCAL = "LOCAL"
-    PUSHED = "PUSHED"
-    """Sent to the builder by PutAdapter; ``repo`` is the name under which it was."""
-
-
-SCHEMES = {
-    "s3://": SourceKind.S3,
-    "gs://": SourceKind.GCS,
-    "azure://": SourceKind.AZURE,
-    "https://": SourceKind.REMOTE_URL,
-    "oci://": SourceKind.OCI,
-    "mlflow://": SourceKind.MLFLOW,
-}
-"""The sources that extensions bring, by how an address of each begins."""
-SPELLINGS = {"hf://": "hf:", "huggingface://": "hf:", "huggingface:": "hf:", "gcs://": "gs://"}
-"""How other tools begin an address, and how loramux does."""
 RESOLVED = rf"^(hf:[^\s@#?]+(@[^\s@#?]+)?|({'|'.join((*SPELLINGS, *SCHEMES))})[^\s@#?]+)$"
 """A pattern of repositories, of the hub's with one of revisions; folders of the builder's machine have none."""
 PULL_REQUESTS = "refs/pr/"
 """Prefix of the revisions of a hub that any of its users may write."""
-
-
-def spelled(address: str) -> str:
-    """Return an address that begins as loramux writes it."""
-    other = next(filter(address.startswith, SPELLINGS), None)
-    return address if other is None else SPELLINGS[other] + address.removeprefix(other)
 
 
 class Dtype(StrEnum):
@@ -111,6 +80,17 @@ class Repository(Model):
         if value.startswith("/") or ".." in value.split("/"):
             raise ValueError("must be a relative path inside the repository")
         return value.strip("/")
+
+    @model_validator(mode="after")
+    def _names_its_source(self) -> Repository:
+        if self.source is SourceKind.BY_SCHEME and not scheme_of(self.repo):
+            raise ValueError("an address that begins with the scheme of its source, as myhub://")
+        return self
+
+    @property
+    def source_name(self) -> str:
+        """The name of its source: the kind, or the scheme of one that a package adds."""
+        return scheme_of(self.repo) if self.source is SourceKind.BY_SCHEME else self.source
 
     @property
     def label(self) -> str:

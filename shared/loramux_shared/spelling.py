@@ -17,14 +17,14 @@ import re
 from pathlib import Path
 from typing import Final
 
-from loramux_shared.deployment import SCHEMES, Repository, SourceKind, spelled
+from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import DeploymentInvalid
+from loramux_shared.sources.entries import addressed_sources, spelled
 
 GGUF_SUFFIX: Final = ".gguf"
 """The suffix of a file that is a base by itself."""
 _HUB: Final = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@#\s]+))?")
 _LOCAL: Final = ("/", "./", "../", "~")
-GRAMMAR: Final = f"org/name[@revision], a path, {', '.join(SCHEMES)}, each with [#folder]"
 
 
 def parse_repository(text: str, folder: Path | None = None) -> Repository:
@@ -36,9 +36,9 @@ def parse_repository(text: str, folder: Path | None = None) -> Repository:
     try:
         if path:
             return Repository(source=SourceKind.LOCAL, repo=str(path))
-        for scheme, kind in SCHEMES.items():
-            if address.startswith(scheme) and len(address) > len(scheme):
-                return Repository(source=kind, repo=address, subfolder=subfolder)
+        for entry in addressed_sources():
+            if address.startswith(entry.scheme) and len(address) > len(entry.scheme):
+                return Repository(source=entry.kind, repo=address, subfolder=subfolder)
         if hub := _HUB.fullmatch(address.removeprefix("hf:")):
             revision = hub["revision"] or ""
             return Repository(source=SourceKind.HF, repo=hub["repo"], revision=revision, subfolder=subfolder)
@@ -69,5 +69,9 @@ def _local_path(text: str, folder: Path) -> Path | None:
 
 
 def _no_repository(text: str) -> DeploymentInvalid:
-    masked = re.sub(r"\?.*", "?***", text)[:120]
-    return DeploymentInvalid.of_field(f"{masked!r} names no repository", "repository", GRAMMAR, repr(masked))
+    masked, schemes = (
+        re.sub(r"\?.*", "?***", text)[:120],
+        ", ".join(each.scheme for each in addressed_sources()),
+    )
+    expected = f"org/name[@revision], a path, {schemes}, each with [#folder]"
+    return DeploymentInvalid.of_field(f"{masked!r} names no repository", "repository", expected, repr(masked))

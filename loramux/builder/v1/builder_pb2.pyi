@@ -20,6 +20,7 @@ class SourceKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SOURCE_KIND_PUSHED: _ClassVar[SourceKind]
     SOURCE_KIND_OCI: _ClassVar[SourceKind]
     SOURCE_KIND_MLFLOW: _ClassVar[SourceKind]
+    SOURCE_KIND_BY_SCHEME: _ClassVar[SourceKind]
 
 class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -50,6 +51,7 @@ SOURCE_KIND_LOCAL: SourceKind
 SOURCE_KIND_PUSHED: SourceKind
 SOURCE_KIND_OCI: SourceKind
 SOURCE_KIND_MLFLOW: SourceKind
+SOURCE_KIND_BY_SCHEME: SourceKind
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_BFLOAT16: Dtype
 DTYPE_FLOAT16: Dtype

@@ -12,7 +12,7 @@ class WeightScheme:
     """The storage format of a linear's weight."""
 
     numbers: str
-    """Type of its numbers: fp8, int8, int4, nf4, fp4, mxfp4, blocks, or another one of another package."""
+    """Type of its numbers: int4, fp8, blocks ...; a format of another package may have others."""
     rows: int | None = None
     """Rows that share a scale; None: all."""
     columns: int | None = None

@@ -1,9 +1,8 @@
 """AZURE: folders of containers of Azure Blob Storage."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 from azure.core import MatchConditions
@@ -20,6 +19,7 @@ from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoGated, RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from loramux_shared.sources.base import SourceFile
 from loramux_shared.sources.bucket import TIMEOUT_S, BucketSource, md5_of
+from loramux_shared.sources.entries import SourceSettings
 from loramux_shared.sources.fields import fields_of
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
@@ -108,6 +108,6 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[AzureContaine
     return AzureContainer(client, f"{account}/{match['container']}", secrets.hint(name)), match["folder"] or ""
 
 
-def open_source(_allowed_hosts: Collection[str], secrets: Secrets, _work_dir: Path | None) -> BucketSource:
+def open_source(settings: SourceSettings) -> BucketSource:
     """Return the source."""
-    return BucketSource(open_bucket, secrets)
+    return BucketSource(open_bucket, settings.secrets)

@@ -2,9 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -28,6 +27,7 @@ from loramux_shared.faults import (
 )
 from loramux_shared.sources.base import SourceFile
 from loramux_shared.sources.bucket import TIMEOUT_S, BucketSource, md5_of
+from loramux_shared.sources.entries import SourceSettings
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
 from loramux_shared.untrusted_json import parse_json
@@ -128,9 +128,9 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[GcsBucket, st
     return GcsBucket(session, endpoint, match["bucket"], hint), match["folder"] or ""
 
 
-def open_source(_allowed_hosts: Collection[str], secrets: Secrets, _work_dir: Path | None) -> BucketSource:
+def open_source(settings: SourceSettings) -> BucketSource:
     """Return the source."""
-    return BucketSource(open_bucket, secrets)
+    return BucketSource(open_bucket, settings.secrets)
 
 
 def _credentials(repository: Repository, secrets: Secrets) -> Credentials:

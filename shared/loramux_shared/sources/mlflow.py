@@ -6,7 +6,7 @@ https://mlflow.org/docs/latest/rest-api.html. The operator names the server; an 
 import re
 import ssl
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +30,7 @@ from loramux_shared.faults import (
 from loramux_shared.sources import s3
 from loramux_shared.sources.base import MAX_FILES, Resolved, SourceFile
 from loramux_shared.sources.bucket import TIMEOUT_S, Bucket, BucketSource
+from loramux_shared.sources.entries import SourceSettings
 from loramux_shared.sources.fields import fields_of
 from loramux_shared.sources.files import inside, pin_content
 from loramux_shared.sources.https import printable
@@ -324,6 +325,6 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[MlflowArtifac
     return MlflowArtifacts(TrackingServer(client, label, hint), repository, secrets), ""
 
 
-def open_source(_allowed_hosts: Collection[str], secrets: Secrets, _work_dir: Path | None) -> MlflowSource:
+def open_source(settings: SourceSettings) -> MlflowSource:
     """Return the source."""
-    return MlflowSource(open_bucket, secrets)
+    return MlflowSource(open_bucket, settings.secrets)

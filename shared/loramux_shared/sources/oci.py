@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -31,13 +31,13 @@ from loramux_shared.faults import (
 )
 from loramux_shared.sources.archive import MAX_UNPACKED, Archive, inner_files
 from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
+from loramux_shared.sources.entries import SourceSettings
 from loramux_shared.sources.files import disk_errors, hash_pieces, inside, whole
 from loramux_shared.sources.https import Challenged, Https
 from loramux_shared.sources.listed import ListedSource
 from loramux_shared.sources.public import AddressGuard
 from loramux_shared.sources.remote_url import MAX_ARCHIVE
 from loramux_shared.sources.retry import TimeLeft
-from loramux_shared.sources.secrets import Secrets
 from loramux_shared.untrusted_json import JsonInvalid, parse_json
 
 MANIFESTS: Final = (
@@ -446,6 +446,6 @@ def _artifact(resolved: Resolved) -> ResolvedArtifact:
     return resolved
 
 
-def open_source(allowed_hosts: Collection[str], secrets: Secrets, work_dir: Path | None) -> OciSource:
-    """Return the source; allowed_hosts are those that may be reached though they are not public."""
-    return OciSource(Https(AddressGuard(allowed_hosts)), secrets, work_dir)
+def open_source(settings: SourceSettings) -> OciSource:
+    """Return the source."""
+    return OciSource(Https(AddressGuard(settings.allowed_hosts)), settings.secrets, settings.work_dir)

@@ -1,28 +1,24 @@
-"""The sources of this version, by kind."""
+"""The sources that are installed here, by name."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from loramux_shared.deployment import SCHEMES, Repository, SourceKind
+from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import RepoNotFound, SourceRefused
 from loramux_shared.sources.base import Source, about
-from loramux_shared.sources.hub import HubSource
-from loramux_shared.sources.local import LocalSource
+from loramux_shared.sources.entries import HUB, LOCAL, SourceEntry, SourceSettings, addressed_sources
 from loramux_shared.sources.secrets import Secrets
-
-Opener = Callable[[Collection[str], Secrets, Path | None], Source]
-"""Opens a source with the hosts that it may reach, its secrets and a folder for what is not kept."""
 
 
 class Sources:
-    """Sources by the kind of a repository."""
+    """Sources by their names."""
 
     def __init__(
         self,
-        sources: Mapping[SourceKind, Source],
+        sources: Mapping[str, Source],
         work_dir: Path | None = None,
-        openers: Mapping[SourceKind, Callable[[], Source]] | None = None,
+        openers: Mapping[str, Callable[[], Source]] | None = None,
     ) -> None:
         """Take sources, and functions that open others at their first use."""
         self._sources = dict(sources)
@@ -41,13 +37,14 @@ class Sources:
                     f"PUSHED {repository.label}{at}: its files are not stored, and the served generation has "
                     "no complete bundle of it for this base and these settings. Push it again."
                 )
-        if repository.source in self._openers and repository.source not in self._sources:
+        name = repository.source_name
+        if name in self._openers and name not in self._sources:
             with about(repository):
-                self._sources[repository.source] = self._openers[repository.source]()
-        source = self._sources.get(repository.source)
+                self._sources[name] = self._openers[name]()
+        source = self._sources.get(name)
         if source is None:
             known = ", ".join(sorted({*self._sources, *self._openers}))
-            raise SourceRefused(f"source {repository.source} is not supported here; supported: {known}")
+            raise SourceRefused(f"source {name} is not supported here; supported: {known}")
         return source
 
 
@@ -60,61 +57,28 @@ def open_sources(
     hub_endpoint: str | None = None,
     work_dir: Path | None = None,
 ) -> Sources:
-    """Return the sources of this version.
+    """Return the sources that are installed here.
 
     local_roots are the folders that LOCAL may read, allowed_hosts what REMOTE_URL and OCI may reach beside
     public addresses; hub_endpoint is for mirrors, and HF_ENDPOINT's value where it is not given. work_dir holds
     what is not kept; the system's temporary folder when not given.
     """
-    secrets = Secrets(secrets_dir, environment)
+    settings = SourceSettings(
+        Secrets(secrets_dir, environment), allowed_hosts, work_dir, local_roots, hub_endpoint
+    )
     return Sources(
-        {
-            SourceKind.HF: HubSource(secrets, endpoint=hub_endpoint, work_dir=work_dir),
-            SourceKind.LOCAL: LocalSource(local_roots, work_dir),
-        },
+        {entry.name: entry.open(settings) for entry in (HUB, LOCAL)},
         work_dir,
-        {kind: partial(open_address, kind, allowed_hosts, secrets, work_dir) for kind in SCHEMES.values()},
+        {entry.name: partial(open_entry, entry, settings) for entry in addressed_sources()},
     )
 
 
-def open_address(
-    kind: SourceKind, allowed_hosts: Collection[str], secrets: Secrets, work_dir: Path | None
-) -> Source:
-    """Return a source of few users; raise SourceRefused where a package that it needs is not installed."""
+def open_entry(entry: SourceEntry, settings: SourceSettings) -> Source:
+    """Return an opened source; raise SourceRefused where a package that it needs is not installed."""
     try:
-        return _opener(kind)(allowed_hosts, secrets, work_dir)
+        return entry.open(settings)
     except ModuleNotFoundError as error:
-        extra = kind.lower() if kind in (SourceKind.GCS, SourceKind.AZURE, SourceKind.MLFLOW) else "builder"
+        cure = f"pip install 'loramux[{entry.extra}]'" if entry.extra else "install them"
         raise SourceRefused(
-            f"source {kind} needs packages that are not installed here ({error.name}): "
-            f"pip install 'loramux[{extra}]'"
+            f"source {entry.name} needs packages that are not installed here ({error.name}): {cure}"
         ) from error
-
-
-def _opener(kind: SourceKind) -> Opener:
-    """Import what opens sources of a kind: some need packages that not everybody has, or much time."""
-    match kind:
-        case SourceKind.S3:
-            from loramux_shared.sources import s3
-
-            return s3.open_source
-        case SourceKind.GCS:
-            from loramux_shared.sources import gcs
-
-            return gcs.open_source
-        case SourceKind.AZURE:
-            from loramux_shared.sources import azure
-
-            return azure.open_source
-        case SourceKind.OCI:
-            from loramux_shared.sources import oci
-
-            return oci.open_source
-        case SourceKind.MLFLOW:
-            from loramux_shared.sources import mlflow
-
-            return mlflow.open_source
-        case _:
-            from loramux_shared.sources import remote_url
-
-            return remote_url.open_source

@@ -1,7 +1,7 @@
 """REMOTE_URL: archives (tar.gz) behind an https address."""
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,14 @@ from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoNotFound, RevisionNotFound, SourceRefused
 from loramux_shared.sources.archive import Archive, inner_files
 from loramux_shared.sources.base import Progress, Resolved, Room, unwatched
+from loramux_shared.sources.entries import SourceSettings
 from loramux_shared.sources.fields import fields_of
 from loramux_shared.sources.files import disk_errors, hash_pieces, inside, whole
 from loramux_shared.sources.https import Https
 from loramux_shared.sources.listed import ListedSource
 from loramux_shared.sources.public import AddressGuard
 from loramux_shared.sources.retry import TimeLeft
-from loramux_shared.sources.secrets import Secrets, warn_unset
+from loramux_shared.sources.secrets import warn_unset
 
 MAX_ARCHIVE: Final = 64 << 30
 """Largest download, which is kept on the disk: larger bases belong in a bucket or on a hub."""
@@ -136,6 +137,6 @@ def _archive(resolved: Resolved) -> ResolvedArchive:
     return resolved
 
 
-def open_source(allowed_hosts: Collection[str], secrets: Secrets, work_dir: Path | None) -> UrlSource:
-    """Return the source; allowed_hosts are those that may be reached though they are not public."""
-    return UrlSource(Https(AddressGuard(allowed_hosts)), secrets, work_dir)
+def open_source(settings: SourceSettings) -> UrlSource:
+    """Return the source."""
+    return UrlSource(Https(AddressGuard(settings.allowed_hosts)), settings.secrets, settings.work_dir)

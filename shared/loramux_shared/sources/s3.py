@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import boto3
@@ -25,6 +24,7 @@ from loramux_shared.faults import (
 )
 from loramux_shared.sources.base import SourceFile
 from loramux_shared.sources.bucket import TIMEOUT_S, BucketSource
+from loramux_shared.sources.entries import SourceSettings
 from loramux_shared.sources.fields import fields_of
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
@@ -145,9 +145,9 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[S3Bucket, str
     return S3Bucket(client, match["bucket"], hint), match["folder"] or ""
 
 
-def open_source(_allowed_hosts: Collection[str], secrets: Secrets, _work_dir: Path | None) -> BucketSource:
+def open_source(settings: SourceSettings) -> BucketSource:
     """Return the source."""
-    return BucketSource(open_bucket, secrets)
+    return BucketSource(open_bucket, settings.secrets)
 
 
 def _changed(bucket: str, what: str) -> SourceChanged:
