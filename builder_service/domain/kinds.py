@@ -32,4 +32,4 @@ def as_lora(kind: PeftKind, fields: dict[str, Any]) -> dict[str, Any]:
     left = (*kind.own_fields, "use_dora", "lora_bias")  # these fields are refused beside the kind
     plain = {key: value for key, value in fields.items() if key not in left}
     plain["r"] = kind.default_rank if (rank := plain.get("r")) is None else rank
-    return plain | kind.lora_fields(fields)
+    return plain | dict(kind.lora_fields(fields))

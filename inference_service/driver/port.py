@@ -18,7 +18,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import NEVER
 from inference_service.core.served_model import AdapterDefaults, ServedModel
 from inference_service.driver.delivery import Outputs
-from loramux_shared.runtime import Pooling, ReasoningParser, ToolParser
+from loramux_shared.runtime import Pooling, ReasoningParser
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class DeployedTerms(Protocol):
         """Return the new tokens of a request that sets no limit; None: as many as fit."""
 
     @property
-    def tool_parser(self) -> ToolParser:
+    def tool_parser(self) -> str:
         """Return the format of calls."""
 
     @property

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loramux_shared.bundle.names import ModelNames, Name
-from loramux_shared.runtime import Limits, Pooling, ReasoningParser, Rounding, ToolParser, unset
+from loramux_shared.runtime import Limits, Pooling, ReasoningParser, Rounding, ToolParser, ToolParserName, unset
 from loramux_shared.signatures import is_file, parse_signer
 from loramux_shared.sources.entries import SCHEMES, SPELLINGS, SourceKind as SourceKind, scheme_of, spelled
 
@@ -244,7 +244,7 @@ class Runtime(Model):
     ``fp8`` is for GPUs. Adapters stay as they are, and none is merged. A replica's ``LORAMUX_QUANTIZATION``
     comes first.
     """
-    tool_parser: ToolParser = ToolParser.AUTO
+    tool_parser: ToolParserName = ToolParser.AUTO
     """The form in which the models write calls of tools: docs/reference/openai.md has them. ``auto``: what the
     chat template of each shows; ``none``: calls stay text. A replica's ``LORAMUX_TOOL_PARSER`` comes first."""
     pooling: Pooling | None = None

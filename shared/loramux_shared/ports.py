@@ -44,6 +44,11 @@ def entry_of(port: str, name: str, kind: type[Entry]) -> Entry | None:
     return None if point is None else _load(point, name, kind)
 
 
+def names(port: str) -> tuple[str, ...]:
+    """Return the names of a port's entries, in their order; none of them is imported."""
+    return tuple(_declared(port))
+
+
 def required(port: str, kind: type[Entry], what: str) -> Entry:
     """Return the first entry of a port for what needs one; raise SettingsInvalid where there is none."""
     for entry in registered(port, kind).values():

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticKnownError
 
 from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.ports import names
 from loramux_shared.untrusted_json import JsonInvalid, parse_json
 
 
@@ -58,6 +60,21 @@ class ToolParser(StrEnum):
     HARMONY = "harmony"
 
 
+def tool_parser_of(word: object) -> str:
+    """Return a `ToolParser`, or the name of a format that a package registers, by a word; raise
+    PydanticKnownError for other words.
+    """
+    registered = names("tool_format")
+    if isinstance(word, str) and word in (*ToolParser, *registered):
+        return ToolParser(word) if word in set(ToolParser) else word
+    *others, last = (repr(str(name)) for name in (*ToolParser, *registered))
+    raise PydanticKnownError("enum", {"expected": f"{', '.join(others)} or {last}"})
+
+
+ToolParserName = Annotated[str, PlainValidator(tool_parser_of, json_schema_input_type=ToolParser)]
+"""A `ToolParser`, or the name of a format that a package registers."""
+
+
 class ReasoningParser(StrEnum):
     """The marks between which a model reasons."""
 
@@ -77,7 +94,7 @@ class Parsers:
     """The parsers that a deployment, or a replica, sets for all its models."""
 
     tool: str = ToolParser.AUTO
-    """A `ToolParser`, or the name of a format that a package registers."""
+    """See `ToolParserName`."""
     reasoning: ReasoningParser = ReasoningParser.AUTO
 
 

@@ -25,7 +25,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import LogFormat
-from loramux_shared.runtime import Parsers, ReasoningParser, Rounding, ToolParser
+from loramux_shared.runtime import Parsers, ReasoningParser, Rounding, ToolParserName
 from loramux_shared.signatures import read_signer
 from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
 from loramux_shared.wording import expected_of, nearest, refuse_odd
@@ -264,7 +264,7 @@ class InferenceSettings(Settings):
 
     When not given, build.tensor_parallel_count of the deployment, else 1.
     """
-    tool_parser: ToolParser | None = None
+    tool_parser: ToolParserName | None = None
     """The form in which the models write calls of tools, none: calls stay text. When not given, what the
     deployment's runtime says, else what the chat template of each shows."""
     reasoning_parser: ReasoningParser | None = None
@@ -347,7 +347,7 @@ class InferenceSettings(Settings):
         """Return the rounding of weights."""
         return self.quantization or Rounding.NONE
 
-    def parsers(self, tool: ToolParser, reasoning: ReasoningParser) -> Parsers:
+    def parsers(self, tool: str, reasoning: ReasoningParser) -> Parsers:
         """Return how answers of chats are read, where a deployment says this."""
         return Parsers(self.tool_parser or tool, self.reasoning_parser or reasoning)
 

@@ -35,9 +35,8 @@ FORMATS: Final[Mapping[str, ToolFormat]] = {
     for each in (
         *(HARMONY, GEMMA4, FUNCTIONGEMMA, MISTRAL, OLMO3, PHI4, QWEN3_CODER, GRANITE, HERMES, TOOL_CODE),
         *(PYTHONIC, LLAMA3_JSON),
-        *registered("tool_format", ToolFormat).values(),
     )
-}
+} | registered("tool_format", ToolFormat)
 """Formats by their names; of those that a template shows the first one counts."""
 THINK: Final = ThinkingMarks("<think>", "</think>")
 REASONING: Final[Mapping[ReasoningParser, tuple[ThinkingMarks, ...]]] = {

@@ -33,7 +33,7 @@ from loramux_shared.access.keys import ACCESS
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
 from loramux_shared.faults import Fault, ReplicaFailed, fault_from
-from loramux_shared.runtime import Pooling, ReasoningParser, ToolParser
+from loramux_shared.runtime import Pooling, ReasoningParser, tool_parser_of
 
 
 def served_to(service: GenerationService) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class RemoteTerms:
 
     served_model_name: str
     request_default_max_tokens: int | None
-    tool_parser: ToolParser
+    tool_parser: str
     reasoning_parser: ReasoningParser
     pooling: Pooling | None
 
@@ -74,7 +74,7 @@ class RemoteTerms:
         return cls(
             **{
                 **message,
-                "tool_parser": ToolParser(message["tool_parser"]),
+                "tool_parser": tool_parser_of(message["tool_parser"]),
                 "reasoning_parser": ReasoningParser(message["reasoning_parser"]),
                 "pooling": messages.pooling_from(message["pooling"]),
             }

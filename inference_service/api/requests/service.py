@@ -21,9 +21,9 @@ from inference_service.driver.telemetry.record import RequestFollower, Watcher, 
 from inference_service.store import Batches
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.faults import InternalFault
-from loramux_shared.runtime import OF_DECODERS, OF_ENCODERS, Parsers, Pooling, ReasoningParser, ToolParser
+from loramux_shared.runtime import OF_DECODERS, OF_ENCODERS, Parsers, Pooling, ReasoningParser
 
-ParsersOf = Callable[[ToolParser, ReasoningParser], Parsers]
+ParsersOf = Callable[[str, ReasoningParser], Parsers]
 
 
 class GenerationService:

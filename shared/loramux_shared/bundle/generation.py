@@ -30,7 +30,7 @@ from loramux_shared.bundle.manifest import (
 from loramux_shared.bundle.names import ModelNames, StoredName
 from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, Resolve
 from loramux_shared.faults import DeploymentInvalid
-from loramux_shared.runtime import Pooling, ReasoningParser, Rounding, ToolParser, unset
+from loramux_shared.runtime import Pooling, ReasoningParser, Rounding, ToolParser, ToolParserName, unset
 
 BUILDS_PREFIX: Final = "builds/"
 BUILDERS_PREFIX: Final = "builders/"
@@ -124,7 +124,9 @@ class Generation(Record):
     speculator: SpeculatorRecord | None = Field(default=None, exclude_if=unset)
     quantization: Rounding = Field(default=Rounding.NONE, exclude_if=lambda kind: kind is Rounding.NONE)
     tensor_parallel_count: int = Field(default=1, ge=1, exclude_if=lambda count: count == 1)
-    tool_parser: ToolParser = Field(default=ToolParser.AUTO, exclude_if=lambda name: name is ToolParser.AUTO)
+    tool_parser: ToolParserName = Field(
+        default=ToolParser.AUTO, exclude_if=lambda name: name is ToolParser.AUTO
+    )
     pooling: Pooling | None = Field(default=None, exclude_if=unset)
     reasoning_parser: ReasoningParser = Field(
         default=ReasoningParser.AUTO, exclude_if=lambda name: name is ReasoningParser.AUTO

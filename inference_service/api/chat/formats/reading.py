@@ -306,7 +306,7 @@ class ToolFormat:
     """The form in which some models write calls."""
 
     parser: str
-    """Its name."""
+    """Its name; one that a package registers is known by the name of its entry point."""
     shown_by: tuple[TemplateMarks, ...]
     """Marks of it in a template; any of them."""
     blocks: Callable[[AnswerCalls], Mapping[str, Block]]
