@@ -8,7 +8,7 @@ from typing import Final
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
 from loramux_shared.bundle.reader import parse_manifest
-from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment import SPELLINGS, Repository, SourceKind, spelled
 from loramux_shared.faults import (
     AdapterExists,
     BundleCorrupt,
@@ -17,7 +17,7 @@ from loramux_shared.faults import (
     RequestInvalid,
     StoreUnavailable,
 )
-from loramux_shared.sources.entries import SPELLINGS, addressed_sources, spelled
+from loramux_shared.sources.entries import addressed_sources
 from loramux_shared.spelling import parse_repository
 from loramux_shared.storage.base import ObjectMissing, Store
 

@@ -15,9 +15,8 @@ from loramux.cli.build_view import show_warnings
 from loramux.cli.documents import emit
 from loramux.client import BUILDER, AsyncClient, Client
 from loramux.records import DeploymentInfo
-from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment import SCHEMES, Repository, SourceKind
 from loramux_shared.faults import DeploymentInvalid, DeploymentNotFound, Fault, RepoNotFound, SourceRefused
-from loramux_shared.sources.entries import SCHEMES
 from loramux_shared.spelling import parse_repository
 from loramux_shared.wording import listed
 

@@ -11,15 +11,54 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from loramux_shared.bundle.names import ModelNames, Name
 from loramux_shared.runtime import Limits, Pooling, ReasoningParser, Rounding, ToolParser, ToolParserName, unset
 from loramux_shared.signatures import is_file, parse_signer
-from loramux_shared.sources.entries import SCHEMES, SPELLINGS, SourceKind as SourceKind, scheme_of, spelled
 
 DEFAULT_MAX_LORA_RANK = 64
 
 
+class SourceKind(StrEnum):
+    """A kind of source of repositories."""
+
+    HF = "HF"
+    S3 = "S3"
+    GCS = "GCS"
+    AZURE = "AZURE"
+    REMOTE_URL = "REMOTE_URL"
+    OCI = "OCI"
+    MLFLOW = "MLFLOW"
+    LOCAL = "LOCAL"
+    PUSHED = "PUSHED"
+    """Sent to the builder by PutAdapter; ``repo`` is the name under which it was."""
+    BY_SCHEME = "BY_SCHEME"
+    """Added by a package, and named by the scheme of the address: ``myhub://...``."""
+
+
+SCHEMES = {
+    "s3://": SourceKind.S3,
+    "gs://": SourceKind.GCS,
+    "azure://": SourceKind.AZURE,
+    "https://": SourceKind.REMOTE_URL,
+    "oci://": SourceKind.OCI,
+    "mlflow://": SourceKind.MLFLOW,
+}
+"""The kinds that have a scheme of their own. All others, of new sources too, are BY_SCHEME."""
+SPELLINGS = {"hf://": "hf:", "huggingface://": "hf:", "huggingface:": "hf:", "gcs://": "gs://"}
+"""How other tools begin an address, and how loramux does."""
 RESOLVED = rf"^(hf:[^\s@#?]+(@[^\s@#?]+)?|({'|'.join((*SPELLINGS, *SCHEMES))})[^\s@#?]+)$"
 """A pattern of repositories, of the hub's with one of revisions; folders of the builder's machine have none."""
 PULL_REQUESTS = "refs/pr/"
 """Prefix of the revisions of a hub that any of its users may write."""
+
+
+def spelled(address: str) -> str:
+    """Return an address that begins as loramux writes it."""
+    other = next(filter(address.startswith, SPELLINGS), None)
+    return address if other is None else SPELLINGS[other] + address.removeprefix(other)
+
+
+def scheme_of(address: str) -> str:
+    """Return the scheme of an address, ``myhub://``; empty where it has none."""
+    found = re.match(r"[a-z][a-z0-9+.-]*://", address)
+    return found[0] if found else ""
 
 
 class Dtype(StrEnum):

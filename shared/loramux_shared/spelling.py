@@ -17,9 +17,9 @@ import re
 from pathlib import Path
 from typing import Final
 
-from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment import Repository, SourceKind, spelled
 from loramux_shared.faults import DeploymentInvalid
-from loramux_shared.sources.entries import addressed_sources, spelled
+from loramux_shared.sources.entries import addressed_sources
 
 GGUF_SUFFIX: Final = ".gguf"
 """The suffix of a file that is a base by itself."""
@@ -69,9 +69,7 @@ def _local_path(text: str, folder: Path) -> Path | None:
 
 
 def _no_repository(text: str) -> DeploymentInvalid:
-    masked, schemes = (
-        re.sub(r"\?.*", "?***", text)[:120],
-        ", ".join(each.scheme for each in addressed_sources()),
-    )
+    masked = re.sub(r"\?.*", "?***", text)[:120]
+    schemes = ", ".join(entry.scheme for entry in addressed_sources())
     expected = f"org/name[@revision], a path, {schemes}, each with [#folder]"
     return DeploymentInvalid.of_field(f"{masked!r} names no repository", "repository", expected, repr(masked))

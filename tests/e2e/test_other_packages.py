@@ -261,7 +261,7 @@ def run(site: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def served(site: Path, cages: Path) -> dict[str, list[int]]:
-    """The tokens of the base of feathers, of the adapter of LoRA in a folder, and of that of wings in a cage."""
+    """The tokens of the base of feathers, of the adapter of LoRA in a folder, and of wings in a cage."""
     output = run(site, SERVE, json.dumps(PROMPT), str(cages), "feathers", f"{cages}/lora", "parrot://wings")
     return json.loads(output.splitlines()[-1])  # behind the logs
 

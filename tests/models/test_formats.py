@@ -230,6 +230,13 @@ def test_other_forms_mean_the_same(tmp_path: Path, kind: str, change: Any) -> No
     assert torch.equal(read.get("layer.weight", (48, 80)), widened)
 
 
+def test_blocks_are_read_of_a_file_of_gguf_alone(tmp_path: Path) -> None:
+    """A config that describes safetensors as GGUF has no weights of few bits, and is refused by the tensor."""
+    found = checkpoint(tmp_path, {"layer.weight.Q4_0": torch.zeros(1)}, {"quant_method": "gguf"}, torch.float32)
+    with pytest.raises(CheckpointInvalid, match="lacks the tensor"):
+        found.get("layer.weight", (4, 4))
+
+
 def test_columns_in_turn_need_not_be_numbered(tmp_path: Path) -> None:
     """GPTQ's ordered columns are numbered, even if only one after the other; elsewhere they may be."""
     tensors, widened = gptq(torch.randn(48, 80), shuffled=False)

@@ -1,4 +1,4 @@
-"""What an entry of the port `adapter_kind` says of a kind of adapters."""
+"""The type of entries of the port `adapter_kind`, and what several of them use."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +50,7 @@ def lora_scale(alpha: float, rank: int, _first: int | None, rs: bool) -> float:
 
 @dataclass(frozen=True)
 class Pairs:
-    """How A and B of a module are made of the tensors of a kind."""
+    """The recipe of A and B of a module, from the tensors of its kind."""
 
     parts: tuple[str, ...] = ()
     """Ends of the names of a module's tensors; none where rows are made of the tensors as they are."""

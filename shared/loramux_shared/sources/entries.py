@@ -1,42 +1,24 @@
-"""The sources of repositories that are installed here, and what an entry of the port `source` says of each."""
+"""The sources of repositories that are installed here: entries of the port `source`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from loramux_shared.deployment import SCHEMES, SourceKind
 from loramux_shared.ports import registered
 
-if TYPE_CHECKING:  # which read deployments, and so this
+if TYPE_CHECKING:  # with packages that a client may lack
     from loramux_shared.sources.base import Source
     from loramux_shared.sources.secrets import Secrets
 
 
-class SourceKind(StrEnum):
-    """A kind of source of repositories."""
-
-    HF = "HF"
-    S3 = "S3"
-    GCS = "GCS"
-    AZURE = "AZURE"
-    REMOTE_URL = "REMOTE_URL"
-    OCI = "OCI"
-    MLFLOW = "MLFLOW"
-    LOCAL = "LOCAL"
-    PUSHED = "PUSHED"
-    """Sent to the builder by PutAdapter; ``repo`` is the name under which it was."""
-    BY_SCHEME = "BY_SCHEME"
-    """Added by a package, and named by the scheme of the address: ``myhub://...``."""
-
-
 @dataclass(frozen=True)
 class SourceSettings:
-    """What sources are opened with."""
+    """The settings with which sources are opened."""
 
     secrets: Secrets
     allowed_hosts: Collection[str] = ()
@@ -57,18 +39,19 @@ class SourceEntry:
     """Beginning of its addresses: ``myhub://``."""
     open: Callable[[SourceSettings], Source]
     """May import packages that are not installed everywhere, or take much time."""
-    kind: SourceKind = SourceKind.BY_SCHEME
-    """Its kind in deployments and messages; only ours have one of their own."""
-    spellings: tuple[str, ...] = ()
-    """Other tools' ways to begin its addresses."""
     pinned: str | None = None
     """A pattern of revisions that mean one content for ever, known without a request; None where none do."""
     extra: str = ""
     """The extra of loramux that installs its packages."""
 
     @property
+    def kind(self) -> SourceKind:
+        """Return its kind in deployments and messages."""
+        return KINDS.get(self.scheme, SourceKind.BY_SCHEME)
+
+    @property
     def name(self) -> str:
-        """The name by which people know it: its kind, or the scheme of another package's."""
+        """Return its name for people: its kind, or its scheme where that names it."""
         return self.scheme if self.kind is SourceKind.BY_SCHEME else self.kind
 
 
@@ -120,47 +103,25 @@ def _open_mlflow(settings: SourceSettings) -> Source:
     return mlflow.open_source(settings)
 
 
+KINDS: Final = {"hf:": SourceKind.HF, "local:": SourceKind.LOCAL, **SCHEMES}
 SHA256: Final = "[0-9a-f]{64}"
-HUB: Final = SourceEntry(
-    "hf:",
-    _open_hub,
-    SourceKind.HF,
-    spellings=("hf://", "huggingface://", "huggingface:"),
-    pinned=f"[0-9a-f]{{40}}|{SHA256}",
-)
-LOCAL: Final = SourceEntry("local:", _open_local, SourceKind.LOCAL)
+HUB: Final = SourceEntry("hf:", _open_hub, pinned=f"[0-9a-f]{{40}}|{SHA256}", extra="builder")
+LOCAL: Final = SourceEntry("local:", _open_local)
 ADDRESSED: Final = (
-    SourceEntry("s3://", _open_s3, SourceKind.S3, extra="builder"),
-    SourceEntry("gs://", _open_gcs, SourceKind.GCS, spellings=("gcs://",), extra="gcs"),
-    SourceEntry("azure://", _open_azure, SourceKind.AZURE, extra="azure"),
-    SourceEntry("https://", _open_remote_url, SourceKind.REMOTE_URL, pinned=SHA256, extra="builder"),
-    SourceEntry("oci://", _open_oci, SourceKind.OCI, pinned=SHA256, extra="builder"),
-    SourceEntry("mlflow://", _open_mlflow, SourceKind.MLFLOW, extra="mlflow"),
+    SourceEntry("s3://", _open_s3, extra="builder"),
+    SourceEntry("gs://", _open_gcs, extra="gcs"),
+    SourceEntry("azure://", _open_azure, extra="azure"),
+    SourceEntry("https://", _open_remote_url, pinned=SHA256, extra="builder"),
+    SourceEntry("oci://", _open_oci, pinned=SHA256, extra="builder"),
+    SourceEntry("mlflow://", _open_mlflow, extra="mlflow"),
 )
 """Our sources whose repositories are addresses."""
-SCHEMES: Final = tuple(entry.scheme for entry in ADDRESSED)
-SPELLINGS: Final = tuple(other for entry in (HUB, *ADDRESSED) for other in entry.spellings)
-_SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 def addressed_sources() -> Iterator[SourceEntry]:
     """Yield the sources whose repositories are addresses; those of other packages come last."""
     yield from ADDRESSED
     yield from registered("source", SourceEntry).values()
-
-
-def scheme_of(address: str) -> str:
-    """Return the scheme of an address, ``myhub://``; empty where it has none."""
-    found = _SCHEME.match(address)
-    return found[0] if found else ""
-
-
-def spelled(address: str) -> str:
-    """Return an address that begins as loramux writes it."""
-    for entry in chain((HUB,), addressed_sources()):
-        if other := next(filter(address.startswith, entry.spellings), None):
-            return entry.scheme + address.removeprefix(other)
-    return address
 
 
 def pinned_revision(source: str) -> str | None:
