@@ -126,7 +126,7 @@ def read(config):
 
 def layouts():
     import torch
-    from inference_service.engine.models.packed import Layout
+    from inference_service.engine.models.packed import PackedLayout
     class Feathers:
         turned, matrices = False, 1
         def __init__(self, pieces):
@@ -137,7 +137,7 @@ def layouts():
             self._size = pieces.take("weight_size", (torch.float32,), (1,))
         def part(self, matrix, begin, end):
             return self._feathers[begin:end].float() * self._size
-    return [Layout(("weight_feathers",), Feathers, frozenset({"weight_size"}))]
+    return [PackedLayout(("weight_feathers",), Feathers, frozenset({"weight_size"}))]
 
 FORMAT = WeightFormat("parrot", ("parrot",), "feathers", read, layouts)
 '''

@@ -141,7 +141,7 @@ class Packed(Protocol):
         ...
 
 
-class Layout(NamedTuple):
+class PackedLayout(NamedTuple):
     """The tensors that a weight of few bits consists of, by the ends of their names."""
 
     marks: tuple[str, ...]

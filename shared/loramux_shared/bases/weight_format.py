@@ -66,8 +66,8 @@ class WeightFormat:
     read: Callable[[HfConfig], Quantization]
     """Raises CheckpointInvalid for what is not read."""
     layouts: Callable[[], Sequence[object]] | None = None
-    """Returns the `Layout`s of weights that no other format has. A replica, or the process that widens weights
-    for a builder, asks for them, so they may import torch.
+    """Returns the `PackedLayout`s of its weights. A replica, or the process that widens weights for a builder,
+    asks for them, so they may import torch.
     """
 
 

@@ -10,25 +10,25 @@ from inference_service.engine.models.lowbit.gptq import Gptq
 from inference_service.engine.models.lowbit.mxfp4 import Mxfp4
 from inference_service.engine.models.lowbit.pack_quantized import PackQuantized
 from inference_service.engine.models.lowbit.scaled import Scaled
-from inference_service.engine.models.packed import Layout, Packed, Pieces
+from inference_service.engine.models.packed import Packed, PackedLayout, Pieces
 from loramux_shared.bases.formats import load_formats
 from loramux_shared.faults import CheckpointInvalid
 
 WEIGHT: Final = "weight"
-LAYOUTS: Final[Mapping[str, tuple[Layout, ...]]] = {
-    "fp8": (Layout(("weight_scale_inv", "weight_scale"), Scaled, frozenset({"weight"})),),
+LAYOUTS: Final[Mapping[str, tuple[PackedLayout, ...]]] = {
+    "fp8": (PackedLayout(("weight_scale_inv", "weight_scale"), Scaled, frozenset({"weight"})),),
     "compressed-tensors": (
-        Layout(
+        PackedLayout(
             ("weight_packed",),
             PackQuantized,
             frozenset({"weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"}),
         ),
-        Layout(("weight_scale",), Scaled, frozenset({"weight", "weight_zero_point"})),
+        PackedLayout(("weight_scale",), Scaled, frozenset({"weight", "weight_zero_point"})),
     ),
-    "gptq": (Layout(("qweight",), Gptq, frozenset({"qzeros", "scales", "g_idx"})),),
-    "awq": (Layout(("qweight",), Awq, frozenset({"qzeros", "scales"})),),
+    "gptq": (PackedLayout(("qweight",), Gptq, frozenset({"qzeros", "scales", "g_idx"})),),
+    "awq": (PackedLayout(("qweight",), Awq, frozenset({"qzeros", "scales"})),),
     "bitsandbytes": (
-        Layout(
+        PackedLayout(
             tuple(STATE),
             FourBits,
             frozenset(
@@ -41,9 +41,9 @@ LAYOUTS: Final[Mapping[str, tuple[Layout, ...]]] = {
                 }
             ),
         ),
-        Layout(("SCB",), EightBits, frozenset({"weight", "weight_format"})),
+        PackedLayout(("SCB",), EightBits, frozenset({"weight", "weight_format"})),
     ),
-    "mxfp4": (Layout(("weight_blocks",), Mxfp4, frozenset({"weight_scales"})),),
+    "mxfp4": (PackedLayout(("weight_blocks",), Mxfp4, frozenset({"weight_scales"})),),
 }
 """Layouts of our formats, by their names; other packages bring those of theirs."""
 BESIDE: Final = frozenset(
@@ -62,12 +62,12 @@ OF_PARAMETERS: Final = ("_scale_inv", "_blocks")
 """Marks of experts' weights, which are parameters with names of their own."""
 
 
-def layouts_of(format_: str) -> Sequence[Layout]:
+def layouts_of(format_: str) -> Sequence[PackedLayout]:
     """Return the layouts of a format of ours, or of another package."""
     if (own := LAYOUTS.get(format_)) is not None:
         return own
     brought = (each.layouts() for each in load_formats() if each.name == format_ and each.layouts is not None)
-    return [cast(Layout, layout) for layouts in brought for layout in layouts]
+    return [cast(PackedLayout, layout) for layouts in brought for layout in layouts]
 
 
 class Found:
@@ -76,7 +76,7 @@ class Found:
     def __init__(self, format_: str, names: Iterable[str]) -> None:
         self._names = frozenset(names)
         self._sorted = sorted(self._names)
-        self._open: dict[str, Layout] = {}
+        self._open: dict[str, PackedLayout] = {}
         for layout in layouts_of(format_):
             for mark in layout.marks:
                 for name in self._sorted:
