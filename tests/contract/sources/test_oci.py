@@ -22,6 +22,7 @@ from loramux_shared.sources.secrets import Secrets
 from loramux_shared.spelling import parse_repository
 from tests.contract.sources.test_source_secrets import PATIENCE
 from tests.support.archive_files import member, pack, pack_members, zeros
+from tests.support.descriptors import count_open
 from tests.support.https_site import Route, Site, redirect, serve_https
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 99}
@@ -276,10 +277,10 @@ def test_layers_share_one_open_file(registry: Registry, tmp_path: Path) -> None:
         for n in range(50)
     ]
     registry.tag(*layers)
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = count_open()["files"]
     source = registry.source()
     with closing(source.resolve(registry.repository())) as resolved:
-        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+        assert count_open()["files"] <= before + 1
         source.fetch(resolved, resolved.files, tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.glob("[0-9]*")} == {
         str(n): str(n) * n for n in range(50)
