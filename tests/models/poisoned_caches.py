@@ -57,7 +57,7 @@ def _fill_blocks(replica: Replica, runner: Runner, batch: Batch) -> None:
         blocks = len(use.held) + len(use.cached) + len(use.free)
         for layer, cache in zip(config.layers, runner.cache.layers, strict=True):
             mixer = layer.mixer
-            if isinstance(mixer, AttentionLayer) and mixer.attention.window == config.windows[group]:
+            if cache and isinstance(mixer, AttentionLayer) and mixer.attention.window == config.windows[group]:
                 # keys and values, of each head block by block; of 8 bits their scales
                 for tensor in cache if len(cache) == 2 else [cache[2].flatten(0, 1)]:
                     tensor.view(len(tensor), blocks, -1)[:, index] = torch.nan

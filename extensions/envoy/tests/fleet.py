@@ -100,6 +100,7 @@ class Proxy:
         self._first_token_s = first_token_s
         self.grpc = f"127.0.0.1:{fleet.grpc.port}"
         self.url = f"http://127.0.0.1:{fleet.http.port}"
+        self.admin_port = fleet.admin_port
         self._admin = f"http://127.0.0.1:{fleet.admin_port}"
         self._folder = folder
         self._seen = 0

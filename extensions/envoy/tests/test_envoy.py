@@ -10,6 +10,7 @@ import grpc
 import httpx
 import pytest
 import pytest_asyncio
+import yaml
 
 from inference_service.api.http.wire import protocol
 from loramux import AsyncClient
@@ -22,6 +23,8 @@ from tests.fleet import Proxy
 from tests.scripted_fleet import Fleet, behind_envoy, envoy_of
 from tests.scripted_replica import MODELS, Named, ScriptedReplica
 from tests.support.access import Certificates, keyring
+from tests.support.root import ROOT
+from tests.support.s3_gateway import free_ports
 from tests.support.services.endless import Endless, apis_of
 from tests.support.waiting import BOUND_S, bounded, until, wait_until
 
@@ -73,6 +76,16 @@ async def test_the_header_comes_before_the_body(fleet: Fleet) -> None:
         request = pb.GenerateRequest(model=other, text="HELLO").SerializeToString()
         call = generate(request, metadata=tuple(headers.items()))
         assert "".join([message.delta.text async for message in call]) == expected
+
+
+async def test_the_check_of_compose_finds_it_ready(fleet: Fleet) -> None:
+    """The command by which docker compose asks for Envoy succeeds where it is ready, and there alone."""
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    _, *command = compose["services"]["envoy"]["healthcheck"]["test"]
+    for port, expected in ((fleet.proxy.admin_port, 0), (free_ports(1)[0], 1)):
+        here = [word.replace("/9901", f"/{port}") for word in command]
+        process = await asyncio.create_subprocess_exec(*here, stderr=asyncio.subprocess.DEVNULL)
+        assert await process.wait() == expected
 
 
 async def test_streams_of_one_model_spread(fleet: Fleet) -> None:
