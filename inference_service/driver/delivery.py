@@ -62,16 +62,20 @@ class Outputs:
     paced = True
     """Whether many streams wait for their turns."""
 
-    def __init__(self, views: Mapping[str, AnswerView], on_close: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        views: Mapping[str, AnswerView],
+        on_close: Callable[[str], None],
+        meter: Callable[[int], None] | None = None,
+    ) -> None:
         """Wait for the outputs of sequences, whose ids are those of the views; on_close is called with each
-        that is let go.
+        that is let go, and meter with the numbers of tokens that come.
         """
         self.views = views
         """The engine's progress with each answer, in the order of the answers."""
         self.submitted_s = time.monotonic()
         """When the engine was given the request."""
-        self.meter: Callable[[int], None] | None = None
-        """Called with the numbers of tokens that come."""
+        self._meter = meter
         self._open = set(views)
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
@@ -81,13 +85,18 @@ class Outputs:
         """Whether `get` has something to return or to raise."""
         self._reader: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
-        self.sink: Callable[[Mapping[str, list[StepOutput]]], bool] | None = None
-        """Takes outputs while the reader waits for them, or returns False and leaves them to the reader."""
+        self._sink: Callable[[Mapping[str, list[StepOutput]]], bool] | None = None
+
+    def divert(self, sink: Callable[[Mapping[str, list[StepOutput]]], bool]) -> None:
+        """Offer outputs to a sink while the reader waits for them; it takes them, or returns False for those that
+        are left to the reader.
+        """
+        self._sink = sink
 
     def put(self, seq_id: str, outputs: list[StepOutput]) -> None:
         """Take outputs of a sequence, and count their tokens."""
-        if self.meter is not None:
-            self.meter(sum(output.token is not None for output in outputs))
+        if self._meter is not None:
+            self._meter(sum(output.token is not None for output in outputs))
         self._keep(seq_id, outputs)
 
     def _keep(self, seq_id: str, outputs: list[StepOutput]) -> None:
@@ -101,9 +110,9 @@ class Outputs:
         """Hand over what was put."""
         if not self._waiting:
             return
-        if self.sink is not None and self._reader is not None and not self._reader.done():
+        if self._sink is not None and self._reader is not None and not self._reader.done():
             try:
-                if self.sink(self._waiting):
+                if self._sink(self._waiting):
                     self._waiting = {}
                     return
             except Exception as error:  # noqa: BLE001 - the reader raises it

@@ -126,10 +126,9 @@ class EngineAdmission:
         begin = await self.driver.begin_of(submission)
         seqs = self._sequences(submission, begin)
         self.ticket.check_tokens()
-        outputs = self.driver.engine.submit(seqs, make)
+        meter = self.ticket.take if self.ticket.bounds else None
+        outputs = self.driver.engine.submit(seqs, make, meter)
         self.ticket.submitted(seqs[0])
-        if self.ticket.bounds:
-            outputs.meter = self.ticket.take
         return outputs
 
     def _sequences(self, submission: Submission, begin: Callable[[], Grammar | None]) -> Seq[Sequence]:

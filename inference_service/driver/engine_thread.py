@@ -120,13 +120,16 @@ class SequenceView:
         return "" if self.seq.grammar is None else self.seq.grammar.failure
 
 
-MakeOutputs = Callable[[Seq[Sequence], Callable[[str], None]], Outputs]
-"""Makes the outputs of sequences; it is given what to call with the id of each that is let go."""
+Meter = Callable[[int], None]
+MakeOutputs = Callable[[Seq[Sequence], Callable[[str], None], Meter | None], Outputs]
+"""Makes the outputs of sequences; it is given what to call with the id of each that is let go, and with the
+numbers of tokens that come.
+"""
 
 
-def plain_outputs(seqs: Seq[Sequence], on_close: Callable[[str], None]) -> Outputs:
+def plain_outputs(seqs: Seq[Sequence], on_close: Callable[[str], None], meter: Meter | None) -> Outputs:
     """Return outputs that a task of this process reads."""
-    return Outputs({seq.id: SequenceView(seq) for seq in seqs}, on_close)
+    return Outputs({seq.id: SequenceView(seq) for seq in seqs}, on_close, meter)
 
 
 class EngineThread:
@@ -236,7 +239,9 @@ class EngineThread:
         self._inbox.close()
         return await self.ended()
 
-    def submit(self, seqs: Seq[Sequence], make: MakeOutputs = plain_outputs) -> Outputs:
+    def submit(
+        self, seqs: Seq[Sequence], make: MakeOutputs = plain_outputs, meter: Meter | None = None
+    ) -> Outputs:
         """Put the sequences of a request in the queue; the caller must close what it gets, which make makes.
 
         They have the same prompt: all but the first go to the engine when the first has its first token, and
@@ -250,7 +255,7 @@ class EngineThread:
         if self._stopped is not None:
             raise self._stopped.copy()
         self._require_room(seqs)
-        outputs = make(seqs, self._close)
+        outputs = make(seqs, self._close, meter)
         self._streams |= {seq.id: outputs for seq in seqs}
         if len(seqs) > 1:
             self._later[outputs] = seqs[1:]

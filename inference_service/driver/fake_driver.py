@@ -62,7 +62,7 @@ class ScriptedOutputs(Outputs):
         for outputs in self._steps:
             await asyncio.sleep(0)
             step = {outputs[0].seq_id: outputs}
-            if self.sink is None or not self.sink(step):
+            if self._sink is None or not self._sink(step):
                 return step
         raise self._fault
 

@@ -102,8 +102,7 @@ async def test_a_process_that_is_lost_leaves_nothing() -> None:
     work = engine.service.add_in_work
     peer = ApiPeer(engine, lost := MagicMock())
     seqs = [Sequence(name, [5], SamplingParams()) for name in "ab"]
-    outputs = peer._open[7] = RelayedOutputs(seqs, closed.append, peer, 7)
-    outputs.leave = left
+    peer._open[7] = RelayedOutputs(seqs, closed.append, None, peer, 7, left)
     process = ApiProcess()
     connect(peer.channel, process.channel)
     collecting = asyncio.ensure_future(peer.collect())
@@ -146,7 +145,7 @@ async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path
     await until(lambda: len(found) == 3, "the others")
     assert found == [[[1, 0, ["a"]]], [[3, 0, ["x"]], [1, 0, ["b", "d"]]], [[2, 0, ["c"]]]]
     assert peer._pending == 0
-    ended = RelayedOutputs([Sequence("a", [5], SamplingParams())], MagicMock(), peer, 4)
+    ended = RelayedOutputs([Sequence("a", [5], SamplingParams())], MagicMock(), None, peer, 4, MagicMock())
     peer.send((4, 0), ["last"])
     ended.fail(ReplicaFailed("it ended"))
     await until(lambda: found[-1][0] == 4, "the end")

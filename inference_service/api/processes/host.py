@@ -20,7 +20,7 @@ from inference_service.api.requests.service import GenerationService
 from inference_service.core.request import Request, RequestPrompt, SchedulingOptions
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.driver.delivery import Outputs
-from inference_service.driver.engine_thread import SequenceView
+from inference_service.driver.engine_thread import Meter, SequenceView
 from loramux_shared import routes
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import Fault, fault_to
@@ -43,14 +43,20 @@ class RelayedOutputs(Outputs):
     paced = False
 
     def __init__(
-        self, seqs: Seq[Sequence], on_close: Callable[[str], None], peer: ApiPeer, number: int
+        self,
+        seqs: Seq[Sequence],
+        on_close: Callable[[str], None],
+        meter: Meter | None,
+        peer: ApiPeer,
+        number: int,
+        leave: Callable[[], None],
     ) -> None:
-        super().__init__({seq.id: SequenceView(seq) for seq in seqs}, on_close)
+        super().__init__({seq.id: SequenceView(seq) for seq in seqs}, on_close, meter)
         self.seqs = {seq.id: seq for seq in seqs}
         self._places = {seq.id: place for place, seq in enumerate(seqs)}
         self._peer = peer
         self._number = number
-        self.leave: Callable[[], None] = lambda: None
+        self.leave = leave
         """Ends the request's place in the limits."""
 
     def _keep(self, seq_id: str, outputs: list[StepOutput]) -> None:
@@ -190,16 +196,18 @@ class ApiPeer:
         ACCESS.set(messages.access_from(access))  # a task of its own
 
         made: list[RelayedOutputs] = []
+        place = ExitStack()
 
-        def make(seqs: Seq[Sequence], on_close: Callable[[str], None]) -> RelayedOutputs:
-            made.append(RelayedOutputs(seqs, on_close, self, number))
+        def make(seqs: Seq[Sequence], on_close: Callable[[str], None], meter: Meter | None) -> RelayedOutputs:
+            made.append(RelayedOutputs(seqs, on_close, meter, self, number, place.close))
             return made[0]
 
         with ExitStack() as stack:
-            admission = stack.enter_context(self._driver.admit(submission.model))
+            stack.push(place)
+            admission = place.enter_context(self._driver.admit(submission.model))
             await admission.submit(submission, make)
-            made[0].leave = stack.pop_all().close
             self._open[number] = made[0]
+            stack.pop_all()
 
     async def _http(
         self,

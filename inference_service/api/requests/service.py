@@ -125,7 +125,7 @@ class GenerationService:
                         request.id, model, served.generation, len(tokens), terms.text, tuple(tokens)
                     )
                     if sink is not None and not request.sampling.stop:
-                        outputs.sink = partial(_sink, answers, follower, sink)
+                        outputs.divert(partial(_sink, answers, follower, sink))
                     while outputs.open:
                         for event in _events(await outputs.get(), answers, outputs):
                             follower.see(event)

@@ -62,8 +62,6 @@ class RankHost:
         """The file by which ranks meet."""
         self.memory = SharedMemory(world)
         self._held.callback(self.memory.close)
-        self.leave: Callable[[], None] = lambda: None
-        """Leaves the group of ranks, once the first one has met the others."""
         self._dropped: deque[int] = deque()
         self._numbers = count(1)
         self._lock = threading.Lock()
@@ -148,6 +146,10 @@ class RankHost:
         if not self._failed.wait(ENDING_S):
             self.fail(f"a {type(error).__name__} in a step has left the ranks out of step")
 
+    def leave_by(self, leave: Callable[[], None]) -> None:
+        """Have `close` leave the group of ranks, which the first one has met."""
+        self._held.callback(leave)
+
     def close(self) -> None:
         """End the processes."""
         self._closed.set()
@@ -155,7 +157,6 @@ class RankHost:
             rank.hang_up()
         for rank in self._ranks:
             rank.end()
-        self.leave()
         self._held.close()
 
     def _watch(self) -> None:

@@ -73,5 +73,5 @@ def read_with_ranks(
         model = read_model(placed, shard.whole, backend, ranks)
         others()
         ranks.meet(host.meeting, backend.device, settings.step_timeout_s)
-        host.leave = ranks.close
+        host.leave_by(ranks.close)
     return host, model

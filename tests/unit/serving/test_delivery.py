@@ -54,7 +54,7 @@ async def test_a_sink_takes_what_comes_while_the_reader_waits(takes: bool | Repl
             raise takes
         return takes
 
-    stream.sink = sink
+    stream.divert(sink)
     stream.wake()
     assert not seen  # the reader is not there yet
     first = await stream.get()
