@@ -88,8 +88,8 @@ class Outputs:
         self._sink: Callable[[Mapping[str, list[StepOutput]]], bool] | None = None
 
     def divert(self, sink: Callable[[Mapping[str, list[StepOutput]]], bool]) -> None:
-        """Offer outputs to a sink while the reader waits for them; it takes them, or returns False for those that
-        are left to the reader.
+        """Offer outputs to a sink while the reader waits for them; it takes them, or returns False for those
+        that are left to the reader.
         """
         self._sink = sink
 
