@@ -7,7 +7,7 @@ from typing import Final
 
 from builder_service.domain.derived import Derived, Product
 from builder_service.domain.grouping import Grouping
-from builder_service.domain.kinds import KINDS
+from builder_service.domain.kinds import load_kinds
 from builder_service.domain.peft_kinds.kind import Parts, PeftKind, Sides
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import LoraKey, parse_key
@@ -59,7 +59,7 @@ def expand_tensors(file: TensorFile, kind: PeftKind, base: ModelConfig, report: 
 
 def is_foreign(name: str, kind: PeftKind, report: Grouping) -> bool:
     """Return True for the key of a tensor of another kind than the config says, and report it."""
-    if not any(each.mark and each.mark in name and each is not kind for each in KINDS.values()):
+    if not any(each.mark and each.mark in name and each is not kind for each in load_kinds().values()):
         return False
     found = f"keys of another kind than {kind.peft_type}"
     expected = f"keys of {kind.peft_type}"
@@ -86,7 +86,7 @@ def _width(module: str, base: ModelConfig) -> int:
 
 def _sides(module: str, kind: PeftKind, parts: Parts, width: int, report: Grouping) -> Sides | None:
     """Return A and B of a module that reads so many elements, or report why there are none."""
-    missing = _missing(kind, parts)
+    missing = _missing_parts(kind, parts)
     if missing:
         fix = "The file was cut or merged: save the adapter again."
         report.add(
@@ -123,7 +123,7 @@ def _sides(module: str, kind: PeftKind, parts: Parts, width: int, report: Groupi
     return sides
 
 
-def _missing(kind: PeftKind, parts: Parts) -> str:
+def _missing_parts(kind: PeftKind, parts: Parts) -> str:
     """Return a part without which there is no product; empty where there is one."""
     how = kind.pairs
     required = how.required(parts) if how.required else (*how.parts, *how.shared)

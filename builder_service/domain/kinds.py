@@ -1,6 +1,7 @@
 """The kinds of PEFT's adapters that are served, and their configs in the words of LoRA's."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Final
 
 from builder_service.domain.peft_kinds.adalora import ADALORA
@@ -12,17 +13,23 @@ from builder_service.domain.peft_kinds.lora import LORA
 from builder_service.domain.peft_kinds.vera import VERA
 from loramux_shared.ports import registered
 
-KINDS: Final[Mapping[str, PeftKind]] = {
-    each.peft_type: each
-    for each in (LORA, ADALORA, VERA, LOHA, LOKR, IA3, *registered("adapter_kind", PeftKind).values())
-}
-"""Kinds by their ``peft_type``."""
+KINDS: Final = (LORA, ADALORA, VERA, LOHA, LOKR, IA3)
+
+
+@cache
+def load_kinds() -> Mapping[str, PeftKind]:
+    """Return the kinds by their ``peft_type``; those of third parties come last.
+
+    Raises:
+        SettingsInvalid: one that a package registers cannot be used.
+    """
+    return {each.peft_type: each for each in (*KINDS, *registered("adapter_kind", PeftKind).values())}
 
 
 def kind_of(fields: Mapping[str, Any]) -> PeftKind | None:
     """Return the kind that a config says; None where it is none of these."""
     peft_type = fields.get("peft_type")
-    return KINDS.get(peft_type) if isinstance(peft_type, str) else None
+    return load_kinds().get(peft_type) if isinstance(peft_type, str) else None
 
 
 def as_lora(kind: PeftKind, fields: dict[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,10 @@ _SINGULAR: Final = re.compile(r"\.lora_E(\.[^.]+)?$")
 
 def _lora_fields(fields: Fields) -> Fields:
     rank = fields.get("init_r", DEFAULT_RANK)
-    return {"r": rank, "rank_pattern": _allocated(fields.get("rank_pattern"))}
+    return {"r": rank, "rank_pattern": _ranks_left(fields.get("rank_pattern"))}
 
 
-def _allocated(pattern: Any) -> Any:
+def _ranks_left(pattern: Any) -> Any:
     """Return the ranks that AdaLoRA left to modules: of each it lists which singular values stay."""
     if not isinstance(pattern, dict):
         return pattern

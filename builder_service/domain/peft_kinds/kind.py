@@ -28,7 +28,7 @@ QUERY_VALUE: Final[Mapping[str, Targets]] = {
     "phi": ("q_proj", "v_proj", "fc1", "fc2"),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
 }
-"""What LoRA and most kinds adapt of a base where the config does not say it, by ``model_type``."""
+"""Modules that LoRA and most kinds adapt where the config names none, by ``model_type``."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PeftKind:
     """Returns what B A is multiplied by: of the alpha and the trained rank of a module, the rank of the config,
     and whether it is rsLoRA."""
     targets: Mapping[str, Targets] = field(default_factory=lambda: QUERY_VALUE)
-    """What PEFT adapts of a base where the config does not say it, by ``model_type``."""
+    """Modules that PEFT adapts where the config names none, by ``model_type``."""
     refusals: Callable[[Fields], list[Finding]] = lambda _: []
     """Returns findings about what the config asks for and cannot be served."""
     pairs: Pairs = Pairs()

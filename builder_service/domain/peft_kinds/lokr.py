@@ -49,7 +49,7 @@ def _kron(first: Side, second: Side) -> Side:
     return Side(shape, Product((*first.product.sources, *second.product.sources), make))
 
 
-def _required(parts: Parts) -> list[str]:
+def _required_names(parts: Parts) -> list[str]:
     return [
         name
         for factor in FACTORS
@@ -72,7 +72,7 @@ LOKR: Final = PeftKind(
     pairs=Pairs(
         tuple(f"{factor}{end}" for factor in FACTORS for end in ("", "_a", "_b")),
         _make,
-        required=_required,
+        required=_required_names,
         trained_rank=_trained_rank,
     ),
 )

@@ -3,7 +3,7 @@
 import re
 from typing import Any, Final
 
-from builder_service.domain.kinds import KINDS, kind_of
+from builder_service.domain.kinds import kind_of, load_kinds
 from builder_service.domain.peft_kinds.lora import LORA
 from loramux_shared.bundle.manifest import MAX_INVOCATION
 from loramux_shared.faults import Finding
@@ -56,7 +56,7 @@ def refusals(fields: dict[str, Any]) -> list[Finding]:
     if kind is None:
         fix = "Only what amounts to LoRA can be served beside a base. " + _MERGE
         peft_type = quoted(fields.get("peft_type"))
-        return [_refused("E_NOT_LORA", "peft_type", f"one of {', '.join(KINDS)}", peft_type, fix)]
+        return [_refused("E_NOT_LORA", "peft_type", f"one of {', '.join(load_kinds())}", peft_type, fix)]
     if own := kind.refusals(fields):
         return own
     if kind is not LORA and (set_too := [key for key in _OF_LORA if fields.get(key) not in _UNSET]):

@@ -78,7 +78,7 @@ def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
     assert run_engine(world.load(world.built()), [("vera", PROMPT)], NEW) == [expected]
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS.values(), ids=list(kinds.KINDS))
+@pytest.mark.parametrize("kind", kinds.KINDS, ids=lambda kind: kind.peft_type)
 def test_modules_that_a_config_does_not_name_are_those_of_peft(kind: PeftKind) -> None:
     """The default modules are those of the installed PEFT, for every served architecture."""
     table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind.peft_type}_TARGET_MODULES_MAPPING")

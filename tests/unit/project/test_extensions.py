@@ -1,7 +1,10 @@
 """Ports: entries of other packages are found through entry points, and never needed."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
@@ -44,6 +47,39 @@ def test_entries_of_a_port_are_found_by_name(
         registered("dish", int)
     with pytest.raises(SettingsInvalid, match="that brings plate, found none"):
         required("plate", int, "supper")
+
+
+PORTS_OF_A_BUILDER = ("adapter_kind", "family", "weight_format")
+LOADS_OF_PORTS = """
+import builder_service.builder
+from builder_service.domain.kinds import load_kinds
+from loramux_shared.bases.families import load_families
+from loramux_shared.bases.formats import load_formats
+from loramux_shared.faults import SettingsInvalid
+
+for load in (load_kinds, load_families, load_formats):
+    try:
+        load()
+    except SettingsInvalid as fault:
+        print(fault.message)
+"""
+
+
+def test_a_broken_package_is_named_where_its_entry_is_asked_for(tmp_path: Path) -> None:
+    """A builder is imported without it, and loading the entries of its ports names the package."""
+    info = tmp_path / "others-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    points = "".join(f"{port}.mu = raising:entry\n" for port in PORTS_OF_A_BUILDER)
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{points}")
+    (tmp_path / "raising.py").write_text("raise OSError('no such driver')\n")
+    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "shared")))
+    command = [sys.executable, "-c", LOADS_OF_PORTS]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    refusals = [line for line in done.stdout.splitlines() if "'mu' cannot be imported: OSError" in line]
+    assert len(refusals) == len(PORTS_OF_A_BUILDER), done
 
 
 COMES_WITH = {
