@@ -64,9 +64,11 @@ def tool_parser_of(word: object) -> str:
     """Return a `ToolParser`, or the name of a format that a package registers, by a word; raise
     PydanticKnownError for other words.
     """
-    registered = names("tool_format")
-    if isinstance(word, str) and word in (*ToolParser, *registered):
-        return ToolParser(word) if word in set(ToolParser) else word
+    if isinstance(word, str) and word in set(ToolParser):
+        return ToolParser(word)
+    registered = names("tool_format")  # which reads the metadata of all packages
+    if isinstance(word, str) and word in registered:
+        return word
     *others, last = (repr(str(name)) for name in (*ToolParser, *registered))
     raise PydanticKnownError("enum", {"expected": f"{', '.join(others)} or {last}"})
 

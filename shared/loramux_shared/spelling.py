@@ -36,12 +36,12 @@ def parse_repository(text: str, folder: Path | None = None) -> Repository:
     try:
         if path:
             return Repository(source=SourceKind.LOCAL, repo=str(path))
-        for entry in addressed_sources():
-            if address.startswith(entry.scheme) and len(address) > len(entry.scheme):
-                return Repository(source=entry.kind, repo=address, subfolder=subfolder)
         if hub := _HUB.fullmatch(address.removeprefix("hf:")):
             revision = hub["revision"] or ""
             return Repository(source=SourceKind.HF, repo=hub["repo"], revision=revision, subfolder=subfolder)
+        for entry in addressed_sources():
+            if address.startswith(entry.scheme) and len(address) > len(entry.scheme):
+                return Repository(source=entry.kind, repo=address, subfolder=subfolder)
     except ValueError as error:  # pydantic's: a subfolder that leads outside, a name that is no UTF-8
         raise _no_repository(text) from error
     raise _no_repository(text)

@@ -88,7 +88,7 @@ class Demand:
             grammar = self._grammar(self._form, tools, several=True)
         except SchemaUnsupportedError as error:
             if strict:
-                raise self._unsupported(error, "strict") from None
+                raise self._fault_of_schema(error, "strict") from None
             return _no_constraint
         if grammar is None or not (strict or (grammar.begin and not grammar.narrow)):
             return _no_constraint
@@ -111,7 +111,7 @@ class Demand:
         try:
             grammar = self._grammar(self._form, tools, several=several)
         except SchemaUnsupportedError as error:
-            raise self._unsupported(error, constraint.where) from None
+            raise self._fault_of_schema(error, constraint.where) from None
         if grammar is None:
             return partial(self.behind_reasoning, constraint)
         choice = f"({self._final} @answer | {self._calls(grammar)})"
@@ -152,7 +152,7 @@ class Demand:
         more = f" ({between}{begin} call){{0,{grammar.most - 1}}}" if grammar.most > 1 else ""
         return f"{begin} call{more}"
 
-    def _unsupported(self, error: SchemaUnsupportedError, asks: str) -> RequestInvalid:
+    def _fault_of_schema(self, error: SchemaUnsupportedError, asks: str) -> RequestInvalid:
         finding = Finding(
             code="E_CONSTRAINT",
             where=WHERE,
@@ -313,13 +313,13 @@ class Conversation:
         """Return what begins with the constraint of the answers; None: there is none."""
         demand, several = Demand(self._dialect, text), not self._chat.one_call
         if self._chat.forced:
-            tools = [_offered(tool) for tool in self._tools]
+            tools = [_tool_for_grammar(tool) for tool in self._tools]
             grammar = demand.form(tools, several=several)
             if grammar is None:
                 self._dialect = replace(self._dialect, tool=ToolParser.LLAMA3_JSON)  # which has no marks
             return lambda: partial(demand.calls, tools, grammar)
         strict = [tool.name for tool in self._tools if tool.strict]
-        tools = [_offered(tool, any_arguments=not tool.strict) for tool in self._tools]
+        tools = [_tool_for_grammar(tool, any_arguments=not tool.strict) for tool in self._tools]
         constraint = self._chat.constraint
         if tools:
             if constraint is not None:
@@ -359,6 +359,6 @@ class Conversation:
         return not (self._chat.one_call and isinstance(piece, CallBegun | CallArguments) and piece.index)
 
 
-def _offered(tool: ChatTool, *, any_arguments: bool = False) -> OfferedTool:
+def _tool_for_grammar(tool: ChatTool, *, any_arguments: bool = False) -> OfferedTool:
     """Return a tool as a grammar knows it, with its schema or with any arguments."""
     return OfferedTool(tool.name, ANY_ARGUMENTS if any_arguments else tool.parameters or ANY_ARGUMENTS)
