@@ -7,9 +7,12 @@ import traceback
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loramux_shared.faults import DeadlineExceeded, Fault, SettingsInvalid, Status
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 
 class Exit(IntEnum):
@@ -83,3 +86,13 @@ def tell_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
     except OSError:
         line += ". Please report it."
     sys.stderr.write(f"{line}\n")
+
+
+def tell_unraisable(failed: "UnraisableHookArgs") -> None:
+    """Print what a finalizer raised, unless Ctrl-C is the cause; for ``sys.unraisablehook``.
+
+    An object whose making Ctrl-C ended lacks attributes that its ``__del__`` reads: gRPC's calls do.
+    """
+    unfinished = getattr(failed.object, "__name__", "") == "__del__" and failed.exc_type is AttributeError
+    if not unfinished and failed.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(failed)

@@ -15,7 +15,7 @@ from loramux.cli.change import add, push, remove
 from loramux.cli.chat import chat
 from loramux.cli.check import check
 from loramux.cli.doctor.command import doctor
-from loramux.cli.exits import tell_uncaught
+from loramux.cli.exits import tell_uncaught, tell_unraisable
 from loramux.cli.gc import gc
 from loramux.cli.import_bundle import import_bundle
 from loramux.cli.kernels import kernels
@@ -124,6 +124,7 @@ def usual(words: Sequence[str]) -> list[str]:
 def main() -> None:
     """Run the command line; `loramux.cli.exits` has the exit codes."""
     sys.excepthook = tell_uncaught
+    sys.unraisablehook = tell_unraisable
     if isinstance(sys.stdout, TextIOWrapper):  # answers have characters that not every terminal has
         sys.stdout.reconfigure(errors="backslashreplace")
     typer.main.get_command(app)(usual(sys.argv[1:]), prog_name="loramux")

@@ -16,7 +16,7 @@ import pytest
 
 from loramux.cli.build_view import BuildLines
 from loramux.cli.documents import jsonable
-from loramux.cli.exits import Exit, exit_of, state_dir, tell_uncaught
+from loramux.cli.exits import Exit, exit_of, state_dir, tell_uncaught, tell_unraisable
 from loramux.cli.local import services
 from loramux.cli.local.tree import important
 from loramux.cli.main import usual
@@ -246,6 +246,29 @@ def test_an_error_of_ours_is_one_line_and_a_file(tmp_path: Path, monkeypatch, ca
     [line] = capsys.readouterr().err.splitlines()
     assert line == f"error: INTERNAL: ZeroDivisionError: one half. Please report it with {file}."
     assert "ZeroDivisionError" in file.read_text()
+
+
+@pytest.mark.parametrize(("made", "line"), [(False, ""), (True, "ValueError: not ours\n")])
+def test_finalizers_after_ctrl_c_say_nothing(
+    made: bool, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A call whose making was interrupted goes without a word; what other finalizers raise is printed."""
+
+    class Call:
+        state: bool
+
+        def __del__(self) -> None:
+            if self.state:
+                raise ValueError("not ours")
+
+    monkeypatch.setattr(sys, "unraisablehook", tell_unraisable)
+    call = Call.__new__(Call)
+    if made:
+        call.state = True
+    del call
+    errors = capsys.readouterr().err
+    assert errors.endswith(line)
+    assert bool(errors) == made
 
 
 def test_what_the_system_refuses_is_no_mistake_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
