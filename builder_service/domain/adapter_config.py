@@ -96,10 +96,11 @@ class AdapterConfig:
     def scale_of(self, module: str, rank: int) -> float:
         """Return alpha/r, or alpha/sqrt(r) with rsLoRA, with the module's own alpha and its own rank.
 
-        The rank is that of the training; 0 where the tensors do not show it.
+        The rank is that of the training; 0 where the tensors do not show it. The scale is 1 where the config
+        does not say the rank either, which only one that is refused does.
         """
-        ranks = self.ranks_of(module) or (rank,)
-        return self.kind.scale(self.alphas_of(module)[0], rank or ranks[0], self.rank, self.use_rslora)
+        known = rank or next(iter(self.ranks_of(module)), 0)
+        return self.kind.scale(self.alphas_of(module)[0], known, self.rank, self.use_rslora) if known else 1.0
 
     def indices_of(self, module: str) -> tuple[int, ...]:
         """Return the tokens that rows of a module of the base are trained of, in the order of the rows."""

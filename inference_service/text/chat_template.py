@@ -59,8 +59,8 @@ class ChatTemplate:
         }
         rendered = _RENDERERS.ask(self.source, {"source": self.source, "variables": variables})
         answer = await asyncio.wrap_future(rendered)
-        if "error" in answer:
-            finding = Finding(code="E_MESSAGES", where="messages", found=answer["error"])
+        if "text" not in answer:
+            finding = Finding(code="E_MESSAGES", where="messages", found=answer.get("error", "no text"))
             raise RequestInvalid("the chat template refuses the messages.", [finding])
         return _before(mark, answer["text"]) if mark else answer["text"]
 

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from inference_service.engine.models.gguf import read_gguf
 from loramux_shared.bases.files import GGUF
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import require_deployment
@@ -28,6 +29,7 @@ from loramux_shared.gguf.header import read_header
 from loramux_shared.gguf.tokenizer import SPACE, tokenizer_json
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.fuzz import ggufs
 from tests.support import tiny
 from tests.support.cases import cases
 from tests.support.gguf_files import add_tokenizer, write_gguf
@@ -130,10 +132,12 @@ def test_a_header_makes_no_more_memory_than_a_vocabulary_needs(tmp_path: Path, d
 def test_the_header_of_a_large_file_is_not_read_without_end(tmp_path: Path) -> None:
     """Many arrays that are each within the bounds end at the bound of all of them; so do many texts."""
     path = tmp_path / "a.gguf"
-    path.write_bytes(header_of(*[("Q1sIIQ1000000x", (1, b"x", 9, 0, 1_000_000))] * 3, entries=3))
-    with pytest.raises(CheckpointInvalid, match="x has 1000000 values"):
+    arrays = [("Q1sIIQ1000000x", (1, key.encode(), 9, 0, 1_000_000)) for key in "xyz"]
+    path.write_bytes(header_of(*arrays, entries=3))
+    with pytest.raises(CheckpointInvalid, match="z has 1000000 values"):
         read_header(path)
-    path.write_bytes(header_of(*[("Q1sIQ1048576x", (1, b"x", 8, 1 << 20))] * 65, entries=65))
+    texts = [("Q1sIQ1048576x", (1, bytes([key]), 8, 1 << 20)) for key in range(65)]
+    path.write_bytes(header_of(*texts, entries=65))
     with pytest.raises(CheckpointInvalid, match="more than 67108864 bytes"):
         read_header(path)
 
@@ -166,6 +170,60 @@ def test_texts_that_are_used_are_utf_8(tmp_path: Path, key: bytes) -> None:
     path.write_bytes(header_of(("Q1sIIQQ2s", (1, b"x", 9, 8, 1, 2, b"\xe9x"))) + bytes(64))
     with pytest.raises(CheckpointInvalid, match="x: expected UTF-8"):
         read_header(path).array("x", str)
+
+
+ONE, LLAMA3, _, PIECES = ggufs.PARTS
+LONG = ["a" * length for length in range(1, 900)]
+
+
+def with_entries(parts: ggufs.GgufParts, *entries: ggufs.Entry) -> ggufs.GgufParts:
+    """Return the parts with other entries of their keys."""
+    keys = {key for key, _, _ in entries}
+    return replace(parts, entries=(*(each for each in parts.entries if each[0] not in keys), *entries))
+
+
+def with_tensor(name: str, *sizes: int) -> ggufs.GgufParts:
+    return replace(ONE, places=(*ONE.places, (name, sizes, 0, len(ONE.data))), data=ONE.data + bytes(128))
+
+
+HOSTILE = {
+    "a key twice": (replace(ONE, entries=(*ONE.entries, ONE.entries[0])), r"general\.architecture is there twice"),
+    "a tensor without values": (with_tensor("output.weight", 0, 2**63), "no whole blocks"),
+    "a tensor of no dimension": (with_tensor("output.weight"), "no whole blocks"),
+    "a tensor without a dot": (with_tensor("x", 32), "the tensor x is none of llama"),
+    "endless heads": (with_entries(LLAMA3, ("llama.attention.key_length", 10, 2**62)), "expected 2305843"),
+    "factors of zeros": (replace(LLAMA3, data=bytes(len(LLAMA3.data))), "expected 4 factors"),
+    "no frequencies": (with_entries(LLAMA3, ("llama.rope.freq_base", 6, 0.0)), "expected 4 factors"),
+    "true for a token": (with_entries(ONE, ("tokenizer.ggml.bos_token_id", 7, True)), "expected one of 5 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_that_lies_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    """A file that contradicts itself is refused before what it says is reckoned with."""
+    parts, expected = HOSTILE[name]
+    path = tmp_path / "a.gguf"
+    path.write_bytes(parts.pack())
+    with pytest.raises(CheckpointInvalid, match=rf"a\.gguf: .*{expected}"):
+        ggufs.judge(path)
+    with pytest.raises(CheckpointInvalid):
+        read_gguf(path)
+        small_files(read_header(path))
+
+
+def test_merges_take_no_more_memory_than_those_of_a_vocabulary(tmp_path: Path) -> None:
+    """Tokens of which each is cut into others at each of its characters are refused: 400 KB were 180 MB of text."""
+    count = len(LONG)
+    parts = with_entries(
+        PIECES,
+        ("tokenizer.ggml.tokens", 9, (8, LONG)),
+        ("tokenizer.ggml.token_type", 9, (5, [1] * count)),
+        ("tokenizer.ggml.scores", 9, (6, [-1.0] * count)),
+    )
+    path = tmp_path / "a.gguf"
+    path.write_bytes(parts.pack())
+    with pytest.raises(CheckpointInvalid, match="more merges than any vocabulary has"):
+        tokenizer_json(read_header(path))
 
 
 def test_scaled_positions_follow_from_the_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.untrusted_json import MAX_SHARD_TENSORS, of_tensors, parse_json
+from loramux_shared.untrusted_json import MAX_SHARD_TENSORS, excerpt, of_tensors, parse_strict_json
 
 TYPES: Final = {
     "BF16": torch.bfloat16,
@@ -33,6 +33,9 @@ TYPES: Final = {
 OTHERS: Final = {"I16": "int16", "F64": "float64"}
 """Names that people know of some that are not."""
 MAX_HEADER: Final = 100 << 20
+MAX_DIMS: Final = 8
+MAX_ELEMENTS: Final = 1 << 48
+"""Most elements of a tensor, sizes of 0 taken for 1: torch multiplies them in 64 bits."""
 PIECE: Final = 1 << 20
 
 
@@ -58,11 +61,11 @@ def read_shard(path: Path) -> Shard:
         reader = ShardReader(file)
         for name, (dtype, shape, size) in _header(reader, os.fstat(file.fileno()).st_size).items():
             if dtype not in TYPES:
-                others[name] = OTHERS.get(dtype, dtype)
+                others[name] = OTHERS.get(dtype, excerpt(dtype))
                 reader.skip(size)
                 continue
             if math.prod(shape) * TYPES[dtype].itemsize != size:
-                raise ShardInvalid(f"{name} has {size} bytes, which is not what shape {shape} takes")
+                raise ShardInvalid(f"{excerpt(name, 200)} has {size} bytes, which is not what shape {shape} takes")
             data = torch.empty(size, dtype=torch.uint8)
             reader.fill(memoryview(data.numpy().data))
             tensors[name] = data.view(TYPES[dtype]).view(shape)
@@ -115,19 +118,21 @@ def _header(reader: ShardReader, file_size: int) -> dict[str, tuple[str, list[in
     if length > min(MAX_HEADER, file_size):
         raise ShardInvalid(f"a header of {length} bytes in a file of {file_size}")
     try:
-        table: dict[str, Any] = parse_json(reader.take(length), of_tensors(MAX_SHARD_TENSORS))
+        table: dict[str, Any] = parse_strict_json(reader.take(length), of_tensors(MAX_SHARD_TENSORS))
         table.pop("__metadata__", None)
         entries = []
         for name, each in table.items():
             begin, end = map(int, each["data_offsets"])
             entries.append((begin, end, name, str(each["dtype"]), [int(size) for size in each["shape"]]))
         entries.sort()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ShardInvalid("its header is no table of tensors") from error
     found, at = {}, 0
     for begin, end, name, dtype, shape in entries:
-        if begin != at or end < begin or any(size < 0 for size in shape):
-            raise ShardInvalid(f"{name} does not follow the tensor before it")
+        if begin != at or end < begin:
+            raise ShardInvalid(f"{excerpt(name, 200)} does not follow the tensor before it")
+        if len(shape) > MAX_DIMS or min(shape, default=0) < 0 or math.prod(s or 1 for s in shape) > MAX_ELEMENTS:
+            raise ShardInvalid(f"{excerpt(name, 200)} has {len(shape)} sizes that no tensor has")
         found[name] = (dtype, shape, end - begin)
         at = end
     if at > file_size:

@@ -12,6 +12,8 @@ from typing import Any, Final
 CPU_S: Final = 1.0
 """For one question."""
 MEMORY_BYTES: Final = 512 * 1024 * 1024
+MAX_ANSWER_BYTES: Final = 97 * 1024 * 1024
+"""Longest answer: a prompt of as many characters as `templates` renders, each two escapes of six bytes."""
 TOO_DEEP: Final = {"error": "it is too deeply nested, or too much in another way"}
 
 

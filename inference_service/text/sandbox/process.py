@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
-from inference_service.text.sandbox.loop import CPU_S, TOO_DEEP
+from inference_service.text.sandbox.loop import CPU_S, MAX_ANSWER_BYTES, TOO_DEEP
 from loramux_shared.process import python
+from loramux_shared.untrusted_json import JsonInvalid, parse_strict_json
 
 IDLE_S: Final = 60.0
 STILL_S: Final = 60.0
@@ -64,8 +65,11 @@ class SandboxProcess:
             process.kill()
             process.wait()
             return {"error": f"its sandbox did not answer for {self.still_s:g} s. Send the request again."}
-        if answer.endswith(b"\n"):  # else it ended before, or within it
-            return dict(json.loads(answer))  # noqa: TID251 - a process of ours answers
+        if answer.endswith(b"\n") or len(answer) > MAX_ANSWER_BYTES:  # else it ended before, or within it
+            if (found := read_answer(answer)) is None:
+                process.kill()
+                process.wait()
+            return _GARBLED if found is None else found
         status = process.wait()
         if status == -signal.SIGPROF:
             return {"error": f"it takes more than {self._cpu_s:g} s"}
@@ -74,7 +78,7 @@ class SandboxProcess:
         return None if status == 0 else TOO_DEEP
 
     def _answer(self, process: subprocess.Popen[bytes], line: bytes) -> bytearray:
-        """Write a line and read one, or what the process wrote before its end.
+        """Write a line and read one, or what the process wrote before its end or beyond the bound.
 
         Raises:
             BrokenPipeError: it had ended before.
@@ -85,7 +89,7 @@ class SandboxProcess:
         ours, theirs = process.stdin.fileno(), process.stdout.fileno()
         os.set_blocking(ours, False)
         until_s, left, answer = time.monotonic() + self.still_s, memoryview(line), bytearray()
-        while not answer.endswith(b"\n"):
+        while not answer.endswith(b"\n") and len(answer) <= MAX_ANSWER_BYTES:
             ready = select.poll()
             ready.register(*((ours, select.POLLOUT) if left else (theirs, select.POLLIN)))
             if not ready.poll(max(0.0, until_s - time.monotonic()) * 1000):
@@ -99,7 +103,18 @@ class SandboxProcess:
         return answer
 
 
+def read_answer(line: bytes | bytearray) -> dict[str, str] | None:
+    """Return the answer that a line is; None for bytes that are none: a sandbox may have been taken over."""
+    try:
+        found = parse_strict_json(bytes(line)) if len(line) <= MAX_ANSWER_BYTES else None
+    except JsonInvalid:
+        return None
+    texts = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    return found if texts else None
+
+
 _LOST: Final = {"error": "the template's sandbox does not start; the server's log has the reason"}
+_GARBLED: Final = {"error": "its sandbox wrote something else than an answer, and was ended"}
 
 Query = tuple[Mapping[str, Any], "Future[dict[str, str]]"]
 

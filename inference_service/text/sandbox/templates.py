@@ -5,6 +5,7 @@ Question: ``{"source": ..., "variables": {...} or null}`` (null: only compile); 
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import lru_cache
@@ -21,16 +22,8 @@ from inference_service.text.sandbox.loop import serve
 
 MAX_CHARS: Final = 8 * 1024 * 1024
 """Most characters of a rendered prompt."""
-WHAT_TEMPLATES_RAISE: Final = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
+MAX_CACHED_CHARS: Final = 1 << 16
+"""Longest template that stays compiled, in 15 bytes for a character: long ones would take the memory of others."""
 
 
 class GenerationTag(Extension):
@@ -92,6 +85,13 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+def compiler() -> Callable[[str], jinja2.Template]:
+    """Return what compiles a template, or gives the one that it compiled before."""
+    fresh = environment().from_string
+    cached = lru_cache(maxsize=64)(fresh)
+    return lambda source: (fresh if len(source) > MAX_CACHED_CHARS else cached)(source)
+
+
 def answer(
     compiled: Callable[[str], jinja2.Template], source: str, variables: Mapping[str, Any] | None
 ) -> dict[str, str]:
@@ -100,7 +100,9 @@ def answer(
         template = compiled(source)
         text = "" if variables is None else template.render(**variables)
         text.encode()  # a template, or the JSON in a message, can spell half a character
-    except WHAT_TEMPLATES_RAISE as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a template's own code raises, and so do filters that it calls
         return {"error": f"{error}"[:500].encode(errors="replace").decode() or type(error).__name__}
     if len(text) > MAX_CHARS:
         return {"error": f"the prompt has {len(text)} characters, at most {MAX_CHARS}"}
@@ -108,8 +110,9 @@ def answer(
 
 
 def main() -> None:
-    """Answer until stdin ends."""
-    compiled = lru_cache(maxsize=64)(environment().from_string)
+    """Answer until stdin ends; what Python thinks of a template's code is not for the server's log."""
+    warnings.simplefilter("ignore")
+    compiled = compiler()
     serve(lambda question: answer(compiled, question["source"], question["variables"]))
 
 

@@ -114,7 +114,7 @@ class ModuleRow(Model):
     """0 where it has vectors alone."""
     in_features: int = Field(ge=1)
     out_features: int = Field(ge=1)
-    scale: float
+    scale: float = Field(allow_inf_nan=False)
     """alpha/r or alpha/sqrt(r); folded into B already."""
     norm_a: float = Field(ge=0, allow_inf_nan=False)
     """Frobenius norm of A as stored; like the other two, see `builder_service.domain.rules.values`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
@@ -27,6 +28,10 @@ from loramux_shared.bundle.npy import NUMPY_TYPES, Array, Bytes, read_config, re
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import ObjectMissing, Store
+from loramux_shared.untrusted_json import excerpt
+
+LONGEST_SHOWN: Final = 400
+"""Characters of a value in a message."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def read_bundle(store: Store, digest: str) -> Bundle:
 def files_of(manifest: Manifest, digest: str) -> tuple[str, ...]:
     """Return the files of a bundle beside its manifest; raise BundleCorrupt where one is missing or unknown."""
     if unknown := sorted(manifest.files.keys() - {*manifest.npy_files, *ALL_TEXTS}):
-        raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected no file {unknown[0]!r}")
+        raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected no file {excerpt(unknown[0])!r}")
     for name in manifest.npy_files:
         _expected(manifest.files, name, digest)
     return *manifest.npy_files, *texts_of(manifest)
@@ -261,7 +266,7 @@ def _check_rows(rows: Sequence[ModuleRow], table: Array, columns: Array, what: s
         length = row.elements
         if length > table.shape[1]:
             raise BundleCorrupt(
-                f"{what}: row {index}: expected {length} elements for {row}, found {table.shape[1]}"
+                f"{what}: row {index}: expected at least {excerpt(str(length))} elements, found {table.shape[1]}"
             )
         if np.count_nonzero(values[index, length * size :]):
             raise BundleCorrupt(
@@ -278,7 +283,8 @@ def _row(row: ModuleRow, values: Array) -> BundleRow:
 
 def _expect(found: object, expected: object, what: str) -> None:
     if found != expected:
-        raise BundleCorrupt(f"{what}: expected {expected}, found {found}. {REBUILD}")
+        shown = [excerpt(str(each), LONGEST_SHOWN) for each in (expected, found)]
+        raise BundleCorrupt(f"{what}: expected {shown[0]}, found {shown[1]}. {REBUILD}")
 
 
 def read_file(store: Store, digest: str, name: str, size: int | None = None) -> bytes:

@@ -120,7 +120,7 @@ def _json(content: Mapping[str, Any]) -> str:
 
 def _token(header: GgufHeader, use: str, count: int) -> int | None:
     number = header.fields.get(f"tokenizer.ggml.{use}_token_id")
-    if number is not None and not (isinstance(number, int) and 0 <= number < count):
+    if number is not None and not (type(number) is int and 0 <= number < count):
         raise header.invalid(
             f"tokenizer.ggml.{use}_token_id: expected one of {count} tokens, found {number!r:.80}."
         )
@@ -168,7 +168,7 @@ def rows_of_head(header: GgufHeader, name: str) -> int | None:
     Raises:
         CheckpointInvalid: the rows are not those of the heads.
     """
-    part = name.split(".")[-2]
+    part = name.rpartition(".")[0].rpartition(".")[2]
     if part not in ("attn_q", "attn_k") or not architecture_of(header).turned:
         return None
     arch, rows = header.text("general.architecture"), header.tensors[name].shape[0]
@@ -278,6 +278,8 @@ def _llama3(header: GgufHeader, base: float, head_dim: int) -> dict[str, Any]:
     Raises:
         CheckpointInvalid: they follow from another one.
     """
+    if len(header.factors) != head_dim // 2 or not all(0 < each < math.inf for each in header.factors) or base < 1:
+        raise header.invalid(f"{FREQUENCIES}: expected {head_dim // 2} factors, and a base of frequencies.")
     factor = float(f"{max(header.factors, default=1.0):.5g}")
     low, high, original = LLAMA3.values()
     expected = []
@@ -285,7 +287,6 @@ def _llama3(header: GgufHeader, base: float, head_dim: int) -> dict[str, Any]:
         turns = original * base ** (-2 * place / head_dim) / (2 * math.pi)
         smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
         expected.append(1 / ((1 - smooth) / factor + smooth))
-    pairs = zip(expected, header.factors, strict=False)
-    if len(header.factors) != len(expected) or any(abs(a - b) > CLOSE * a for a, b in pairs):
+    if any(abs(a - b) > CLOSE * a for a, b in zip(expected, header.factors, strict=True)):
         raise header.invalid(f"{FREQUENCIES}: expected the factors of Llama 3.1, found others.")
     return {"rope_type": "llama3", "factor": factor, **LLAMA3}

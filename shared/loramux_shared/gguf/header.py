@@ -137,7 +137,7 @@ def read_header(path: Path) -> GgufHeader:
         if max(counts) > MAX_ENTRIES:
             raise reader.invalid(f"{max(counts)} entries in its header: it is damaged.")
         tensors, entries = counts
-        fields = dict(reader.entry() for _ in range(entries))
+        fields = reader.entries(entries)
         places = [reader.tensor() for _ in range(tensors)]
         header = GgufHeader(path.name, fields, {}, [])
         parts = fields.get("split.count", 1)
@@ -162,8 +162,8 @@ def _check_types(header: GgufHeader, places: list[tuple[str, TensorPlace]]) -> N
             "Quantise the model to Q4_K_M or Q8_0."
         )
     for name, place in places:
-        if not place.shape or place.shape[-1] % SIZES[place.type][0]:
-            raise header.invalid(f"{name}: rows of {place.shape[-1:]} are no whole blocks of {place.type}.")
+        if 0 in (place.shape or [0]) or place.shape[-1] % SIZES[place.type][0]:
+            raise header.invalid(f"{name}: shape {place.shape} has no whole blocks of {place.type}.")
 
 
 def _place(header: GgufHeader, places: list[tuple[str, TensorPlace]], reader: _HeaderReader) -> None:
@@ -223,11 +223,16 @@ class _HeaderReader:
             raise self.invalid(f"the name {name!r} is not UTF-8. Convert the model again.")
         return name
 
-    def entry(self) -> tuple[str, Any]:
-        """Return the next key of the metadata, and its value."""
-        key = self.name()
-        [kind] = self.numbers("I")
-        return key, self._values(key, kind, 1)[0] if kind != ARRAY else self._array(key)
+    def entries(self, count: int) -> dict[str, Any]:
+        """Return the metadata, whose entries are so many."""
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.name()
+            if key in found:
+                raise self.invalid(f"{key} is there twice.")
+            [kind] = self.numbers("I")
+            found[key] = self._values(key, kind, 1)[0] if kind != ARRAY else self._array(key)
+        return found
 
     def _array(self, key: str) -> list[Any]:
         kind, count = self.numbers("IQ")

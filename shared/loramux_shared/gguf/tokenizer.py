@@ -24,6 +24,10 @@ COMPOSED: Final = frozenset({"qwen2", "deepseek-r1-qwen"})
 WHOLE_WORDS: Final = frozenset({"llama-bpe", "llama3"})
 """Those that take a word that is a token as it is, without merging."""
 SPACE: Final = "\u2581"
+MERGE_CHARS: Final = 16
+"""Characters that a merge takes in ``tokenizer.json`` beside its own."""
+MAX_MERGED: Final = 1 << 25
+"""Characters of all merges that follow from scores: the largest vocabularies have 5e5, of some ten characters each."""
 
 
 def tokenizer_json(header: GgufHeader) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], kinds: list[int]) -> d
     if len(scores) != len(tokens):
         raise header.invalid(f"{len(tokens)} tokens, and scores of {len(scores)}: they contradict each other.")
     vocab = {token: number for number, token in enumerate(tokens)}
-    pairs = []
+    pairs, left_over = [], MAX_MERGED
     for number, token in enumerate(tokens):
         if kinds[number] not in (NORMAL, USER_DEFINED):
             continue
@@ -100,6 +104,9 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], kinds: list[int]) -> d
             left, right = vocab.get(token[:at]), vocab.get(token[at:])
             if left is not None and right is not None:
                 pairs.append((-scores[number], left, right))
+                left_over -= len(token) + MERGE_CHARS
+        if left_over < 0:
+            raise header.invalid("tokenizer.ggml.tokens: more merges than any vocabulary has: it is damaged.")
     merges = [(tokens[left], tokens[right]) for _, left, right in sorted(pairs)]
     spaces = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     if header.fields.get("tokenizer.ggml.add_space_prefix", True):
@@ -133,7 +140,7 @@ def _begin(header: GgufHeader, tokens: list[str], *, default: bool) -> dict[str,
     """Return what puts the token of the beginning before a text; None where nothing does."""
     number = header.fields.get("tokenizer.ggml.bos_token_id")
     adds = header.fields.get("tokenizer.ggml.add_bos_token", default)
-    if not adds or not isinstance(number, int) or not 0 <= number < len(tokens):
+    if not adds or type(number) is not int or not 0 <= number < len(tokens):
         return None
     token = tokens[number]
     first = [{"SpecialToken": {"id": token, "type_id": 0}}]

@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from inference_service.text import chat_template
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.sandbox import templates as rendering
+from inference_service.text.sandbox.loop import MAX_ANSWER_BYTES
 from inference_service.text.sandbox.process import SandboxPool, SandboxProcess
 from loramux_shared.faults import CheckpointInvalid, RequestInvalid
 from tests.support.cases import cases
@@ -169,6 +170,38 @@ async def test_a_template_that_hides_the_last_message_cannot_go_on_with_it() -> 
     template = ChatTemplate("{% for m in messages[:-1] %}<{{ m.content }}>{% endfor %}", {})
     with pytest.raises(RequestInvalid, match="changes the last message"):
         await template.render([{"role": "user", "content": "Hi."}], continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "print([])",
+        "print('{}{}')",
+        "print('{\"text\": 1}')",
+        r"print('{\"text\": \"\\ud800\"}')",
+        "import os\nwhile True: os.write(1, b'x' * 2**20)",
+    ],
+    ids=["a list", "two", "no text", "half a character", "endless"],
+)
+def test_what_is_no_answer_ends_the_sandbox(program: str) -> None:
+    """A template that took its process over cannot make the service read something else than texts."""
+    process = SandboxProcess("templates")
+    process._command = (sys.executable, "-c", program)
+    assert "something else than an answer" in process.ask({})["error"]
+    assert process._process.poll() is not None
+
+
+def test_long_templates_are_compiled_again() -> None:
+    """A process remembers short templates alone: long ones of one adapter would take the memory of others."""
+    compiled = rendering.compiler()
+    assert compiled("hi") is compiled("hi")
+    long = "a" * (rendering.MAX_CACHED_CHARS + 1)
+    assert compiled(long) is not compiled(long)
+
+
+def test_the_longest_prompt_is_an_answer() -> None:
+    """A prompt of as many characters as may be is read, however many bytes they take."""
+    assert 12 * rendering.MAX_CHARS + 1000 < MAX_ANSWER_BYTES
 
 
 def test_a_process_that_does_not_start_is_no_deep_template(capfd: pytest.CaptureFixture[str]) -> None:

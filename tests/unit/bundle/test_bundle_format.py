@@ -36,6 +36,7 @@ from loramux_shared.deployment import Dtype, Model, ModelLimits, Repository, Res
 from loramux_shared.faults import BundleCorrupt, Finding
 from loramux_shared.runtime import Limits
 from loramux_shared.storage.local import LocalStore
+from tests.fuzz import bundles
 from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter, write_base
 from tests.support.cases import cases
 from tests.support.folders import context_of, deployment_of, run_build
@@ -219,6 +220,26 @@ def test_other_files_are_refused(data):
     """A file that is not exactly such an npy file is named corrupt, and nothing of it is used or unpickled."""
     with pytest.raises(BundleCorrupt, match="expected"):
         read_config(data, "config")
+
+
+@pytest.mark.parametrize(
+    ("said", "other", "expected"),
+    [
+        (b'"scale": 4.0', b'"scale": 1e999', "1 fields are missing or wrong"),
+        (b'"scale": 4.0', b'"scale": NaN', "1 fields are missing or wrong"),
+        (b'"model.lora_weights.npy"', b'"' + b"a" * 9999 + b'"', r"expected no file 'aaaa"),
+        (b'"attn_q"', b'"' + b"a" * 9999 + b'"', r"module: expected attn_q, found aaaa"),
+        (b'"in_features": 16', b'"in_features": 1' + b"0" * 4000, r"expected at least 2000000"),
+    ],
+    ids=["endless", "no number", "a file of a long name", "a module of a long name", "a long number"],
+)
+def test_a_manifest_that_lies_is_refused_in_few_words(said: bytes, other: bytes, expected: str) -> None:
+    """Numbers that JSON does not have are no scales, and what a manifest says is not repeated at length."""
+    bundle = bundles.seeds()[0]
+    assert said in bundle
+    with pytest.raises(BundleCorrupt, match=expected) as caught:
+        bundles.judge(bundle.replace(said, other, 1))
+    assert len(caught.value.message) < 1000
 
 
 def section(begin: str, end: str) -> str:

@@ -15,7 +15,7 @@ from builder_service.domain.rules.files import file_findings
 from builder_service.domain.rules.tensors import AdapterLimits
 from loramux_shared.bases.read import read_fields
 from loramux_shared.deployment import Dtype
-from tests.support.adapters import BASE_CONFIG, HIDDEN, tensors, write_adapter
+from tests.support.adapters import BASE_CONFIG, HIDDEN, key, tensors, write_adapter
 from tests.support.cases import cases
 
 ROOT = "base_model.model.model."
@@ -40,6 +40,14 @@ def test_what_acts_before_the_invocation_is_refused_beside_it(tmp_path, field):
     (name,) = field
     checked = check_adapter(write_adapter(tmp_path, alora_invocation_tokens=[1, 2], **field), book())
     assert f"adapter_config.json: {name}" in [f.where for f in checked.errors if f.code == "E_ALORA"]
+
+
+def test_a_config_that_is_refused_does_not_hide_what_tensors_without_a_rank_are(tmp_path):
+    """Whole factors of LoKr show no rank, and neither does a config that cannot be read: both are judged."""
+    name = key(0, "q_proj", "A").removesuffix("lora_A.weight")
+    factors = {f"{name}lokr_w{number}": np.ones((4, 4), np.float32) for number in (1, 2)}
+    config = {"peft_type": "LOKR", "alpha": 8, "lora_alpha": None, "r": -1}
+    assert codes(check_adapter(write_adapter(tmp_path, factors, **config), book())) == ["E_BAD_CONFIG"]
 
 
 def test_subfolder_is_suggested():
