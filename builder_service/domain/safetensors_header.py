@@ -179,28 +179,28 @@ def _check_metadata(metadata: Any) -> None:
 
 
 def _tensor(name: str, entry: Any, start: int) -> Tensor:
-    shown = excerpt(name, 200)
+    label = excerpt(name, 200)
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if len(entry) == 3:
             pass
         case _:
-            raise HeaderInvalid(f"{shown}: expected dtype, shape and data_offsets, and nothing else")
+            raise HeaderInvalid(f"{label}: expected dtype, shape and data_offsets, and nothing else")
     sizes = (*shape, begin, end)
     if len(shape) > MAX_DIMS or not all(type(value) is int and 0 <= value <= MAX_SIZE for value in sizes):
-        raise HeaderInvalid(f"{shown}: expected sizes and offsets, found something else")
+        raise HeaderInvalid(f"{label}: expected sizes and offsets, found something else")
     if dtype not in DTYPE_SIZES:
-        raise HeaderInvalid(f"{shown}: unknown dtype {dtype[:20]!r}")
+        raise HeaderInvalid(f"{label}: unknown dtype {dtype[:20]!r}")
     expected = math.prod(shape) * DTYPE_SIZES[dtype]
     if end - begin != expected:
-        raise HeaderInvalid(f"{shown}: expected {expected} bytes for {dtype} {shape}, found {end - begin}")
+        raise HeaderInvalid(f"{label}: expected {expected} bytes for {dtype} {shape}, found {end - begin}")
     return Tensor(name, dtype, tuple(shape), start + begin, expected)
 
 
 def _without_gaps(tensors: list[Tensor], start: int, size: int) -> None:
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
         if tensor.offset != start:
-            shown = excerpt(tensor.name, 200)
-            raise HeaderInvalid(f"{shown}: expected to begin at byte {start}, found {tensor.offset}")
+            label = excerpt(tensor.name, 200)
+            raise HeaderInvalid(f"{label}: expected to begin at byte {start}, found {tensor.offset}")
         start += tensor.size
     if start != size:
         raise HeaderInvalid(f"expected a file of {start} bytes, found {size}")

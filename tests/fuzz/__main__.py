@@ -6,7 +6,6 @@ below ``build/fuzz/``, and so is the one that broke a promise, which the last li
 
 import argparse
 import sys
-from pathlib import Path
 from random import Random
 
 import atheris
@@ -23,7 +22,9 @@ def main() -> None:
     parser.add_argument("target")
     parser.add_argument("--seconds", type=int, default=600)
     options = parser.parse_args()
-    with atheris.instrument_imports(include=["builder_service", "inference_service", "jinja2", "loramux_shared"]):
+    with atheris.instrument_imports(
+        include=["builder_service", "inference_service", "jinja2", "loramux_shared"]
+    ):
         from tests.fuzz.targets import TARGETS, opened  # what is imported here is followed
     target = TARGETS.get(options.target) or parser.error(f"TARGET is one of {', '.join(TARGETS)}")
     corpus = ROOT / "build" / "fuzz" / options.target
@@ -36,19 +37,21 @@ def main() -> None:
         made = target.case(rng) if rng.random() < 0.3 else atheris.Mutate(data, most)
         return made[:most]
 
-    limits = {"max_total_time": options.seconds, "timeout": TIMEOUT_S, "rss_limit_mb": MEMORY_MB, "max_len": 1 << 17}
+    limits = {
+        "max_total_time": options.seconds,
+        "timeout": TIMEOUT_S,
+        "rss_limit_mb": MEMORY_MB,
+        "max_len": 1 << 17,
+    }
     flags = [f"-{name}={value}" for name, value in limits.items()]
     flags += ["-print_final_stats=1", f"-artifact_prefix={corpus.parent}/{options.target}-"]
     with opened(options.target) as judge:
-        atheris.Setup([sys.argv[0], str(corpus), *flags], judge_of(judge), custom_mutator=mutate)
+
+        def judge_one(data: bytes) -> None:
+            judge(data)
+
+        atheris.Setup([sys.argv[0], str(corpus), *flags], judge_one, custom_mutator=mutate)
         atheris.Fuzz()
-
-
-def judge_of(judge):
-    def one(data: bytes) -> None:
-        judge(data)
-
-    return one
 
 
 if __name__ == "__main__":

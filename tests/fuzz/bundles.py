@@ -1,12 +1,12 @@
-"""Bundles as bytes: a manifest and files behind it, whose digests are put into the manifest before it is read."""
+"""Bundles as bytes: a manifest and files behind it, whose digests are put into it before it is read."""
 
 import io
 import json
 from functools import cache
+from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any, Final
-from pathlib import Path
 
 import numpy as np
 
@@ -54,7 +54,10 @@ def parts() -> tuple[Parts, ...]:
         bundle = run_build(deployment_of(folder, "a"), context).bundle("a")
     manifest = json.loads(bundle.manifest.to_bytes())
     files = {name: context.store.get(bundle_key(bundle.digest, name)) for name in manifest["files"]}
-    scored = manifest | {"score": {"num_labels": 2, "hidden_size": 3, "id2label": ["a", "b"]}, "format_version": 2}
+    scored = manifest | {
+        "score": {"num_labels": 2, "hidden_size": 3, "id2label": ["a", "b"]},
+        "format_version": 2,
+    }
     score = {SCORE_FILE: _npy(np.ones((1, 2, 3), np.float32))}
     replaced = {"module_id": 124, "module": "embedding", "tokens": [[1, 2], [5, 1]], "features": 4}
     with_rows = manifest | {"replaced": [replaced], "format_version": 2, "vocab": 40}
@@ -100,8 +103,8 @@ def judge(data: bytes) -> None:
     manifest, *files = data.split(CUT, len(FILES))
     store = MemoryStore()
     for number, file in enumerate(files):
-        told = json.dumps({"size": len(file), "sha256": sha256_hex(file)}).encode()
-        manifest = manifest.replace(f'"@{number}"'.encode(), told)
+        record = json.dumps({"size": len(file), "sha256": sha256_hex(file)}).encode()
+        manifest = manifest.replace(f'"@{number}"'.encode(), record)
     digest = sha256_hex(manifest)
     store.objects = {bundle_key(digest, name): file for name, file in zip(FILES, files, strict=False)}
     store.objects[bundle_key(digest, MANIFEST_FILE)] = manifest

@@ -12,7 +12,6 @@ import numpy as np
 from builder_service.domain.gguf_tensors import read_tensors
 from inference_service.engine.models.gguf import names_of, read_gguf
 from loramux_shared.bases.read import read_fields
-from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.gguf.files import small_files
 from loramux_shared.gguf.header import ALIGNMENT, ARRAY, FREQUENCIES, NUMBERS, SIZES, TEXT, TYPES, read_header
 from loramux_shared.gguf.tokenizer import SPACE
@@ -93,7 +92,9 @@ def _parts(arch: str, tokens: list[str], model: str, *more: Entry) -> GgufParts:
 
 def _with_factors(parts: GgufParts) -> GgufParts:
     factors = struct.pack("<4f", 1, 1, 1, 1)
-    return replace(parts, places=(*parts.places, (FREQUENCIES, (4,), 0, len(parts.data))), data=parts.data + factors)
+    return replace(
+        parts, places=(*parts.places, (FREQUENCIES, (4,), 0, len(parts.data))), data=parts.data + factors
+    )
 
 
 _MERGES: Final = ("tokenizer.ggml.merges", ARRAY, (TEXT, ["h e"]))
@@ -106,10 +107,18 @@ PARTS: Final = (
     _parts("llama", PIECES, "llama", ("tokenizer.ggml.scores", ARRAY, (FLOAT, [-1.0] * len(PIECES))),
            ("tokenizer.ggml.eos_token_id", UINT, 2), ("llama.attention.key_length", UINT, 8)),
 )  # fmt: skip
-NAMES: Final = ("rope_freqs.weight", "x", "weight", "blk.0.attn_q.weight", "blk.0.weight", "output.weight", "output.bias",
-                "blk.0.ffn_down.bias", "blk..attn_q.weight", "token_embd.weight", "blk.1.attn_k.bias")  # fmt: skip
-_SHAPES: Final = (
-    (0,), (0, 0), (2**63, 0), (0, 2**63), (2**32, 2**32), (2**64 - 1,) * 4, (), (1, 1, 1, 1), (1,) * 5, (32, 0), (32, 1), (32, 2**59),
+KEYS: Final = (
+    "general.alignment", "split.count", "llama.attention.key_length", "llama.rope.dimension_count",
+    "llama.attention.value_length", "tokenizer.ggml.add_bos_token", "llama.expert_count",
+    "tokenizer.ggml.padding_token_id", "llama.rope.scaling.original_context_length",
+)  # fmt: skip
+NAMES: Final = (
+    "rope_freqs.weight", "x", "weight", "blk.0.attn_q.weight", "blk.0.weight", "output.weight", "output.bias",
+    "blk.0.ffn_down.bias", "blk..attn_q.weight", "token_embd.weight", "blk.1.attn_k.bias",
+)  # fmt: skip
+SHAPES: Final = (
+    (0,), (0, 0), (2**63, 0), (0, 2**63), (2**32, 2**32), (2**64 - 1,) * 4, (), (1, 1, 1, 1), (1,) * 5,
+    (32, 0), (32, 1), (32, 2**59),
 )  # fmt: skip
 
 
@@ -137,18 +146,18 @@ def _other_entry(parts: GgufParts, rng: Random) -> GgufParts:
         case 1:
             entries[at:at] = [entries[at]]
         case 2:
-            key = rng.choice(("general.alignment", "split.count", "llama.attention.key_length", "llama.rope.dimension_count",
-                              "llama.attention.value_length", "tokenizer.ggml.add_bos_token", "llama.expert_count",
-                              "tokenizer.ggml.padding_token_id", "llama.rope.scaling.original_context_length"))  # fmt: skip
-            number = rng.choice((*NUMBERS,))
-            entries.append((key, number, rng.choice(LIMITS)))
+            entries.append((rng.choice(KEYS), rng.choice((*NUMBERS,)), rng.choice(LIMITS)))
         case 3 if kind == ARRAY:
             inner, values = value
             few = list(values)
             few[rng.randrange(len(few))] = rng.choice(TEXTS if inner == TEXT else LIMITS)
             entries[at] = key, kind, (inner, rng.choice((few, values[:-1], [*values, values[0]], [])))
         case 4:
-            entries[at] = key, ARRAY, rng.choice(((TEXT, ["a"]), (FLOAT, [float("nan")]), (ARRAY, [(UINT, [1])])))
+            entries[at] = (
+                key,
+                ARRAY,
+                rng.choice(((TEXT, ["a"]), (FLOAT, [float("nan")]), (ARRAY, [(UINT, [1])]))),
+            )
         case 5:
             entries[at] = key, TEXT, rng.choice(TEXTS)
         case _:
@@ -164,11 +173,11 @@ def _other_place(parts: GgufParts, rng: Random) -> GgufParts:
         case 0:
             del places[at]
         case 1:
-            places.append((rng.choice(NAMES), rng.choice(_SHAPES), rng.choice((0, 1, 8)), len(parts.data)))
+            places.append((rng.choice(NAMES), rng.choice(SHAPES), rng.choice((0, 1, 8)), len(parts.data)))
         case 2:
             places[at] = rng.choice((*NAMES, *TEXTS)), sizes, kind, offset
         case 3:
-            places[at] = name, rng.choice(_SHAPES), kind, offset
+            places[at] = name, rng.choice(SHAPES), kind, offset
         case 4:
             places[at] = name, sizes, rng.choice((*TYPES, 99)), offset
         case _:

@@ -7,10 +7,11 @@ import pytest
 from tests.fuzz.mutate import bounded, runs
 from tests.fuzz.targets import TARGETS, opened
 
+
 @pytest.mark.parametrize("cases", runs(100))
 @pytest.mark.parametrize("name", TARGETS)
 def test_any_bytes_are_taken_or_refused_by_name(name: str, cases: range) -> None:
-    """Bytes are what their writer writes or a refusal, in memory that their length bounds; valid ones are taken."""
+    """Bytes are taken or refused, in memory that their length bounds; valid ones are taken."""
     target = TARGETS[name]
     with opened(name) as judge, bounded() as watch:
         for number, seed in enumerate(target.seeds()):

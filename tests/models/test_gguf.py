@@ -187,14 +187,24 @@ def with_tensor(name: str, *sizes: int) -> ggufs.GgufParts:
 
 
 HOSTILE = {
-    "a key twice": (replace(ONE, entries=(*ONE.entries, ONE.entries[0])), r"general\.architecture is there twice"),
+    "a key twice": (
+        replace(ONE, entries=(*ONE.entries, ONE.entries[0])),
+        r"general\.architecture is there twice",
+    ),
     "a tensor without values": (with_tensor("output.weight", 0, 2**63), "no whole blocks"),
     "a tensor of no dimension": (with_tensor("output.weight"), "no whole blocks"),
     "a tensor without a dot": (with_tensor("x", 32), "the tensor x is none of llama"),
     "endless heads": (with_entries(LLAMA3, ("llama.attention.key_length", 10, 2**62)), "expected 2305843"),
     "factors of zeros": (replace(LLAMA3, data=bytes(len(LLAMA3.data))), "expected 4 factors"),
     "no frequencies": (with_entries(LLAMA3, ("llama.rope.freq_base", 6, 0.0)), "expected 4 factors"),
-    "true for a token": (with_entries(ONE, ("tokenizer.ggml.bos_token_id", 7, True)), "expected one of 5 tokens"),
+    "a long name": (
+        with_entries(ONE, ("tokenizer.ggml.model", 8, "a" * 9999)),
+        "the tokenizer 'a{79} is not supp",
+    ),
+    "true for a token": (
+        with_entries(ONE, ("tokenizer.ggml.bos_token_id", 7, True)),
+        "expected one of 5 tokens",
+    ),
 }
 
 
@@ -204,15 +214,21 @@ def test_a_file_that_lies_is_refused_by_name(tmp_path: Path, name: str) -> None:
     parts, expected = HOSTILE[name]
     path = tmp_path / "a.gguf"
     path.write_bytes(parts.pack())
-    with pytest.raises(CheckpointInvalid, match=rf"a\.gguf: .*{expected}"):
+    with pytest.raises(CheckpointInvalid, match=rf"a\.gguf: .*{expected}") as caught:
         ggufs.judge(path)
-    with pytest.raises(CheckpointInvalid):
+    assert len(caught.value.message) < 400
+
+
+def test_a_tensor_of_another_name_is_refused_while_tensors_are_read(tmp_path: Path) -> None:
+    """A name without a dot is none of a layer."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(with_tensor("x", 32).pack())
+    with pytest.raises(CheckpointInvalid, match="the tensor x is none of llama"):
         read_gguf(path)
-        small_files(read_header(path))
 
 
 def test_merges_take_no_more_memory_than_those_of_a_vocabulary(tmp_path: Path) -> None:
-    """Tokens of which each is cut into others at each of its characters are refused: 400 KB were 180 MB of text."""
+    """Tokens of which each is cut into others at each of its characters are refused: 400 KB made 180 MB."""
     count = len(LONG)
     parts = with_entries(
         PIECES,

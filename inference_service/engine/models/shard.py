@@ -65,7 +65,9 @@ def read_shard(path: Path) -> Shard:
                 reader.skip(size)
                 continue
             if math.prod(shape) * TYPES[dtype].itemsize != size:
-                raise ShardInvalid(f"{excerpt(name, 200)} has {size} bytes, which is not what shape {shape} takes")
+                raise ShardInvalid(
+                    f"{excerpt(name, 200)} has {size} bytes, which is not what shape {shape} takes"
+                )
             data = torch.empty(size, dtype=torch.uint8)
             reader.fill(memoryview(data.numpy().data))
             tensors[name] = data.view(TYPES[dtype]).view(shape)
@@ -131,7 +133,11 @@ def _header(reader: ShardReader, file_size: int) -> dict[str, tuple[str, list[in
     for begin, end, name, dtype, shape in entries:
         if begin != at or end < begin:
             raise ShardInvalid(f"{excerpt(name, 200)} does not follow the tensor before it")
-        if len(shape) > MAX_DIMS or min(shape, default=0) < 0 or math.prod(s or 1 for s in shape) > MAX_ELEMENTS:
+        if (
+            len(shape) > MAX_DIMS
+            or min(shape, default=0) < 0
+            or math.prod(s or 1 for s in shape) > MAX_ELEMENTS
+        ):
             raise ShardInvalid(f"{excerpt(name, 200)} has {len(shape)} sizes that no tensor has")
         found[name] = (dtype, shape, end - begin)
         at = end

@@ -23,7 +23,7 @@ from inference_service.text.sandbox.loop import serve
 MAX_CHARS: Final = 8 * 1024 * 1024
 """Most characters of a rendered prompt."""
 MAX_CACHED_CHARS: Final = 1 << 16
-"""Longest template that stays compiled, in 15 bytes for a character: long ones would take the memory of others."""
+"""Longest template that stays compiled, in 15 bytes a character: long ones would take the memory of others."""
 
 
 class GenerationTag(Extension):

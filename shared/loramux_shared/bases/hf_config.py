@@ -36,7 +36,7 @@ class HfConfig:
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CheckpointInvalid(
-                f"config.json: {self.at}{key}: expected a positive integer, found {value!r}. "
+                f"config.json: {self.at}{key}: expected a positive integer, found {value!r:.80}. "
                 "The base must be a decoder checkpoint in Hugging Face format."
             )
         return value
@@ -108,8 +108,8 @@ class HfConfig:
         if value not in served:
             names = ", ".join(json.dumps(item) for item in served)
             raise CheckpointInvalid(
-                f"config.json: {self.at}{key} {json.dumps(value)} is not supported for {self.architecture}; "
-                f"supported: {names}."
+                f"config.json: {self.at}{key} {json.dumps(value):.80} is not supported for "
+                f"{self.architecture}; supported: {names}."
             )
 
     def _get(self, key: str, default: Any) -> Any:
@@ -118,7 +118,7 @@ class HfConfig:
 
     def _unexpected(self, key: str, expected: str) -> CheckpointInvalid:
         return CheckpointInvalid(
-            f"config.json: {self.at}{key}: expected {expected}, found {self.fields.get(key)!r}."
+            f"config.json: {self.at}{key}: expected {expected}, found {self.fields.get(key)!r:.80}."
         )
 
 

@@ -32,7 +32,9 @@ def read_config(folder: Path, max_seq_len: int | None = None) -> ModelConfig:
         return model
     longest = (read_json(folder / SENTENCES) or {}).get("max_seq_length") or model.max_positions
     if not isinstance(longest, int) or longest < 1:
-        raise CheckpointInvalid(f"{SENTENCES}: max_seq_length: expected a positive integer, found {longest!r}.")
+        raise CheckpointInvalid(
+            f"{SENTENCES}: max_seq_length: expected a positive integer, found {longest!r:.80}."
+        )
     return replace(model, max_positions=min(longest, model.max_positions))
 
 
@@ -65,14 +67,14 @@ def _named(fields: Mapping[str, Any]) -> tuple[Architecture, Family]:
         near = nearest(name.partition("For")[0], {known.partition("For")[0] for known in families})
         meant = f" The nearest name is that of {near}." if near else ""
         raise CheckpointInvalid(
-            f"config.json: architecture {name} is not supported; supported: {', '.join(families)}.{meant}"
+            f"config.json: architecture {name:.80} is not supported; supported: {', '.join(families)}.{meant}"
         )
     architecture, family = families[name]
     model_type = fields.get("model_type")
     if model_type not in (None, architecture.model_type, architecture.also):
         raise CheckpointInvalid(
             f"config.json: architectures names {name}, whose model_type is {architecture.model_type!r}, and "
-            f"model_type is {model_type!r}: they contradict each other. Correct the one that is wrong."
+            f"model_type is {model_type!r:.80}: they contradict each other. Correct the one that is wrong."
         )
     return architecture, family
 

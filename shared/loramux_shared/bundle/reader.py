@@ -266,7 +266,7 @@ def _check_rows(rows: Sequence[ModuleRow], table: Array, columns: Array, what: s
         length = row.elements
         if length > table.shape[1]:
             raise BundleCorrupt(
-                f"{what}: row {index}: expected at least {excerpt(str(length))} elements, found {table.shape[1]}"
+                f"{what}: row {index}: expected {excerpt(str(length))} elements, found {table.shape[1]}"
             )
         if np.count_nonzero(values[index, length * size :]):
             raise BundleCorrupt(
@@ -283,8 +283,8 @@ def _row(row: ModuleRow, values: Array) -> BundleRow:
 
 def _expect(found: object, expected: object, what: str) -> None:
     if found != expected:
-        shown = [excerpt(str(each), LONGEST_SHOWN) for each in (expected, found)]
-        raise BundleCorrupt(f"{what}: expected {shown[0]}, found {shown[1]}. {REBUILD}")
+        texts = [excerpt(str(each), LONGEST_SHOWN) for each in (expected, found)]
+        raise BundleCorrupt(f"{what}: expected {texts[0]}, found {texts[1]}. {REBUILD}")
 
 
 def read_file(store: Store, digest: str, name: str, size: int | None = None) -> bytes:

@@ -140,8 +140,8 @@ def architecture_of(header: GgufHeader) -> GgufArchitecture:
         )
     if name not in ARCHITECTURES:
         raise header.invalid(
-            f"the architecture {name!r} is not supported in GGUF; supported: {', '.join(ARCHITECTURES)}. Serve "
-            "the model's checkpoint in safetensors."
+            f"the architecture {name!r:.80} is not supported in GGUF; supported: {', '.join(ARCHITECTURES)}. "
+            "Serve the model's checkpoint in safetensors."
         )
     return ARCHITECTURES[name]
 
@@ -158,7 +158,7 @@ def checkpoint_name(header: GgufHeader, name: str, place: TensorPlace) -> str:
         _, layer, part = (*stem.split(".", 2), "")[:3]
         found = f"model.layers.{layer}.{OF_LAYER[part]}" if part in OF_LAYER else None
     if found is None or last not in ("weight", "bias"):
-        raise header.invalid(f"the tensor {name} is none of {header.text('general.architecture')}.")
+        raise header.invalid(f"the tensor {name} is none of {header.text('general.architecture'):.80}.")
     return f"{found}.{last}" if place.type in WHOLE else f"{found}.{last}.{place.type}"
 
 
@@ -259,7 +259,9 @@ def _rope_scaling(header: GgufHeader, name: str, head_dim: int) -> dict[str, Any
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise header.invalid(f"{name}.rope.scaling.type: {kind!r} is not supported; supported: linear, yarn.")
+        raise header.invalid(
+            f"{name}.rope.scaling.type: {kind!r:.80} is not supported; supported: linear, yarn."
+        )
     scaling: dict[str, Any] = {"rope_type": kind, "factor": header.number(f"{name}.rope.scaling.factor")}
     original = f"{name}.rope.scaling.original_context_length"
     if original in header.fields:
@@ -278,7 +280,11 @@ def _llama3(header: GgufHeader, base: float, head_dim: int) -> dict[str, Any]:
     Raises:
         CheckpointInvalid: they follow from another one.
     """
-    if len(header.factors) != head_dim // 2 or not all(0 < each < math.inf for each in header.factors) or base < 1:
+    if (
+        len(header.factors) != head_dim // 2
+        or not all(0 < each < math.inf for each in header.factors)
+        or base < 1
+    ):
         raise header.invalid(f"{FREQUENCIES}: expected {head_dim // 2} factors, and a base of frequencies.")
     factor = float(f"{max(header.factors, default=1.0):.5g}")
     low, high, original = LLAMA3.values()

@@ -27,7 +27,7 @@ SPACE: Final = "\u2581"
 MERGE_CHARS: Final = 16
 """Characters that a merge takes in ``tokenizer.json`` beside its own."""
 MAX_MERGED: Final = 1 << 25
-"""Characters of all merges that follow from scores: the largest vocabularies have 5e5, of some ten characters each."""
+"""Characters of all merges that follow from scores; the largest vocabularies have 5e5 merges of a few."""
 
 
 def tokenizer_json(header: GgufHeader) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def tokenizer_json(header: GgufHeader) -> dict[str, Any]:
     elif model == "llama":
         parts = _sentencepiece(header, tokens, kinds)
     else:
-        raise header.invalid(f"the tokenizer {model!r} is not supported; supported: gpt2, llama.")
+        raise header.invalid(f"the tokenizer {model!r:.80} is not supported; supported: gpt2, llama.")
     added = [
         {
             "id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
@@ -66,7 +66,7 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> dict[str, Any]:
     name = header.text("tokenizer.ggml.pre", "default")
     if name not in PATTERNS:
         raise header.invalid(
-            f"tokenizer.ggml.pre: {name!r} is not supported; supported: {', '.join(PATTERNS)}. Serve the "
+            f"tokenizer.ggml.pre: {name!r:.80} is not supported; supported: {', '.join(PATTERNS)}. Serve the "
             "model's checkpoint in safetensors."
         )
     pattern = PATTERNS[name]

@@ -186,16 +186,30 @@ def test_headers_that_lie(tmp_path: Path, entry: dict[str, Any]) -> None:
     [
         ('{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,1e999]}}', "no table of tensors"),
         ('{"a":{"dtype":"U8","shape":[1e999],"data_offsets":[0,8]}}', "no table of tensors"),
-        ('{"a":{"dtype":"U8","shape":[0,9223372036854775808],"data_offsets":[0,0]}}', "2 sizes that no tensor has"),
-        (f'{{"a":{{"dtype":"U8","shape":[{"1," * 99}8],"data_offsets":[0,8]}}}}', "100 sizes that no tensor has"),
+        (
+            '{"a":{"dtype":"U8","shape":[0,9223372036854775808],"data_offsets":[0,0]}}',
+            "2 sizes that no tensor has",
+        ),
+        (
+            f'{{"a":{{"dtype":"U8","shape":[{"1," * 99}8],"data_offsets":[0,8]}}}}',
+            "100 sizes that no tensor has",
+        ),
         ('{"\\ud800":{"dtype":"U8","shape":[9],"data_offsets":[0,8]}}', "no table of tensors"),
         (f'{{"{"a" * 9999}":{{"dtype":"U8","shape":[9],"data_offsets":[0,8]}}}}', r"aaa\.\.\. has 8 bytes"),
         ('{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"a":{}}', "no table of tensors"),
     ],
-    ids=["endless", "an endless size", "64 bits", "dimensions", "half a character", "a long name", "a name twice"],
+    ids=[
+        "endless",
+        "an endless size",
+        "64 bits",
+        "dimensions",
+        "half a character",
+        "a long name",
+        "a name twice",
+    ],
 )
 def test_headers_that_overflow(tmp_path: Path, header: str, expected: str) -> None:
-    """Numbers beyond 64 bits, names that are no text and endless names are refused in a message that can be sent."""
+    """Numbers beyond 64 bits, names that are no text and endless names are refused in few words."""
     (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
     with pytest.raises(ShardInvalid, match=expected) as caught:
         read_shard(tmp_path / "a")
