@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -39,6 +40,17 @@ def write_base(name: str, folder: Path) -> Path:
         (folder / "processor_config.json").write_text(
             json.dumps({"image_seq_length": 4, "processor_class": "Gemma3Processor"})
         )
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {_checkpoint_name(key): value for key, value in weights.items()}, folder / "model.safetensors"
+        )
         config |= {"boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5}
         (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def _checkpoint_name(key: str) -> str:
+    """Return the name that checkpoints of the hub have for a tensor: newer transformers leave a word out."""
+    return key.replace("vision_tower.", "vision_tower.vision_model.").replace(
+        "vision_model.vision_model", "vision_model"
+    )

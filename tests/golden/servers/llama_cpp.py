@@ -50,14 +50,14 @@ class LlamaCpp:
         self._process.stdin.write(f"{folder or ''}\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
-        told = self._log.read_bytes()[started:].decode(errors="replace")
+        log = self._log.read_bytes()[started:].decode(errors="replace")
         if not line:
             self.close()
             self._process = self._started()
-            raise Refused(f"the process ended: {_complaint(told)}")
+            raise Refused(f"the process ended: {_complaint(log)}")
         reply = json.loads(line)
         if "refused" in reply:
-            raise Refused(f"{reply['refused']}: {_complaint(told)}".rstrip(": "))
+            raise Refused(f"{reply['refused']}: {_complaint(log)}".rstrip(": "))
         return np.array(reply["log_probs"])
 
     def _started(self) -> "subprocess.Popen[str]":
@@ -67,8 +67,8 @@ class LlamaCpp:
             )
 
 
-def _complaint(told: str) -> str:
+def _complaint(log: str) -> str:
     """Return the lines of a log that say what is wrong."""
     marks = ("ERROR", "error", "GGML_ASSERT", "failed")
-    lines = [line.strip() for line in told.splitlines() if any(mark in line for mark in marks)]
+    lines = [line.strip() for line in log.splitlines() if any(mark in line for mark in marks)]
     return "; ".join(dict.fromkeys(lines))

@@ -234,7 +234,9 @@ def drawn(shape: Shape) -> Shape:
     if "virtual" not in str(fields):
         fields["target_modules"] = ["input_layernorm"] if kind == "LN_TUNING" else ["q_proj", "v_proj"]
     config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](task_type="CAUSAL_LM", **fields)
-    model = peft.get_peft_model(copy.deepcopy(base_of(shape.base)), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(copy.deepcopy(base_of(shape.base)), config)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What other programs make of every shape: each is asked, and its answers are compared with PEFT's.
+"""A sweep over other programs: each answers with every shape, and its answers are compared with PEFT's.
 
 ::
 
@@ -106,12 +106,12 @@ def ignored_by_peft(shape: Shape, folder: Path) -> list[str]:
 
 
 def run(
-    shapes: Iterable[Shape], ask: Ask, base: LogProbs, wanted: str, tolerance: float = TOLERANCE
+    shapes: Iterable[Shape], ask: Ask, base: LogProbs, part: str, tolerance: float = TOLERANCE
 ) -> dict[str, Outcome]:
     """Return the outcomes of shapes at a program."""
     found: dict[str, Outcome] = {}
     for shape in shapes:
-        if wanted not in shape.name:
+        if part not in shape.name:
             continue
         with tempfile.TemporaryDirectory() as folder:
             made = drawn(shape)
@@ -133,10 +133,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in options.base or sorted({shape.base for shape in TRIED}):
         shapes = [shape for shape in TRIED if shape.base == name]
-        write_outcomes(options.program, version_of(options), asked(options, name, shapes))
+        write_outcomes(options.program, version_of(options), outcomes_of(options, name, shapes))
 
 
-def asked(options: argparse.Namespace, name: str, shapes: list[Shape]) -> dict[str, Outcome]:
+def outcomes_of(options: argparse.Namespace, name: str, shapes: list[Shape]) -> dict[str, Outcome]:
     """Start a program on a base, and ask it about all shapes of that."""
     base = log_probs(base_of(name))
     if options.program == "peft":

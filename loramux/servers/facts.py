@@ -1,0 +1,179 @@
+"""What a config and the headers of safetensors say about an adapter; no tensor is read."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from loramux_shared.adapter_files import CONFIG, INDEX, MODEL_CONFIG, SHARD, WEIGHTS, read_small
+from loramux_shared.untrusted_json import JsonInvalid, of_tensors, parse_strict_json
+
+MAX_HEADER_BYTES: Final = 16 << 20
+MAX_TENSORS: Final = 1 << 17
+PICKLED: Final = ("adapter_model.bin", "adapter_model.pt")
+_FACTOR: Final = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?P<rest>.+))?")
+_LAYER: Final = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.")
+_ROOT: Final = "base_model.model."
+
+
+class Unreadable(ValueError):
+    """A file that is not what its name says; the message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A or B of a module."""
+
+    key: str
+    module: str
+    """As the key has it, without ``base_model.model.``."""
+    side: str
+    infix: str
+    """Name of the adapter that raw state dicts have in their keys."""
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """The rank that the shape shows; 0 where it shows none."""
+        if len(self.shape) < 2:
+            return 0
+        embedding_a = ".lora_embedding_A" in self.key
+        return self.shape[0] if embedding_a else self.shape[-2 if self.side == "A" else -1]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """An adapter as a server finds it."""
+
+    files: frozenset[str]
+    config: Mapping[str, Any] | None
+    """None: there is none, or it is no JSON."""
+    tensors: Mapping[str, tuple[int, ...]] | None
+    """Shapes by key; None: there is no safetensors file, or its header cannot be read."""
+    max_rank: int
+    """Highest rank that the server is started with."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the base's ``config.json``; empty where no base is named."""
+
+    def value(self, name: str) -> Any:
+        """Return a field of the config."""
+        return (self.config or {}).get(name)
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """All keys."""
+        return frozenset(self.tensors or ())
+
+    @cached_property
+    def factors(self) -> list[Factor]:
+        """A and B of all modules."""
+        return [factor for key, shape in (self.tensors or {}).items() if (factor := _factor(key, shape))]
+
+    @cached_property
+    def decoder(self) -> Mapping[str, Any]:
+        """Fields of the base's text decoder."""
+        text = self.base.get("text_config")
+        return text if isinstance(text, dict) else self.base
+
+    @property
+    def is_nested(self) -> bool:
+        """Return True for a base with images or sound, whose decoder is a part of it."""
+        return isinstance(self.base.get("text_config"), dict)
+
+    def rank_of(self, module: str) -> Any:
+        """Return the rank that PEFT gives a module."""
+        found = pattern_value(self.value("rank_pattern"), module)
+        return self.value("r") if found is None else found
+
+
+def pattern_value(patterns: Any, module: str) -> Any:
+    """Return what the first pattern says that matches a module, as PEFT matches; None where none does.
+
+    A pattern that is no regular expression, or is a long one, matches the module of its name alone.
+    """
+    for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
+        if module == pattern or module.endswith(f".{pattern}"):
+            return value
+        if _SIMPLE.fullmatch(pattern) and re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return None
+
+
+# Patterns of untrusted configs that cannot backtrack for long: at most two repetitions, and no group.
+_SIMPLE: Final = re.compile(r"(?=[^*+]*(?:[*+][^*+]*){0,2}$)[\w.*+^$\\-]{1,200}")
+
+
+def _factor(key: str, shape: tuple[int, ...]) -> Factor | None:
+    if not (match := _FACTOR.fullmatch(key)):
+        return None
+    rest = match["rest"] or ""
+    if rest == "bias" or rest.endswith(".bias"):
+        return None
+    infix = "" if rest == "weight" else rest.removesuffix(".weight")
+    return Factor(key, match["module"].removeprefix(_ROOT), match["side"], infix, shape)
+
+
+def layer_of(key: str) -> int | None:
+    """Return the layer that a key names."""
+    match = _LAYER.search(key)
+    return int(match["layer"]) if match else None
+
+
+def read_facts(folder: Path, max_rank: int, base: Path | None = None) -> Facts:
+    """Read what a folder of this machine has."""
+    files = frozenset(path.name for path in folder.iterdir() if path.is_file())
+    config = read_object(folder / CONFIG) if CONFIG in files else None
+    tensors = read_shapes(folder, files)
+    return Facts(files, config, tensors, max_rank, (base and read_object(base / MODEL_CONFIG)) or {})
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the object of a JSON file; None where it is none."""
+    try:
+        value = parse_strict_json(read_small(path))
+    except (OSError, JsonInvalid):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_shapes(folder: Path, files: frozenset[str]) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of all tensors by key: of the one file, or of those that an index is beside."""
+    names = [WEIGHTS] if WEIGHTS in files else sorted(filter(SHARD.fullmatch, files)) if INDEX in files else []
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for name in names:
+            with (folder / name).open("rb") as file:
+                shapes |= header_shapes(read_header(file))
+    except Unreadable:
+        return None
+    return shapes if names else None
+
+
+def read_header(file: BinaryIO) -> bytes:
+    """Return the header of a safetensors file."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise Unreadable(f"a header of {length} bytes")
+    header = file.read(length)
+    if len(header) < length:
+        raise Unreadable(f"a header of {length} bytes, cut off after {len(header)}")
+    return header
+
+
+def header_shapes(header: bytes) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by key."""
+    try:
+        entries = parse_strict_json(header, of_tensors(MAX_TENSORS))
+    except JsonInvalid as error:
+        raise Unreadable(f"the header is not JSON: {error}") from error
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        match entry:
+            case {"shape": list(shape)} if all(type(size) is int for size in shape):
+                shapes[name] = tuple(shape)
+            case _ if name != "__metadata__":
+                raise Unreadable(f"{name[:100]}: {json.dumps(entry)[:100]} has no shape")
+    return shapes
