@@ -18,6 +18,7 @@ from loramux.cli.local.tree import ProcessTree, free_address, run_tree
 from loramux.cli.tables import kind, task
 from loramux.client import AsyncClient
 from loramux.records import AdapterReport, RowReport
+from loramux.servers.forms import FailOn, Format
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import SCHEMES, LoraConfiguration, Repository, SourceKind
 from loramux_shared.deployment_file import parse_lora_configuration
@@ -28,6 +29,18 @@ from loramux_shared.wording import counted
 Base = Annotated[
     str, typer.Option("--base", metavar="BASE", help="Base, in the form of ADAPTER.", show_default=False)
 ]
+For = Annotated[
+    str,
+    typer.Option(
+        "--for",
+        metavar="SERVER[,SERVER]",
+        help="Servers to judge for: loramux, vllm, sglang, llama.cpp, tensorrt-llm, peft.",
+    ),
+]
+FailOnOption = Annotated[
+    FailOn, typer.Option("--fail-on", help="With --for: the verdict from which the exit status is 1.")
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="With --for: form of the verdicts.")]
 AdapterArgument = Annotated[
     str, typer.Argument(metavar="ADAPTER", help=f"Adapter: org/name[@rev], path, {' '.join(SCHEMES)}")
 ]
@@ -66,8 +79,9 @@ class CheckOptions:
 
 @shell.command
 def check(
+    context: typer.Context,
     adapter: AdapterArgument,
-    base: Base,
+    base: Base = "",
     max_rank: MaxRank = 64,
     truncate_to: shell.TruncateTo = None,
     dtype: StorageDtype = None,
@@ -75,18 +89,32 @@ def check(
     signed_by: shell.SignedBy = None,
     builder: SomeBuilder = "",
     as_json: shell.Json = False,
+    for_servers: For = "",
+    fail_on: FailOnOption = FailOn.REFUSED,
+    form: FormatOption = Format.TEXT,
 ) -> None:
-    """Check an adapter against a base; exit 1 if it is refused.
+    """Check an adapter against a base; exit 1 if it is refused. With --for: what other servers make of it.
 
     Example: loramux check ./my-adapter --base org/base@main
+    Example: loramux check ./my-adapter --for vllm,sglang
     """
-    options = CheckOptions(
-        named(adapter, secret),
-        named(base, secret),
-        parse_lora_configuration(max_lora_rank=max_rank, truncate_to_rank=truncate_to, dtype=dtype),
-        shell.signers(signed_by),
-    )
-    tell_report(check_with(builder, options), as_json)
+    if not base and not for_servers:
+        context.fail("Missing option '--base'.")
+    trained = named(adapter, secret)
+
+    def report() -> AdapterReport:
+        lora = parse_lora_configuration(max_lora_rank=max_rank, truncate_to_rank=truncate_to, dtype=dtype)
+        options = CheckOptions(trained, named(base, secret), lora, shell.signers(signed_by))
+        return check_with(builder, options)
+
+    if not for_servers:
+        tell_report(report(), as_json)
+        return
+    from loramux.cli.check_for import Question, server_names, tell_verdicts
+
+    known = named(base, secret) if base else None
+    question = Question(trained, known, server_names(for_servers), max_rank, report if base else None)
+    tell_verdicts(question, Format.JSON if as_json else form, fail_on)
 
 
 def tell_report(report: AdapterReport, as_json: bool) -> None:

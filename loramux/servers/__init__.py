@@ -1,1 +1,1 @@
-"""What other programs make of an adapter, as rules that are data: `rules.toml`."""
+"""Rules about other programs that serve adapters, as data: `rules.toml`."""

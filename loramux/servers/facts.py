@@ -1,4 +1,4 @@
-"""What a config and the headers of safetensors say about an adapter; no tensor is read."""
+"""Facts about an adapter from its config and the headers of safetensors; no tensor is read."""
 
 import json
 import re
@@ -15,7 +15,7 @@ MAX_HEADER_BYTES: Final = 16 << 20
 MAX_TENSORS: Final = 1 << 17
 PICKLED: Final = ("adapter_model.bin", "adapter_model.pt")
 _FACTOR: Final = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?P<rest>.+))?")
-_LAYER: Final = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.")
+_LAYER: Final = re.compile(r"(?:^|\.)layers\.(?P<layer>\d{1,9})\.")
 _ROOT: Final = "base_model.model."
 
 
@@ -122,9 +122,11 @@ def layer_of(key: str) -> int | None:
     return int(match["layer"]) if match else None
 
 
-def read_facts(folder: Path, max_rank: int, base: Path | None = None) -> Facts:
-    """Read what a folder of this machine has."""
-    files = frozenset(path.name for path in folder.iterdir() if path.is_file())
+def read_facts(
+    folder: Path, max_rank: int, base: Path | None = None, listed: frozenset[str] | None = None
+) -> Facts:
+    """Read a folder of this machine; listed are the names of files, where not all of them are there."""
+    files = listed or frozenset(path.name for path in folder.iterdir() if path.is_file())
     config = read_object(folder / CONFIG) if CONFIG in files else None
     tensors = read_shapes(folder, files)
     return Facts(files, config, tensors, max_rank, (base and read_object(base / MODEL_CONFIG)) or {})

@@ -14,7 +14,7 @@ from loramux_shared.wording import counted
 
 
 class Outcome(StrEnum):
-    """What becomes of an adapter, the best first."""
+    """The ways in which an adapter is taken, the best first."""
 
     EXACT = "exact"
     UNKNOWN = "unknown"
@@ -48,7 +48,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a server makes of an adapter."""
+    """One server's treatment of an adapter."""
 
     server: Server
     outcome: Outcome
@@ -94,13 +94,15 @@ def servers() -> Mapping[str, Server]:
 def rules_of(server: str) -> tuple[Rule, ...]:
     """Return the rules about a server, in their order."""
     how = servers()[server].how
-    return tuple(
-        Rule(
-            tuple(tuple(_expanded(each)) for each in row["if"]),
-            Outcome(row["verdict"]), row["why"], row["fix"], row["source"], row.get("how", how),
-        )
-        for row in _table()["rules"] if server in row["servers"]
-    )  # fmt: skip
+    return tuple(_rule(row, server, how) for row in _table()["rules"] if server in row["servers"])
+
+
+def _rule(row: Mapping[str, Any], server: str, how: str) -> Rule:
+    """Return a row for one of its servers; a source with semicolons has a part for each of them."""
+    conditions = tuple(tuple(_expanded(each)) for each in row["if"])
+    parts = row["source"].split("; ")
+    source = parts[row["servers"].index(server)] if len(parts) == len(row["servers"]) else row["source"]
+    return Rule(conditions, Outcome(row["verdict"]), row["why"], row["fix"], source, row.get("how", how))
 
 
 def _expanded(words: Iterable[str]) -> Iterator[str]:

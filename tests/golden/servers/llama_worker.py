@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib  # type: ignore[import-not-found]
 
 F32 = 0
 """GGML_TYPE_F32."""
@@ -34,8 +34,12 @@ def convert(scripts: Path, script: str, *argv: str) -> None:
 def convert_base(scripts: Path, base: Path) -> Path:
     """Turn a base into GGUF, without its tokenizer, which no tokenizer of llama.cpp's is."""
     sys.path[:0] = [str(scripts), str(scripts / "gguf-py")]
-    from conversion import ModelType, get_model_architecture, get_model_class
-    from conversion.base import ModelBase
+    from conversion import (  # type: ignore[import-not-found]
+        ModelType,
+        get_model_architecture,
+        get_model_class,
+    )
+    from conversion.base import ModelBase  # type: ignore[import-not-found]
 
     architecture = get_model_architecture(ModelBase.load_hparams(base, False), ModelType.TEXT)
     of_base: Any = get_model_class(architecture)
