@@ -6,7 +6,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import api_doc, client_doc, deployment_doc, errors_doc, models_doc, settings_doc, wild_doc
+from scripts import (
+    api_doc,
+    client_doc,
+    deployment_doc,
+    errors_doc,
+    models_doc,
+    servers_doc,
+    settings_doc,
+    wild_doc,
+)
 from scripts.pages import replaced
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -28,6 +37,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/errors.md": errors_doc.page,
     "reference/models.md": models_doc.page,
     "reference/python.md": client_doc.page,
+    "reference/servers.md": servers_doc.page,
     "reference/settings.md": settings_doc.page,
     "reference/wild-adapters.md": wild_doc.page,
 }

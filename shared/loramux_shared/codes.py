@@ -76,7 +76,8 @@ _REFUSED: Final = (
      "a pattern that cannot be matched in time", "Correct the file."),
     ("E_NOT_LORA", "`peft_type` is neither LORA nor a kind that amounts to it (ADALORA, IA3, LOHA, LOKR, "
      "VERA), or a VeRA adapter without its projections",
-     f"{_MERGE} Save VeRA again with `save_projection`."),
+     f"{_MERGE} PEFT's `save_as_lora` approximates some kinds by a LoRA. Save VeRA again with "
+     "`save_projection`."),
     ("E_MLX", "an MLX adapter: transposed, with an absolute scale",
      "Transpose both matrices, rename them, and set `lora_alpha = scale * rank`."),
     ("E_DORA", "magnitudes of DoRA without `use_dora`, or the reverse; magnitudes of experts, of parameters, "

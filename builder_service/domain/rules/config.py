@@ -10,6 +10,7 @@ from loramux_shared.faults import Finding
 from loramux_shared.untrusted_json import excerpt, quoted
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
+_CONVERT: Final = "PEFT's save_as_lora approximates some kinds by a LoRA."
 CONVERTED: Final = (
     "Its initialisation changed the base: save it again with path_initial_model_for_weight_conversion."
 )
@@ -54,7 +55,7 @@ def refusals(fields: dict[str, Any]) -> list[Finding]:
         return [_refused("E_MLX", mlx[0], "a PEFT adapter", "an MLX adapter", MLX_FIX)]
     kind = kind_of(fields)
     if kind is None:
-        fix = "Only what amounts to LoRA can be served beside a base. " + _MERGE
+        fix = f"Only what amounts to LoRA can be served beside a base. {_CONVERT} {_MERGE}"
         peft_type = quoted(fields.get("peft_type"))
         return [_refused("E_NOT_LORA", "peft_type", f"one of {', '.join(load_kinds())}", peft_type, fix)]
     if own := kind.refusals(fields):

@@ -109,7 +109,7 @@ def test_an_unknown_server_and_a_missing_base(folder: Path) -> None:
 
 
 def test_an_adapter_of_the_hub(folder: Path) -> None:
-    """Its config and weights are fetched; a pickle is not."""
+    """A config and weights are fetched; a pickle is not."""
     files = {path.name: path.read_bytes() for path in (folder / "compiled").iterdir()}
     with serve_hub() as hub:
         hub.repos["org/compiled"] = HubRepo({"main": COMMIT}, files)
