@@ -17,7 +17,7 @@ WORDS: Final = {"nothing": "**ignores all**", "other": "**something else**", "re
 HEAD: Final = """\
 # Other servers
 
-<!-- Written by scripts/servers_doc.py from tests/golden/servers and loramux/servers/rules.toml: `make docs`. -->
+<!-- Written by scripts/servers_doc.py from tests/golden/servers and loramux/servers: `make docs`. -->
 
 Find what vLLM, llama.cpp and PEFT make of your adapter. `loramux check ADAPTER --for vllm` says it of a folder
 ([check](adapters.md#for-other-servers)); [adapters that do nothing](../guides/adapters-that-do-nothing.md) has
@@ -84,7 +84,7 @@ def _cell(outcome: Mapping[str, Any] | None) -> str:
         return "-"
     if outcome["outcome"] == "partly":
         return f"**ignores {len(outcome['ignored'])}**"
-    return WORDS.get(outcome["outcome"], outcome["outcome"])
+    return WORDS.get(str(outcome["outcome"]), str(outcome["outcome"]))
 
 
 def _rules() -> str:

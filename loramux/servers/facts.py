@@ -1,6 +1,6 @@
 """Facts about an adapter from its config and the headers of safetensors; no tensor is read."""
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,27 +83,36 @@ class Facts:
         """Return True for a base with images or sound, whose decoder is a part of it."""
         return isinstance(self.base.get("text_config"), dict)
 
+    @cached_property
+    def _rank_patterns(self) -> list[tuple[str, re.Pattern[str] | None, Any]]:
+        """Entries of `rank_pattern`: each name, its pattern where it is a simple one, and its rank."""
+        patterns = self.value("rank_pattern")
+        return [
+            (name, _compiled(name), rank)
+            for name, rank in (patterns.items() if isinstance(patterns, dict) else ())
+        ]
+
     def rank_of(self, module: str) -> Any:
-        """Return the rank that PEFT gives a module."""
-        found = pattern_value(self.value("rank_pattern"), module)
-        return self.value("r") if found is None else found
+        """Return the rank that PEFT gives a module: that of the first pattern that matches it, else `r`.
 
-
-def pattern_value(patterns: Any, module: str) -> Any:
-    """Return what the first pattern says that matches a module, as PEFT matches; None where none does.
-
-    A pattern that is no regular expression, or is a long one, matches the module of its name alone.
-    """
-    for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
-        if module == pattern or module.endswith(f".{pattern}"):
-            return value
-        if _SIMPLE.fullmatch(pattern) and re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return None
+        A pattern that is not simple counts for the module of its name alone.
+        """
+        for name, pattern, rank in self._rank_patterns:
+            if module == name or module.endswith(f".{name}") or (pattern and pattern.match(module)):
+                return rank
+        return self.value("r")
 
 
 # Patterns of untrusted configs that cannot backtrack for long: at most two repetitions, and no group.
 _SIMPLE: Final = re.compile(r"(?=[^*+]*(?:[*+][^*+]*){0,2}$)[\w.*+^$\\-]{1,200}")
+
+
+def _compiled(name: str) -> re.Pattern[str] | None:
+    """Return a simple pattern as PEFT reads it; None for any other."""
+    try:
+        return re.compile(rf"(.*\.)?({name})$") if _SIMPLE.fullmatch(name) else None
+    except re.error:
+        return None
 
 
 def _factor(key: str, shape: tuple[int, ...]) -> Factor | None:
@@ -148,7 +157,8 @@ def read_shapes(folder: Path, files: frozenset[str]) -> dict[str, tuple[int, ...
     try:
         for name in names:
             with (folder / name).open("rb") as file:
-                shapes |= header_shapes(read_header(file))
+                header = read_header(file)
+                shapes |= header_shapes(header, os.fstat(file.fileno()).st_size - 8 - len(header))
     except Unreadable:
         return None
     return shapes if names else None
@@ -165,17 +175,25 @@ def read_header(file: BinaryIO) -> bytes:
     return header
 
 
-def header_shapes(header: bytes) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of tensors by key."""
+def header_shapes(header: bytes, data_bytes: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by key; raise Unreadable where the data behind the header are not theirs."""
     try:
         entries = parse_strict_json(header, of_tensors(MAX_TENSORS))
     except JsonInvalid as error:
         raise Unreadable(f"the header is not JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise Unreadable("the header is not an object")
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, entry in entries.items() if isinstance(entries, dict) else ():
+    ends = [0]
+    for name, entry in entries.items():
         match entry:
-            case {"shape": list(shape)} if all(type(size) is int for size in shape):
+            case {"shape": list(shape), "data_offsets": [int(), int(end)]} if all(
+                type(each) is int for each in shape
+            ):
                 shapes[name] = tuple(shape)
+                ends.append(end)
             case _ if name != "__metadata__":
-                raise Unreadable(f"{name[:100]}: {json.dumps(entry)[:100]} has no shape")
+                raise Unreadable(f"{name[:100]}: expected a shape and offsets")
+    if max(ends) != data_bytes:
+        raise Unreadable(f"expected {max(ends)} bytes of data, found {data_bytes}")
     return shapes
