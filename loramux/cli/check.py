@@ -31,16 +31,12 @@ Base = Annotated[
 ]
 For = Annotated[
     str,
-    typer.Option(
-        "--for",
-        metavar="SERVER[,SERVER]",
-        help="Servers to judge for: loramux, vllm, sglang, llama.cpp, tensorrt-llm, peft.",
-    ),
+    typer.Option("--for", metavar="SERVERS", help="vllm, sglang, llama.cpp, tensorrt-llm, peft, loramux."),
 ]
 FailOnOption = Annotated[
-    FailOn, typer.Option("--fail-on", help="With --for: the verdict from which the exit status is 1.")
+    FailOn, typer.Option("--fail-on", metavar="WHEN", help="never, ignored, refused or unknown.")
 ]
-FormatOption = Annotated[Format, typer.Option("--format", help="With --for: form of the verdicts.")]
+FormatOption = Annotated[Format, typer.Option("--format", metavar="FORM", help="text, json, sarif or junit.")]
 AdapterArgument = Annotated[
     str, typer.Argument(metavar="ADAPTER", help=f"Adapter: org/name[@rev], path, {' '.join(SCHEMES)}")
 ]
@@ -93,10 +89,9 @@ def check(
     fail_on: FailOnOption = FailOn.REFUSED,
     form: FormatOption = Format.TEXT,
 ) -> None:
-    """Check an adapter against a base; exit 1 if it is refused. With --for: what other servers make of it.
+    """Check an adapter against a base; exit 1 if it is refused.
 
     Example: loramux check ./my-adapter --base org/base@main
-    Example: loramux check ./my-adapter --for vllm,sglang
     """
     if not base and not for_servers:
         context.fail("Missing option '--base'.")

@@ -45,7 +45,7 @@ from tests.golden.servers.vllm_server import Refused, VllmServer
 from tests.golden.wild.shape import Shape
 
 OUTCOMES: Final = Path(__file__).with_name("outcomes.json")
-MAX_MESSAGE: Final = 400
+MAX_MESSAGE: Final = 300
 MAX_DIFFERENCE: Final = 0.1
 """Largest difference of a log probability without an adapter: llama.cpp's GELU is a table in half precision."""
 NO_PLACE: Final = "no module takes them"
@@ -176,20 +176,12 @@ def write_outcomes(program: str, number: str, found: dict[str, Outcome]) -> None
     known["versions"][program] = number
     for name, outcome in found.items():
         known["outcomes"].setdefault(name, {})[program] = outcome
-    lines = [
-        f"  {json.dumps(shape.name)}: {{\n"
-        + ",\n".join(
-            f"   {json.dumps(each)}: {json.dumps(outcome)}"
-            for each, outcome in sorted(known["outcomes"][shape.name].items())
-        )
-        + "\n  }"
+    known["outcomes"] = {
+        shape.name: dict(sorted(known["outcomes"][shape.name].items()))
         for shape in TRIED
         if shape.name in known["outcomes"]
-    ]
-    body = ",\n".join(lines)
-    OUTCOMES.write_text(
-        f'{{\n "versions": {json.dumps(known["versions"])},\n "outcomes": {{\n{body}\n }}\n}}\n'
-    )
+    }
+    OUTCOMES.write_text(f"{json.dumps(known, indent=1)}\n")
 
 
 if __name__ == "__main__":
