@@ -13,9 +13,8 @@ from tests.golden.servers.reference import PICKLED, drawn, write
 from tests.golden.wild.shape import Shape
 
 MAX_RANK: Final = 64
-FOUND: Final[dict[str, dict[str, dict[str, Any]]]] = json.loads(
-    (Path(__file__).parent / "servers" / "outcomes.json").read_text()
-)["outcomes"]
+_FILE: Final[dict[str, Any]] = json.loads((Path(__file__).parent / "servers" / "outcomes.json").read_text())
+FOUND: Final[dict[str, dict[str, dict[str, Any]]]] = _FILE["outcomes"]
 MEANS: Final = {"nothing": Outcome.IGNORED, "partly": Outcome.IGNORED}
 
 
@@ -45,6 +44,12 @@ def test_every_prediction_is_what_the_server_did(shape: Shape, facts: dict[str, 
         if verdict.outcome is Outcome.IGNORED:
             ignored = verdict.tensors if found["outcome"] == "nothing" else len(found["ignored"])
             assert len(verdict.keys) == ignored, (server, verdict, found)
+
+
+def test_rules_are_about_the_versions_that_were_run() -> None:
+    """The version of a server that was run is that of the file, without the name of its build."""
+    for server, version in _FILE["versions"].items():
+        assert servers()[server].version == version.partition("+")[0]
 
 
 @pytest.mark.parametrize("server", [name for name, each in servers().items() if each.how == "run"])
