@@ -1,7 +1,8 @@
 """``loramux check --for``: what other programs make of an adapter, by rules; none of them is started."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
 from loramux.records import AdapterReport
 from loramux.servers.documents import MAX_NAMED, junit, sarif, verdict_fields
-from loramux.servers.facts import PICKLED, Facts, read_facts
+from loramux.servers.facts import PICKLED, Facts, Remote, header_files, read_facts
 from loramux.servers.forms import FailOn, Format
 from loramux.servers.verdicts import Outcome, Server, Verdict, judge, servers
 from loramux_shared.adapter_files import CONFIG, MODEL_CONFIG, weight_files
@@ -23,6 +24,7 @@ from loramux_shared.faults import RepoNotFound, SettingsInvalid
 from loramux_shared.spelling import GGUF_SUFFIX
 
 if TYPE_CHECKING:
+    from loramux_shared.sources.base import Resolved, Source
     from loramux_shared.sources.open import Sources
 
 OURS: Final = "loramux"
@@ -110,36 +112,58 @@ def own_verdict(server: Server, report: Callable[[], AdapterReport] | None) -> V
 
 
 def facts_of(question: Question) -> Facts:
-    """Return what an adapter's files say: headers alone of a folder here, else of files that are fetched."""
+    """Return what an adapter's files say: their headers alone, of a folder here or of the hub."""
     with tempfile.TemporaryDirectory(prefix="loramux-check-") as scratch:
-        folder, files = _folder_of(question.adapter, Path(scratch) / "adapter", question.sources)
+        folder, remote = _adapter_of(question, Path(scratch))
         base = question.base
-        config = (
-            _folder_of(base, Path(scratch) / "base", question.sources, (MODEL_CONFIG,))[0] if base else None
-        )
-        return read_facts(folder, question.max_rank, config, files)
+        config = _folder_of(base, Path(scratch) / "base", question) if base else None
+        return read_facts(folder, question.max_rank, config, remote)
 
 
-def _folder_of(
-    repository: Repository, into: Path, sources: "Sources | None", names: Sequence[str] = ()
-) -> tuple[Path, frozenset[str] | None]:
-    """Return a folder with a repository's files, or of these alone; and the names of all that it has."""
-    if repository.source is SourceKind.LOCAL:
-        folder = Path(repository.repo) / repository.subfolder
-        if not folder.is_dir() and folder.suffix != GGUF_SUFFIX:
-            raise RepoNotFound(f"LOCAL {folder}: no such folder on this machine")
-        return folder, None
+def _adapter_of(question: Question, scratch: Path) -> tuple[Path, Remote | None]:
+    """Return a folder with an adapter's config, and with its weights where its source has no headers for us."""
+    if question.adapter.source is SourceKind.LOCAL:
+        return _local(question.adapter), None
+    from loramux_shared.sources.hub import HubSource
+
+    with _resolved(question.adapter, question) as (source, resolved):
+        files = frozenset(resolved.files)
+        if not isinstance(source, HubSource):
+            source.fetch(resolved, sorted(files & {CONFIG, *weight_files(files)} - {*PICKLED}), scratch)
+            return scratch, Remote(files)
+        source.fetch(resolved, sorted(files & {CONFIG}), scratch)
+        headers = [source.shapes(resolved, name) for name in header_files(files)]
+        readable = [shapes for shapes in headers if shapes is not None]
+        shapes = {key: shape for each in readable for key, shape in each.items()}
+        return scratch, Remote(files, True, shapes if headers and len(readable) == len(headers) else None)
+
+
+def _folder_of(base: Repository, into: Path, question: Question) -> Path:
+    """Return a folder with a base's config."""
+    if base.source is SourceKind.LOCAL:
+        return _local(base)
+    into.mkdir()
+    with _resolved(base, question) as (source, resolved):
+        source.fetch(resolved, sorted({MODEL_CONFIG} & resolved.files.keys()), into)
+    return into
+
+
+def _local(repository: Repository) -> Path:
+    folder = Path(repository.repo) / repository.subfolder
+    if not folder.is_dir() and folder.suffix != GGUF_SUFFIX:
+        raise RepoNotFound(f"LOCAL {folder}: no such folder on this machine")
+    return folder
+
+
+@contextmanager
+def _resolved(repository: Repository, question: Question) -> Iterator[tuple["Source", "Resolved"]]:
+    """Yield a repository's source and its listing."""
     from loramux_shared.sources.open import open_sources
 
-    source = (sources or open_sources()).of(repository)
+    source = (question.sources or open_sources()).of(repository)
     resolved = source.resolve(repository)
     try:
-        listed = frozenset(resolved.files)
-        into.mkdir()
-        source.fetch(
-            resolved, sorted(listed & {*(names or (CONFIG, *weight_files(listed)))} - {*PICKLED}), into
-        )
-        return into, listed
+        yield source, resolved
     finally:
         resolved.close()
 

@@ -131,13 +131,22 @@ def layer_of(key: str) -> int | None:
     return int(match["layer"]) if match else None
 
 
-def read_facts(
-    folder: Path, max_rank: int, base: Path | None = None, listed: frozenset[str] | None = None
-) -> Facts:
-    """Read a folder of this machine; listed are the names of files, where not all of them are there."""
-    files = listed or frozenset(path.name for path in folder.iterdir() if path.is_file())
+@dataclass(frozen=True)
+class Remote:
+    """A repository whose files are elsewhere."""
+
+    files: frozenset[str]
+    headers: bool = False
+    """True where the headers of its weights were read there."""
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    """Shapes that these say, as in `Facts.tensors`."""
+
+
+def read_facts(folder: Path, max_rank: int, base: Path | None = None, remote: Remote | None = None) -> Facts:
+    """Read a folder of this machine; remote is what is known of files that are not in it."""
+    files = remote.files if remote else frozenset(path.name for path in folder.iterdir() if path.is_file())
     config = read_object(folder / CONFIG) if CONFIG in files else None
-    tensors = read_shapes(folder, files)
+    tensors = read_shapes(folder, files) if remote is None or not remote.headers else remote.shapes
     return Facts(files, config, tensors, max_rank, (base and read_object(base / MODEL_CONFIG)) or {})
 
 
@@ -150,9 +159,16 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def header_files(files: frozenset[str]) -> list[str]:
+    """Return the safetensors files among those of an adapter that have its weights."""
+    if WEIGHTS in files:
+        return [WEIGHTS]
+    return sorted(filter(SHARD.fullmatch, files)) if INDEX in files else []
+
+
 def read_shapes(folder: Path, files: frozenset[str]) -> dict[str, tuple[int, ...]] | None:
     """Return the shapes of all tensors by key: of the one file, or of those that an index is beside."""
-    names = [WEIGHTS] if WEIGHTS in files else sorted(filter(SHARD.fullmatch, files)) if INDEX in files else []
+    names = header_files(files)
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         for name in names:

@@ -51,6 +51,8 @@ class Hub:
     """(method, path), in order."""
     failures: list[int] = field(default_factory=list)
     """Statuses to answer the next requests with, and to retry after a second."""
+    sent_bytes: int = 0
+    """Bytes of files that were sent."""
 
     def downloaded(self) -> list[str]:
         """The paths of files whose content was sent."""
@@ -136,7 +138,10 @@ class _Handler(QuietHandler):
                 repo.truncated -= 1
                 headers["Content-Length"] = str(len(data))
                 data, self.close_connection = data[: len(data) // 2], True
-            self.answer(200, data, **headers)
+            if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                data = data[int(part[1]) : int(part[2]) + 1]
+            self.hub.sent_bytes += len(data) * (self.command == "GET")
+            self.answer(206 if part else 200, data, **headers)
 
     def _json(self, body: Any, **headers: str) -> None:
         self.answer(200, json.dumps(body).encode(), **{"Content-Type": "application/json", **headers})

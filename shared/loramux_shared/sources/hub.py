@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.hf_api import RepoSibling
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
@@ -111,6 +112,23 @@ class HubSource:
         """Download files, and hash what arrived."""
         names = bounded(resolved, names, f"HF {resolved.repository.repo}")
         return {name: self._fetched(resolved, name, into, progress) for name in names}
+
+    def shapes(self, resolved: Resolved, name: str) -> dict[str, tuple[int, ...]] | None:
+        """Return the shapes of a file's tensors by key, from its header alone; None for no safetensors file."""
+        repository = resolved.repository
+        api = HfApi(endpoint=self._endpoint, token=self._token(repository))
+        path = "/".join(part for part in (repository.subfolder, name) if part)
+
+        def header(_: Progress) -> dict[str, tuple[int, ...]]:
+            found = api.parse_safetensors_file_metadata(
+                repository.repo, path, revision=repository.revision, timeout=TIMEOUT_S
+            )
+            return {key: tuple(tensor.shape) for key, tensor in found.tensors.items()}
+
+        try:
+            return self._call(repository, header, unwatched)
+        except SafetensorsParsingError:
+            return None
 
     def digests(
         self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched, room: Room = unwatched

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from loramux.cli.check_for import Question, verdicts_of
@@ -109,8 +110,13 @@ def test_an_unknown_server_and_a_missing_base(folder: Path) -> None:
 
 
 def test_an_adapter_of_the_hub(folder: Path) -> None:
-    """A config and weights are fetched; a pickle is not."""
-    files = {path.name: path.read_bytes() for path in (folder / "compiled").iterdir()}
+    """A config is fetched, and the header of the weights; no pickle, and no tensor."""
+    wide = {
+        f"_orig_mod.{name}": np.zeros((4, 1 << 14)[:: 1 if "_A." in name else -1], np.float32)
+        for name in tensors()
+    }
+    write_adapter(folder / "wide", wide, target_modules=["q_proj", "v_proj"])
+    files = {path.name: path.read_bytes() for path in (folder / "wide").iterdir()}
     with serve_hub() as hub:
         hub.repos["org/compiled"] = HubRepo({"main": COMMIT}, files)
         hub.repos["org/pickled"] = HubRepo(
@@ -123,4 +129,5 @@ def test_an_adapter_of_the_hub(folder: Path) -> None:
             outcomes += [
                 each.outcome for each in verdicts_of(Question(adapter, None, ("vllm",), 64, None, sources))
             ]
+        assert hub.sent_bytes < 1 << 18 < len(files["adapter_model.safetensors"])
     assert outcomes == [Outcome.IGNORED, Outcome.UNKNOWN]

@@ -84,7 +84,7 @@ def test_any_value_of_any_field_has_a_verdict(value: Any) -> None:
     [b"", b"\xff" * 9, b"\x02\0\0\0\0\0\0\0{", b"\x02\0\0\0\0\0\0\0[]", b'\x09\0\0\0\0\0\0\0{"a": {}}'],
 )
 def test_a_broken_header_is_an_unreadable_file(tmp_path: Path, header: bytes) -> None:
-    """What is no header is refused, as servers refuse it."""
+    """A file without a header is refused, as servers refuse it."""
     file = write_adapter(tmp_path / "one") / "adapter_model.safetensors"
     file.write_bytes(header)
     found = read_facts(tmp_path / "one", 64)
