@@ -1,1 +1,5 @@
-"""Load on an inference service, and what became of it: `workload`, `drive`, `figures`, `plot`."""
+"""Load on an OpenAI-compatible server, and the figures of it.
+
+`workload` makes the requests, `server` sends one, `drive` sends all, `figures` and `comparison` judge, `text`,
+`svg` and `page` show.
+"""

@@ -1,256 +1,227 @@
-"""``loramux bench``: load on an inference service; a bar while it runs, figures per model at the end."""
+"""``loramux bench``: load on an OpenAI-compatible server, or the report of an earlier run."""
+
+from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+import signal
+import ssl
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn
+from pydantic import TypeAdapter, ValidationError
 
 from loramux.cli import shell
-from loramux.cli.documents import emit
+from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit
-from loramux.cli.serving import complete_model, no_such_model, unserved
-from loramux.cli.shell import Later
-from loramux.client import INFERENCE, AsyncClient
-from loramux.records import GenerateOptions, Prompt
-from loramux_bench.drive import BenchRun, ClientLoad, LoadPlan, drive
-from loramux_bench.figures import Figures, Outcome, Percentiles, Report, report
-from loramux_bench.plot import plot as draw, require_plot
-from loramux_bench.workload import Workload, read_prompts, words_for
-from loramux_shared.faults import SettingsInvalid
-from loramux_shared.pages import page
+from loramux.connection import Credentials
+from loramux_bench.comparison import compare
+from loramux_bench.figures import report
+from loramux_bench.page import html_page
+from loramux_bench.records import Run
+from loramux_bench.text import BenchView, show_comparison, show_report
+from loramux_bench.workload import (
+    FEW_WORDS,
+    MORE_WORDS,
+    WORDS,
+    BenchRequest,
+    DatasetPrompt,
+    Plan,
+    PromptFit,
+    Workload,
+    read_dataset,
+    read_lengths,
+    read_popularity,
+)
+from loramux_shared.faults import RequestInvalid, SettingsInvalid
 
+if TYPE_CHECKING:
+    from loramux_bench.server import Server
+
+URL = "http://127.0.0.1:8000"
 DURATION_S = 10.0
-CONCURRENCY = 8
+WARMUPS = 4
+CONNECT_S = 10.0
+SILENCE_S = 600.0
+"""Seconds without a byte after which a request has failed."""
 
-Models = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model",
-        metavar="NAME",
-        help="Model; repeatable; default: all, in turn.",
-        autocompletion=complete_model,
-    ),
-]
-Concurrency = Annotated[
-    int | None,
-    typer.Option(
-        "--concurrency", metavar="N", min=1, help=f"Closed loop: N open requests; default {CONCURRENCY}."
-    ),
-]
-Rate = Annotated[
-    float | None, typer.Option("--rate", metavar="R", min=0.001, help="Open loop: R requests/s, Poisson.")
-]
-Requests = Annotated[
-    int | None, typer.Option("--requests", metavar="N", min=1, help="Number of requests to send.")
-]
-Duration = Annotated[
-    float | None,
-    typer.Option(
-        "--duration", metavar="S", min=0.1, help=f"Send for S s; default {DURATION_S:g}, or --requests."
-    ),
-]
-PromptTokens = Annotated[
-    int, typer.Option("--prompt-tokens", metavar="N", min=1, max=2**20, help="Tokens of a drawn prompt, about.")
-]
-Prompts = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts", metavar="FILE", help=f"File, a prompt a line; see {page('extensions/bench/README.md')}."
-    ),
-]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens of an answer.")]
-Eos = Annotated[bool, typer.Option("--eos", help="Let answers end earlier.")]
-Warmup = Annotated[
-    int | None, typer.Option("--warmup", metavar="N", min=0, help="Warm-up requests; default: one per model.")
-]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of prompts and arrivals.")]
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="PNG file; needs matplotlib.")]
+INTERRUPTED: Final = "Ctrl-C; requests that were open then are left out"
+
+
+def positive(value: float | None) -> float | None:
+    """Return the number of an option; raise BadParameter where it is not above 0, or infinite."""
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter("expected a number above 0")
+    return value
+
+
+above_0 = partial(typer.Option, callback=positive)
 
 
 @shell.command
 def bench(
-    model: Models = None,
-    grpc: shell.Grpc = INFERENCE,
-    concurrency: Concurrency = None,
-    rate: Rate = None,
-    requests: Requests = None,
-    duration: Duration = None,
-    prompt_tokens: PromptTokens = 64,
-    prompts: Prompts = None,
-    max_tokens: MaxTokens = 64,
-    eos: Eos = False,
-    warmup: Warmup = None,
-    seed: Seed = 0,
-    plot: Plot = None,
+    target: Annotated[str, typer.Argument(metavar="URL", hidden=True)] = URL,
+    baseline: Annotated[Path | None, typer.Argument(metavar="BASELINE", hidden=True)] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Model; repeatable; default: all listed ones.")
+    ] = None,
+    lora_distribution: Annotated[
+        str, typer.Option(metavar="D", help="uniform, zipf:1, churn:1:100.")
+    ] = "uniform",
+    request_rate: Annotated[
+        float | None, above_0(metavar="R", help="Open loop: requests per second, Poisson.")
+    ] = None,
+    burstiness: Annotated[float, above_0(metavar="B", help="Of an open loop: below 1 in bursts.")] = 1.0,
+    max_concurrency: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Open requests; of a closed loop 8.")
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of requests to send.")
+    ] = None,
+    duration: Annotated[float | None, above_0(metavar="S", help="Seconds of sending; default 10.")] = None,
+    input_len: Annotated[
+        str, typer.Option(metavar="L", help="Prompts: 64, 9-99, lognormal:64:0.5 tokens.", show_default=False)
+    ] = "64",
+    output_len: Annotated[str, typer.Option(metavar="L", help="Answers, likewise.")] = "64",
+    dataset_path: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts, text or JSON a line.")
+    ] = None,
+    eos: Annotated[bool, typer.Option("--eos", help="Let answers end earlier (no ignore_eos).")] = False,
+    num_warmups: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Requests before, to the base.")
+    ] = WARMUPS,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the load.")] = 0,
+    ttft_limit: Annotated[
+        float | None, above_0(metavar="MS", help="Goodput: longest time to first token.")
+    ] = None,
+    tpot_limit: Annotated[
+        float | None, above_0(metavar="MS", help="Goodput: longest time per token after it.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Report: a page with plots.")] = None,
     as_json: shell.Json = False,
 ) -> None:
-    """Measure a running service: its speed and waiting times.
-
-    Example: loramux bench --model lora1 --model lora2 --concurrency 16
+    """\b
+    Measure an OpenAI-compatible server. Example: loramux bench http://host:8000
+    URL and BASELINE may be files that --json wrote, for a report or a comparison.
     """
-    if rate is not None and concurrency is not None:
-        raise SettingsInvalid("expected either --concurrency (closed loop) or --rate (open loop), found both")
-    if plot is not None:
-        require_plot(plot)
-    plan = LoadPlan(
-        concurrency=concurrency or CONCURRENCY,
-        rate=rate,
-        requests=requests,
-        duration_s=duration if duration or requests else DURATION_S,
-        options={"max_tokens": max_tokens, "ignore_eos": not eos},
+    if find_spec("httpx") is None:
+        raise SettingsInvalid("bench needs httpx, not installed here: pip install 'loramux[bench]'")
+    plan = Plan(
+        url=target,
+        models=tuple(model or ()),
+        lora_distribution=lora_distribution,
+        request_rate=request_rate,
+        burstiness=burstiness,
+        max_concurrency=max_concurrency,
+        num_prompts=num_prompts,
+        duration_s=duration if duration or num_prompts else DURATION_S,
+        input_len=input_len,
+        output_len=output_len,
+        dataset_path=str(dataset_path) if dataset_path else None,
+        ignore_eos=not eos,
+        seed=seed,
+        ttft_limit_ms=ttft_limit,
+        tpot_limit_ms=tpot_limit,
     )
-    prompts_read = read_prompts(prompts) if prompts else []
-    workload, run = asyncio.run(_bench(grpc, model or [], prompts_read, prompt_tokens, seed, plan, warmup))
-    if plot is not None:
-        draw(run.outcomes, workload.models, plot)
-    _tell(plan, workload, run, as_json)
-
-
-async def _bench(
-    address: str,
-    requested: Sequence[str],
-    prompts_read: Sequence[Prompt],
-    prompt_tokens: int,
-    seed: int,
-    plan: LoadPlan,
-    warmup: int | None,
-) -> tuple[Workload, BenchRun]:
-    async with AsyncClient(inference=address) as client:
-        with shell.working(f"asking {address}"):
-            models = await _models(client, requested)
-            count = 0 if prompts_read else await words_for(client, models[0], prompt_tokens)
-        workload = Workload(models, seed, count, prompts_read)
-        await _warm_up(client, workload, plan.options, len(models) if warmup is None else warmup)
-        view = BenchView(plan)
-        with view.displayed():
-            try:
-                return workload, await drive(client, workload, plan, view.update)
-            except asyncio.CancelledError:  # Ctrl-C; what was measured until then is shown
-                return workload, BenchRun(view.outcomes, interrupted=True)
-
-
-async def _models(client: AsyncClient, requested: Sequence[str]) -> list[str]:
-    models = await client.models()
-    served = [each.name for each in models]
-    for name in requested:
-        if unknown := unserved(name, served):
-            raise no_such_model(unknown[0], served)
-    return list(dict.fromkeys(requested)) or [each.name for each in models if each.generates]
-
-
-async def _warm_up(client: AsyncClient, workload: Workload, options: GenerateOptions, requests: int) -> None:
-    other = Workload(workload.models, workload.seed + 1, workload.words, workload.prompts)
-    if requests:
-        with shell.working(f"warming up with {requests} requests"):
-            await drive(client, other, LoadPlan(CONCURRENCY, requests=requests, options=options))
-
-
-def _tell(plan: LoadPlan, workload: Workload, run: BenchRun, as_json: bool) -> None:
-    figures = report(run.outcomes, workload.models)
-    if as_json:
-        emit({"plan": plan, "seed": workload.seed, "report": figures, "client": run.load})
-    else:
-        show_report(figures)
-        if run.load:
-            show_load(run.load)
-    if run.interrupted:
-        raise typer.Exit(Exit.INTERRUPTED)
-    if not figures.all.requests:
+    read_lengths(input_len, "--input-len")
+    read_lengths(output_len, "--output-len")
+    read_popularity(lora_distribution)
+    if html and not html.resolve().parent.is_dir():
+        raise SettingsInvalid(f"--html={html}: expected a file in a folder that exists")
+    other = read_run(baseline) if baseline else None
+    if Path(target).is_file():
+        _show(read_run(Path(target)), other, html, as_json)
+        return
+    run = _measured(plan, num_warmups)
+    _show(run, other, html, as_json)
+    if run.ended_by:
+        raise typer.Exit(Exit.INTERRUPTED if run.ended_by == INTERRUPTED else Exit.UNAVAILABLE)
+    if all(each.error for each in run.records):
         raise typer.Exit(Exit.FAILED)
 
 
-HEADERS = (
-    *("model", "requests", "tokens/s"),
-    *("first token p50/90/99 ms", "per token p50/90/99 ms", "whole p50/90/99 s"),
-)
-RIGHT = frozenset(HEADERS[1:])
+def read_run(path: Path) -> Run:
+    """Read what ``--json`` printed; raise RequestInvalid where a file is none."""
+    try:
+        return TypeAdapter(Run).validate_json(path.read_bytes())
+    except OSError as error:
+        raise RequestInvalid(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise RequestInvalid(f"{path} is no run: expected what loramux bench --json prints") from error
 
 
-class BenchView:
-    """Shows on a terminal how far a run is."""
+def _measured(plan: Plan, num_warmups: int) -> Run:
+    import httpx
 
-    def __init__(self, plan: LoadPlan) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn())
-        self._bars = Progress(*columns, console=shell.err, transient=True) if shell.err.is_terminal else None
-        self._plan = plan
-        self._begin = time.monotonic()
-        self.outcomes: list[Outcome] = []
-        self._tokens = self._errors = 0
-        if self._bars:
-            self._task = self._bars.add_task("sending", total=1.0)
+    from loramux_bench.server import CHAT, Server, split_url
 
-    def displayed(self) -> AbstractContextManager[object]:
-        """Draw the bar during a block that takes a while."""
-        return Later(self._bars) if self._bars else nullcontext()
+    address, endpoint = split_url(plan.url)
+    dataset = read_dataset(Path(plan.dataset_path)) if plan.dataset_path else []
+    if not endpoint and any(not isinstance(each.prompt, str) for each in dataset):
+        endpoint = CHAT
+    credentials = Credentials()
+    trusted = ssl.create_default_context(cafile=credentials.tls_ca) if credentials.tls_ca else True
 
-    def update(self, outcome: Outcome) -> None:
-        """Count an outcome."""
-        self.outcomes.append(outcome)
-        self._errors += bool(outcome.error)
-        self._tokens += outcome.tokens
-        if self._bars:
-            took = time.monotonic() - self._begin
-            errors = f", {self._errors} failed" if self._errors else ""
-            summary = f"{len(self.outcomes)} requests{errors}, {self._tokens / max(took, 1e-9):.0f} tokens/s"
-            self._bars.update(self._task, completed=self._part(took), description=summary)
+    async def measure() -> Run:
+        async with httpx.AsyncClient(
+            base_url=address,
+            headers={"accept-encoding": "identity", **dict(credentials.metadata)},
+            verify=trusted,
+            timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S, pool=None),
+            limits=httpx.Limits(max_connections=None),
+        ) as http:
+            return await run_plan(Server(http, endpoint, plan.ignore_eos), plan, dataset, num_warmups)
 
-    def _part(self, took: float) -> float:
-        """Return how much of the run is over: by requests or by time, whichever ends it first."""
-        by_requests = len(self.outcomes) / self._plan.requests if self._plan.requests else 0.0
-        by_time = took / self._plan.duration_s if self._plan.duration_s else 0.0
-        return min(max(by_requests, by_time), 1.0)
+    return asyncio.run(measure())
 
 
-def show_report(report: Report) -> None:
-    """Print a line per model, and what failed."""
-    if not (report.all.requests or report.all.errors):
-        shell.say("stopped before the first answer was whole; nothing was measured")
-        return
-    lines = report.models if len(report.models) == 1 else (*report.models, report.all)
-    shell.table(HEADERS, [_row(each) for each in lines], RIGHT)
-    prompts = report.all.prompt_tokens / max(report.all.requests, 1)
-    answers = report.all.tokens / max(report.all.requests, 1)
-    shell.show(
-        f"{report.seconds:.1f} s, {report.all.requests_per_s:.1f} requests/s; "
-        f"on average {prompts:.0f} tokens asked, {answers:.0f} answered"
-    )
-    for each in report.models:
-        for reason, failed in each.errors.items():
-            shell.show(f"failed: {each.model}: {failed.count} times {reason}: {failed.message}", "red")
+async def run_plan(server: Server, plan: Plan, dataset: list[DatasetPrompt], num_warmups: int) -> Run:
+    """Ask a server for its models, warm it up, and send it a plan; Ctrl-C ends it with what there is."""
+    from loramux_bench.drive import Driver
+
+    with shell.working(f"asking {server.http.base_url}"):
+        models, first = await server.models(plan.models)
+        plan = replace(plan, models=models)
+        counts = [await server.try_out(_probe(first, count)) for count in (FEW_WORDS, MORE_WORDS)]
+    fit = PromptFit.measured(*(each.prompt_tokens for each in counts))
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    run = Run(plan, started, warmed=(first,), num_warmups=num_warmups + len(counts))
+    if num_warmups:
+        before = replace(plan, models=(first,), seed=-1 - plan.seed, num_prompts=num_warmups)
+        before = replace(before, request_rate=None, duration_s=None)
+        with shell.working(f"warming up with {num_warmups} requests"):
+            await Driver(server, Workload(before, fit, dataset), Run(before)).drive()
+    view = BenchView(plan)
+    sending = asyncio.ensure_future(Driver(server, Workload(plan, fit, dataset), run, view.update).drive())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, sending.cancel)
+    with view.displayed():
+        try:
+            await sending
+        except asyncio.CancelledError:
+            run.ended_by = INTERRUPTED
+    return run
 
 
-def show_load(load: ClientLoad) -> None:
-    """Say on stderr how busy the client was."""
-    late = f"{1e3 * (load.lag_s or 0.0):.0f} ms"
-    load_text = f"the client took {load.cpu:.0%} of a core, and its event loop was {late} late (p90)"
-    if load.is_bottleneck:
-        shell.say(
-            f"warning: {load_text}: it may have been the bottleneck. Lower the load, or use several clients",
-            "yellow",
-        )
+def _probe(model: str, count: int) -> BenchRequest:
+    return BenchRequest(0, model, " ".join(WORDS[:count]), 1)
+
+
+def _show(run: Run, baseline: Run | None, html: Path | None, as_json: bool) -> None:
+    figures = report(run)
+    comparisons = compare(run, baseline) if baseline else []
+    if as_json:
+        emit_line({"report": figures, "comparison": comparisons} | vars(run))
     else:
-        shell.say(load_text, "dim")
-
-
-def _row(each: Figures) -> tuple[str, ...]:
-    return (
-        each.model,
-        str(each.requests),
-        f"{each.tokens_per_s:.1f}",
-        _cell(each.first_token_s, 1e3, 0),
-        _cell(each.per_token_s, 1e3, 1),
-        _cell(each.latency_s, 1.0, 2),
-    )
-
-
-def _cell(values: Percentiles, scale: float, digits: int) -> str:
-    numbers = (values.p50, values.p90, values.p99)
-    return "/".join("-" if number is None else f"{scale * number:.{digits}f}" for number in numbers)
+        show_report(figures)
+        if baseline:
+            show_comparison(run, baseline, comparisons)
+    if html:
+        html.write_text(html_page(run, figures, baseline, comparisons), encoding="utf-8")
 
 
 BENCH: Final = shell.Command(bench)

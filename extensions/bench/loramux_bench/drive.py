@@ -1,157 +1,108 @@
-"""Sends requests and times them: a closed loop keeps so many open, an open loop sends them when they come."""
+"""Sends the requests of a plan: a closed loop keeps so many open, an open loop sends each when it is due."""
 
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
-from loramux.client import AsyncClient
-from loramux.records import Delta, Finished, GenerateOptions, Started
-from loramux_bench.figures import Outcome, percentile
-from loramux_bench.workload import BenchRequest, Workload, arrivals
-from loramux_shared.faults import Fault
+from loramux_bench.records import ClientLoad, Record, Run, percentile
+from loramux_bench.server import UNREACHED, Server
+from loramux_bench.workload import CONCURRENCY, BenchRequest, Workload
 
-MOST_CPU = 0.8
-MOST_LAG_S = 0.02
+MAX_CPU = 0.8
+"""Seconds of a core per second; beyond, the client may be the bottleneck."""
+MAX_LAG_MS = 20.0
+MAX_LATE_S = 0.01
+"""Seconds; later than this a start is a late one."""
+MAX_LATE_STARTS = 0.01
 SAMPLE_S = 0.02
 PAUSE_S = 0.1
-"""After a failure: a server that refuses at once would be asked without end."""
+"""Pause of a stream after a failure: a server that refuses at once would be asked without end."""
+MAX_UNREACHED = 10
+"""Requests in a row that find or keep no server, after which the run ends."""
 
 
-@dataclass(frozen=True)
-class LoadPlan:
-    """The load of a benchmark; a request that has begun is always waited for."""
+class Driver:
+    """Fills a run with records; on_record is called with each."""
 
-    concurrency: int = 8
-    """Open requests of a closed loop."""
-    rate: float | None = None
-    """Requests per second of an open loop; None: a closed one."""
-    requests: int | None = None
-    """Number of requests to send; None: no bound."""
-    duration_s: float | None = None
-    """None is sent later."""
-    options: GenerateOptions = field(default_factory=lambda: GenerateOptions())
+    def __init__(
+        self, server: Server, workload: Workload, run: Run, on_record: Callable[[Record], None] = lambda _: None
+    ) -> None:
+        self._server, self._workload, self._plan, self._run = server, workload, workload.plan, run
+        self._on_record = on_record
+        self._unreached = 0
 
+    async def drive(self, cpu_time: Callable[[], float] = time.process_time) -> None:
+        """Send the requests, and wait for their answers."""
+        self._now = asyncio.get_running_loop().time
+        self._begin = self._now()
+        requests = itertools.islice(self._workload.requests(), self._plan.num_prompts)
+        async with self._watched(cpu_time), asyncio.TaskGroup() as group:
+            if self._plan.request_rate is not None:
+                await self._open_loop(group, requests)
+            else:
+                for _ in range(self._plan.max_concurrency or CONCURRENCY):
+                    group.create_task(self._stream(requests))
 
-@dataclass(frozen=True)
-class ClientLoad:
-    """The load of the client's side: near its bounds, the figures are the client's and not the server's."""
+    async def _open_loop(self, group: asyncio.TaskGroup, requests: Iterator[BenchRequest]) -> None:
+        limit = self._plan.max_concurrency
+        slots: AbstractAsyncContextManager[object] = asyncio.Semaphore(limit) if limit else nullcontext()
+        for request, due_s in zip(requests, self._workload.arrivals(), strict=False):
+            if not self._goes_on(due_s):
+                return
+            await asyncio.sleep(max(0.0, self._begin + due_s - self._now()))
+            group.create_task(self._send(request, due_s, slots))
 
-    cpu: float
-    """Seconds of a core per second."""
-    lag_s: float | None
-    """90th percentile of how late the event loop was."""
+    async def _stream(self, requests: Iterator[BenchRequest]) -> None:
+        while self._goes_on(due_s := self._now() - self._begin) and (request := next(requests, None)):
+            if (await self._send(request, due_s, nullcontext())).error:
+                await asyncio.sleep(PAUSE_S)
 
-    @property
-    def is_bottleneck(self) -> bool:
-        """Return True if the client itself may have slowed the requests down."""
-        return self.cpu > MOST_CPU or (self.lag_s or 0.0) > MOST_LAG_S
+    def _goes_on(self, due_s: float) -> bool:
+        if self._unreached >= MAX_UNREACHED:
+            self._run.ended_by = f"the server is gone: {MAX_UNREACHED} requests in a row lost it"
+        return not self._run.ended_by and (self._plan.duration_s is None or due_s < self._plan.duration_s)
 
+    async def _send(
+        self, request: BenchRequest, due_s: float, slots: AbstractAsyncContextManager[object]
+    ) -> Record:
+        record = Record(request.number, request.model, due_s, max(0.0, self._now() - self._begin - due_s))
+        async with slots:
+            await self._server.send(request, record, self._begin)
+        self._unreached = self._unreached + 1 if record.error in UNREACHED else 0
+        self._run.records.append(record)
+        self._on_record(record)
+        return record
 
-@dataclass
-class BenchRun:
-    """Outcomes as they come."""
+    @asynccontextmanager
+    async def _watched(self, cpu_time: Callable[[], float]) -> AsyncIterator[None]:
+        """Measure meanwhile how busy this process and its event loop are."""
+        lags_ms: list[float] = []
+        sampler = asyncio.create_task(self._sample(lags_ms))
+        cpu = cpu_time()
+        try:
+            yield
+        finally:
+            sampler.cancel()
+            spent = (cpu_time() - cpu) / max(self._now() - self._begin, 1e-9)
+            self._run.client = client_load(spent, percentile(lags_ms, 0.99) or 0.0, self._run.records)
 
-    outcomes: list[Outcome] = field(default_factory=list)
-    load: ClientLoad | None = None
-    interrupted: bool = False
-    """True if it was ended before its time; requests that were open then are left out."""
-
-
-async def drive(
-    client: AsyncClient, workload: Workload, plan: LoadPlan, tell: Callable[[Outcome], None] = lambda _: None
-) -> BenchRun:
-    """Send the requests of a plan and return what became of them; tell is called with each outcome."""
-    run = BenchRun()
-    begin = time.perf_counter()
-
-    async def send(ask: BenchRequest, due: float) -> Outcome:
-        outcome = await _send(client, ask, plan.options, begin, due)
-        run.outcomes.append(outcome)
-        tell(outcome)
-        return outcome
-
-    asks = itertools.islice(workload.asks(), plan.requests)
-    async with _watched(run), asyncio.TaskGroup() as group:
-        if plan.rate is None:
-            for _ in range(plan.concurrency):
-                group.create_task(_closed(send, asks, begin, plan.duration_s))
-        else:
-            for ask, due in zip(asks, arrivals(plan.rate, workload.seed), strict=False):
-                if plan.duration_s is not None and due > plan.duration_s:
-                    break
-                await asyncio.sleep(max(0.0, begin + due - time.perf_counter()))
-                group.create_task(send(ask, due))
-    return run
-
-
-async def _closed(
-    send: Callable[[BenchRequest, float], Awaitable[Outcome]],
-    asks: Iterator[BenchRequest],
-    begin: float,
-    duration_s: float | None,
-) -> None:
-    for ask in asks:
-        now = time.perf_counter() - begin
-        if duration_s is not None and now >= duration_s:
-            return
-        if (await send(ask, now)).error:
-            await asyncio.sleep(PAUSE_S)
+    async def _sample(self, lags_ms: list[float]) -> None:
+        while True:
+            due = self._now() + SAMPLE_S
+            await asyncio.sleep(SAMPLE_S)
+            lags_ms.append(1e3 * max(0.0, self._now() - due))
 
 
-async def _send(
-    client: AsyncClient, ask: BenchRequest, options: GenerateOptions, begin: float, due: float
-) -> Outcome:
-    first: float | None = None
-    last = due
-    tokens = first_tokens = prompt_tokens = cached = 0
-    error = message = ""
-    try:
-        async for event in client.generate(ask.model, ask.prompt, **options):
-            if isinstance(event, Delta):
-                last = time.perf_counter() - begin
-                tokens += len(event.token_ids)
-                if first is None and event.token_ids:
-                    first, first_tokens = last, tokens
-            elif isinstance(event, Started):
-                prompt_tokens = event.prompt_tokens
-            elif isinstance(event, Finished):
-                cached = event.usage.cached_tokens
-    except Fault as fault:
-        error, message = fault.reason, fault.message
-    return Outcome(
-        model=ask.model,
-        begin=due,
-        first=first,
-        last=last,
-        end=time.perf_counter() - begin,
-        tokens=tokens,
-        first_tokens=first_tokens,
-        prompt_tokens=prompt_tokens,
-        cached_tokens=cached,
-        error=error,
-        message=message,
-    )
-
-
-@asynccontextmanager
-async def _watched(run: BenchRun) -> AsyncIterator[None]:
-    """Measure meanwhile how busy this process and its event loop are."""
-    lags: list[float] = []
-    sampler = asyncio.create_task(_sample(lags))
-    wall, cpu = time.perf_counter(), time.process_time()
-    try:
-        yield
-    finally:
-        sampler.cancel()
-        wall = time.perf_counter() - wall
-        run.load = ClientLoad((time.process_time() - cpu) / wall, percentile(lags, 0.9))
-
-
-async def _sample(lags: list[float]) -> None:
-    while True:
-        due = time.perf_counter() + SAMPLE_S
-        await asyncio.sleep(SAMPLE_S)
-        lags.append(time.perf_counter() - due)
+def client_load(cpu: float, lag_ms: float, records: Sequence[Record]) -> ClientLoad:
+    """Return the load of the client, with everything that speaks for the client as the bottleneck."""
+    late = sum(each.late_s > MAX_LATE_S for each in records) / max(len(records), 1)
+    limits = []
+    if cpu >= MAX_CPU:
+        limits.append(f"it took {cpu:.0%} of a core")
+    if lag_ms > MAX_LAG_MS:
+        limits.append(f"its event loop was {lag_ms:.0f} ms late (p99)")
+    if late > MAX_LATE_STARTS:
+        limits.append(f"{late:.0%} of the requests began more than {1e3 * MAX_LATE_S:.0f} ms late")
+    return ClientLoad(cpu, lag_ms, late, tuple(limits))
