@@ -16,6 +16,7 @@ from typing import Any, Final, TypedDict
 import grpc
 from google.protobuf.message import Message
 
+from loramux_shared.access import API_KEY
 from loramux_shared.adapter_files import read_small
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
 from loramux_shared.routes import MODEL_HEADER, OF_A_MODEL
@@ -81,7 +82,6 @@ def resolve(words: str) -> tuple[Address, ...]:
     return tuple({each.target: each for each in found}.values())
 
 
-API_KEY: Final = "LORAMUX_API_KEY"
 GENERATE: Final = "Generate"
 MAX_HEADER: Final = 256
 

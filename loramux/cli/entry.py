@@ -11,9 +11,12 @@ def main() -> None:
     try:
         run = importlib.import_module("loramux.cli.main").main
     except ModuleNotFoundError as missing:
-        sys.exit(
-            f"loramux: the command line needs {missing.name}, not installed here: pip install 'loramux[cli]'"
-        )
+        sys.exit(needs(missing))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     run()
+
+
+def needs(missing: ModuleNotFoundError) -> str:
+    """Return the line that names a package of the command line that is not installed, and its cure."""
+    return f"loramux: the command line needs {missing.name}, not installed here: pip install 'loramux[cli]'"

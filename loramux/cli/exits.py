@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from loramux_shared.faults import DeadlineExceeded, Fault, SettingsInvalid, Status
-
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
+
+    from loramux_shared.faults import Fault
 
 
 class Exit(IntEnum):
@@ -39,16 +39,16 @@ MEANINGS: Final = {
     Exit.PIPE_CLOSED: "its output was closed, as `head -1` does",
 }
 
-_DENIED = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED)
 
-
-def exit_of(fault: Fault) -> Exit:
+def exit_of(fault: "Fault") -> Exit:
     """Return the exit code of a command that ends with a fault."""
+    from loramux_shared.faults import DeadlineExceeded, SettingsInvalid, Status
+
     if isinstance(fault, SettingsInvalid):
         return Exit.USAGE
     if isinstance(fault, DeadlineExceeded) or fault.retry_after_s is not None:
         return Exit.UNAVAILABLE
-    return Exit.DENIED if fault.status in _DENIED else Exit.FAILED
+    return Exit.DENIED if fault.status in (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED) else Exit.FAILED
 
 
 def state_dir() -> Path:

@@ -1,33 +1,24 @@
 """The ``loramux`` command."""
 
+import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from io import TextIOWrapper
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loramux.cli import deployments, keys, replica, shell
-from loramux.cli.build import build, prove
-from loramux.cli.change import add, push, remove
-from loramux.cli.chat import chat
-from loramux.cli.check import check
-from loramux.cli.doctor.command import doctor
+from loramux.cli.commands import FIRST, OTHERS
 from loramux.cli.exits import tell_uncaught, tell_unraisable
-from loramux.cli.gc import gc
-from loramux.cli.import_bundle import import_bundle
-from loramux.cli.kernels import kernels
-from loramux.cli.local.demo import demo
-from loramux.cli.local.run import run
-from loramux.cli.local.services import builder, serve
-from loramux.cli.local.up import up
-from loramux.cli.rollout import rollout
-from loramux.cli.serving import health, models
-from loramux.connection import API_KEY
-from loramux_shared.faults import SettingsInvalid
-from loramux_shared.ports import registered
+from loramux.cli.late import Command, LateCommand, Load, Run
+from loramux_shared.access import API_KEY
+from loramux_shared.ports import importing, registered
+
+if TYPE_CHECKING:
+    from loramux_shared.faults import SettingsInvalid
 
 app = typer.Typer(
     name="loramux",
@@ -36,49 +27,44 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: half the lines, the same words
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for function in (demo, run, up, build, check, prove, add, remove, push, models, serve, builder, health):
-    app.command()(function)
-unusable: dict[str, SettingsInvalid] = {}
-"""Why the commands of packages cannot be used that cannot be imported."""
-others: dict[str, Callable[..., None] | typer.Typer] = {
-    "cancel": deployments.cancel,
-    "chat": chat,
-    "deployments": deployments.deployments,
-    "doctor": doctor,
-    "gc": gc,
-    "history": deployments.history,
-    "import-bundle": import_bundle,
-    "kernels": kernels,
-    "keys": keys.app,
-    "pin": replica.pin,
-    "rollback": deployments.rollback,
-    "rollout": rollout,
-    "unpin": replica.unpin,
-    "watch": deployments.watch,
-    **{name: each.run for name, each in registered("command", shell.Command, unusable.__setitem__).items()},
-}
-for name, other in sorted(others.items()):
-    if isinstance(other, typer.Typer):
-        app.add_typer(other, name=name)
-    else:
-        app.command(name)(other)
 
 
-def _refusing(fault: SettingsInvalid) -> Callable[[], None]:
-    @shell.command
-    def command() -> None:
+def _of_package(name: str, load: Load) -> Load:
+    @functools.wraps(load)
+    def loading() -> Run:
+        with importing(name, load.__module__.partition(".")[0]):
+            return load()
+
+    return loading
+
+
+def _raising(fault: "SettingsInvalid") -> Load:
+    def loading() -> Run:
         raise fault
 
-    return command
+    return loading
 
 
-for name, fault in unusable.items():
-    anything = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-    app.command(name, hidden=True, context_settings=anything)(_refusing(fault))
+def _add_commands() -> None:
+    """Add those of the core, and of packages, whose entries are hidden where they cannot be imported."""
+    unusable: dict[str, SettingsInvalid] = {}
+    added = registered("command", Command, unusable.__setitem__).items()
+    others = OTHERS | {name: replace(each, load=_of_package(name, each.load)) for name, each in added}
+    for load in FIRST:
+        app.command(cls=LateCommand)(load)
+    for name, other in sorted(others.items(), key=lambda item: (item[1].is_group, item[0])):
+        app.command(name, cls=LateCommand)(other.load)
+    for name, fault in unusable.items():
+        app.command(name, cls=LateCommand, hidden=True)(_raising(fault))
+
+
+_add_commands()
 
 
 def _version(requested: bool) -> None:
     if requested:
+        from loramux.cli import shell
+
         shell.show(f"loramux {version('loramux')}")
         raise typer.Exit
 

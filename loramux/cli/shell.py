@@ -78,14 +78,6 @@ Json = Annotated[bool, typer.Option("--json", help=f"Print JSON; see {_PAGE}.")]
 JsonLines = Annotated[bool, typer.Option("--json", help=f"Print JSON lines; see {_PAGE}.")]
 
 
-@dataclass(frozen=True)
-class Command:
-    """The port of commands that packages add; the name is that of the entry point."""
-
-    run: Callable[..., None] | typer.Typer
-    """A function as `command` makes it, or a group of such."""
-
-
 def command(function: Callable[P, R]) -> Callable[P, R]:
     """Turn a command's failures into lines on stderr and an exit code; never a traceback.
 

@@ -5,18 +5,20 @@ has all that is known of it. Entries of the core need none: the modules of a por
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from loramux_shared.faults import SettingsInvalid
+if TYPE_CHECKING:  # faults are imported where one is raised: the command line lists its commands without
+    from loramux_shared.faults import SettingsInvalid
 
 GROUP: Final = "loramux.ports"
 
 Entry = TypeVar("Entry")
-Notify = Callable[[str, SettingsInvalid], None]
+Notify = Callable[[str, "SettingsInvalid"], None]
 
 
 def registered(port: str, kind: type[Entry], left_out: Notify | None = None) -> dict[str, Entry]:
@@ -29,19 +31,18 @@ def registered(port: str, kind: type[Entry], left_out: Notify | None = None) -> 
     """
     entries = {}
     for name, point in _declared(port).items():
-        try:
-            entries[name] = _load(point, name, kind)
-        except SettingsInvalid as fault:
-            if left_out is None:
-                raise
-            left_out(name, fault)
+        with importing(name, _package_of(point), left_out):
+            entries[name] = _load(point, kind)
     return entries
 
 
 def entry_of(port: str, name: str, kind: type[Entry]) -> Entry | None:
     """Return one entry of a port; None where there is none of this name."""
     point = _declared(port).get(name)
-    return None if point is None else _load(point, name, kind)
+    if point is None:
+        return None
+    with importing(name, _package_of(point)):
+        return _load(point, kind)
 
 
 def names(port: str) -> tuple[str, ...]:
@@ -53,10 +54,12 @@ def required(port: str, kind: type[Entry], what: str) -> Entry:
     """Return the first entry of a port for what needs one; raise SettingsInvalid where there is none."""
     for entry in registered(port, kind).values():
         return entry
+    from loramux_shared.faults import SettingsInvalid
+
     raise SettingsInvalid(f"{what}: expected an installed package that brings {port}, found none.")
 
 
-def log_left_out(name: str, fault: SettingsInvalid) -> None:
+def log_left_out(name: str, fault: "SettingsInvalid") -> None:
     """Warn of an entry that is left out."""
     import structlog  # which a client may lack
 
@@ -83,25 +86,44 @@ def _package_of(point: EntryPoint) -> str:
     return point.module.partition(".")[0]
 
 
-def _load(point: EntryPoint, name: str, kind: type[Entry]) -> Entry:
-    package = _package_of(point)
+class _OtherType(Exception):
+    """An entry that is not of its port's type."""
+
+
+def _load(point: EntryPoint, kind: type[Entry]) -> Entry:
+    entry: object = point.load()
+    if not isinstance(entry, kind):
+        raise _OtherType(f"expected a {kind.__name__}, found {type(entry).__name__}")
+    return entry
+
+
+@contextmanager
+def importing(name: str, package: str, left_out: Notify | None = None) -> Iterator[None]:
+    """Import what an entry of a package needs; where that fails, call left_out, or raise SettingsInvalid."""
     try:
-        entry: object = point.load()
-    except ModuleNotFoundError as error:
+        yield
+    except Exception as error:  # the code of another package, which may raise anything while it is imported
+        fault = _fault_of(name, package, error)
+        if left_out is None:
+            raise fault from error
+        left_out(name, fault)
+
+
+def _fault_of(name: str, package: str, error: Exception) -> "SettingsInvalid":
+    from loramux_shared.faults import SettingsInvalid
+
+    if isinstance(error, ModuleNotFoundError):
         extra = package.removeprefix("loramux_") if package.startswith("loramux_") else ""
         cure = f"pip install 'loramux[{extra}]'" if extra else f"install them, or uninstall {package}"
-        raise SettingsInvalid(
+        return SettingsInvalid(
             f"the extension {name!r} needs packages that are not installed here ({error.name}): {cure}"
-        ) from error
-    except Exception as error:  # the code of another package, which may raise anything while it is imported
-        why = " ".join(str(error).split())
-        raise SettingsInvalid(
-            f"the extension {name!r} cannot be imported: {type(error).__name__}: {why}. "
-            f"Install what it needs, or remove its package {package}."
-        ) from error
-    if not isinstance(entry, kind):
-        raise SettingsInvalid(
-            f"the extension {name!r}: expected a {kind.__name__}, found {type(entry).__name__}. "
-            f"Fix the entry point of its package {package}, or remove it."
         )
-    return entry
+    if isinstance(error, _OtherType):
+        return SettingsInvalid(
+            f"the extension {name!r}: {error}. Fix the entry point of its package {package}, or remove it."
+        )
+    why = " ".join(str(error).split())
+    return SettingsInvalid(
+        f"the extension {name!r} cannot be imported: {type(error).__name__}: {why}. "
+        f"Install what it needs, or remove its package {package}."
+    )

@@ -37,7 +37,7 @@ only-include = ["parrot.py", "parrot_calls.py", "parrot_source.py", "parrot_kind
 PARROT = '''
 """A family whose layers have a block of its own, and a command."""
 from dataclasses import dataclass, replace
-from loramux.cli import shell
+from loramux.cli.late import Command
 from loramux_shared.bases.family import Architecture, Family, llama_like
 from loramux_shared.bases.layers import MlpLayer
 
@@ -61,12 +61,18 @@ def blocks():
 
 FAMILY = Family((Architecture("ParrotForCausalLM", "parrot"),), read, models="Parrots", blocks=blocks)
 
-@shell.command
-def parrot() -> None:
+def command():
     """Say what parrots say."""
-    shell.show("Pieces of eight!")
+    from loramux.cli import shell
 
-COMMAND = shell.Command(parrot)
+    @shell.command
+    def parrot() -> None:
+        """Say what parrots say."""
+        shell.show("Pieces of eight!")
+
+    return parrot
+
+COMMAND = Command(command)
 '''
 CALLS = '''
 """Calls between squawks."""

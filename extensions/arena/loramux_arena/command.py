@@ -127,6 +127,3 @@ def _row(each: Comparison) -> tuple[str, ...]:
         f"{each.interval.low:+.3f} to {each.interval.high:+.3f}",
         each.verdict,
     )
-
-
-ARENA: Final = shell.Command(arena)

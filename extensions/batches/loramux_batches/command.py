@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -107,6 +107,3 @@ async def _ask(batch: Batch, url: str, llm: Any, concurrency: int, on_answer: Ca
         limits=httpx.Limits(max_connections=concurrency),
     ) as http:
         return await batch.run(http, concurrency, on_answer)
-
-
-RUN_BATCH: Final = shell.Command(run_batch)

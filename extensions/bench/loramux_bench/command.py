@@ -222,6 +222,3 @@ def _show(run: Run, baseline: Run | None, html: Path | None, as_json: bool) -> N
             show_comparison(run, baseline, comparisons)
     if html:
         html.write_text(html_page(run, figures, baseline, comparisons), encoding="utf-8")
-
-
-BENCH: Final = shell.Command(bench)

@@ -1,7 +1,7 @@
 """``loramux envoy``: the configuration of an Envoy before several replicas."""
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
@@ -47,6 +47,3 @@ def envoy(
         tls=Tls(str(tls_ca), tls_name) if tls_ca and tls_name else None,
     )
     shell.out.out(render(fleet), end="")
-
-
-ENVOY: Final = shell.Command(envoy)

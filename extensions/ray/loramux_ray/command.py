@@ -8,7 +8,7 @@ import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
@@ -198,6 +198,3 @@ def _ray(command: str, plan: UpPlan) -> list[str]:
 def _require_ray() -> None:
     if importlib.util.find_spec("ray") is None:
         raise SettingsInvalid("this needs Ray, not installed here: pip install 'loramux[ray]'")
-
-
-RAY: Final = shell.Command(app)

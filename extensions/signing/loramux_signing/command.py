@@ -138,7 +138,3 @@ def _served(store: Store, name: str) -> Generation:
             f"{name[:128]!r} is no folder here and no deployment of {store.uri}. There: {known}."
         )
     return generation
-
-
-SIGN: Final = shell.Command(sign)
-VERIFY: Final = shell.Command(verify)

@@ -51,6 +51,3 @@ def webhooks(
         with Receiver(listen, secret, followed, updates) as receiver, updates:
             shell.show(f"webhooks on http://{receiver.address}, following {', '.join(followed.adapters)}")
             receiver.serve_forever()
-
-
-WEBHOOKS: Final = shell.Command(webhooks)

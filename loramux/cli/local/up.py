@@ -24,8 +24,9 @@ from loramux.cli.documents import emit
 from loramux.cli.local.services import builder_command, inference_command, local_roots
 from loramux.cli.local.tree import ProcessTree, listening_address, run_tree
 from loramux.client import BUILDER, INFERENCE, AsyncClient
-from loramux.connection import API_KEY, Credentials
+from loramux.connection import Credentials
 from loramux.records import ModelInfo
+from loramux_shared.access import API_KEY
 from loramux_shared.access.guard import open_guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import Scope

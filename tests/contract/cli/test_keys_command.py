@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loramux.cli.main import app
-from loramux.connection import API_KEY
+from loramux_shared.access import API_KEY
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import PREFIX, Scope, parse_keys
 from tests.support.processes.commands import run

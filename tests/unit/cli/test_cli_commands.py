@@ -1,6 +1,8 @@
 """Promises that every command of ``loramux`` keeps: help, tables, completion and folders."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from loramux.cli.exits import MEANINGS
+from loramux.cli.late import LateCommand
 from loramux.cli.local.services import local_roots
 from loramux.cli.local.up import UpPlan
 from loramux.cli.main import app
@@ -23,14 +26,24 @@ WITHOUT_JSON = cases(__file__, "WITHOUT_JSON")
 
 
 def commands(group: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, command in group.commands.items():
+    for name, listed in group.commands.items():
+        command = listed.loaded() if isinstance(listed, LateCommand) else listed
         if hasattr(command, "commands"):
             yield from commands(command, (*before, name))
         else:
             yield (*before, name), command
 
 
+LISTED: dict[str, Any] = typer.main.get_command(app).commands
 ALL = dict(commands(typer.main.get_command(app)))
+LISTING = """
+import sys
+from loramux.cli.main import main
+try:
+    main()
+finally:
+    print(sorted({"grpc", "google", "pydantic", "rich", "yaml", "numpy"} & set(sys.modules)))
+"""
 
 
 @pytest.mark.parametrize("words", ALL, ids=" ".join)
@@ -51,6 +64,22 @@ def test_the_list_of_commands_says_what_each_does() -> None:
     listed = result.stdout.partition("Commands:")[2].splitlines()[1:]
     assert [line.split()[0] for line in listed] == list(dict.fromkeys(words[0] for words in ALL))
     assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_line_of_the_list_is_the_first_of_its_command(name: str) -> None:
+    """The list, which imports no command, says of each what the command says first of itself, groups last."""
+    command = LISTED[name].loaded()
+    assert LISTED[name].get_short_help_str(400) == command.get_short_help_str(400)
+    groups = [name for name, each in LISTED.items() if hasattr(each.loaded(), "commands")]
+    assert list(LISTED)[-len(groups) :] == groups
+
+
+def test_the_list_of_commands_imports_no_command() -> None:
+    """What commands need is imported when one of them is used."""
+    done = subprocess.run([sys.executable, "-c", LISTING, "--help"], capture_output=True, text=True, check=True)
+    assert "Commands:" in done.stdout
+    assert done.stdout.endswith("\n[]\n")
 
 
 def test_every_command_speaks_json_and_is_documented() -> None:

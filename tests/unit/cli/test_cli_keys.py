@@ -10,7 +10,7 @@ import pytest
 from loramux.cli.exits import Exit
 from loramux.cli.local import services
 from loramux.cli.local.tree import ProcessTree
-from loramux.connection import API_KEY
+from loramux_shared.access import API_KEY
 from loramux_shared.access.guard import Guard
 from tests.support.access import keyring
 from tests.support.processes.commands import run

@@ -82,6 +82,43 @@ def test_a_broken_package_is_named_where_its_entry_is_asked_for(tmp_path: Path) 
     assert len(refusals) == len(PORTS_OF_A_BUILDER), done
 
 
+BROKEN = '''
+from loramux.cli.late import Command
+
+def late():
+    """Squawk."""
+    import no_such_driver
+
+LATE = Command(late)
+'''
+
+
+def test_a_command_that_cannot_be_imported_says_so_when_it_is_used(tmp_path: Path) -> None:
+    """A package's entry that raises is not listed; either command ends with its reason, whatever its flags."""
+    info = tmp_path / "others-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    points = "command.mu = raising:entry\ncommand.pi = broken:LATE\n"
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{points}")
+    (tmp_path / "raising.py").write_text("raise OSError('no such driver')\n")
+    (tmp_path / "broken.py").write_text(BROKEN)
+    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "shared")))
+
+    def run(*words: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "loramux.cli.main", *words]
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    listed = run("--help")[1]
+    assert "  pi  " in listed
+    assert "  mu  " not in listed
+    for name, why in (("mu", "cannot be imported: OSError"), ("pi", "needs packages that are not installed")):
+        code, output = run(name, "--help", "x")
+        assert code == 2, output
+        assert f"error: SETTINGS_INVALID: the extension '{name}' {why}" in output
+
+
 COMES_WITH = {
     "pydantic-core": "pydantic",
     "typing-extensions": "pydantic",
