@@ -16,7 +16,7 @@ from loramux import Client, vectors
 from loramux.builder.v1 import builder_pb2
 from loramux.connection import CredentialOptions
 from loramux.inference.v1 import adapters_pb2, inference_pb2
-from scripts.pages import entries_of, one_line
+from scripts.pages import entries_of, fields_of, one_line
 
 HEAD = """\
 # The Python client
@@ -156,16 +156,10 @@ def _listed(kind: type) -> str:
 
 
 def _fields(kind: type) -> list[tuple[str, str, str]]:
-    """Return name, type or value, and meaning of each field of a class, in the order of its source.
-
-    A meaning is the string that follows a field.
-    """
-    [tree] = ast.parse(inspect.cleandoc("\n" + inspect.getsource(kind))).body
-    assert isinstance(tree, ast.ClassDef)  # noqa: S101 - the source of a class
+    """Return name, type or value, and meaning of each field of a class, in the order of its source."""
     rows = []
-    for each, after in zip(tree.body, [*tree.body[1:], None], strict=True):
-        known = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        text = _markdown(one_line(str(after.value.value))) if known else ""  # type: ignore[union-attr]
+    for each, meaning in fields_of(kind):
+        text = _markdown(one_line(meaning))
         if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
             rows.append((each.target.id, f": {ast.unparse(each.annotation)}", text))
         elif isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+from loramux_shared import deployment, runtime
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import IGNORED_KEYS
-from scripts.pages import entry, one_line
+from scripts.pages import entry, fields_of, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\
@@ -48,7 +51,7 @@ runtime:
 
 def page() -> str:
     """Return the page."""
-    schema = Deployment.model_json_schema()
+    schema = explained()
     definitions = schema["$defs"]
     models = {"Deployment": schema} | {
         name: definitions[name]
@@ -70,9 +73,23 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def explained() -> dict[str, Any]:
+    """Return the schema of a deployment, in which the string behind a field is its description."""
+    schema = Deployment.model_json_schema()
+    models = {name: model for name, model in schema["$defs"].items() if "properties" in model}
+    for name, model in {"Deployment": schema, **models}.items():
+        for field, meaning in fields_of(getattr(runtime, name, None) or getattr(deployment, name)):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and meaning:
+                properties = model["properties"]
+                properties[field.target.id] = dict(
+                    sorted(({"description": meaning} | properties[field.target.id]).items())
+                )
+    return schema
+
+
 def json_schema() -> str:
     """Return the JSON schema of a file, in both of its forms."""
-    plain = Deployment.model_json_schema()
+    plain = explained()
     definitions = plain.pop("$defs")
     definitions["Build"]["properties"]["max_lora_rank"] = definitions["LoraConfiguration"]["properties"][
         "max_lora_rank"

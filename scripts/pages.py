@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -46,6 +48,17 @@ def entries_of(entries: Iterable[tuple[str, str]]) -> str:
     if plain:
         lines.append(f"- {'also ' if lines else ''}{plain}\n")
     return "".join(lines)
+
+
+def fields_of(kind: type) -> list[tuple[ast.stmt, str]]:
+    """Return the statements of a class, each with the string that follows it: the meaning of a field."""
+    [tree] = ast.parse(inspect.cleandoc("\n" + inspect.getsource(kind))).body
+    assert isinstance(tree, ast.ClassDef)  # noqa: S101 - the source of a class
+    rows = []
+    for each, after in zip(tree.body, [*tree.body[1:], None], strict=True):
+        known = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        rows.append((each, inspect.cleandoc(str(after.value.value)) if known else ""))  # type: ignore[union-attr]
+    return rows
 
 
 def one_line(text: str) -> str:

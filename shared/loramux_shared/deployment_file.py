@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from loramux_shared.adapter_files import read_small
@@ -84,12 +83,14 @@ def load_deployment(path: Path) -> DeploymentFile:
     """Read a deployment file; LOCAL repositories are resolved against its folder, ``~`` included. Raise
     DeploymentInvalid, with all violations, for a file that cannot be read, is no YAML, or breaks a rule.
     """
+    from loramux_shared.deployment_yaml import parse_yaml  # clients, which read no file, import no YAML
+
     try:
         text = read_small(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DeploymentInvalid(f"cannot read the deployment file {path}: {reason}") from error
-    file = parse_deployment(_parse_yaml(text, path), default_name=_name_of(path))
+    file = parse_deployment(parse_yaml(text, path), default_name=_name_of(path))
     return file.model_copy(update={"deployment": _resolve_local(file.deployment, path.resolve().parent)})
 
 
@@ -242,34 +243,6 @@ def _drop(block: dict[Any, Any], table: str, prefix: str, ignored: dict[str, Any
     known = IGNORED_KEYS[table]
     ignored |= {f"{prefix}.{key}".lstrip("."): value for key, value in block.items() if key in known}
     return {key: value for key, value in block.items() if key not in known}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys, of which PyYAML silently keeps the last."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.composer.ComposerError(
-                        None, None, f"{key.value!r} appears twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return node
-
-
-def _parse_yaml(text: str, path: Path) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", "") or getattr(error, "reason", "") or "cannot be parsed"
-        raise DeploymentInvalid(f"{path} is not valid YAML{line}: {problem}") from error
-    except (ValueError, RecursionError) as error:  # 2024-99-99; thousands of brackets
-        raise DeploymentInvalid(f"{path} is not valid YAML: {error}") from error
 
 
 def _name_of(path: Path) -> str:

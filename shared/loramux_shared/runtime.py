@@ -111,9 +111,7 @@ def unset(value: object) -> bool:
 class Limits(BaseModel):
     """Limits of a model or a key. A limit that is not given is no bound, and the weight is 1."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     weight: float | None = Field(default=None, gt=0, le=MAX_WEIGHT, allow_inf_nan=False, exclude_if=unset)
     """Weight among models that compete: twice the weight is twice the tokens."""

@@ -157,3 +157,12 @@ def test_what_a_service_imports_is_declared() -> None:
                 found = {each.lower().replace("_", "-") for each in distributions[name]}
                 found |= {COMES_WITH[each] for each in found & COMES_WITH.keys()}
                 assert found & allowed, f"{file} imports {name}"
+
+
+def test_a_client_imports_no_more_than_it_needs() -> None:
+    """A client is there without packages of the command line, of stores, and of files that it does not read."""
+    code = "import sys; from loramux import Client; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "grpc" in loaded
+    assert not loaded & {"boto3", "huggingface_hub", "numpy", "rich", "structlog", "typer", "yaml"}

@@ -11,7 +11,6 @@ import yaml
 
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
-from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS
 from scripts import api_doc, deployment_doc
 from tests.support.cases import cases
@@ -39,7 +38,7 @@ def test_the_api_page_has_every_rpc_field_and_value() -> None:
 def test_every_key_of_a_file_is_explained() -> None:
     """The page of deployment files explains every key."""
     page = deployment_doc.page()
-    definitions = Deployment.model_json_schema()["$defs"]
+    definitions = deployment_doc.explained()["$defs"]
     for name in ("Build", "Repository", "LoraConfiguration", "Runtime"):
         for key, field in definitions[name]["properties"].items():
             assert field.get("description"), f"{name}.{key}"
