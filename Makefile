@@ -9,7 +9,7 @@ SILENT := $(if $(QUIET),; without a terminal pip is silent until it is done)
 # What there is only where the folder extensions/ was not deleted.
 EXTENSIONS := $(wildcard extensions)
 
-.PHONY: azurite demo test test-extensions check static stubs docs site images golden tritons release clean
+.PHONY: azurite demo test test-extensions check static stubs docs site images golden tritons release compose clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
@@ -65,6 +65,10 @@ site: $(VENV)/.docs
 # g++ and aarch64-linux-gnu-g++. Nothing is published.
 release: $(VENV)/.release
 	$(BIN)/python -m scripts.release
+
+# docker-compose.yml, run and disturbed: minutes and gigabytes. ARGS=--fleet adds Envoy and a second replica.
+compose:
+	$(PYTHON) -m scripts.compose $(ARGS)
 
 # Both images, built, and serving the example: minutes and gigabytes.
 images:
