@@ -9,7 +9,7 @@ SILENT := $(if $(QUIET),; without a terminal pip is silent until it is done)
 # What there is only where the folder extensions/ was not deleted.
 EXTENSIONS := $(wildcard extensions)
 
-.PHONY: azurite demo test test-extensions check static stubs docs site images golden tritons release compose clean
+.PHONY: azurite demo test test-extensions check static stubs docs site images golden tritons release pins compose clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
@@ -61,10 +61,14 @@ docs: $(VENV)/.test
 site: $(VENV)/.docs
 	$(BIN)/python -m scripts.site
 
-# The sdist, a wheel for x86-64 and one for ARM64 in build/release, each built twice and checked: minutes. It needs
-# g++ and aarch64-linux-gnu-g++. Nothing is published.
+# The sdist, a wheel for x86-64 and one for ARM64, and their bills of materials in build/release, each built twice and
+# checked: minutes. It needs g++ and aarch64-linux-gnu-g++. Nothing is published.
 release: $(VENV)/.release
 	$(BIN)/python -m scripts.release
+
+# The digests of the base images, in the Dockerfiles: it needs docker's buildx and a registry. Read the diff.
+pins:
+	scripts/pins.sh deploy/*.Dockerfile
 
 # docker-compose.yml, run and disturbed: minutes and gigabytes. ARGS=--fleet adds Envoy and a second replica.
 compose:
@@ -75,8 +79,8 @@ images:
 	scripts/images.sh
 
 $(VENV)/.release: pyproject.toml | $(BIN)/python
-	@echo "1 of 1: what builds and checks wheels, 5 MB$(SILENT)"
-	$(BIN)/pip install $(QUIET) 'auditwheel>=6.2' 'build>=1.2'
+	@echo "1 of 1: what builds and checks wheels, and writes bills of materials, 20 MB$(SILENT)"
+	$(BIN)/pip install $(QUIET) 'auditwheel>=6.2' 'build>=1.2' 'cyclonedx-bom>=7.5' 'pip>=26'
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python

@@ -1,4 +1,4 @@
-"""``make release``: the sdist and a wheel for each kind of machine, built twice, checked, with their digests.
+"""``make release``: the sdist, wheels, and bills of materials, built twice, checked, with their digests.
 
 Nothing is published. A wheel is refused that differs between two builds, or that asks more of a system than
 manylinux_2_28 promises. libgomp is no part of that: torch brings it, without which nothing loads operations.
@@ -19,9 +19,13 @@ from auditwheel.architecture import Architecture
 from auditwheel.libc import Libc
 from auditwheel.wheel_abi import analyze_wheel_abi
 
+from scripts import bom
+
 ROOT: Final = Path(__file__).parents[1]
 OUT: Final = ROOT / "build/release"
 MACHINES: Final = ("x86_64", "aarch64")
+SERVICES: Final = ("builder", "inference")
+"""Extras with a bill of what they resolve to."""
 MAX_GLIBC: Final = (2, 28)
 PROVIDED: Final = frozenset({"libgomp.so.1"})
 
@@ -74,6 +78,18 @@ def check_wheel(wheel: Path) -> None:
         sys.exit(f"release: {wheel.name} needs {found.overall_policy.name}: {dict(found.versioned_symbols)}")
 
 
+def write_bills(made: list[Path], before: str) -> list[Path]:
+    """Write bills of materials beside wheels: of each, and of each service's extra on this machine."""
+    texts = {wheel.stem: bom.declare(wheel) for wheel in made[1:]}
+    here = next(wheel for wheel in made if wheel.stem.endswith(platform.machine()))
+    version = "-".join(here.name.split("-")[:2])
+    texts |= {f"{version}-{extra}": bom.resolve(here, extra, before) for extra in SERVICES}
+    bills = [here.with_name(f"{name}.cdx.json") for name in texts]
+    for bill, text in zip(bills, texts.values(), strict=True):
+        bill.write_text(text)
+    return bills
+
+
 def digest(path: Path) -> str:
     """Return the sha256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -87,14 +103,18 @@ def main() -> None:
             sys.exit(f"release: {name} does not have {expected!r}")
     if OUT.exists() and any(OUT.iterdir()):
         sys.exit(f"release: {OUT} is not empty; remove it")
+    committed = ("git", "log", "-1", "--format=%cI")
+    before = subprocess.run(committed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 - ours
     made = build_all(OUT)
     for wheel in made[1:]:
         check_wheel(wheel)
-    with tempfile.TemporaryDirectory() as again:
-        for first, second in zip(made, build_all(Path(again)), strict=True):
+    bills = write_bills(made, before)
+    with tempfile.TemporaryDirectory() as folder:
+        again = build_all(Path(folder))
+        for first, second in zip(made + bills, again + write_bills(again, before), strict=True):
             if digest(first) != digest(second):
                 sys.exit(f"release: two builds of {first.name} differ")
-    lines = [f"{digest(path)}  {path.name}" for path in made]
+    lines = [f"{digest(path)}  {path.name}" for path in made + bills]
     (OUT / "SHA256SUMS").write_text("".join(f"{line}\n" for line in lines))
     print(*lines, f"in {OUT}; the tag is v{version}", sep="\n")  # noqa: T201
 

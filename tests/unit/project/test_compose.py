@@ -113,7 +113,8 @@ def test_images_are_pinned() -> None:
             assert tag == PROJECT["version"], service
     bases = [base for path in DOCKERFILES for base in re.findall(r"^FROM (\S+)", path.read_text(), re.M)]
     assert len(bases) == 2 * len(DOCKERFILES)
-    assert all(re.fullmatch(r"python:3\.\d+-slim-\w+", base) for base in bases)
+    assert all(re.fullmatch(r"python:3\.\d+-slim-\w+(@sha256:[0-9a-f]{64})?", base) for base in bases)
+    assert len(set(bases)) == 1
 
 
 def test_the_images_python_is_supported() -> None:

@@ -1,16 +1,21 @@
-"""The release and the site: existing files are built, and only a tag publishes."""
+"""The release and the site: existing files are built, and only a tag publishes, with attestations."""
 
+import os
+import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from scripts import site
 from tests.support.root import ROOT
 
 WORKFLOW = ROOT / ".github" / "workflows" / "release.yml"
-PUBLISHES = ("docker push", "docker login", "gh-action-pypi-publish")
+PUBLISHES = ("docker push", "docker login", "gh-action-pypi-publish", "actions/attest", "gh release")
 
 
 def jobs() -> dict[str, Any]:
@@ -33,9 +38,46 @@ def test_only_a_tag_publishes() -> None:
         for job, step in steps
         if any(word in f"{step.get('run')}{step.get('uses')}" for word in PUBLISHES)
     ]
-    assert len(publishing) == 2
+    assert len(publishing) == 8
     for job, step in publishing:
         assert "github.ref_type == 'tag'" in (step.get("if") or job.get("if"))
+
+
+def test_what_is_published_is_attested() -> None:
+    """Images and distributions have their provenance and their bills of materials attested."""
+    for job, published in (("images", None), ("publish", "gh-action-pypi-publish")):
+        steps = jobs()[job]["steps"]
+        attests = [step["with"] for step in steps if "actions/attest@" in step.get("uses", "")]
+        assert {"sbom-path" in each for each in attests} == {False, True}
+        if published:
+            assert published in steps[-1]["uses"]
+
+
+@pytest.mark.parametrize("digest", ["sha256:" + "a" * 64, "", "sha256:12"])
+def test_base_images_get_a_registrys_digest(tmp_path: Path, digest: str) -> None:
+    """Both stages of a Dockerfile name the digest, also after a second run, and no digest is refused."""
+    docker = tmp_path / "docker"
+    docker.write_text(f"#!/bin/sh\necho {digest}\n")
+    docker.chmod(0o755)
+    file = shutil.copy(ROOT / "deploy" / "builder.Dockerfile", tmp_path)
+    before = Path(file).read_text()
+    for _ in range(2):
+        done = subprocess.run(
+            [ROOT / "scripts/pins.sh", file],
+            env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        pinned = Path(file).read_text()
+        if len(digest) == 71:
+            assert done.returncode == 0
+            assert len(re.findall(rf"^FROM python:\S+@{digest}( |$)", pinned, re.M)) == 2
+            assert re.sub(f"@{digest}", "", pinned) == re.sub(r"@sha256:\w+", "", before)
+        else:
+            assert done.returncode == 1
+            assert "expected a digest" in done.stderr
+            assert pinned == before
 
 
 def test_the_tag_is_compared_with_the_version() -> None:
