@@ -9,14 +9,15 @@ from unittest.mock import AsyncMock, MagicMock, call
 import pytest
 
 from inference_service.api.processes import host, messages
-from inference_service.api.processes.api import ApiProcess
 from inference_service.api.processes.channel import MOST_UNREAD, Channel
 from inference_service.api.processes.host import ApiHost, ApiPeer, RelayedOutputs
 from inference_service.api.processes.remote import RemoteApi, served_to
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.core.served_model import ServedModel
+from inference_service.driver.engine_thread import MakeOutputs
 from inference_service.driver.port import Submission
+from loramux_shared.access.keys import EVERYTHING
 from loramux_shared.faults import Fault, ReplicaFailed, RequestInvalid
 from tests.support.apart import Loopback, connect
 from tests.support.services.silent import silent_service
@@ -41,9 +42,10 @@ async def test_a_sampling_arrives_as_it_was() -> None:
 
 async def test_what_is_asked_is_answered_refused_or_cancelled() -> None:
     """A fault arrives as itself, an unexpected error by the name INTERNAL, and giving up reaches the peer."""
-    given_up = asyncio.Event()
+    begun, given_up = asyncio.Event(), asyncio.Event()
 
     async def wait() -> None:
+        begun.set()
         try:
             await asyncio.Event().wait()
         finally:
@@ -69,12 +71,12 @@ async def test_what_is_asked_is_answered_refused_or_cancelled() -> None:
         await one.ask("break")
     assert raised.value.reason == "INTERNAL"
     waiting = asyncio.ensure_future(one.ask("wait"))
-    await until(lambda: other._working, "the call")
+    await until(begun.is_set, "the call")
     waiting.cancel()
     await until(given_up.is_set, "the peer's end of it")
-    given_up.clear()
+    begun.clear(), given_up.clear()
     last = asyncio.ensure_future(one.ask("wait"))
-    await until(lambda: other._working, "another call")
+    await until(begun.is_set, "another call")
     other.close()
     with pytest.raises(ReplicaFailed):
         await last
@@ -98,19 +100,28 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory(monkeypatch: pytes
 
 async def test_a_process_that_is_lost_leaves_nothing() -> None:
     """A lost process has no sequences, limits or counts left; counts need no scrape that waits for them."""
-    engine, closed, left = MagicMock(), list[str](), MagicMock()
-    work = engine.service.add_in_work
-    peer = ApiPeer(engine, lost := MagicMock())
+    engine, closed = MagicMock(), list[str]()
+    work, place = engine.service.add_in_work, engine.service.local.admit.return_value
     seqs = [Sequence(name, [5], SamplingParams()) for name in "ab"]
-    peer._open[7] = RelayedOutputs(seqs, closed.append, None, peer, 7, left)
-    process = ApiProcess()
-    connect(peer.channel, process.channel)
+
+    async def submit(_: Submission, make: MakeOutputs) -> None:
+        make(seqs, closed.append, None)
+
+    place.__enter__.return_value.submit = submit
+    peer = ApiPeer(engine, lost := MagicMock())
+    channel = Channel({}, {"collect": lambda: api.collect()}, lambda: None)
+    metrics = MagicMock(take=lambda: collecting.cancel() and [[], [], {}])
+    api = RemoteApi(channel, MagicMock(in_work=2), MagicMock(), metrics)
+    connect(peer.channel, channel)
+    submission = Submission(ServedModel("base"), [5], SamplingParams(), n=2)
+    await channel.ask("submit", 7, messages.access_to(EVERYTHING), messages.submission_to(submission))
     collecting = asyncio.ensure_future(peer.collect())
-    process._api = MagicMock(collect=lambda: collecting.cancel() and [2, [], [], {}])
     await until(lambda: work.called, "the counts")
+    assert not place.__exit__.called
     peer.channel.connection_lost(None)
-    assert (closed, peer._open, work.mock_calls) == (["a", "b"], {}, [call(2), call(-2)])
-    assert left.call_count == lost.call_count == 1
+    assert (closed, work.mock_calls) == (["a", "b"], [call(2), call(-2)])
+    assert place.__exit__.call_count == lost.call_count == 1
+    assert engine.peers.discard.mock_calls == [call(peer)]
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -118,10 +129,10 @@ async def test_an_api_process_forgets_what_has_ended(tmp_path: Path, refused: bo
     """A request that leaves, or is refused, is dropped at the engine too, and nothing of it stays."""
     channel = MagicMock(ask=AsyncMock(side_effect=RequestInvalid("not so.") if refused else None), handlers={})
     service = silent_service(tmp_path)
-    driver = RemoteApi.open(channel, served_to(service), service._parsers_of).driver
+    driver = RemoteApi.open(channel, served_to(service), service.parsers_of).driver
     with pytest.raises(RequestInvalid) if refused else nullcontext():
         (await driver.submit(Submission(ServedModel("base"), [5], SamplingParams(), n=2))).close()
-    assert not driver._open
+    channel.handlers["out"]([(0, 0, [None])])  # nobody reads what came on its way: it is not even decoded
     assert sorted(each.args for each in channel.say.call_args_list) == [("drop", 0, 0), ("drop", 0, 1)]
 
 
@@ -144,13 +155,15 @@ async def test_outputs_wait_together_for_a_process_that_is_behind(tmp_path: Path
     peer.channel.resume_writing()
     await until(lambda: len(found) == 3, "the others")
     assert found == [[[1, 0, ["a"]]], [[3, 0, ["x"]], [1, 0, ["b", "d"]]], [[2, 0, ["c"]]]]
-    assert peer._pending == 0
     ended = RelayedOutputs([Sequence("a", [5], SamplingParams())], MagicMock(), None, peer, 4, MagicMock())
     peer.send((4, 0), ["last"])
     ended.fail(ReplicaFailed("it ended"))
     await until(lambda: found[-1][0] == 4, "the end")
     assert found[-2] == [[4, 0, ["last"]]]
-    monkeypatch.setattr(host, "MOST_PENDING", 1)
+    monkeypatch.setattr(host, "MOST_PENDING", 2)
     peer.channel.pause_writing()
     peer.send((1, 0), ["e", "f"])
+    await asyncio.sleep(0)
+    assert not lost, "what was sent counts no longer"
+    peer.send((1, 0), ["g"])
     await until(lambda: lost, "the end of the channel")

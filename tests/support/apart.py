@@ -57,17 +57,14 @@ class Apart:
         self.host = ApiHost(service, keyless=keyless)
         self.peer = ApiPeer(self.host, lambda: None)
         self.host.peers.add(self.peer)
-        watchers = service._watchers[1:]
-        self.channel = Channel({}, {"collect": self._collect}, lambda: self.api.driver.end())
-        self.api = RemoteApi.open(self.channel, served_to(service), service._parsers_of, watchers)
+        watchers = service.watchers[1:]
+        self.channel = Channel({}, {"collect": lambda: self.api.collect()}, lambda: self.api.driver.end())
+        self.api = RemoteApi.open(self.channel, served_to(service), service.parsers_of, watchers)
         self.service = self.api.service
         connect(self.peer.channel, self.channel)
         catalog = service.local.catalog
         catalog.watchers.append(lambda: self.peer.channel.say("deployed", deployed_to(catalog)))
         self.relay = HttpRelay(self.channel)
-
-    async def _collect(self) -> None:
-        self.channel.say("count", *self.api.collect())
 
 
 def apart(service: Any, keyless: bool = True) -> Apart | None:
@@ -92,7 +89,7 @@ def all_apart() -> Iterator[None]:
         if (far := apart(service, guard.keyring is None)) is not None:
             make_http(self, address, far.service, guard, *rest, **more, relay=far.relay)
             if "adapters" in more:
-                far.host._app.state.adapters = more["adapters"]
+                far.host.app.state.adapters = more["adapters"]
         else:
             make_http(self, address, service, guard, *rest, **more)
 

@@ -161,7 +161,7 @@ class BatchWorker:
             batch_id, owner = first = min(waiting, key=lambda each: (busy[each[1]], each[0]))
             waiting.remove(first)
             try:
-                job = await asyncio.to_thread(self._take, owner, batch_id)
+                job = await asyncio.to_thread(self.take, owner, batch_id)
             except BatchCorrupt as fault:
                 if batch_id not in self._damaged:
                     log.warning(
@@ -185,7 +185,7 @@ class BatchWorker:
         elif task.result():  # another try waits for the next look
             self.batches.changed()
 
-    def _take(self, owner: str, batch_id: str) -> Job | None:
+    def take(self, owner: str, batch_id: str) -> Job | None:
         """Take a lease on a batch, unless another replica has one that it renews.
 
         A lease is put, and all are listed: of two replicas that put one of the same number, the later sees the

@@ -141,27 +141,29 @@ async def test_a_killed_replica_loses_no_answer_and_repeats_none(tmp_path: Path,
     client = openai_of(tmp_path, batches := BatchStore(store))
     text = "".join(line(f"r{number}", n=f"r{number}", bad=number % 2) for number in range(40))
     killed = BatchWorker(batches, first, None, 4, beat_s=0.001, clock=time.monotonic)
-    killed._leave = lambda _: None  # type: ignore[assignment,method-assign]  # nothing is tidied up
     async with working(killed) as [task]:
         batch = await created(client, text)
         await until(lambda: list(store.list(f"{owner_of('')}/work/{batch.id}/parts/")), "stored answers")
+        gone = Mock(spec=Store, put=Mock(side_effect=StoreUnavailable("the process was killed")))
+        killed.batches = BatchStore(gone)  # nothing is tidied up
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     stored = (await client.batches.retrieve(batch.id)).request_counts
     other = BatchWorker(batches, second, None, 4, lease_s=60, beat_s=0.01, clock=lambda: clock[0])
     await other.look()
     await other.look()
-    assert not other._jobs, "the lease may still be renewed"
+    leases = f"{owner_of('')}/work/{batch.id}/leases/"
+    assert len(list(store.list(leases))) == 1, "the lease may still be renewed"
     clock[0] = 61.0
     async with working(other):
         ended = await until_ended(client, batch)
-        await until(lambda: not other._jobs, "the end of the work")
+        await until(lambda: not list(store.list(leases)), "the end of the work")
+        assert not list(store.list("open/"))
+        assert {key.split("/")[3] for key in store.list(f"{owner_of('')}/work/")} == {"began.json", "ended"}
     assert (ended.status, ended.request_counts.completed, ended.request_counts.failed) == ("completed", 20, 20)
     assert len(second.asked) == 40 - stored.completed - stored.failed
     good, bad = await answers(client, ended.output_file_id), await answers(client, ended.error_file_id)
     assert good.keys() | bad.keys() == {f"r{number}" for number in range(40)}
-    assert not list(store.list("open/"))
-    assert {key.split("/")[3] for key in store.list(f"{owner_of('')}/work/")} == {"began.json", "ended"}
 
 
 async def test_a_replica_that_stores_answers_and_no_end_leaves_no_second_file(tmp_path: Path) -> None:
@@ -186,7 +188,7 @@ async def test_two_replicas_never_take_one_batch(workers: int) -> None:
         creation = Creation(id=batch_id, key_id="", input_file_id="", endpoint=CHAT, metadata=None, **times)
         batches.create(owner, creation)
         rivals = [BatchWorker(batches, Echo(), None) for _ in range(workers)]
-        taken = await asyncio.gather(*(asyncio.to_thread(each._take, owner, batch_id) for each in rivals))
+        taken = await asyncio.gather(*(asyncio.to_thread(each.take, owner, batch_id) for each in rivals))
         assert sum(job is not None for job in taken) <= 1
 
 

@@ -38,7 +38,7 @@ class Engine:
         log_to_stderr(settings.log_format)
         raise_limit()
         guard = open_guard(settings)
-        self._replica = replica = await Replica.load(settings)
+        self.replica = replica = await Replica.load(settings)
         self._over = ""
         ready, manager = replica.ready, replica.operators.manager
         services = (
@@ -67,7 +67,7 @@ class Engine:
 
     async def base_name(self) -> AsyncGenerator[str]:
         """Tell what the base is called: its requests may go to any replica."""
-        yield self._replica.ready.service.local.catalog.base_name
+        yield self.replica.ready.service.local.catalog.base_name
 
     async def check_health(self) -> None:
         """Tell Ray whether to continue with this replica.
@@ -80,7 +80,7 @@ class Engine:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Count the sequences that run and that wait, for `scaling`."""
-        stats = self._replica.ready.engine.stats
+        stats = self.replica.ready.engine.stats
         return {"running": stats.running, "waiting": stats.waiting}
 
     async def _refuse(self) -> None:
@@ -89,8 +89,8 @@ class Engine:
 
     async def _watch(self) -> None:
         """End with the engine; Ray starts another replica."""
-        ready, operators = self._replica.ready, self._replica.operators
-        await self._replica.until_over()
+        ready, operators = self.replica.ready, self.replica.operators
+        await self.replica.until_over()
         self._over = self._over or "a generation needs a restart."
         if operators.outdated.is_set():
             return  # Ray lets requests end, and then this process

@@ -56,7 +56,7 @@ def fleet(cluster: RayFleet) -> RayFleet:
 
 
 def in_work(engine: Any) -> int:
-    return int(engine._replica.ready.service.in_work)
+    return int(engine.replica.ready.service.in_work)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Clien
     """Each of eight adapters is answered by one or two of three replicas, over both APIs; the base by all."""
 
     def by_model(engine: Any) -> dict[str, int]:
-        lines = engine._replica.ready.service.local.metrics.render().decode().splitlines()
+        lines = engine.replica.ready.service.local.metrics.render().decode().splitlines()
         found = [line for line in lines if line.startswith("loramux_requests_total{")]
         return {line.split('model="')[1].split('"')[0]: float(line.rpartition(" ")[2]) for line in found}
 
@@ -197,7 +197,7 @@ def switched(fleet: RayFleet, path: str, *, paused: bool) -> None:
     def all_are() -> bool:
         headers = {"x-loramux-model": f"key {next(keys)}"}
         httpx.post(f"{fleet.url}{path}", headers=headers, timeout=BOUND_S).raise_for_status()
-        return all(each is paused for each in fleet.ask(lambda engine: engine._replica.ready.engine.paused))
+        return all(each is paused for each in fleet.ask(lambda engine: engine.replica.ready.engine.paused))
 
     fleet.until(all_are, f"{path} at every replica")
 
@@ -214,7 +214,7 @@ def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: 
             begun[name] = client.generate(name, PROMPT, max_tokens=200, ignore_eos=True, n=8, timeout_s=BOUND_S)
             next(begun[name]), next(begun[name])  # Started, and a first token
         switched(fleet, "/pause?mode=keep", paused=True)
-        at_work = fleet.ask(lambda engine: (engine._replica.ready.service.in_work, os.getpid()))
+        at_work = fleet.ask(lambda engine: (engine.replica.ready.service.in_work, os.getpid()))
         return at_work if any(had for had, _ in at_work) else []
 
     at_work = wait_until(held, "streams under way")
@@ -271,6 +271,6 @@ def test_a_generation_comes_while_it_is_served(fleet: RayFleet, client: Client, 
     assert answer.text == client.complete("a1", PROMPT, **FIELDS).text
     assert not failures
     fleet.until(
-        lambda: set(fleet.ask(lambda engine: engine._replica.ready.service.local.catalog.generation)) == {2},
+        lambda: set(fleet.ask(lambda engine: engine.replica.ready.service.local.catalog.generation)) == {2},
         "the new generation at every replica",
     )

@@ -104,9 +104,8 @@ class ApiProcess:
             await self._rpc.set_serving(True)
 
     async def _collect(self) -> None:
-        """Say what was counted since the last time: an answer may find that nobody waits for it any more."""
         if self._api is not None:
-            self.channel.say("count", *self._api.collect())
+            await self._api.collect()
 
     async def _leave(self) -> None:
         """Report bad health, and go on taking requests."""

@@ -230,9 +230,9 @@ class ApiHost:
     def __init__(self, service: GenerationService, *, keyless: bool) -> None:
         self.service = service
         self.peers: set[ApiPeer] = set()
-        self._app = Application(service)
-        self._app.state.keyless = keyless
-        self._app.state.adapters = service.local.adapters
+        self.app = Application(service)
+        self.app.state.keyless = keyless
+        self.app.state.adapters = service.local.adapters
 
     async def collect(self) -> None:
         """Add up what all API processes counted; those that stand still are left out."""
@@ -256,5 +256,5 @@ class ApiHost:
 
         whole = {"type": "http", "http_version": "1.1", "scheme": "http", "root_path": "", **scope}
         headers = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
-        await self._app({**whole, "headers": headers}, receive, send)
+        await self.app({**whole, "headers": headers}, receive, send)
         return [*sent, bytes(parts)]

@@ -248,6 +248,7 @@ class CollectedMetrics(RequestMetrics):
 class RemoteApi:
     """The service of an API process, and what the engine's process asks of it."""
 
+    channel: Channel
     service: GenerationService
     driver: RemoteDriver
     metrics: CollectedMetrics
@@ -278,11 +279,11 @@ class RemoteApi:
             logprobs_mode=served["logprobs_mode"],
             batches=batches,
         )
-        return cls(service, driver, metrics)
+        return cls(channel, service, driver, metrics)
 
-    def collect(self) -> list[Any]:
-        """Return requests in work, and what was counted since the last time."""
-        return [self.service.in_work, *self.metrics.take()]
+    async def collect(self) -> None:
+        """Say what was counted since the last time: an answer may find that nobody waits for it any more."""
+        self.channel.say("count", self.service.in_work, *self.metrics.take())
 
 
 def _handle(digest: str, invocation: tuple[int, ...]) -> Adapter:

@@ -61,8 +61,8 @@ class GenerationService:
         self.pooling_of_base = pooling_of_base
         self.batches = batches
         """None without a store for them."""
-        self._parsers_of = parsers_of
-        self._watchers = (metrics, *watchers)
+        self.parsers_of = parsers_of
+        self.watchers = (metrics, *watchers)
         self._in_work = 0
 
     @property
@@ -100,7 +100,7 @@ class GenerationService:
             NumericsFault: its values are NaN or infinite.
             ModelUnusable: those of the adapter were so several times.
         """
-        with following(request, self._watchers) as follower, self._working():
+        with following(request, self.watchers) as follower, self._working():
             served = await self.choose(request)
             model = follower.record.model = served.model
             if request.output.pooling is None:
@@ -190,7 +190,7 @@ class GenerationService:
     def parsers(self) -> Parsers:
         """Return the parsers of chat answers."""
         deployed = self.driver.deployed
-        return self._parsers_of(deployed.tool_parser, deployed.reasoning_parser)
+        return self.parsers_of(deployed.tool_parser, deployed.reasoning_parser)
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -216,7 +216,7 @@ class GenerationService:
         try:
             yield
         except BaseException:
-            with following(request, self._watchers) as follower:
+            with following(request, self.watchers) as follower:
                 served = request.model.served
                 follower.record.model = served.model if served else None
                 raise

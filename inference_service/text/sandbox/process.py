@@ -32,7 +32,8 @@ class SandboxProcess:
         self._cpu_s = cpu_s
         self.still_s = STILL_S
         """A process that has not answered for so long is ended."""
-        self._command = python(f"{__package__}.{module}", f"{idle_s}", f"{cpu_s}")
+        self.command = python(f"{__package__}.{module}", f"{idle_s}", f"{cpu_s}")
+        """Starts the process."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
@@ -54,7 +55,7 @@ class SandboxProcess:
     def _exchange(self, line: bytes) -> dict[str, str] | None:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(  # noqa: S603 - our own module
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
             )
         process = self._process
         try:

@@ -91,11 +91,11 @@ class RpcServer:
         self.address = address
         self._shared = relay is not None
         self._tls = guard.tls
-        self._interceptor = CallInterceptor(tracing, patience)
+        self.calls = CallInterceptor(tracing, patience)
         self._names = ("", *services)
         self._bound = False
         admission = [AdmissionInterceptor(guard.keyring)] if guard.keyring is not None else []
-        interceptors = [*admission, self._interceptor]
+        interceptors = [*admission, self.calls]
         options = server_options(max_connections or connections_per_server(), shared=self._shared)
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
         if relay is not None:
@@ -155,7 +155,7 @@ class RpcServer:
 
     async def refuse(self) -> None:
         """Take no new calls, and be NOT_SERVING from now on."""
-        self._interceptor.drain()
+        self.calls.drain()
         notify(STOPPING)
         await self._health.enter_graceful_shutdown()
 
@@ -165,15 +165,15 @@ class RpcServer:
         `cut` ends the calls that others than the server can end, with a fault; the server cancels the rest.
         """
         await self.refuse()
-        finished = await self._interceptor.until_idle(timeout_s)
+        finished = await self.calls.until_idle(timeout_s)
         if not finished:
-            log.warning("drain timed out", open_calls=self._interceptor.active, timeout_s=timeout_s)
+            log.warning("drain timed out", open_calls=self.calls.active, timeout_s=timeout_s)
             if cut is not None:
                 cut()
-            if cut is None or not await self._interceptor.until_idle(CUT_S):
-                self._interceptor.cut()
-                await self._interceptor.until_idle(CUT_S)
-        await self._interceptor.until_quiet()
+            if cut is None or not await self.calls.until_idle(CUT_S):
+                self.calls.cut()
+                await self.calls.until_idle(CUT_S)
+        await self.calls.until_quiet()
         # Calls that arrive meanwhile still get the reason of their refusal; an idle server stops sooner.
         await self._server.stop(grace=1.0 if finished else 0.1)
         return finished

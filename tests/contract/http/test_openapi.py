@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 from starlette.routing import Route
 
-from inference_service.api.http.app import ENDPOINTS, Application, create_app
+from inference_service.api.http.app import ENDPOINTS, Application
 from inference_service.api.http.openapi.document import ServerFacts, document, facts_of
 from loramux_shared.access.keys import Scope
 from tests.contract.http.conftest import api as api, opened as opened, world as world
@@ -117,8 +117,7 @@ def test_an_empty_text_is_a_prompt_where_a_token_begins_it(path: str, begins: bo
 
 def test_the_paths_are_those_of_the_app(tmp_path: Path) -> None:
     """Every route of the application is described with its method, and nothing else is."""
-    app = create_app(silent_service(tmp_path))._app
-    assert isinstance(app, Application)
+    app = Application(silent_service(tmp_path))
     served = {
         (route.path.replace(":path}", "}"), method.lower())
         for route in app.routes

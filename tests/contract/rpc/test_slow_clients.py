@@ -270,11 +270,11 @@ async def test_a_grpc_request_that_does_not_come_is_refused(
 
     async with grpc.aio.insecure_channel(apis.rpc.address) as channel:
         reading = asyncio.create_task(channel.stream_stream(f"/{SERVICE_NAME}/Generate")(nothing()).read())
-        await until(lambda: apis.rpc._interceptor._reading, "the call")
+        await until(lambda: apis.rpc.calls.active, "the call")
         clock.advance(2 * HOUR)
         refused = asyncio.get_running_loop().create_future()
         if reason == "SHUTTING_DOWN":
-            asyncio.get_running_loop().call_later(0, lambda: refused.set_result(apis.rpc._interceptor.drain()))
+            asyncio.get_running_loop().call_later(0, lambda: refused.set_result(apis.rpc.calls.drain()))
             await result_of(refused, "the begin of the drain")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await result_of(reading, "the end of the call")

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,15 +98,19 @@ async def test_a_template_that_loops_delays_no_other() -> None:
 
 def test_a_process_that_is_gone_is_started_again() -> None:
     """A sandbox that ended while it was idle, or that stands still, is replaced."""
-    process = SandboxProcess("templates")
+    before, process = set(_processes()), SandboxProcess("templates")
     question = {"source": "hi", "variables": {}}
-    for end in (lambda child: child.stdin.close(), lambda child: child.kill(), lambda child: child.kill()):
+
+    def child() -> psutil.Process:
+        [found] = set(_processes()) - before
+        return found
+
+    for end in (lambda _: process.close(), psutil.Process.kill, psutil.Process.kill):
         assert process.ask(question) == {"text": "hi"}
-        child = process._process
-        end(child)  # the first as after a long idle time
-        child.wait(BOUND_S)
+        end(found := child())  # the first as after a long idle time
+        found.wait(BOUND_S)
     assert process.ask(question) == {"text": "hi"}
-    process._process.send_signal(signal.SIGSTOP)
+    child().suspend()
     process.still_s = 0
     assert "did not answer" in process.ask(question)["error"]
     process.still_s = BOUND_S
@@ -209,5 +212,5 @@ def test_a_process_that_does_not_start_is_no_deep_template(capfd: pytest.Capture
     assert "does not start" in SandboxProcess("no_such_module").ask({})["error"]
     assert "no_such_module" in capfd.readouterr().err
     process = SandboxProcess("templates")
-    process._command = (sys.executable, "-c", "print('{', end='')")
+    process.command = (sys.executable, "-c", "print('{', end='')")
     assert "does not start" in process.ask({})["error"]
