@@ -110,8 +110,9 @@ async def test_a_process_that_is_lost_leaves_nothing() -> None:
     place.__enter__.return_value.submit = submit
     peer = ApiPeer(engine, lost := MagicMock())
     channel = Channel({}, {"collect": lambda: api.collect()}, lambda: None)
+    collecting: asyncio.Task[None]
     metrics = MagicMock(take=lambda: collecting.cancel() and [[], [], {}])
-    api = RemoteApi(channel, MagicMock(in_work=2), MagicMock(), metrics)
+    api: RemoteApi = RemoteApi(channel, MagicMock(in_work=2), MagicMock(), metrics)
     connect(peer.channel, channel)
     submission = Submission(ServedModel("base"), [5], SamplingParams(), n=2)
     await channel.ask("submit", 7, messages.access_to(EVERYTHING), messages.submission_to(submission))

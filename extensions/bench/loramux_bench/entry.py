@@ -6,7 +6,7 @@ from loramux.cli.late import Command, Run
 
 
 def bench() -> Run:
-    """Measure an OpenAI-compatible server: its speed and waiting times."""
+    """Measure an OpenAI-compatible server: its speed and waits."""
     from loramux_bench.command import bench
 
     return bench

@@ -189,7 +189,7 @@ async def test_a_template_that_hides_the_last_message_cannot_go_on_with_it() -> 
 def test_what_is_no_answer_ends_the_sandbox(program: str) -> None:
     """A template that took its process over cannot make the service read something else than texts."""
     process = SandboxProcess("templates")
-    process._command = (sys.executable, "-c", program)
+    process.command = (sys.executable, "-c", program)
     assert "something else than an answer" in process.ask({})["error"]
     assert process._process.poll() is not None
 

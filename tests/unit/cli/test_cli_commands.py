@@ -34,8 +34,9 @@ def commands(group: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
             yield (*before, name), command
 
 
-LISTED: dict[str, Any] = typer.main.get_command(app).commands
-ALL = dict(commands(typer.main.get_command(app)))
+GROUP: Any = typer.main.get_command(app)
+LISTED: dict[str, Any] = GROUP.commands
+ALL = dict(commands(GROUP))
 LISTING = """
 import sys
 from loramux.cli.main import main
