@@ -77,7 +77,7 @@ def test_a_line_of_the_list_is_the_first_of_its_command(name: str) -> None:
 
 
 def test_the_list_of_commands_imports_no_command() -> None:
-    """What commands need is imported when one of them is used."""
+    """The packages that commands need are imported when one of them is used."""
     done = subprocess.run([sys.executable, "-c", LISTING, "--help"], capture_output=True, text=True, check=True)
     assert "Commands:" in done.stdout
     assert done.stdout.endswith("\n[]\n")
