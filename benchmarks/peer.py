@@ -98,7 +98,7 @@ def engine(store: str, deployment: str, base: str) -> Measure:
     ready, numbers = load_service(settings, open_store(store)), count()
 
     def measure(load: Load) -> tuple[float, float]:
-        engine, inbox = ready.engine._engine, ready.engine._inbox
+        engine, inbox = ready.engine._engine, ready.engine.inbox
         adapters = [ready.service.local.catalog.resolve(name).adapter for name in load["models"]]
         longest = ready.service.limits.max_seq_len
         waiting = deque(

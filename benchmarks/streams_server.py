@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -76,8 +77,10 @@ class Instant:
         return Pending(seqs, wait)
 
 
-def service(folder: Path, device: Instant) -> tuple[GenerationService, EngineThread]:
-    """Return a service that has one model, and its engine; tokens are bytes, as most models' are."""
+def service(
+    folder: Path, device: Instant, names: Sequence[str] = (MODEL,)
+) -> tuple[GenerationService, EngineThread]:
+    """Return a service of models, and its engine; tokens are bytes, as most models' are."""
     words = ["<unk>", *(f"\u0120w{number}" for number in range(1, VOCAB))]
     ids = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))  # noqa: S106 - a token of text
@@ -88,7 +91,7 @@ def service(folder: Path, device: Instant) -> tuple[GenerationService, EngineThr
     blocks = BlockManager(BLOCKS, BLOCK_SIZE, prefix_cache=False)
     engine = Engine(device, limits, blocks, Residents())
     thread = EngineThread(engine, SEATS, lambda: None, step_timeout_s=60)
-    catalog = Catalog(1, MODEL, [ServedModel(MODEL)])
+    catalog = Catalog(1, MODEL, map(ServedModel, names))
     bounds, text = ServingLimits(LONGEST, frozenset()), Text.load(folder, VOCAB)
     driver = EngineDriver(catalog, thread, text, bounds.eos_token_ids)
     return GenerationService(driver, text, bounds, driver.metrics, open_watchers()), thread

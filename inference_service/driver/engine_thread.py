@@ -165,7 +165,7 @@ class EngineThread:
         """Outputs by the ids of sequences."""
         self._sent_s = 0.0
         self._delivery = Delivery()
-        self._inbox = inbox or Inbox()
+        self.inbox = inbox or Inbox()
         self._streams: dict[str, Outputs] = {}
         self._later: dict[Outputs, Seq[Sequence]] = {}
         """Sequences that wait for the first token of their request's first one."""
@@ -188,6 +188,11 @@ class EngineThread:
         return self._pausing
 
     @property
+    def num_open(self) -> int:
+        """Return the number of sequences that nobody has let go."""
+        return len(self._streams)
+
+    @property
     def stats(self) -> EngineStats:
         """A snapshot; numbers may be one step old."""
         return self._engine.stats
@@ -204,7 +209,7 @@ class EngineThread:
         def look() -> None:
             self._call_on_loop(partial(_settle, found, self._engine.inspect()))
 
-        self._inbox.post(look)
+        self.inbox.post(look)
         await self._until_done(found)
         return found.result() if found.done() else None
 
@@ -236,7 +241,7 @@ class EngineThread:
     async def stop(self) -> str | None:
         """End the thread after the step in progress, and what is open; return what `ended` does."""
         self.cut()
-        self._inbox.close()
+        self.inbox.close()
         return await self.ended()
 
     def submit(
@@ -308,7 +313,7 @@ class EngineThread:
             await self._until_ended()
         if self._pausing and self._stopped is None:
             rested = asyncio.get_running_loop().create_future()
-            self._inbox.post(partial(self._begin_rest, rested))
+            self.inbox.post(partial(self._begin_rest, rested))
             await self._until_done(rested)
 
     async def _until_done(self, future: asyncio.Future[Any]) -> None:
@@ -321,7 +326,7 @@ class EngineThread:
         """Resume; does nothing if the engine is not paused."""
         self._pausing = False
         self._begin_deferred()
-        self._inbox.post(self._end_rest)
+        self.inbox.post(self._end_rest)
 
     async def _until_ended(self) -> None:
         """Wait until the requests that are under way have ended; hold those back that come meanwhile."""
@@ -351,7 +356,7 @@ class EngineThread:
 
     def _begin(self, seq: Sequence) -> None:
         if self._stopped is None:
-            self._inbox.post(partial(self._engine.add, seq))
+            self.inbox.post(partial(self._engine.add, seq))
 
     def _close(self, seq_id: str) -> None:
         outputs = self._streams.pop(seq_id)
@@ -361,7 +366,7 @@ class EngineThread:
             self._deferred.pop(seq_id, None)
         if seq_id in self._under_way:  # else it ended by itself, and the thread need not wake
             del self._under_way[seq_id]
-            self._inbox.post(partial(self._engine.abort, seq_id))
+            self.inbox.post(partial(self._engine.abort, seq_id))
 
     def _run(self) -> None:
         late = f"a step did not end within LORAMUX_STEP_TIMEOUT_S={self._step_timeout_s:g}"
@@ -379,7 +384,7 @@ class EngineThread:
         """Run steps until the thread is to end; return why where that is a failure."""
         while True:
             until_s = self._engine.resting_until_s if self._resting else self._engine.idle_until_s
-            if self._inbox.receive(until_s - time.monotonic()):
+            if self.inbox.receive(until_s - time.monotonic()):
                 return None
             with watchdog:
                 try:
@@ -442,7 +447,7 @@ class EngineThread:
             self._pending.setdefault(output.seq_id, []).append(output)
         now = time.monotonic()
         urgent = {output.seq_id for output in outputs if output.first or output.finish}
-        together = len(self._streams) <= SLICE and bool(urgent)
+        together = self.num_open <= SLICE and bool(urgent)
         at_rest = self._resting or self._engine.idle_until_s > now
         if together or at_rest or now - self._sent_s >= self._interval_s:
             sent, self._pending, self._sent_s = self._pending, {}, now
@@ -452,7 +457,7 @@ class EngineThread:
             self._call_on_loop(partial(self._deliver, sent))
 
     def _deliver(self, sent: Mapping[str, list[StepOutput]]) -> None:
-        paced = len(self._streams) > SLICE
+        paced = self.num_open > SLICE
         for seq_id, outputs in sent.items():
             stream = self._streams.get(seq_id)
             if stream is None:

@@ -25,7 +25,6 @@ from inference_service.api.processes.channel import Channel
 from inference_service.api.processes.children import ApiProcesses
 from inference_service.api.requests.service import GenerationService
 from inference_service.api.rpc.servicer import SERVICE_NAME, InferenceServicer
-from inference_service.core.served_model import ServedModel
 from inference_service.driver.engine_thread import EngineThread
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import python
@@ -37,6 +36,7 @@ from tests.support.raw_http import JSON, RawClient
 from tests.support.waiting import BOUND_S, bounded, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+OTHER = "other"
 LONG = 8000
 """Tokens of an answer that outlasts a test."""
 
@@ -87,7 +87,7 @@ class Replica:
         """Wait until the engine and the limits hold nothing."""
         stats = self.thread.stats
         await until(
-            lambda: not self.thread._streams and not self.thread.stats.running,
+            lambda: not self.thread.num_open and not self.thread.stats.running,
             "an engine that holds nothing",
             lambda: self.thread.stats,
         )
@@ -99,7 +99,7 @@ async def replica(
     folder: Path, count: int = 2, guarded: Mapping[str, Any] = MappingProxyType({}), **times: float
 ) -> AsyncIterator[Replica]:
     """Serve with API processes; guarded are settings of keys and TLS."""
-    made, thread = service(folder, Instant(0.001))
+    made, thread = service(folder, Instant(0.001), (MODEL, OTHER))
     inside = f"unix:{folder}/engine"
     rpc = RpcServer(inside, {SERVICE_NAME: InferenceServicer(made).register})
     await rpc.start()
@@ -139,11 +139,11 @@ async def test_a_killed_process_loses_its_streams_and_no_others(served: Replica)
     """A killed API process closes its streams, the engine frees their sequences, and a new process starts."""
     streams = await served.streams_of_both()
     dead, alive = streams
-    left = len(served.thread._streams) - len(streams[dead])
+    left = served.thread.num_open - len(streams[dead])
     os.kill(dead, signal.SIGKILL)
     for client in streams[dead]:
         assert b"[DONE]" not in await client.ended()
-    await until(lambda: len(served.thread._streams) == left, "the end of the killed process's streams")
+    await until(lambda: served.thread.num_open == left, "the end of the killed process's streams")
     for client in streams[alive]:
         async with bounded("more of the other streams"):
             for _ in range(20):
@@ -232,8 +232,7 @@ async def test_every_process_follows_keys_certificates_and_aliases(count: int, t
     guarded = {"keys_file": keys, "tls_cert": files.cert, "tls_key": files.key}
     async with replica(tmp_path, count, guarded) as served:
         catalog = served.service.local.catalog
-        catalog._models["other"] = ServedModel("other")
-        catalog.deployed = catalog.deployed.model_copy(update={"aliases": {"alias": {MODEL: 1, "other": 1}}})
+        catalog.deployed = catalog.deployed.model_copy(update={"aliases": {"alias": {MODEL: 1, OTHER: 1}}})
 
         async def all_answer(key: str, trusted: str, sticky: str, expected: int) -> set[str]:
             """Ask on new connections until every process gave the expected status; return the models."""

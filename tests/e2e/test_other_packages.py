@@ -164,7 +164,7 @@ from inference_service.engine.models.decoder import Decoder
 folder = Path(sys.argv[1])
 config = read_config(folder)
 model = Decoder(config, Checkpoint(folder, torch.float32, torch.device("cpu")))
-print(type(config.layers[0].mlp).__name__, sorted({type(layer.mlp).__name__ for layer in model._layers}))
+print(type(config.layers[0].mlp).__name__, sorted({type(layer.mlp).__name__ for layer in model.layers}))
 """
 SERVE = """
 import json, os, sys

@@ -76,7 +76,7 @@ def test_a_merge_holds_no_layer_twice(world: World) -> None:
     """The old ones are gone before anything is read: a file that holds them all is held meanwhile."""
     config = read_config(world.base)
     model = Decoder(config, Checkpoint(world.base, torch.float32, torch.device("cpu")))
-    watched = Watched(Checkpoint(world.base, torch.float32, torch.device("cpu")), model._layers)
+    watched = Watched(Checkpoint(world.base, torch.float32, torch.device("cpu")), model.layers)
     rows = [
         (layer, module, torch.ones(1, group.in_features), torch.ones(out, 1))
         for layer in range(config.dims.num_layers)
@@ -85,7 +85,7 @@ def test_a_merge_holds_no_layer_twice(world: World) -> None:
     ]
     model.merge(watched, adapter_of(rows, config.layer_groups))
     assert watched.alive == dict.fromkeys(range(config.dims.num_layers), 0)
-    assert len(model._layers) == config.dims.num_layers
+    assert len(model.layers) == config.dims.num_layers
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import asyncio
 import os
 import random
 import signal
+import socket
+import subprocess
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,12 +24,14 @@ from inference_service.core.request import Request
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.engine.scheduling.queues import SchedulerLimits
-from inference_service.startup.ranks.host import RankHost
+from inference_service.startup.ranks.host import MODULE, RankHost
+from inference_service.startup.ranks.work import RankedPacker
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import BundleCorrupt, InternalFault, ProofFailed, ReplicaFailed, SettingsInvalid
+from loramux_shared.process import python
 from loramux_shared.runtime import Pooling
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
@@ -49,7 +53,7 @@ from tests.support.tiny import (
     run_engine,
     sequence,
 )
-from tests.support.waiting import result_of, until
+from tests.support.waiting import BOUND_S, result_of, until
 
 DELTA = Qwen3_5TextConfig(**SIZES | PARTS["qwen_delta"], pad_token_id=0)
 BIASED = LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)
@@ -155,7 +159,7 @@ def test_random_steps_give_the_tokens_of_one_process(
 
 def take(ready: Replica, answers: dict[str, list[StepOutput]]) -> None:
     """Run a step, behind what loads have posted."""
-    ready.engine._inbox.receive(0.001)
+    ready.engine.inbox.receive(0.001)
     for output in ready.core.step():
         assert output.fault is None
         answers[output.seq_id].append(output)
@@ -228,10 +232,11 @@ async def test_adapters_come_leave_and_change_while_others_stream(built: tuple[W
     [key] = [key for key in store.list("") if bundle.digest in key and WEIGHTS_FILE in key]
     data = store.get(key)
     store.put(key, data[:-1] + bytes([data[-1] ^ 1]))
-    dropped = len(ready.host._dropped)
+    dropped: list[int] = []
+    packer = RankedPacker(MagicMock(), MagicMock(ask=ready.host.ask, drop=dropped.append))
     with pytest.raises(BundleCorrupt, match=r"^rank 1 of 2: "):
-        await asyncio.to_thread(ready.bank.loader._pack, bundle)
-    assert len(ready.host._dropped) == dropped + 1
+        await asyncio.to_thread(packer, bundle)
+    assert len(dropped) == 1
     store.put(key, data)
     streaming = asyncio.ensure_future(all_answers())
     turned = dict(zip(world.adapters, [*world.adapters][1:] + [*world.adapters][:1], strict=True))
@@ -275,11 +280,11 @@ async def test_a_rank_that_dies_or_hangs_ends_the_replica(
 
 def test_a_rank_that_begins_late_is_waited_for() -> None:
     """A rank answers what was asked before it began, fails where that is too late, and ends with the engine."""
-    left = RankHost(2)
-    left._closed.set()
-    left._ranks[0].hang_up()
-    assert left._ranks[0].process.wait() == 1  # 0 once everything is imported
-    left.close()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = python(MODULE, *[f"{theirs.fileno()}"] * 3)
+        left = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+    assert left.wait(BOUND_S) == 1  # 0 once everything is imported
     late = RankHost(2)
     os.kill(late.pids[0], signal.SIGSTOP)
     answer = late.ask("load", {})

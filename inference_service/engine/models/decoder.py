@@ -156,7 +156,7 @@ class Decoder:
         self._embedding, head = reader.tables()
         self.config = replace(config, tied_embeddings=head is self._embedding)
         self._stateful = config.state_bytes(1) > 0
-        self._layers = [read_layer(reader.layer(index)) for index in range(config.dims.num_layers)]
+        self.layers = [read_layer(reader.layer(index)) for index in range(config.dims.num_layers)]
         self._norm = reader.norm(config.names.final_norm)
         if isinstance(head, WeightBlocks):
             self._head = self._operations.new_blocks([head])
@@ -181,18 +181,18 @@ class Decoder:
         """
         shard = None if self.ranks is None else self.ranks.shard
         reader = Reader(checkpoint, self.config, self.dtype, self._operations, adapter, shard=shard)
-        self._layers.clear()
+        self.layers.clear()
         for index in range(self.config.dims.num_layers):
-            self._layers.append(read_layer(reader.layer(index)))
+            self.layers.append(read_layer(reader.layer(index)))
 
     def linears(self) -> Iterator[Linear]:
         """Yield the linears of all layers that every token passes through, in their order."""
-        for block in chain.from_iterable((layer.mixer, layer.mlp) for layer in self._layers):
+        for block in chain.from_iterable((layer.mixer, layer.mlp) for layer in self.layers):
             yield from (part for part in vars(block).values() if isinstance(part, Linear))
 
     def new_cache(self, size: CacheSize) -> Cache:
         """Return an empty cache."""
-        mixers = [layer.mixer for layer in self._layers]
+        mixers = [layer.mixer for layer in self.layers]
         caches = tuple([mixer.new_cache(self._operations, size) for mixer in mixers])
         return Cache(caches, tuple([mixer.new_states(size) for mixer in mixers]))
 
@@ -242,7 +242,7 @@ class Decoder:
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
         if self.ranks is not None and (spec := self.config.inputs) is not None:
             if inputs is None:
-                inputs = hidden.new_empty(len(hidden), len(self._layers), spec.width)
+                inputs = hidden.new_empty(len(hidden), len(self.layers), spec.width)
             self.ranks.share(inputs)
         factors = self._factors_at(positions)
 
@@ -291,7 +291,7 @@ class Decoder:
         """Run hidden [T, hidden size] through all layers, in place; what the last one adds is apart."""
         delta: Tensor | None = None
         delta_norm: RMSNorm | None = None
-        for layer in self._layers:
+        for layer in self.layers:
             x = self._add(hidden, layer.input_norm, delta, delta_norm)
             delta = layer.mixer(step, x)
             if self.config.parallel:
@@ -314,7 +314,7 @@ class Decoder:
     @property
     def _delta_norm(self) -> RMSNorm | None:
         """The norm of what the last layer adds."""
-        last = self._layers[-1]
+        last = self.layers[-1]
         return last.mlp_out_norm if last.inputs is None else last.inputs.out_norm
 
     def _add(

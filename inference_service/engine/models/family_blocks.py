@@ -183,7 +183,7 @@ class RoutedBlock:
         """Return [T, hidden] for x [T, hidden]."""
         rows = x.float()
         each = torch.split(rows, 1) if step.operations.by_row else (rows,)
-        routed = self._route(torch.cat([part @ self._router for part in each]))
+        routed = route(torch.cat([part @ self._router for part in each]), self._spec, self._correction)
         out = self._scaled(step, x, routed) if self._spec.scales_inputs else self._experts(step, x, routed)
         return out if self._shared is None else out.add_(self._shared(step, x))
 
@@ -198,22 +198,22 @@ class RoutedBlock:
             first += other
         return first
 
-    def _route(self, logits: Tensor) -> Routed:
-        """Return the experts of each row of logits [T, E], and their weights."""
-        spec = self._spec
-        if spec.scores == "sparsemixer":
-            return sparsemixer(logits, spec.jitter)
-        scores = logits.sigmoid() if spec.scores == "sigmoid" else logits.softmax(dim=-1)
-        chosen = scores if self._correction is None else scores + self._correction
-        if spec.scales_inputs:
-            chosen = logits  # of which no two become the same where a sigmoid is nearly 1
-        if spec.num_groups > 1:
-            chosen = best_groups(chosen, spec.num_groups, spec.top_groups, 2 if spec.corrected else 1)
-        ids = chosen.topk(spec.top_k, dim=-1).indices
-        weights = scores.gather(1, ids)
-        if spec.renormalised:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return Routed(ids.int(), weights * spec.scaling)
+
+def route(logits: Tensor, spec: RoutedLayer, correction: Tensor | None) -> Routed:
+    """Return the experts of each row of logits [T, E], chosen with a correction [E], and their weights."""
+    if spec.scores == "sparsemixer":
+        return sparsemixer(logits, spec.jitter)
+    scores = logits.sigmoid() if spec.scores == "sigmoid" else logits.softmax(dim=-1)
+    chosen = scores if correction is None else scores + correction
+    if spec.scales_inputs:
+        chosen = logits  # of which no two become the same where a sigmoid is nearly 1
+    if spec.num_groups > 1:
+        chosen = best_groups(chosen, spec.num_groups, spec.top_groups, 2 if spec.corrected else 1)
+    ids = chosen.topk(spec.top_k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if spec.renormalised:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routed(ids.int(), weights * spec.scaling)
 
 
 def best_groups(scores: Tensor, num: int, top: int, counted: int) -> Tensor:

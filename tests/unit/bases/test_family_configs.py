@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DeepseekV3Config
 
+from inference_service.engine.backends.operations import Operations
+from inference_service.engine.kernels.experts import ByExpert, Routed
+from inference_service.engine.models.blocks import Cache, Step
 from inference_service.engine.models.checkpoint import Checkpoint
 from inference_service.engine.models.decoder import Decoder, _query_factors
 from inference_service.engine.models.experts import ExpertsBlock
-from inference_service.engine.models.family_blocks import RoutedBlock
+from inference_service.engine.models.family_blocks import route
 from loramux_shared.bases.family_layers import RoutedLayer
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.bases.rope import LongRope, QueryScaling
@@ -21,7 +24,22 @@ from tests.models.test_families import CASES
 from tests.support.cases import cases
 from tests.support.tiny import make_checkpoint
 
+CPU = torch.device("cpu")
 HUB: dict[str, dict[str, Any]] = cases(__file__, "HUB")
+
+
+class NotedRoutes(Operations):
+    """Operations that note the experts of the last rows."""
+
+    def by_expert(self, routed: Routed, num_experts: int) -> ByExpert:
+        self.ids = routed.ids
+        return super().by_expert(routed, num_experts)
+
+
+def step_of(operations: Operations) -> Step:
+    """Return a step of no sequence, for blocks that compute each row by itself."""
+    attention = operations.attention((), 16, ())
+    return Step(operations, attention, Cache((), ()), None, (), None)
 
 
 @pytest.mark.parametrize("name", HUB)
@@ -40,9 +58,8 @@ def test_kimi_k2_is_a_deepseek_v3_under_another_name() -> None:
 
 def test_llama_4_chooses_before_a_sigmoid_and_scales_behind_the_last_position() -> None:
     """Close scores far above 0 are apart, and the last position may begin another step of the scaling."""
-    block = object.__new__(RoutedBlock)
-    block._spec, block._correction = RoutedLayer(2, 1, 8, renormalised=False, scales_inputs=True), None
-    assert block._route(torch.tensor([[40.0, 41.0]])).ids.tolist() == [[1]]
+    spec = RoutedLayer(2, 1, 8, renormalised=False, scales_inputs=True)
+    assert route(torch.tensor([[40.0, 41.0]]), spec, None).ids.tolist() == [[1]]
     assert [read_fields(HUB["Llama-4-Scout"], {}, longest).windows[0] for longest in (8192, 8193)] == [
         None,
         8192,
@@ -63,14 +80,14 @@ def test_experts_of_qwen_3_vl_are_read_as_the_hub_has_them(tmp_path: Path) -> No
     config = CASES["qwen3-vl-moe"].config
     make_checkpoint(tmp_path, config)
     file, base, answers = tmp_path / "model.safetensors", read_config(tmp_path), []
+    operations, x = Operations(torch.float32, CPU), torch.randn(64, base.dims.hidden)
     for _ in range(2):
-        block = Decoder(base, Checkpoint(tmp_path, torch.float32, torch.device("cpu")))._layers[0].mlp
+        block = Decoder(base, Checkpoint(tmp_path, torch.float32, CPU)).layers[0].mlp
         assert isinstance(block, ExpertsBlock)
-        linears = *block._experts._gate_up._linears, *block._experts._down._linears
-        answers.append([linear(torch.eye(linear.in_features)) for linear in linears])
+        answers.append(block(step_of(operations), x))
         tensors = {n: t.mT.contiguous() if ".experts." in n else t for n, t in load_file(file).items()}
         save_file(tensors, file)
-    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+    assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize(("name", "change", "expected"), cases(__file__, "REFUSED"))
@@ -85,8 +102,16 @@ def test_a_router_keeps_the_bits_of_its_bias(tmp_path: Path) -> None:
     config = CASES["deepseek-v3"].config
     assert isinstance(config, DeepseekV3Config)
     make_checkpoint(tmp_path, config)
-    read = Checkpoint(tmp_path, torch.bfloat16, torch.device("cpu"))
-    block = Decoder(read_config(tmp_path), read)._layers[1].mlp
-    assert isinstance(block, RoutedBlock)
-    name = "model.layers.1.mlp.gate.e_score_correction_bias"
-    assert torch.equal(block._correction, load_file(tmp_path / "model.safetensors")[name])
+    file, gate = tmp_path / "model.safetensors", "model.layers.1.mlp.gate"
+    tensors = load_file(file)
+    tensors[f"{gate}.weight"].zero_()
+    bias = tensors[f"{gate}.e_score_correction_bias"]
+    torch.add(1, torch.arange(len(bias)) * 2**-12, out=bias)
+    save_file(tensors, file)
+    base, noted = read_config(tmp_path), NotedRoutes(torch.bfloat16, CPU)
+    block = Decoder(base, Checkpoint(tmp_path, torch.bfloat16, CPU), noted).layers[1].mlp
+    block(step_of(noted), torch.randn(1, base.dims.hidden, dtype=torch.bfloat16))
+    spec = base.layers[1].mlp
+    assert isinstance(spec, RoutedLayer)
+    assert torch.equal(noted.ids, route(torch.zeros(1, len(bias)), spec, bias).ids)
+    assert not torch.equal(noted.ids, route(torch.zeros(1, len(bias)), spec, bias.bfloat16()).ids)

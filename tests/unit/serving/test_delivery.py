@@ -35,11 +35,15 @@ async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
     assert [output.token for output in await following(stream)] == [Token(7), Token(8)]
     stream.put("0", [StepOutput("0", Token(9), EndReason.LENGTH)])
     delivery.add(stream, urgent=True)
-    for number in range(SLICE):
-        delivery.add(_stream(number), urgent=True)
-    delivery.begin()
+    others = [_stream(number) for number in range(SLICE)]
+    readers = [asyncio.create_task(other.get()) for other in others]
     await asyncio.sleep(0)
-    assert not delivery._urgent, "first and last tokens wait for no rest"
+    for other in others:
+        delivery.add(other, urgent=True)
+    delivery.begin()
+    for _ in range(2):  # in one turn the streams are woken, in the next one their readers
+        await asyncio.sleep(0)
+    assert all(reader.done() for reader in readers), "first and last tokens wait for no rest"
     assert [output.token for output in await following(stream)] == [Token(9)]
 
 

@@ -71,11 +71,10 @@ class Threads:
         return thread
 
     async def end(self) -> None:
-        """Let steps go, and end all that were started."""
+        """Let steps go, and end all threads, which were started."""
         for device, thread in self._made:
             device.go.set()
-            if thread._ended is not None:
-                assert await thread.stop() == self.why
+            assert await thread.stop() == self.why
 
 
 def submit(
