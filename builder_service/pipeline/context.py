@@ -168,7 +168,8 @@ class Identity:
     """A name that no other living builder has; it is free again when the process ends, however it ends."""
 
     name: str
-    _file: TextIO
+    file: TextIO
+    """Locked while the builder lives."""
 
 
 def claim_identity(folder: Path) -> Identity:

@@ -41,7 +41,7 @@ def _nothing_beforehand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 @pytest.fixture(scope="module")
 def compiler(native_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quick compiler that copies the library of the real one."""
-    made = native_folder / f"ops-{build._key(str(COMPILER))}.sealed"
+    made = native_folder / f"ops-{build.key_of(str(COMPILER))}.sealed"
     folder = tmp_path_factory.mktemp("compiler")
     (folder / "made.so").write_bytes(made.read_bytes()[DIGEST_SIZE:])
     script = f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ncp {folder}/made.so "$2"\n'

@@ -1,6 +1,7 @@
 """Logits that requests shape: on the device they are those of the host bit for bit, and so are the tokens."""
 
 import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -233,10 +234,11 @@ def test_a_sequence_finds_its_place_again_or_a_new_one(device: str) -> None:
         assert drawn(shaper, logits, turn) == expected
         for seq, token in zip(turn, expected, strict=True):
             append(seq, token.id)
+    refs = [weakref.ref(seq) for seq in seqs]
     del turn, seq
     seqs.clear()
     gc.collect()
-    assert not len(shaper._places)
+    assert all(ref() is None for ref in refs)
 
 
 def test_memory_is_taken_on_demand_and_within_the_plan(device: str) -> None:

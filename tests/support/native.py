@@ -28,7 +28,7 @@ def compiled_as_in_a_wheel(compiler: str) -> Path:
     """Return a folder with what a wheel has, by this compiler."""
     with pytest.MonkeyPatch.context() as patch, COMPILING:
         as_in_a_wheel(patch)
-        folder = NATIVE.with_name(f"beforehand-{build._key(compiler)}")
+        folder = NATIVE.with_name(f"beforehand-{build.key_of(compiler)}")
         compiling.compile_beforehand(folder)
     return folder
 

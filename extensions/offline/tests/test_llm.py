@@ -33,10 +33,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def llm(world: World) -> Iterator[LLM]:
     """The world, loaded by the words for its base and its adapters."""
+    with opened(world) as llm:
+        yield llm
+
+
+def opened(world: World) -> LLM:
     adapters = {name: str(folder) for name, folder in world.adapters.items()}
     store = f"file://{world.root}/store"
-    with loramux.LLM(base=str(world.base), adapters=adapters, store=store, **SETTINGS) as llm:
-        yield llm
+    return loramux.LLM(base=str(world.base), adapters=adapters, store=store, **SETTINGS)
 
 
 def alone(llm: LLM, prompt: Any, model: str, **options: Any) -> str:
@@ -79,11 +83,12 @@ def warnings_of(lines: Sequence[Any]) -> list[Any]:
     return [line for line in lines if line["log_level"] == "warning"]
 
 
-def test_a_text_without_marks_of_the_chat_template_is_warned_of_once(llm: LLM, world: World) -> None:
+def test_a_text_without_marks_of_the_chat_template_is_warned_of_once(world: World) -> None:
     """Messages, tokens and a text with a mark are silent; the first plain text is named, with what it lacks."""
-    mark, *_ = marks = llm.run(llm._marks_of("base"))
-    llm._warned = False
-    with capture_logs() as lines:
+    with opened(world) as llm, capture_logs() as lines:
+        template = llm.service.text.template
+        assert template is not None
+        mark, *_ = marks = llm.run(template.marks())
         llm.generate([f"{mark} hello", [5, 6, 7], HELLO], max_tokens=2)
         assert not warnings_of(lines)
         llm.generate([f"{mark} hello", "hello", "bye"], ["", *[*world.adapters][:2]], max_tokens=2)

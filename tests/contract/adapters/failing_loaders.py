@@ -10,9 +10,8 @@ from pathlib import Path
 
 from inference_service.adapters.disk import DiskTier
 from inference_service.adapters.loader import AdapterLoader
-from inference_service.adapters.reading import BundleReader
 from loramux_shared.storage.local import LocalStore
-from tests.support.stores.bundles import FakePacked, Loaded, await_disk, load
+from tests.support.stores.bundles import FakePacked, KeepingReader, Loaded, load
 
 
 def load_until_killed(number: int, cache: Path, store: Path, limit: int, digests: Sequence[str]) -> None:
@@ -26,11 +25,12 @@ def load_until_killed(number: int, cache: Path, store: Path, limit: int, digests
             if touched == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    loader = AdapterLoader(BundleReader(LocalStore(store), DiskTier(cache, limit)), FakePacked)
+    reader = KeepingReader(LocalStore(store), DiskTier(cache, limit))
+    loader = AdapterLoader(reader, FakePacked)
     sys.addaudithook(hook)
     for digest in (*digests, digests[0]):
         load(loader, digest)
-        await_disk(loader)
+        reader.await_kept()
     os._exit(0)
 
 
@@ -39,9 +39,10 @@ def load_on_full_disk(limit: int, cache: Path, store: Path, digests: Sequence[st
     os.dup2(text.fileno(), 1)
     os.dup2(text.fileno(), 2)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    loader = AdapterLoader(BundleReader(LocalStore(store), DiskTier(cache, 10**9)), FakePacked)
+    reader = KeepingReader(LocalStore(store), DiskTier(cache, 10**9))
+    loader = AdapterLoader(reader, FakePacked)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     for digest in digests:
         assert isinstance(load(loader, digest), Loaded)
-        await_disk(loader)
+        reader.await_kept()
     loader.close()

@@ -9,12 +9,12 @@ import pytest
 
 from inference_service.adapters.disk import DiskTier
 from inference_service.adapters.loader import AdapterLoader
-from inference_service.adapters.reading import BundleReader, Tier
+from inference_service.adapters.reading import Tier
 from loramux_shared.storage.local import LocalStore
 from tests.contract.adapters.failing_loaders import load_on_full_disk, load_until_killed
 from tests.support.examples import SWEEPING
 from tests.support.processes.forks import Forked
-from tests.support.stores.bundles import FakePacked, Loaded, await_disk, build_bundles, load
+from tests.support.stores.bundles import FakePacked, KeepingReader, Loaded, build_bundles, load
 from tests.support.waiting import BOUND_S, wait_until
 
 EVERY = 1 if os.environ.get(SWEEPING) else 3
@@ -32,14 +32,15 @@ def local(tmp_path: Path) -> tuple[LocalStore, Path, list[str]]:
 def serves(store: LocalStore, cache: Path, digests: list[str]) -> list[str]:
     """Load bundles with a cache as it was left, and return where each was found; all of it is right."""
     disk = DiskTier(cache, 10**9)
-    loader = AdapterLoader(BundleReader(store, disk), FakePacked)
+    reader = KeepingReader(store, disk)
+    loader = AdapterLoader(reader, FakePacked)
     tiers = []
     for digest in digests:
         found = load(loader, digest)
         assert isinstance(found, Loaded)
         assert found.packed.bundle.digest == digest
         tiers.append(found.tier)
-    await_disk(loader)
+    reader.await_kept(len(digests))
     loader.close()
     return tiers
 

@@ -3,12 +3,13 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from tokenizers import Tokenizer
 
 from inference_service.core.constraint import Constraint, Kind
 from inference_service.core.request import AnswerDelta, AnswerFinished, Request
@@ -175,27 +176,30 @@ async def test_an_answer_that_cannot_go_on_ends_with_the_reason(ready: Ready) ->
     assert await ask(ready, "regex", "aa", max_tokens=5) == [("aa", EndReason.STOP)]
 
 
-async def test_constraints_are_compiled_once_and_off_the_loop(
-    ready: Ready, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class HeldText(Text):
+    """A text side whose tokenizer waits until it may go on."""
+
+    def __init__(self, text: Text) -> None:
+        super().__init__(Tokenizer.from_str(text.tokenizer_json()), None, text.vocab)
+        self.go = threading.Event()
+        self.threads: set[int] = set()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        self.threads.add(threading.get_ident())
+        assert self.go.wait(BOUND_S)
+        return super().encode(text, add_special_tokens=add_special_tokens)
+
+
+async def test_constraints_are_compiled_once_and_off_the_loop(ready: Ready) -> None:
     """A constraint is compiled once for all concurrent and later requests; the loop continues meanwhile."""
-    own = Constraints(frozenset({2}))
-    constraint, begin, go = Constraint("regex", "a+"), own._begin, threading.Event()
-    requests: list[int] = []
-
-    def held(question: Mapping[str, str], text: Text) -> Any:
-        requests.append(threading.get_ident())
-        assert go.wait(BOUND_S)
-        return begin(question, text)
-
-    monkeypatch.setattr(own, "_begin", held)
-    tasks = [asyncio.create_task(own.compile(constraint, ready.service.text)) for _ in range(4)]
-    await until(lambda: requests, "a compilation")
+    own, constraint, held = Constraints(frozenset({2})), Constraint("regex", "a+"), HeldText(ready.service.text)
+    tasks = [asyncio.create_task(own.compile(constraint, held)) for _ in range(4)]
+    await until(lambda: held.threads, "a compilation")
     assert await ask(ready, "regex", "aa", max_tokens=5) == [("aa", EndReason.STOP)]
     assert not any(task.done() for task in tasks)
-    go.set()
+    held.go.set()
     await result_of(asyncio.gather(*tasks), "all requests")
     assert len({id(task.result().start) for task in tasks}) == 1
-    assert len(requests) == 1
-    assert threading.get_ident() not in requests
-    assert (await own.compile(constraint, ready.service.text)).start is tasks[0].result().start
+    assert len(held.threads) == 1
+    assert threading.get_ident() not in held.threads
+    assert (await own.compile(constraint, held)).start is tasks[0].result().start

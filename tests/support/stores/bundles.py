@@ -9,7 +9,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from inference_service.adapters.disk import DiskTier
 from inference_service.adapters.loader import AdapterLoader
+from inference_service.adapters.reading import BundleReader, FoundBundle
 from inference_service.core.adapter import Adapter
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.faults import Fault, StoreUnavailable
@@ -17,7 +19,7 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.folders import context_of, deployment_of, run_build
-from tests.support.waiting import BOUND_S, wait_until
+from tests.support.waiting import BOUND_S
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -72,10 +74,21 @@ def begin_load(loader: AdapterLoader, digest: str, invocation=()) -> Callable[..
     return lambda timeout_s=BOUND_S: outcomes.get(timeout=timeout_s)
 
 
-def await_disk(loader: AdapterLoader) -> None:
-    """Wait until the loaded bundle is on the disk too, as the write runs beside the load."""
-    room = loader._reader._room
-    wait_until(lambda: room._free == room._size, "bundles that are kept", lambda: room._free)
+class KeepingReader(BundleReader):
+    """A reader that counts the bundles that it kept, as it does beside their loads."""
+
+    def __init__(self, store: Store, disk: DiskTier | None) -> None:
+        super().__init__(store, disk)
+        self._kept = threading.Semaphore(0)
+
+    def keep(self, found: FoundBundle) -> None:
+        super().keep(found)
+        self._kept.release()
+
+    def await_kept(self, count: int = 1) -> None:
+        """Wait until so many more bundles are kept; that they are packed was asked for before."""
+        for _ in range(count):
+            assert self._kept.acquire(timeout=BOUND_S), "a bundle was not kept"
 
 
 class UnsteadyStore(MemoryStore):

@@ -73,7 +73,7 @@ def prompt(ready: Ready, model: str) -> str:
     service = ready.service
     template = defaults(ready, model).template
     tokens = asyncio.run(service.text.encode_messages(MESSAGES, 256, template))
-    return "".join(service.text._tokenizer.id_to_token(token) for token in tokens)
+    return "".join(service.text.token_text(token) for token in tokens)
 
 
 def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:

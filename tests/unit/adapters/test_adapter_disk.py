@@ -2,8 +2,10 @@
 
 import os
 import time
+from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -17,6 +19,7 @@ from loramux_shared.process import YOUNG_S
 from tests.support.stores.bundles import flip_bit
 from tests.unit.adapters.test_adapter_loader import built as built, store as store
 
+DIGEST = "0" * 64
 FILES = (MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja")
 
 
@@ -127,12 +130,24 @@ def test_leftovers_are_swept_and_work_under_way_is_not(store, folder):
         path.mkdir()
         (path / WEIGHTS_FILE).write_bytes(b"half")
     os.utime(left, (old, old))
-    with disk._writing() as writing:
-        os.utime(writing, (old, old))
-        DiskTier(folder, 10**9).sweep()
-        assert writing.exists()
-        assert young.exists()
-        assert not left.exists()
+    swept: list[Path] = []
+
+    class SweptMeanwhile(UserDict):
+        """Files of a bundle; another replica sweeps when the writer has its folder and asks for them."""
+
+        def keys(self):
+            [writing] = set(folder.glob(".part-*")) - {left, young}
+            os.utime(writing, (old, old))
+            DiskTier(folder, 10**9).sweep()
+            swept.append(writing)
+            assert writing.exists()
+            assert young.exists()
+            assert not left.exists()
+            return super().keys()
+
+    disk.put(DIGEST, b"{}", SweptMeanwhile({WEIGHTS_FILE: b"whole"}))
+    assert len(swept) == 1
+    assert (folder / DIGEST / WEIGHTS_FILE).read_bytes() == b"whole"
     assert keep(store, disk, store.digests[0]) is Tier.DISK
 
 

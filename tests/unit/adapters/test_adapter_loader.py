@@ -21,6 +21,7 @@ from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_F
 from tests.support.stores.bundles import (
     TEMPLATE,
     FakePacked,
+    KeepingReader,
     Loaded,
     UnsteadyStore,
     begin_load,
@@ -52,8 +53,8 @@ def make(store):
     """Makes loaders that are closed at the end."""
     made = []
 
-    def make(pack=FakePacked, disk=None, **options):
-        made.append(AdapterLoader(BundleReader(store, disk), pack, **options))
+    def make(pack=FakePacked, disk=None, reader=None, **options):
+        made.append(AdapterLoader(reader or BundleReader(store, disk), pack, **options))
         return made[-1]
 
     yield make
@@ -158,10 +159,10 @@ def test_urgent_work_goes_before_packing_that_waits(store, make):
         order.append("packed")
         return FakePacked(bundle)
 
-    loader = make(pack)
+    loader = make(pack, reader=(reader := KeepingReader(store, None)))
     loads = [begin_load(loader, digest) for digest in store.digests]
     assert begun.wait(BOUND_S)
-    wait_until(lambda: loader._work._queue.qsize() == COUNT - 1, "bundles that wait to be packed")
+    reader.await_kept(COUNT)  # now the others wait to be packed
     outcomes = SimpleQueue()
     loader.run(lambda: order.append("copied"), outcomes.put)
     go.set()

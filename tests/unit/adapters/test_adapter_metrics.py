@@ -37,8 +37,8 @@ def use(metrics: Metrics, model: ServedModel) -> None:
 def observe(metrics: Metrics, model: ServedModel) -> None:
     """A request for a model that is answered: a value of every histogram."""
     use(metrics, model)
-    for name in ("request", "queue", "time_to_first_token", "time_per_output_token"):
-        metrics._models.observe(f"loramux_{name}_seconds", model.name, 1.0)
+    names = ("request", "queue", "time_to_first_token", "time_per_output_token")
+    metrics.add((), [(f"loramux_{name}_seconds", model.name, 1.0) for name in names], {})
 
 
 def scrape(series: model_series.ModelSeries) -> Scrape:

@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class FakeLoader:
         self.broken: set[str] = set()
         self.begun: list[Callable[[], None]] = []
         self.loaded: list[str] = []
+        self.packed: list[weakref.ref[Matrices]] = []
 
     def load(self, adapter: Adapter, done: Callable[[Matrices | Fault, str], None]) -> None:
         digest = adapter.digest
@@ -95,7 +97,9 @@ class FakeLoader:
             if digest in self.broken:
                 done(BundleCorrupt(f"bundle {digest}"), "")
             else:
-                done(Matrices(digest, self.sizes[digest]), "store")
+                packed = Matrices(digest, self.sizes[digest])
+                self.packed.append(weakref.ref(packed))
+                done(packed, "store")
 
         self.begun.append(end)
 
@@ -598,4 +602,5 @@ def test_every_request_ends_once_on_its_own_digest(actions, sizes, units, depth,
         world.residency.drop(adapter)
     assert world.residency.num_bytes == 0
     assert world.residency.settled
-    assert not [*world.bank.slots, *world.residency._packed, *world.residency.standings()]
+    assert not [*world.bank.slots, *world.residency.standings()]
+    assert all(packed() is None for packed in world.loader.packed)

@@ -86,11 +86,16 @@ class Machine:
 
 
 def _engine(
-    machine: Machine, drafted: int = 0, *, prefill_first: bool = False, lookup: Lookup | None = None
+    machine: Machine,
+    drafted: int = 0,
+    *,
+    prefill_first: bool = False,
+    lookup: Lookup | None = None,
+    step_times: StepTimes | None = None,
 ) -> Engine:
     limits = SchedulerLimits(1024, 64, 2, 8192, speculative_tokens=drafted, prefill_first=prefill_first)
     blocks = BlockManager(8192, 16)
-    return Engine(machine, limits, blocks, Residents(), clock=lambda: machine.now_s, lookup=lookup)
+    return Engine(machine, limits, blocks, Residents(), lambda: machine.now_s, lookup, step_times)
 
 
 def _run(engine: Engine, steps: int) -> None:
@@ -121,9 +126,9 @@ def _with_64_streams(machine: Machine) -> Engine:
     return engine
 
 
-def _streaming(machine: Machine) -> Engine:
+def _streaming(machine: Machine, step_times: StepTimes | None = None) -> Engine:
     """Return an engine with streams that decode, and a runner that has forgotten how they began."""
-    engine = _engine(machine)
+    engine = _engine(machine, step_times=step_times)
     _add(engine, *(_seq(8, 8000) for _ in range(STREAMS)))
     _run(engine, 10)
     machine.batches.clear()
@@ -163,14 +168,14 @@ def test_prompts_are_computed_first_where_nobody_waits_for_single_tokens() -> No
 
 def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one_for_long() -> None:
     """Prompts get about their usual share again after two steps of two seconds, of which one has no prompt."""
-    machine = Machine()
-    engine = _streaming(machine)
+    machine, times_known = Machine(), StepTimes()
+    engine = _streaming(machine, times_known)
     _add(engine, *(_seq(8000) for _ in range(6)))
     _run(engine, 2 * PROBE_INTERVAL_STEPS)
     decode_s = machine.step_s
     usual = sorted(machine.took_s[-20:])[10]
     for look in (False, True):
-        while (engine._scheduler.step_times._steps_since_probe >= PROBE_INTERVAL_STEPS) is not look:
+        while (times_known.room_s(STREAMS) is None) is not look:
             engine.step()
         machine.step_s = 2.0
         engine.step()

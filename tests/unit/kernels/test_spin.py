@@ -21,7 +21,7 @@ class Machine:
         self.tasks, self.now_s, self.asleep = tasks, 0.0, False
         self._counts = {str(threading.get_native_id()): [0, 0], "other": [0, 0]}
         self.spinning = Spinning(spin, self._switch, tasks, lambda: self.now_s)
-        self._write()
+        self.write()
 
     def passes(self, ran: float, waited: float, seconds: float = LOOK_S) -> bool:
         """Let the engine's thread run, and the other one wait, for parts of some seconds; look."""
@@ -29,14 +29,14 @@ class Machine:
         mine, other = self._counts.values()
         mine[0] += int(ran * seconds * S)
         other[1] += int(waited * seconds * S)
-        self._write()
+        self.write()
         self.spinning.look()
         return self.asleep
 
     def _switch(self, *, live: bool) -> None:
         self.asleep = live
 
-    def _write(self) -> None:
+    def write(self) -> None:
         for name, (ran, waited) in self._counts.items():
             (self.tasks / name).mkdir(exist_ok=True)
             (self.tasks / name / "schedstat").write_text(f"{ran} {waited} 7\n")
@@ -73,7 +73,7 @@ def test_threads_sleep_where_the_kernel_does_not_count(machine: Machine) -> None
     """Threads sleep where the kernel reports no waiting times."""
     for file in machine.tasks.glob("*/schedstat"):
         file.unlink()
-    machine._write = lambda: None  # type: ignore[method-assign]
+    machine.write = lambda: None  # type: ignore[method-assign]
     assert machine.passes(ran=1.0, waited=0.0)
 
 

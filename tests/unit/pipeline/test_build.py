@@ -268,7 +268,7 @@ def test_identities_are_kept_and_not_shared(tmp_path):
     """Living builders of one work folder differ; the next start of one has its identity again."""
     one, two = claim_identity(tmp_path), claim_identity(tmp_path)
     assert one.name != two.name
-    one._file.close()
+    one.file.close()
     again = claim_identity(tmp_path)
     assert again.name == one.name
     (tmp_path / "loramux-builder-2.id").write_text("cut of")

@@ -94,7 +94,7 @@ def _made_here(cache_dir: Path) -> Built:
 
 def _load(compiler: str, cache_dir: Path) -> Built:
     why_not_kept = private_folder(cache_dir)
-    sealed = cache_dir / f"ops-{_key(compiler)}.sealed"
+    sealed = cache_dir / f"ops-{key_of(compiler)}.sealed"
     code = None if why_not_kept else _opened(read_private(sealed))
     writable = not why_not_kept and os.access(cache_dir, os.W_OK)
     if writable:
@@ -166,8 +166,8 @@ def _try_out(library: Path) -> None:
     compiling.run(command, waiting=waiting)
 
 
-def _key(compiler: str) -> str:
-    """A name that changes with the source, the flags, the compiler and the processor."""
+def key_of(compiler: str) -> str:
+    """Return a name that changes with the source, the flags, the compiler and the processor."""
     stat = Path(compiler).resolve().stat()
     parts = [compiling.source(), repr((compiling.FLAGS, compiler, stat.st_size, stat.st_mtime_ns)).encode()]
     parts.append(_processor().encode())
