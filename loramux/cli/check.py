@@ -166,7 +166,7 @@ async def _private(
             found = "a file, not a folder" if folder.exists() else "no such folder on this machine"
             raise RepoNotFound(f"LOCAL {folder}: {found}")
     address = free_address()
-    argv = builder_command(f"file://{tree.folder / 'store'}", address, local_roots)
+    argv = builder_command(f"file://{tree.folder / 'store'}", address, local_roots, extra="check")
     with shell.step("starting a private builder"):
         await tree.serve("builder", argv)
     await _call(address, work)

@@ -33,7 +33,7 @@ def brings(extra: str, name: str) -> bool:
 
 NEEDS_TORCH = {extra for extra in EXTRAS if brings(extra, "inference")} | {"trl"}
 PROGRAMS = {extra: "\n".join(lines) for extra, lines in cases(__file__, "acts").items()}
-ACTS = dict.fromkeys(NEEDS_TORCH, PROGRAMS["inference"]) | PROGRAMS
+ACTS = dict.fromkeys(NEEDS_TORCH, PROGRAMS["inference"]) | {"builder": PROGRAMS["check"]} | PROGRAMS
 """What each extra is tried with: Python whose arguments are its bin/ and the folder of a tiny base."""
 
 
@@ -103,7 +103,9 @@ def test_a_wheel_works_in_an_empty_environment(
     run(python, "-m", "pip", "check")
     if extra not in WITHOUT_COMMANDS:
         own = f"loramux_{extra.replace('-', '_')}."
-        commands = PROJECT["entry-points"]["loramux.commands"].items()
-        for name in ("serve", *(name for name, place in commands if place.startswith(own))):
+        added = [
+            name for name, place in PROJECT["entry-points"]["loramux.ports"].items() if place.startswith(own)
+        ]
+        for name in ("serve", *(name[8:] for name in added if name.startswith("command."))):
             assert "Usage" in run(python.parent / "loramux", name, "--help")
     run(python, "-I", "-c", act_of(extra), python.parent, world.root)

@@ -14,9 +14,9 @@ from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import python
 
-# A package of each extra that the service cannot do without.
+# Packages that the service cannot do without.
 NEEDS = {
-    "builder": ("numpy", "safetensors", "ml_dtypes", "huggingface_hub"),
+    "builder": ("numpy", "ml_dtypes", "huggingface_hub"),
     "inference": ("torch", "tokenizers", "jinja2", "numpy", "starlette", "uvicorn"),
 }
 Listen = Annotated[
@@ -91,9 +91,14 @@ def serve(
     become([*argv, *access_flags(keys_file, insecure)])
 
 
-def builder_command(store: str | None, grpc: str | None, local_roots: Sequence[Path]) -> list[str]:
-    """Return the command line of a builder; raise SettingsInvalid where its packages are not installed."""
-    _require("builder")
+def builder_command(
+    store: str | None, grpc: str | None, local_roots: Sequence[Path], extra: str = "builder"
+) -> list[str]:
+    """Return the command line of a builder; raise SettingsInvalid where its packages are not installed.
+
+    extra is what installs those that the caller needs.
+    """
+    _require("builder", extra)
     return [*python("builder_service"), *_flags(store=store, grpc=grpc), *_roots(local_roots)]
 
 
@@ -110,7 +115,7 @@ def inference_command(
     engine holds settings that are about speed, by name; None: the default. Raise SettingsInvalid where its
     packages are not installed.
     """
-    _require("inference")
+    _require("inference", "inference")
     flags = _flags(deployment=deployment, store=store, grpc=grpc, http=http, **engine)
     return [*python("inference_service"), *flags, *_roots(local_roots)]
 
@@ -137,10 +142,10 @@ def _roots(folders: Sequence[Path]) -> list[str]:
     return [text for folder in folders for text in ("--local-root", os.path.realpath(folder.expanduser()))]
 
 
-def _require(extra: str) -> None:
-    missing = [name for name in NEEDS[extra] if importlib.util.find_spec(name) is None]
+def _require(service: str, extra: str) -> None:
+    missing = [name for name in NEEDS[service] if importlib.util.find_spec(name) is None]
     if missing:
-        needs = f"the {extra} service needs {', '.join(missing)}, not installed here"
+        needs = f"the {service} service needs {', '.join(missing)}, not installed here"
         raise SettingsInvalid(f"{needs}: pip install 'loramux[{extra}]'")
 
 

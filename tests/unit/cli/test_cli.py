@@ -117,6 +117,9 @@ def test_a_missing_extra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, errors = run("serve", "--deployment", "m")
     assert code == 2
     assert "needs no_such_package, not installed here: pip install 'loramux[inference]'" in errors
+    monkeypatch.setitem(services.NEEDS, "builder", ("no_such_package",))
+    assert "pip install 'loramux[builder]'" in run("builder")[2]
+    assert "pip install 'loramux[check]'" in run("check", str(ROOT), "--base", str(ROOT))[2]
 
 
 def test_service_commands() -> None:

@@ -129,7 +129,7 @@ COMES_WITH = {
 LOADED = {
     "loramux": "cli",
     "loramux_shared": "builder,gcs,azure,mlflow",
-    "builder_service": "builder",
+    "builder_service": "check",
     "inference_service": "inference,gpu",
     "loramux_batches": "batches",
 }
