@@ -21,6 +21,7 @@ from inference_service.engine.backends.triton_lora import TritonLora
 from inference_service.engine.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.engine.kernels.cpu import build
 from inference_service.engine.kernels.cpu.ops import BLOCK, DTYPES, FEW_ROWS, MAX_HEAD_DIM, NEVER, CpuOps
+from inference_service.engine.kernels.launch import interprets
 from inference_service.engine.layers.quantized import require_able
 from inference_service.engine.models.packed import named
 from loramux_shared.bases.config import ModelConfig
@@ -229,7 +230,7 @@ def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
     requested = settings.backend == "triton" or (settings.backend == "auto" and device.type == "cuda")
     if requested:
         require_triton(settings.backend)
-    if requested and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+    if requested and device.type != "cuda" and not interprets():
         raise SettingsInvalid("LORAMUX_BACKEND=triton needs a CUDA device. Set auto or torch.")
     if requested and settings.block_size < MIN_BLOCK_SIZE:
         raise SettingsInvalid(

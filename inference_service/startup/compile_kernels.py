@@ -24,7 +24,14 @@ from inference_service.engine.backends.triton import TritonOperations
 from inference_service.engine.backends.triton_lora import TritonLora
 from inference_service.engine.execution.graph_runner import GraphRunner
 from inference_service.engine.execution.graphs import Graph
-from inference_service.engine.kernels.launch import ARCHITECTURES, Launch, Target, compiling_for, intercepted
+from inference_service.engine.kernels.launch import (
+    ARCHITECTURES,
+    Launch,
+    Target,
+    compiling_for,
+    intercepted,
+    interprets,
+)
 from inference_service.engine.models.decoder import Decoder
 from inference_service.engine.models.packed import Kept
 from inference_service.engine.scheduling.queues import SchedulerLimits
@@ -95,7 +102,7 @@ def compile_kernels(
     Raises:
         SettingsInvalid: kernels were made for the interpreter.
     """
-    if os.environ.get("TRITON_INTERPRET"):
+    if interprets():
         raise SettingsInvalid("TRITON_INTERPRET is set: nothing would be compiled. Unset it.")
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     from triton.runtime import driver

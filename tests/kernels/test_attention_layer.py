@@ -40,37 +40,42 @@ def _tables(counts: HeadCounts, device: torch.device) -> Mapping[HeadCounts, Att
     return {counts: tables}
 
 
-def _attended(layer: Attention, counts: HeadCounts, cache: Pair, rope: Rope, norm: RMSNorm) -> Pair:
+def _attended(layer: Attention, counts: HeadCounts, cache: Pair, scales: Tensor) -> Pair:
     """Return the output of a layer that writes keys and values, and of one that reads those."""
     torch.manual_seed(3)
-    own = torch.randn(ROWS, counts.queries + 2 * counts.kv, counts.dim)
-    spec, rotation = AttentionSpec(counts.dim**-0.5), layer.prepare_rotation(*rope.at(POSITIONS))
+    place = cache[0].device
+    rope = Rope(RopeSpec(counts.dim, 1e4), torch.float32, place)
+    norm = RMSNorm(scales.to(place), 1e-5)
+    own = torch.randn(ROWS, counts.queries + 2 * counts.kv, counts.dim).to(place)
+    spec, rotation = AttentionSpec(counts.dim**-0.5), layer.prepare_rotation(*rope.at(POSITIONS.to(place)))
     first = layer(LayerHeads(own, rotation, *cache, spec, norm))
-    queries = torch.randn(ROWS, counts.queries, counts.dim)
+    queries = torch.randn(ROWS, counts.queries, counts.dim).to(place)
     held = [each.clone() for each in cache]
     of_queries = RMSNorm(norm.weight[: counts.queries], norm.eps)
     second = layer(LayerHeads(queries, rotation, *cache, replace(spec, keys_of=0), of_queries))
     assert all(torch.equal(now, then) for now, then in zip(cache, held, strict=True))
-    return first, second
+    return first.cpu(), second.cpu()
 
 
 @pytest.mark.parametrize("counts", [COUNTS, LARGE], ids=str)
-def test_a_layer_reads_what_another_wrote(counts: HeadCounts, native_folder: Path) -> None:
+def test_a_layer_reads_what_another_wrote(counts: HeadCounts, native_folder: Path, device: str) -> None:
     """Queries alone, normed and turned, attend to keys and values of the step and before it, and write none."""
     built = open_native(native_folder)
-    place, kv, dim = torch.device("cpu"), counts.kv, counts.dim
-    caches = [(torch.zeros(kv, CACHE_ROWS, dim), torch.zeros(kv, CACHE_ROWS, dim)) for _ in range(2)]
-    plain = TorchAttention(PagedAttention(CONTEXTS, BLOCK_SIZE, torch.float32, place))
+    kv, dim = counts.kv, counts.dim
+    plain = TorchAttention(PagedAttention(CONTEXTS, BLOCK_SIZE, torch.float32, torch.device("cpu")))
+    compiled = TritonAttention(_tables(counts, torch.device(device)))
     layers: list[tuple[Attention, Pair]] = [
-        (plain, caches[0]),
-        (TritonAttention(_tables(counts, place)), caches[1]),
+        (
+            layer,
+            (torch.zeros(kv, CACHE_ROWS, dim, device=place), torch.zeros(kv, CACHE_ROWS, dim, device=place)),
+        )
+        for layer, place in ((plain, "cpu"), (compiled, device))
     ]
     if built.library is not None:
         ops = CpuOps(built.library, torch.float32)
         layers.append((NativeAttention(ops, CONTEXTS, BLOCK_SIZE), ops.new_cache(kv, CACHE_ROWS, dim)))
-    rope = Rope(RopeSpec(dim, 1e4), torch.float32, place)
-    norm = RMSNorm(torch.randn(counts.queries + 2 * kv, dim) + 1, 1e-5)
-    expected, *others = [_attended(layer, counts, cache, rope, norm) for layer, cache in layers]
+    scales = torch.randn(counts.queries + 2 * kv, dim) + 1
+    expected, *others = [_attended(layer, counts, cache, scales) for layer, cache in layers]
     for found in others:
         for mine, theirs in zip(found, expected, strict=True):
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm()

@@ -13,6 +13,7 @@ from inference_service.engine.kernels import delta
 from inference_service.engine.kernels.cpu.ops import CpuOps, Table
 from inference_service.engine.kernels.launch import Launch, intercepted
 from tests.kernels.delta_case import STEPS, Sizes, case, inputs_of, layer, wrong
+from tests.kernels.place import COMPILED
 
 SIZES = {"shared": (2, 4, 16, 8), "odd": (3, 3, 24, 40)}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -85,7 +86,7 @@ def _refused(
 @pytest.mark.parametrize("message", REFUSALS)
 def test_what_does_not_fit_is_refused(message: str) -> None:
     """A ValueError names the expected and the actual value."""
-    if torch.cuda.is_available():
+    if COMPILED:
         pytest.skip("the tensors are on the CPU")
     with pytest.raises(ValueError, match=message):
         REFUSALS[message]()

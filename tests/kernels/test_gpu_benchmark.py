@@ -1,20 +1,24 @@
 """``benchmarks/gpu.py``, rehearsed where there is no GPU: when there is one, it must work at once."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from benchmarks import gpu
 from benchmarks.on_gpu import correctness
-from benchmarks.on_gpu.device import Device
+from benchmarks.on_gpu.device import ROOT, Device
 from benchmarks.on_gpu.run import FLOOR, OF_BASE, OF_FLOOR, Row, Run
 from benchmarks.on_gpu.sgmv import Linear, Point
 from benchmarks.on_gpu.tune import candidates
 from tests.kernels import sgmv_case
+from tests.kernels.place import COMPILED
 
 SWEPT = pytest.mark.sweep
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
+without_gpu = pytest.mark.skipif(COMPILED, reason="a rehearsal is for machines without a GPU")
 
 
 @without_gpu
@@ -85,3 +89,18 @@ def test_candidates_compute_the_same() -> None:
         for launch in launches():
             launch()
         assert sgmv_case.relative_errors(linear.out, before, case).max() <= 1e-5
+
+
+@pytest.mark.sweep
+@without_gpu
+def test_nothing_but_a_gpu_is_missing() -> None:
+    """With kernels that are compiled, the first section fails for want of a GPU alone, and else passes."""
+    tests = [
+        correctness.FOLDER,
+        *(f"--ignore={correctness.FOLDER}/{name}" for name in correctness.NEEDS_NO_GPU),
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "no GPU" in done.stdout

@@ -267,12 +267,12 @@ def test_a_row_depends_on_no_other_of_its_tile(bits: int, device: str) -> None:
     assert torch.equal(product(x, weight)[0], together[0])
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused(device: str) -> None:
     """Groups that are no whole number of halves, and zero points of 8 bits."""
-    values, scales = torch.zeros(4, 64, dtype=torch.int8), torch.ones(4, 1)
+    values, scales = torch.zeros(4, 64, dtype=torch.int8, device=device), torch.ones(4, 1, device=device)
     with pytest.raises(ValueError, match="groups of 4 bits do not fit"):
-        PackedWeight(values, torch.ones(4, 8), 4, 128)
+        PackedWeight(values, torch.ones(4, 8, device=device), 4, 128)
     with pytest.raises(ValueError, match="zero points are of 4 bits"):
-        PackedWeight(values, scales, 8, 64, torch.zeros(4, 1, dtype=torch.int8))
+        PackedWeight(values, scales, 8, 64, torch.zeros(4, 1, dtype=torch.int8, device=device))
     with pytest.raises(ValueError, match="x must have 64 values"):
-        product(torch.zeros(1, 32), PackedWeight(values, scales, 8, 64))
+        product(torch.zeros(1, 32, device=device), PackedWeight(values, scales, 8, 64))

@@ -17,6 +17,7 @@ from inference_service.engine.execution.runner import Blocks
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from loramux_shared.bases.cache import window_blocks
 from loramux_shared.bases.config import ModelConfig
+from tests.kernels.place import COMPILED
 from tests.models.test_families import CASES as FAMILIES, PARTS
 from tests.support.recorded import BLOCK, note_launches, runner_of, with_runner
 from tests.support.tiny import (
@@ -60,7 +61,7 @@ def replace_first(lora: TritonLora, config: ModelConfig) -> None:
     lora.enter(0, 0, packed)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels tell of themselves when interpreted")
+@pytest.mark.skipif(COMPILED, reason="kernels tell of themselves when interpreted")
 def test_traffic_launches_what_the_start_has_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of all lengths, in graphs or without, scored or not, and a later adapter launch nothing new."""
     monkeypatch.setattr(graph_runner, "RECORDED_ROWS", 16)

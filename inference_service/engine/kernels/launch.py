@@ -192,6 +192,13 @@ def kernels_of(launcher: str, tensor: Tensor | None = None) -> Any:
     return kernels
 
 
+def interprets() -> bool:
+    """Return whether Triton interprets kernels; it must be installed."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
 def require_device(tensor: Tensor, *, interpreted: bool) -> None:
     """Raise `ValueError` where kernels cannot compute: interpreted ones take tensors of the CPU as well.
 
