@@ -52,7 +52,7 @@ def install(wheel: Path, extra: str, environment: Path) -> float:
     """Install into a new environment, and return the seconds of it."""
     venv.create(environment, with_pip=False)
     wanted = f"{wheel}[{extra}]" if extra else str(wheel)
-    pip = [sys.executable, "-m", "pip", "--python", environment / "bin/python", "install", "--quiet"]
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python"), "install", "--quiet"]
     return run([*pip, wanted], environment)
 
 

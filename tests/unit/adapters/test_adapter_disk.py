@@ -132,7 +132,7 @@ def test_leftovers_are_swept_and_work_under_way_is_not(store, folder):
     os.utime(left, (old, old))
     swept: list[Path] = []
 
-    class SweptMeanwhile(UserDict):
+    class SweptMeanwhile(UserDict[str, bytes]):
         """Files of a bundle; another replica sweeps when the writer has its folder and asks for them."""
 
         def keys(self):
