@@ -1,4 +1,4 @@
-"""What an installation takes, on disk and in time: a client, the command line, `loramux check` and a builder.
+"""Megabytes and seconds of an installation: a client, the command line, `loramux check` and a builder.
 
     python -m benchmarks.install
 
@@ -51,9 +51,9 @@ def wheel_in(folder: Path) -> Path:
 def install(wheel: Path, extra: str, environment: Path) -> float:
     """Install into a new environment, and return the seconds of it."""
     venv.create(environment, with_pip=False)
-    wanted = f"{wheel}[{extra}]" if extra else str(wheel)
+    requirement = f"{wheel}[{extra}]" if extra else str(wheel)
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python"), "install", "--quiet"]
-    return run([*pip, wanted], environment)
+    return run([*pip, requirement], environment)
 
 
 def megabytes(environment: Path) -> float:
