@@ -6,7 +6,7 @@ from loramux.cli.late import Command, Run
 
 
 def bench() -> Run:
-    """Measure an OpenAI-compatible server: its speed and waits."""
+    """Measure an OpenAI-compatible server."""
     from loramux_bench.command import bench
 
     return bench
