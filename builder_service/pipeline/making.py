@@ -22,10 +22,9 @@ from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BASE_FILES, BuildContext, Space
 from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_adapter
 from builder_service.pipeline.fetch import FetchedAdapter, gather, list_adapters
-from builder_service.pipeline.intake import Identity, Intake, identity
 from builder_service.pipeline.keep import ReusableAdapters, keep
 from builder_service.pipeline.progress import Progress, Stage
-from builder_service.pipeline.validate import ValidAdapter, rulebook
+from builder_service.pipeline.validate import Identity, Intake, ValidAdapter, identity, rulebook
 from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord
 from loramux_shared.bundle.manifest import MANIFEST_FILE, REMOVAL_FILE, apart, bundle_key
 from loramux_shared.bundle.proof import Proof

@@ -15,7 +15,6 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from inference_service.text.chat_template import ChatTemplate
-from inference_service.text.shortened import encode_shortened
 from inference_service.text.vocabulary import TokenBytes
 from loramux_shared.bundle.added_tokens import OwnTokens
 from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
@@ -360,3 +359,30 @@ def template_in(config: Mapping[str, Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return dict(parse_json(path.read_bytes())) if path.exists() else {}
+
+
+def encode_shortened(
+    tokenizer: Tokenizer, texts: tuple[str, ...], most: int, *, add_special_tokens: bool
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of one or two texts, so many at most with the special ones, and their types.
+
+    Their ends are left out as transformers truncates them.
+    """
+    parts = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    special = tokenizer.num_special_tokens_to_add(len(parts) > 1) if add_special_tokens else 0
+    for part, length in zip(parts, shortened([*map(len, parts)], max(0, most - special)), strict=True):
+        part.truncate(length)
+    pair = parts[1] if len(parts) > 1 else None
+    encoding = tokenizer.post_process(parts[0], pair, add_special_tokens)
+    return encoding.ids, encoding.type_ids
+
+
+def shortened(lengths: list[int], most: int) -> list[int]:
+    """Return the lengths that texts have when the longer one is cut first until both have so many tokens."""
+    if len(lengths) == 1:
+        return [min(lengths[0], most)]
+    short, long = sorted(lengths)
+    if short + long > most:
+        short = min(short, most // 2)
+        long = most - short
+    return [short, long] if lengths[0] <= lengths[1] else [long, short]

@@ -1,17 +1,16 @@
 """Versions score examples: how likely each finds the right answer, or whether it gives it."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 from loramux.client import AsyncClient
-from loramux.records import GenerateOptions, PromptLogprobs
+from loramux.records import GenerateOptions, Prompt, PromptLogprobs, PromptToken
 from loramux_arena.comparison import Comparison, compare
 from loramux_arena.examples import Example, by_version
-from loramux_arena.likelihood import likelihood_of, prompt_with_reference
-from loramux_shared.faults import Fault
+from loramux_shared.faults import Fault, Finding, RequestInvalid
 
 
 class Score(StrEnum):
@@ -25,6 +24,8 @@ class Score(StrEnum):
 
 STICKY: Final = "arena"
 """Key with which an alias stands for one of its models all along."""
+SCORING: Final[GenerateOptions] = {"max_tokens": 0, "prompt_logprobs": 0}
+"""Options of a request that scores its prompt and has no answer."""
 
 
 @dataclass(frozen=True)
@@ -111,3 +112,41 @@ async def _score(client: AsyncClient, plan: Plan, model: str, example: Example) 
     events = [event async for event in client.generate(model, prompt, **with_key)]
     tokens = [token for event in events if isinstance(event, PromptLogprobs) for token in event.tokens]
     return likelihood_of(example.reference, tokens)
+
+
+def prompt_with_reference(example: Example) -> tuple[Prompt, GenerateOptions]:
+    """Return a prompt that ends with the reference, as text or as the assistant's turn, and how to send it."""
+    if isinstance(example.prompt, str):
+        return example.prompt + example.reference, SCORING
+    turns: list[Mapping[str, Any]] = [turn for turn in example.prompt if isinstance(turn, Mapping)]
+    options: GenerateOptions = {**SCORING, "continue_final_message": True, "add_generation_prompt": False}
+    return [*turns, {"role": "assistant", "content": example.reference}], options
+
+
+def likelihood_of(reference: str, tokens: Sequence[PromptToken]) -> float:
+    """Return the log probability per token of the reference at the end of a prompt.
+
+    A token that begins before the reference, as one may where two texts meet, counts.
+
+    Raises:
+        RequestInvalid: the prompt does not end with the reference: the template changes it, or it is empty.
+    """
+    for candidate in dict.fromkeys((reference, reference.strip())):
+        ending = candidate.encode()
+        found: list[float] = []
+        tail = b""
+        for token in reversed(tokens):
+            if len(tail) >= len(ending) or token.logprobs is None:
+                break
+            tail = token.logprobs.token + tail
+            found.append(token.logprobs.logprob)
+        if ending and tail.endswith(ending):
+            return sum(found) / len(found)
+    finding = Finding(
+        code="E_BAD_FIELD",
+        where="reference",
+        expected="a text that ends the prompt as it stands",
+        found="another ending: the chat template writes answers otherwise" if reference.strip() else "no text",
+        fix="Ask with text instead of messages, or leave the line out.",
+    )
+    raise RequestInvalid("the reference cannot be scored", [finding])

@@ -12,7 +12,7 @@ from loramux.cli.main import app
 from loramux.records import PromptToken, TokenLogprobs
 from loramux_arena.comparison import bootstrap, compare
 from loramux_arena.examples import Example, by_version, read_examples
-from loramux_arena.likelihood import likelihood_of
+from loramux_arena.scoring import likelihood_of
 from loramux_shared.faults import RequestInvalid
 from tests.arena_server import Versions, serving
 from tests.support.waiting import in_thread

@@ -8,9 +8,9 @@ from google.rpc import error_details_pb2, status_pb2
 from inference_service.api.http.app import create_app
 from inference_service.api.rpc.servicer import InferenceServicer
 from loramux.inference.v1 import inference_pb2 as pb
-from loramux_ray.asgi import answered
 from loramux_ray.bridge import Bridge
 from loramux_ray.calls import End, HttpCall, RpcCall
+from loramux_ray.engine import answered
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import KeyEntry, Scope, digest, new_key

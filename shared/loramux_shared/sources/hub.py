@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, get_session, hf_hub_download, hf_raise_for_status
 from huggingface_hub.errors import (
     DisabledRepoError,
     EntryNotFoundError,
@@ -38,7 +38,6 @@ from loramux_shared.faults import (
 from loramux_shared.sources.base import Progress, Resolved, Room, SourceFile, bounded, unwatched
 from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.files import checked_file, disk_errors, disk_fault, inside, is_text, scratch
-from loramux_shared.sources.hub_history import is_taken
 from loramux_shared.sources.retry import Busy, RetryPolicy, TimeLeft
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
@@ -46,6 +45,8 @@ TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
 TIMEOUT_S: Final = 20.0
 COMMIT: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+MAX_PAGES: Final = 40
+"""Most pages of commits that are read, of all branches and tags; the hub's have 50 commits or more."""
 SLACK: Final = 16 << 20
 """Bytes that a client may count beyond a file's; it reads in pieces, and continues where it broke off."""
 # The class of every failure of the hub's HTTP client, which is httpx or httpx2 by its version.
@@ -314,3 +315,35 @@ def _meter(progress: Progress) -> type[Any]:
             return None
 
     return Meter
+
+
+def is_taken(address: str, commit: str, token: str | bool, timeout_s: float, progress: Progress) -> bool:
+    """Return True where a branch or tag of a repository, at the hub's API, has a commit in its history.
+
+    Any user may open a pull request, and the hub serves the commits of one by their hashes as well as by
+    refs/pr/N.
+    """
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+
+    def ask(page: str) -> Any:
+        progress(0)
+        answer = get_session().get(page, headers=headers, timeout=timeout_s)
+        hf_raise_for_status(answer)
+        return answer
+
+    refs = ask(f"{address}/refs").json()
+    tips = dict.fromkeys(ref["targetCommit"] for kind in ("branches", "tags") for ref in refs[kind])
+    if commit in tips:
+        return True
+    hub = address.partition("api/")[0]
+    pages = [f"{address}/commits/{tip}" for tip in reversed(tips)]
+    for _ in range(MAX_PAGES):
+        if not pages:
+            break
+        answer = ask(pages.pop())
+        if any(each["id"] == commit for each in answer.json()):
+            return True
+        older = answer.links.get("next", {}).get("url", "")
+        if older.startswith(hub):  # the token goes nowhere else
+            pages.append(older)
+    return False

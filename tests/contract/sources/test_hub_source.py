@@ -11,8 +11,7 @@ from loramux_shared import faults
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
-from loramux_shared.sources.hub import HubSource
-from loramux_shared.sources.hub_history import MAX_PAGES
+from loramux_shared.sources.hub import MAX_PAGES, HubSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
