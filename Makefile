@@ -57,7 +57,7 @@ golden: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/python -m scripts.docs
 
-# The pages as a site with a search: build/site/index.html.
+# The pages as a site with a search, and as Markdown for programs: build/site/index.html and llms.txt there.
 site: $(VENV)/.docs
 	$(BIN)/python -m scripts.site
 
@@ -84,7 +84,7 @@ $(VENV)/.release: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
-	@echo "1 of 1: what builds the site, 50 MB$(SILENT)"
+	@echo "1 of 1: what builds the site, 70 MB$(SILENT)"
 	$(BIN)/pip install $(QUIET) --editable '.[docs]'
 	touch $@
 

@@ -28,9 +28,11 @@ HEAD = """\
 
 <!-- Written by scripts/api_doc.py from protos/: `make docs`. -->
 
-Every rpc with its fields and the reasons of its failures. The [protos](../../protos) add field numbers, when
-each reason occurs, and what happens when calls race or repeat; [errors](errors.md) has the status, the
-meaning and the cure of a reason. Both services also serve `grpc.health.v1.Health` and server reflection. A
+Every rpc with its fields and the reasons of its failures. The protos of the
+[builder](../../protos/loramux/builder/v1/builder.proto) and the [inference
+service](../../protos/loramux/inference/v1/inference.proto) add field numbers, when each reason occurs, and
+what happens when calls race or repeat; [errors](errors.md) has the status, the meaning and the cure of
+a reason. Both services also serve `grpc.health.v1.Health` and server reflection. A
 field that is not set has protobuf's default unless its comment says otherwise; *optional* fields tell unset
 from zero.
 

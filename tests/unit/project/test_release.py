@@ -1,9 +1,11 @@
 """The release and the site: existing files are built, and only a tag publishes, with attestations."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -89,11 +91,72 @@ def test_the_tag_is_compared_with_the_version() -> None:
     assert 'grep -qx "version = \\"${GITHUB_REF_NAME#v}\\"" pyproject.toml' in check["run"]
 
 
-def test_pages_and_what_they_point_to_are_collected(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages of the site before it is built."""
+    pages = tmp_path_factory.mktemp("site") / "pages"
+    site.collect(pages)
+    return pages
+
+
+@pytest.fixture(scope="module")
+def plain(collected: Path) -> Path:
+    """The Markdown of the site, and its llms.txt."""
+    folder = collected.parent / "plain"
+    site.write_plain(collected, folder)
+    return folder
+
+
+def test_pages_and_what_they_point_to_are_collected(collected: Path) -> None:
     """Pages keep their paths of the repository, so links work; notes have an index."""
-    site.collect(tmp_path)
     for page in (ROOT / "docs").rglob("*.md"):
-        assert (tmp_path / page.relative_to(ROOT)).read_text() == page.read_text()
-    assert (tmp_path / "docs/images/page.webp").exists()
-    notes = (tmp_path / "docs/decisions/index.md").read_text()
+        assert (collected / page.relative_to(ROOT)).read_text() == page.read_text()
+    assert (collected / "docs/images/page.webp").exists()
+    notes = (collected / "docs/decisions/index.md").read_text()
     assert all(f"({note.name})" in notes for note in (ROOT / "docs/decisions").glob("*.md"))
+
+
+def test_the_navigation_has_every_page(collected: Path) -> None:
+    """Every page is in the navigation once, except decision notes, which have a list, and nothing else is."""
+    named = [name for _, names in site.navigation() for name in names]
+    notes = {note for note in collected.glob("docs/decisions/*.md") if note.name != "index.md"}
+    pages = {str(page.relative_to(collected)) for page in {*collected.rglob("*.md")} - notes}
+    assert sorted(named) == sorted({*pages, site.OPENAPI})
+
+
+def test_every_page_is_there_for_programs(collected: Path, plain: Path) -> None:
+    """A page's Markdown has the URL of its HTML with .md behind, and each link leads to what the site has."""
+    static = {path.relative_to(collected) for path in collected.rglob("*") if path.suffix != ".md"}
+    made = {path.relative_to(plain) for path in plain.rglob("*") if path.is_file()}
+    assert len(made) == len([*collected.rglob("*.md")]) + 1
+    assert {"index.html.md", "docs/start/cpu.html.md", "extensions/bench/index.html.md"} <= {*map(str, made)}
+    for path in made:
+        links = site.LINK.findall((plain / path).read_text())
+        reached = {Path(os.path.normpath(path.parent / link)) for link in links}
+        assert reached <= {*made, *static}, path
+
+
+def test_llms_txt_lists_the_pages(collected: Path, plain: Path) -> None:
+    """The list has llmstxt.org's form: a title, what loramux is, and sections of links with a line each."""
+    title, _, quoted, _, *lines = (plain / site.LLMS).read_text().splitlines()
+    assert title == "# loramux"
+    assert quoted.startswith("> One base model, hundreds of LoRA adapters")
+    sections = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    assert sections == [name for name, _ in site.navigation()]
+    links = [line for line in lines if line and not line.startswith("## ")]
+    assert all(re.fullmatch(r"- \[[^]]+\]\([^)]+\): \S.{10,250}", line) for line in links)
+    assert "- [Quickstart on a CPU](docs/start/cpu.html.md): You get a small real model" in "\n".join(links)
+    assert json.loads((collected / site.OPENAPI).read_text())["paths"]["/v1/chat/completions"]
+
+
+@pytest.mark.sweep
+def test_the_site_is_built(tmp_path: Path) -> None:
+    """MkDocs finds no link that leads nowhere, and each of its pages is there for programs."""
+    pytest.importorskip("material", reason="the site is an extra: pip install 'loramux[docs]'")
+    command = [sys.executable, "-m", "scripts.site", "--folder", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = {*(tmp_path / "site").rglob("*.html")} - {tmp_path / "site" / "404.html"}
+    assert made
+    assert all(page.with_name(f"{page.name}.md").exists() for page in made)
+    assert (tmp_path / "site" / site.OPENAPI).exists()
