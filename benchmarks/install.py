@@ -23,11 +23,11 @@ from benchmarks.figures import Figure, machine
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 BASE: Final = Path("~/.cache/loramux/models/SmolLM2-135M-Instruct").expanduser()
-"""Where `make demo` has its base."""
+"""The base that `make demo` installs."""
 EXTRAS: Final = ("", "cli", "check", "builder")
 WITH_CHECK: Final = ("check", "builder")
 RUNS: Final = 3
-"""Of one command in an environment; the fastest counts, as another process can only make it slower."""
+"""Runs of each command; the fastest counts, as another process can only make it slower."""
 IMPORT_BAR_S: Final = 0.3
 HELP_BAR_S: Final = 0.4
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from loramux_shared.sources.open import Sources
 
 OURS: Final = "loramux"
-
-
 _SILENT: Final = frozenset({Outcome.IGNORED, Outcome.OTHER})
 FAILING: Final = {
     FailOn.NEVER: frozenset[Outcome](),
@@ -50,7 +48,7 @@ class Question:
     report: Callable[[], AdapterReport] | None
     """Asks a builder; None without a base."""
     sources: "Sources | None" = None
-    """Where adapters come from that are no folders here; those that are installed when not given."""
+    """The sources of adapters that are no folders here; None: all that are installed."""
 
 
 def server_names(words: str) -> tuple[str, ...]:

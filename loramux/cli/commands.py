@@ -209,7 +209,7 @@ FIRST: tuple[Load, ...] = (
     builder,
     health,
 )
-"""What most people use, in the order of the list."""
+"""The commands that most people use, in the order of the list."""
 OTHERS = {
     "cancel": Command(cancel),
     "chat": Command(chat),

@@ -6,7 +6,7 @@ where it does not hold.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from loramux.servers.facts import PICKLED, Facts, layer_of
 from loramux_shared.adapter_files import CONFIG, INDEX, WEIGHTS
@@ -245,9 +245,3 @@ def keys_of(row: Sequence[Sequence[str]], facts: Facts) -> Keys:
             return NONE
         found = keys if found == WHOLE else found if keys == WHOLE else found & keys
     return found
-
-
-def described(row: Sequence[Sequence[Any]]) -> str:
-    """Return the conditions of a row in words."""
-    texts = [(CONDITIONS[name].__doc__ or "").splitlines()[0].rstrip(".") for name, *_ in row]
-    return " and ".join(texts)

@@ -88,7 +88,7 @@ class Facts:
         """Entries of `rank_pattern`: each name, its pattern where it is a simple one, and its rank."""
         patterns = self.value("rank_pattern")
         return [
-            (name, _compiled(name), rank)
+            (name, _compile(name), rank)
             for name, rank in (patterns.items() if isinstance(patterns, dict) else ())
         ]
 
@@ -107,7 +107,7 @@ class Facts:
 _SIMPLE: Final = re.compile(r"(?=[^*+]*(?:[*+][^*+]*){0,2}$)[\w.*+^$\\-]{1,200}")
 
 
-def _compiled(name: str) -> re.Pattern[str] | None:
+def _compile(name: str) -> re.Pattern[str] | None:
     """Return a simple pattern as PEFT reads it; None for any other."""
     try:
         return re.compile(rf"(.*\.)?({name})$") if _SIMPLE.fullmatch(name) else None

@@ -99,13 +99,13 @@ def rules_of(server: str) -> tuple[Rule, ...]:
 
 def _rule(row: Mapping[str, Any], server: str, how: str) -> Rule:
     """Return a row for one of its servers; a source with semicolons has a part for each of them."""
-    conditions = tuple(tuple(_expanded(each)) for each in row["if"])
+    conditions = tuple(tuple(_expand(each)) for each in row["if"])
     parts = row["source"].split("; ")
     source = parts[row["servers"].index(server)] if len(parts) == len(row["servers"]) else row["source"]
     return Rule(conditions, Outcome(row["verdict"]), row["why"], row["fix"], source, row.get("how", how))
 
 
-def _expanded(words: Iterable[str]) -> Iterator[str]:
+def _expand(words: Iterable[str]) -> Iterator[str]:
     """Yield the words of a condition, patterns in place of their names."""
     for word in words:
         if word.startswith("$"):

@@ -1,7 +1,5 @@
 """``loramux bench``: load on an OpenAI-compatible server, or the report of an earlier run."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import signal
@@ -9,10 +7,10 @@ import ssl
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
+import httpx
 import typer
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,9 +19,11 @@ from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit
 from loramux.connection import Credentials
 from loramux_bench.comparison import compare
+from loramux_bench.drive import Driver
 from loramux_bench.figures import report
 from loramux_bench.page import html_page
 from loramux_bench.records import Run
+from loramux_bench.server import CHAT, Server, split_url
 from loramux_bench.text import BenchView, show_comparison, show_report
 from loramux_bench.workload import (
     FEW_WORDS,
@@ -39,9 +39,6 @@ from loramux_bench.workload import (
     read_popularity,
 )
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
-
-if TYPE_CHECKING:
-    from loramux_bench.server import Server
 
 URL = "http://127.0.0.1:8000"
 DURATION_S = 10.0
@@ -109,8 +106,6 @@ def bench(
     Measure an OpenAI-compatible server. Example: loramux bench http://host:8000
     URL and BASELINE may be files that --json wrote, for a report or a comparison.
     """
-    if find_spec("httpx") is None:
-        raise SettingsInvalid("bench needs httpx, not installed here: pip install 'loramux[bench]'")
     plan = Plan(
         url=target,
         models=tuple(model or ()),
@@ -137,7 +132,7 @@ def bench(
     if Path(target).is_file():
         _show(read_run(Path(target)), other, html, as_json)
         return
-    run = _measured(plan, num_warmups)
+    run = _measure(plan, num_warmups)
     _show(run, other, html, as_json)
     if run.ended_by:
         raise typer.Exit(Exit.INTERRUPTED if run.ended_by == INTERRUPTED else Exit.UNAVAILABLE)
@@ -155,11 +150,7 @@ def read_run(path: Path) -> Run:
         raise RequestInvalid(f"{path} is no run: expected what loramux bench --json prints") from error
 
 
-def _measured(plan: Plan, num_warmups: int) -> Run:
-    import httpx
-
-    from loramux_bench.server import CHAT, Server, split_url
-
+def _measure(plan: Plan, num_warmups: int) -> Run:
     address, endpoint = split_url(plan.url)
     dataset = read_dataset(Path(plan.dataset_path)) if plan.dataset_path else []
     if not endpoint and any(not isinstance(each.prompt, str) for each in dataset):
@@ -182,13 +173,11 @@ def _measured(plan: Plan, num_warmups: int) -> Run:
 
 async def run_plan(server: Server, plan: Plan, dataset: list[DatasetPrompt], num_warmups: int) -> Run:
     """Ask a server for its models, warm it up, and send it a plan; Ctrl-C ends it with what there is."""
-    from loramux_bench.drive import Driver
-
     with shell.working(f"asking {server.http.base_url}"):
         models, first = await server.models(plan.models)
         plan = replace(plan, models=models)
         counts = [await server.try_out(_probe(first, count)) for count in (FEW_WORDS, MORE_WORDS)]
-    fit = PromptFit.measured(*(each.prompt_tokens for each in counts))
+    fit = PromptFit.from_counts(*(each.prompt_tokens for each in counts))
     started = datetime.now(UTC).isoformat(timespec="seconds")
     run = Run(plan, started, warmed=(first,), num_warmups=num_warmups + len(counts))
     if num_warmups:
@@ -199,7 +188,7 @@ async def run_plan(server: Server, plan: Plan, dataset: list[DatasetPrompt], num
     view = BenchView(plan)
     sending = asyncio.ensure_future(Driver(server, Workload(plan, fit, dataset), run, view.update).drive())
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, sending.cancel)
-    with view.displayed():
+    with view.display():
         try:
             await sending
         except asyncio.CancelledError:

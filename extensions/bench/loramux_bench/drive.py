@@ -38,7 +38,7 @@ class Driver:
         self._now = asyncio.get_running_loop().time
         self._begin = self._now()
         requests = itertools.islice(self._workload.requests(), self._plan.num_prompts)
-        async with self._watched(cpu_time), asyncio.TaskGroup() as group:
+        async with self._watch_client(cpu_time), asyncio.TaskGroup() as group:
             if self._plan.request_rate is not None:
                 await self._open_loop(group, requests)
             else:
@@ -76,7 +76,7 @@ class Driver:
         return record
 
     @asynccontextmanager
-    async def _watched(self, cpu_time: Callable[[], float]) -> AsyncIterator[None]:
+    async def _watch_client(self, cpu_time: Callable[[], float]) -> AsyncIterator[None]:
         """Measure meanwhile how busy this process and its event loop are."""
         lags_ms: list[float] = []
         sampler = asyncio.create_task(self._sample(lags_ms))

@@ -74,7 +74,7 @@ class Report:
     failures: tuple[str, ...]
     """A line for each kind of failure, with its first message."""
     notes: tuple[str, ...]
-    """What a reader must know about the figures."""
+    """Facts that a reader needs beside the figures."""
     warnings: tuple[str, ...]
     """Why the figures may be wrong."""
 
@@ -83,7 +83,7 @@ def report(run: Run) -> Report:
     """Return the figures of a run."""
     begin = min((each.due_s for each in run.records), default=0.0)
     seconds = max((each.end_s for each in run.records), default=begin) - begin
-    records = {name: [each for each in run.records if each.model == name] for name in run.plan.models}
+    records = run.by_model()
     models = [_figures(name, {name: each}, seconds, run) for name, each in records.items()]
     kinds = Counter(each.error for each in run.records if each.error)
     first = {each.error: each.message for each in reversed(run.records)}
@@ -103,6 +103,7 @@ def _figures(model: str, records: Mapping[str, Sequence[Record]], seconds: float
     answered = [each for each in everything if not each.error]
     uses = [_uses(each) for name, each in records.items() if name not in run.warmed]
     tokens, span = sum(each.tokens for each in answered), seconds or 1.0
+    good = sum(is_good(each, run.plan) for each in answered)
     return Figures(
         model=model,
         completed=len(answered),
@@ -111,9 +112,7 @@ def _figures(model: str, records: Mapping[str, Sequence[Record]], seconds: float
         output_tokens=tokens,
         request_throughput=len(answered) / span,
         output_throughput=tokens / span,
-        request_goodput=sum(is_good(each, run.plan) for each in answered) / span
-        if has_limits(run.plan)
-        else None,
+        request_goodput=good / span if has_limits(run.plan) else None,
         ttft_ms=_summary(each.ttft_ms for each in answered),
         tpot_ms=_summary(each.tpot_ms for each in answered),
         itl_ms=_summary(gap for each in answered for gap in each.itl_ms),

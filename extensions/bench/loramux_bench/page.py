@@ -8,7 +8,17 @@ from loramux_bench.comparison import Comparison
 from loramux_bench.figures import Report, tokens_over_time
 from loramux_bench.records import Record, Run
 from loramux_bench.svg import Axis, Chart, Point, distribution
-from loramux_bench.text import CAUTION, COMPARED, HEADERS, cautions, cell, compared, load_of, row, summaries
+from loramux_bench.text import (
+    CAUTION,
+    COMPARED,
+    HEADERS,
+    cautions,
+    cell,
+    comparison_rows,
+    load_of,
+    row,
+    summaries,
+)
 
 MAX_LINES = 40
 """Models with a line of their own in a chart, those with most answers."""
@@ -36,7 +46,7 @@ def html_page(run: Run, report: Report, baseline: Run | None, comparisons: Seque
         '<div class="tiles">',
         *(f"<section><b>{value}</b>{name}</section>" for name, value in tiles),
         "</div>",
-        _compared(run, baseline, comparisons) if baseline else "",
+        _comparison(run, baseline, comparisons) if baseline else "",
         '<div class="charts">',
         _distributions("Time to first token", run, baseline, run.plan.ttft_limit_ms, lambda each: each.ttft_ms),
         _distributions(
@@ -68,9 +78,9 @@ def _table(headers: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) ->
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _compared(run: Run, baseline: Run, comparisons: Sequence[Comparison]) -> str:
+def _comparison(run: Run, baseline: Run, comparisons: Sequence[Comparison]) -> str:
     kinds = [each.verdict.split()[0] for each in comparisons]
-    cells = _table(COMPARED, zip(kinds, compared(comparisons), strict=True)) if comparisons else ""
+    cells = _table(COMPARED, zip(kinds, comparison_rows(comparisons), strict=True)) if comparisons else ""
     warnings = _lines(cautions(run, baseline, comparisons), "worse")
     origin = _lines([f"The baseline: {baseline.plan.url}, {baseline.started}. {CAUTION}"], "muted")
     return f"<section><h2>Against the baseline</h2>{warnings}{cells}{origin}</section>"
@@ -81,7 +91,7 @@ def _figure(title: str, chart: Chart, marks: Mapping[tuple[str, str], str], rows
     keys = "".join(
         f'<span><i class="{kind}"></i>{escape(name)}</span>' for (kind, name), mark in marks.items() if mark
     )
-    drawing = chart.drawn(marks.values(), title, rows)
+    drawing = chart.draw(marks.values(), title, rows)
     return f"<figure><h2>{title}</h2>{drawing}<figcaption>{keys}</figcaption></figure>"
 
 
@@ -93,7 +103,7 @@ def _distributions(
         return distribution([each for each in found if each is not None])
 
     everything, before = points(run.records), points(baseline.records if baseline else ())
-    per_model = {name: points(each for each in run.records if each.model == name) for name in run.plan.models}
+    per_model = {name: points(records) for name, records in run.by_model().items()}
     longest = (
         sorted(per_model, key=lambda name: -len(per_model[name]))[:MAX_LINES] if len(per_model) > 1 else ()
     )

@@ -93,6 +93,14 @@ class Run:
     ended_by: str = ""
     """Why it ended before its time; empty: it did not."""
 
+    def by_model(self) -> dict[str, list[Record]]:
+        """Return the records of each model of the plan."""
+        found: dict[str, list[Record]] = {name: [] for name in self.plan.models}
+        for record in self.records:
+            if record.model in found:
+                found[record.model].append(record)
+        return found
+
 
 def percentile(values: Sequence[float], part: float) -> float | None:
     """Return the smallest of the values that at least this part of them does not exceed; None of none."""

@@ -99,7 +99,7 @@ class Server:
         if answer.status_code in NOT_THERE and requested:
             return tuple(dict.fromkeys(requested)), requested[0]
         if answer.status_code != 200:
-            raise self._refused(answer.status_code, _message(answer.content), MODELS)
+            raise self._fault_of(answer.status_code, _message(answer.content), MODELS)
         try:
             listed = _ModelList.model_validate_json(answer.content).data
         except ValidationError as error:
@@ -127,13 +127,13 @@ class Server:
                 break
         if record.error.startswith("HTTP_"):
             what = f"{self.endpoint}, model {request.model!r}"
-            raise self._refused(int(record.error.removeprefix("HTTP_")), record.message, what)
+            raise self._fault_of(int(record.error.removeprefix("HTTP_")), record.message, what)
         if record.error:
             failed = f"the first request to {self.http.base_url} failed"
             raise ServerUnavailable(f"{failed}: {record.error}: {record.message}")
         return record
 
-    def _refused(self, status: int, message: str, what: str) -> Fault:
+    def _fault_of(self, status: int, message: str, what: str) -> Fault:
         found = f"{what} of {self.http.base_url}: status {status}: {message or 'no message'}"
         match status:
             case 401:

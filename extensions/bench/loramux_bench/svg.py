@@ -65,12 +65,12 @@ class Chart:
 
     def line(self, points: Sequence[Point], kind: str, title: str = "") -> str:
         """Return a line through points."""
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(self.at, thinned(points)))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(self.at, thin(points)))
         return f'<polyline class="{kind}" points="{path}"><title>{escape(title)}</title></polyline>'
 
     def dots(self, points: Sequence[Point], kind: str, radius: float = 3.2) -> str:
         """Return a cloud of points."""
-        places = map(self.at, thinned(points))
+        places = map(self.at, thin(points))
         return "".join(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>' for x, y in places)
 
     def at(self, point: Point) -> Point:
@@ -78,7 +78,7 @@ class Chart:
         width, height = self.width - self.left - RIGHT, self.height - TOP - BOTTOM
         return self.left + width * self.x.place(point[0]), TOP + height * (1 - self.y.place(point[1]))
 
-    def drawn(self, marks: Iterable[str], label: str, rows: Sequence[str] = ()) -> str:
+    def draw(self, marks: Iterable[str], label: str, rows: Sequence[str] = ()) -> str:
         """Return the chart with its marks; rows are names that the y axis has instead of numbers."""
         bottom, right = self.height - BOTTOM, self.width - RIGHT
         parts = [f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(label)}">']
@@ -96,7 +96,7 @@ class Chart:
         return "".join([*parts, *marks, "</svg>"])
 
 
-def thinned(points: Sequence[Point]) -> Sequence[Point]:
+def thin(points: Sequence[Point]) -> Sequence[Point]:
     """Return so many points that a page stays small, the last one among them."""
     step = math.ceil(len(points) / MAX_POINTS)
     return points if step <= 1 else [*points[::step], points[-1]]

@@ -34,7 +34,7 @@ class BenchView:
         if self._bars:
             self._task = self._bars.add_task("sending", total=1.0)
 
-    def displayed(self) -> AbstractContextManager[object]:
+    def display(self) -> AbstractContextManager[object]:
         """Draw the bar during a block that takes a while."""
         return shell.Later(self._bars) if self._bars else nullcontext()
 
@@ -146,7 +146,7 @@ def show_comparison(run: Run, baseline: Run, comparisons: Sequence[Comparison]) 
     for line in cautions(run, baseline, comparisons):
         shell.say(line, "yellow")
     if comparisons:
-        shell.table(COMPARED, compared(comparisons), frozenset(COMPARED[1:4]))
+        shell.table(COMPARED, comparison_rows(comparisons), frozenset(COMPARED[1:4]))
         shell.say(CAUTION, "dim")
 
 
@@ -164,7 +164,7 @@ def cautions(run: Run, baseline: Run, comparisons: Sequence[Comparison]) -> list
     return lines
 
 
-def compared(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
+def comparison_rows(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
     """Return the cells of a comparison."""
     return [
         (

@@ -70,7 +70,7 @@ class PromptFit:
     """Tokens of a chat template."""
 
     @classmethod
-    def measured(cls, tokens_of_few: int, tokens_of_more: int) -> "PromptFit":
+    def from_counts(cls, tokens_of_few: int, tokens_of_more: int) -> "PromptFit":
         """Return the fit of `FEW_WORDS` and `MORE_WORDS`; a word is a token where nothing is known."""
         slope = (tokens_of_more - tokens_of_few) / (MORE_WORDS - FEW_WORDS)
         return cls(slope, tokens_of_few - slope * FEW_WORDS) if slope > 0 else cls()

@@ -123,7 +123,7 @@ def test_prompts_are_as_long_as_the_server_counts() -> None:
     plan = replace(PLAN, num_prompts=20, input_len="105", output_len="1")
     assert report(measured(fake, plan)).all.input_tokens == 20 * 105
     assert report(measured(fake, plan, endpoint=CHAT)).all.input_tokens == 20 * 105
-    assert PromptFit.measured(0, 0).words(12) == 12
+    assert PromptFit.from_counts(0, 0).words(12) == 12
 
 
 @pytest.mark.parametrize("chat_only", [False, True])

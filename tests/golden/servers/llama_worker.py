@@ -22,7 +22,7 @@ FAILURES = (
     AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
-"""What the script raises; any of them is the answer."""
+"""Exceptions of the script; any of them is a refusal, which is recorded."""
 
 
 def convert(scripts: Path, script: str, *argv: str) -> None:

@@ -29,9 +29,9 @@ FAILURES: Final = (
     ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, IndexError, ImportError,
     OSError, SafetensorError, UnpicklingError,
 )  # fmt: skip
-"""What PEFT raises where it does not load an adapter."""
+"""Exceptions by which PEFT refuses an adapter."""
 LogProbs = np.ndarray[Any, Any]
-"""Of each token of the vocabulary, at each place of the prompt."""
+"""Log probabilities of each token of the vocabulary, at each place of the prompt."""
 
 
 @cache
