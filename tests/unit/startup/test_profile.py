@@ -261,6 +261,7 @@ def test_what_a_thread_freed_is_the_systems_again() -> None:
         for piece in pieces[:-1]:
             libc.free(piece)
 
+    heap.give_back()
     before = anonymous()
     thread = threading.Thread(target=load)
     thread.start()
