@@ -17,8 +17,7 @@ Find the program that wrote your adapter, and what becomes of it. Each shape is 
 fields, keys and files of that program, and a test builds all of them. *Exact* means that every module of the
 bundle adds what PEFT {peft} adds, and no other module adds anything; *renamed* that PEFT itself does not know
 the keys, and the comparison gave it the same tensors under its own. [Errors](errors.md) explains the codes;
-`W_` is a warning. `adapter_model.bin` is never unpickled: where you trust it, load it with PEFT and save it
-again.
+`W_` is a warning.
 
 {counts}
 """

@@ -19,6 +19,7 @@ from tests.support.adapters import BASE_CONFIG, HIDDEN, key, tensors, write_adap
 from tests.support.cases import cases
 
 ROOT = "base_model.model.model."
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def book(dtype: Dtype = Dtype.BFLOAT16, max_rank: int = 64, modules=(), **config: Any) -> Rulebook:
@@ -56,6 +57,14 @@ def test_subfolder_is_suggested():
     assert finding.fix == "The adapter is in 'checkpoint-500': set subfolder, or name that folder."
     (finding,) = file_findings(["adapter_config.json"])
     assert (finding.code, finding.where) == ("E_NO_WEIGHTS", "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("page", "files", "code"), cases(__file__, "test_a_page_names_the_code_of_a_folder"))
+def test_a_page_names_the_code_of_a_folder(page, files, code):
+    """What a trainer writes beside adapters, or instead, is refused as the trainer's page says."""
+    (finding,) = file_findings(files)
+    assert finding.code == code
+    assert f"`{code}`" in (DOCS / "move" / page).read_text()
 
 
 @pytest.mark.parametrize(
