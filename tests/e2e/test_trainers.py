@@ -167,8 +167,8 @@ def test_commands_of_a_page_serve_what_a_trainer_saved(
 
         assert "accepted: no errors" in run(check)
         with serving(serve, tmp_path, environment):
-            asked, *others = map(run, rest)
-    answer = json.loads(asked)
+            completion, *others = map(run, rest)
+    answer = json.loads(completion)
     assert answer["model"] == "tuned"
     assert answer["choices"][0]["message"]["content"]
     assert others[-1].strip()

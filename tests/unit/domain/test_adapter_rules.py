@@ -61,7 +61,7 @@ def test_subfolder_is_suggested():
 
 @pytest.mark.parametrize(("page", "files", "code"), cases(__file__, "test_a_page_names_the_code_of_a_folder"))
 def test_a_page_names_the_code_of_a_folder(page, files, code):
-    """What a trainer writes beside adapters, or instead, is refused as the trainer's page says."""
+    """Pages name the codes by which files that trainers write beside adapters, or instead, are refused."""
     (finding,) = file_findings(files)
     assert finding.code == code
     assert f"`{code}`" in (DOCS / "move" / page).read_text()
