@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
 import torch
 
 from inference_service.engine.backends.operations import Backend
 from inference_service.engine.models.packed import named
 from inference_service.startup.base import reading_of
 from inference_service.startup.choose import choose_backend
+from inference_service.startup.memory import host_memory
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import Fault
@@ -86,8 +86,8 @@ def _memory(device: torch.device) -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
     else:
-        memory = psutil.virtual_memory()
-        free, total, name = memory.available, memory.total, _processor()
+        memory = host_memory()
+        free, total, name = memory.free, memory.total, _processor()
     return {"device": device.type, "name": name, "memory_bytes": total, "free_bytes": free}
 
 

@@ -24,6 +24,7 @@ from inference_service.engine.scheduling.residents import Residents
 from inference_service.startup.bank import OpenBank
 from inference_service.startup.base import LoadedBase
 from inference_service.startup.memory import (
+    MAX_DRIVER_BYTES,
     SCRATCH_BLOCKS,
     CudaMemory,
     Measured,
@@ -93,7 +94,7 @@ def build_engine(
         scratch = partial(runner_of, base, lora, SCRATCH_BLOCKS, block_size, of_step)
         memory = CudaMemory(model.device)
         step = measure(scratch, batch, memory)
-        return replace(step, graph=measure_graph(scratch, memory), free=memory.settled())
+        return replace(step, graph=measure_graph(scratch, memory), free=memory.settled().free)
 
     plan = divide_memory(
         settings,
@@ -150,4 +151,5 @@ def _record(runner: Runner, device: torch.device) -> None:
     before = memory.settled()
     report("recording steps")
     runner.capture()
-    log.info("memory", item="recorded steps", gb=round((before - memory.settled()) / GB, 3))
+    taken = before.growth(memory.settled(), MAX_DRIVER_BYTES)
+    log.info("memory", item="recorded steps", gb=round(taken / GB, 3))

@@ -9,6 +9,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import psutil
@@ -25,15 +26,41 @@ from inference_service.engine.scheduling.blocks import StateSlots
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import GB, GRAPH_BYTES, MemoryPlan, cache_of, needs_of, plan_on
+from loramux_shared.control_groups import memory_limit
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 
+HOST_SHARE: Final = 0.5
+"""Largest share of the host's free memory for adapters that left the GPUs, of all ranks together."""
 SCRATCH_BLOCKS: Final = 8
 """Blocks of the cache that the profiled step reads and writes repeatedly: their content is irrelevant here."""
 TRIED: Final = 4
 """Graphs that are recorded to see what each takes."""
 LEAST_GRAPH_BYTES: Final = 1 << 20
 """Taken by a graph at least: the driver hands memory out in pieces."""
+MAX_GRAPH_DRIVER_BYTES: Final = 32 << 20
+"""Taken by a graph beside the allocator's memory at most; a larger difference is another process's."""
+MAX_DRIVER_BYTES: Final = 2 << 30
+"""Taken by kernels and libraries, or by all graphs, beside the allocator's memory at most, likewise."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The memory of a device at one moment, in bytes."""
+
+    free: int
+    """Of the whole device: other processes take and return it too."""
+    reserved: int
+    """Had by this process's allocator, pools of graphs included."""
+
+    def growth(self, later: "Usage", most_of_driver: int) -> int:
+        """Return what this process took until later.
+
+        The allocator counts its own. The driver's part is the rest of what the device has lost, but for what
+        must be another process's: less than nothing, or more than most_of_driver.
+        """
+        own = later.reserved - self.reserved
+        return own + min(max(self.free - later.free - own, 0), most_of_driver)
 
 
 class CudaMemory:
@@ -42,15 +69,11 @@ class CudaMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def settled(self) -> int:
-        """Wait for the device, give the driver back what the allocator only keeps, and return what is free."""
+    def settled(self) -> Usage:
+        """Wait for the device, give the driver back what the allocator only keeps, and return what is left."""
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self._device)[0]
-
-    def reserved(self) -> int:
-        """Return the bytes that the allocator has of the driver."""
-        return torch.cuda.memory_reserved(self._device)
+        return Usage(torch.cuda.mem_get_info(self._device)[0], torch.cuda.memory_reserved(self._device))
 
     def watch_peak(self) -> None:
         """Begin to note the most that the allocator has at once."""
@@ -85,7 +108,8 @@ def measure_graph(new_runner: Callable[[], Runner], memory: CudaMemory) -> int:
     before = memory.settled()
     for _ in range(TRIED):
         runner.record_one()
-    return max(LEAST_GRAPH_BYTES, (before - memory.settled()) // TRIED)
+    taken = before.growth(memory.settled(), TRIED * MAX_GRAPH_DRIVER_BYTES)
+    return max(LEAST_GRAPH_BYTES, taken // TRIED)
 
 
 def measure(new_runner: Callable[[], StepRunner], batch: Batch, memory: CudaMemory) -> Measured:
@@ -99,11 +123,12 @@ def measure(new_runner: Callable[[], StepRunner], batch: Batch, memory: CudaMemo
     except torch.OutOfMemoryError as error:
         raise ResourcesExhausted(
             f"a step of {batch.num_tokens} tokens and {len(batch.chunks)} sequences, the largest, does not fit "
-            f"in the {before / GB:.2f} GB that weights and adapters leave. Lower LORAMUX_MAX_BATCH_TOKENS or "
-            "LORAMUX_MAX_BATCH_SEQS, or serve fewer adapters."
+            f"in the {before.free / GB:.2f} GB that weights and adapters leave. Lower LORAMUX_MAX_BATCH_TOKENS "
+            "or LORAMUX_MAX_BATCH_SEQS, or serve fewer adapters."
         ) from error
-    free = memory.settled()
-    return Measured(memory.peak() - memory.reserved(), before - free, free)
+    after = memory.settled()
+    kept = before.growth(after, MAX_DRIVER_BYTES)
+    return Measured(memory.peak() - after.reserved, kept, after.free)
 
 
 def largest_step(limits: SchedulerLimits, adapters: Sequence[Adapter], block_size: int) -> Batch:
@@ -184,10 +209,38 @@ def blocks_of(plan: MemoryPlan, config: ModelConfig, settings: InferenceSettings
 
 
 def free_bytes(device: torch.device, ranks: int = 1) -> int:
-    """Free bytes of the device, or a rank's part of those of the machine."""
+    """Free bytes of the device, or a rank's part of those of the host."""
     if device.type == "cuda":
-        return CudaMemory(device).settled()
-    return int(psutil.virtual_memory().available) // ranks
+        return CudaMemory(device).settled().free
+    return host_memory().free // ranks
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """The memory of a process on a host, in bytes: the machine's, or what a container's limit allows of it."""
+
+    total: int
+    free: int
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory:
+    """Return the memory that this process may have, and what is free of it; root is as in `memory_limit`."""
+    machine, limit = psutil.virtual_memory(), memory_limit(root)
+    if limit is None:
+        return HostMemory(machine.total, machine.available)
+    return HostMemory(min(machine.total, limit.num_bytes), min(machine.available, limit.free))
+
+
+def plan_host_tier(settings: InferenceSettings, free: int, ranks: int) -> int:
+    """Return the bytes of locked memory for adapters that left a rank's GPU, of a host with so many free."""
+    requested, most = int(settings.adapter_host_gb * GB), int(HOST_SHARE * free) // ranks
+    if most < requested:
+        log.info(
+            "LORAMUX_ADAPTER_HOST_GB is more than half of the host's free memory: fewer adapters stay there",
+            gb=round(most / GB, 3),
+            free_gb=round(free / GB, 3),
+        )
+    return min(requested, most)
 
 
 _M_ARENA_MAX: Final = -8

@@ -150,7 +150,7 @@ def _sizes(
 ) -> Sizes:
     files = weight_files_bytes(base)
     if isinstance(inference, str):
-        return sizes_of(config, settings, machine.memory_bytes, file_bytes=files)
+        return sizes_of(config, settings, machine.usable_bytes, file_bytes=files)
     graphs = (inference.device, inference.backend) == ("cuda", "triton")
     free, dtype, device = inference.free_bytes, inference.dtype, inference.device
     return sizes_of(config, settings, free, dtype, device, graphs=graphs, file_bytes=files)
@@ -185,6 +185,8 @@ def show_diagnosis(found: Diagnosis) -> None:
     shell.show()
     machine = found.machine
     memory = decimal(machine.memory_bytes)
+    if machine.memory_limit_bytes is not None:
+        memory = f"{decimal(machine.memory_limit_bytes)} (a container's limit) of {memory}"
     _line("machine", f"{machine.system}, {machine.cores} cores, {memory} of memory, Python {machine.python}")
     _line("cache", f"{machine.cache_dir}, {decimal(machine.cache_free_bytes)} free")
     _show_inference(found)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux_shared.bundle.deployments import list_deployments
+from loramux_shared.control_groups import memory_limit
 from loramux_shared.faults import Fault
 from loramux_shared.process import python
 from loramux_shared.storage.open import open_store
@@ -26,8 +27,15 @@ class Machine:
     system: str
     cores: int
     memory_bytes: int
+    memory_limit_bytes: int | None
+    """Part of it that a container's limit allows; None where there is none."""
     cache_dir: Path
     cache_free_bytes: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """Return the memory that processes here may have."""
+        return self.memory_bytes if self.memory_limit_bytes is None else self.memory_limit_bytes
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,16 @@ class Place:
     ok: bool
 
 
-def look_at_machine(cache_dir: Path) -> Machine:
-    """Return what there is."""
+def look_at_machine(cache_dir: Path, root: Path = Path("/")) -> Machine:
+    """Return what there is; root is as in `memory_limit`."""
+    memory, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit(root)
     there = next((folder for folder in (cache_dir, *cache_dir.parents) if folder.exists()), Path("/"))
     return Machine(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=memory,
+        memory_limit_bytes=limit.num_bytes if limit is not None and limit.num_bytes < memory else None,
         cache_dir=cache_dir,
         cache_free_bytes=shutil.disk_usage(there).free,
     )

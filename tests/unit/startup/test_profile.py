@@ -41,17 +41,14 @@ def ready(world: tuple[World, MemoryStore]) -> Replica:
 class Meter(memory.CudaMemory):
     """A device's memory that says what a test scripts, and notes what it is asked."""
 
-    def __init__(self, free: list[int], reserved: int = 0, peak: int = 0) -> None:
-        self._free, self._reserved, self._peak = free, reserved, peak
+    def __init__(self, *usage: tuple[int, int], peak: int = 0) -> None:
+        """Take what is free and what is reserved, one pair for each look."""
+        self._usage, self._peak = [memory.Usage(*each) for each in usage], peak
         self.asked: list[str] = []
 
-    def settled(self) -> int:
+    def settled(self) -> memory.Usage:
         self.asked.append("settled")
-        return self._free.pop(0)
-
-    def reserved(self) -> int:
-        self.asked.append("reserved")
-        return self._reserved
+        return self._usage.pop(0)
 
     def watch_peak(self) -> None:
         self.asked.append("watch_peak")
@@ -110,14 +107,14 @@ def test_what_a_step_takes_is_what_it_had_at_once(ready: Replica) -> None:
         return made
 
     class Watching(Meter):
-        def settled(self) -> int:
+        def settled(self) -> memory.Usage:
             self.asked += ["runner went"] if alive and alive[0]() is None else []
             return super().settled()
 
-    meter = Watching([10_000, 9_700], reserved=1_200, peak=3_000)
+    meter = Watching((10_000, 1_000), (9_700, 1_200), peak=3_000)
     measured = memory.measure(new_runner, batch, meter)
     assert measured == memory.Measured(steps=1_800, kept=300, free=9_700)
-    assert meter.asked == ["settled", "watch_peak", "runner went", "settled", "peak", "reserved"]
+    assert meter.asked == ["settled", "watch_peak", "runner went", "settled", "peak"]
     assert [len(tokens) for tokens in ran] == [8]
     assert all(token.logprob is not None for _, token in ran[0])
 
@@ -131,9 +128,38 @@ def test_a_graph_takes_what_those_behind_the_first_take() -> None:
             recorded.append(1)
 
     runner = cast(Runner, Recording())
-    assert memory.measure_graph(lambda: runner, Meter([900 << 20, 860 << 20])) == 10 << 20
+    assert memory.measure_graph(lambda: runner, Meter((900 << 20, 0), (860 << 20, 0))) == 10 << 20
     assert len(recorded) == 1 + memory.TRIED
-    assert memory.measure_graph(lambda: runner, Meter([900, 900])) == memory.LEAST_GRAPH_BYTES
+    assert memory.measure_graph(lambda: runner, Meter((900, 0), (900, 0))) == memory.LEAST_GRAPH_BYTES
+
+
+MB, GB = 1 << 20, 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("pool", "neighbour", "graph"),
+    [
+        (8 * MB, 0, 12 * MB),  # two of the allocator, ten of the driver
+        (8 * MB, GB, 34 * MB),  # the driver's part is bounded
+        (8 * MB, -GB, 2 * MB),  # what another process returns hides the driver's part alone
+        (0, -GB, memory.LEAST_GRAPH_BYTES),
+    ],
+    ids=str,
+)
+def test_a_neighbour_on_the_card_makes_no_graphs(pool: int, neighbour: int, graph: int) -> None:
+    """A graph takes what the allocator counts, and no gigabyte that another process took meanwhile."""
+    taken = pool + memory.TRIED * 10 * MB + neighbour
+    meter = Meter((40 * GB, GB), (40 * GB - taken, GB + pool))
+    runner = cast(Runner, SimpleNamespace(record_one=lambda: None))
+    assert memory.measure_graph(lambda: runner, meter) == graph
+
+
+@pytest.mark.parametrize(("neighbour", "kept"), [(0, 300 * MB), (10 * GB, 200 * MB + 2 * GB), (-GB, 200 * MB)])
+def test_a_neighbour_is_no_library(neighbour: int, kept: int) -> None:
+    """Kept is what this process took; free stays what the device has, not what this process left."""
+    before = memory.Usage(40 * GB, GB)
+    after = memory.Usage(40 * GB - 300 * MB - neighbour, GB + 200 * MB)
+    assert before.growth(after, memory.MAX_DRIVER_BYTES) == kept
 
 
 def test_a_step_that_does_not_fit_is_refused_by_name(ready: Replica) -> None:
@@ -146,7 +172,7 @@ def test_a_step_that_does_not_fit_is_refused_by_name(ready: Replica) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     with pytest.raises(ResourcesExhausted, match=r"100 tokens and 8 sequences.* 3\.00 GB.*MAX_BATCH_TOKENS"):
-        memory.measure(Full, memory.largest_step(LIMITS, [], 16), Meter([3 * 10**9]))
+        memory.measure(Full, memory.largest_step(LIMITS, [], 16), Meter((3 * 10**9, 0)))
 
 
 def test_the_cache_gets_what_the_measured_step_leaves(ready: Replica) -> None:

@@ -1,0 +1,86 @@
+"""The memory that control groups leave to this process: a container's limit is one of a group."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+UNLIMITED: Final = 1 << 60
+"""Bytes from which on a limit is none: version 1 writes a number where version 2 writes max."""
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """The limit of a group, and what its processes use; in bytes."""
+
+    num_bytes: int
+    used: int
+    """Without the pages of files that the kernel drops first where memory is short."""
+
+    @property
+    def free(self) -> int:
+        """Return what is left of it."""
+        return max(0, self.num_bytes - self.used)
+
+
+@dataclass(frozen=True)
+class _Version:
+    """The files of a version of control groups."""
+
+    mount: str
+    controller: str
+    """Second field of the version's line in /proc/self/cgroup."""
+    limit: str
+    used: str
+    inactive: str
+    """Field of memory.stat."""
+
+
+VERSIONS: Final = (
+    _Version("sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
+    _Version(
+        "sys/fs/cgroup/memory",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def memory_limit(root: Path = Path("/")) -> MemoryLimit | None:
+    """Return the limit that leaves this process the least; None where there is none.
+
+    A group is within others, each of which may have a limit. root holds the folders proc and sys.
+    """
+    return min(_limits(root), key=lambda limit: limit.free, default=None)
+
+
+def _limits(root: Path) -> Iterator[MemoryLimit]:
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        for version in VERSIONS:
+            if version.controller not in controllers.split(","):
+                continue
+            mount = root / version.mount
+            # A container may see the path of the machine, and its own group where groups are mounted.
+            own = mount / path.lstrip("/") if ".." not in Path(path).parts else mount
+            for group in (own, *own.parents):
+                if group.is_relative_to(mount) and (limit := _limit_of(group, version)) is not None:
+                    yield limit
+
+
+def _limit_of(group: Path, version: _Version) -> MemoryLimit | None:
+    try:
+        limit, used, stat = (
+            (group / name).read_text(encoding="utf-8") for name in (version.limit, version.used, "memory.stat")
+        )
+    except OSError:
+        return None
+    if limit.strip() == "max" or int(limit) >= UNLIMITED:
+        return None
+    inactive = (line.split()[1] for line in stat.splitlines() if line.startswith(f"{version.inactive} "))
+    return MemoryLimit(int(limit), max(0, int(used) - int(next(inactive, "0"))))
