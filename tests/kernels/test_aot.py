@@ -44,6 +44,14 @@ def test_the_table_is_of_these_kernels() -> None:
     assert_equal(found, golden)
 
 
+@pytest.mark.timeout(900)
+def test_promised_bits_are_those_of_exact_instructions() -> None:
+    """Kernels whose results are torch's bit for bit divide exactly, and fuse no product with a sum."""
+    found = [line.rpartition(": ") for line in sources.run("tests.kernels.exact")]
+    assert {name.split()[0] for name, _, _ in found} == {"attention.rope_write", "sampling.shape"}
+    assert [(name, instructions) for name, _, instructions in found if instructions != "exact"] == []
+
+
 @pytest.mark.sweep
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("package", PACKAGES)

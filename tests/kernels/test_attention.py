@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inference_service.engine.kernels.attention import pack_tables
+from inference_service.engine.kernels.attention.paged import narrowed
 from tests.kernels.attention_case import TOLERANCE, Heads, Layout, errors, expect_right, fill, make_case
 
 SKEWED = [(1, 4000)] + [(1, 20)] * 31
@@ -68,7 +69,7 @@ def test_rows_attend_to_what_they_see_and_nothing_else_changes(
 def test_a_cache_of_8_bits(
     name: str, dtype: torch.dtype, cache: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
-    """New keys and values are rounded to nearest, and all rows attend to the rounded values."""
+    """New keys and values are rounded to nearest, values to torch's bits; rows attend to the rounded ones."""
     device = request.getfixturevalue("device" if cache is torch.int8 else "fp8_device")
     case = CASES[name](dtype=dtype, device=device, cache=cache)
     at, before = case.inputs, case.held
@@ -87,6 +88,11 @@ def test_a_cache_of_8_bits(
             rounded = step * (largest if cache is torch.int8 else part.abs())
             assert ((now[:, rows] - part).abs() <= rounded + before_it * largest).all()
             was[:, rows] = now[:, rows]
+        own = at.heads[context.row : context.row + context.length, at.num_heads + at.kv_heads :]
+        numbers, scales = narrowed(own.transpose(0, 1), cache)
+        assert torch.equal(at.values[:, rows].view(torch.int8), numbers.view(torch.int8))
+        assert at.scales is not None
+        assert torch.equal(at.scales[1][:, rows], scales)
     for was, now in zip(before, after, strict=True):
         torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
 

@@ -73,7 +73,8 @@ def rope_write_kernel(
 ):
     """q = turn(norm(q)); keys[cache row] = turn(norm(k)); values[cache row] = v, or norm(v).
 
-    One program per (row, tile of heads). Every rounding is one of the torch path's, those to 8 bits included.
+    One program per (row, tile of heads). What is stored is rounded where the torch path rounds it; numbers of 8
+    bits and their scales have the bits of the torch path. In float32, a GPU adds products without a rounding.
     Padding rows write no key and no value, and their output, which no other kernel writes, is 0.
     """
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -129,10 +130,10 @@ def rope_write_kernel(
 def _narrowed(b_x, dtype: tl.constexpr):
     """Return the scales [BLOCK_H] of heads, rounded up to bf16, and their numbers in 8 bits."""
     b_x = b_x.to(tl.float32)
-    b_scale = tl.max(tl.abs(b_x), axis=1) / (127.0 if dtype == tl.int8 else 448.0)
+    b_scale = tl.div_rn(tl.max(tl.abs(b_x), axis=1), 127.0 if dtype == tl.int8 else 448.0)
     b_bits = tl.maximum(b_scale, LEAST_SCALE).to(tl.int32, bitcast=True)
     b_scale = ((b_bits + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
-    b_x = b_x / b_scale[:, None]
+    b_x = tl.div_rn(b_x, b_scale[:, None])
     if dtype == tl.int8:
         b_x = tl.floor(b_x + 0.5)
     else:  # to four bits, nearest and even, before the cast: the interpreter's loses what it carries
