@@ -36,7 +36,8 @@ from loramux_shared.sources.checkpoint import Base
 
 ADAPTER: Final = "adapter"
 """The name of the one adapter of a check."""
-_PREFIX: Final = f"adapter {ADAPTER!r}: "
+PREFIX: Final = f"adapter {ADAPTER!r}: "
+"""Begins messages about the one adapter, which its caller need not be told."""
 MAX_COMPUTING_CHECKS: Final = 2
 """Checks that compute at once; others wait."""
 MAX_OPEN_CHECKS: Final = 16
@@ -177,7 +178,7 @@ class Checks:
         except BuildInterrupted as fault:
             raise ShuttingDown("the builder stopped during the check. Retry with its successor.") from fault
         except Fault as fault:
-            raise fault.with_message(fault.message.removeprefix(_PREFIX)) from fault
+            raise fault.with_message(fault.message.removeprefix(PREFIX)) from fault
         except OSError as error:
             problem = error.strerror or type(error).__name__
             raise ResourcesExhausted(f"the builder's work folder: {problem}. Free some space.") from error

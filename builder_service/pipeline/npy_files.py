@@ -131,11 +131,20 @@ class _Table:
 
 def check(folder: Path, rules: Rulebook, advance: Callable[[int], None]) -> CheckedAdapter:
     """Check the files of a folder as tensors of an adapter; advance counts bytes that were read."""
+    opened = open_check(folder, rules, advance)
+    if isinstance(opened, CheckedAdapter):
+        return opened
+    return replace(check_tensors(opened), coverage=Coverage())  # the tensors' names are ours, not the adapter's
+
+
+def open_check(
+    folder: Path, rules: Rulebook, advance: Callable[[int], None] = lambda _: None
+) -> TensorCheck | CheckedAdapter:
+    """Return the check of the rows of a folder as tensors, or why there are none to check."""
     npy = read_npy_adapter(folder, rules.limits.base)
     if npy.file is None:
         return CheckedAdapter(npy.findings)
-    checked = check_tensors(TensorCheck(npy.file, FOLDED, rules, advance, list(npy.findings)))
-    return replace(checked, coverage=Coverage())  # the tensors' names are ours, not the adapter's
+    return TensorCheck(npy.file, FOLDED, rules, advance, list(npy.findings))
 
 
 def read_npy_adapter(folder: Path, base: ModelConfig) -> NpyAdapter:

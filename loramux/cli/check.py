@@ -2,7 +2,8 @@
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,9 @@ For = Annotated[
     str,
     typer.Option("--for", metavar="SERVERS", help="vllm, sglang, llama.cpp, tensorrt-llm, peft, loramux."),
 ]
+Fix = Annotated[
+    Path | None, typer.Option("--fix", metavar="OUT", help="New folder for it as every server reads it.")
+]
 FailOnOption = Annotated[
     FailOn, typer.Option("--fail-on", metavar="WHEN", help="never, ignored, refused or unknown.")
 ]
@@ -48,6 +52,9 @@ StorageDtype = Annotated[
     typer.Option("--dtype", metavar="NAME", help="bfloat16, float16 or float32; default: the base's."),
 ]
 Secret = Annotated[str, typer.Option("--secret", metavar="NAME", help="Name of the repositories' secret.")]
+SignedBy = Annotated[
+    list[str] | None, typer.Option("--signed-by", metavar="SIGNER", help="Required signer; repeatable.")
+]
 SomeBuilder = Annotated[
     str, typer.Option("--builder", metavar="HOST:PORT", help="Builder's address; default: a private one, here.")
 ]
@@ -82,34 +89,42 @@ def check(
     truncate_to: shell.TruncateTo = None,
     dtype: StorageDtype = None,
     secret: Secret = "",
-    signed_by: shell.SignedBy = None,
+    signed_by: SignedBy = None,
     builder: SomeBuilder = "",
     as_json: shell.Json = False,
     for_servers: For = "",
     fail_on: FailOnOption = FailOn.REFUSED,
     form: FormatOption = Format.TEXT,
+    fix: Fix = None,
 ) -> None:
     """Check an adapter against a base; exit 1 if it is refused.
 
     Example: loramux check ./my-adapter --base org/base@main
     """
-    if not base and not for_servers:
+    if not base and (fix or not for_servers):
         context.fail("Missing option '--base'.")
-    trained = named(adapter, secret)
+    if fix and (builder or truncate_to):
+        context.fail("--fix goes with neither --builder nor --truncate-to.")
+    trained, known = named(adapter, secret), named(base, secret) if base else None
 
-    def report() -> AdapterReport:
+    def options() -> CheckOptions:
         lora = parse_lora_configuration(max_lora_rank=max_rank, truncate_to_rank=truncate_to, dtype=dtype)
-        options = CheckOptions(trained, named(base, secret), lora, shell.signers(signed_by))
-        return check_with(builder, options)
+        return CheckOptions(trained, named(base, secret), lora, shell.signers(signed_by))
 
-    if not for_servers:
-        tell_report(report(), as_json)
+    if not (for_servers or fix):
+        tell_report(check_with(builder, options()), as_json)
         return
     from loramux.cli.check_for import Question, server_names, tell_verdicts
 
-    known = named(base, secret) if base else None
-    question = Question(trained, known, server_names(for_servers), max_rank, report if base else None)
-    tell_verdicts(question, Format.JSON if as_json else form, fail_on)
+    names, fixed = server_names(for_servers) if for_servers else (), None
+    if fix:
+        from loramux.cli.check_fix import fix_adapter
+
+        fixed = fix_adapter(options(), fix)
+        trained = fixed.repository
+    report = (lambda: check_with(builder, options())) if base else None
+    question = Question(trained, known, names, max_rank, report)
+    tell_verdicts(question, Format.JSON if as_json else form, fail_on, fixed)
 
 
 def tell_report(report: AdapterReport, as_json: bool) -> None:
@@ -138,14 +153,21 @@ def check_with(builder: str, options: CheckOptions) -> AdapterReport:
                 await client.check(options.adapter, options.base, options.lora, signed_by=options.signed_by)
             )
 
-    try:
+    with folders_meant(options):
         with_builder(builder, options.local_roots, ask)
+    return found[0]
+
+
+@contextmanager
+def folders_meant(options: CheckOptions) -> Iterator[None]:
+    """Say of a repository that the hub lacks that there is no such folder either."""
+    try:
+        yield
     except (RepoNotFound, SourceUnavailable) as fault:
         if fault.repository not in {each.repo for each in options.repositories if each.source is SourceKind.HF}:
             raise
         message = f"{fault.message.rstrip('.')}. If a folder was meant: there is no {fault.repository} here."
         raise fault.with_message(message) from fault
-    return found[0]
 
 
 def with_builder(
@@ -161,15 +183,20 @@ def with_builder(
 async def _private(
     tree: ProcessTree, local_roots: Sequence[Path], work: Callable[[AsyncClient], Awaitable[None]]
 ) -> None:
-    for folder in local_roots:
-        if not folder.is_dir() and not (folder.suffix == GGUF_SUFFIX and folder.is_file()):
-            found = "a file, not a folder" if folder.exists() else "no such folder on this machine"
-            raise RepoNotFound(f"LOCAL {folder}: {found}")
+    require_folders(local_roots)
     address = free_address()
     argv = builder_command(f"file://{tree.folder / 'store'}", address, local_roots, extra="check")
     with shell.step("starting a private builder"):
         await tree.serve("builder", argv)
     await _call(address, work)
+
+
+def require_folders(folders: Sequence[Path]) -> None:
+    """Raise RepoNotFound where a folder of an adapter or of a base is not there."""
+    for folder in folders:
+        if not folder.is_dir() and not (folder.suffix == GGUF_SUFFIX and folder.is_file()):
+            found = "a file, not a folder" if folder.exists() else "no such folder on this machine"
+            raise RepoNotFound(f"LOCAL {folder}: {found}")
 
 
 async def _call(address: str, work: Callable[[AsyncClient], Awaitable[None]]) -> None:
@@ -220,7 +247,7 @@ def show_report(report: AdapterReport) -> None:
         _show_rows(report.rows)
     for finding in report.findings:
         shell.show()
-        _show_finding(finding)
+        show_finding(finding)
     shell.show()
     errors = sum(not finding.code.startswith("W_") for finding in report.findings)
     warnings = len(report.findings) - errors
@@ -290,12 +317,13 @@ def layers(numbers: Sequence[int]) -> str:
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
-def _show_finding(finding: Finding) -> None:
+def show_finding(finding: Finding, show: Callable[..., None] = shell.show) -> None:
+    """Print a finding, a line for each of its parts."""
     warning = finding.code.startswith("W_")
-    shell.show(f"{finding.code}  {finding.where}".rstrip(), "yellow" if warning else "bold red")
+    show(f"{finding.code}  {finding.where}".rstrip(), "yellow" if warning else "bold red")
     for name, value in (("expected", finding.expected), ("found", finding.found), ("fix", finding.fix)):
         if value:
-            shell.show(f"  {name:<8} {value}")
+            show(f"  {name:<8} {value}")
 
 
 def _name(repository: Repository) -> str:

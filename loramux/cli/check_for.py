@@ -24,6 +24,7 @@ from loramux_shared.faults import RepoNotFound, SettingsInvalid
 from loramux_shared.spelling import GGUF_SUFFIX
 
 if TYPE_CHECKING:
+    from loramux.cli.check_fix import FixedAdapter
     from loramux_shared.sources.base import Resolved, Source
     from loramux_shared.sources.open import Sources
 
@@ -59,20 +60,30 @@ def server_names(words: str) -> tuple[str, ...]:
     return names
 
 
-def tell_verdicts(question: Question, form: Format, fail_on: FailOn) -> None:
-    """Print what each server makes of an adapter; exit code 1 where one is among those to fail on."""
+def tell_verdicts(
+    question: Question, form: Format, fail_on: FailOn, fixed: "FixedAdapter | None" = None
+) -> None:
+    """Print what was fixed, and what each server makes of an adapter.
+
+    The exit code is 1 where nothing could be fixed, or a verdict is among those to fail on.
+    """
     verdicts = verdicts_of(question)
     label = question.adapter.label
+    if fixed is not None and form is not Format.JSON:
+        fixed.show(shell.show if form is Format.TEXT else shell.say)
     match form:
         case Format.JSON:
-            emit({"adapter": label, "verdicts": [verdict_fields(verdict) for verdict in verdicts]})
+            fix = {} if fixed is None else {"fix": fixed.fields}
+            emit({"adapter": label, **fix, "verdicts": [verdict_fields(verdict) for verdict in verdicts]})
         case Format.SARIF:
             typer.echo(sarif(_path_from_here(question.adapter), verdicts, version("loramux")))
         case Format.JUNIT:
             typer.echo(junit(label, verdicts))
-        case Format.TEXT:
+        case Format.TEXT if verdicts:
             show_verdicts(verdicts)
-    if any(verdict.outcome in FAILING[fail_on] for verdict in verdicts):
+    if (fixed is not None and fixed.findings) or any(
+        verdict.outcome in FAILING[fail_on] for verdict in verdicts
+    ):
         raise typer.Exit(Exit.FAILED)
 
 

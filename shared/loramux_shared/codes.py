@@ -48,6 +48,11 @@ _DEPLOYMENT: Final = (
         "a key of hosted engine builders that asks for an unsupported feature",
         "Set what the finding names instead, or remove the key.",
     ),
+    (
+        "E_NO_FIX",
+        "`loramux check --fix`: the adapter does what A and B of a plain LoRA cannot do",
+        "Use what the finding names: another training, or merge it into the base.",
+    ),
     ("E_NO_TEMPLATE", "messages for a model without a chat template", "Send text or token_ids."),
 )
 _REFUSED: Final = (

@@ -31,6 +31,14 @@ def check_adapter(
     folder: Path, rules: Rulebook, advance: Callable[[int], None] = lambda _: None
 ) -> CheckedAdapter:
     """Check a folder that holds a config and weights; advance counts bytes that were read."""
+    opened = open_check(folder, rules, advance)
+    return opened if isinstance(opened, CheckedAdapter) else check_tensors(opened)
+
+
+def open_check(
+    folder: Path, rules: Rulebook, advance: Callable[[int], None] = lambda _: None
+) -> TensorCheck | CheckedAdapter:
+    """Return the check of the tensors of a folder, or why there are none to check."""
     size = (folder / CONFIG).stat().st_size
     if size > MAX_CONFIG_BYTES:
         return CheckedAdapter((bad_config("", f"at most {MAX_CONFIG_BYTES} bytes", f"{size} bytes"),))
@@ -55,7 +63,7 @@ def check_adapter(
         findings += wrong
     if not file.tensors:
         return CheckedAdapter((*findings, empty_finding(config)))
-    return check_tensors(TensorCheck(file, config, rules, advance, findings))
+    return TensorCheck(file, config, rules, advance, findings)
 
 
 def _base_findings(config: AdapterConfig, rules: Rulebook) -> list[Finding]:

@@ -16,7 +16,8 @@ CONVERTED: Final = (
 )
 RECKONED: Final = ("pissa", "olora")
 """Initialisations that changed the base by what follows from it."""
-_ON_BASE_OK: Final = frozenset({"gaussian", "orthogonal", "eva", "mica", "true", "false"})
+ON_BASE_OK: Final = frozenset({"gaussian", "orthogonal", "eva", "mica", "true", "false"})
+"""Initialisations that left the base as it was."""
 # Fields that can change the arithmetic of LoRA, and have no meaning for another kind.
 _OF_LORA: Final = (
     "alora_invocation_tokens",
@@ -111,7 +112,7 @@ def _activated(fields: dict[str, Any]) -> list[Finding]:
     task = fields.get("task_type")
     beside["task_type"] = task in (CLASSIFIES, ENCODES) and task
     initial = fields.get("init_lora_weights")
-    beside["init_lora_weights"] = isinstance(initial, str) and initial.lower() not in _ON_BASE_OK and initial
+    beside["init_lora_weights"] = isinstance(initial, str) and initial.lower() not in ON_BASE_OK and initial
     return [
         _refused("E_ALORA", key, f"unset beside {INVOCATION}", excerpt(value), fix)
         for key, value in beside.items()
@@ -140,9 +141,9 @@ def _target_parameters(parameters: Any) -> Finding:
 def _initialisation(fields: dict[str, Any]) -> list[Finding]:
     value = fields.get("init_lora_weights", True)
     name = ("true" if value else "false") if isinstance(value, bool) or value is None else str(value).lower()
-    if name in _ON_BASE_OK or name in RECKONED:
+    if name in ON_BASE_OK or name in RECKONED:
         return []
-    expected = f"one of {', '.join((*sorted(_ON_BASE_OK), *RECKONED))}"
+    expected = f"one of {', '.join((*sorted(ON_BASE_OK), *RECKONED))}"
     return [_refused("E_INIT", "init_lora_weights", expected, excerpt(value), CONVERTED)]
 
 

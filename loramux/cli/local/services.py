@@ -98,7 +98,7 @@ def builder_command(
 
     extra is what installs those that the caller needs.
     """
-    _require("builder", extra)
+    require_packages("builder", extra)
     return [*python("builder_service"), *_flags(store=store, grpc=grpc), *_roots(local_roots)]
 
 
@@ -115,7 +115,7 @@ def inference_command(
     engine holds settings that are about speed, by name; None: the default. Raise SettingsInvalid where its
     packages are not installed.
     """
-    _require("inference", "inference")
+    require_packages("inference", "inference")
     flags = _flags(deployment=deployment, store=store, grpc=grpc, http=http, **engine)
     return [*python("inference_service"), *flags, *_roots(local_roots)]
 
@@ -142,7 +142,8 @@ def _roots(folders: Sequence[Path]) -> list[str]:
     return [text for folder in folders for text in ("--local-root", os.path.realpath(folder.expanduser()))]
 
 
-def _require(service: str, extra: str) -> None:
+def require_packages(service: str, extra: str) -> None:
+    """Raise SettingsInvalid where packages of a service are not installed; extra is what installs them."""
     missing = [name for name in NEEDS[service] if importlib.util.find_spec(name) is None]
     if missing:
         needs = f"the {service} service needs {', '.join(missing)}, not installed here"

@@ -15,11 +15,14 @@ from builder_service.domain import kinds
 from builder_service.domain.derived import NotMade
 from builder_service.domain.initial import first_columns, leading
 from builder_service.domain.peft_kinds.kind import PeftKind
+from builder_service.pipeline.fix import FixedAdapter, fix_one
+from builder_service.pipeline.progress import Progress
 from loramux_shared.bases.families import load_families
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import CASES
 from tests.models.test_kinds import SOME, save
+from tests.support.folders import context_of, deployment_of
 from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 KINDS: dict[str, Any] = {
@@ -65,6 +68,28 @@ def test_what_amounts_to_lora_answers_as_peft_does(world: World) -> None:
     assert len(set(map(tuple, expected))) == len(expected)
     ready = world.load(world.built())
     assert run_engine(ready, [(name, PROMPT) for name in (*KINDS, "base")], NEW) == expected
+
+
+def test_what_is_written_as_lora_answers_as_the_kind_does(world: World) -> None:
+    """PEFT answers with a folder that a fix wrote as with the adapter's own; kinds without A and B are refused."""
+    for name, folder in world.adapters.items():
+        fixed, out = fix(world, name)
+        if name in ("pissa-dora", "ia3", "ia3-twice"):
+            assert [finding.code for finding in fixed.findings] == ["E_NO_FIX"]
+            continue
+        if name == "plain":
+            assert not fixed.changes
+            continue
+        assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
+        expected = oracle_tokens(oracle(world.base, folder), PROMPT, NEW)
+        assert oracle_tokens(oracle(world.base, out), PROMPT, NEW) == expected, name
+
+
+def fix(world: World, name: str) -> tuple[FixedAdapter, Path]:
+    """Write an adapter as plain LoRA, into a folder that is returned."""
+    build = deployment_of(world.root, name).build
+    out = world.root / f"fixed-{name}"
+    return fix_one(build, context_of(world.root), Progress(build.lora_adapters), out), out
 
 
 def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
