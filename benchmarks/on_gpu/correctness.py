@@ -48,8 +48,8 @@ NEEDS_NO_GPU: Final = (
 )
 """Ahead-of-time compilation, the interpreter, and the CPU's operations."""
 REHEARSED_TEST: Final = "test_attention_tables.py"
-WORKERS: Final = 12
-"""Most of a GPU's first run of the tests is compiling."""
+WORKERS: Final = 8
+"""Most of a GPU's first run of the tests is compiling; each has a context of half a gigabyte on the card."""
 TESTS_S: Final = 450.0
 """More than they should take, first compilations and recordings of graphs included: what hangs is red."""
 MODEL_TOLERANCE: Final = {torch.bfloat16: 5e-2, torch.float32: 1e-4}

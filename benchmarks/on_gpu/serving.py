@@ -13,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -63,9 +62,11 @@ def run(run: Run) -> None:
         names = _prepare(run, plan, work)
         settings: dict[str, object] = {"native": False, "kv_memory_gb": run.choose(KV_GB, 0.1)}
         bases: dict[int, float] = {}
-        with ExitStack() as stack, ThreadPoolExecutor() as pool:
-            started = pool.map(lambda name: replica_process(work, name, **settings), ("bare", "full"))
-            bare, full = map(stack.enter_context, started)
+        # One after the other: they share the card, and each plans with what is free.
+        with (
+            replica_process(work, "bare", **settings) as bare,
+            replica_process(work, "full", **settings) as full,
+        ):
             asyncio.run(_ask_ours(run, plan, bare.grpc, full.grpc, names, bases))
         if run.device.rehearses or torch.cuda.device_count() < 2:
             run.note("two ranks: skipped: one card")

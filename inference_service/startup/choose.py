@@ -1,6 +1,8 @@
 """The choice of a replica's kernels and its device."""
 
 import os
+import shutil
+import sysconfig
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import packages_distributions, version
@@ -24,6 +26,7 @@ from inference_service.engine.kernels.cpu.ops import BLOCK, DTYPES, FEW_ROWS, MA
 from inference_service.engine.kernels.launch import interprets
 from inference_service.engine.layers.quantized import require_able
 from inference_service.engine.models.packed import named
+from inference_service.startup.cards import device_of
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import may_stay_packed
 from loramux_shared.faults import SettingsInvalid
@@ -99,7 +102,7 @@ def _why(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -
 
 
 def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:
-    device = _device(settings)
+    device = device_of(settings)
     dtype = compute_dtype(settings, config, device)
     cache_dtype = CACHE_DTYPES[settings.kv_cache_dtype]
     if device.type == "cuda":
@@ -170,14 +173,6 @@ def _require_compiled(settings: InferenceSettings, how: str) -> None:
         )
 
 
-def _device(settings: InferenceSettings) -> torch.device:
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsInvalid("LORAMUX_DEVICE=cuda, but torch finds no CUDA device. Set auto or cpu.")
-    requested = settings.device == "cuda" or (settings.device == "auto" and settings.backend != "native")
-    cuda = requested and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
-
-
 def compute_dtype(settings: InferenceSettings, config: ModelConfig, device: torch.device) -> torch.dtype:
     """Return the type that a device computes a base in."""
     if settings.dtype != "auto":
@@ -242,6 +237,7 @@ def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
         )  # torch's nightly builds bring one of their own
         check_triton(version(names[0]))
         check_triton_cache()
+        check_launchers(_python_headers())
     return requested
 
 
@@ -257,10 +253,37 @@ def check_triton(installed: str) -> None:
 
 def check_triton_cache() -> None:
     """Raise SettingsInvalid for a cache of Triton that others may have written, because Triton trusts it."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser().resolve()
+    folder = _triton_cache()
     why = open_folder(folder)
     if why is not None:
         raise SettingsInvalid(
             f"TRITON_CACHE_DIR={folder}: it {why}, and code in it is executed. Name a folder that nobody else "
             "can write to, or remove this one."
         )
+
+
+def check_launchers(headers: Path) -> None:
+    """Raise SettingsInvalid where Triton can neither find its launchers in its cache nor compile them.
+
+    headers is the folder of Python's. Without them, the first launch would raise a compiler's error.
+    """
+    if any(_triton_cache().glob("*/*.so")):
+        return
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    lacking = [] if compiler else ["C compiler (gcc)"]
+    lacking += [] if (headers / "Python.h").is_file() else ["headers of Python (Python.h)"]
+    if lacking:
+        raise SettingsInvalid(
+            f"Triton compiles its launchers where it runs, and finds no {' and no '.join(lacking)}. Install "
+            f"that, or set {variable('backend')}=torch."
+        )
+
+
+def _python_headers() -> Path:
+    """Return the folder in which Triton looks for Python's headers."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme))
+
+
+def _triton_cache() -> Path:
+    return Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser().resolve()

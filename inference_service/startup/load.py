@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -43,6 +43,7 @@ from inference_service.startup.base import (
     reading_of,
     set_threads,
 )
+from inference_service.startup.cards import cards_of, sole_start
 from inference_service.startup.draft import open_draft
 from inference_service.startup.engine import BuildEngine, build_engine, run_a_few_tokens, runner_of
 from inference_service.startup.memory import bound_arenas, give_back
@@ -132,11 +133,14 @@ def load(
         work_dir=settings.cache_dir,
     )
     set_threads(settings)
-    base = load_base(generation, settings, sources)
-    if base.config.encodes:
-        settings = settings.model_copy(update={"prefix_cache": False})
-        generation = generation.model_copy(update={"merge": Merge.NEVER})
-    with nullcontext() if base.host is None else base.host.ending_where_it_raises():
+    with ExitStack() as start:
+        start.enter_context(sole_start(cards_of(settings)))
+        base = load_base(generation, settings, sources)
+        if base.host is not None:
+            start.enter_context(base.host.ending_where_it_raises())
+        if base.config.encodes:
+            settings = settings.model_copy(update={"prefix_cache": False})
+            generation = generation.model_copy(update={"merge": Merge.NEVER})
         if generation.speculator is not None and settings.speculative_tokens != 0:
             lookup = open_draft(settings, generation, base, sources, runner_of)
             base = replace(base, lookup=lookup)

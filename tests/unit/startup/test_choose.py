@@ -10,7 +10,13 @@ import torch
 from inference_service.core.computing import COST, CURES, Lack
 from inference_service.engine.kernels.cpu import build
 from inference_service.engine.kernels.cpu.build import Built
-from inference_service.startup.choose import TRITONS, check_cache_dtype, check_triton, choose_backend
+from inference_service.startup.choose import (
+    TRITONS,
+    check_cache_dtype,
+    check_launchers,
+    check_triton,
+    choose_backend,
+)
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import SettingsInvalid
@@ -115,3 +121,24 @@ def test_a_triton_that_the_kernels_were_not_compiled_with_is_refused_by_name() -
     assert f'"triton>=3.{first},<3.{last + 1}"' in (ROOT / "pyproject.toml").read_text()
     with pytest.raises(SettingsInvalid, match=r"Triton 3\.10\.0 is installed.*3\.7 \(torch 2\.12 and 2\.13\)"):
         check_triton("3.10.0")
+
+
+def test_a_machine_that_cannot_compile_launchers_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal names what Triton lacks, and the setting; launchers of a former start need neither."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lacking = r"finds no C compiler \(gcc\) and no headers of Python \(Python\.h\)\. .*LORAMUX_BACKEND=torch"
+    with pytest.raises(SettingsInvalid, match=lacking):
+        check_launchers(tmp_path)
+    (tmp_path / "Python.h").touch()
+    with pytest.raises(SettingsInvalid, match=r"finds no C compiler \(gcc\)\. Install"):
+        check_launchers(tmp_path)
+    monkeypatch.setenv("CC", "/opt/cc")
+    check_launchers(tmp_path)
+    monkeypatch.delenv("CC")
+    (tmp_path / "cache" / "digest").mkdir(parents=True)
+    (tmp_path / "cache" / "digest" / "cuda_utils.so").touch()
+    check_launchers(tmp_path / "nowhere")
