@@ -19,7 +19,7 @@ from inference_service.engine.lora.places import Places
 from inference_service.engine.scheduling.residency import Residency
 from inference_service.engine.scheduling.residents import BankMemory
 from inference_service.startup.base import LoadedBase
-from inference_service.startup.memory import free_bytes
+from inference_service.startup.memory import free_bytes, host_memory, plan_host_tier
 from loramux_shared.bases.memory import GB, USUAL_RANK, adapter_bytes, plan_bank
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import read_manifest
@@ -96,11 +96,12 @@ def open_bank(
     item_bytes = base.model.dtype.itemsize
     sizes = _sizes(generation, item_bytes, store)
     usual = adapter_bytes(config, item_bytes, min(USUAL_RANK, generation.max_lora_rank))
-    free = free_bytes(device, 1 if base.host is None else base.host.world)
+    ranks = 1 if base.host is None else base.host.world
+    free = free_bytes(device, ranks)
     num_bytes = plan_bank(sizes.values(), free, settings, device.type, usual=usual)
     lora = backend.new_lora()
     slots = min(MAX_SLOTS, max(LEAST_SLOTS, MAX_TABLES // max(1, lora.slot_bytes)))
-    host_bytes = int(settings.adapter_host_gb * GB) if device.type == "cuda" else 0
+    host_bytes = plan_host_tier(settings, host_memory().free, ranks) if device.type == "cuda" else 0
     largest = max(sizes.values(), default=usual)
     opened = num_bytes, generation.max_lora_rank, slots, int(host_bytes * SPARE) + UNDER_WAY * largest
     pack: Pack = Packer(base.model, lora, backend.new_lora, settings.block_size, generation.max_lora_rank)

@@ -317,7 +317,8 @@ class InferenceSettings(Settings):
     """GB (10^9 bytes) of bundles in cache_dir; the least recently used leave. A store in a folder of the same
     file system is never copied."""
     adapter_host_gb: GigabytesOrZero = 8
-    """GB (10^9 bytes) of a GPU machine's memory, locked at the start, for adapters that left the device."""
+    """GB (10^9 bytes) of a GPU machine's memory for adapters that left the device: locked as adapters come, at
+    most half of what is free at the start."""
     adapter_threads: Workers = 1
     """Threads that pack and prove adapters beside the steps."""
     follow_interval_s: SecondsOrZero = 5
