@@ -14,6 +14,7 @@ from inference_service.engine.backends.triton_lora import TritonLora
 from inference_service.engine.kernels.cpu.compiling import kinds_of_machine, kinds_that_run
 from inference_service.engine.kernels.cpu.ops import CpuOps
 from inference_service.startup.choose import FP8_CAPABILITY
+from loramux_shared.faults import SettingsInvalid
 from tests.kernels.lora_case import GROUPS, LAYERS
 from tests.kernels.place import COMPILED, DEVICE, NO_GPU
 from tests.support.native import open_native
@@ -34,7 +35,7 @@ def pytest_runtest_call() -> Iterator[None]:
 def _without_gpu() -> Iterator[None]:
     try:
         yield
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError, SettingsInvalid) as error:
         if COMPILED and not torch.cuda.is_available() and str(error).startswith(NO_GPU):
             pytest.skip("no GPU")
         raise
