@@ -11,6 +11,7 @@ serves. Sizes are the defaults: adapters of rank 64 at most, 64 of them in a ste
    many are launched for each with work, and at most; tiles of expand that follow one another.
 3. Rows that a step computes, and rows that it was asked for.
 4. Kinds of requests, and whether their steps are replayed from a recorded graph, or from a trace on the host.
+5. How often a row of logits is read for a draw, one reading after the other, by how many programs at once.
 """
 
 import math
@@ -37,7 +38,9 @@ from inference_service.engine.execution.graph_runner import GraphRunner
 from inference_service.engine.execution.graphs import Graph
 from inference_service.engine.execution.runner import lay_out
 from inference_service.engine.execution.tape import launches_of, names_of
-from inference_service.engine.kernels.launch import Launch, intercepted
+from inference_service.engine.kernels.launch import Launch, intercepted, kernels_of
+from inference_service.engine.kernels.sampling import RowParams, SamplingTables, launch as sampling, pack_rows
+from inference_service.engine.kernels.sampling.tuning import RACE
 from inference_service.engine.kernels.sgmv import PLACES, Slices
 from inference_service.engine.kernels.sgmv.tuning import width_of
 from inference_service.engine.lora.vocabulary import Factors, OwnTable, Vocabulary
@@ -68,6 +71,12 @@ ADAPTERS: Final = (1, 2, 4, 8, 64)
 RANKS: Final[dict[str, tuple[int, ...]]] = {"8": (8,), "16": (16,), "64": (64,), "8-64": (8, 16, 32, 64)}
 """Adapters have them in turn, in every module."""
 OWN_TOKENS: Final = 8
+VOCAB: Final = LLAMA_8B["vocab_size"]
+DRAWS: Final = {
+    "temperature": RowParams(1.0),
+    "top-p 0.9": RowParams(1.0, top_p=0.9),
+    "top-k 50, top-p 0.9": RowParams(1.0, top_k=50, top_p=0.9),
+}
 
 
 @dataclass
@@ -311,12 +320,36 @@ def _sequence(
     return seq
 
 
+def draws(_: Counted) -> Iterator[str]:
+    """Yield how often each kind of draw reads a row of random logits: tiles at once, then by one program."""
+    yield f"readings of {VOCAB} logits by  {-(-VOCAB // RACE.block)} programs  one program"
+    for kind, params in DRAWS.items():
+        yield f"  {kind:<32}{1:>8}{_tiles_read(params) / -(-VOCAB // RACE.block) - 1:>13.1f}"
+
+
+def _tiles_read(params: RowParams) -> float:
+    """Return how many tiles of a race the kernels read for a draw, in the interpreter."""
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0)).mul_(3).to(DTYPE)
+    tables = SamplingTables.allocate(1, VOCAB, "cpu")
+    tables.load(torch.from_numpy(pack_rows(1, [params])))
+    kernels, read = kernels_of(sampling.__name__, logits), 0
+
+    def noted(p_row: Any, o_v: Any, m_v: Any, logits_of: Any = kernels._logits) -> Any:
+        nonlocal read
+        read += math.prod(map(int, o_v.shape))
+        return logits_of(p_row, o_v, m_v)
+
+    with patch.object(kernels, "_logits", noted):
+        sampling.sample(logits, tables, torch.zeros(1, dtype=torch.int64))
+    return read / RACE.block
+
+
 def lines() -> Iterator[str]:
     """Yield the tables."""
     counted = Counted.of(LLAMA_8B)
     with intercepted(lambda _: None):
         counted.runner.capture()
-    for section in (launches, programs, worst, computed, kinds):
+    for section in (launches, programs, worst, computed, kinds, draws):
         yield from section(counted)
         yield ""
 
