@@ -8,7 +8,8 @@ from typing import Final
 from builder_service.domain.derived import Derived, Product
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.kinds import load_kinds
-from builder_service.domain.peft_kinds.kind import Parts, PeftKind, Sides
+from builder_service.domain.pairs import features_of
+from builder_service.domain.peft_kinds.kind import Features, Parts, PeftKind, Sides
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import LoraKey, parse_key
 from loramux_shared.bases.config import ModelConfig
@@ -47,7 +48,7 @@ def expand_tensors(file: TensorFile, kind: PeftKind, base: ModelConfig, report: 
     for (module, infix), parts in modules.items():
         if how.may_be_empty and parts.keys() == set(how.parts) and _has_no_rank(parts):
             idle += [part.name for part in parts.values()]
-        elif sides := _sides(module, kind, {**shared, **parts}, _width(module, base), report):
+        elif sides := _sides(module, kind, {**shared, **parts}, _features(module, base), report):
             trained = how.trained_rank(parts)
             for letter, side in zip("AB", sides, strict=True):
                 name = f"{module}.lora_{letter}{infix}.weight"
@@ -71,8 +72,8 @@ def _has_no_rank(parts: Parts) -> bool:
     return all(0 in tensor.shape for tensor in parts.values())
 
 
-def _width(module: str, base: ModelConfig) -> int:
-    """Return the elements of what a module reads; 0 where the base has no such module."""
+def _features(module: str, base: ModelConfig) -> Features:
+    """Return the inputs and the outputs of a module; 0 where the base has no such module."""
     key = parse_key(
         f"{module}.lora_A.weight",
         base.dims.fused,
@@ -80,12 +81,12 @@ def _width(module: str, base: ModelConfig) -> int:
         base.layer_names,
         experts=base.has_experts,
     )
-    features = base.features(key.modules[0].name, key.layer) if isinstance(key, LoraKey) else None
-    return features[0] if features else 0
+    found = features_of(key, base) if isinstance(key, LoraKey) and not key.holds_all else None
+    return (found[0][0], sum(out for _, out in found)) if found else (0, 0)
 
 
-def _sides(module: str, kind: PeftKind, parts: Parts, width: int, report: Grouping) -> Sides | None:
-    """Return A and B of a module that reads so many elements, or report why there are none."""
+def _sides(module: str, kind: PeftKind, parts: Parts, features: Features, report: Grouping) -> Sides | None:
+    """Return A and B of a module with these features, or report why there are none."""
     missing = _missing_parts(kind, parts)
     if missing:
         fix = "The file was cut or merged: save the adapter again."
@@ -99,7 +100,7 @@ def _sides(module: str, kind: PeftKind, parts: Parts, width: int, report: Groupi
         report.add("E_DTYPE", module, cause=odd[0], expected="F32, F16 or BF16", found=odd[0], fix=fix)
         return None
     shapes = {name: tensor.shape for name, tensor in parts.items()}
-    sides = kind.pairs.make(parts, width) if all(0 not in shape for shape in shapes.values()) else None
+    sides = kind.pairs.make(parts, features) if all(0 not in shape for shape in shapes.values()) else None
     if sides is None:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         report.add(

@@ -10,10 +10,12 @@ from builder_service.domain.peft_kinds.kind import PeftKind
 from builder_service.domain.peft_kinds.loha import LOHA
 from builder_service.domain.peft_kinds.lokr import LOKR
 from builder_service.domain.peft_kinds.lora import LORA
+from builder_service.domain.peft_kinds.miss import MISS
+from builder_service.domain.peft_kinds.trainable_tokens import TRAINABLE_TOKENS
 from builder_service.domain.peft_kinds.vera import VERA
 from loramux_shared.ports import registered
 
-KINDS: Final = (LORA, ADALORA, VERA, LOHA, LOKR, IA3)
+KINDS: Final = (LORA, ADALORA, VERA, LOHA, LOKR, IA3, MISS, TRAINABLE_TOKENS)
 
 
 @cache
@@ -29,7 +31,8 @@ def load_kinds() -> Mapping[str, PeftKind]:
 def kind_of(fields: Mapping[str, Any]) -> PeftKind | None:
     """Return the kind that a config says; None where it is none of these."""
     peft_type = fields.get("peft_type")
-    return load_kinds().get(peft_type) if isinstance(peft_type, str) else None
+    kind = load_kinds().get(peft_type) if isinstance(peft_type, str) else None
+    return kind and (kind.variant(fields) or kind)
 
 
 def as_lora(kind: PeftKind, fields: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from builder_service.domain.adapter_config import AdapterConfig, is_end
 from builder_service.domain.full_tensors import EMBED_FIX, FullTable
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import Pair
-from builder_service.domain.safetensors_header import Tensor, TensorFile
+from builder_service.domain.peft_kinds.trainable_tokens import TRAINABLE_TOKENS
+from builder_service.domain.rules.vectors import report_left_out
+from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import TokensKey
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Replaced
@@ -90,6 +92,8 @@ def plan_rows(
             elif planned is not None:
                 found[module] = planned
     _check_indices(tokens, config, base, report)
+    if config.kind is TRAINABLE_TOKENS:
+        _check_rows_alone(file, tokens, config, base, report)
     _check_whole(found, pairs, report)
     rows = sorted(found.values(), key=lambda planned: planned.replaced.module_id)
     return ReplacedRows(rows, _vocab_of(applied, base, report))
@@ -137,12 +141,14 @@ def _is_apart(table: FullTable, config: AdapterConfig) -> bool:
 
 def _are_same(file: TensorFile, tables: list[FullTable]) -> bool:
     first, *others = [table.full.tensor for table in tables]
-    return all(first.shape == other.shape for other in others) and all(
+    return all(_are_equal(file, first, other) for other in others)
+
+
+def _are_equal(file: TensorFile, one: Tensor, other: Tensor) -> bool:
+    pieces = (file.pieces(each.name, PIECE_ELEMENTS) for each in (one, other))
+    return one.shape == other.shape and all(
         np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
-        for other in others
-        for a, b in zip(
-            file.pieces(first.name, PIECE_ELEMENTS), file.pieces(other.name, PIECE_ELEMENTS), strict=True
-        )
+        for a, b in zip(*pieces, strict=True)
     )
 
 
@@ -195,7 +201,8 @@ def _check_indices(
     vocab = base.dims.vocab
     there = [each.key.name for each in tokens]
     for name, indices in config.trainable_tokens.items():
-        shared = base.tied_embeddings and any(config.indices_of(key) == indices for key in there)
+        of_all = base.tied_embeddings or config.kind is TRAINABLE_TOKENS
+        shared = of_all and any(config.indices_of(key) == indices for key in there)
         if not shared and not any(is_end(name, key) for key in there):
             found = f"{name[:80]}, which has no rows in the file"
             report.add("E_EMBED", _INDICES, cause=name, expected="unset", found=found, fix=_AGAIN)
@@ -204,6 +211,22 @@ def _check_indices(
             found = f"{beyond[0]}" if beyond else "one twice"
             expected = f"tokens of the base, each once, below {vocab}"
             report.add("E_EMBED", _INDICES, cause="beyond", expected=expected, found=found, fix=EMBED_FIX)
+
+
+def _check_rows_alone(
+    file: TensorFile, tokens: list[TokenTensor], config: AdapterConfig, base: ModelConfig, report: Grouping
+) -> None:
+    """Report rows that PEFT drops, and rows of tied embeddings and head that differ."""
+    modules = {each.key.module for each in tokens}
+    tied = base.tied_embeddings and len(modules) > 1
+    for each in tokens:
+        field = config.left_out_by(each.key.name)
+        if field and not (tied and each.key.module.name == "head"):
+            report_left_out(each.tensor.name, field, "rows", config, report)
+    rows = [each.tensor for each in tokens if each.tensor.dtype in READABLE]
+    if tied and any(not _are_equal(file, rows[0], other) for other in rows[1:]):
+        found = "rows that differ, of embeddings and head that are tied"
+        report.add("E_EMBED", rows[0].name, expected="the same rows of both", found=found, fix=_ONCE)
 
 
 def _check_whole(found: dict[Module, PlannedRows], pairs: list[Pair], report: Grouping) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from builder_service.domain.derived import Product
 from builder_service.domain.peft_kinds.kind import (
     QUERY_VALUE,
+    Features,
     Fields,
     Pairs,
     Parts,
@@ -49,7 +50,7 @@ def _scale(alpha: float, rank: int, first: int | None, _rs: bool) -> float:
     return (alpha if alpha > 0 else rank) / float(np.float32(first or DEFAULT_RANK) + np.float32(1e-5))
 
 
-def _make(parts: Parts, _: int) -> Sides | None:
+def _make(parts: Parts, _: Features) -> Sides | None:
     a, b, e = (parts[name] for name in PARTS)
     if not (len(a.shape) == len(b.shape) == 2 and e.shape == (a.shape[0], 1) and b.shape[1] == a.shape[0]):
         return None

@@ -1,5 +1,7 @@
 """The type of entries of the port `adapter_kind`, and what several of them use."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ Fields: TypeAlias = Mapping[str, Any]
 """The fields of ``adapter_config.json``."""
 Parts: TypeAlias = Mapping[str, Tensor]
 """The tensors of a module by the names of its kind."""
+Features: TypeAlias = tuple[int, int]
+"""Inputs and outputs of a module of the base; 0 where the base has no such module."""
 Targets: TypeAlias = tuple[str, ...] | str
 """Names, or a pattern."""
 
@@ -54,8 +58,8 @@ class Pairs:
 
     parts: tuple[str, ...] = ()
     """Ends of the names of a module's tensors; none where rows are made of the tensors as they are."""
-    make: Callable[[Parts, int], Sides | None] = lambda *_: None
-    """Returns A and B of a module, of its tensors and the number of its inputs; None for other shapes."""
+    make: Callable[[Parts, Features], Sides | None] = lambda *_: None
+    """Returns A and B of a module, of its tensors and its features; None for other shapes."""
     shared: tuple[str, ...] = ()
     """Tensors that all modules have in common."""
     required: Callable[[Parts], Sequence[str]] | None = None
@@ -86,6 +90,8 @@ class PeftKind:
     """Returns findings about what the config asks for and cannot be served."""
     pairs: Pairs = Pairs()
     """How A and B are made."""
+    variant: Callable[[Fields], PeftKind | None] = lambda _: None
+    """Returns the kind that takes its place for a config; None: there is none."""
     mark: str = ""
     """A part of the names of tensors that no other kind has, where no pairs are made."""
 

@@ -6,12 +6,12 @@ Its rank is at most r * r: rows of A are all products of a row of A1 and one of 
 from typing import Final
 
 from builder_service.domain.derived import Product
-from builder_service.domain.peft_kinds.kind import Pairs, Parts, PeftKind, Side, Sides, are_products
+from builder_service.domain.peft_kinds.kind import Features, Pairs, Parts, PeftKind, Side, Sides, are_products
 
 PARTS: Final = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
-def _make(parts: Parts, _: int) -> Sides | None:
+def _make(parts: Parts, _: Features) -> Sides | None:
     b1, a1, b2, a2 = (parts[name] for name in PARTS)
     if not are_products((b1, a1), (b2, a2)) or (b1.shape[0], a1.shape[1]) != (b2.shape[0], a2.shape[1]):
         return None

@@ -9,13 +9,22 @@ from typing import Final
 import numpy as np
 
 from builder_service.domain.derived import Product
-from builder_service.domain.peft_kinds.kind import Pairs, Parts, PeftKind, Side, Sides, are_products, itself
+from builder_service.domain.peft_kinds.kind import (
+    Features,
+    Pairs,
+    Parts,
+    PeftKind,
+    Side,
+    Sides,
+    are_products,
+    itself,
+)
 from loramux_shared.bundle.npy import Array
 
 FACTORS: Final = ("lokr_w1", "lokr_w2")
 
 
-def _make(parts: Parts, _: int) -> Sides | None:
+def _make(parts: Parts, _: Features) -> Sides | None:
     factors = [_factor(parts, name) for name in FACTORS]
     if None in factors:
         return None

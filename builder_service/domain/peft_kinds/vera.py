@@ -3,7 +3,16 @@
 from typing import Final
 
 from builder_service.domain.derived import Product
-from builder_service.domain.peft_kinds.kind import QUERY_VALUE, Fields, Pairs, Parts, PeftKind, Side, Sides
+from builder_service.domain.peft_kinds.kind import (
+    QUERY_VALUE,
+    Features,
+    Fields,
+    Pairs,
+    Parts,
+    PeftKind,
+    Side,
+    Sides,
+)
 from loramux_shared.faults import Finding
 
 SHARED: Final = ("vera_A", "vera_B")
@@ -24,11 +33,12 @@ def _refusals(fields: Fields) -> list[Finding]:
     ]
 
 
-def _make(parts: Parts, width: int) -> Sides | None:
+def _make(parts: Parts, features: Features) -> Sides | None:
     a, b, out, inner = (parts[name] for name in (*SHARED, *PARTS))
     fits = len(a.shape) == len(b.shape) == 2 and len(out.shape) == len(inner.shape) == 1
     if not fits or (a.shape[0], b.shape[1]) != inner.shape * 2 or b.shape[0] < out.shape[0]:
         return None
+    width, _ = features
     if a.shape[1] < width:
         return None
     rows, columns = out.shape[0], width or a.shape[1]

@@ -1,17 +1,19 @@
 """Warnings about what is legal."""
 
+from collections.abc import Sequence
+
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import FILE
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import Pair
 from builder_service.domain.peft_names import ends
-from builder_service.domain.tensor_names import LoraKey
+from builder_service.domain.tensor_names import LoraKey, TokensKey
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import Finding
 
 
 def legal_findings(
-    pairs: list[Pair], keys: list[LoraKey], config: AdapterConfig, base: ModelConfig
+    pairs: list[Pair], keys: Sequence[LoraKey | TokensKey], config: AdapterConfig, base: ModelConfig
 ) -> list[Finding]:
     """Return the warnings about an adapter that can be served."""
     leaves = {pair.key.leaf for pair in pairs}
@@ -55,7 +57,7 @@ def _alpha_order(pairs: list[Pair], config: AdapterConfig) -> list[Finding]:
     return report.findings()
 
 
-def _targets(keys: list[LoraKey], leaves: set[str], config: AdapterConfig) -> list[Finding]:
+def _targets(keys: Sequence[LoraKey | TokensKey], leaves: set[str], config: AdapterConfig) -> list[Finding]:
     """PEFT does not mind a target that matches no module; people do."""
     where, targets = f"{FILE}: target_modules", config.target_modules
     if config.default_for and not config.target_parameters:

@@ -14,6 +14,7 @@ from builder_service.domain.grouping import Grouping
 from builder_service.domain.initial import with_initial
 from builder_service.domain.own_rows import PlannedRows, TokenTensor, plan_rows
 from builder_service.domain.pairs import Lone, Pair
+from builder_service.domain.peft_kinds.trainable_tokens import TRAINABLE_TOKENS
 from builder_service.domain.planned import PlannedRow, planned_rows, unchanged, unchanged_warning
 from builder_service.domain.rules.checked import CheckedAdapter, Rulebook, is_error
 from builder_service.domain.rules.config import INVOCATION
@@ -24,7 +25,7 @@ from builder_service.domain.rules.values import Values, check_magnitudes, check_
 from builder_service.domain.rules.vectors import check_lone
 from builder_service.domain.safetensors_header import TensorFile
 from builder_service.domain.score_heads import PlannedScore, plan_score
-from builder_service.domain.tensor_names import LoraKey
+from builder_service.domain.tensor_names import LoraKey, TokensKey
 from builder_service.domain.vectors import AdapterVectors, VectorReader
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bases.config import ModelConfig
@@ -89,6 +90,12 @@ class TensorCheck:
     def changes_base(self) -> bool:
         """Return True if A and B, rows or vectors may change what the base computes."""
         return bool(self.pairs or self.replaced or self.vectors.rows)
+
+    @property
+    def chosen(self) -> list[LoraKey | TokensKey]:
+        """Return the keys of modules that `target_modules` must choose."""
+        only_rows = self.config.kind is TRAINABLE_TOKENS
+        return [*self.keys, *(each.key for each in self.tokens if only_rows)]
 
     @property
     def own_tensors(self) -> list[str]:
@@ -158,7 +165,7 @@ def _sort(check: TensorCheck) -> None:
 
 def _read_patterns(check: TensorCheck) -> None:
     """Match the patterns of the config against the adapted modules."""
-    check.config, check.unread = check.config.read([key.name for key in check.keys])
+    check.config, check.unread = check.config.read([key.name for key in check.chosen])
 
 
 def _add_initial(check: TensorCheck) -> None:
@@ -280,7 +287,7 @@ def _add_warnings(check: TensorCheck) -> None:
         *check.vectors.warnings(check.rules.dtype),
         *redundant_warning((*check.copies, *check.vectors.redundant)),
         *tower_warning(check.towers),
-        *legal_findings(check.pairs, check.keys, check.config, check.base),
+        *legal_findings(check.pairs, check.chosen, check.config, check.base),
     ]
 
 

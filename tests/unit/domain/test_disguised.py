@@ -43,6 +43,16 @@ KINDS: dict[str, Any] = {
     ),
     "lokr-of-products": peft.LoKrConfig(r=1, alpha=5, decompose_both=True, alpha_pattern={"v_proj": 2}, **SOME),
 }
+OTHERS: dict[str, Any] = {
+    "miss": peft.MissConfig(r=5, **SOME),
+    "miss-random": peft.MissConfig(r=6, init_weights=False, **SOME),
+    "miss-mini": peft.MissConfig(r=6, mini_r=4, init_weights="mini", **SOME),
+    "tokens": peft.TrainableTokensConfig(token_indices=[50, 9, 5], task_type="CAUSAL_LM"),
+    "tokens-of-both": peft.TrainableTokensConfig(
+        token_indices=[9, 2, 33], task_type="CAUSAL_LM", target_modules=["embed_tokens", "lm_head"]
+    ),
+}
+"""More, of which a replica of this size has no place for all beside those."""
 PROMPT = [5, 9, 2, 40, 17, 33]
 NEW = 12
 
@@ -56,25 +66,28 @@ def make_saved(root: Path) -> World:
     """A base with biases and an adapter of each kind."""
     make_checkpoint(root / "base", LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
     folders = {
-        name: save(root / "base", root / name, each, at) for at, (name, each) in enumerate(KINDS.items())
+        name: save(root / "base", root / name, each, at)
+        for at, (name, each) in enumerate((KINDS | OTHERS).items())
     }
     return World(root / "base", folders, root)
 
 
-def test_what_amounts_to_lora_answers_as_peft_does(world: World) -> None:
-    """All kinds, a plain adapter and the base in one batch, as the files are that PEFT saved."""
-    expected = [oracle_tokens(oracle(world.base, path), PROMPT, NEW) for path in world.adapters.values()]
+@pytest.mark.parametrize("names", [tuple(KINDS), tuple(OTHERS)], ids=["some", "others"])
+def test_what_amounts_to_lora_answers_as_peft_does(world: World, names: tuple[str, ...]) -> None:
+    """Adapters of these kinds and the base in one batch, as the files are that PEFT saved."""
+    folders = {name: world.adapters[name] for name in names}
+    expected = [oracle_tokens(oracle(world.base, path), PROMPT, NEW) for path in folders.values()]
     expected.append(oracle_tokens(oracle(world.base, None), PROMPT, NEW))
     assert len(set(map(tuple, expected))) == len(expected)
-    ready = world.load(world.built())
-    assert run_engine(ready, [(name, PROMPT) for name in (*KINDS, "base")], NEW) == expected
+    some = World(world.base, folders, world.root)
+    assert run_engine(some.load(some.built()), [(name, PROMPT) for name in (*names, "base")], NEW) == expected
 
 
 def test_what_is_written_as_lora_answers_as_the_kind_does(world: World) -> None:
-    """PEFT answers with a folder that a fix wrote as with the adapter's own; kinds without A and B are refused."""
+    """PEFT answers alike with a folder that a fix wrote; kinds without A and B are refused."""
     for name, folder in world.adapters.items():
         fixed, out = fix(world, name)
-        if name in ("pissa-dora", "ia3", "ia3-twice"):
+        if name in ("pissa-dora", "ia3", "ia3-twice", "tokens", "tokens-of-both"):
             assert [finding.code for finding in fixed.findings] == ["E_NO_FIX"]
             continue
         if name == "plain":
@@ -103,7 +116,9 @@ def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
     assert run_engine(world.load(world.built()), [("vera", PROMPT)], NEW) == [expected]
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS, ids=lambda kind: kind.peft_type)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in kinds.KINDS if kind.targets], ids=lambda kind: kind.peft_type
+)
 def test_modules_that_a_config_does_not_name_are_those_of_peft(kind: PeftKind) -> None:
     """The default modules are those of the installed PEFT, for every served architecture."""
     table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind.peft_type}_TARGET_MODULES_MAPPING")
