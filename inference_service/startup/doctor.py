@@ -4,13 +4,15 @@ FOLDER holds the base's ``config.json``. Either form is the answer::
 
     {"torch": "2.13.0", "device": "cpu", "name": "...", "memory_bytes": 1, "free_bytes": 1,
      "dtype": "bfloat16", "backend": "native", "how": "compiled with c++", "product": "bfloat16 ...",
-     "reading": "0.27 GB of weights a token, ...", "warning": null, "threads": 2}
+     "reading": "0.27 GB of weights a token, ...", "warning": null, "threads": 2,
+     "cuda": "", "pinned_bytes": 0, "risks": []}
     {"fault": {"reason": "SETTINGS_INVALID", "message": "..."}}
 """
 
 import json
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,9 +21,11 @@ import torch
 from inference_service.engine.backends.operations import Backend
 from inference_service.engine.models.packed import named
 from inference_service.startup.base import reading_of
+from inference_service.startup.cards import driver_version, why_no_card
 from inference_service.startup.choose import choose_backend
-from inference_service.startup.memory import host_memory
+from inference_service.startup.memory import host_memory, plan_host_tier
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.memory import GB
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import Fault
 from loramux_shared.process import log_to_stderr
@@ -31,6 +35,8 @@ SIDE: Final = 2048
 """Side of a square matrix that stands for a linear."""
 READ_BYTES: Final = 128 * 2**20
 """Bytes of all matrices together."""
+MAX_OWN_BYTES: Final = 10**9
+"""Memory of a card that this process takes before it loads anything, at most: CUDA's context."""
 
 
 def main() -> int:
@@ -66,7 +72,51 @@ def examine(folder: Path) -> dict[str, Any]:
         "reading": _reading(chosen, config),
         "warning": chosen.computing.warning,
         "threads": torch.get_num_threads(),
+        **look_at_card(settings, chosen.device, driver_version()),
     }
+
+
+def look_at_card(settings: InferenceSettings, device: torch.device, driver: str | None) -> dict[str, Any]:
+    """Return what drives a card, the host memory that a replica would lock, and what may go wrong.
+
+    driver is the version of NVIDIA's; on a CPU beside one, the answer is why no card is used.
+    """
+    if device.type == "cpu":
+        unused = driver is not None and settings.device != "cpu" and not torch.cuda.is_available()
+        why = [f"a card is not used: {why_no_card(driver, torch.version.cuda)}"] if unused else []
+        return {"cuda": "", "pinned_bytes": 0, "risks": why}
+    free, total = torch.cuda.mem_get_info()
+    host, ranks = host_memory().free, settings.tensor_parallel or 1
+    pinned = ranks * plan_host_tier(settings, host, ranks)
+    installed = f"NVIDIA driver {driver}, torch for CUDA {torch.version.cuda}, Triton {_triton()}"
+    return {
+        "cuda": installed,
+        "pinned_bytes": pinned,
+        "risks": risks(settings, used=total - free, pinned=pinned, host=host),
+    }
+
+
+def risks(settings: InferenceSettings, *, used: int, pinned: int, host: int) -> list[str]:
+    """Return what may go wrong on a card of which others use so many bytes, beside a host with so many free."""
+    found = []
+    if used > MAX_OWN_BYTES:
+        found.append(
+            f"other processes use {used / GB:.1f} GB of the card: a replica plans with what is free now. Set "
+            "LORAMUX_KV_MEMORY_GB where they will take more"
+        )
+    if pinned < (settings.tensor_parallel or 1) * int(settings.adapter_host_gb * GB):
+        found.append(
+            f"LORAMUX_ADAPTER_HOST_GB={settings.adapter_host_gb:g} is too much for {host / GB:.1f} GB of free "
+            f"memory: {pinned / GB:.1f} GB will be locked. Lower it, or give the container more memory"
+        )
+    return found
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
 
 
 def _reading(backend: Backend, config: ModelConfig) -> str:

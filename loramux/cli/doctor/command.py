@@ -180,7 +180,10 @@ def show_diagnosis(found: Diagnosis) -> None:
     """Print a diagnosis: the verdict, what a replica would run on and reach, then what is installed."""
     for problem in found.problems:
         shell.show(f"wrong: {problem}", "bold red")
-    if not found.problems:
+    risks = () if isinstance(found.inference, str) else found.inference.risks
+    for risk in risks:
+        shell.show(f"risk: {risk}", "yellow")
+    if not found.problems and not risks:
         shell.show("nothing is wrong", "bold green")
     shell.show()
     machine = found.machine
@@ -219,6 +222,9 @@ def _show_inference(found: Diagnosis) -> None:
         return
     free, memory = decimal(chosen.free_bytes), decimal(chosen.memory_bytes)
     _line("runs on", f"{chosen.device}: {chosen.name}, {free} of {memory} free, {chosen.threads} threads")
+    if chosen.cuda:
+        _line("driven by", chosen.cuda)
+        _line("locks", f"{decimal(chosen.pinned_bytes)} of the host's memory for adapters, at most")
     _line("computes in", f"{chosen.dtype}, backend {chosen.backend}: {chosen.how}")
     _line("multiplies", chosen.product)
     if found.base and chosen.reading:

@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,12 @@ class Inference:
     warning: str | None
     """Why it is slower than it could be, what that costs and what to do; None where it is not."""
     threads: int
+    cuda: str = ""
+    """What drives a card: driver, CUDA of torch, Triton; empty on a CPU."""
+    pinned_bytes: int = 0
+    """Host memory that a replica on a GPU locks for adapters, at most."""
+    risks: Sequence[str] = ()
+    """What may go wrong with a card, each with its cure."""
 
 
 @dataclass(frozen=True)
