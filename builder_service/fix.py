@@ -1,4 +1,4 @@
-"""``python -m builder_service.fix``: what ``loramux check --fix`` starts, for one adapter and then no more.
+"""``python -m builder_service.fix``: the process that ``loramux check --fix`` starts for one adapter.
 
 The question is JSON on stdin: what would be built, the folder to write, and folders that may be read. The
 answer is JSON on stdout: the changes, the findings, or a fault.

@@ -41,7 +41,7 @@ _CACHED: Final = "models--"
 
 @dataclass(frozen=True)
 class FixedAdapter:
-    """What became of an adapter: written again, nothing to fix, or refused."""
+    """The result for an adapter: written again, nothing to fix, or refused."""
 
     changes: tuple[str, ...] = ()
     """Differences of the folder that was written; none: nothing was."""
@@ -78,12 +78,12 @@ def fix_folder(
     folder: Path, used: tuple[str, ...], beside: list[str], rules: Rulebook, out: Path
 ) -> FixedAdapter:
     """Write a folder of ours, whose config may be changed, as another one; files beside are copied."""
-    fields, repaired = _repair(folder, used)
+    fields, changes = _repair(folder, used)
     before = _read(folder, rules, npy=CONFIG not in used)
     if isinstance(before, CheckedAdapter):
         return FixedAdapter(findings=before.errors)
     written = before.fields(fields)
-    changes = [*repaired, *_changes(before, fields, written, files=len(used) - 2)]
+    changes += _changes(before, fields, written, files=len(used) - 2)
     if not changes:
         return FixedAdapter()
     new = _folder_beside(out)
@@ -160,13 +160,13 @@ def _repair(folder: Path, used: tuple[str, ...]) -> tuple[dict[str, Any], list[s
         return {}, []  # which the rules will say
     if not isinstance(fields, dict):
         return {}, []
-    mended: dict[str, Any] = {"peft_type": LORA.peft_type} | fields
+    repaired: dict[str, Any] = {"peft_type": LORA.peft_type} | fields
     if isinstance(rank := fields.get("r"), float) and rank.is_integer():
-        mended["r"] = int(rank)
-    changes = _changed_fields(fields, mended)
+        repaired["r"] = int(rank)
+    changes = _changed_fields(fields, repaired)
     if changes:
-        (folder / CONFIG).write_text(json.dumps(mended), encoding="utf-8")
-    return mended, changes
+        (folder / CONFIG).write_text(json.dumps(repaired), encoding="utf-8")
+    return repaired, changes
 
 
 def _changed_fields(fields: Mapping[str, Any], written: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from loramux_shared.untrusted_json import parse_strict_json
 
 @dataclass(frozen=True)
 class FixedAdapter:
-    """What became of an adapter."""
+    """The result for an adapter."""
 
     repository: Repository
     """The folder that was written, or the adapter as it was."""

@@ -79,8 +79,8 @@ _REFUSED: Final = (
     ("E_EMPTY_TARGETS", "no target modules and no tensors", "Train again with `target_modules`."),
     ("E_BAD_CONFIG", "the config is not a JSON object, has a key twice, or a field has an impossible value or "
      "a pattern that cannot be matched in time", "Correct the file."),
-    ("E_NOT_LORA", "`peft_type` is neither LORA nor a kind that amounts to it (ADALORA, IA3, LOHA, LOKR, "
-     "VERA), or a VeRA adapter without its projections",
+    ("E_NOT_LORA", "`peft_type` is neither LORA nor a kind that amounts to it (ADALORA, IA3, LOHA, LOKR, MISS, "
+     "TRAINABLE_TOKENS, VERA), a VeRA adapter without its projections, or MiSS with `init_weights` `bat`",
      f"{_MERGE} PEFT's `save_as_lora` approximates some kinds by a LoRA. Save VeRA again with "
      "`save_projection`."),
     ("E_MLX", "an MLX adapter: transposed, with an absolute scale",

@@ -28,7 +28,7 @@ WRITTEN: Final = [
 
 @pytest.mark.parametrize("shape", TRIED, ids=lambda shape: shape.name.replace(" ", "-"))
 def test_every_shape_is_fixed_or_refused_by_name(tmp_path: Path, shape: Shape) -> None:
-    """What is written is served exactly by every server that was run; a refusal writes nothing."""
+    """Every server that was run serves a written folder exactly; a refusal writes nothing."""
     done = fix(shape, tmp_path)
     assert done.row == ROWS[shape.name]
     assert done.out.exists() == bool(done.fixed.changes)

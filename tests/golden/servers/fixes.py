@@ -1,4 +1,4 @@
-"""What `loramux check --fix` makes of every shape, and what servers make of the result.
+"""The results of `loramux check --fix` for every shape, and the verdicts of servers about them.
 
 ::
 

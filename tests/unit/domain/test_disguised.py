@@ -105,6 +105,82 @@ def fix(world: World, name: str) -> tuple[FixedAdapter, Path]:
     return fix_one(build, context_of(world.root), Progress(build.lora_adapters), out), out
 
 
+def tokens(*targets: str) -> Any:
+    """Return the config of rows of some tokens, of these modules or of PEFT's choice."""
+    return peft.TrainableTokensConfig(
+        token_indices=[50, 9, 5], task_type="CAUSAL_LM", target_modules=list(targets) or None
+    )
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> World:
+    """A base whose head is its embeddings, and rows of both, and of the head alone."""
+    root = tmp_path_factory.mktemp("tied")
+    make_checkpoint(root / "base", LlamaConfig(**(SIZES | {"tie_word_embeddings": True})))
+    configs = {"both": tokens(), "head": tokens("lm_head")}
+    folders = {
+        name: save(root / "base", root / name, each, at) for at, (name, each) in enumerate(configs.items())
+    }
+    return World(root / "base", folders, root)
+
+
+def test_rows_of_a_tied_base_are_those_of_peft(tied: World) -> None:
+    """Rows of embeddings are the head's too, however often the file has them; those of a head are not."""
+    expected = [oracle_tokens(oracle(tied.base, path), PROMPT, NEW) for path in tied.adapters.values()]
+    expected.append(oracle_tokens(oracle(tied.base, None), PROMPT, NEW))
+    assert len(set(map(tuple, expected))) == len(expected)
+    names = (*tied.adapters, "base")
+    assert run_engine(tied.load(tied.built()), [(name, PROMPT) for name in names], NEW) == expected
+
+
+HEAD_ROWS = "base_model.model.lm_head.trainable_tokens_delta"
+
+
+def of_rows(folder: Path, tensors: dict[str, Any], **fields: Any) -> None:
+    """Write rows with changes of their config."""
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize(
+    ("of", "fields", "changed", "expected"),
+    [
+        ("world", {"target_modules": ["lm_head"]}, {}, "E_TARGETS"),
+        ("world", {"target_modules": "model.embed_tokens"}, {HEAD_ROWS: np.ones((3, 48), "f4")}, "E_TARGETS"),
+        ("world", {"token_indices": [50, 9]}, {}, "E_EMBED"),
+        ("world", {"token_indices": [50, 9, 9]}, {}, "E_EMBED"),
+        ("world", {"token_indices": {"a": [1]}}, {}, "E_BAD_CONFIG"),
+        ("tied", {}, {HEAD_ROWS: np.ones((3, 48), "f4")}, "E_EMBED"),
+        ("tied", {}, {HEAD_ROWS: np.ones((3, 48), "i4")}, "E_DTYPE"),
+    ],
+)
+def test_rows_that_peft_would_drop_or_mix_up_are_refused(
+    request: pytest.FixtureRequest, of: str, fields: dict[str, Any], changed: dict[str, Any], expected: str
+) -> None:
+    """Rows of modules that the config leaves out, of other tokens, and of tied modules that differ."""
+    there: World = request.getfixturevalue(of)
+    folder = save(there.base, there.root / f"changed-{expected}-{len(str(fields))}-{len(changed)}", tokens(), 4)
+    of_rows(folder, load_file(folder / "adapter_model.safetensors") | changed, **fields)
+    with pytest.raises(AdapterInvalid) as refusal:
+        World(there.base, {"rows": folder}, there.root).build(MemoryStore())
+    assert expected in [finding.code for finding in refusal.value.findings]
+
+
+def test_miss_that_multiplies_the_base_or_has_other_blocks_is_refused(world: World) -> None:
+    """`bat` is no sum of the base and a product; a block of another width is another base's."""
+    bat = save(world.base, world.root / "bat", peft.MissConfig(r=4, init_weights="bat", **SOME), 1)
+    narrow = save(world.base, world.root / "narrow", peft.MissConfig(r=6, **SOME), 1)
+    halves = {
+        name: value[:, ::2].copy() for name, value in load_file(narrow / "adapter_model.safetensors").items()
+    }
+    save_file(halves, narrow / "adapter_model.safetensors", metadata={"format": "pt"})
+    for folder, code in ((bat, "E_NOT_LORA"), (narrow, "E_DIMS")):
+        with pytest.raises(AdapterInvalid) as refusal:
+            World(world.base, {"miss": folder}, world.root).build(MemoryStore())
+        assert {finding.code for finding in refusal.value.findings} == {code}
+
+
 def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
     """VeRA of a shared expert is cut to the expert's width, beside other experts of the base."""
     make_checkpoint(tmp_path / "base", CASES["qwen3_5-moe"].config)

@@ -111,7 +111,7 @@ def test_an_alpha_divided_by_the_rank_is_the_scale() -> None:
 
 
 def test_a_difference_is_named(tmp_path: Path) -> None:
-    """What is read again is compared number by number: a scale, a tensor or a module that differs is named."""
+    """The comparison is number by number: a scale, a tensor or a module that differs is named."""
     before = read(write_adapter(tmp_path / "one"))
     assert differences(before, read(tmp_path / "one")) == []
     other = tensors()
