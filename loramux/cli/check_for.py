@@ -22,6 +22,7 @@ from loramux_shared.adapter_files import CONFIG, MODEL_CONFIG, weight_files
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import RepoNotFound, SettingsInvalid
 from loramux_shared.spelling import GGUF_SUFFIX
+from loramux_shared.wording import listed
 
 if TYPE_CHECKING:
     from loramux.cli.check_fix import FixedAdapter
@@ -189,8 +190,7 @@ def show_verdicts(verdicts: Sequence[Verdict]) -> None:
             f"{verdict.server.title}: {verdict.text}",
             "yellow" if verdict.outcome is Outcome.UNKNOWN else "bold red",
         )
-        more = f" and {len(verdict.keys) - MAX_NAMED} more" if len(verdict.keys) > MAX_NAMED else ""
-        named = ", ".join(verdict.keys[:MAX_NAMED]) + more
+        named = listed(verdict.keys, MAX_NAMED, none="")
         for name, value in (
             ("why", verdict.why),
             ("tensors", named),

@@ -6,6 +6,7 @@ from typing import Any, Final
 from xml.etree import ElementTree
 
 from loramux.servers.verdicts import Outcome, Verdict
+from loramux_shared.wording import listed
 
 _LEVELS: Final = {Outcome.UNKNOWN: "note"}
 _SARIF: Final = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -31,7 +32,7 @@ def verdict_fields(verdict: Verdict) -> dict[str, Any]:
 
 def message(verdict: Verdict) -> str:
     """Return a verdict as a sentence, with its cure."""
-    named = ", ".join(verdict.keys[:MAX_NAMED]) + (" ..." if len(verdict.keys) > MAX_NAMED else "")
+    named = listed(verdict.keys, MAX_NAMED, none="")
     parts = (f"{verdict.server.title} {verdict.server.version} {verdict.text}", verdict.why, named, verdict.fix)
     return ": ".join(part for part in parts if part)
 

@@ -4,6 +4,9 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import Final
 
 from loramux_bench.records import Record, Run, percentile
 from loramux_bench.workload import Plan
@@ -99,9 +102,9 @@ def report(run: Run) -> Report:
 
 
 def _figures(model: str, records: Mapping[str, Sequence[Record]], seconds: float, run: Run) -> Figures:
-    everything = [each for name in records for each in records[name]]
+    everything = [*chain.from_iterable(records.values())]
     answered = [each for each in everything if not each.error]
-    uses = [_uses(each) for name, each in records.items() if name not in run.warmed]
+    first, later = _uses([each for name, each in records.items() if name not in run.warmed])
     tokens, span = sum(each.tokens for each in answered), seconds or 1.0
     good = sum(is_good(each, run.plan) for each in answered)
     return Figures(
@@ -113,19 +116,27 @@ def _figures(model: str, records: Mapping[str, Sequence[Record]], seconds: float
         request_throughput=len(answered) / span,
         output_throughput=tokens / span,
         request_goodput=good / span if has_limits(run.plan) else None,
-        ttft_ms=_summary(each.ttft_ms for each in answered),
-        tpot_ms=_summary(each.tpot_ms for each in answered),
-        itl_ms=_summary(gap for each in answered for gap in each.itl_ms),
-        e2el_ms=_summary(each.e2el_ms for each in answered),
-        first_use_ttft_ms=_summary(each.ttft_ms for first, _ in uses for each in first),
-        later_ttft_ms=_summary(each.ttft_ms for _, later in uses for each in later),
+        ttft_ms=_summary(map(_TTFT, answered)),
+        tpot_ms=_summary(map(attrgetter("tpot_ms"), answered)),
+        itl_ms=_summary(chain.from_iterable(map(attrgetter("itl_ms"), answered))),
+        e2el_ms=_summary(map(attrgetter("e2el_ms"), answered)),
+        first_use_ttft_ms=_summary(map(_TTFT, first)),
+        later_ttft_ms=_summary(map(_TTFT, later)),
     )
 
 
-def _uses(records: Sequence[Record]) -> tuple[Sequence[Record], Sequence[Record]]:
-    """Return a model's first answered request, and those that found the model there."""
-    answered = sorted((x for x in records if x.first_s is not None and not x.error), key=lambda x: x.due_s)
-    return answered[:1], [each for each in answered if each.due_s >= (answered[0].first_s or 0.0)]
+_TTFT: Final = attrgetter("ttft_ms")
+
+
+def _uses(models: Iterable[Sequence[Record]]) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Return the first answered request of each model, and those that found their model there."""
+    first: list[Record] = []
+    later: list[Record] = []
+    for records in models:
+        answered = sorted((x for x in records if x.first_s is not None and not x.error), key=lambda x: x.due_s)
+        first += answered[:1]
+        later += [each for each in answered if each.due_s >= (answered[0].first_s or 0.0)]
+    return first, later
 
 
 def has_limits(plan: Plan) -> bool:

@@ -208,16 +208,24 @@ def add_event(event: dict[str, Any], record: Record, at_s: float) -> bool:
         message = error.get("message", error) if isinstance(error, dict) else error
         record.error, record.message = "STREAM_ERROR", str(message)[:MAX_MESSAGE]
     if usage := event.get("usage"):
-        record.tokens = usage.get("completion_tokens") or 0
-        record.has_usage = record.tokens > 0
-        record.prompt_tokens = usage.get("prompt_tokens") or 0
-        record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        _add_usage(usage, record)
     ended = False
     for choice in event.get("choices") or ():
         part = choice.get("delta") or choice
         ended |= bool(choice.get("finish_reason"))
-        texts = [part[name] for name in TEXTS if part.get(name) is not None]
-        # An empty text is a token that shows nothing, unless it opens or closes a stream.
-        if any(texts) or (texts and not ended and "role" not in part):
+        if _has_token(part, ended=ended):
             record.add_chunk(at_s)
     return ended
+
+
+def _add_usage(usage: dict[str, Any], record: Record) -> None:
+    record.tokens = usage.get("completion_tokens") or 0
+    record.has_usage = record.tokens > 0
+    record.prompt_tokens = usage.get("prompt_tokens") or 0
+    record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+
+
+def _has_token(part: dict[str, Any], *, ended: bool) -> bool:
+    """Return True for a part with a token; an empty text is one, unless it opens or closes a stream."""
+    texts = [part[name] for name in TEXTS if part.get(name) is not None]
+    return any(texts) or (bool(texts) and not ended and "role" not in part)

@@ -38,6 +38,7 @@ def test_a_table_with_the_cause_and_the_cure(folder: Path) -> None:
     assert [row[0] for row in rows] == ["server", "vLLM", "SGLang"]
     assert "loads it and ignores all of 8 tensors" in text
     assert "  fix      Unwrap the model before you save it" in text
+    assert " and 3 more\n" in text
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,7 @@ def test_junit(folder: Path) -> None:
     suite = ElementTree.fromstring(text)  # noqa: S314 - our own
     assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("3", "1", "1")
     assert [[part.tag for part in case] for case in suite] == [["skipped"], ["failure"], []]
+    assert " and 3 more: " in (suite[1][0].text or "")
 
 
 def test_our_own_verdict_is_the_builders(folder: Path) -> None:
