@@ -23,6 +23,9 @@ ALIGNMENT: Final = 4096
 PART_BYTES: Final = 256 << 20
 """Memory that is locked at once, at least: tenths of a second."""
 
+OUT_OF_MEMORY: Final = 2
+"""CUDA's number of that error."""
+
 LockPages = Callable[[int, int], int]
 """Locks the pages from an address on, of so many bytes; returns 0, or CUDA's number of an error."""
 Piece: TypeAlias = tuple[int, int, int]
@@ -113,7 +116,11 @@ class Slab:
 
     def _add_part(self, num_bytes: int) -> int:
         """Lock a part of the plan; return 0, or CUDA's number of an error, behind which no part is tried."""
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            self._left = 0
+            return OUT_OF_MEMORY
         with suppress(OSError):  # a kernel need not have them
             memory.madvise(mmap.MADV_HUGEPAGE)
         memory.madvise(mmap.MADV_DONTFORK)  # a child that copied them would move what CUDA has locked

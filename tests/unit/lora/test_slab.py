@@ -118,6 +118,14 @@ def test_memory_is_private_and_no_childs() -> None:
     assert " dc" in flags
 
 
+def test_memory_that_cannot_be_mapped_is_like_memory_that_cannot_be_locked() -> None:
+    """A part beyond the address space is reported; torch has no other memory of that size either."""
+    memory = Slab(1 << 60, Locking(9))
+    with capture_logs() as logs, pytest.raises(RuntimeError, match="allocate"):
+        memory.empty(1 << 58, torch.uint8)
+    assert [entry["cuda_error"] for entry in logs] == [2]
+
+
 def test_a_refusal_to_lock_names_the_setting() -> None:
     """The start ends with the setting to lower, and CUDA's number."""
     with pytest.raises(ResourcesExhausted, match=r"8,192 bytes .* error 2\)\. Lower LORAMUX_ADAPTER_HOST_GB"):

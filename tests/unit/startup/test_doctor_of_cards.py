@@ -1,4 +1,4 @@
-"""What the doctor says of a card, or of one that torch does not find."""
+"""The doctor on a machine with a card, and with one that torch does not find."""
 
 from pathlib import Path
 
