@@ -88,7 +88,8 @@ def look_at_card(settings: InferenceSettings, device: torch.device, driver: str 
     free, total = torch.cuda.mem_get_info()
     host, ranks = host_memory().free, settings.tensor_parallel or 1
     pinned = ranks * plan_host_tier(settings, host, ranks)
-    installed = f"NVIDIA driver {driver or 'of unknown version'}, torch for CUDA {torch.version.cuda}, Triton {_triton()}"
+    of_driver = driver or "of unknown version"
+    installed = f"NVIDIA driver {of_driver}, torch for CUDA {torch.version.cuda}, Triton {_triton()}"
     return {
         "cuda": installed,
         "pinned_bytes": pinned,

@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,19 +132,13 @@ def test_random_steps_give_the_tokens_of_one_process(
         programs = Programs(monkeypatch)
         memory = (64 * 2 * 2 * 2 * 8 * 4 * max(1, block // 8) + 8 * states) / 1e9 / ranks
         ready = load(built, tensor_parallel=ranks, kv_memory_gb=memory, block_size=block, **sizes)
-        engine, draw, answers = ready.core, random.Random(3), defaultdict(list)
-        for step in range(requests * 4):
-            if step % 4 == 0:
-                engine.add(request(ready, str(step), draw))
-            take(ready, answers)
-        while not engine.idle:
-            take(ready, answers)
-        assert engine.stats.preemptions
-        assert engine.stats.prefix_tokens_hit
-        assert ready.bank.residency.stats.evictions
-        found.append(answers)
-        assert block < 16 or states or programs.runs
-        close(ready)
+        with ExitStack() as stack:
+            stack.callback(close, ready)
+            found.append(take_random(ready, requests))
+            assert ready.core.stats.preemptions
+            assert ready.core.stats.prefix_tokens_hit
+            assert ready.bank.residency.stats.evictions
+            assert block < 16 or states or programs.runs
     assert found[0].keys() == found[1].keys()
     for name, outputs in found[0].items():
         for one, other in zip(outputs, found[1][name], strict=True):
@@ -155,6 +150,22 @@ def test_random_steps_give_the_tokens_of_one_process(
             assert [each.logprob for each in one.prompt[1:]] == pytest.approx(
                 [each.logprob for each in other.prompt[1:]], abs=1e-3
             )
+
+
+def take_random(ready: Replica, requests: int) -> dict[str, list[StepOutput]]:
+    """Answer random requests, then one twice: which of the others share prefixes, the time of loads decides."""
+    engine, draw, answers = ready.core, random.Random(3), defaultdict(list)
+    for step in range(requests * 4):
+        if step % 4 == 0:
+            engine.add(request(ready, str(step), draw))
+        take(ready, answers)
+    for name in ("first", "second"):
+        while not engine.idle:
+            take(ready, answers)
+        engine.add(sequence(ready, name, "base", [*range(3, 43)], SamplingParams(max_tokens=1)))
+    while not engine.idle:
+        take(ready, answers)
+    return answers
 
 
 def take(ready: Replica, answers: dict[str, list[StepOutput]]) -> None:
