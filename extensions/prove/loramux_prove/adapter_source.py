@@ -102,7 +102,7 @@ def _read_peft(
     if config["peft_type"] == "IA3":
         return _scaled(scales(tensors), base)
     if config["peft_type"] != "LORA":
-        return _made(products(config, tensors, lambda name: _width(name, base)), base)
+        return _made(products(config, tensors, lambda name: _sizes(name, base)), base)
     sides: dict[tuple[int, str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if match := _KEY.fullmatch(key):
@@ -167,16 +167,18 @@ def _scaled(own: Mapping[str, Tensor], base: ModelConfig) -> dict[tuple[int, str
     """Return scales of outputs of modules by their names as factors."""
     found = {}
     for name, c in own.items():
-        (layer, leaf), inside = _place(name), _width(name, base)
+        (layer, leaf), (inside, _) = _place(name), _sizes(name, base)
         for module, part in _split(_PARTS[leaf], layer, c, base):
             nothing = torch.zeros(0, inside), torch.zeros(len(part), 0)
             found[layer, module] = ReferenceFactors(*nothing, part, scales_bias=True, normalised=True)
     return found
 
 
-def _width(name: str, base: ModelConfig) -> int:
+def _sizes(name: str, base: ModelConfig) -> tuple[int, int]:
+    """Return the inputs and the outputs of a linear of a checkpoint."""
     layer, leaf = _place(name)
-    return _features(base, _PARTS[leaf][0], layer)[0]
+    found = [_features(base, module, layer) for module in _PARTS[leaf]]
+    return found[0][0], sum(out for _, out in found)
 
 
 def _place(name: str) -> tuple[int, str]:

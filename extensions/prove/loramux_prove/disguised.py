@@ -12,7 +12,7 @@ from torch import Tensor
 
 _PART: Final = re.compile(
     r"base_model\.model\.(?P<name>.+)\."
-    r"(?P<part>lora_[ABE]|vera_lambda_[bd]|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)(?:\.[^.]+)?"
+    r"(?P<part>lora_[ABE]|vera_lambda_[bd]|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|miss_block)(?:\.[^.]+)?"
 )
 
 Parts: TypeAlias = Mapping[str, Tensor]
@@ -21,14 +21,14 @@ Product: TypeAlias = tuple[Tensor, Tensor]
 
 
 def products(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], width: Callable[[str], int]
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], features: Callable[[str], tuple[int, int]]
 ) -> dict[str, Product]:
     """Return what is added to the weight of each module.
 
     Args:
         config: of a kind that is not LORA.
         tensors: of the file.
-        width: of a module's name, the elements that it reads.
+        features: of a module's name, its inputs and outputs.
     """
     parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     shared: dict[str, Tensor] = {}
@@ -39,7 +39,9 @@ def products(
             shared[key.split(".")[1]] = tensor.double()
     kind = config["peft_type"]
     if kind == "VERA":
-        return {name: _vera(own, shared, width(name)) for name, own in parts.items()}
+        return {name: _vera(own, shared, features(name)[0]) for name, own in parts.items()}
+    if kind == "MISS":
+        return {name: _miss(own, *features(name)) for name, own in parts.items()}
     if kind == "ADALORA":
         alpha = 8.0 if config.get("lora_alpha") is None else float(config["lora_alpha"])
         first = config.get("init_r", 12) + 1e-5
@@ -91,6 +93,13 @@ def _vera(own: Parts, shared: Parts, width: int) -> Product:
     out = len(own["vera_lambda_b"])
     a = own["vera_lambda_d"][:, None] * shared["vera_A"][:, :width]
     return a, own["vera_lambda_b"][:, None] * shared["vera_B"][:out]
+
+
+def _miss(own: Parts, inside: int, out: int) -> Product:
+    """Return a sum of every r-th input, and the block: its columns repeat where outputs are more."""
+    rank, columns = own["miss_block"].shape
+    a = (torch.arange(inside) % rank == torch.arange(rank)[:, None]).double()
+    return a, own["miss_block"].T.repeat(out // columns, 1)
 
 
 def _loha(own: Parts) -> Product:

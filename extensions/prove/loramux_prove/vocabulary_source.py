@@ -98,7 +98,8 @@ def _is_saved(config: Mapping[str, Any], name: str) -> bool:
 
 
 def _indices(config: Mapping[str, Any], name: str) -> Tensor:
-    trained = config["trainable_token_indices"]
+    alone = config["peft_type"] == "TRAINABLE_TOKENS"
+    trained = config["token_indices" if alone else "trainable_token_indices"]
     if isinstance(trained, dict):
         trained = next(indices for module, indices in trained.items() if f".{name}".endswith(f".{module}"))
     return torch.tensor(trained, dtype=torch.int64)

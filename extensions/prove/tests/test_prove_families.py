@@ -93,6 +93,13 @@ def test_a_second_reading_finds_the_same(disguised: World, rank: int | None) -> 
             torch.testing.assert_close(read, product, rtol=0, atol=2e-5 * float(product.abs().max()))
 
 
+def test_proofs_of_blocks_and_of_rows_hold(disguised: World) -> None:
+    """MiSS and trainable tokens are read a second time, and replayed."""
+    folders = {name: disguised.adapters[name] for name in ("miss", "miss-mini", "tokens", "tokens-of-both")}
+    world = World(disguised.base, folders, disguised.root)
+    expect_passed(world, proved(world))
+
+
 def test_a_proof_knows_the_head_that_answers(tmp_path: Path) -> None:
     """The reference takes the same head: proofs of adapters on such a base hold."""
     world = make_world(tmp_path, tie_word_embeddings=True)
