@@ -91,6 +91,7 @@ _NAMES: Final = {
     AdapterKind.VERA: "VeRA",
     AdapterKind.LOHA: "LoHa",
     AdapterKind.LOKR: "LoKr",
+    AdapterKind.MISS: "MiSS",
     AdapterKind.DORA: "DoRA",
     AdapterKind.IA3: "IA3",
 }

@@ -60,6 +60,7 @@ DISGUISED: dict[str, Any] = {
     "ia3": peft.IA3Config(feedforward_modules=["down_proj"], **SOME),
     "vera": peft.VeraConfig(r=5, **SOME),
     "loha": peft.LoHaConfig(r=2, alpha=5, **SOME),
+    "miss": peft.MissConfig(r=5, **SOME),
 }
 UNTRAINED = "untrained"
 """IA3, whose scales are all 1."""
@@ -155,6 +156,7 @@ def test_all_kinds_in_one_batch_equal_peft(answers: tiny.Answers, counted: Count
 def test_two_ranks_answer_the_same(answers: tiny.Answers, counted: Counted) -> None:
     """Two ranks answer as PEFT for all kinds: magnitudes, biases and own tables count once."""
     settings: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 48, "speculative_tokens": 2}
+    settings["preload"] = len(answers.world.adapters)  # ranks have what is resident before they begin
     ready = answers.world.load(answers.store, **settings)
     with run_in_ranks(ready, answers.world.base, answers.store) as ranks:
         for situation in ("mixed batch", "prefix hits"):

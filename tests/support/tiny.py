@@ -270,6 +270,7 @@ def run_sequences(ready: Replica, sequences: Iterable[EngineSequence]) -> dict[s
         engine.add(each)
         outputs[each.id] = []
     while not engine.idle:
+        ready.engine.inbox.receive(0)
         for output in engine.step():
             outputs[output.seq_id].append(output)
     return outputs

@@ -20,6 +20,7 @@ class AdapterKind(StrEnum):
     VERA = "vera"
     LOHA = "loha"
     LOKR = "lokr"
+    MISS = "miss"
     DORA = "dora"
     """Its rows have lengths of their own."""
     IA3 = "ia3"
@@ -51,6 +52,7 @@ _MARKS: Final = tuple(
         (AdapterKind.VERA, "vera_lambda_[bd]"),
         (AdapterKind.LOHA, "hada_w[12]_[ab]"),
         (AdapterKind.LOKR, "lokr_w[12](_[ab])?"),
+        (AdapterKind.MISS, "miss_block"),
         (AdapterKind.DORA, "lora_magnitude_vector"),
         (AdapterKind.IA3, "ia3_l"),
         (AdapterKind.BIAS, "bias"),
