@@ -21,7 +21,14 @@ from inference_service.engine.execution.graph_runner import ROOM
 from inference_service.engine.kernels.launch import stream_of
 from inference_service.engine.lora.packed import PackedAdapter
 from inference_service.engine.lora.places import ALIGNMENT
-from inference_service.engine.lora.weights import AdapterWeights, in_order, load_adapter, part_of, values_of
+from inference_service.engine.lora.weights import (
+    AdapterWeights,
+    check_vocabulary,
+    in_order,
+    load_adapter,
+    part_of,
+    values_of,
+)
 from inference_service.engine.models.decoder import Decoder
 from loramux_shared.bundle.manifest import REBUILD, Manifest
 from loramux_shared.bundle.proof import Proof
@@ -102,7 +109,7 @@ class Packer:
         """Pack a bundle; a proof that fails names the adapter so, or by its digest.
 
         Raises:
-            BundleCorrupt: it has rows that the base has no place for.
+            BundleCorrupt: it has rows that the base has no place for, or tokens without rows.
             ResourcesExhausted: it has more tokens of its own than recorded steps have room for.
             ProofFailed: the adapter answers otherwise than its proof says.
         """
@@ -112,6 +119,7 @@ class Packer:
                 f"the adapter has a proof, which {ranks.shard.world} tensor-parallel ranks cannot replay. "
                 "Build the deployment without proofs, or serve it with LORAMUX_TENSOR_PARALLEL=1."
             )
+        check_vocabulary(bundle.manifest, (config if ranks is None else ranks.shard.whole).dims)
         room = (bundle.manifest.vocab or 0) - config.dims.vocab
         if room > ROOM and self._model.device.type == "cuda":
             raise ResourcesExhausted(

@@ -1,6 +1,7 @@
 """Adapters with embeddings and a head of their own, token for token against PEFT in float32."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig, LlamaConfig
 
+from inference_service.adapters.loader import Packer
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.engine.lora.segments import Segment
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.bundle.reader import read_bundle, read_manifest
+from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
@@ -146,3 +149,26 @@ def test_a_slot_that_was_left_has_no_tables(world: World, store: MemoryStore) ->
     assert lora.vocabularies.of(rows, lambda: rows) is not None
     lora.leave(slot)
     assert lora.vocabularies.of(rows, lambda: rows) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab", "part", "problem"),
+    [
+        ("plain", 1 << 40, {}, f"vocab: expected rows for each of {1 << 40} tokens, found {VOCAB}"),
+        ("factors", VOCAB + 1, {}, f"embedding: expected factors for {VOCAB + 1} tokens, found {VOCAB}"),
+        ("tokens", None, {"tokens": ((VOCAB, 5),)}, f"expected rows of {VOCAB} tokens, found {VOCAB + 5}"),
+        ("tokens", None, {"features": 16}, "embedding: the base's rows have 48 elements, the bundle's 16"),
+    ],
+)
+def test_a_bundle_of_another_vocabulary_is_refused(
+    world: World, store: MemoryStore, name: str, vocab: int | None, part: dict[str, Any], problem: str
+) -> None:
+    """Rows and tokens that the base has no place for are refused before a step computes with them."""
+    ready = world.load(store)
+    bundle = read_bundle(store, ready.service.local.catalog.get(name).adapter.digest)
+    replaced = tuple(each.model_copy(update=part) for each in bundle.manifest.replaced)
+    manifest = bundle.manifest.model_copy(update={"vocab": vocab, "replaced": replaced})
+    pack = Packer(ready.base.model, ready.lora, ready.base.backend.new_lora, 16)
+    pack(bundle)
+    with pytest.raises(BundleCorrupt, match=problem):
+        pack(replace(bundle, manifest=manifest))

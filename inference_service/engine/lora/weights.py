@@ -13,8 +13,8 @@ from torch import Tensor
 from inference_service.engine.lora.vocabulary import Factors, OwnTable, Vocabulary
 from loramux_shared.bases.groups import GroupShape, distinct
 from loramux_shared.bases.shard import Shard
-from loramux_shared.bundle.manifest import ModuleRow
-from loramux_shared.bundle.modules import BY_ID, BY_NAME
+from loramux_shared.bundle.manifest import Manifest, ModuleRow
+from loramux_shared.bundle.modules import BY_ID, BY_NAME, BaseDims
 from loramux_shared.bundle.npy import Array
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.deployment import Dtype
@@ -235,6 +235,33 @@ def part_of(weights: AdapterWeights, shard: Shard) -> AdapterWeights:
 def values_of(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return what `AdapterWeights.values` is of a bundle: its rows of layers [elements]."""
     return _tensor(bundle.table, bundle.manifest.dtype).to(device, dtype).view(-1)
+
+
+def check_vocabulary(manifest: Manifest, dims: BaseDims) -> None:
+    """Raise BundleCorrupt where what is of no layer does not fit the base, or its tokens have no rows."""
+    size, rows = manifest.vocab or dims.vocab, dims.vocab
+    tables = [
+        (part.module, part.tokens[-1][0] + part.tokens[-1][1], part.features) for part in manifest.replaced
+    ]
+    for row in manifest.vocabulary_rows:
+        tokens, hidden = row.in_features, row.out_features
+        if row.module == "head":
+            tokens, hidden = hidden, tokens
+        elif tokens < size:
+            raise _unfit(f"{row.module}: expected factors for {size} tokens, found {tokens}")
+        tables.append((row.module, tokens, hidden))
+    for module, tokens, hidden in tables:
+        if hidden != dims.hidden:
+            raise _unfit(f"{module}: the base's rows have {dims.hidden} elements, the bundle's {hidden}")
+        if tokens > max(size, dims.vocab):
+            raise _unfit(f"{module}: expected rows of {max(size, dims.vocab)} tokens, found {tokens}")
+        rows = max(rows, tokens)
+    if size > rows:
+        raise _unfit(f"vocab: expected rows for each of {size} tokens, found {rows}")
+
+
+def _unfit(problem: str) -> BundleCorrupt:
+    return BundleCorrupt(f"{problem}. Rebuild the deployment for this base.")
 
 
 def _vocabulary(bundle: Bundle, device: torch.device) -> Vocabulary:
