@@ -92,7 +92,8 @@ class Constraints:
         self._matchers: OrderedDict[tuple[Constraint, Text], asyncio.Future[LLMatcher | str]] = OrderedDict()
         self._tokenizers: OrderedDict[Text, LLTokenizer] = OrderedDict()
         """The recent ones; on the thread alone."""
-        self._trial = SandboxProcess("grammars")
+        self.trial = SandboxProcess("grammars")
+        """Tries grammars, on the thread alone."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="constraints")
 
     async def compile(self, constraint: Constraint, text: Text) -> Compiled:
@@ -129,9 +130,9 @@ class Constraints:
 
     def _begin(self, question: Mapping[str, str], text: Text) -> LLMatcher | str:
         """Return the beginning of a grammar, or why there is none."""
-        answer = {**question, **self._trial.ask(question)}
-        if "error" in answer:
-            return _explained(answer["error"])
+        answer = {**question, **self.trial.ask(question)}
+        if "error" in answer or "grammar" not in answer:  # none: the sandbox was taken over
+            return _explained(answer.get("error", "its sandbox answered without a grammar"))
         start = LLMatcher(self._tokenizer(text), answer["grammar"], limits=LIMITS, log_level=0)
         start.compute_bitmask()  # makes the lexer's first states, which every answer needs
         return _explained(start.get_error()) or start

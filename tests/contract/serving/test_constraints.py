@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import threading
 from collections.abc import AsyncIterator
 from functools import partial
@@ -203,3 +204,16 @@ async def test_constraints_are_compiled_once_and_off_the_loop(ready: Ready) -> N
     assert len(held.threads) == 1
     assert threading.get_ident() not in held.threads
     assert (await own.compile(constraint, held)).start is tasks[0].result().start
+
+
+async def test_a_sandbox_that_was_taken_over_refuses_its_grammar_alone(ready: Ready) -> None:
+    """An answer without a grammar refuses the request that asked; the next request has another process."""
+    text, own = ready.service.text, Constraints(frozenset({2}))
+    command, own.trial.command = own.trial.command, (sys.executable, "-c", "input(); print('{}')")
+    with pytest.raises(RequestInvalid, match="refused") as refused:
+        await own.compile(Constraint("gbnf", 'root ::= "a"'), text)
+    assert "without a grammar" in refused.value.findings[0].found
+    own.trial.close()
+    own.trial.command = command
+    assert (await own.compile(Constraint("gbnf", 'root ::= "b"'), text)).begin(frozenset({2})).forced()
+    own.trial.close()
