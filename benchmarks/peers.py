@@ -53,6 +53,8 @@ LOADS: Final = ((1, 4), (8, 8), (32, 32))
 """Concurrency and requests."""
 PROMPT: Final = 96
 """Tokens of llama.cpp's prompts, about as many as ours have."""
+PROMPT_TOKENS_PER_S, TOKENS_PER_S = 5, 7
+"""Columns of llama-batched-bench: S_PP and S_TG."""
 BARS: Final = (
     Bar("adapters / llama.cpp bf16", LORAMUX, LLAMA, (1.1, 1.3, 1.3)),
     Bar("int8 adapters / llama.cpp q8_0", INT8, LLAMA_Q8, (0.95, 1.2, 1.2)),
@@ -70,11 +72,23 @@ def llama_cpp(folder: Path, weights: Path) -> Run:
         context = concurrency * (PROMPT + NEW_TOKENS)
         command = [folder / "build/bin/llama-batched-bench", "-m", weights, "-c", context, "-npp", PROMPT]
         command += ["-ntg", NEW_TOKENS, "-npl", concurrency, "-t", len(os.sched_getaffinity(0))]
-        done = await asyncio.to_thread(_run, *map(str, command))
-        rows = [line.split("|") for line in done.splitlines() if re.match(r"\|\s+\d", line)]
-        return Figures(float(rows[-1][8]))
+        rows, _peak_gb = await asyncio.to_thread(llama_rows, *map(str, command))
+        return Figures(rows[-1][TOKENS_PER_S])
 
     return run
+
+
+def llama_rows(*command: str) -> tuple[list[list[float]], float]:
+    """Return the rows that llama-batched-bench prints, by its columns, and the GB that it held at most."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:  # noqa: S603 - the operator's
+        assert process.stdout is not None  # noqa: S101 - it is a pipe
+        lines = process.stdout.read().splitlines()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    rows = [line.strip("| ").split("|") for line in lines if re.match(r"\|\s+\d", line)]
+    return [[float(cell) for cell in row] for row in rows], usage.ru_maxrss * 1024 / 1e9
 
 
 def converted(folder: Path, work: Path, kind: str) -> Path:

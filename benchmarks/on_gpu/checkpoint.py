@@ -47,6 +47,8 @@ def write_base(folder: Path, shape: dict[str, Any], device: torch.device, words:
             tensors[f"{at}.{module}.weight"] = _draw((widths[outside], widths[inside]), device)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{at}.{norm}.weight"] = torch.ones(dims.hidden, dtype=torch.bfloat16)
+        for norm in ("q_norm", "k_norm") if fields["model_type"] == "qwen3" else ():
+            tensors[f"{at}.self_attn.{norm}.weight"] = torch.ones(dims.head_dim, dtype=torch.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder / "tokenizer.json", dims.vocab, words)
 
