@@ -2,8 +2,8 @@
 
 Weights are random, in the shapes of Llama-3.2-1B, Qwen3-1.7B and Qwen3-4B; bfloat16, int8, Q8_0 and Q4_K_M.
 Contenders run one after another, each as a process of its own, so that none takes another's memory; rounds
-repeat all of them, and figures are medians. Decoding is concurrency over the median time between two tokens,
-at the client for servers, and llama.cpp's own S_TG; prompts are tokens over the seconds to the first, and S_PP.
+repeat all of them, and figures are medians. Decoding is tokens a second while all streams decode, at the client
+for servers, and llama.cpp's own S_TG; prompts are tokens over the seconds to the first one, and S_PP.
 Memory is what is resident at the end, and the peak. llama-quantize makes the files of few bits.
 
     python -m benchmarks.sizes llama-3.2-1b --llama-cpp ~/llama.cpp --vllm ~/vllm/bin/vllm
@@ -12,6 +12,7 @@ Memory is what is resident at the end, and the peak. llama-quantize makes the fi
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import statistics
@@ -63,7 +64,7 @@ RANKS: Final = {"of rank 16": (16,) * 8, "of ranks 8 to 64": (8, 16, 32, 64) * 8
 STREAMS: Final = (1, 8, 32)
 PROMPTS: Final = (128, 1024)
 """Tokens; decoding is measured behind the first."""
-NEW_TOKENS: Final = 24
+NEW_TOKENS: Final = 64
 BEGIN_S: Final = 600.0
 
 Found = dict[str, float]
@@ -157,8 +158,17 @@ def llama_cpp(folder: Path, model: Path) -> Found:
     return found
 
 
-async def ask_for(ask: Ask, models: Mapping[str, Sequence[str]], vocab: int) -> Found:
-    """Return what a server does for groups of models: prompts alone first, then decoding."""
+def decoding(answers: Sequence[Answer]) -> float:
+    """Return the tokens a second while all answers are under way; NaN where they never are at once."""
+    began, ended = max(each.times_s[0] for each in answers), min(each.times_s[-1] for each in answers)
+    tokens = sum(began < at <= ended for each in answers for at in each.times_s)
+    return tokens / (ended - began) if ended > began else math.nan
+
+
+async def ask_for(
+    ask: Ask, models: Mapping[str, Sequence[str]], vocab: int, counts: Sequence[int] = STREAMS
+) -> Found:
+    """Return what a server does for groups of models: prompts alone first, then decoding of so many streams."""
     draw, found = random.Random(0), Found()
 
     async def answers(group: Sequence[str], streams: int, tokens: int, new: int) -> list[Answer]:
@@ -174,9 +184,8 @@ async def ask_for(ask: Ask, models: Mapping[str, Sequence[str]], vocab: int) -> 
         [answer] = await answers(models["base"], 1, tokens, 2)
         found[f"prompt {tokens}"] = tokens / answer.first_s
     for label, group in models.items():
-        for streams in STREAMS:
-            each = await answers(group, streams, PROMPTS[0], NEW_TOKENS)
-            found[f"{label} @{streams}"] = streams / statistics.median(answer.token_s for answer in each)
+        for streams in counts:
+            found[f"{label} @{streams}"] = decoding(await answers(group, streams, PROMPTS[0], NEW_TOKENS))
     return found
 
 
@@ -248,7 +257,7 @@ def vllm(command: Path, work: Path, models: Mapping[str, Sequence[str]], vocab: 
     async def run(url: str) -> Found:
         limits = httpx.Limits(max_connections=64)
         async with httpx.AsyncClient(timeout=BEGIN_S, limits=limits) as web:
-            return await ask_for(over_http(web, url), models, vocab)
+            return await ask_for(over_http(web, url), models, vocab, STREAMS[:2])  # 32 would take half an hour
 
     names = [name for group, some in models.items() if group != "base" for name in some]
     with vllm_server(command, work, names) as (url, process):
