@@ -24,8 +24,7 @@ class WholeTensors(TensorFile):
         head, (start, stop) = self.heads[name], rows or (0, self.tensors[name].shape[0])
         first = start // head * head
         pairs = super().read(name, (first, -(-stop // head) * head))
-        turned = pairs.reshape(-1, head // 2, 2, *pairs.shape[1:]).swapaxes(1, 2).reshape(pairs.shape)
-        return turned[start - first : stop - first]
+        return in_halves(pairs, head)[start - first : stop - first]
 
     def pieces(self, name: str, elements: int, rows: tuple[int, int] | None = None) -> Iterator[Array]:
         """Yield what `read` returns as flat pieces of at most so many elements."""
@@ -34,6 +33,11 @@ class WholeTensors(TensorFile):
             return
         flat = self.read(name, rows).reshape(-1)
         yield from (flat[start : start + elements] for start in range(0, len(flat), elements))
+
+
+def in_halves(rows: Array, head: int) -> Array:
+    """Return rows whose rotated pairs are neighbours with those of each head in halves."""
+    return rows.reshape(-1, head // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def read_tensors(path: Path) -> WholeTensors:

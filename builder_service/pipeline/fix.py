@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +25,7 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.fetch import fetch_adapters
 from builder_service.pipeline.making import open_workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.validate import rulebook
+from builder_service.pipeline.validate import container_of, rulebook
 from loramux_shared.adapter_files import CONFIG, WEIGHTS, read_small, weight_files
 from loramux_shared.bundle.npy import Array
 from loramux_shared.deployment import Build, SourceKind
@@ -79,11 +79,11 @@ def fix_folder(
 ) -> FixedAdapter:
     """Write a folder of ours, whose config may be changed, as another one; files beside are copied."""
     fields, changes = _repair(folder, used)
-    before = _read(folder, rules, npy=CONFIG not in used)
+    before = _read(folder, rules, used)
     if isinstance(before, CheckedAdapter):
         return FixedAdapter(findings=before.errors)
     written = before.fields(fields)
-    changes += _changes(before, fields, written, files=len(used) - 2)
+    changes += _changes(before, fields, written, used)
     if not changes:
         return FixedAdapter()
     new = _folder_beside(out)
@@ -135,9 +135,9 @@ def _folder_beside(out: Path) -> Path:
     return folder
 
 
-def _read(folder: Path, rules: Rulebook, *, npy: bool = False) -> PlainLora | CheckedAdapter:
+def _read(folder: Path, rules: Rulebook, used: Sequence[str] = (CONFIG,)) -> PlainLora | CheckedAdapter:
     """Return an adapter as plain LoRA, or its check with the errors for which it is none."""
-    check = (npy_files if npy else peft_files).open_check(folder, rules)
+    check = (peft_files if CONFIG in used else container_of(used)).open_check(folder, rules)
     if isinstance(check, CheckedAdapter):
         return check
     checked = check_tensors(check)
@@ -175,11 +175,14 @@ def _changed_fields(fields: Mapping[str, Any], written: Mapping[str, Any]) -> li
     return [f"{CONFIG}: {name} {quoted(fields.get(name))} -> {quoted(written[name])}" for name in changed]
 
 
-def _changes(before: PlainLora, fields: Mapping[str, Any], written: Mapping[str, Any], files: int) -> list[str]:
-    """Return the differences between an adapter, whose tensors are in so many files, and what is written."""
+def _changes(
+    before: PlainLora, fields: Mapping[str, Any], written: Mapping[str, Any], used: Sequence[str]
+) -> list[str]:
+    """Return the differences between an adapter of these files and what is written."""
     config, renamed, redundant = before.check.config, before.renamed, sorted(before.check.redundant)
     of_rows = isinstance(config, npy_files.FoldedConfig)
     kind = "TensorRT-LLM's rows" if of_rows else config.initial if config.initial else config.kind.peft_type
+    kind, files = kind if of_rows or CONFIG in used else "GGUF", len(used) - 2
     texts = {
         f"{kind} written out as LoRA of rank {before.rank}": kind != LORA.peft_type,
         f"{counted(files, 'file')} merged into one": files > 1 and not of_rows,

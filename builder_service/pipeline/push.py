@@ -18,7 +18,6 @@ from loramux_shared.adapter_files import (
     INDEX,
     KEYS_FILE,
     MODEL_CONFIG,
-    SHARD,
     TOKEN_FILES,
     WEIGHTS,
     holds_weights,
@@ -63,8 +62,9 @@ class PushedAdapter:
             RequestInvalid: it is none that an adapter consists of, or too large, or there are too many.
             ResourcesExhausted: the disk is full, or a build may not write as much.
         """
-        if file not in NAMES and not SHARD.fullmatch(file):
-            raise RequestInvalid(f"file {file[:128]!r}: expected one of {listed(NAMES, len(NAMES))}")
+        if file not in NAMES and not holds_weights(file):
+            expected = f"{listed(NAMES, len(NAMES))}, or NAME.gguf"
+            raise RequestInvalid(f"file {file[:128]!r}: expected one of {expected}")
         size = self._sizes.get(file, 0) + len(data)
         most = MAX_ADAPTER_BYTES if holds_weights(file) else MAX_SMALL
         if size > most or sum(self._sizes.values()) + len(data) > MAX_ADAPTER_BYTES + MAX_SMALL:

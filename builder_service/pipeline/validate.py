@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Final, TypeAlias
 
 from builder_service.domain.full_tensors import EMBED_FIX
@@ -15,7 +16,7 @@ from builder_service.domain.rules.tensors import AdapterLimits
 from builder_service.domain.rules.texts import check_texts
 from builder_service.domain.safetensors_header import HeaderInvalid, read_header
 from builder_service.domain.score_heads import with_labels
-from builder_service.pipeline import npy_files
+from builder_service.pipeline import gguf_files, npy_files
 from builder_service.pipeline.base_tokens import BaseTokens
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BuildContext, Space
@@ -24,6 +25,7 @@ from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.truncation import truncate_adapter
 from loramux_shared.adapter_files import CONFIG, MODEL_CONFIG, WEIGHTS, weight_files
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.files import GGUF_SUFFIX
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
 from loramux_shared.bundle.manifest import TEXT_FILES
 from loramux_shared.bundle.modules import BY_HF, BY_NAME
@@ -115,10 +117,11 @@ def check_fetched(adapter: FetchedAdapter, rules: Rulebook, progress: Progress) 
         return CheckedAdapter(adapter.findings)
     progress.enter(adapter.name, Stage.VALIDATING, sum(file.size for file in adapter.files.values()))
     count, folder = progress.counter(adapter.name), adapter.folder
-    if CONFIG in weight_files(adapter.files):
+    used = weight_files(adapter.files)
+    if CONFIG in used:
         checked = check_adapter(folder, rules, count)
     else:
-        checked = npy_files.check(folder, rules, count)
+        checked = container_of(used).check(folder, rules, count)
     texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if name in adapter.files}
     vocab = checked.vocab or rules.limits.base.dims.vocab
     tokens = rules.tokens.compare(folder, adapter.files) if rules.tokens else ComparedTokens()
@@ -134,6 +137,11 @@ def check_fetched(adapter: FetchedAdapter, rules: Rulebook, progress: Progress) 
     if checked.errors or rules.truncate_to_rank is None:
         return checked
     return truncate_adapter(checked, rules.truncate_to_rank, rules.dtype, folder, count)
+
+
+def container_of(used: Sequence[str]) -> ModuleType:
+    """Return the reader of an adapter whose files are not PEFT's."""
+    return gguf_files if used[0].endswith(GGUF_SUFFIX) else npy_files
 
 
 def _without_rows(added: Sequence[AddedToken], vocab: int) -> list[Finding]:

@@ -20,11 +20,12 @@ from loramux.cli.tables import kind, task
 from loramux.client import AsyncClient
 from loramux.records import AdapterReport, RowReport
 from loramux.servers.forms import FailOn, Format
+from loramux_shared.bases.files import GGUF_SUFFIX
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import SCHEMES, LoraConfiguration, Repository, SourceKind
 from loramux_shared.deployment_file import parse_lora_configuration
 from loramux_shared.faults import Finding, RepoNotFound, SourceUnavailable
-from loramux_shared.spelling import GGUF_SUFFIX, parse_repository
+from loramux_shared.spelling import parse_repository
 from loramux_shared.wording import counted
 
 Base = Annotated[

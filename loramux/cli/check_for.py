@@ -19,9 +19,9 @@ from loramux.servers.facts import PICKLED, Facts, Remote, header_files, read_fac
 from loramux.servers.forms import FailOn, Format
 from loramux.servers.verdicts import Outcome, Server, Verdict, judge, servers
 from loramux_shared.adapter_files import CONFIG, MODEL_CONFIG, weight_files
+from loramux_shared.bases.files import GGUF_SUFFIX
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import RepoNotFound, SettingsInvalid
-from loramux_shared.spelling import GGUF_SUFFIX
 from loramux_shared.wording import listed
 
 if TYPE_CHECKING:
@@ -133,7 +133,10 @@ def facts_of(question: Question) -> Facts:
 def _adapter_of(question: Question, scratch: Path) -> tuple[Path, Remote | None]:
     """Return a folder with an adapter's config, and with its weights where its source has no headers for us."""
     if question.adapter.source is SourceKind.LOCAL:
-        return _local(question.adapter), None
+        if not (folder := _local(question.adapter)).is_dir():
+            fix = "Write one from the file: --base BASE --fix FOLDER"
+            raise RepoNotFound(f"LOCAL {folder}: expected a folder of PEFT for --for, found a file. {fix}.")
+        return folder, None
     from loramux_shared.sources.hub import HubSource
 
     with _resolved(question.adapter, question) as (source, resolved):

@@ -22,6 +22,10 @@ SHARD: Final = re.compile(r"adapter_model-(?P<number>[0-9]{5})-of-(?P<count>[0-9
 """The names of those."""
 MODEL_CONFIG: Final = "config.json"
 """The model's config in transformers; an adapter that classifies has the names of its labels there."""
+ADAPTER_GGUF: Final = "adapter.gguf"
+"""The weights where a file of GGUF is the adapter (`sources/local.py`)."""
+GGUF_FILE: Final = re.compile(r"[\w\-+][\w.\-+]{0,200}\.gguf", re.ASCII)
+"""The names of files of llama.cpp, of which one is an adapter by itself."""
 KEYS_FILE: Final = "model.lora_keys.npy"
 """The older name of the config file of TensorRT-LLM's converters."""
 TOKEN_FILES: Final = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
@@ -29,10 +33,15 @@ TOKEN_FILES: Final = ("added_tokens.json", "tokenizer.json", "tokenizer_config.j
 
 
 def weight_files(names: Collection[str]) -> tuple[str, ...]:
-    """Return the files that a bundle's rows are made from: PEFT's, or two of a TensorRT-LLM converter."""
+    """Return the files that a bundle's rows are made from: PEFT's, two of a TensorRT-LLM converter, or the one
+    of llama.cpp's.
+    """
     config = next((name for name in (CONFIG_FILE, KEYS_FILE) if name in names), None)
     if CONFIG not in names and config is not None and WEIGHTS_FILE in names:
         return (WEIGHTS_FILE, config)
+    packed = list(filter(GGUF_FILE.fullmatch, names))
+    if len(packed) == 1 and not {CONFIG, WEIGHTS, MODEL_CONFIG}.intersection(names):
+        return (packed[0],)
     if WEIGHTS in names or INDEX not in names:
         return (CONFIG, WEIGHTS)
     return (CONFIG, *sorted(filter(SHARD.fullmatch, names)), INDEX)
@@ -46,7 +55,7 @@ def wanted_files(names: Collection[str]) -> list[str]:
 
 def holds_weights(name: str) -> bool:
     """True for a file whose size follows from the adapter's."""
-    return name in (WEIGHTS, WEIGHTS_FILE) or SHARD.fullmatch(name) is not None
+    return name in (WEIGHTS, WEIGHTS_FILE) or any(each.fullmatch(name) for each in (SHARD, GGUF_FILE))
 
 
 def pieces_of(path: Path) -> Iterator[bytes]:

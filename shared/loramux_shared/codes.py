@@ -64,10 +64,10 @@ _REFUSED: Final = (
     ("E_BIN_ONLY", "the weights are pickled, which can run code", "Save with `safe_serialization=True`."),
     ("E_SHARDED", "some of the files of sharded weights, or their index, are missing",
      "Upload all of them, or save the adapter as one file, as PEFT does."),
-    ("E_CONTAINER", "files or keys of another program: mistral-finetune, torchtune, NeMo, Orbax, diffusers, "
-     "llama.cpp", "Convert the adapter to PEFT's format."),
-    ("E_BAD_WEIGHTS", "`adapter_model.safetensors` is truncated, has an inconsistent header, or is no "
-     "safetensors file",
+    ("E_CONTAINER", "files or keys of another program: mistral-finetune, torchtune, NeMo, Orbax, diffusers; a "
+     "model of llama.cpp, or several of its files", "Convert the adapter to PEFT's format, or name its file."),
+    ("E_BAD_WEIGHTS", "`adapter_model.safetensors`, or the adapter's file of GGUF, is truncated, has an "
+     "inconsistent header, or is none",
      "Download or save it again."),
     ("E_TENSORS", "more tensors than the modules of any base of its kind have, as adapters of experts may",
      _MERGE),

@@ -17,12 +17,11 @@ import re
 from pathlib import Path
 from typing import Final
 
+from loramux_shared.bases.files import GGUF_SUFFIX
 from loramux_shared.deployment import Repository, SourceKind, spelled
 from loramux_shared.faults import DeploymentInvalid
 from loramux_shared.sources.entries import addressed_sources
 
-GGUF_SUFFIX: Final = ".gguf"
-"""The suffix of a file that is a base by itself."""
 _HUB: Final = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@#\s]+))?")
 _LOCAL: Final = ("/", "./", "../", "~")
 

@@ -32,7 +32,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.fuzz import ggufs
 from tests.support import tiny
 from tests.support.cases import cases
-from tests.support.gguf_files import add_tokenizer, write_gguf
+from tests.support.gguf_files import add_tokenizer, write_adapter, write_gguf
 
 VOCAB = 300
 
@@ -392,6 +392,17 @@ def test_an_adapter_alone_is_not_merged_into_blocks(llama: tiny.World) -> None:
     store = MemoryStore()
     replace(llama, adapters={"wide": llama.adapters["wide"]}).build_with(store)
     assert llama.load(store).bank is not None
+
+
+def test_a_base_and_an_adapter_that_are_both_files_answer_as_peft(llama: tiny.World) -> None:
+    """The file of llama.cpp's converter, named itself, beside a base in GGUF: token for token as the original."""
+    base, folder = llama.root / "base", llama.root / "lora"
+    targets = ["q_proj", "k_proj", "up_proj", "down_proj"]
+    tiny.make_adapter(base, folder, 7, r=4, lora_alpha=9, target_modules=targets)
+    write_adapter(llama.root / "lora.gguf", folder, json.loads((base / "config.json").read_text()))
+    world = replace(llama, adapters={"lora": llama.root / "lora.gguf"})
+    expected = [tiny.oracle_tokens(tiny.oracle(base, each), PROMPT, NEW) for each in (folder, None)]
+    assert answers(world, ["lora", "base"]) == expected
 
 
 def test_biases_of_attention_and_mlp_are_served(tmp_path: Path) -> None:

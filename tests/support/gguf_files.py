@@ -1,5 +1,6 @@
 """Small files of GGUF, and the checkpoints that they mean."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,55 @@ def add_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
     writer.add_bos_token_id(vocab - 2)
     writer.add_eos_token_id(vocab - 1)
     writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")
+
+
+PARTS = NAMES | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+WRITTEN: Mapping[str, Any] = {
+    "general.type": "adapter", "adapter.type": "lora", "general.base_model.0.repo_url": "https://huggingface.co/org/base",
+}  # fmt: skip
+
+
+def write_adapter(
+    path: Path,
+    folder: Path,
+    config: Mapping[str, Any],
+    kind: str = "F32",
+    fields: Mapping[str, Any] = WRITTEN,
+    renamed: Mapping[str, str] | None = None,
+) -> None:
+    """Write a folder of PEFT as llama.cpp's convert_lora_to_gguf.py does, and its values back as they are read.
+
+    ``config`` is that of the base; ``renamed`` are other names of tensors.
+    """
+    arch, qtype = config["model_type"].removesuffix("_text"), gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, "llama" if arch == "mistral" else arch)
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    for key, value in ({"adapter.lora.alpha": float(alpha)} | fields).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value), gguf.GGUFValueType.UINT32)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, values in tensors.items():
+        if ".lora_" not in name:  # a copy of the base's embeddings
+            continue
+        module, _, last = name.removeprefix("base_model.model.").partition(".lora_")
+        side = "a" if "A" in last else "b"
+        stem = NAMES.get(module, "")
+        if ".layers." in module:
+            _, _, layer, part = module.split(".", 3)
+            stem = f"blk.{layer}.{PARTS[part]}"
+        whole = values.shape[1] % gguf.GGML_QUANT_SIZES[qtype][0] == 0
+        own = qtype if whole else gguf.GGMLQuantizationType.F16
+        data = gguf.quantize(values, own)
+        tensors[name] = gguf.dequantize(data, own)
+        heads = HEADS.get(stem.rpartition(".")[2])
+        if heads and side == "b" and arch in ("llama", "mistral", "granite", "smollm3"):
+            data = data.reshape(config[heads], 2, -1, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
+        if stem == "token_embd" and side == "a":
+            data = gguf.quantize(np.ascontiguousarray(tensors[name].T), own := gguf.GGMLQuantizationType.F32)
+        written = f"{stem}.weight.lora_{side}"
+        written = (renamed or {}).get(written, written)
+        writer.add_tensor(written, np.ascontiguousarray(data), raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -53,10 +53,10 @@ def open_check(
     try:
         file = read_weights(folder, most_tensors(base))
     except TooManyTensors as error:
-        return CheckedAdapter((*findings, *config.read(())[1], _too_many(str(error), base)))
+        return CheckedAdapter((*findings, *config.read(())[1], too_many(str(error), base)))
     except HeaderInvalid as error:
         return CheckedAdapter((*findings, *config.read(())[1], _no_header(str(error))))
-    findings += [*_base_findings(config, rules), *_invocation_findings(config, base)]
+    findings += [*_base_findings(config, rules), *invocation_findings(config, base)]
     if parsed.config is not None:
         architecture = load_families()[base.architecture][0]
         config, wrong = config.with_default_targets(architecture.model_type)
@@ -82,7 +82,7 @@ def _base_findings(config: AdapterConfig, rules: Rulebook) -> list[Finding]:
     ]
 
 
-def _invocation_findings(config: AdapterConfig, base: ModelConfig) -> list[Finding]:
+def invocation_findings(config: AdapterConfig, base: ModelConfig) -> list[Finding]:
     """Return findings about invocation tokens that the base lacks.
 
     No prompt would ever activate the adapter.
@@ -106,10 +106,11 @@ def most_tensors(base: ModelConfig) -> int:
     return max(MAX_TENSORS, 3 * modules)
 
 
-def _too_many(count: str, base: ModelConfig) -> Finding:
+def too_many(count: str, base: ModelConfig, where: str = WEIGHTS) -> Finding:
+    """Return what is wrong with so many tensors."""
     fix = "Only adapters of experts have so many, and the base has none: merge it, or take the right base."
     most = f"at most {most_tensors(base)} tensors"
-    return Finding(code="E_TENSORS", where=WEIGHTS, expected=most, found=count, fix=fix)
+    return Finding(code="E_TENSORS", where=where, expected=most, found=count, fix=fix)
 
 
 def _no_header(problem: str) -> Finding:

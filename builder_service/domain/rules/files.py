@@ -12,6 +12,7 @@ from loramux_shared.wording import listed
 _MLX: Final = "adapters.safetensors"
 _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _FULL: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model.*\.bin")
+_LLAMA_CPP: Final = "llama.cpp"
 # Files of other programs' containers, in the folder itself or one below.
 _CONTAINERS: Final = tuple(
     (name, re.compile(pattern))
@@ -21,7 +22,7 @@ _CONTAINERS: Final = tuple(
         ("torchtune", r"adapter_\d+\.pt|hf_model_\d+_\d+\.pt|recipe_state\.pt"),
         ("Orbax (Gemma, JAX)", r"(.*/)?(manifest\.ocdbt|_CHECKPOINT_METADATA|_METADATA|checkpoint)"),
         ("diffusers", r"pytorch_lora_weights\.(safetensors|bin)"),
-        ("llama.cpp", r".*\.gguf"),
+        (_LLAMA_CPP, r".*\.gguf"),
     )
 )
 # Files that trainers leave beside an adapter, and files that look like its weights.
@@ -61,6 +62,8 @@ def file_findings(names: Collection[str]) -> list[Finding]:
     elif container := _container(names):
         name, file = container
         fix = "Convert it to PEFT's form: adapter_config.json and adapter_model.safetensors."
+        if name == _LLAMA_CPP:
+            fix = "Name the file of the adapter alone; a model is named as the base."
         found = [
             Finding(code="E_CONTAINER", where=file, expected=WEIGHTS, found=f"a {name} container", fix=fix)
         ]

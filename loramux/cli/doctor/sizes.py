@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loramux_shared.bases.files import GGUF_SUFFIX
 from loramux_shared.bases.formats import QUANTIZE, with_quantize
 from loramux_shared.bases.hf_config import read_json
 from loramux_shared.bases.memory import (
@@ -23,7 +24,6 @@ from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted, Setting
 from loramux_shared.gguf.files import config_of
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.spelling import GGUF_SUFFIX
 from loramux_shared.untrusted_json import parse_json
 
 RANKS: Final = (8, 16, 32, 64)

@@ -11,10 +11,11 @@ import yaml
 from loramux.cli import shell
 from loramux.cli.check import MaxRank
 from loramux.cli.local.up import DEFAULT_STORE, HttpAddress, plan_of, preflight, serve
+from loramux_shared.bases.files import GGUF_SUFFIX
 from loramux_shared.deployment import Deployment, Repository
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
-from loramux_shared.spelling import GGUF_SUFFIX, parse_repository
+from loramux_shared.spelling import parse_repository
 
 Base = Annotated[
     str,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from loramux_shared.adapter_files import ADAPTER_GGUF
 from loramux_shared.bases.files import GGUF
 from loramux_shared.bundle.manifest import sha256_hex
 from loramux_shared.gguf.header import FREQUENCIES, WHOLE, GgufHeader, TensorPlace, read_header
@@ -51,7 +52,7 @@ ARCHITECTURES: Final = {
 
 
 def as_checkpoint(path: Path, below: Path) -> Path:
-    """Return a folder with a link to a file and the small files that follow from it, made once.
+    """Return a folder with a link to a file and the small files that follow from a model, made once.
 
     It is made below a folder; another state of the file has another one.
 
@@ -64,13 +65,15 @@ def as_checkpoint(path: Path, below: Path) -> Path:
     state = f"{path}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
     folder = below / sha256_hex(state.encode())[:24]
     if not folder.is_dir():
-        files = small_files(read_header(path))
+        header = read_header(path)
+        of_adapter = is_adapter(header)
+        files = {} if of_adapter else small_files(header)
         below.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=".", dir=below))
         try:
             for name, content in files.items():
                 (made / name).write_text(content, encoding="utf-8")
-            (made / GGUF).symlink_to(path)
+            (made / (ADAPTER_GGUF if of_adapter else GGUF)).symlink_to(path)
             made.rename(folder)
         except OSError:
             shutil.rmtree(made, ignore_errors=True)
@@ -127,6 +130,11 @@ def _token(header: GgufHeader, use: str, count: int) -> int | None:
     return number
 
 
+def is_adapter(header: GgufHeader) -> bool:
+    """Return True if a file is an adapter, and no model."""
+    return header.text("general.type", "model") == "adapter"
+
+
 def architecture_of(header: GgufHeader) -> GgufArchitecture:
     """Return the architecture of a file.
 
@@ -134,10 +142,8 @@ def architecture_of(header: GgufHeader) -> GgufArchitecture:
         CheckpointInvalid: it is not served.
     """
     name = header.text("general.architecture")
-    if header.text("general.type", "model") == "adapter":
-        raise header.invalid(
-            "it is an adapter of llama.cpp, expected a model. Adapters are read in PEFT's form."
-        )
+    if is_adapter(header):
+        raise header.invalid("it is an adapter of llama.cpp, expected a model. Name it as an adapter.")
     if name not in ARCHITECTURES:
         raise header.invalid(
             f"the architecture {name!r:.80} is not supported in GGUF; supported: {', '.join(ARCHITECTURES)}. "

@@ -9,8 +9,9 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
+from loramux_shared.adapter_files import ADAPTER_GGUF
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.files import CONFIG, GENERATION, GGUF, INDEX, WEIGHTS
+from loramux_shared.bases.files import CONFIG, GENERATION, GGUF, GGUF_SUFFIX, INDEX, WEIGHTS
 from loramux_shared.bases.formats import QUANTIZE, says_quantization, with_quantize
 from loramux_shared.bases.read import SENTENCES, read_fields
 from loramux_shared.bundle.generation import BaseRecord
@@ -24,7 +25,6 @@ from loramux_shared.sources.cache import alone, differs, discard, open_cache
 from loramux_shared.sources.files import hash_if_there, inside, scratch, whole
 from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.sources.open import Sources
-from loramux_shared.spelling import GGUF_SUFFIX
 from loramux_shared.untrusted_json import JsonInvalid, parse_json
 from loramux_shared.wording import listed
 
@@ -79,7 +79,9 @@ def describe_base(
         if CONFIG not in resolved.files:
             blocks = [name for name in resolved.files if name.endswith(GGUF_SUFFIX)]
             cure = "The base must be a decoder checkpoint in Hugging Face format."
-            if blocks:
+            if blocks == [ADAPTER_GGUF]:
+                cure = "It is an adapter of llama.cpp: name it as one, and a model as the base."
+            elif blocks:
                 cure = f"A file of GGUF is named itself, of source LOCAL: FOLDER/{blocks[0]}."
             raise CheckpointInvalid(f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. {cure}")
         fields, generation, quantize = (

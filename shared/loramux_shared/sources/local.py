@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import IO, Final
 
 from loramux_shared.adapter_files import pieces_of
+from loramux_shared.bases.files import GGUF_SUFFIX
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from loramux_shared.gguf.files import as_checkpoint
 from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
 from loramux_shared.sources.files import exactly, hash_pieces, inside, is_text, pin_content, whole
-from loramux_shared.spelling import GGUF_SUFFIX
 from loramux_shared.wording import listed
 
 MAX_DEPTH = 2

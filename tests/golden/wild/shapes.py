@@ -309,8 +309,9 @@ _LORA: Final[list[_Row]] = [
      {"tensors": {"modules": [],
        "beside": {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": [4, 16]}},
       "codes": "E_CONTAINER"}),
-    ("llama.cpp", "any", "GGUF",
-     {"config": None, "tensors": None, "codes": "E_CONTAINER", "files": ["adapter-f16.gguf"]}),
+    ("llama.cpp", "any", "several files of GGUF, none named",
+     {"config": None, "tensors": None, "codes": "E_CONTAINER",
+      "files": ["adapter-f16.gguf", "adapter-q8_0.gguf"]}),
     ("X-LoRA", "any", "a mixture of adapters",
      {"config": {"of": "0.11", "peft_type": "XLORA"}, "codes": "E_NOT_LORA"}),
 ]  # fmt: skip
