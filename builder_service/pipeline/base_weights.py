@@ -13,7 +13,7 @@ from builder_service.domain.gguf_tensors import read_tensors
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from builder_service.pipeline.widener import Widener, open_widener
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.files import CONFIG, GENERATION, GGUF, INDEX, WEIGHTS
+from loramux_shared.bases.files import CONFIG, GENERATION, INDEX, WEIGHTS, gguf_files
 from loramux_shared.bases.formats import QUANTIZE, with_quantize
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.generation import BaseRecord
@@ -35,6 +35,7 @@ class BaseWeights:
         self, base: BaseRecord, sources: Sources, cache: Path, progress: Progress, room: Room = unwatched
     ) -> None:
         self._base = base
+        self._blocks = gguf_files(base.files)
         self._sources = sources
         self._cache = cache
         self._progress = progress
@@ -74,7 +75,7 @@ class BaseWeights:
             ResourcesExhausted, InternalFault: the process that widens it failed.
             Fault: what `find` raises.
         """
-        parts = [name] if GGUF in self._base.files else self._beside(name.removesuffix("weight"))
+        parts = [name] if self._blocks else self._beside(name.removesuffix("weight"))
         if not parts or (widener := self._open_widener()) is None:
             return None
         for part in parts:
@@ -99,7 +100,7 @@ class BaseWeights:
 
     def _shard_of(self, name: str) -> str | None:
         if INDEX not in self._base.files:
-            return GGUF if GGUF in self._base.files else WEIGHTS
+            return self._part_of(name) if self._blocks else WEIGHTS
         if self._shards is None:
             path = self.fetch(INDEX)
             try:
@@ -112,10 +113,15 @@ class BaseWeights:
             self._shards = {str(tensor): str(shard) for tensor, shard in shards.items()}
         return self._shards.get(name)
 
+    def _part_of(self, name: str) -> str | None:
+        """Return the file of GGUF that has a whole tensor; None where all that have been opened lack it."""
+        opened = ((part, self._open.get(part) or self._read(part)) for part in self._blocks)
+        return next((part for part, file in opened if name in file.tensors), None)
+
     def _read(self, shard: str) -> TensorFile:
         path = self.fetch(shard)
         try:
-            file: TensorFile = read_tensors(path) if shard == GGUF else read_header(path)
+            file: TensorFile = read_tensors(path) if shard in self._blocks else read_header(path)
         except HeaderInvalid as error:
             raise CheckpointInvalid(f"base: {shard}: {error}") from error
         self._open[shard] = file

@@ -23,7 +23,7 @@ from inference_service.startup.model import read_model
 from inference_service.startup.ranks.start import ReplicaRanks, read_with_ranks
 from inference_service.text.text import Text
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.files import GGUF
+from loramux_shared.bases.files import gguf_files
 from loramux_shared.bases.memory import GB, may_stay_packed, token_bytes, weights_bytes, widening
 from loramux_shared.bases.read import read_config
 from loramux_shared.bases.shard import Shard
@@ -157,7 +157,7 @@ def agree(settings: InferenceSettings, generation: Generation) -> tuple[Inferenc
     quantization = settings.quantization or generation.quantization
     ranks = settings.tensor_parallel or generation.tensor_parallel_count
     settings = settings.model_copy(update={"quantization": quantization, "tensor_parallel": ranks})
-    blocks = GGUF in generation.base.files
+    blocks = bool(gguf_files(generation.base.files))
     stays = quantization is Rounding.NONE and not blocks
     if stays or generation.merged is None or (blocks and generation.merge is Merge.ALWAYS):
         return settings, generation

@@ -64,7 +64,9 @@ def _local_path(text: str, folder: Path) -> Path | None:
     if not text or "://" in text or text.startswith("hf:") or "\0" in text:
         return None
     path = folder / text
-    return path.resolve() if path.is_dir() or (path.suffix == GGUF_SUFFIX and path.is_file()) else None
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        return path.absolute()  # a link of the hub's cache leads to a name that says nothing
+    return path.resolve() if path.is_dir() else None
 
 
 def _no_repository(text: str) -> DeploymentInvalid:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -395,7 +396,7 @@ def test_an_adapter_alone_is_not_merged_into_blocks(llama: tiny.World) -> None:
 
 
 def test_a_base_and_an_adapter_that_are_both_files_answer_as_peft(llama: tiny.World) -> None:
-    """The file of llama.cpp's converter, named itself, beside a base in GGUF: token for token as the original."""
+    """The file of llama.cpp's converter, named itself, beside a base in GGUF: token for token as PEFT."""
     base, folder = llama.root / "base", llama.root / "lora"
     targets = ["q_proj", "k_proj", "up_proj", "down_proj"]
     tiny.make_adapter(base, folder, 7, r=4, lora_alpha=9, target_modules=targets)
@@ -403,6 +404,51 @@ def test_a_base_and_an_adapter_that_are_both_files_answer_as_peft(llama: tiny.Wo
     world = replace(llama, adapters={"lora": llama.root / "lora.gguf"})
     expected = [tiny.oracle_tokens(tiny.oracle(base, each), PROMPT, NEW) for each in (folder, None)]
     assert answers(world, ["lora", "base"]) == expected
+
+
+@pytest.fixture(scope="module")
+def parts(llama: tiny.World) -> tiny.World:
+    """The same base in three files."""
+    base = llama.root / "base"
+    config = json.loads((base / "config.json").read_text()) | {"rope_theta": 10000.0}
+    write_gguf(llama.root / "big.gguf", base, config, of_types, split_max_tensors=9)
+    return replace(llama, base=llama.root / "big-00002-of-00003.gguf", adapters={})
+
+
+def test_a_base_in_several_files_answers_as_the_one(
+    llama: tiny.World, parts: tiny.World, tmp_path: Path
+) -> None:
+    """Any of the files names all; DoRA's norms are of weights in blocks and whole ones, of every file."""
+    assert answers(parts, ["base"]) == answers(replace(llama, adapters={}), ["base"])
+    files = require_deployment(parts.built(), "tiny").base.files
+    assert {name for name in files if name.endswith(".gguf")} == {
+        f"model-0000{number}-of-00003.gguf" for number in (1, 2, 3)
+    }
+    require_dora_as_peft(parts, tmp_path, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.mark.parametrize(
+    ("number", "content", "expected"),
+    [
+        (2, None, r"expected big-00002-of-00003\.gguf beside it, found no such file"),
+        (3, 2, "number 1 of 3 files, counted from 0: expected a name like"),
+        (1, 3, "number 2 of 3 files"),
+    ],
+)
+def test_files_that_are_not_all_of_one_model_are_refused(
+    parts: tiny.World, tmp_path: Path, number: int, content: int | None, expected: str
+) -> None:
+    """A file is missing, or is there twice; then one has another number of tensors in all."""
+    for each in (1, 2, 3):
+        name = f"big-0000{each}-of-00003.gguf"
+        source = content if each == number else each
+        if source is not None:
+            shutil.copy(parts.root / f"big-0000{source}-of-00003.gguf", tmp_path / name)
+    with pytest.raises(CheckpointInvalid, match=expected):
+        as_checkpoint(
+            tmp_path / "big-00001-of-00003.gguf" if number > 1 else tmp_path / "big-00003-of-00003.gguf",
+            tmp_path / "made",
+        )
 
 
 def test_biases_of_attention_and_mlp_are_served(tmp_path: Path) -> None:

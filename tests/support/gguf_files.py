@@ -35,10 +35,11 @@ def write_gguf(
     config: Mapping[str, Any],
     kinds: Callable[[str], str],
     fields: Mapping[str, Any] | None = None,
+    **options: int,
 ) -> None:
     """Write a GGUF of random matrices, and put these into the checkpoint; ``kinds`` are types by name."""
     arch = config["model_type"]
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, **options)
     sizes = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],

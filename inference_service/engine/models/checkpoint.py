@@ -22,7 +22,7 @@ from inference_service.engine.models.packed import (
 )
 from inference_service.engine.models.shard import Shard, ShardInvalid, read_shard
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.files import GGUF
+from loramux_shared.bases.files import GGUF_SUFFIX, gguf_files
 from loramux_shared.bases.unused import unknown
 from loramux_shared.bases.weight_format import Quantization
 from loramux_shared.bundle.manifest import FileDigest
@@ -101,16 +101,16 @@ class Checkpoint:
         self._found: PackedWeights | None = None
         self._taken: set[str] = set()
         for path in _files(folder, verify):
-            if path.name == GGUF:
-                self._where, self._read = dict.fromkeys(gguf.names_of(path), path), gguf.read_gguf
-                self._found = gguf.FoundBlocks(self._where)
-                return
+            if path.suffix == GGUF_SUFFIX:
+                self._where |= dict.fromkeys(gguf.names_of(path), path)
+                self._read, self._found = gguf.read_gguf, gguf.FoundBlocks(self._where)
+                continue
             try:
                 with safe_open(path, framework="pt") as file:
                     self._where |= dict.fromkeys(file.keys(), path)
             except (SafetensorError, OSError) as error:
                 self._refuse(path, error)
-        if quantization is not None:
+        if quantization is not None and self._found is None:
             self._found = Found(quantization.format, self._where)
 
     def has(self, name: str) -> bool:
@@ -120,7 +120,7 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a tensor that is not of few bits; None where there is none."""
         path = self._where.get(name)
-        if path is None or path.name == GGUF:
+        if path is None or path.suffix == GGUF_SUFFIX:
             return None
         with safe_open(path, framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
@@ -228,8 +228,8 @@ def _files(folder: Path, verify: Verify) -> list[Path]:
     index = folder / INDEX
     if not index.exists():
         single = folder / "model.safetensors"
-        if not single.exists() and (folder / GGUF).exists():
-            return [folder / GGUF]
+        if not single.exists() and (blocks := gguf_files(path.name for path in folder.iterdir())):
+            return [folder / name for name in blocks]
         if not single.exists():
             for absent in (index, single):
                 verify(absent.name, None)

@@ -22,6 +22,7 @@ from loramux_shared.bases.memory import (
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted, SettingsInvalid
 from loramux_shared.gguf.files import config_of
+from loramux_shared.gguf.header import files_of
 from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.untrusted_json import parse_json
@@ -104,7 +105,7 @@ def read_base(path: Path) -> dict[str, Any]:
 def weight_files_bytes(path: Path) -> int | None:
     """Return the bytes of the weights beside a config; None where there are none."""
     if path.suffix == GGUF_SUFFIX:
-        return path.stat().st_size
+        return sum(part.stat().st_size for part in files_of(path))
     files = [file.stat().st_size for file in (path if path.is_dir() else path.parent).glob("*.safetensors")]
     return sum(files) if files else None
 

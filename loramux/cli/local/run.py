@@ -11,7 +11,6 @@ import yaml
 from loramux.cli import shell
 from loramux.cli.check import MaxRank
 from loramux.cli.local.up import DEFAULT_STORE, HttpAddress, plan_of, preflight, serve
-from loramux_shared.bases.files import GGUF_SUFFIX
 from loramux_shared.deployment import Deployment, Repository
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
@@ -34,6 +33,7 @@ Save = Annotated[
     Path | None,
     typer.Option("--save", metavar="FILE", help="Also write a deployment file, for `loramux up`."),
 ]
+_GGUF_END: Final = re.compile(r"(-[0-9]{5}-of-[0-9]{5})?\.gguf$")
 _NOT_IN_NAMES: Final = re.compile(r"[^a-zA-Z0-9_.\-]+")
 
 
@@ -85,7 +85,7 @@ def deployment_of(base: Repository, adapters: Sequence[str], name: str, max_rank
 
 def name_of_base(base: Repository) -> str:
     """Return the last part of a repository's address or path, with a dash for what names may not have."""
-    last = base.repo.split("?")[0].rstrip("/").rpartition("/")[2].removesuffix(GGUF_SUFFIX)
+    last = _GGUF_END.sub("", base.repo.split("?")[0].rstrip("/").rpartition("/")[2])
     return _NOT_IN_NAMES.sub("-", last).strip("-.") or "base"
 
 

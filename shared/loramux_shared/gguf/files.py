@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from loramux_shared.adapter_files import ADAPTER_GGUF
-from loramux_shared.bases.files import GGUF
+from loramux_shared.bases.files import GGUF, GGUF_SUFFIX
 from loramux_shared.bundle.manifest import sha256_hex
-from loramux_shared.gguf.header import FREQUENCIES, WHOLE, GgufHeader, TensorPlace, read_header
+from loramux_shared.gguf.header import FREQUENCIES, WHOLE, GgufHeader, TensorPlace, files_of, read_model
 from loramux_shared.gguf.tokenizer import tokenizer_json
 
 OF_LAYER: Final = {
@@ -52,20 +52,20 @@ ARCHITECTURES: Final = {
 
 
 def as_checkpoint(path: Path, below: Path) -> Path:
-    """Return a folder with a link to a file and the small files that follow from a model, made once.
+    """Return a folder with links to the files of a model, or to an adapter, and the small files that follow.
 
-    It is made below a folder; another state of the file has another one.
+    It is made once, below a folder; another state of the files has another one.
 
     Raises:
-        CheckpointInvalid: the file is not one that is served.
+        CheckpointInvalid: a file is not one that is served.
         OSError: it cannot be read, or the folder not be written.
     """
-    path = path.resolve()
-    status = path.stat()
-    state = f"{path}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
+    parts = files_of(path)
+    states = [(part.resolve(), part.stat()) for part in parts]
+    state = "\n".join(f"{at}\n{its.st_size}\n{its.st_mtime_ns}\n{its.st_ino}" for at, its in states)
     folder = below / sha256_hex(state.encode())[:24]
     if not folder.is_dir():
-        header = read_header(path)
+        header = read_model(path)
         of_adapter = is_adapter(header)
         files = {} if of_adapter else small_files(header)
         below.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,10 @@ def as_checkpoint(path: Path, below: Path) -> Path:
         try:
             for name, content in files.items():
                 (made / name).write_text(content, encoding="utf-8")
-            (made / (ADAPTER_GGUF if of_adapter else GGUF)).symlink_to(path)
+            for number, (at, _) in enumerate(states, 1):
+                alone = ADAPTER_GGUF if of_adapter else GGUF
+                name = alone if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}{GGUF_SUFFIX}"
+                (made / name).symlink_to(at)
             made.rename(folder)
         except OSError:
             shutil.rmtree(made, ignore_errors=True)
@@ -193,7 +196,7 @@ def config_of(path: Path) -> dict[str, Any]:
         CheckpointInvalid: the model is not one that is served.
         OSError: it cannot be read.
     """
-    return config_json(read_header(path))
+    return config_json(read_model(path))
 
 
 def config_json(header: GgufHeader) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
+from loramux_shared.bases.files import GGUF_SUFFIX
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.sources.files import is_text
 from loramux_shared.wording import listed
@@ -26,6 +28,9 @@ MAX_TEXT: Final = 1 << 20
 MAX_ITEM: Final = 1 << 10
 """Bytes of a text in an array: a token is cut at each of its characters."""
 MAX_FREQUENCIES: Final = 1 << 12
+MAX_PARTS: Final = 1 << 10
+"""Files of a model."""
+_PART: Final = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 MOST_DIMENSIONS: Final = 4
 NUMBERS: Final = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """Types of numbers in metadata, as `struct` writes them."""
@@ -116,13 +121,53 @@ class GgufHeader:
         return value
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Read the header of a file.
+def parts_of(path: Path) -> list[Path]:
+    """Return all files of a model one of whose files has this path: they differ in their number."""
+    name = _PART.fullmatch(path.name)
+    if name is None or not 0 < int(name["number"]) <= int(name["count"]) <= MAX_PARTS:
+        return [path]
+    numbers = range(1, int(name["count"]) + 1)
+    return [
+        path.with_name(f"{name['stem']}-{number:05d}-of-{name['count']}{GGUF_SUFFIX}") for number in numbers
+    ]
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return all files of a model as `parts_of` does; raise CheckpointInvalid where one is not there."""
+    parts = parts_of(path)
+    if lost := next((part.name for part in parts if not part.is_file()), ""):
+        raise CheckpointInvalid(f"{path.name}: expected {lost} beside it, found no such file.")
+    return parts
+
+
+def read_model(path: Path) -> GgufHeader:
+    """Read the headers of all files of a model as one, whose tensors have places of no single file.
 
     Raises:
-        CheckpointInvalid: the file is no GGUF file of one part, is cut off, or has tensors of another type
-            than is served.
-        OSError: it cannot be read.
+        CheckpointInvalid: see `read_header`; or files are missing, or are of several models.
+        OSError: one cannot be read.
+    """
+    first, *others = files_of(path)
+    whole = read_header(first)
+    for part in others:
+        header = read_header(part)
+        if twice := header.tensors.keys() & whole.tensors.keys():
+            raise header.invalid(f"{min(twice)} is in another file too.")
+        whole.tensors.update(header.tensors)
+        whole.factors.extend(header.factors)
+    count = whole.integer("split.tensors.count", len(whole.tensors)) if others else len(whole.tensors)
+    if count != len(whole.tensors):
+        raise whole.invalid(f"expected {count} tensors in all files, found {len(whole.tensors)}.")
+    return whole
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read the header of a file; one of several has the metadata of the first.
+
+    Raises:
+        CheckpointInvalid: the file is no GGUF file, is cut off, is one of several and not named as such, or has
+            tensors of another type than is served.
+        OSError: it, or the first, cannot be read.
     """
     with path.open("rb") as file:
         reader = _HeaderReader(path.name, file, path.stat().st_size)
@@ -140,17 +185,25 @@ def read_header(path: Path) -> GgufHeader:
         fields = reader.entries(entries)
         places = [reader.tensor() for _ in range(tensors)]
         header = GgufHeader(path.name, fields, {}, [])
-        parts = fields.get("split.count", 1)
-        if parts != 1:
-            raise header.invalid(
-                f"it is one of {parts!r:.80} parts. Join them: "
-                "`llama-gguf-split --merge FIRST_PART model.gguf`."
-            )
+        first = _first_part(path, header)
         _check_types(header, places)
         _place(header, places, reader)
         if FREQUENCIES in header.tensors:
             header.factors.extend(reader.floats(header.tensors[FREQUENCIES]))
+        if first != path:
+            header.fields.update(read_header(first).fields)
         return header
+
+
+def _first_part(path: Path, header: GgufHeader) -> Path:
+    """Return the first of the files of a model, by the name of this one and what it says."""
+    parts, count, number = parts_of(path), header.fields.get("split.count", 1), header.fields.get("split.no", 0)
+    if (count, number) != (len(parts), parts.index(path)):
+        raise header.invalid(
+            f"it says that it is number {number!r:.20} of {count!r:.20} files, counted from 0: expected a name "
+            "like NAME-00001-of-00003.gguf that says the same."
+        )
+    return parts[0]
 
 
 def _check_types(header: GgufHeader, places: list[tuple[str, TensorPlace]]) -> None:

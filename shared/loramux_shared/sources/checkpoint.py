@@ -11,7 +11,7 @@ import structlog
 
 from loramux_shared.adapter_files import ADAPTER_GGUF
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.files import CONFIG, GENERATION, GGUF, GGUF_SUFFIX, INDEX, WEIGHTS
+from loramux_shared.bases.files import CONFIG, GENERATION, GGUF_SUFFIX, INDEX, WEIGHTS, gguf_files
 from loramux_shared.bases.formats import QUANTIZE, says_quantization, with_quantize
 from loramux_shared.bases.read import SENTENCES, read_fields
 from loramux_shared.bundle.generation import BaseRecord
@@ -204,8 +204,8 @@ def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[
         raise CheckpointInvalid(f"{_name(resolved.repository)}: {INDEX} names missing files: {missing[:3]}")
     if WEIGHTS in resolved.files:
         return [WEIGHTS]
-    if GGUF in resolved.files:
-        return [GGUF]
+    if blocks := gguf_files(resolved.files):
+        return blocks
     others = [name for name in resolved.files if _SHARD.fullmatch(name)]
     cure = "Convert the base to safetensors; pickled weights are refused."
     raise CheckpointInvalid(

@@ -15,6 +15,7 @@ from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from loramux_shared.gguf.files import as_checkpoint
+from loramux_shared.gguf.header import parts_of
 from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
 from loramux_shared.sources.files import exactly, hash_pieces, inside, is_text, pin_content, whole
 from loramux_shared.wording import listed
@@ -108,10 +109,12 @@ class LocalSource:
         path = Path(repository.repo)
         if not path.is_absolute():
             raise SourceRefused(f"LOCAL {repository.repo!r}: expected an absolute folder of the server")
-        folder = self._allowed(path / repository.subfolder)
+        folder, named = self._allowed(path / repository.subfolder), path / repository.subfolder
         with _translated():
-            if folder.suffix == GGUF_SUFFIX and folder.is_file():
-                return as_checkpoint(folder, self._made)
+            if named.suffix == GGUF_SUFFIX and folder.is_file():
+                for part in parts_of(named):
+                    self._allowed(part)
+                return as_checkpoint(named, self._made)
             if not folder.is_dir():
                 raise RepoNotFound(
                     f"LOCAL {folder}: no such folder on the server. Correct the path, or put it there."

@@ -18,6 +18,7 @@ BASE = parse_repository("hf:my-org/Base-1.5B@v2")
     [
         ("hf:my-org/Base-1.5B@v2", "Base-1.5B"),
         ("/models/qwen 2.5 (q4).gguf", "qwen-2.5-q4"),
+        ("/models/big-Q4_K_M-00001-of-00003.gguf", "big-Q4_K_M"),
         ("/models/folder/", "folder"),
         ("s3://bucket/bases/small", "small"),
         ("https://host/base.tar.gz?token=secret/x", "base.tar.gz"),

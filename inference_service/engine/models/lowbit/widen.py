@@ -24,7 +24,7 @@ from torch import Tensor
 from inference_service.engine.models import gguf
 from inference_service.engine.models.lowbit.find import Found
 from inference_service.engine.models.packed import PackedWeights, Pieces, widened
-from loramux_shared.bases.files import GGUF
+from loramux_shared.bases.files import gguf_files
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid, Fault
 
@@ -50,11 +50,11 @@ def widen(base: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     Raises:
         CheckpointInvalid: there is none of this name and shape, or its tensors do not go together.
     """
-    quantization, file = read_config(base).quantization, base / GGUF
+    quantization, blocks = read_config(base).quantization, gguf_files(path.name for path in base.iterdir())
     where: Mapping[str, Path]
     found: PackedWeights | None
-    if file.exists():
-        where = dict.fromkeys(gguf.names_of(file), file)
+    if blocks:
+        where = {each: base / file for file in blocks for each in gguf.names_of(base / file)}
         found, read = gguf.FoundBlocks(where), gguf.read_tensor
     else:
         where, read = _tensors(base), _read
