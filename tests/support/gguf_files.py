@@ -12,8 +12,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from loramux_shared.gguf.files import AROUND, OF_LAYER
 
-HALVES = {"Q6_K": [208], "Q4_0": [0], "Q5_0": [0], "Q8_0": [0]}
+HALVES = {
+    "Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208], "Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "IQ4_NL": [0],
+    "IQ4_XS": [0],
+}  # fmt: skip
 """Places of float16 in blocks: one for the scale, and in other types one more for the offset."""
+WIDTHS = {"Q2_K": 0.05, "IQ4_NL": 2e-4, "IQ4_XS": 1e-5}
+"""Deviations of scales, where they do not follow from the bits."""
 NAMES = {own: theirs for theirs, own in (OF_LAYER | AROUND).items()}
 HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
@@ -24,7 +29,11 @@ def random_blocks(kind: str, rows: int, width: int, seed: int = 0) -> np.ndarray
     draw = np.random.default_rng(seed)
     data = draw.integers(0, 256, (rows, width // values, size), dtype=np.uint8)
     for at in HALVES.get(kind, [0, 2]):
-        halves = draw.normal(0, 2.0 / 4 ** int(kind[1]) / (32 if "K" in kind else 1), data.shape[:2])
+        halves = draw.normal(
+            0,
+            WIDTHS.get(kind, 2.0 / 4 ** int(kind.lstrip("IQ")[0])) / (32 if "K" in kind else 1),
+            data.shape[:2],
+        )
         data[:, :, at : at + 2] = halves.astype(np.float16)[..., None].view(np.uint8)
     return data.reshape(rows, -1)
 

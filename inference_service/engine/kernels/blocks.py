@@ -43,9 +43,10 @@ class WeightBlocks:
         rows = len(self.numbers)
         scales = _product(self.scales, self.parts)
         values = self.numbers.view(rows, scales.shape[1], -1).float() - self.zero
-        values = values.mul_(scales[..., None]).view(rows, -1, OF_BLOCK)
+        values.mul_(scales[..., None])
         if self.offsets is not None:
-            values += _product(self.offsets, self.offset_parts)[..., None]
+            offsets = _product(self.offsets, self.offset_parts)
+            values = values.view(rows, offsets.shape[1], -1).add_(offsets[..., None])
         return values.view(rows, -1)
 
     def part(self, rows: Tensor, columns: slice | None = None) -> WeightBlocks:

@@ -138,12 +138,14 @@ class BlockWeight(Keepable):
         del matrix
         return self._type.unpack(self._data[begin:end]).widened()
 
-    def kept(self) -> WeightBlocks:
-        """Return the weight as products take it.
+    def kept(self) -> WeightBlocks | None:
+        """Return the weight as products take it; None where they take it widened.
 
         Raises:
             CheckpointInvalid: it has scales that are no numbers.
         """
+        if not self._type.stays:
+            return None
         blocks = self._type.unpack(self._data)
         shared = [each for each in (blocks.scales, blocks.offsets) if each is not None]
         if not all(bool(each.isfinite().all()) for each in shared):

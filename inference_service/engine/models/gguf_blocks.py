@@ -17,6 +17,14 @@ class BlockType(NamedTuple):
     num_bytes: int
     unpack: Callable[[Tensor], WeightBlocks]
     """Takes the bytes of rows, uint8 [rows, blocks, bytes]."""
+    stays: bool = True
+    """False if no product takes it, so that it is widened at load."""
+
+
+LEVELS: Final = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+"""The values of IQ4's numbers."""
+ROWS: Final = 256
+"""Rows whose levels are looked up at once, which takes four times their numbers."""
 
 
 def _halves(data: Tensor) -> Tensor:
@@ -84,13 +92,55 @@ def _q6_k(data: Tensor) -> WeightBlocks:
     return WeightBlocks(numbers, 6, _halves(data[:, :, 208:]), parts=parts)
 
 
+def _q3_k(data: Tensor) -> WeightBlocks:
+    """Return numbers of 3 bits as those of 6, which have such scales."""
+    numbers = _bits(data[:, :, 32:96].reshape(*data.shape[:2], 2, 32), 2).flatten(2)
+    numbers |= _bits(data[:, :, :32], 1).flatten(2) << 2
+    low, high = _nibbles(data[:, :, None, 96:104]).flatten(2), _bits(data[:, :, 104:108], 2).flatten(2)
+    parts = (low | high << 4).flatten(1).to(torch.int8) - 32
+    return WeightBlocks((numbers + 28).flatten(1), 6, _halves(data[:, :, 108:]), parts=parts)
+
+
+def _q2_k(data: Tensor) -> WeightBlocks:
+    """Return numbers of 2 bits, whose offsets are of halves of blocks: they are only widened."""
+    numbers = _bits(data[:, :, 16:80].reshape(*data.shape[:2], 2, 32), 2).flatten(1)
+    parts, offset_parts = (
+        each.flatten(1).to(torch.int8) for each in (data[:, :, :16] & 15, data[:, :, :16] >> 4)
+    )
+    scales, offsets = _halves(data[:, :, 80:82]), -_halves(data[:, :, 82:])
+    return WeightBlocks(numbers, 2, scales, offsets, parts, offset_parts)
+
+
+def _levels(numbers: Tensor) -> Tensor:
+    """Return IQ4's values as numbers of 8 bits whose zero is 128."""
+    table, flat = (LEVELS + 128).to(torch.uint8), numbers.flatten(1)
+    return torch.cat([table[flat[begin : begin + ROWS].int()] for begin in range(0, len(flat), ROWS)])
+
+
+def _iq4_nl(data: Tensor) -> WeightBlocks:
+    return WeightBlocks(_levels(_nibbles(data[:, :, None, 2:])), 8, _halves(data[:, :, :2]))
+
+
+def _iq4_xs(data: Tensor) -> WeightBlocks:
+    numbers = _levels(_nibbles(data[:, :, 8:].reshape(*data.shape[:2], 8, 16)))
+    low, high = (
+        _bits(part, each).transpose(2, 3) for part, each in ((data[:, :, 4:8], 4), (data[:, :, 2:4], 2))
+    )
+    parts = (low.flatten(2) | high.flatten(2) << 4).flatten(1).to(torch.int8) - 32
+    return WeightBlocks(numbers, 8, _halves(data[:, :, :2]), parts=parts)
+
+
 BLOCK_TYPES: Final = {
     "Q4_0": BlockType(32, 18, _plain(bits=4, offset=False)),
     "Q4_1": BlockType(32, 20, _plain(bits=4, offset=True)),
     "Q5_0": BlockType(32, 22, _plain(bits=5, offset=False)),
     "Q5_1": BlockType(32, 24, _plain(bits=5, offset=True)),
     "Q8_0": BlockType(32, 34, _q8_0),
+    "Q2_K": BlockType(256, 84, _q2_k, stays=False),
+    "Q3_K": BlockType(256, 110, _q3_k),
     "Q4_K": BlockType(256, 144, _k(4)),
     "Q5_K": BlockType(256, 176, _k(5)),
     "Q6_K": BlockType(256, 210, _q6_k),
+    "IQ4_NL": BlockType(32, 18, _iq4_nl),
+    "IQ4_XS": BlockType(256, 136, _iq4_xs),
 }

@@ -11,7 +11,16 @@ from typing import Any, Final, NamedTuple
 from loramux_shared.adapter_files import ADAPTER_GGUF
 from loramux_shared.bases.files import GGUF, GGUF_SUFFIX
 from loramux_shared.bundle.manifest import sha256_hex
-from loramux_shared.gguf.header import FREQUENCIES, WHOLE, GgufHeader, TensorPlace, files_of, read_model
+from loramux_shared.gguf.header import (
+    FREQUENCIES,
+    IN_MEMORY,
+    SIZES,
+    WHOLE,
+    GgufHeader,
+    TensorPlace,
+    files_of,
+    read_model,
+)
 from loramux_shared.gguf.tokenizer import tokenizer_json
 
 OF_LAYER: Final = {
@@ -220,7 +229,7 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     shape = header.tensors["token_embd.weight"].shape if "token_embd.weight" in header.tensors else ()
     if len(shape) != 2:
         raise header.invalid("token_embd.weight: expected the embeddings, found none.")
-    kinds = dict.fromkeys(place.type for place in header.tensors.values() if place.type[0] == "Q")
+    kinds = dict.fromkeys(place.type for place in header.tensors.values() if place.type not in WHOLE)
     config = {
         "architectures": [architecture.name],
         "model_type": name,
@@ -252,11 +261,13 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
 
 
 def _bytes(header: GgufHeader) -> dict[str, int]:
-    """Return what tensors of blocks take."""
+    """Return what tensors of blocks take in memory."""
     sizes = {"tables": 0, "linears": 0}
     for name, place in header.tensors.items():
-        if place.type[0] == "Q":
-            sizes["linears" if name.startswith("blk.") else "tables"] += place.num_bytes
+        if place.type not in WHOLE:
+            _, size = SIZES[place.type]
+            in_memory = place.num_bytes // size * IN_MEMORY.get(place.type, size)
+            sizes["linears" if name.startswith("blk.") else "tables"] += in_memory
     return sizes
 
 

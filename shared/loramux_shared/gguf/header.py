@@ -46,9 +46,12 @@ TYPES: Final = {
 }  # fmt: skip
 SIZES: Final = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
-    "Q5_1": (32, 24), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144),
+    "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
 }  # fmt: skip
 """Types that are served: values of a block, and its bytes."""
+IN_MEMORY: Final = {"Q2_K": 2 * 256, "Q3_K": 210, "IQ4_NL": 34, "IQ4_XS": 256 + 8 + 2}
+"""Bytes of a block where products take it in another form: in bfloat16, in 6 bits, in 8 bits."""
 WHOLE: Final = ("F32", "F16", "BF16")
 """Those of numbers that are kept one by one."""
 
