@@ -25,6 +25,7 @@ from builder_service.domain.rules.config import (
     ENCODES,
     INVOCATION,
     RECKONED,
+    TAGS,
     parameters_of_experts,
     refusals,
 )
@@ -65,7 +66,9 @@ class AdapterConfig:
     """``trainable_token_indices``, by ends of names of modules."""
     ensure_weight_tying: bool = False
     classifies: bool = False
-    """True if the adapter was trained to classify texts, with a score head."""
+    """True if the adapter was trained to classify texts or their tokens, with a score head."""
+    of_tokens: bool = False
+    """True if it was their tokens."""
     encodes: bool = False
     """True if the adapter was trained to make vectors of texts."""
     use_dora: bool | None = False
@@ -218,7 +221,8 @@ def _config(kind: PeftKind, fields: dict[str, Any]) -> AdapterConfig:
         alpha_pattern=fields.get("alpha_pattern") or {},
         initial=_initial(fields.get("init_lora_weights")),
         use_rslora=bool(fields.get("use_rslora")),
-        classifies=fields.get("task_type") == CLASSIFIES,
+        classifies=fields.get("task_type") in (CLASSIFIES, TAGS),
+        of_tokens=fields.get("task_type") == TAGS,
         encodes=fields.get("task_type") == ENCODES,
         use_dora=_lora_flag(kind, fields.get("use_dora")),
         lora_bias=_lora_flag(kind, fields.get("lora_bias")),

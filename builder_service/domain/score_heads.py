@@ -44,10 +44,15 @@ def plan_score(
     """
     if not config.classifies:
         return None, fulls, config.modules_to_save
+    if config.of_tokens:
+        fix = "Train it on an encoder, or to classify whole texts, with task_type SEQ_CLS."
+        found = f"a base of {base.architecture}"
+        report.add("E_TASK", "task_type TOKEN_CLS", expected="an encoder as base", found=found, fix=fix)
     own = [full for full in fulls if full.key.name == SCORE and not full.key.of_base]
     rest = [full for full in fulls if full not in own]
     saved = tuple(name for name in config.modules_to_save if name not in SAVED)
-    return _plan_head(file, own, base.dims.hidden, report), rest, saved
+    planned = None if config.of_tokens else _plan_head(file, own, base.dims.hidden, report)
+    return planned, rest, saved
 
 
 def _plan_head(file: TensorFile, own: list[FullTensor], hidden: int, report: Grouping) -> PlannedScore | None:

@@ -27,34 +27,58 @@ class Scorer:
     weights: Array
     """Weights in the shape of the head, float32."""
 
-    def scores(self, state: Vector) -> Vector:
-        """Return the scores [labels] of a hidden state: transformers calls them logits."""
-        if not self.head.dense:
-            found: Vector = self.weights @ state
+    def scores(self, states: Vector) -> Vector:
+        """Return the scores [labels] of a hidden state, or of all [tokens, labels]: transformers' logits."""
+        head = self.head
+        if not head.dense and not head.of_tokens:
+            found: Vector = self.weights @ states
             return found
-        dense, labels = np.split(self.weights, [self.head.hidden_size])
-        scores: Vector = _affine(labels, np.tanh(_affine(dense, state)))
-        return scores
+        x = states.reshape(-1, head.hidden_size) if head.of_tokens else states
+        dense, norm, labels = np.split(self.weights, head.parts)
+        if head.dense:
+            x = _affine(dense, x)
+            x = np.tanh(x) if head.norm_eps is None else _normed(norm, gelu(x), head.norm_eps)
+        return _affine(labels, x)
 
     def activated(self, scores: Vector) -> Vector:
         """Return probabilities: softmax over labels, or sigmoid of each where one does not exclude another.
 
-        Those of a regression are what they are.
+        Those of a regression are what they are; of tokens, transformers' pipeline has no other than softmax.
         """
-        if self.head.problem_type == "regression":
+        head, wide = self.head, scores.astype(np.float64)
+        if not head.of_tokens and head.problem_type == "regression":
             return scores
-        wide = scores.astype(np.float64)
-        if self.head.num_labels == 1 or self.head.problem_type == "multi_label_classification":
+        if not head.of_tokens and (head.num_labels == 1 or head.problem_type == "multi_label_classification"):
             each: Vector = (0.5 + 0.5 * np.tanh(0.5 * wide)).astype(np.float32)
             return each
-        powers = np.exp(wide - wide.max())
-        shares: Vector = (powers / powers.sum()).astype(np.float32)
+        powers = np.exp(wide - wide.max(-1, keepdims=True))
+        shares: Vector = (powers / powers.sum(-1, keepdims=True)).astype(np.float32)
         return shares
 
 
 def _affine(layer: Array, x: Vector) -> Vector:
-    """Return what a layer [out, in + 1], whose last column are its biases, makes of x [in]."""
-    found: Vector = layer[:, :-1] @ x + layer[:, -1]
+    """Return what a layer [out, in + 1], whose last column are its biases, makes of x [in] or [tokens, in]."""
+    found: Vector = x @ layer[:, :-1].T + layer[:, -1]
+    return found
+
+
+def _normed(norm: Array, x: Vector, eps: float) -> Vector:
+    """Return the layer norm of x, with the weight and the bias that norm has as rows."""
+    wide = x - x.mean(-1, keepdims=True, dtype=np.float64)
+    scale = 1 / np.sqrt((wide**2).mean(-1, keepdims=True) + eps)
+    found: Vector = (wide * scale * norm[0, :-1] + norm[1, :-1]).astype(np.float32)
+    return found
+
+
+ERF: Final = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0)
+"""Coefficients of Abramowitz and Stegun's 7.1.26, which is off by at most 1.5e-7."""
+
+
+def gelu(x: Vector) -> Vector:
+    """Return gelu of every number; API processes have numpy alone."""
+    wide = np.abs(x, dtype=np.float64) * 0.5**0.5
+    tail = np.polyval(ERF, 1 / (1 + 0.3275911 * wide)) * np.exp(-(wide**2))
+    found: Vector = (x * (0.5 + np.copysign(0.5 - 0.5 * tail, x))).astype(np.float32)
     return found
 
 

@@ -24,7 +24,7 @@ NOWHERE: Final = -1
 NEVER: Final = 2**62
 """A position that no sequence reaches."""
 Vector: TypeAlias = npt.NDArray[np.float32]
-"""[hidden size]: the pooled hidden states of a sequence."""
+"""[hidden size]: the pooled hidden states of a sequence; [tokens * hidden size] where they are all of them."""
 
 
 class EndReason(Enum):

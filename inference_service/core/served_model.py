@@ -12,7 +12,7 @@ from inference_service.core.adapter import Adapter, Mixture
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text, special_tokens, template_in
 from loramux_shared.bundle.added_tokens import OwnTokens
-from loramux_shared.bundle.kinds import SILENT
+from loramux_shared.bundle.kinds import SILENT, AdapterKind
 from loramux_shared.bundle.manifest import OWN_TOKENS_FILE, TEXT_FILES
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, Finding, RequestInvalid
@@ -178,6 +178,8 @@ def require_text(model: ServedModel) -> None:
     if silent.num_labels is not None:
         found = "one that classifies texts"
         fix = "Ask /classify, /score or /rerank for its scores, or /v1/embeddings for vectors."
+    if AdapterKind.TOKEN_CLASSIFIER in silent.kinds:
+        found, fix = "one that classifies tokens", "Ask /classify for entities, or /v1/embeddings for vectors."
     raise refused_model(silent.name, "a model that generates text", found, fix)
 
 

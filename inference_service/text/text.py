@@ -11,10 +11,11 @@ from types import MappingProxyType
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from inference_service.text.chat_template import ChatTemplate
+from inference_service.text.spans import Spans, Wording
 from inference_service.text.vocabulary import TokenBytes
 from loramux_shared.bundle.added_tokens import OwnTokens
 from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
@@ -153,8 +154,19 @@ class Text:
     ) -> tuple[list[int], list[int]]:
         """Tokenize one or two texts like `encode_pair`, without their ends beyond so many tokens."""
         self._look_at(texts, max_seq_len)
-        shortened = encode_shortened(self._tokenizer, texts, most, add_special_tokens=add_special_tokens)
-        return self._with_types(*shortened)
+        found = encode_shortened(self._tokenizer, texts, most, add_special_tokens=add_special_tokens)
+        return self._with_types(found.ids, found.type_ids)
+
+    def encode_spans(self, text: str, max_seq_len: int, most: int | None, *, add_special_tokens: bool) -> Spans:
+        """Tokenize a text with the characters of each token; it is whole where most is None, else as
+        `encode_shortened` has it. Raise what `encode_prompt` does.
+        """
+        self._look_at([text], max_seq_len)
+        if most is None:
+            [found] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        else:
+            found = encode_shortened(self._tokenizer, (text,), most, add_special_tokens=add_special_tokens)
+        return Spans(text, found, Wording.of(self._tokenizer, self.special_tokens.get("unk_token")))
 
     def _with_types(self, tokens: list[int], types: list[int]) -> tuple[list[int], list[int]]:
         return tokens, types if self.gives_types else [0] * len(tokens)
@@ -363,8 +375,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def encode_shortened(
     tokenizer: Tokenizer, texts: tuple[str, ...], most: int, *, add_special_tokens: bool
-) -> tuple[list[int], list[int]]:
-    """Return the tokens of one or two texts, so many at most with the special ones, and their types.
+) -> Encoding:
+    """Return one or two texts as tokens, so many at most with the special ones.
 
     Their ends are left out as transformers truncates them.
     """
@@ -373,8 +385,7 @@ def encode_shortened(
     for part, length in zip(parts, shortened([*map(len, parts)], max(0, most - special)), strict=True):
         part.truncate(length)
     pair = parts[1] if len(parts) > 1 else None
-    encoding = tokenizer.post_process(parts[0], pair, add_special_tokens)
-    return encoding.ids, encoding.type_ids
+    return tokenizer.post_process(parts[0], pair, add_special_tokens)
 
 
 def shortened(lengths: list[int], most: int) -> list[int]:

@@ -104,14 +104,16 @@ def kind(kinds: Sequence[str], replaced_rows: Mapping[str, int] | None = None, n
     """
     counts = {each: f" ({count} rows)" for each, count in (replaced_rows or {}).items()}
     if num_labels:
-        counts[AdapterKind.CLASSIFIER] = f" ({counted(num_labels, 'label')})"
+        labels = f" ({counted(num_labels, 'label')})"
+        counts |= {AdapterKind.CLASSIFIER: labels, AdapterKind.TOKEN_CLASSIFIER: labels}
     words = {each: _NAMES.get(AdapterKind(each), each) if each in set(AdapterKind) else each for each in kinds}
     return ", ".join(word + counts.get(each, "") for each, word in words.items())
 
 
 def task(kinds: Sequence[str], labels: Sequence[str] = (), problem_type: str = "") -> str:
     """Return what an adapter is asked for that generates no text; empty of one that does."""
-    if AdapterKind.CLASSIFIER in kinds:
+    scored = {AdapterKind.CLASSIFIER: "texts", AdapterKind.TOKEN_CLASSIFIER: "tokens"}
+    if found := [what for each, what in scored.items() if each in kinds]:
         called = f" ({problem_type})" if problem_type else ""
-        return f"scores texts, and generates none{called}: {listed(labels)}"
+        return f"scores {found[0]}, and generates none{called}: {listed(labels)}"
     return "makes vectors of texts, and generates none" if AdapterKind.ENCODER in kinds else ""

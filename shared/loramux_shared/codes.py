@@ -104,7 +104,8 @@ _REFUSED: Final = (
      "`pissa_niter_4`), or in a way that this base does not determine (PiSSA, OLoRA)",
      "Save again with `path_initial_model_for_weight_conversion`; a LoftQ adapter needs its own base."),
     ("E_TASK", "trained for another task, or to classify without a score head that fits the base",
-     "Use an adapter with `task_type` CAUSAL_LM or FEATURE_EXTRACTION, or SEQ_CLS with its `score.weight`."),
+     "Use an adapter with `task_type` CAUSAL_LM or FEATURE_EXTRACTION, or SEQ_CLS with its `score.weight`; "
+     "TOKEN_CLS is for encoders."),
     ("E_EMBED", "embeddings and a head of different lengths, tokens without rows or with another id, rows "
      "that do not fit `trainable_token_indices`, and `modules_to_save` of anything else that differs from the "
      "base's",

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loramux_shared.bundle.names import ModelNames, Name
-from loramux_shared.runtime import Limits, Pooling, ReasoningParser, Rounding, ToolParser, ToolParserName, unset
+from loramux_shared.runtime import (
+    Limits,
+    ReasoningParser,
+    Rounding,
+    ToolParser,
+    ToolParserName,
+    VectorPooling,
+    unset,
+)
 from loramux_shared.signatures import is_file, parse_signer
 
 DEFAULT_MAX_LORA_RANK = 64
@@ -286,7 +294,7 @@ class Runtime(Model):
     tool_parser: ToolParserName = ToolParser.AUTO
     """The form in which the models write calls of tools: docs/reference/openai.md has them. ``auto``: what the
     chat template of each shows; ``none``: calls stay text. A replica's ``LORAMUX_TOOL_PARSER`` comes first."""
-    pooling: Pooling | None = None
+    pooling: VectorPooling | None = None
     """Pooling of hidden states into a vector where a request names none: docs/guides/embeddings.md."""
     reasoning_parser: ReasoningParser = ReasoningParser.AUTO
     """The marks between which the models reason; the same of ``LORAMUX_REASONING_PARSER``."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
 from loramux_shared.faults import CheckpointInvalid
@@ -141,10 +141,26 @@ class Pooling(StrEnum):
     """Their mean."""
     CLS = "cls"
     """The hidden state of the first token, which has seen all others in an encoder alone."""
+    ALL = "all"
+    """All of them, one behind another: what heads of token classification read. No request names it."""
 
 
 OF_DECODERS: Final = (Pooling.LAST, Pooling.MEAN)
 OF_ENCODERS: Final = (Pooling.CLS, Pooling.MEAN, Pooling.LAST)
+
+
+def _pooling_of(word: object) -> Pooling:
+    """Return a pooling that makes one vector of a text; raise PydanticKnownError for other words."""
+    if word not in OF_ENCODERS:
+        raise PydanticKnownError("enum", {"expected": "'last', 'mean' or 'cls'"})
+    return Pooling(str(word))
+
+
+VectorPooling: TypeAlias = Annotated[
+    Pooling,
+    BeforeValidator(_pooling_of),
+    WithJsonSchema({"type": "string", "enum": [Pooling.LAST, Pooling.MEAN, Pooling.CLS]}),
+]
 
 FILE: Final = "1_Pooling/config.json"
 """Pooling config of a base that was trained for vectors with sentence-transformers."""

@@ -181,14 +181,50 @@ async def test_a_modern_encoder_equals_transformers(tmp_path: Path, fields: dict
         assert_close(vectors, expected)
     scoring = get_peft_model(loaded(base, 1), LoraConfig(task_type="SEQ_CLS", target_modules=["Wqkv"]))
     save_random(scoring, tmp_path / "scoring", 1)
-    with pytest.raises(AdapterInvalid, match="a head of ModernBertModel"):
+    with pytest.raises(AdapterInvalid, match=r"head\.dense\.weight"):
         World(base, {"scoring": tmp_path / "scoring"}, tmp_path).build(MemoryStore())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+async def test_heads_of_a_modern_encoder_equal_transformers(tmp_path: Path, pooling: str) -> None:
+    """Dense layer and norm are the base's, or the adapter's; probabilities are those of the kind of scores."""
+    base, fields = tmp_path / "base", MODERN["odd"] | {"classifier_pooling": pooling}
+    torch.manual_seed(0)
+    write_base(
+        transformers.AutoModelForMaskedLM.from_config(transformers.ModernBertConfig(**(SIZES | fields))), base
+    )
+    kinds = {"regression": 1, "single_label_classification": 3, "multi_label_classification": 4}
+    expected = {}
+    for seed, (name, labels) in enumerate(kinds.items()):
+        settings = LoraConfig(
+            task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["head"] if labels == 4 else None
+        )
+        save_random(get_peft_model(loaded(base, labels), settings), tmp_path / name, seed)
+        (tmp_path / name / "config.json").write_text(json.dumps({"problem_type": name}))
+        whole = PeftModel.from_pretrained(loaded(base, labels), tmp_path / name).eval()
+        with torch.no_grad():
+            expected[name] = torch.stack([whole(torch.tensor([ids])).logits[0] for ids in PROMPTS])
+    world = World(base, {name: tmp_path / name for name in kinds}, tmp_path)
+    shares = {
+        "regression": expected["regression"],
+        "single_label_classification": expected["single_label_classification"].softmax(-1),
+        "multi_label_classification": expected["multi_label_classification"].sigmoid(),
+    }
+    async with open_api((world, world.built())) as api:
+        for name in kinds:
+            found = await answer_of(api, "/classify", model=name, input=PROMPTS, use_activation=False)
+            assert_close([each["probs"] for each in found["data"]], expected[name])
+            found = await answer_of(api, "/classify", model=name, input=PROMPTS)
+            assert_close([each["probs"] for each in found["data"]], shares[name])
+
+
+CROSS: dict[str, Any] = FAMILIES | {"modern": transformers.ModernBertConfig(**(SIZES | MODERN["odd"]))}
+
+
+@pytest.mark.parametrize("family", CROSS)
 async def test_a_cross_encoder_scores_without_an_adapter(tmp_path: Path, family: str) -> None:
     """The base's own head ranks and names its labels, in texts of at most ``max_seq_length`` tokens."""
-    config, base = copy.deepcopy(FAMILIES[family]), tmp_path / "base"
+    config, base = copy.deepcopy(CROSS[family]), tmp_path / "base"
     config.id2label = {0: "relevance"}
     write_base(transformers.AutoModelForSequenceClassification.from_config(config), base)
     (base / "sentence_bert_config.json").write_text('{"max_seq_length": 30}')

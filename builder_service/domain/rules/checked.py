@@ -59,8 +59,9 @@ class CheckedAdapter:
         """Return the kinds of the adapter, as the manifest will have them."""
         rows = [planned.row for planned in self.rows]
         modules = {BY_NAME[module].id for module in self.modules}
-        tasks = {"classifies": self.score is not None, "encodes": self.encodes}
-        return kinds_of(rows, modules, self.coverage.used, self.invocation_tokens, self.vocab, **tasks)
+        score = None if self.score is None else self.score.head
+        own = rows, modules, self.coverage.used, self.invocation_tokens, self.vocab
+        return kinds_of(*own, score=score, encodes=self.encodes)
 
     @property
     def errors(self) -> tuple[Finding, ...]:

@@ -31,8 +31,9 @@ _OF_LORA: Final = (
 _UNSET: Final[tuple[Any, ...]] = (None, False, "none", [], {})
 _BIASES: Final = ("none", "all", "lora_only")
 CLASSIFIES: Final = "SEQ_CLS"
+TAGS: Final = "TOKEN_CLS"
 ENCODES: Final = "FEATURE_EXTRACTION"
-_TASKS: Final = frozenset({"CAUSAL_LM", CLASSIFIES, ENCODES, ""})
+_TASKS: Final = frozenset({"CAUSAL_LM", CLASSIFIES, TAGS, ENCODES, ""})
 # Variants whose factors are not plain A and B. VeLoRA and runtime_config change training only.
 _VARIANTS: Final = (
     "arrow_config",
@@ -110,7 +111,7 @@ def _activated(fields: dict[str, Any]) -> list[Finding]:
     beside = {key: fields.get(key) for key in ("use_dora", "target_parameters", "trainable_token_indices")}
     beside["bias"] = fields.get("bias") not in (None, "none") and fields["bias"]
     task = fields.get("task_type")
-    beside["task_type"] = task in (CLASSIFIES, ENCODES) and task
+    beside["task_type"] = task in (CLASSIFIES, TAGS, ENCODES) and task
     initial = fields.get("init_lora_weights")
     beside["init_lora_weights"] = isinstance(initial, str) and initial.lower() not in ON_BASE_OK and initial
     return [
@@ -152,7 +153,9 @@ def _task(fields: dict[str, Any]) -> list[Finding]:
     if value is None or (isinstance(value, str) and value in _TASKS):
         return []
     fix = "It was trained for another task: it makes no text, no scores and no vectors of texts."
-    return [_refused("E_TASK", "task_type", f"CAUSAL_LM, {CLASSIFIES} or {ENCODES}", excerpt(value), fix)]
+    return [
+        _refused("E_TASK", "task_type", f"CAUSAL_LM, {CLASSIFIES}, {TAGS} or {ENCODES}", excerpt(value), fix)
+    ]
 
 
 def _refused(code: str, key: str, expected: str, found: str, fix: str) -> Finding:

@@ -1,4 +1,4 @@
-"""The score heads of encoders: a dense layer, tanh, and a linear, of which an adapter may have any part.
+"""The score heads of encoders: a linear behind at most a dense layer and a norm; an adapter may have any part.
 
 PEFT saves the layers that ``modules_to_save`` names whole, and trains LoRA on those that ``target_modules``
 names; the others are the base's. A bundle has the weights that result.
@@ -15,19 +15,21 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import FILE
 from builder_service.domain.full_tensors import BaseTensors
 from builder_service.domain.grouping import Grouping
-from builder_service.domain.rules.config import INVOCATION
+from builder_service.domain.rules.config import CLASSIFIES, ENCODES, INVOCATION, TAGS
 from builder_service.domain.rules.vectors import report_left_out
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.score_heads import SAVED, PlannedScore
-from loramux_shared.bases.families.encoders import POOLER, EncoderConfig
-from loramux_shared.bundle.manifest import MAX_LABELS, ScoreHead
+from loramux_shared.bases.families.encoders import POOLER, EncoderConfig, HeadLayers
+from loramux_shared.bundle.manifest import MAX_LABELS
 from loramux_shared.bundle.npy import Array
 
 _KEY: Final = re.compile(
-    r"base_model\.model\.(?P<module>(?:bert\.)?pooler\.dense|classifier(?:\.dense|\.out_proj)?)\."
+    r"base_model\.model\.(?P<module>(?:bert\.)?pooler\.dense|head\.(?:dense|norm)|classifier(?:\.dense|\.out_proj)?)\."
     r"(?:modules_to_save\.(?:[^.]+\.)?)?(?P<what>weight|bias|(?P<lora>lora_[AB])(?:\.[^.]+)?\.weight|lora_.+)"
 )
-_AGAIN: Final = "Save the adapter with the head that it was trained with: PEFT does so for task_type SEQ_CLS."
+_AGAIN: Final = (
+    "Save the adapter with the head that it was trained with: PEFT does so for task_type SEQ_CLS and TOKEN_CLS."
+)
 _VECTORS: Final = "Score heads of this base are not served: train for vectors."
 NAME: Final = "score head"
 """The name of the tensor that is made; no key of an adapter is so called."""
@@ -85,20 +87,19 @@ def take_head(
     )
     if not config.classifies:
         return TakenHead(rest, None, saved, tuple(sorted(of_head)))
-    if not base.dense:
-        report.add(
-            "E_TASK",
-            "task_type SEQ_CLS",
-            expected="FEATURE_EXTRACTION",
-            found=f"a head of {base.architecture}",
-            fix=_VECTORS,
-        )
+    layers, task = (
+        base.head(of_tokens=config.of_tokens),
+        f"task_type {TAGS if config.of_tokens else CLASSIFIES}",
+    )
+    if not layers.labels:
+        found_head = f"a head of {base.architecture} with another activation or pooling"
+        report.add("E_TASK", task, expected=ENCODES, found=found_head, fix=_VECTORS)
         return TakenHead(rest, None, saved, ())
     parts: dict[tuple[str, str], Tensor] = {}
     for name, match in of_head.items():
         module = match["module"].removeprefix("bert.")
         parts[module, match["lora"] or match["what"]] = file.tensors[name]
-    head = _Head(file, config, base, weights, report, parts).made()
+    head = _Head(file, config, base, weights, report, parts, layers, task).made()
     return TakenHead(rest, head, saved, ())
 
 
@@ -111,36 +112,45 @@ class _Head:
     report: Grouping
     parts: dict[tuple[str, str], Tensor]
     """Tensors of the adapter by module and role: weight, bias, lora_A or lora_B."""
+    layers: HeadLayers
+    task: str
 
     def made(self) -> PlannedScore | None:
         """Return the head as a bundle has it; None where something was reported."""
-        hidden, base = self.base.dims.hidden, self.base
+        hidden, layers = self.base.dims.hidden, self.layers
+        served = {name: ["weight", "lora_A", "lora_B"] for name in (layers.dense, layers.labels) if name}
+        served |= {layers.norm: ["weight"]} if layers.norm else {}
+        for name in layers.biased:
+            served[name].append("bias")
         for (module, what), tensor in self.parts.items():
-            if module not in (base.head, base.dense) or what not in ("weight", "bias", "lora_A", "lora_B"):
-                expected = f"weights, biases and lora_A and lora_B of {base.dense} and {base.head}"
+            if what not in served.get(module, ()):
+                expected = "; ".join(f"{', '.join(kinds)} of {name}" for name, kinds in served.items())
                 self._refuse(tensor.name, expected, f"{module}.{what}")
-        dense, labels = self._layer(base.dense, hidden), self._layer(base.head, None)
-        if dense is None or labels is None or self.report:
+        rows = [self._layer(layers.dense, hidden)] if layers.dense else []
+        rows += [self._norm()] if layers.norm else []
+        rows.append(self._layer(layers.labels, None))
+        found = [each for each in rows if each is not None]
+        if len(found) < len(rows) or self.report:
             return None
-        values = np.concatenate([dense, labels])
+        values = np.concatenate(found)
         if bad := int(np.count_nonzero(~np.isfinite(values))):
             fix = "Training diverged: use an earlier checkpoint."
             self.report.add(
-                "E_NAN", base.head, expected="finite values", found=f"{bad} NaN or infinite", fix=fix
+                "E_NAN", layers.labels, expected="finite values", found=f"{bad} NaN or infinite", fix=fix
             )
             return None
-        head = ScoreHead(num_labels=len(labels), hidden_size=hidden, dense=True)
+        head = layers.score_head(len(found[-1]), self.base)
         sources = tuple(tensor.name for tensor in self.parts.values())
         tensor = Tensor(NAME, "F32", values.shape, 0, values.nbytes)
         return PlannedScore(head, MadeHead(self.file.path, {NAME: tensor}, values, sources), NAME)
 
     def _layer(self, module: str, out: int | None) -> Array | None:
         """Return weights and biases of a layer, [out, hidden + 1]; out is None for one row per label."""
-        weight, bias = (self._whole(module, kind) for kind in ("weight", "bias"))
-        hidden = self.base.dims.hidden
-        expected = f"{module}.weight [{out or f'1 to {MAX_LABELS} labels'}, {hidden}] and a bias"
+        weight, bias = self._weight_and_bias(module)
+        hidden, with_bias = self.base.dims.hidden, " and a bias" * (module in self.layers.biased)
+        expected = f"{module}.weight [{out or f'1 to {MAX_LABELS} labels'}, {hidden}]{with_bias}"
         if weight is None or bias is None:
-            self._refuse("task_type SEQ_CLS", expected, "none, in the adapter or in the base")
+            self._refuse(self.task, expected, "none, in the adapter or in the base")
             return None
         fits = weight.ndim == 2 and weight.shape[1] == hidden and bias.shape == weight.shape[:1]
         if not fits or not (len(weight) == out if out else 1 <= len(weight) <= MAX_LABELS):
@@ -148,6 +158,23 @@ class _Head:
             return None
         added = self._product(module, weight.shape)
         return None if added is None else np.concatenate([weight + added, bias[:, None]], axis=1)
+
+    def _norm(self) -> Array | None:
+        """Return weight and bias of the norm as rows of the file, [2, hidden + 1]."""
+        norm, hidden = self.layers.norm, self.base.dims.hidden
+        weight, bias = self._weight_and_bias(norm)
+        if weight is None or bias is None or not weight.shape == bias.shape == (hidden,):
+            expected = f"{norm}.weight [{hidden}]{' and a bias' * (norm in self.layers.biased)}"
+            self._refuse(self.task, expected, "none of this shape, in the adapter or in the base")
+            return None
+        return np.pad(np.stack([weight, bias]), ((0, 0), (0, 1)))
+
+    def _weight_and_bias(self, module: str) -> tuple[Array | None, Array | None]:
+        """Return both, or zeros where the module has no bias; None where one is missing."""
+        weight = self._whole(module, "weight")
+        if module in self.layers.biased or weight is None:
+            return weight, self._whole(module, "bias")
+        return weight, np.zeros(weight.shape[:1], np.float32)
 
     def _whole(self, module: str, kind: str) -> Array | None:
         """Return a tensor of the adapter, or else of the base, in float32; None where neither has one."""

@@ -4,16 +4,18 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import numpy as np
 
 from inference_service.adapters.texts import Scorer
+from inference_service.api.requests.bounds import countable, refused
 from inference_service.api.requests.service import GenerationService
-from inference_service.core.request import AnswerFinished, AnswerStarted, Pooled, Request
+from inference_service.core.request import AnswerFinished, AnswerStarted, Pooled, Request, RequestPrompt
 from inference_service.core.sequence import Vector
-from inference_service.core.served_model import refused_model
+from inference_service.core.served_model import ServedModel, refused_model
+from inference_service.text.spans import Spans
 from loramux_shared.bundle.kinds import AdapterKind
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
 from loramux_shared.runtime import OF_DECODERS, Pooling
@@ -87,21 +89,31 @@ class ScoredPrompt:
     prompt: PooledPrompt
     scorer: Scorer
     scores: Vector
-    """[labels]"""
+    """[labels], or of token classification [tokens, labels]"""
+    spans: Spans | None = None
+    """The tokens of the text, where each has scores."""
 
 
 async def scored(
-    service: GenerationService, requests: Sequence[Request], *, labels: int | None = None
+    service: GenerationService,
+    requests: Sequence[Request],
+    *,
+    labels: int | None = None,
+    of_tokens: bool | None = False,
 ) -> AsyncGenerator[ScoredPrompt]:
-    """Yield the scores of each request, in their order; where labels are said, of a head with so many alone.
+    """Yield the scores of each request, in their order.
+
+    Where labels are said, a head must have so many; of_tokens is whether it scores tokens, None for either.
     Raise RequestInvalid for another head or none, and what `GenerationService.generate` does.
     """
     served = await service.choose(requests[0])
     model = served.model
     if model.num_labels is None:
         does = "makes vectors of texts" if AdapterKind.ENCODER in model.kinds else "generates text"
-        expected = "an adapter with a score head, of task_type SEQ_CLS"
+        expected = "an adapter with a score head, of task_type SEQ_CLS or TOKEN_CLS"
         raise refused_model(model.name, expected, f"one that {does}")
+    scorer = await service.scorer(model)
+    _require(scorer, model, of_tokens=of_tokens)
     if labels is not None and model.num_labels != labels:
         raise refused_model(
             model.name,
@@ -109,11 +121,51 @@ async def scored(
             f"one of {model.num_labels}",
             "Ask /classify for all of them.",
         )
-    scorer = await service.scorer(model)
-    resolved = [request.answered_by(served) for request in requests]
+    spans = await _spans(service, requests) if scorer.head.of_tokens else []
+    resolved = [_reading(request.answered_by(served), scorer) for request in requests]
+    for at, each in enumerate(spans):
+        resolved[at] = replace(resolved[at], prompt=replace(resolved[at].prompt, content=each.ids))
     async with aclosing(pooled(service, resolved)) as found:
+        pending = iter(spans)
         async for prompt in found:
-            yield ScoredPrompt(prompt, scorer, scorer.scores(prompt.vector))
+            own = next(pending, None)
+            many = own is not None
+            scores = (
+                (await asyncio.to_thread(scorer.scores, prompt.vector))
+                if many
+                else scorer.scores(prompt.vector)
+            )
+            yield ScoredPrompt(prompt, scorer, scores, own)
+
+
+def _require(scorer: Scorer, model: ServedModel, *, of_tokens: bool | None) -> None:
+    """Raise RequestInvalid for a head that scores tokens where one of texts is asked for, or the other way."""
+    if of_tokens in (None, scorer.head.of_tokens):
+        return
+    expected, found, fix = "a score head of tokens", "one of texts", "Leave out what is for tokens alone."
+    if scorer.head.of_tokens:
+        expected, found, fix = found, expected, "Ask POST /classify for its entities."
+    raise refused_model(model.name, expected, found, fix)
+
+
+def _reading(request: Request, scorer: Scorer) -> Request:
+    """Return a request for the states that a head reads."""
+    pooling = scorer.head.pooling or request.output.pooling
+    return replace(request, output=replace(request.output, pooling=pooling))
+
+
+async def _spans(service: GenerationService, requests: Sequence[Request]) -> list[Spans]:
+    """Return the tokens of texts with the characters of each; raise RequestInvalid for other prompts."""
+
+    def encoded(prompt: RequestPrompt) -> Spans:
+        if not isinstance(prompt.content, str):
+            raise refused("prompt", "a text, of whose characters entities are", "token ids")
+        cut, longest = prompt.truncate_prompt_tokens, service.limits.max_seq_len
+        special, most = prompt.add_special_tokens is not False, longest if cut == -1 else cut
+        looked_at = longest if cut is None else countable(longest)
+        return service.text.encode_spans(prompt.content, looked_at, most, add_special_tokens=special)
+
+    return await asyncio.to_thread(lambda: [encoded(request.prompt) for request in requests])
 
 
 def pooling_of(

@@ -112,8 +112,8 @@ def _pooled(chunk: Chunk, row: int, pooling: Pooling) -> list[PooledRows]:
     """Return the rows of a chunk, which begins at row, that go into a vector and have not yet."""
     seq, end = chunk.seq, row + chunk.length
     first = end - 1
-    if pooling is Pooling.CLS:
-        return [PooledRows(seq, range(row, row + 1), ends=True)]
+    if pooling in (Pooling.CLS, Pooling.ALL):  # of encoders alone, whose chunks are whole
+        return [PooledRows(seq, range(row, row + (1 if pooling is Pooling.CLS else chunk.length)), ends=True)]
     if pooling is Pooling.MEAN:
         first = row + seq.progress.num_pooled - chunk.start
     elif not chunk.samples:
@@ -240,12 +240,12 @@ def pool(chunks: Iterable[PooledRows], hidden: Seq[Tensor]) -> Callable[[], Vect
             states = (total / seq.progress.num_pooled)[None]
         if ends:
             seqs.append(seq)
-            vectors.append(states[-1].float())
+            vectors.append((states if seq.pooling is Pooling.ALL else states[-1]).float().flatten())
     if not seqs:
         return list
-    copied = to_host(torch.stack(vectors))
+    copied, lengths = to_host(torch.cat(vectors)), [*map(len, vectors)]
     done = mark(copied, vectors[0].device)
-    return lambda: list(zip(seqs, done().numpy(), strict=True))
+    return lambda: [(seq, part.numpy()) for seq, part in zip(seqs, torch.split(done(), lengths), strict=True)]
 
 
 Blocks: TypeAlias = int | Seq[int]

@@ -53,21 +53,26 @@ def read_norm(reader: Reader | LayerReader, name: str) -> LayerNorm:
 
 
 def read_score(checkpoint: Tensors, config: EncoderConfig) -> tuple[ScoreHead, Array]:
-    """Read the base's own score head as those of adapters are kept: a dense layer, labels, biases last."""
-    layers, hidden = [], config.dims.hidden
-    for module, out in ((config.dense, hidden), (config.head, len(config.labels))):
+    """Read the base's own score head as those of adapters are kept: see `ScoreHead`."""
+    layers, hidden, count = config.head(of_tokens=config.scores_tokens), config.dims.hidden, len(config.labels)
+    parts = []
+    for module, shape in (
+        (layers.dense, (hidden, hidden)),
+        (layers.norm, (hidden,)),
+        (layers.labels, (count, hidden)),
+    ):
+        if not module:
+            continue
         name = checkpoint.first([f"{prefix}{module}.weight" for prefix in config.names.prefixes])
-        weight = checkpoint.get(name, (out, hidden), torch.float32)
-        bias = checkpoint.get(f"{name.removesuffix('.weight')}.bias", (out,), torch.float32)
-        layers.append(torch.cat([weight, bias[:, None]], dim=1))
-    head = ScoreHead(
-        num_labels=len(config.labels),
-        hidden_size=hidden,
-        problem_type=config.problem_type,
-        id2label=config.labels,
-        dense=True,
-    )
-    return head, torch.cat(layers).cpu().numpy()
+        weight, bias = checkpoint.get(name, shape, torch.float32), torch.zeros(shape[0])
+        if module in layers.biased:
+            bias = checkpoint.get(f"{name.removesuffix('.weight')}.bias", shape[:1], torch.float32)
+        if module == layers.norm:
+            weight, bias = torch.stack([weight, bias.to(weight)]), torch.zeros(2)
+        parts.append(torch.cat([weight, bias.to(weight)[:, None]], dim=1))
+    about = {"problem_type": config.problem_type, "id2label": config.labels}
+    head = layers.score_head(count, config).model_copy(update=about)
+    return head, torch.cat(parts).cpu().numpy()
 
 
 class SequenceAttention:

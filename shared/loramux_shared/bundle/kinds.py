@@ -39,11 +39,15 @@ class AdapterKind(StrEnum):
     """It acts from its invocation tokens on."""
     CLASSIFIER = "classifier"
     """It scores texts, and generates none."""
+    TOKEN_CLASSIFIER = "token-classifier"  # noqa: S105 - no secret
+    """It scores the tokens of texts, and generates none."""
     ENCODER = "encoder"
     """It makes vectors of texts, and generates none."""
 
 
-SILENT: Final = frozenset({AdapterKind.CLASSIFIER.value, AdapterKind.ENCODER.value})
+SILENT: Final = frozenset(
+    {AdapterKind.CLASSIFIER.value, AdapterKind.TOKEN_CLASSIFIER.value, AdapterKind.ENCODER.value}
+)
 """Kinds that generate no text."""
 _MARKS: Final = tuple(
     (kind, re.compile(rf"\.{key}$" if kind is AdapterKind.BIAS else rf"\.{key}(\.|$)", re.MULTILINE))
@@ -59,7 +63,7 @@ _MARKS: Final = tuple(
     )
 )
 """Ends of the keys of tensors that only one kind has; an adapter's name may follow."""
-_OF_HEAD: Final = re.compile(r"\.(classifier|pooler)\.")
+_OF_HEAD: Final = re.compile(r"\.(classifier|pooler|head)\.")
 """Keys of the score head of an encoder, whose biases are no adapter's."""
 _METHODS: Final = frozenset({kind for kind, _ in _MARKS} - {AdapterKind.BIAS})
 """Those of which an adapter has one; where none is known, A and B are plain LoRA."""
@@ -79,6 +83,15 @@ class Row(Protocol):
         ...
 
 
+class Head(Protocol):
+    """A score head."""
+
+    @property
+    def of_tokens(self) -> bool:
+        """Return True if it scores every token."""
+        ...
+
+
 def kinds_of(
     rows: Sequence[Row],
     modules: Collection[int],
@@ -86,7 +99,7 @@ def kinds_of(
     invocation: Sequence[int],
     vocab: int | None = None,
     *,
-    classifies: bool = False,
+    score: Head | None = None,
     encodes: bool = False,
 ) -> tuple[str, ...]:
     """Return what an adapter is, in the order of `AdapterKind`.
@@ -97,10 +110,10 @@ def kinds_of(
         keys: of the tensors that rows were made from; none where these had no names.
         invocation: from which tokens on it acts.
         vocab: its tokens, where it has others than the base.
-        classifies: whether it has a score head.
+        score: its score head, where it has one.
         encodes: whether it was trained to make vectors.
     """
-    found = _methods_of(rows, [key for key in keys if not (classifies and _OF_HEAD.search(key))])
+    found = _methods_of(rows, [key for key in keys if score is None or not _OF_HEAD.search(key)])
     if not OF_EXPERTS.isdisjoint(modules):
         found.add(AdapterKind.EXPERTS)
     found |= {AdapterKind(BY_ID[number].name) for number in OF_NO_LAYER.intersection(modules)}
@@ -108,8 +121,8 @@ def kinds_of(
         found.add(AdapterKind.TOKENS)
     if invocation:
         found.add(AdapterKind.ACTIVATED)
-    if classifies:
-        found.add(AdapterKind.CLASSIFIER)
+    if score is not None:
+        found.add(AdapterKind.TOKEN_CLASSIFIER if score.of_tokens else AdapterKind.CLASSIFIER)
     if encodes:
         found.add(AdapterKind.ENCODER)
     return tuple(kind.value for kind in AdapterKind if kind in found)

@@ -27,7 +27,7 @@ from loramux_shared.bundle.modules import BY_ID, NO_LAYER, OF_NO_LAYER, TENSORRT
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Dtype, Model
 from loramux_shared.faults import BundleCorrupt, Finding
-from loramux_shared.runtime import unset
+from loramux_shared.runtime import Pooling, unset
 
 FORMAT_VERSION: Final = 1
 """Version of records; a manifest has version 2 where older readers would serve something else: `version_of`."""
@@ -182,6 +182,7 @@ class ScoreHead(Model):
     """A linear without a bias on the hidden state of the last token: one score for each label.
 
     One of an encoder reads the first token's, through a dense layer and tanh, and both layers have biases.
+    ModernBERT's has gelu and a norm behind the dense layer; one of token classification reads every token's.
     """
 
     num_labels: int = Field(ge=1, le=MAX_LABELS)
@@ -192,11 +193,27 @@ class ScoreHead(Model):
     """Names of the labels in their order; absent likewise."""
     dense: bool = Field(default=False, exclude_if=lambda dense: not dense)
     """True if the file has the rows of a dense layer before those of labels, and biases as its last column."""
+    norm_eps: float | None = Field(default=None, gt=0, allow_inf_nan=False, exclude_if=unset)
+    """Epsilon of the norm behind the dense layer, whose weight and bias are two rows between both layers' rows;
+    gelu is before it. Absent where tanh is there."""
+    pooling: Literal[Pooling.MEAN, Pooling.ALL] | None = Field(default=None, exclude_if=unset)
+    """The states that it reads where it is not one: their mean, or all, each of which has scores then."""
+
+    @property
+    def of_tokens(self) -> bool:
+        """Return True if it scores every token; biases are the last column of the file then too."""
+        return self.pooling is Pooling.ALL
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Return the rows of the file that end the dense layer, and the norm."""
+        dense = self.dense * self.hidden_size
+        return dense, dense + 2 * (self.norm_eps is not None)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Return the rows and columns of the file."""
-        return self.num_labels + self.dense * self.hidden_size, self.hidden_size + self.dense
+        return self.num_labels + self.parts[-1], self.hidden_size + (self.dense or self.of_tokens)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -303,8 +320,8 @@ class Manifest(Record):
     def kinds(self) -> tuple[str, ...]:
         """Return the kinds of the adapter: values of `AdapterKind`."""
         modules = {part.module_id for part in self.parts}
-        tasks = {"classifies": self.score is not None, "encodes": self.encodes}
-        return kinds_of(self.rows, modules, self.coverage.used, self.invocation_tokens, self.vocab, **tasks)
+        own = self.rows, modules, self.coverage.used, self.invocation_tokens, self.vocab
+        return kinds_of(*own, score=self.score, encodes=self.encodes)
 
     @property
     def replaced_rows(self) -> dict[str, int]:

@@ -128,7 +128,7 @@ _LORA: Final[list[_Row]] = [
     ("PEFT", "any", "`TOKEN_CLS`: trained to label tokens",
      {"config": {"of": "0.12", "task_type": "TOKEN_CLS", "modules_to_save": ["classifier", "score"]},
       "tensors": {"beside": {"base_model.model.score.weight": [2, 16], "base_model.model.score.bias": [2]}},
-      "codes": "E_EMBED E_EMBED E_EMBED E_TASK"}),
+      "codes": "E_TASK"}),
     ("PEFT", "later", "a field that this version does not know, unset",
      {"config": {"of": "0.21", "next_years_config": None}}),
     ("PEFT", "later", "a field that this version does not know, set",

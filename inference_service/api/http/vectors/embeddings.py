@@ -24,6 +24,7 @@ from inference_service.api.http.wire.body import (
     request_fields,
 )
 from inference_service.api.http.wire.reply import Head, Reply, while_connected
+from inference_service.api.requests.entities import Aggregation
 from inference_service.api.requests.pooling import (
     MAX_INPUTS,
     PooledPrompt,
@@ -143,11 +144,15 @@ class RerankBody(ScoringBody):
 
 
 class ClassifyBody(ScoringBody):
-    """``POST /classify``: vLLM's."""
+    """``POST /classify``: vLLM's, with the options of transformers' token classification pipeline."""
 
     examples: ClassVar[Examples] = {"text": {"input": "My order is late."}}
 
     input: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]
+    aggregation_strategy: Aggregation | None = None
+    """Of a model that scores tokens: how they become entities; none by default."""
+    ignore_labels: list[str] | None = None
+    """Likewise: labels of entities that are left out; `O` by default."""
 
 
 MANY: Final = 1 << 14

@@ -19,9 +19,11 @@ from inference_service.api.http.vectors.embeddings import (
 from inference_service.api.http.wire.body import in_words_of, read_body
 from inference_service.api.http.wire.reply import Reply, while_connected
 from inference_service.api.requests.bounds import refused
+from inference_service.api.requests.entities import Aggregation, Entity, entities_of
 from inference_service.api.requests.pooling import ScoredPrompt, scored
 from inference_service.api.requests.service import GenerationService
 from inference_service.core.request import PromptContent, TextPair
+from inference_service.text.spans import Spans
 
 
 class Score(TypedDict):
@@ -78,6 +80,30 @@ class Class(TypedDict):
     num_classes: int
 
 
+class EntityFields(TypedDict):
+    """An entity, or a token with its label, as transformers' token classification pipeline has it."""
+
+    entity: NotRequired[str]
+    """The label of a token, where tokens are not aggregated."""
+    entity_group: NotRequired[str]
+    """The label of an entity, without B- and I-."""
+    score: float
+    index: NotRequired[int]
+    """Place of a token that is not aggregated."""
+    word: str
+    start: int
+    """First character in the text."""
+    end: int
+    """Character behind the last one."""
+
+
+class Tagged(TypedDict):
+    """The entities of a text."""
+
+    index: int
+    entities: list[EntityFields]
+
+
 class Classes(TypedDict):
     """vLLM's answer about texts."""
 
@@ -85,7 +111,7 @@ class Classes(TypedDict):
     object: Literal["list"]
     created: int
     model: str
-    data: list[Class]
+    data: list[Class | Tagged]
     usage: PromptUsage
 
 
@@ -129,19 +155,41 @@ async def rerank(service: GenerationService, http: HttpRequest) -> Reply[Ranking
 
 
 async def classify(service: GenerationService, http: HttpRequest) -> Reply[Classes]:
-    """Return the most likely label of each text, with the probabilities of all."""
+    """Return the most likely label of each text, with the probabilities of all, or the entities in it."""
     body = await read_body(http, ClassifyBody)
+    entities = body.aggregation_strategy is not None or body.ignore_labels is not None
     with in_words_of(body):
-        found = await _scored(service, http, body, body.input)
-    data: list[Class] = []
-    for index, each in enumerate(found):
-        raw = body.use_activation is False
-        probs = each.scores if raw else each.scorer.activated(each.scores)
-        names = each.scorer.head.label_names
-        label = names[int(each.scores.argmax())]
-        data.append({"index": index, "label": label, "probs": probs.tolist(), "num_classes": len(names)})
+        found = await _scored(service, http, body, body.input, of_tokens=entities or None)
+        if found[0].spans is not None and body.use_activation is False:
+            raise refused("use_activation", "true for a model that scores tokens", "false")
+    data = [
+        _class(index, each, body) if each.spans is None else _tagged(index, each, each.spans, body)
+        for index, each in enumerate(found)
+    ]
     head, headers = _head(body, found, "classify")
     return Reply({**head, "data": data}, headers=headers)
+
+
+def _class(index: int, found: ScoredPrompt, body: ClassifyBody) -> Class:
+    probs = found.scores if body.use_activation is False else found.scorer.activated(found.scores)
+    names = found.scorer.head.label_names
+    label = names[int(found.scores.argmax())]
+    return {"index": index, "label": label, "probs": probs.tolist(), "num_classes": len(names)}
+
+
+def _tagged(index: int, found: ScoredPrompt, spans: Spans, body: ClassifyBody) -> Tagged:
+    scorer, how = found.scorer, body.aggregation_strategy or "none"
+    ignored = ["O"] if body.ignore_labels is None else body.ignore_labels
+    entities = entities_of(spans, scorer.activated(found.scores), scorer.head.label_names, how, ignored)
+    return {"index": index, "entities": [_entity(each, how) for each in entities]}
+
+
+def _entity(entity: Entity, how: Aggregation) -> EntityFields:
+    score, start, end = float(entity.score), entity.start, entity.end
+    fields: EntityFields = {"score": score, "word": entity.word, "start": start, "end": end}
+    if how == "none":
+        return {**fields, "entity": entity.label, "index": entity.place}
+    return {**fields, "entity_group": entity.label}
 
 
 async def _scored(
@@ -150,11 +198,13 @@ async def _scored(
     body: ScoringBody,
     prompts: Sequence[PromptContent],
     labels: int | None = None,
+    *,
+    of_tokens: bool | None = False,
 ) -> list[ScoredPrompt]:
     requests = pooling_requests(body, prompts, service.score_pooling, http.headers)
 
     async def everything() -> list[ScoredPrompt]:
-        return [each async for each in scored(service, requests, labels=labels)]
+        return [each async for each in scored(service, requests, labels=labels, of_tokens=of_tokens)]
 
     return await while_connected(http.receive, everything())
 

@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
 from loramux_shared.bases.family import Architecture, Family, layer_types, llama_like, plain_mlps
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.rope import RopeSpec, Still, read_rope_of
-from loramux_shared.bundle.manifest import MAX_LABEL, PROBLEM_TYPES, names_of_labels
+from loramux_shared.bundle.manifest import MAX_LABEL, PROBLEM_TYPES, ScoreHead, names_of_labels
 from loramux_shared.bundle.modules import FUSED, Renamed
 from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.runtime import Pooling
 
 POOLER: Final = "pooler.dense"
 """BERT's layer behind the state of the first token, which its score heads read."""
@@ -27,6 +28,34 @@ ACTIVATIONS: Final = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 
 
 @dataclass(frozen=True)
+class HeadLayers:
+    """The modules of a score head."""
+
+    labels: str = "classifier"
+    """Name of the layer that gives the scores; empty where the head is not served."""
+    dense: str = ""
+    """Name of the layer before it; empty where there is none."""
+    norm: str = ""
+    """Name of the norm between both, with gelu before it; empty where tanh is between them."""
+    without_bias: tuple[str, ...] = ()
+    """Those of these modules that have no bias."""
+    pooling: Literal[Pooling.MEAN, Pooling.ALL] | None = None
+    """The states that it reads where it is not the first one alone."""
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Return the names of the modules that have a bias, in the order of computation."""
+        names = self.dense, self.norm, self.labels
+        return tuple(name for name in names if name and name not in self.without_bias)
+
+    def score_head(self, labels: int, config: ModelConfig) -> ScoreHead:
+        """Return what a bundle says of a head of so many labels."""
+        eps = config.norm_eps if self.norm else None
+        kind = {"dense": bool(self.dense), "norm_eps": eps, "pooling": self.pooling}
+        return ScoreHead(num_labels=labels, hidden_size=config.dims.hidden, **kind)
+
+
+@dataclass(frozen=True)
 class EncoderConfig(ModelConfig):
     """An encoder: layers as BERT has them, with norms behind attention and MLP."""
 
@@ -38,14 +67,20 @@ class EncoderConfig(ModelConfig):
     """The token that has no position of its own, by which positions begin, as RoBERTa has it; None: at 0."""
     hidden_act: str = "gelu"
     """Activation between the linears of the MLP."""
-    head: str = "classifier"
-    """Name of the layer of a score head that gives the scores."""
-    dense: str = POOLER
-    """Name of the layer before it, with tanh behind it; empty where heads are not served."""
+    text_head: HeadLayers = HeadLayers(dense=POOLER)
+    """The score head of sequence classification."""
+    token_head: HeadLayers = HeadLayers(pooling=Pooling.ALL)
+    """The score head of token classification."""
     labels: tuple[str, ...] = ()
     """Names of the labels of the base's own head; none where it has no head."""
+    scores_tokens: bool = False
+    """True if the base's own head is one of token classification."""
     problem_type: str | None = None
     """Kind of its scores, as transformers names it."""
+
+    def head(self, *, of_tokens: bool) -> HeadLayers:
+        """Return the score head of token classification, or of sequence classification."""
+        return self.token_head if of_tokens else self.text_head
 
 
 @dataclass(frozen=True)
@@ -102,9 +137,18 @@ def _read(config: HfConfig, prefix: str, sizes: Mapping[str, int] = SIZES) -> En
         **described,
         table_rows=rows,
         hidden_act=config.text("hidden_act", "gelu"),
-        labels=_labels(config) if config.architecture.endswith(SCORES) else (),
-        problem_type=config.text("problem_type", "") or None,
+        **_own_head(config),
     )
+
+
+def _own_head(config: HfConfig) -> dict[str, Any]:
+    """Return what is known of the base's own score head."""
+    of_tokens = config.architecture.endswith(TOKENS)
+    return {
+        "labels": _labels(config) if of_tokens or config.architecture.endswith(SCORES) else (),
+        "problem_type": config.text("problem_type", "") or None,
+        "scores_tokens": of_tokens,
+    }
 
 
 def _bidirectional(config: HfConfig, sizes: Mapping[str, int]) -> ModelConfig:
@@ -152,20 +196,20 @@ def _read_roberta(config: HfConfig, sizes: Mapping[str, int] = SIZES) -> Encoder
         found,
         max_positions=found.table_rows - padding - 1,
         padding=padding,
-        head="classifier.out_proj",
-        dense="classifier.dense",
+        text_head=HeadLayers("classifier.out_proj", "classifier.dense"),
     )
 
 
 SCORES: Final = "ForSequenceClassification"
-"""The end of the names of architectures with a score head."""
+TOKENS: Final = "ForTokenClassification"
+"""Ends of the names of architectures with a score head."""
 
 
 def _named(name: str, model_type: str, *tasks: str) -> tuple[Architecture, ...]:
     return tuple(Architecture(f"{name}{task}", model_type) for task in ("Model", *tasks))
 
 
-TASKS: Final = ("ForMaskedLM", SCORES)
+TASKS: Final = ("ForMaskedLM", SCORES, TOKENS)
 BERT: Final = Family(_named("Bert", "bert", *TASKS, "ForPreTraining"), partial(_read, prefix="bert."))
 ROBERTA: Final = Family(
     _named("Roberta", "roberta", *TASKS), partial(_read_roberta, sizes=SIZES | {"vocab_size": 50265})
@@ -191,7 +235,7 @@ THETAS: Final = {
 
 
 def _read_modern(config: HfConfig) -> ModernConfig:
-    """Return what a ModernBERT is; its score heads, which have a norm, are not served."""
+    """Return what a ModernBERT is."""
     config.require("hidden_activation", "gelu")
     config.require("rope_scaling", None)
     every = config.size("global_attn_every_n_layers", 3)
@@ -202,7 +246,7 @@ def _read_modern(config: HfConfig) -> ModernConfig:
         kind: read_rope_of(config, kind, dims.head_dim, rows, config.number(*THETAS[kind]))
         for kind in dict.fromkeys(types)
     }
-    bias = config.flag("attention_bias", default=False)
+    bias, norm_bias = (config.flag(name, default=False) for name in ("attention_bias", "norm_bias"))
     own = {
         "dims": replace(dims, fused=frozenset(FUSED)),
         "layers": tuple(
@@ -211,7 +255,7 @@ def _read_modern(config: HfConfig) -> ModernConfig:
         "max_positions": rows,
         "norm_eps": config.number("norm_eps", 1e-5),
         "layer_norm": True,
-        "norm_bias": config.flag("norm_bias", default=False),
+        "norm_bias": norm_bias,
         "dtype": model.dtype or "float32",
         "names": MODERN_NAMES,
         "qkv_bias": bias,
@@ -222,8 +266,28 @@ def _read_modern(config: HfConfig) -> ModernConfig:
     described = {each.name: getattr(model, each.name) for each in fields(ModelConfig)} | own
     side = config.size("local_attention", 128) // 2
     return ModernConfig(
-        **described, dense="", reaches=tuple([side if kind == "sliding_attention" else None for kind in types])
+        **described,
+        reaches=tuple([side if kind == "sliding_attention" else None for kind in types]),
+        **_modern_heads(config, norm_bias=norm_bias),
+        **_own_head(config),
     )
 
 
-MODERN_BERT: Final = Family(_named("ModernBert", "modernbert", "ForMaskedLM"), _read_modern)
+def _modern_heads(config: HfConfig, *, norm_bias: bool) -> dict[str, Any]:
+    """Return both score heads; they have no layers where their activation or pooling is not served."""
+    biases = {"head.dense": config.flag("classifier_bias", default=False), "head.norm": norm_bias}
+    pooling, activation = config.text("classifier_pooling", "cls"), config.text("classifier_activation", "gelu")
+    if config.architecture.endswith((SCORES, TOKENS)):
+        config.require("classifier_activation", "gelu")
+        config.require("classifier_pooling", "cls", "mean")
+    if activation != "gelu" or pooling not in ("cls", "mean"):
+        return dict.fromkeys(("text_head", "token_head"), HeadLayers(""))
+    bare = tuple(name for name, biased in biases.items() if not biased)
+    head = HeadLayers("classifier", "head.dense", "head.norm", bare, Pooling.ALL)
+    return {
+        "text_head": replace(head, pooling=Pooling.MEAN if pooling == "mean" else None),
+        "token_head": head,
+    }
+
+
+MODERN_BERT: Final = Family(_named("ModernBert", "modernbert", *TASKS), _read_modern)
