@@ -38,10 +38,13 @@ def licence_warning(adapter: str, base: str) -> Finding | None:
 
 
 _FORMAT: Final = re.compile(
-    r"bnb|[2-8]bit|int[48]|fp[48]|bf16|fp16|nvfp4|mxfp4|(quantized\.)?w[48]a(16|8)|q[2-8]_(k(_[sml])?|[01])"
+    r"bnb|[2-8]bit|int[48]|fp[48]|b?f16|fp16|f32|nvfp4|mxfp4|(quantized\.)?w[48]a(16|8)|i?q[2-8]_(k(_(s|m|l|xl))?|[01]|nl|xs)"
     r"|awq|gptq|gguf|mlx|exl[23]|hqq|autoround|dwq"
 )
 """Suffix of the name of a copy of a base, after a hyphen: the format of its weights."""
+_FILE: Final = re.compile(r"(-[0-9]{5}-of-[0-9]{5})?\.gguf$")
+_FORMAT_OF_FILE: Final = re.compile(r"\.(?=(i?q[2-8]_[^.]*|b?f16|f32)$)")
+"""The point before a format in the name of a file of GGUF, where others have a hyphen."""
 _MANNER: Final = re.compile(r"unsloth|ud|dynamic|static|block|channel|g(32|64|128)")
 """Words that may stand beside the format."""
 
@@ -63,7 +66,9 @@ def base_warning(named: str, base: str) -> Finding | None:
 
 def plain_name(name: str) -> str:
     """Return the last part of a repository or path, without what copies in another format add."""
-    words = name.rstrip("/").rpartition("/")[2].lower().split("-")
+    file = name.rstrip("/").rpartition("/")[2].lower()
+    stem = _FILE.sub("", file)
+    words = (stem if stem == file else _FORMAT_OF_FILE.sub("-", stem)).split("-")
     end = len(words)
     while end > 1 and (_FORMAT.fullmatch(words[end - 1]) or _MANNER.fullmatch(words[end - 1])):
         end -= 1
