@@ -107,7 +107,7 @@ class Repository(Model):
     """Branch, tag or commit (HF); else a digest: of archive (REMOTE_URL), manifest (OCI), or the used files,
     behind the version or run and a hyphen (MLFLOW)."""
     subfolder: str = ""
-    """A folder inside the repository that holds the files."""
+    """A folder inside the repository that holds the files; of HF also a file of GGUF."""
     runtime_secret_name: str = ""
     """The name of the secret that opens the repository; never the secret."""
     branches_only: bool = Field(default=False, exclude_if=lambda only: not only)

@@ -10,7 +10,8 @@
     mlflow://model/version   mlflow://model@alias   mlflow://runs/run/path
 
 ``hf://`` and ``huggingface:`` stand for ``hf:``, ``gcs://`` for ``gs://``, as other tools write them.
-``#folder`` at the end names a folder inside the repository (of a local one, write the longer path).
+``#folder`` at the end names a folder inside the repository (of a local one, write the longer path); of Hugging
+Face also a file of GGUF.
 """
 
 import re

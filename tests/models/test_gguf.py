@@ -458,6 +458,12 @@ def test_files_that_are_not_all_of_one_model_are_refused(
         )
 
 
+def test_a_file_that_was_merged_is_one(tmp_path: Path) -> None:
+    """`llama-gguf-split --merge` leaves a count of 0 files in what it writes."""
+    path = write(tmp_path / "a.gguf", lambda writer: writer.add_uint16("split.count", 0))
+    assert "token_embd.weight" in read_header(path).tensors
+
+
 def test_biases_of_attention_and_mlp_are_served(tmp_path: Path) -> None:
     """A file with biases of all linears answers as transformers with the same ones."""
     world = make(tmp_path, LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True))

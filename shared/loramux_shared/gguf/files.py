@@ -82,9 +82,8 @@ def as_checkpoint(path: Path, below: Path) -> Path:
         try:
             for name, content in files.items():
                 (made / name).write_text(content, encoding="utf-8")
-            for number, (at, _) in enumerate(states, 1):
-                alone = ADAPTER_GGUF if of_adapter else GGUF
-                name = alone if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}{GGUF_SUFFIX}"
+            names = link_names(len(parts), of_adapter=of_adapter)
+            for name, (at, _) in zip(names, states, strict=True):
                 (made / name).symlink_to(at)
             made.rename(folder)
         except OSError:
@@ -92,6 +91,13 @@ def as_checkpoint(path: Path, below: Path) -> Path:
             if not folder.is_dir():  # another process made it meanwhile
                 raise
     return folder
+
+
+def link_names(count: int, *, of_adapter: bool = False) -> list[str]:
+    """Return the names of so many files of GGUF in a checkpoint, or of the one of an adapter."""
+    if count == 1:
+        return [ADAPTER_GGUF if of_adapter else GGUF]
+    return [f"model-{number:05d}-of-{count:05d}{GGUF_SUFFIX}" for number in range(1, count + 1)]
 
 
 def small_files(header: GgufHeader) -> dict[str, str]:

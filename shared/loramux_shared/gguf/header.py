@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -150,10 +151,13 @@ def read_model(path: Path) -> GgufHeader:
         CheckpointInvalid: see `read_header`; or files are missing, or are of several models.
         OSError: one cannot be read.
     """
-    first, *others = files_of(path)
-    whole = read_header(first)
-    for part in others:
-        header = read_header(part)
+    return join_headers([read_header(part) for part in files_of(path)])
+
+
+def join_headers(headers: Sequence[GgufHeader]) -> GgufHeader:
+    """Return the headers of all files of a model as one, see `read_model`."""
+    whole, *others = headers
+    for header in others:
         if twice := header.tensors.keys() & whole.tensors.keys():
             raise header.invalid(f"{min(twice)} is in another file too.")
         whole.tensors.update(header.tensors)
@@ -173,40 +177,46 @@ def read_header(path: Path) -> GgufHeader:
         OSError: it, or the first, cannot be read.
     """
     with path.open("rb") as file:
-        reader = _HeaderReader(path.name, file, path.stat().st_size)
-        if reader.take(4) != MAGIC:
-            raise reader.invalid("expected a GGUF file, found other bytes.")
-        version, *counts = reader.numbers("IQQ")
-        if version not in VERSIONS:
-            raise reader.invalid(
-                f"version {version} of GGUF is not read; read: {listed([str(each) for each in VERSIONS])}, "
-                "little-endian. Convert the model again."
-            )
-        if max(counts) > MAX_ENTRIES:
-            raise reader.invalid(f"{max(counts)} entries in its header: it is damaged.")
-        tensors, entries = counts
-        fields = reader.entries(entries)
-        places = [reader.tensor() for _ in range(tensors)]
-        header = GgufHeader(path.name, fields, {}, [])
-        first = _first_part(path, header)
-        _check_types(header, places)
-        _place(header, places, reader)
-        if FREQUENCIES in header.tensors:
-            header.factors.extend(reader.floats(header.tensors[FREQUENCIES]))
-        if first != path:
-            header.fields.update(read_header(first).fields)
-        return header
+        header = parse_header(path, file, path.stat().st_size)
+    if (first := parts_of(path)[0]) != path:
+        header.fields.update(read_header(first).fields)
+    return header
 
 
-def _first_part(path: Path, header: GgufHeader) -> Path:
-    """Return the first of the files of a model, by the name of this one and what it says."""
-    parts, count, number = parts_of(path), header.fields.get("split.count", 1), header.fields.get("split.no", 0)
+def parse_header(path: Path, file: IO[bytes], size: int) -> GgufHeader:
+    """Read the header of an open file of this name and size, see `read_header`, with its own metadata alone."""
+    reader = _HeaderReader(path.name, file, size)
+    if reader.take(4) != MAGIC:
+        raise reader.invalid("expected a GGUF file, found other bytes.")
+    version, *counts = reader.numbers("IQQ")
+    if version not in VERSIONS:
+        raise reader.invalid(
+            f"version {version} of GGUF is not read; read: {listed([str(each) for each in VERSIONS])}, "
+            "little-endian. Convert the model again."
+        )
+    if max(counts) > MAX_ENTRIES:
+        raise reader.invalid(f"{max(counts)} entries in its header: it is damaged.")
+    tensors, entries = counts
+    fields = reader.entries(entries)
+    places = [reader.tensor() for _ in range(tensors)]
+    header = GgufHeader(path.name, fields, {}, [])
+    _check_name(path, header)
+    _check_types(header, places)
+    _place(header, places, reader)
+    if FREQUENCIES in header.tensors:
+        header.factors.extend(reader.floats(header.tensors[FREQUENCIES]))
+    return header
+
+
+def _check_name(path: Path, header: GgufHeader) -> None:
+    """Require that a file of several has the number that its name says; one that was merged says 0 of 0."""
+    parts, number = parts_of(path), header.fields.get("split.no", 0)
+    count = header.fields.get("split.count") or 1
     if (count, number) != (len(parts), parts.index(path)):
         raise header.invalid(
             f"it says that it is number {number!r:.20} of {count!r:.20} files, counted from 0: expected a name "
             "like NAME-00001-of-00003.gguf that says the same."
         )
-    return parts[0]
 
 
 def _check_types(header: GgufHeader, places: list[tuple[str, TensorPlace]]) -> None:

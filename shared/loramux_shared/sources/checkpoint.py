@@ -77,12 +77,7 @@ def describe_base(
     source = sources.of(repository)
     with about(repository), closing(source.resolve(repository, progress, room)) as resolved:
         if CONFIG not in resolved.files:
-            blocks = [name for name in resolved.files if name.endswith(GGUF_SUFFIX)]
-            cure = "The base must be a decoder checkpoint in Hugging Face format."
-            if blocks == [ADAPTER_GGUF]:
-                cure = "It is an adapter of llama.cpp: name it as one, and a model as the base."
-            elif blocks:
-                cure = f"A file of GGUF is named itself, of source LOCAL: FOLDER/{blocks[0]}."
+            cure = _gguf_cure(resolved) or "The base must be a decoder checkpoint in Hugging Face format."
             raise CheckpointInvalid(f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. {cure}")
         fields, generation, quantize = (
             _read_json(source, resolved, name, sources.work_dir) if name in resolved.files else None
@@ -207,11 +202,21 @@ def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[
     if blocks := gguf_files(resolved.files):
         return blocks
     others = [name for name in resolved.files if _SHARD.fullmatch(name)]
-    cure = "Convert the base to safetensors; pickled weights are refused."
+    cure = _gguf_cure(resolved) or "Convert the base to safetensors; pickled weights are refused."
     raise CheckpointInvalid(
         f"{_name(resolved.repository)}: expected {WEIGHTS} or {INDEX}, found {_some(resolved)}. "
         + (f"Name {others[0]} {WEIGHTS}." if len(others) == 1 else cure)
     )
+
+
+def _gguf_cure(resolved: Resolved) -> str:
+    """Return how to name the first file of GGUF among others; nothing where there is none."""
+    file = next((name for name in sorted(resolved.files) if name.endswith(GGUF_SUFFIX)), "")
+    if file == ADAPTER_GGUF:
+        return "It is an adapter of llama.cpp: name it as one, and a model as the base."
+    if file and resolved.repository.source is SourceKind.HF:
+        return f"A file of GGUF is named itself, as subfolder: {file}, or in one word: REPOSITORY#{file}."
+    return f"A file of GGUF is named itself, of source LOCAL: FOLDER/{file}." if file else ""
 
 
 def _read_json(source: Source, resolved: Resolved, name: str, work_dir: Path | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 from huggingface_hub import HfApi, get_session, hf_hub_download, hf_raise_for_status
 from huggingface_hub.errors import (
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
+from loramux_shared.bases.files import gguf_files
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import PULL_REQUESTS, Repository
 from loramux_shared.faults import (
@@ -37,7 +39,17 @@ from loramux_shared.faults import (
 )
 from loramux_shared.sources.base import Progress, Resolved, Room, SourceFile, bounded, unwatched
 from loramux_shared.sources.cache import missing_files
-from loramux_shared.sources.files import checked_file, disk_errors, disk_fault, inside, is_text, scratch
+from loramux_shared.sources.files import (
+    checked_file,
+    disk_errors,
+    disk_fault,
+    hash_pieces,
+    inside,
+    is_text,
+    scratch,
+    whole,
+)
+from loramux_shared.sources.hub_gguf import GgufListing, folder_of, list_gguf, name_in, names_file
 from loramux_shared.sources.retry import Busy, RetryPolicy, TimeLeft
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
@@ -47,6 +59,8 @@ COMMIT: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 MAX_PAGES: Final = 40
 """Most pages of commits that are read, of all branches and tags; the hub's have 50 commits or more."""
+PARTIAL: Final = 206
+"""HTTP's status of a part of a file."""
 SLACK: Final = 16 << 20
 """Bytes that a client may count beyond a file's; it reads in pieces, and continues where it broke off."""
 # The class of every failure of the hub's HTTP client, which is httpx or httpx2 by its version.
@@ -81,7 +95,8 @@ class HubSource:
         """List a repository's files with their sizes at the commit that its revision names."""
         del room
         api = HfApi(endpoint=self._endpoint, token=self._token(repository))
-        prefix = f"{repository.subfolder}/" if repository.subfolder else ""
+        folder = folder_of(repository)
+        prefix = f"{folder}/" if folder else ""
 
         def listing(watch: Progress) -> tuple[str, dict[str, SourceFile]]:
             info = api.model_info(
@@ -104,8 +119,12 @@ class HubSource:
 
         commit, files = self._call(repository, listing, progress)
         if prefix and not files:
-            raise RepoNotFound(f"HF {repository.repo}: no folder {repository.subfolder!r} at {commit}")
-        return Resolved(repository.model_copy(update={"revision": commit, "branches_only": False}), files)
+            raise RepoNotFound(f"HF {repository.repo}: no folder {folder!r} at {commit}")
+        at = repository.model_copy(update={"revision": commit, "branches_only": False})
+        if not names_file(repository):
+            return Resolved(at, files)
+        address = f"{api.endpoint}/{at.repo}/resolve/{commit}/{quote(prefix)}"
+        return list_gguf(at, files, lambda *part: self._range(at, address, part, progress))
 
     def fetch(
         self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
@@ -161,14 +180,68 @@ class HubSource:
     ) -> Path:
         """Download what the cache lacks, at the recorded commit."""
         folder = inside(cache, f"hub/{repository.repo.replace('/', '--')}/{repository.revision}")
-        for name in missing_files(cache, folder / repository.subfolder, files):
+        at = folder / repository.subfolder
+        if names_file(repository):
+            at = at.with_name(f"{at.name}.files")
+        missing = missing_files(cache, at, files)
+        small = self._small_files(repository, missing, progress)
+        for name in missing:
             room(files[name].size)
-            self._download(repository, name, files[name].size, folder, progress)
-        return folder / repository.subfolder
+            if name in small:
+                with disk_errors(), whole(at / name) as sink:
+                    sink.write(small[name])
+                continue
+            path = self._download(repository, name, files[name].size, folder, progress)
+            if path != at / name:
+                with disk_errors():
+                    at.mkdir(parents=True, exist_ok=True)
+                    path.replace(at / name)
+        return at
+
+    def _small_files(
+        self, repository: Repository, missing: list[str], progress: Progress
+    ) -> Mapping[str, bytes]:
+        """Return the contents of the files that follow from a file of GGUF, where some are missing."""
+        if not names_file(repository) or set(missing) <= {*gguf_files(missing)}:
+            return {}
+        resolved = self.resolve(repository, progress)
+        return resolved.small if isinstance(resolved, GgufListing) else {}
+
+    def _range(
+        self, repository: Repository, address: str, part: tuple[str, int, int], progress: Progress
+    ) -> bytes:
+        """Return a part of a file in a folder at an address: a name, where it begins, and its bytes."""
+        name, begin, count = part
+        token = self._token(repository)
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        headers |= {"Range": f"bytes={begin}-{begin + count - 1}", "Accept-Encoding": "identity"}
+
+        def ask(watch: Progress) -> bytes:
+            data = b""
+            with get_session().stream(
+                "GET", f"{address}{quote(name)}", headers=headers, timeout=TIMEOUT_S
+            ) as answer:
+                if answer.status_code != PARTIAL:
+                    answer.read()
+                    hf_raise_for_status(answer)
+                    raise ValueError  # a whole file
+                for piece in answer.iter_bytes():
+                    watch(len(piece))
+                    data += piece
+                    if len(data) > count:
+                        raise ValueError
+            if len(data) < count:
+                raise OSError
+            return data
+
+        return self._call(repository, ask, progress)
 
     def _fetched(self, resolved: Resolved, name: str, into: Path, progress: Progress) -> FileDigest:
         """Download a file, once more where it is not what was listed, and return what it is."""
         target, file = inside(into, name), resolved.files[name]
+        if isinstance(resolved, GgufListing) and name in resolved.small:
+            with whole(target) as sink:
+                return hash_pieces([resolved.small[name]], progress, sink)
         problem = ""
         for _ in range(2):
             path = self._download(resolved.repository, name, file.size, into, progress)
@@ -184,13 +257,13 @@ class HubSource:
         )
 
     def _download(self, repository: Repository, name: str, size: int, into: Path, progress: Progress) -> Path:
-        """Write one file to ``into/<subfolder>/<name>``."""
+        """Write one file to ``into/<subfolder>/<name>``, one of GGUF where it is in the repository."""
         path = self._call(
             repository,
             lambda watch: hf_hub_download(
                 repository.repo,
-                name,
-                subfolder=repository.subfolder or None,
+                name_in(repository, name),
+                subfolder=folder_of(repository) or None,
                 revision=repository.revision,
                 local_dir=into,
                 token=self._token(repository),

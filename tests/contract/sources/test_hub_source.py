@@ -1,4 +1,5 @@
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.hub import MAX_PAGES, HubSource
+from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
+from tests.fuzz.ggufs import PARTS, GgufParts
 from tests.support.adapters import write_adapter, write_base
 from tests.support.descriptors import cancel_after, expect_nothing_open, keep_fault
 from tests.support.hub import Hub, HubRepo, serve_hub
@@ -280,3 +283,67 @@ def test_a_listing_that_is_none_is_named(hub, sibling):
     hub.repos["org/adapter"].listed = sibling
     with pytest.raises(faults.SourceUnavailable):
         source(hub).resolve(repo("org/adapter"))
+
+
+MODEL, LORA = "Q4_K_M/Tiny-Q4_K_M.gguf", "tiny-lora-f16.gguf"
+
+
+@pytest.fixture
+def blocks(hub: Hub) -> HubSource:
+    """The hub has a repository of GGUF: a model in a folder, one in two files, and an adapter."""
+    whole, parts = PARTS[0], {}
+    for number, places in enumerate((whole.places[:2], whole.places[2:])):
+        own = [("split.no", 2, number), ("split.count", 2, 2), ("split.tensors.count", 5, len(whole.places))]
+        begin, end = places[0][3], places[-1][3] + 4 * math.prod(places[-1][1])
+        moved = tuple((name, sizes, kind, offset - begin) for name, sizes, kind, offset in places)
+        entries = (*(() if number else whole.entries), *own)
+        parts[f"Big-0000{number + 1}-of-00002.gguf"] = GgufParts(entries, moved, whole.data[begin:end]).pack()
+    fields = (("general.architecture", 8, "llama"), ("general.type", 8, "adapter"))
+    files = {MODEL: whole.pack(), LORA: GgufParts(fields, (), b"").pack(), "README.md": b"x"} | parts
+    hub.repos["org/gguf"] = HubRepo({"main": COMMIT}, files, lfs=tuple(files))
+    return source(hub)
+
+
+@pytest.mark.parametrize("name", [MODEL, "Big-00002-of-00002.gguf"])
+def test_a_file_of_gguf_in_a_repository_is_a_base(
+    hub: Hub, blocks: HubSource, tmp_path: Path, name: str
+) -> None:
+    """Its header alone is read for the record, twice where that breaks off; a replica makes the rest too."""
+    hub.repos["org/gguf"].truncated = 1
+    sources = Sources({"HF": blocks}, tmp_path)
+    base = describe_base(sources, repo("org/gguf", subfolder=name))
+    for file, data in hub.repos["org/gguf"].files.items():
+        path = tmp_path / "here" / Path(file).name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    local = LocalSource([tmp_path])
+    here = Repository(source=SourceKind.LOCAL, repo=str(tmp_path / "here" / Path(name).name))
+    assert base.record.files == describe_base(Sources({"LOCAL": local}), here).record.files
+    assert base.record.source.revision == COMMIT
+    hub.requests.clear()
+    folder = fetch_base(base.record, tmp_path / "cache", sources)
+    assert {path.name for path in folder.iterdir()} == base.record.files.keys()
+    asked = len(hub.requests)
+    fetch_base(base.record, tmp_path / "cache", sources)
+    assert len(hub.requests) == asked
+    next(folder.glob("*.gguf")).write_bytes(b"another")
+    assert fetch_base(base.record, tmp_path / "cache", sources) == folder
+
+
+def test_a_file_of_gguf_in_a_repository_is_an_adapter(hub: Hub, blocks: HubSource, tmp_path: Path) -> None:
+    """The one that is named, of several; it is listed as an adapter for its header."""
+    resolved = blocks.resolve(repo("org/gguf", subfolder=LORA))
+    assert [*resolved.files] == ["adapter.gguf"]
+    blocks.fetch(resolved, resolved.files, tmp_path)
+    assert (tmp_path / "adapter.gguf").read_bytes() == hub.repos["org/gguf"].files[LORA]
+
+
+def test_files_of_gguf_that_are_not_there_are_refused_by_name(hub: Hub, blocks: HubSource) -> None:
+    """A file, or one of a model's; a repository that was named without its file says how to name it."""
+    with pytest.raises(faults.RepoNotFound, match=r"no file 'b\.gguf' at"):
+        blocks.resolve(repo("org/gguf", subfolder="b.gguf"))
+    del hub.repos["org/gguf"].files["Big-00001-of-00002.gguf"]
+    with pytest.raises(faults.RepoNotFound, match=r"no file 'Big-00001-of-00002\.gguf'"):
+        blocks.resolve(repo("org/gguf", subfolder="Big-00002-of-00002.gguf"))
+    with pytest.raises(faults.CheckpointInvalid, match=r"subfolder: Big-00002-of-00002\.gguf, or"):
+        describe_base(Sources({"HF": blocks}), repo("org/gguf"))
