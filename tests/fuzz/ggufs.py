@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -10,13 +11,18 @@ from typing import Any, Final
 import numpy as np
 
 from builder_service.domain.gguf_tensors import read_tensors
+from builder_service.domain.rules.checked import Rulebook
+from builder_service.domain.rules.tensors import AdapterLimits
+from builder_service.pipeline import gguf_files
 from inference_service.engine.models.gguf import names_of, read_gguf
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
+from loramux_shared.deployment import Dtype
 from loramux_shared.gguf.files import small_files
 from loramux_shared.gguf.header import ALIGNMENT, ARRAY, FREQUENCIES, NUMBERS, SIZES, TEXT, TYPES, read_header
 from loramux_shared.gguf.tokenizer import SPACE
 from loramux_shared.untrusted_json import parse_strict_json
-from tests.fuzz.mutate import NUMBERS as LIMITS, TEXTS, mutations
+from tests.fuzz.mutate import NUMBERS as LIMITS, TEXTS, check_findings, mutations
 
 HIDDEN: Final = 32
 UINT, FLOAT = 4, 6
@@ -107,6 +113,14 @@ PARTS: Final = (
     _parts("llama", PIECES, "llama", ("tokenizer.ggml.scores", ARRAY, (FLOAT, [-1.0] * len(PIECES))),
            ("tokenizer.ggml.eos_token_id", UINT, 2), ("llama.attention.key_length", UINT, 8)),
 )  # fmt: skip
+LORA: Final = GgufParts(
+    (("general.architecture", TEXT, "llama"), ("general.type", TEXT, "adapter"), ("adapter.type", TEXT, "lora"),
+     ("adapter.lora.alpha", FLOAT, 8.0), ("adapter.alora.invocation_tokens", ARRAY, (UINT, [1, 2]))),
+    (("blk.0.attn_q.weight.lora_a", (HIDDEN, 4), 0, 0), ("blk.0.attn_q.weight.lora_b", (4, HIDDEN), 0, 512),
+     ("blk.0.attn_k.weight.lora_a", (HIDDEN, 4), 8, 1024), ("blk.0.attn_k.weight.lora_b", (4, 16), 1, 1184)),
+    bytes(1312),
+)  # fmt: skip
+"""An adapter of the model, with a type of blocks and half of the keys' heads."""
 KEYS: Final = (
     "general.alignment", "split.count", "llama.attention.key_length", "llama.rope.dimension_count",
     "llama.attention.value_length", "tokenizer.ggml.add_bos_token", "llama.expert_count",
@@ -115,6 +129,7 @@ KEYS: Final = (
 NAMES: Final = (
     "rope_freqs.weight", "x", "weight", "blk.0.attn_q.weight", "blk.0.weight", "output.weight", "output.bias",
     "blk.0.ffn_down.bias", "blk..attn_q.weight", "token_embd.weight", "blk.1.attn_k.bias",
+    "token_embd.weight.lora_a", "blk.0.attn_norm.weight", "output.weight.lora_b", "blk.00.attn_q.weight.lora_b",
 )  # fmt: skip
 SHAPES: Final = (
     (0,), (0, 0), (2**63, 0), (0, 2**63), (2**32, 2**32), (2**64 - 1,) * 4, (), (1, 1, 1, 1), (1,) * 5,
@@ -127,9 +142,9 @@ def seeds() -> list[bytes]:
     return [parts.pack() for parts in PARTS]
 
 
-def drawn(rng: Random) -> bytes:
+def drawn(rng: Random, seeds: Sequence[GgufParts] = PARTS) -> bytes:
     """Return a file that says something else in one to three places, or has other bytes."""
-    parts = rng.choice(PARTS)
+    parts = rng.choice(seeds)
     for _ in range(rng.choice((1, 1, 2, 3))):
         change = rng.choice((_other_entry, _other_entry, _other_place))
         parts = change(parts, rng)
@@ -147,7 +162,7 @@ def _other_entry(parts: GgufParts, rng: Random) -> GgufParts:
             entries[at:at] = [entries[at]]
         case 2:
             entries.append((rng.choice(KEYS), rng.choice((*NUMBERS,)), rng.choice(LIMITS)))
-        case 3 if kind == ARRAY:
+        case 3 if kind == ARRAY and value[1] and value[0] != ARRAY:
             inner, values = value
             few = list(values)
             few[rng.randrange(len(few))] = rng.choice(TEXTS if inner == TEXT else LIMITS)
@@ -204,3 +219,21 @@ def judge(path: Path) -> None:
     found = {name: parse_strict_json(text.encode()) for name, text in files.items() if name.endswith(".json")}
     assert all(json.dumps(each, allow_nan=False) for each in found.values())
     read_fields(found["config.json"], found["generation_config.json"])
+
+
+def judge_adapter(path: Path, model: ModelConfig) -> str:
+    """Check a file as an adapter of a model; all that it says has a meaning, or a finding with a code."""
+    rules = Rulebook(AdapterLimits(model, 64, frozenset()), (model.architecture,), Dtype.FLOAT32)
+    checked = gguf_files.check(path.parent, rules, lambda _: None)
+    check_findings(checked.findings, 0)
+    for row in checked.rows:
+        assert checked.file is not None
+        assert checked.file.read(row.a).shape == (row.row.rank, row.row.in_features)
+    return "refused" if checked.errors else "accepted"
+
+
+def model() -> ModelConfig:
+    """Return the model that the adapter is of."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": 1, "vocab_size": 5}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]}
+    return read_fields(sizes | heads, None)

@@ -141,6 +141,16 @@ def _gguf(folder: Path) -> Judge:
     return judge
 
 
+def _gguf_adapter(folder: Path) -> Judge:
+    path, model = folder / "adapter.gguf", ggufs.model()
+
+    def judge(data: bytes) -> str:
+        path.write_bytes(data)
+        return ggufs.judge_adapter(path, model)
+
+    return judge
+
+
 def _bundle(folder: Path) -> Judge:
     def judge(data: bytes) -> str:
         try:
@@ -166,6 +176,9 @@ TARGETS: Final[Mapping[str, FuzzTarget]] = {
         200,
     ),
     "gguf": FuzzTarget(_gguf, ggufs.seeds, ggufs.drawn, 200),
+    "gguf-adapter": FuzzTarget(
+        _gguf_adapter, lambda: [ggufs.LORA.pack()], lambda rng: ggufs.drawn(rng, [ggufs.LORA]), 200
+    ),
     "bundle": FuzzTarget(_bundle, bundles.seeds, bundles.drawn, 200),
     "template": FuzzTarget(lambda _: templates.TemplateJudge(), templates.seeds, templates.drawn, 1 << 10),
     "sandbox-answer": FuzzTarget(
