@@ -172,11 +172,11 @@ async def ask_for(
     draw, found = random.Random(0), Found()
 
     async def answers(group: Sequence[str], streams: int, tokens: int, new: int) -> list[Answer]:
-        asked = (
+        reading = (
             ask(group[place % len(group)], draw.choices(range(3, vocab), k=tokens), new)
             for place in range(streams)
         )
-        return await asyncio.gather(*(Answer().read(each) for each in asked))
+        return await asyncio.gather(*(Answer().read(each) for each in reading))
 
     for group in models.values():
         await answers(group, len(group), 16, 2)  # adapters come, and what is compiled is

@@ -10,7 +10,7 @@ from tokenizers import Encoding, Tokenizer
 
 @dataclass(frozen=True)
 class Wording:
-    """How the tokens of a tokenizer become words again, as transformers' pipelines do it."""
+    """The way from the tokens of a tokenizer back to words, as transformers' pipelines go it."""
 
     join: Callable[[Sequence[str]], str]
     """Returns the text of tokens."""

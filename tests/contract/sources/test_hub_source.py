@@ -308,7 +308,7 @@ def blocks(hub: Hub) -> HubSource:
 def test_a_file_of_gguf_in_a_repository_is_a_base(
     hub: Hub, blocks: HubSource, tmp_path: Path, name: str
 ) -> None:
-    """Its header alone is read for the record, twice where that breaks off; a replica makes the rest too."""
+    """The header alone is read for the record, twice where that breaks off; a replica makes the rest too."""
     hub.repos["org/gguf"].truncated = 1
     sources = Sources({"HF": blocks}, tmp_path)
     base = describe_base(sources, repo("org/gguf", subfolder=name))
@@ -323,9 +323,9 @@ def test_a_file_of_gguf_in_a_repository_is_a_base(
     hub.requests.clear()
     folder = fetch_base(base.record, tmp_path / "cache", sources)
     assert {path.name for path in folder.iterdir()} == base.record.files.keys()
-    asked = len(hub.requests)
+    count = len(hub.requests)
     fetch_base(base.record, tmp_path / "cache", sources)
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == count
     next(folder.glob("*.gguf")).write_bytes(b"another")
     assert fetch_base(base.record, tmp_path / "cache", sources) == folder
 
