@@ -61,10 +61,10 @@ SHAPES: Final[Mapping[str, dict[str, Any]]] = {
 USUAL: Final = {"max_position_embeddings": 8192, "tie_word_embeddings": True}
 FILES: Final = {"Q8_0": "q8_0.gguf", "Q4_K_M": "q4_k_m.gguf"}
 RANKS: Final = {"of rank 16": (16,) * 8, "of ranks 8 to 64": (8, 16, 32, 64) * 8}
-STREAMS: Final = (1, 8, 32)
+STREAMS: Final = {1: 64, 8: 64, 32: 192}
+"""New tokens of each answer by streams: enough for all to be under way at once."""
 PROMPTS: Final = (128, 1024)
 """Tokens; decoding is measured behind the first."""
-NEW_TOKENS: Final = 64
 BEGIN_S: Final = 600.0
 
 Found = dict[str, float]
@@ -145,10 +145,10 @@ def write_gguf(path: Path, base: Path) -> None:
 def llama_cpp(folder: Path, model: Path) -> Found:
     """Return what llama-batched-bench prints, and its memory."""
     found: Found = {}
-    for tokens, streams in ((PROMPTS[0], STREAMS), (PROMPTS[1], STREAMS[:1])):
-        context = max(streams) * (tokens + NEW_TOKENS)
+    for tokens, streams in ((PROMPTS[0], [*STREAMS]), (PROMPTS[1], [1])):
+        context = max(count * (tokens + STREAMS[count]) for count in streams)
         command = [folder / "build/bin/llama-batched-bench", "-m", model, "-c", context, "-npp", tokens]
-        command += ["-ntg", NEW_TOKENS, "-npl", ",".join(map(str, streams))]
+        command += ["-ntg", min(STREAMS.values()), "-npl", ",".join(map(str, streams))]
         command += ["-t", len(os.sched_getaffinity(0))]
         rows, peak_gb = llama_rows(*map(str, command))
         found[f"prompt {tokens}"] = rows[0][PROMPT_TOKENS_PER_S]
@@ -166,7 +166,7 @@ def decoding(answers: Sequence[Answer]) -> float:
 
 
 async def ask_for(
-    ask: Ask, models: Mapping[str, Sequence[str]], vocab: int, counts: Sequence[int] = STREAMS
+    ask: Ask, models: Mapping[str, Sequence[str]], vocab: int, counts: Sequence[int] = (*STREAMS,)
 ) -> Found:
     """Return what a server does for groups of models: prompts alone first, then decoding of so many streams."""
     draw, found = random.Random(0), Found()
@@ -185,7 +185,7 @@ async def ask_for(
         found[f"prompt {tokens}"] = tokens / answer.first_s
     for label, group in models.items():
         for streams in counts:
-            found[f"{label} @{streams}"] = decoding(await answers(group, streams, PROMPTS[0], NEW_TOKENS))
+            found[f"{label} @{streams}"] = decoding(await answers(group, streams, PROMPTS[0], STREAMS[streams]))
     return found
 
 
@@ -257,7 +257,7 @@ def vllm(command: Path, work: Path, models: Mapping[str, Sequence[str]], vocab: 
     async def run(url: str) -> Found:
         limits = httpx.Limits(max_connections=64)
         async with httpx.AsyncClient(timeout=BEGIN_S, limits=limits) as web:
-            return await ask_for(over_http(web, url), models, vocab, STREAMS[:2])  # 32 would take half an hour
+            return await ask_for(over_http(web, url), models, vocab, [1, 8])  # 32 would take half an hour
 
     names = [name for group, some in models.items() if group != "base" for name in some]
     with vllm_server(command, work, names) as (url, process):
