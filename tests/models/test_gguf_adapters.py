@@ -15,6 +15,7 @@ from transformers import Gemma3TextConfig, GraniteConfig, LlamaConfig, Phi3Confi
 from builder_service.pipeline.fix import fix_one
 from builder_service.pipeline.progress import Progress
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid
+from loramux_shared.spelling import parse_repository
 from tests.support import adapters, tiny
 from tests.support.cases import cases
 from tests.support.folders import context_of, deployment_of, local_source, run_build
@@ -139,6 +140,11 @@ def test_an_adapter_is_named_by_its_file_and_is_no_base(small: Path) -> None:
     convert(small, "one.gguf")
     peft, gguf = bundles(small, "peft", "one.gguf")
     assert peft == gguf
+    (small / "linked.gguf").symlink_to((small / "one.gguf").rename(small / "2f5e"))  # as the hub's cache has it
+    named = parse_repository(str(small / "linked.gguf"))
+    assert bundles(small, "linked.gguf") == [peft]
+    assert named.repo == str(small / "linked.gguf")
+    (small / "2f5e").rename(small / "one.gguf")
     with pytest.raises(CheckpointInvalid, match=r"It is an adapter of llama\.cpp: name it as one"):
         run_build(
             deployment_of(small, "peft", checkpoint_repository=local_source(small / "one.gguf")),

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from builder_service.pipeline.making import Prover
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
+from loramux_shared.bases.files import GGUF_SUFFIX
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.proof import Effect, Proof
@@ -67,6 +68,8 @@ def prove_adapters(
     for adapter in adapters:
         why = "has another vocabulary than the base" if adapter.checked.vocab is not None else ""
         why = why or ("classifies texts" if adapter.checked.score is not None else "")
+        if any(name.endswith(GGUF_SUFFIX) for name in adapter.fetched.files):
+            why = "is a file of GGUF"
         if why:
             raise AdapterInvalid(
                 f"adapter {adapter.fetched.name!r} {why}, and such an adapter cannot be proved. Build "

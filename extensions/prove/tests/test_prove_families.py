@@ -125,11 +125,20 @@ def expect_passed(world: World, store: MemoryStore, **settings: Any) -> None:
     assert found == {record.digest[:12] for record in generation.adapters.values()}
 
 
-@pytest.mark.parametrize(("vocab", "score", "why"), [(7, None, "vocabulary"), (None, 1, "classifies texts")])
-def test_of_some_adapters_there_are_no_proofs(vocab: int | None, score: int | None, why: str) -> None:
+@pytest.mark.parametrize(
+    ("vocab", "score", "file", "why"),
+    [
+        (7, None, "adapter_model.safetensors", "vocabulary"),
+        (None, 1, "adapter_model.safetensors", "classifies texts"),
+        (None, None, "adapter.gguf", "is a file of GGUF"),
+    ],
+)
+def test_of_some_adapters_there_are_no_proofs(
+    vocab: int | None, score: int | None, file: str, why: str
+) -> None:
     """A build that must prove one is refused by name."""
     adapter: Any = SimpleNamespace(
-        fetched=SimpleNamespace(name="one"), checked=SimpleNamespace(vocab=vocab, score=score)
+        fetched=SimpleNamespace(name="one", files=[file]), checked=SimpleNamespace(vocab=vocab, score=score)
     )
     rest: Any = [None] * 6
     with pytest.raises(AdapterInvalid, match=f"'one' .*{why}.* cannot be proved"):

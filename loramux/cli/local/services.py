@@ -12,6 +12,7 @@ import typer
 from loramux.cli import shell
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.gguf.header import parts_of
 from loramux_shared.process import python
 
 # Packages that the service cannot do without.
@@ -151,11 +152,12 @@ def require_packages(service: str, extra: str) -> None:
 
 
 def local_roots(repositories: Iterable[Repository]) -> list[Path]:
-    """Return the folders of LOCAL repositories, each once.
+    """Return the folders of LOCAL repositories, and all files of models that are in several, each once.
 
     The files of a snapshot in the hub's cache (``models--ORG--NAME/snapshots/COMMIT``) are links
     into ``blobs`` beside it, so that folder is one too.
     """
-    folders = [Path(each.repo) for each in repositories if each.source is SourceKind.LOCAL]
+    named = [Path(each.repo) for each in repositories if each.source is SourceKind.LOCAL]
+    folders = [part for path in named for part in parts_of(path)]
     blobs = [folder.parent.with_name("blobs") for folder in folders if folder.parent.name == "snapshots"]
     return list(dict.fromkeys([*folders, *(folder for folder in blobs if folder.is_dir())]))

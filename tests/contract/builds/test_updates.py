@@ -32,6 +32,7 @@ from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.status import fault_of
 from tests.golden.wild.shape import Shape
 from tests.support.builders import HOUR, Builders, GatedStore
+from tests.support.root import ROOT
 from tests.support.waiting import BOUND_S, Clock, result_of, until
 
 
@@ -268,6 +269,18 @@ async def test_a_push_says_what_the_folder_has_instead_of_weights(world: World) 
             path.unlink()
         with pytest.raises(faults.AdapterInvalid, match=stated):
             await world.client.push("tiny", "shape", folder)
+
+
+async def test_a_file_of_llama_cpp_is_pushed_with_its_folder(world: World) -> None:
+    """The one file of GGUF in a folder is sent; a name that leads elsewhere is refused."""
+    name = "llama-cpp-lora.gguf"
+    content = (ROOT / "tests/golden/formats" / name).read_bytes()
+    (world.folder / "lora").mkdir()
+    (world.folder / "lora" / name).write_bytes(content)
+    pushed = await world.client.push("tiny", "lora", world.folder / "lora")
+    assert pushed.adapter.kinds == ("lora", "embedding")
+    with pytest.raises(faults.RequestInvalid, match=r"NAME\.gguf"):
+        await world.client.push("tiny", "lora", {"../a.gguf": content})
 
 
 async def test_a_build_keeps_a_pushed_adapter_that_its_file_names(world: World) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from loramux.cli.local.run import deployment_of, name_of_base, save_deployment
+from loramux.cli.local.services import local_roots
 from loramux_shared.deployment import SourceKind
 from loramux_shared.deployment_file import load_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
@@ -42,6 +43,15 @@ def test_words_become_a_deployment_whose_file_says_the_same(tmp_path: Path) -> N
     save_deployment(deployment, file)
     assert load_deployment(file).deployment == deployment
     save_deployment(deployment, file)  # what is there already says the same
+
+
+def test_services_may_read_all_files_of_a_model(tmp_path: Path) -> None:
+    """One file of several is named, and the others are read too; no other file beside them is."""
+    names = [f"big-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for name in (*names, "other.gguf"):
+        (tmp_path / name).touch()
+    named = parse_repository(str(tmp_path / names[1]))
+    assert local_roots([named]) == [tmp_path / name for name in names]
 
 
 @pytest.mark.parametrize(
