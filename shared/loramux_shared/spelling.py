@@ -59,15 +59,20 @@ def _local_path(text: str, folder: Path) -> Path | None:
     """Return the absolute path that a word names, or None where it names none."""
     if text in {".", ".."} or text.startswith(("local:", *_LOCAL)):
         try:
-            return (folder / Path(text.removeprefix("local:")).expanduser()).resolve()
+            return _real(folder / Path(text.removeprefix("local:")).expanduser())
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no such user, a NUL
             raise _no_repository(text) from error
     if not text or "://" in text or text.startswith("hf:") or "\0" in text:
         return None
     path = folder / text
-    if path.suffix == GGUF_SUFFIX and path.is_file():
-        return path.absolute()  # a link of the hub's cache leads to a name that says nothing
-    return path.resolve() if path.is_dir() else None
+    return _real(path) if path.is_dir() or (path.suffix == GGUF_SUFFIX and path.is_file()) else None
+
+
+def _real(path: Path) -> Path:
+    """Return a path without links; of a file of GGUF, which the hub's cache links to a name that says nothing,
+    its folder's.
+    """
+    return path.parent.resolve() / path.name if path.suffix == GGUF_SUFFIX else path.resolve()
 
 
 def _no_repository(text: str) -> DeploymentInvalid:
