@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import GraniteConfig, LlamaConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
@@ -25,7 +25,7 @@ from loramux_shared.bases.files import GGUF
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.faults import CheckpointInvalid, Fault
-from loramux_shared.gguf.files import as_checkpoint, small_files
+from loramux_shared.gguf.files import GRANITE, as_checkpoint, small_files
 from loramux_shared.gguf.header import read_header
 from loramux_shared.gguf.tokenizer import SPACE, tokenizer_json
 from loramux_shared.sources.open import open_sources
@@ -354,7 +354,8 @@ def make(root: Path, config: Any, kinds: Callable[[str], str] = of_types) -> tin
     """Make a world whose base is of GGUF; its checkpoint in safetensors means the same."""
     world = tiny.make_world_of(root, config, tiny.ADAPTERS)
     written = json.loads((world.base / "config.json").read_text())
-    write_gguf(root / "tiny.gguf", world.base, written | {"rope_theta": 10000.0}, kinds)
+    factors = {f"granite.{key}": float(written[name]) for name, key in GRANITE.items() if name in written}
+    write_gguf(root / "tiny.gguf", world.base, written | {"rope_theta": 10000.0}, kinds, factors)
     return replace(world, base=root / "tiny.gguf")
 
 
@@ -367,13 +368,30 @@ def answers(world: tiny.World, models: list[str], **settings: Any) -> list[list[
     return tiny.run_engine(world.load(world.built(), **settings), [(name, PROMPT) for name in models], NEW)
 
 
-@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config, Qwen3Config])
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+FACTORS = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        (LlamaConfig, {}),
+        (Qwen2Config, {}),
+        (Qwen3Config, {"tie_word_embeddings": True}),
+        (GraniteConfig, FACTORS),
+        (SmolLM3Config, {"num_hidden_layers": 4, "pad_token_id": 0, "rope_parameters": ROPE}),
+    ],
+)
 def test_base_and_adapters_answer_as_transformers_with_the_dequantised_weights(
-    family: Any, tmp_path: Path
+    family: Any, more: Any, tmp_path: Path
 ) -> None:
     """All in one batch, token for token in float32, in a linear of several types and two that are widened."""
-    tied = family is Qwen3Config
-    world = make(tmp_path, family(**SMALL | {"tie_word_embeddings": tied, "head_dim": 32}))
+    world = make(tmp_path, family(**SMALL | {"tie_word_embeddings": False, "head_dim": 32} | more))
     models = ["base", *tiny.ADAPTERS]
     expected = [
         tiny.oracle_tokens(tiny.oracle(tmp_path / "base", world.adapters.get(name)), PROMPT, NEW)

@@ -82,7 +82,7 @@ def write_gguf(
         elif kind == "F16":
             data = weight.astype(np.float16)
             weights[name] = data.astype(np.float32)
-        heads = HEADS.get(stem.rpartition(".")[2]) if arch == "llama" else None
+        heads = HEADS.get(stem.rpartition(".")[2]) if arch in ("llama", "granite", "smollm3") else None
         if heads is not None:  # as llama.cpp's converter permutes them
             shape = data.shape
             data = data.reshape(config[heads], 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)

@@ -57,7 +57,16 @@ ARCHITECTURES: Final = {
     "llama": GgufArchitecture("LlamaForCausalLM", turned=True),
     "qwen2": GgufArchitecture("Qwen2ForCausalLM", turned=False),
     "qwen3": GgufArchitecture("Qwen3ForCausalLM", turned=False),
+    "granite": GgufArchitecture("GraniteForCausalLM", turned=True),
+    "smollm3": GgufArchitecture("SmolLM3ForCausalLM", turned=True),
 }
+GRANITE: Final = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+"""Factors in a config, by GGUF's names."""
 
 
 def as_checkpoint(path: Path, below: Path) -> Path:
@@ -254,7 +263,9 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "torch_dtype": "bfloat16",
     }
-    if name == "llama":
+    if name == "granite":
+        config |= {field: header.number(f"{name}.{key}", 1.0) for field, key in GRANITE.items()}
+    if architecture.turned:
         config["attention_bias"] = "blk.0.attn_output.bias" in header.tensors
         config["mlp_bias"] = "blk.0.ffn_down.bias" in header.tensors
     if kinds:

@@ -12,13 +12,15 @@ _DIGITS: Final = {"type": "Digits", "individual_digits": True}
 PATTERNS: Final = {
     "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
     "llama3": _WORDS + r"\p{N}{1,3}" + _REST,
+    "smaug-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
     "qwen2": _WORDS + r"\p{N}" + _REST,
     "deepseek-r1-qwen": _WORDS + r"\p{N}" + _REST,
     "smollm": None,
+    "refact": None,
     "gpt-2": None,
 }
 """Expressions that split a text before pairs are merged, by names of llama.cpp; None: that of GPT-2."""
-DIGITS_APART: Final = frozenset({"smollm"})
+DIGITS_APART: Final = frozenset({"smollm", "refact"})
 COMPOSED: Final = frozenset({"qwen2", "deepseek-r1-qwen"})
 """Those that compose characters first (NFC)."""
 WHOLE_WORDS: Final = frozenset({"llama-bpe", "llama3"})
