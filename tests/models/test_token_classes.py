@@ -1,7 +1,9 @@
 """Adapters that label tokens, from PEFT's files to entities as transformers' pipeline returns them."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, TokenClassificationPipeline
 
+from inference_service.core.request import AnswerDelta
+from inference_service.driver.telemetry.record import RequestRecord
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.contract.http.test_scores import save_random
+from tests.contract.http.test_scores import loaded, save_random
 from tests.models.test_encoders import MODERN, SIZES
 from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, answer_of, assert_close, open_api
 from tests.support.tiny import VOCAB, World
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 FAMILIES: dict[str, Any] = {
@@ -41,6 +46,8 @@ TAGGERS: dict[str, dict[str, Any]] = {
     "names": {"r": 4, "target_modules": "all-linear", "exclude_modules": ["classifier"]},
     "plain": {"r": 3, "lora_alpha": 5, "target_modules": ["query", "Wqkv", "output.dense", "mlp.Wo"]},
 }
+TOPIC: dict[str, Any] = {"r": 2, "target_modules": "all-linear"}
+"""One that labels whole texts."""
 TEXTS = [
     "Ada  Lovelace wrote it in London, on 12 May-June.",
     "abc",
@@ -96,8 +103,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
             seed,
         )
         spread(tagger(base, num_labels=len(NAMES)), root / name)
+    save_random(get_peft_model(loaded(base, 3), LoraConfig(task_type="SEQ_CLS", **TOPIC)), root / "topic", 9)
     (root / "names" / "config.json").write_text(json.dumps({"id2label": dict(enumerate(NAMES))}))
-    world = World(base, {name: root / name for name in TAGGERS}, root)
+    world = World(base, {name: root / name for name in (*TAGGERS, "topic")}, root)
     return world, world.built()
 
 
@@ -165,6 +173,58 @@ async def test_entities_equal_those_of_the_pipeline(
             assert len(entities) > 2 * len(TEXTS)
             if how == "none" and more:
                 assert len({each["entity"] for each in entities}) == len(NAMES)
+
+
+class FirstSteps:
+    """Notes when the first step of each request was submitted."""
+
+    def __init__(self) -> None:
+        self.began_s: list[float | None] = []
+
+    def began(self, record: RequestRecord) -> None:
+        """Ignore it: a vector has no first token."""
+
+    def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
+        """Ignore it: a vector has no text."""
+
+    def ended(self, record: RequestRecord) -> None:
+        self.began_s.append(record.began_s)
+
+
+async def test_several_models_answer_one_call_in_one_batch(
+    made: tuple[World, MemoryStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part is what its model alone answers, and one step computes the rows of all."""
+    models, body = ["names", "topic", "plain"], {"input": TEXTS[1:], "aggregation_strategy": "first"}
+    async with open_api(made, max_batch_tokens=1000) as api:
+        alone = [await answer_of(api, "/classify", **body | {"model": model}) for model in ("names", "plain")]
+        alone.insert(1, await answer_of(api, "/classify", model="topic", input=body["input"]))
+        steps, service = FirstSteps(), api.ready.service
+        monkeypatch.setattr(service, "watchers", (*service.watchers, steps))
+        await api.ready.engine.pause()
+        asking = asyncio.create_task(api.post("/classify", model=models, **body))
+        await until(lambda: service.in_work == len(models) * len(TEXTS[1:]), "all rows to wait")
+        api.ready.engine.resume()
+        together = (await asking).json()
+        assert together["model"] == models
+        assert together["usage"]["prompt_tokens"] == sum(each["usage"]["prompt_tokens"] for each in alone)
+        for part, expected in zip(together["data"], alone, strict=True):
+            assert (part["model"], part["usage"]) == (expected["model"], expected["usage"])
+            numbers, others = ([*map(numbers_of, each["data"])] for each in (part, expected))
+            assert_close([*chain(*numbers)], [*chain(*others)])
+            assert part["data"] == expected["data"]
+        assert len(steps.began_s) == len(models) * len(TEXTS[1:])
+        assert len(set(steps.began_s)) == 1
+        for wrong, part in ((["names", "base"], "base"), ([], "model"), (["topic"] * 65, "model")):
+            answer = await api.post("/classify", model=wrong, **body)
+            assert (answer.status_code, part in answer.text) == (400, True)
+        answer = await api.post("/classify", model=["topic"] * 64, input=["a"] * 33)
+        assert "at most 2048" in answer.text
+
+
+def numbers_of(text: dict[str, Any]) -> list[float]:
+    """Take the numbers out of an answer about a text."""
+    return text.pop("probs", None) or [each.pop("score") for each in text["entities"]]
 
 
 async def test_what_does_not_fit_tokens_is_refused(api: OpenAIApi) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
@@ -12,7 +12,7 @@ import numpy as np
 from inference_service.adapters.texts import Scorer
 from inference_service.api.requests.bounds import countable, refused
 from inference_service.api.requests.service import GenerationService
-from inference_service.core.request import AnswerFinished, AnswerStarted, Pooled, Request, RequestPrompt
+from inference_service.core.request import AnswerFinished, AnswerStarted, Pooled, Request, ResolvedModel
 from inference_service.core.sequence import Vector
 from inference_service.core.served_model import ServedModel, refused_model
 from inference_service.text.spans import Spans
@@ -42,7 +42,7 @@ async def pooled(service: GenerationService, requests: Sequence[Request]) -> Asy
     The first failure ends all; nothing runs on when this is closed. Raise what `GenerationService.generate`
     does.
     """
-    if len(requests) > 1:
+    if len(requests) > 1 and requests[0].model.served is None:
         served = await service.choose(requests[0])
         requests = [request.answered_by(served) for request in requests]
     most = max(1, min(AT_ONCE, service.max_queue // 2))  # the other half is for others
@@ -101,12 +101,37 @@ async def scored(
     labels: int | None = None,
     of_tokens: bool | None = False,
 ) -> AsyncGenerator[ScoredPrompt]:
-    """Yield the scores of each request, in their order.
+    """Yield the scores of each request, in their order; those of several models read the same tokens of a text.
 
     Where labels are said, a head must have so many; of_tokens is whether it scores tokens, None for either.
     Raise RequestInvalid for another head or none, and what `GenerationService.generate` does.
     """
-    served = await service.choose(requests[0])
+    heads: dict[str, tuple[ResolvedModel, Scorer]] = {}
+    for request in requests:
+        if request.model.name not in heads:
+            heads[request.model.name] = await _head(service, request, labels, of_tokens=of_tokens)
+    tokens = {name for name, (_, scorer) in heads.items() if scorer.head.of_tokens}
+    spans: dict[str, Spans] = {}
+    if tokens or len(heads) > 1:
+        spans = await asyncio.to_thread(_spans, service, requests, tokens)
+    resolved = [_reading(request, *heads[request.model.name], spans) for request in requests]
+    async with aclosing(pooled(service, resolved)) as found:
+        places = iter(requests)
+        async for prompt in found:
+            request = next(places)
+            scorer, content = heads[request.model.name][1], request.prompt.content
+            if scorer.head.of_tokens:
+                scores = await asyncio.to_thread(scorer.scores, prompt.vector)
+                yield ScoredPrompt(prompt, scorer, scores, spans[str(content)])
+            else:
+                yield ScoredPrompt(prompt, scorer, scorer.scores(prompt.vector))
+
+
+async def _head(
+    service: GenerationService, request: Request, labels: int | None, *, of_tokens: bool | None
+) -> tuple[ResolvedModel, Scorer]:
+    """Return the model of a request and its score head; raise RequestInvalid where `scored` does."""
+    served = await service.choose(request)
     model = served.model
     if model.num_labels is None:
         does = "makes vectors of texts" if AdapterKind.ENCODER in model.kinds else "generates text"
@@ -121,21 +146,7 @@ async def scored(
             f"one of {model.num_labels}",
             "Ask /classify for all of them.",
         )
-    spans = await _spans(service, requests) if scorer.head.of_tokens else []
-    resolved = [_reading(request.answered_by(served), scorer) for request in requests]
-    for at, each in enumerate(spans):
-        resolved[at] = replace(resolved[at], prompt=replace(resolved[at].prompt, content=each.ids))
-    async with aclosing(pooled(service, resolved)) as found:
-        pending = iter(spans)
-        async for prompt in found:
-            own = next(pending, None)
-            many = own is not None
-            scores = (
-                (await asyncio.to_thread(scorer.scores, prompt.vector))
-                if many
-                else scorer.scores(prompt.vector)
-            )
-            yield ScoredPrompt(prompt, scorer, scores, own)
+    return served, scorer
 
 
 def _require(scorer: Scorer, model: ServedModel, *, of_tokens: bool | None) -> None:
@@ -148,24 +159,29 @@ def _require(scorer: Scorer, model: ServedModel, *, of_tokens: bool | None) -> N
     raise refused_model(model.name, expected, found, fix)
 
 
-def _reading(request: Request, scorer: Scorer) -> Request:
-    """Return a request for the states that a head reads."""
-    pooling = scorer.head.pooling or request.output.pooling
-    return replace(request, output=replace(request.output, pooling=pooling))
+def _reading(request: Request, served: ResolvedModel, scorer: Scorer, spans: Mapping[str, Spans]) -> Request:
+    """Return a request for the states that a head reads, with its text as tokens where these are known."""
+    content, pooling = request.prompt.content, scorer.head.pooling or request.output.pooling
+    if isinstance(content, str) and content in spans:
+        request = replace(request, prompt=replace(request.prompt, content=spans[content].ids))
+    return replace(request.answered_by(served), output=replace(request.output, pooling=pooling))
 
 
-async def _spans(service: GenerationService, requests: Sequence[Request]) -> list[Spans]:
-    """Return the tokens of texts with the characters of each; raise RequestInvalid for other prompts."""
-
-    def encoded(prompt: RequestPrompt) -> Spans:
-        if not isinstance(prompt.content, str):
+def _spans(
+    service: GenerationService, requests: Sequence[Request], of_tokens: Collection[str]
+) -> dict[str, Spans]:
+    """Return texts as tokens; raise RequestInvalid for token ids of models that score tokens."""
+    found: dict[str, Spans] = {}
+    for request in requests:
+        prompt, longest = request.prompt, service.limits.max_seq_len
+        content, cut = prompt.content, prompt.truncate_prompt_tokens
+        if isinstance(content, str) and content not in found:
+            special, most = prompt.add_special_tokens is not False, longest if cut == -1 else cut
+            looked_at = longest if cut is None else countable(longest)
+            found[content] = service.text.encode_spans(content, looked_at, most, add_special_tokens=special)
+        if not isinstance(content, str) and request.model.name in of_tokens:
             raise refused("prompt", "a text, of whose characters entities are", "token ids")
-        cut, longest = prompt.truncate_prompt_tokens, service.limits.max_seq_len
-        special, most = prompt.add_special_tokens is not False, longest if cut == -1 else cut
-        looked_at = longest if cut is None else countable(longest)
-        return service.text.encode_spans(prompt.content, looked_at, most, add_special_tokens=special)
-
-    return await asyncio.to_thread(lambda: [encoded(request.prompt) for request in requests])
+    return found
 
 
 def pooling_of(

@@ -38,6 +38,9 @@ from inference_service.core.request import PromptContent, Request, TokenUsage, h
 from inference_service.core.sequence import Vector
 from loramux_shared.runtime import Pooling
 
+MAX_MODELS: Final = 64
+"""Models of one call."""
+
 
 class PoolingBody(Body):
     """The fields that requests for vectors and scores have in common."""
@@ -143,11 +146,16 @@ class RerankBody(ScoringBody):
     max_chunks_per_doc: None = None
 
 
+Models = Annotated[list[str], Field(min_length=1, max_length=MAX_MODELS)]
+
+
 class ClassifyBody(ScoringBody):
     """``POST /classify``: vLLM's, with the options of transformers' token classification pipeline."""
 
     examples: ClassVar[Examples] = {"text": {"input": "My order is late."}}
 
+    model: Same[str | Models]  # type: ignore[assignment]  # one body alone has several
+    """One, or ours: several, which read the same input."""
     input: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]
     aggregation_strategy: Aggregation | None = None
     """Of a model that scores tokens: how they become entities; none by default."""
@@ -190,23 +198,26 @@ async def embeddings(service: GenerationService, http: HttpRequest) -> Reply[Emb
     with in_words_of(body):
         pooling = pooling_of(body.pooling, service.usual_pooling, service.poolings)
         check_dimensions(body.dimensions, service.limits.hidden_size)
-        requests = pooling_requests(body, body.input, pooling, http.headers)
+        requests = pooling_requests(body, [(body.model, each) for each in body.input], pooling, http.headers)
         found = await while_connected(http.receive, everything(service, requests))
     normalize = body.normalize is not False
     vectors = [shaped(each.vector, body.dimensions, normalize=normalize) for each in found]
-    return await answer(body, found, vectors, base64_=body.encoding_format == "base64")
+    return await answer(found, vectors, base64_=body.encoding_format == "base64")
 
 
 def pooling_requests(
-    body: PoolingBody, prompts: Sequence[PromptContent], pooling: Pooling, headers: Mapping[str, str]
+    body: PoolingBody,
+    prompts: Sequence[tuple[str, PromptContent]],
+    pooling: Pooling,
+    headers: Mapping[str, str],
 ) -> list[Request]:
-    """Return a request for each prompt; raise RequestInvalid for a wrong header."""
+    """Return a request for each model and prompt; raise RequestInvalid for a wrong header."""
     own: dict[str, Any] = {"pooling": pooling, "max_tokens": 0, "priority": -(body.priority or 0)}
     own |= hinted(headers, body.min_generation or 0, body.user or "")._asdict()
     if body.request_id is not None:
         own["id"] = body.request_id
     fields = request_fields(body) | own
-    return [Request.of(**fields | {"prompt": prompt}) for prompt in prompts]
+    return [Request.of(**fields | {"model": model, "prompt": prompt}) for model, prompt in prompts]
 
 
 async def everything(service: GenerationService, requests: Sequence[Request]) -> list[PooledPrompt]:
@@ -214,10 +225,10 @@ async def everything(service: GenerationService, requests: Sequence[Request]) ->
     return [each async for each in pooled(service, requests)]
 
 
-def head_of(found: Sequence[PooledPrompt], body: PoolingBody, kind: str) -> Head:
+def head_of(found: Sequence[PooledPrompt], kind: str) -> Head:
     """Return the headers that name the version."""
     started = found[0].started
-    head = Head(f"{kind}-{started.request_id}", body.model)
+    head = Head(f"{kind}-{started.request_id}", started.model.name)
     head.begin(started)
     return head
 
@@ -233,10 +244,10 @@ def prompt_usage(found: Sequence[PooledPrompt]) -> PromptUsage:
 
 
 async def answer(
-    body: PoolingBody, found: Sequence[PooledPrompt], vectors: Sequence[Vector], *, base64_: bool
+    found: Sequence[PooledPrompt], vectors: Sequence[Vector], *, base64_: bool
 ) -> Reply[Embeddings]:
     """Return vectors as OpenAI has them."""
-    head = head_of(found, body, "embd")
+    head = head_of(found, "embd")
     usage = prompt_usage(found)
 
     def write() -> Reply[Embeddings]:

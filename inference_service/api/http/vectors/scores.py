@@ -20,10 +20,11 @@ from inference_service.api.http.wire.body import in_words_of, read_body
 from inference_service.api.http.wire.reply import Reply, while_connected
 from inference_service.api.requests.bounds import refused
 from inference_service.api.requests.entities import Aggregation, Entity, entities_of
-from inference_service.api.requests.pooling import ScoredPrompt, scored
+from inference_service.api.requests.pooling import MAX_INPUTS, ScoredPrompt, scored
 from inference_service.api.requests.service import GenerationService
 from inference_service.core.request import PromptContent, TextPair
 from inference_service.text.spans import Spans
+from loramux_shared.routes import MODEL_HEADER
 
 
 class Score(TypedDict):
@@ -115,6 +116,17 @@ class Classes(TypedDict):
     usage: PromptUsage
 
 
+class Classified(TypedDict):
+    """The answer of one model about texts, or those of several, each as that of one."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str | list[str]
+    data: list[Class | Tagged] | list[Classes]
+    usage: PromptUsage
+
+
 class ScoringHead(TypedDict):
     """The fields that all answers of scores have: which version answered, and the tokens of the texts."""
 
@@ -129,12 +141,12 @@ async def score(service: GenerationService, http: HttpRequest) -> Reply[Scores]:
     """Score pairs of texts."""
     body = await read_body(http, ScoreBody)
     with in_words_of(body):
-        found = await _scored(service, http, body, _pairs(body), labels=1)
+        found = await _scored(service, http, body, [(body.model, pair) for pair in _pairs(body)], labels=1)
     data: list[Score] = [
         {"index": index, "object": "score", "score": float(_scores(body, each)[0])}
         for index, each in enumerate(found)
     ]
-    head, headers = _head(body, found, "score")
+    head, headers = _head(found, "score")
     return Reply({**head, "data": data}, headers=headers)
 
 
@@ -142,7 +154,7 @@ async def rerank(service: GenerationService, http: HttpRequest) -> Reply[Ranking
     """Sort documents by their score for a query, best first."""
     body = await read_body(http, RerankBody)
     with in_words_of(body):
-        pairs = [TextPair(body.query, document) for document in body.documents]
+        pairs = [(body.model, TextPair(body.query, document)) for document in body.documents]
         found = await _scored(service, http, body, pairs, labels=1)
     scores = [float(_scores(body, each)[0]) for each in found]
     best = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[: body.top_n]
@@ -150,24 +162,40 @@ async def rerank(service: GenerationService, http: HttpRequest) -> Reply[Ranking
     results: list[Ranked] = [{"index": index, "relevance_score": scores[index]} for index in best]
     for ranked in results if texts else ():
         ranked["document"] = {"text": body.documents[ranked["index"]]}
-    head, headers = _head(body, found, "rerank")
+    head, headers = _head(found, "rerank")
     return Reply({**head, "results": results}, headers=headers)
 
 
-async def classify(service: GenerationService, http: HttpRequest) -> Reply[Classes]:
+async def classify(service: GenerationService, http: HttpRequest) -> Reply[Classified]:
     """Return the most likely label of each text, with the probabilities of all, or the entities in it."""
     body = await read_body(http, ClassifyBody)
+    models = [body.model] if isinstance(body.model, str) else body.model
     entities = body.aggregation_strategy is not None or body.ignore_labels is not None
     with in_words_of(body):
-        found = await _scored(service, http, body, body.input, of_tokens=entities or None)
-        if found[0].spans is not None and body.use_activation is False:
+        if len(models) * len(body.input) > MAX_INPUTS:
+            raise refused("model", f"models times inputs at most {MAX_INPUTS}", len(models) * len(body.input))
+        prompts = [(model, prompt) for prompt in body.input for model in models]
+        of_tokens = True if entities and len(models) == 1 else None
+        found = await _scored(service, http, body, prompts, of_tokens=of_tokens)
+        if body.use_activation is False and any(each.spans for each in found):
             raise refused("use_activation", "true for a model that scores tokens", "false")
+    parts = [_classes(body, found[place :: len(models)]) for place in range(len(models))]
+    if isinstance(body.model, str):
+        [(alone, headers)] = parts
+        return Reply({**alone}, headers=headers)
+    whole, _ = _head(found, "classify")
+    answered = {MODEL_HEADER: ",".join(part["model"] for part, _ in parts)}
+    return Reply({**whole, "model": models, "data": [part for part, _ in parts]}, headers=answered)
+
+
+def _classes(body: ClassifyBody, found: Sequence[ScoredPrompt]) -> tuple[Classes, Mapping[str, str]]:
+    """Return what one model says of all texts, and the headers."""
     data = [
         _class(index, each, body) if each.spans is None else _tagged(index, each, each.spans, body)
         for index, each in enumerate(found)
     ]
-    head, headers = _head(body, found, "classify")
-    return Reply({**head, "data": data}, headers=headers)
+    head, headers = _head(found, "classify")
+    return {**head, "data": data}, headers
 
 
 def _class(index: int, found: ScoredPrompt, body: ClassifyBody) -> Class:
@@ -196,7 +224,7 @@ async def _scored(
     service: GenerationService,
     http: HttpRequest,
     body: ScoringBody,
-    prompts: Sequence[PromptContent],
+    prompts: Sequence[tuple[str, PromptContent]],
     labels: int | None = None,
     *,
     of_tokens: bool | None = False,
@@ -230,10 +258,10 @@ def _scores(body: ScoringBody, found: ScoredPrompt) -> Sequence[float]:
     return numbers
 
 
-def _head(body: ScoringBody, found: Sequence[ScoredPrompt], kind: str) -> tuple[ScoringHead, Mapping[str, str]]:
+def _head(found: Sequence[ScoredPrompt], kind: str) -> tuple[ScoringHead, Mapping[str, str]]:
     """Return the fields that all answers have, and the headers."""
     prompts = [each.prompt for each in found]
-    head = head_of(prompts, body, kind)
+    head = head_of(prompts, kind)
     fields: ScoringHead = {
         "id": head.id,
         "object": "list",
