@@ -227,6 +227,37 @@ def numbers_of(text: dict[str, Any]) -> list[float]:
     return text.pop("probs", None) or [each.pop("score") for each in text["entities"]]
 
 
+async def test_predict_answers_as_text_embeddings_inference(api: OpenAIApi) -> None:
+    """A text has a list, lists of texts have one each; labels come best first, and tokens as entities."""
+    text, pair = "abc", ["abc", "by the sea"]
+    [known] = (await answer_of(api, "/classify", model="topic", input=text))["data"]
+    found = (await api.post("/predict", model="topic", inputs=text)).json()
+    assert_close([each["score"] for each in found], sorted(known["probs"], reverse=True))
+    assert found[0]["label"] == known["label"]
+    several = (await api.post("/predict", model="topic", inputs=[[text], pair])).json()
+    assert_close([each["score"] for each in several[0]], [each["score"] for each in found])
+    one = (await api.post("/predict", model="topic", inputs=pair, raw_scores=True)).json()
+    assert [each["label"] for each in one] == [each["label"] for each in several[1]]
+    assert one[0]["score"] == max(each["score"] for each in one)
+    [tagged] = (await answer_of(api, "/classify", model="plain", input=text, aggregation_strategy="first"))[
+        "data"
+    ]
+    body = {"model": "plain", "inputs": [[text]], "aggregation_strategy": "first"}
+    assert (await api.post("/predict", **body)).json() == [tagged["entities"]]
+    long = {"model": "topic", "inputs": "a" * 90}
+    assert (await api.post("/predict", **long)).status_code == 400
+    assert len((await api.post("/predict", **long, truncate=True)).json()) == 3
+    for more, part in (
+        ({"inputs": pair}, "found two texts"),
+        ({"raw_scores": True}, "raw_scores"),
+        ({"inputs": [["a", "b", "c"]]}, "inputs"),
+        ({"inputs": []}, "inputs"),
+        ({"model": "base"}, "model"),
+    ):
+        answer = await api.post("/predict", **body | more)
+        assert (answer.status_code, part in answer.json()["error"]["message"]) == (400, True), answer.text
+
+
 async def test_what_does_not_fit_tokens_is_refused(api: OpenAIApi) -> None:
     """Scores of whole texts, text, token ids and raw scores are refused by name, and long texts unless cut."""
     for path, body, part in (

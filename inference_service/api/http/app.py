@@ -31,6 +31,7 @@ from inference_service.api.http.vectors import scores
 from inference_service.api.http.vectors.embeddings import (
     ClassifyBody,
     EmbeddingsBody,
+    PredictBody,
     RerankBody,
     ScoreBody,
     embeddings,
@@ -71,6 +72,7 @@ _SERVED: Final[tuple[Endpoint, ...]] = (
         for route in (routes.RERANK, routes.RERANK_V1, routes.RERANK_V2)
     ),
     *(_computing(route, scores.classify, ClassifyBody) for route in (routes.CLASSIFY, routes.CLASSIFY_V1)),
+    _computing(routes.PREDICT, scores.predict, PredictBody),
     Endpoint(routes.MODELS, models.list_models),
     Endpoint(routes.MODEL, models.get_model, fails=(404,)),
     Endpoint(routes.ADAPTERS, operators.list_adapters, query=PageQuery),

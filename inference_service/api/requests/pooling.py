@@ -12,7 +12,14 @@ import numpy as np
 from inference_service.adapters.texts import Scorer
 from inference_service.api.requests.bounds import countable, refused
 from inference_service.api.requests.service import GenerationService
-from inference_service.core.request import AnswerFinished, AnswerStarted, Pooled, Request, ResolvedModel
+from inference_service.core.request import (
+    AnswerFinished,
+    AnswerStarted,
+    Pooled,
+    Request,
+    ResolvedModel,
+    TextPair,
+)
 from inference_service.core.sequence import Vector
 from inference_service.core.served_model import ServedModel, refused_model
 from inference_service.text.spans import Spans
@@ -180,7 +187,8 @@ def _spans(
             looked_at = longest if cut is None else countable(longest)
             found[content] = service.text.encode_spans(content, looked_at, most, add_special_tokens=special)
         if not isinstance(content, str) and request.model.name in of_tokens:
-            raise refused("prompt", "a text, of whose characters entities are", "token ids")
+            found_two = "two texts" if isinstance(content, TextPair) else "token ids"
+            raise refused("prompt", "a text, of whose characters entities are", found_two)
     return found
 
 

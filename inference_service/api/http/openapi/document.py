@@ -28,7 +28,7 @@ from inference_service.api.http.openapi.parts import (
     path_parameter,
     query_parameters,
 )
-from inference_service.api.http.vectors.embeddings import ClassifyBody, ScoringBody
+from inference_service.api.http.vectors.embeddings import ClassifyBody, PredictBody, ScoringBody
 from inference_service.api.http.wire.body import Body, table
 from inference_service.api.http.wire.errors import AGAIN
 from inference_service.api.http.wire.reply import EventStream, Reply
@@ -88,9 +88,9 @@ class ServerFacts:
 
     def model_of(self, body: type[Body]) -> str:
         """Return the model that examples of a body ask; empty where no model answers it."""
-        if not issubclass(body, ScoringBody):
+        if not issubclass(body, ScoringBody | PredictBody):
             return self.model
-        return self.classifier if issubclass(body, ClassifyBody) else self.scorer
+        return self.classifier if issubclass(body, ClassifyBody | PredictBody) else self.scorer
 
 
 async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:

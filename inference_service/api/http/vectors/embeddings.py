@@ -34,7 +34,7 @@ from inference_service.api.requests.pooling import (
     shaped,
 )
 from inference_service.api.requests.service import GenerationService
-from inference_service.core.request import PromptContent, Request, TokenUsage, hinted
+from inference_service.core.request import PromptContent, Request, TextPair, TokenUsage, hinted
 from inference_service.core.sequence import Vector
 from loramux_shared.runtime import Pooling
 
@@ -161,6 +161,45 @@ class ClassifyBody(ScoringBody):
     """Of a model that scores tokens: how they become entities; none by default."""
     ignore_labels: list[str] | None = None
     """Likewise: labels of entities that are left out; `O` by default."""
+
+
+TextOrPair = Annotated[list[str], Field(min_length=1, max_length=2)]
+"""A text, or a pair of texts."""
+
+
+class PredictBody(PoolingBody):
+    """``POST /predict``: Text Embeddings Inference's, with the name of the model."""
+
+    examples: ClassVar[Examples] = {
+        "text": {"inputs": "My order is late."},
+        "several": {"inputs": [["One"], ["Two"]], "raw_scores": True},
+    }
+
+    inputs: Annotated[
+        str | TextOrPair | Annotated[list[TextOrPair], Field(min_length=1, max_length=MAX_INPUTS)],
+        Noun("prompt", also=("token_ids",), taken=False),
+    ]
+    """A text, a pair of texts, or a list of lists of one or two texts."""
+    raw_scores: bool | None = None
+    """True for scores, false for probabilities."""
+    truncate: bool | None = None
+    """Leave out the ends of longer texts."""
+    truncation_direction: Literal["Right"] | None = None
+    aggregation_strategy: Aggregation | None = None
+    """Ours, as in `/classify`."""
+
+    @property
+    def prompts(self) -> list[PromptContent]:
+        """Return the texts, and the pairs of texts."""
+        inputs = [self.inputs] if isinstance(self.inputs, str) else self.inputs
+        alone = [each for each in inputs if isinstance(each, str)]
+        several = [alone] if alone else [each for each in inputs if isinstance(each, list)]
+        return [each[0] if len(each) == 1 else TextPair(*each) for each in several]
+
+    @property
+    def is_one(self) -> bool:
+        """Return True if the answer is that of one text or pair, and no list of answers."""
+        return isinstance(self.inputs, str) or isinstance(self.inputs[0], str)
 
 
 MANY: Final = 1 << 14

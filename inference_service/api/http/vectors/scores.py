@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NotRequired
 
+from pydantic import RootModel
 from starlette.requests import Request as HttpRequest
 from typing_extensions import TypedDict
 
 from inference_service.api.http.vectors.embeddings import (
     ClassifyBody,
+    PoolingBody,
+    PredictBody,
     PromptUsage,
     RerankBody,
     ScoreBody,
@@ -127,6 +130,19 @@ class Classified(TypedDict):
     usage: PromptUsage
 
 
+class Prediction(TypedDict):
+    """A label and its score."""
+
+    score: float
+    label: str
+
+
+class Predictions(
+    RootModel[list[Prediction] | list[EntityFields] | list[list[Prediction] | list[EntityFields]]]
+):
+    """The labels of one text or the entities in it, or a list of these for several."""
+
+
 class ScoringHead(TypedDict):
     """The fields that all answers of scores have: which version answered, and the tokens of the texts."""
 
@@ -198,6 +214,31 @@ def _classes(body: ClassifyBody, found: Sequence[ScoredPrompt]) -> tuple[Classes
     return {**head, "data": data}, headers
 
 
+async def predict(service: GenerationService, http: HttpRequest) -> Reply[Predictions]:
+    """Return all labels of texts, the most likely first, or the entities in them: a list for each text."""
+    body = await read_body(http, PredictBody)
+    cut = body.model_copy(update={"truncate_prompt_tokens": -1}) if body.truncate else body
+    how, raw = body.aggregation_strategy, body.raw_scores is True
+    with in_words_of(body):
+        prompts = [(body.model, prompt) for prompt in body.prompts]
+        found = await _scored(service, http, cut, prompts, of_tokens=True if how else None)
+        if raw and found[0].spans is not None:
+            raise refused("raw_scores", "false for a model that scores tokens", "true")
+    labelled: list[list[Prediction] | list[EntityFields]] = [
+        _ranked(each, raw=raw) if each.spans is None else _entities(each, each.spans, how or "none", ["O"])
+        for each in found
+    ]
+    _, headers = _head(found, "predict")
+    return Reply(Predictions(labelled[0] if body.is_one else labelled), headers=headers)
+
+
+def _ranked(found: ScoredPrompt, *, raw: bool) -> list[Prediction]:
+    scores = found.scores if raw else found.scorer.activated(found.scores)
+    labels = found.scorer.head.label_names
+    best = (-scores).argsort(kind="stable").tolist()
+    return [{"score": float(scores[place]), "label": labels[place]} for place in best]
+
+
 def _class(index: int, found: ScoredPrompt, body: ClassifyBody) -> Class:
     probs = found.scores if body.use_activation is False else found.scorer.activated(found.scores)
     names = found.scorer.head.label_names
@@ -206,10 +247,15 @@ def _class(index: int, found: ScoredPrompt, body: ClassifyBody) -> Class:
 
 
 def _tagged(index: int, found: ScoredPrompt, spans: Spans, body: ClassifyBody) -> Tagged:
-    scorer, how = found.scorer, body.aggregation_strategy or "none"
     ignored = ["O"] if body.ignore_labels is None else body.ignore_labels
-    entities = entities_of(spans, scorer.activated(found.scores), scorer.head.label_names, how, ignored)
-    return {"index": index, "entities": [_entity(each, how) for each in entities]}
+    return {"index": index, "entities": _entities(found, spans, body.aggregation_strategy or "none", ignored)}
+
+
+def _entities(
+    found: ScoredPrompt, spans: Spans, how: Aggregation, ignored: Sequence[str]
+) -> list[EntityFields]:
+    shares, labels = found.scorer.activated(found.scores), found.scorer.head.label_names
+    return [_entity(each, how) for each in entities_of(spans, shares, labels, how, ignored)]
 
 
 def _entity(entity: Entity, how: Aggregation) -> EntityFields:
@@ -223,7 +269,7 @@ def _entity(entity: Entity, how: Aggregation) -> EntityFields:
 async def _scored(
     service: GenerationService,
     http: HttpRequest,
-    body: ScoringBody,
+    body: PoolingBody,
     prompts: Sequence[tuple[str, PromptContent]],
     labels: int | None = None,
     *,
