@@ -1,10 +1,10 @@
 """Models of 1 to 4 billion parameters on a CPU, beside llama.cpp and vLLM: decoding, prompts and memory.
 
-Weights are random, in the shapes of Llama-3.2-1B, Qwen3-1.7B and Qwen3-4B; bfloat16, int8, Q8_0 and Q4_K_M.
-Contenders run one after another, each as a process of its own, so that none takes another's memory; rounds
-repeat all of them, and figures are medians. Decoding is tokens a second while all streams decode, at the client
-for servers, and llama.cpp's own S_TG; prompts are tokens over the seconds to the first one, and S_PP.
-Memory is what is resident at the end, and the peak. llama-quantize makes the files of few bits.
+Weights are random, in the shapes of Llama-3.2-1B, Qwen3-1.7B and Qwen3-4B; bfloat16, int8, Q8_0 and Q4_K_M. For
+one type after the other all contenders are there, and do each load in turn, round by round, so that all meet the
+same machine; figures are medians. Decoding is tokens a second while all streams decode, at the client for servers,
+and llama.cpp's own S_TG; prompts are tokens over the seconds to the first one, and S_PP. Memory is what is resident
+at the end, and the peak. llama-quantize makes the files of few bits.
 
     python -m benchmarks.sizes llama-3.2-1b --llama-cpp ~/llama.cpp --vllm ~/vllm/bin/vllm
 """
@@ -20,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,23 +60,31 @@ SHAPES: Final[Mapping[str, dict[str, Any]]] = {
 }
 USUAL: Final = {"max_position_embeddings": 8192, "tie_word_embeddings": True}
 FILES: Final = {"Q8_0": "q8_0.gguf", "Q4_K_M": "q4_k_m.gguf"}
+KINDS: Final = ("bf16", *FILES)
 RANKS: Final = {"of rank 16": (16,) * 8, "of ranks 8 to 64": (8, 16, 32, 64) * 8}
-STREAMS: Final = {1: 64, 8: 64, 32: 192}
-"""New tokens of each answer by streams: enough for all to be under way at once."""
-PROMPTS: Final = (128, 1024)
-"""Tokens; decoding is measured behind the first."""
 BEGIN_S: Final = 600.0
-
-Found = dict[str, float]
-"""Figures of a contender by what they are of."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A server, or llama.cpp's own benchmark."""
+class Load:
+    """So many answers at once."""
 
     label: str
-    measure: Callable[[], Found]
+    streams: int
+    tokens: int
+    """Tokens of each prompt."""
+    new: int = 0
+    """New tokens of each answer, whose rate is measured; 0: that of the prompts is."""
+
+
+LOADS: Final = (
+    *(Load(f"prompt of {tokens}", 1, tokens) for tokens in (128, 1024)),
+    *(Load(f"decoding @{streams}", streams, 32, 64) for streams in (1, 8, 32)),
+)
+Run = Callable[[Load], Awaitable[float]]
+"""A load to its tokens a second."""
+Found = dict[str, list[float]]
+"""Figures by load, one of each round."""
 
 
 def write_files(work: Path, shape: dict[str, Any], llama_cpp: Path | None) -> dict[str, list[str]]:
@@ -87,7 +95,7 @@ def write_files(work: Path, shape: dict[str, Any], llama_cpp: Path | None) -> di
         groups[group] = [f"r{rank}-{number}-{len(ranks)}" for number, rank in enumerate(ranks)]
         for name, rank in zip(groups[group], ranks, strict=True):
             checkpoint.write_adapter(work / "adapters" / name, shape, rank, torch.device("cpu"))
-    bases = {"whole": work / "base"}
+    bases = {"bf16": work / "base"}
     if llama_cpp:
         write_gguf(work / "bf16.gguf", work / "base")
         for kind, name in FILES.items():
@@ -142,20 +150,35 @@ def write_gguf(path: Path, base: Path) -> None:
     writer.close()
 
 
-def llama_cpp(folder: Path, model: Path) -> Found:
-    """Return what llama-batched-bench prints, and its memory."""
-    found: Found = {}
-    for tokens, streams in ((PROMPTS[0], [*STREAMS]), (PROMPTS[1], [1])):
-        context = max(count * (tokens + STREAMS[count]) for count in streams)
-        command = [folder / "build/bin/llama-batched-bench", "-m", model, "-c", context, "-npp", tokens]
-        command += ["-ntg", min(STREAMS.values()), "-npl", ",".join(map(str, streams))]
-        command += ["-t", len(os.sched_getaffinity(0))]
-        rows, peak_gb = llama_rows(*map(str, command))
-        found[f"prompt {tokens}"] = rows[0][PROMPT_TOKENS_PER_S]
-        if tokens == PROMPTS[0]:
-            found |= {f"base @{count}": row[TOKENS_PER_S] for count, row in zip(streams, rows, strict=True)}
-        found["peak GB"] = max(peak_gb, found.get("peak GB", 0.0))
-    return found
+def llama_cpp(folder: Path, model: Path, found: Found) -> Run:
+    """Have llama-batched-bench do a load; its peak of memory is noted."""
+
+    async def run(load: Load) -> float:
+        context = load.streams * (load.tokens + load.new + 1)
+        command = [folder / "build/bin/llama-batched-bench", "-m", model, "-c", context, "-npp", load.tokens]
+        command += ["-ntg", load.new or 1, "-npl", load.streams, "-t", len(os.sched_getaffinity(0))]
+        [row], peak_gb = await asyncio.to_thread(llama_rows, *map(str, command))
+        found["peak GB"] = [max(peak_gb, *found.get("peak GB", [0.0]))]
+        return row[TOKENS_PER_S if load.new else PROMPT_TOKENS_PER_S]
+
+    return run
+
+
+def server(ask: Ask, models: Sequence[str], vocab: int, most: int = 32) -> Run:
+    """Ask a server for models in turn, at most so many at once: NaN for a load of more."""
+    draw = random.Random(0)
+
+    async def run(load: Load) -> float:
+        if load.streams > most:
+            return math.nan
+        reading = (
+            ask(models[place % len(models)], draw.choices(range(3, vocab), k=load.tokens), max(load.new, 2))
+            for place in range(load.streams)
+        )
+        answers = await asyncio.gather(*(Answer().read(each) for each in reading))
+        return decoding(answers) if load.new else load.tokens / answers[0].first_s
+
+    return run
 
 
 def decoding(answers: Sequence[Answer]) -> float:
@@ -165,73 +188,27 @@ def decoding(answers: Sequence[Answer]) -> float:
     return tokens / (ended - began) if ended > began else math.nan
 
 
-async def ask_for(
-    ask: Ask, models: Mapping[str, Sequence[str]], vocab: int, counts: Sequence[int] = (*STREAMS,)
-) -> Found:
-    """Return what a server does for groups of models: prompts alone first, then decoding of so many streams."""
-    draw, found = random.Random(0), Found()
-
-    async def answers(group: Sequence[str], streams: int, tokens: int, new: int) -> list[Answer]:
-        reading = (
-            ask(group[place % len(group)], draw.choices(range(3, vocab), k=tokens), new)
-            for place in range(streams)
-        )
-        return await asyncio.gather(*(Answer().read(each) for each in reading))
-
-    for group in models.values():
-        await answers(group, len(group), 16, 2)  # adapters come, and what is compiled is
-    for tokens in PROMPTS:
-        [answer] = await answers(models["base"], 1, tokens, 2)
-        found[f"prompt {tokens}"] = tokens / answer.first_s
-    for label, group in models.items():
-        for streams in counts:
-            found[f"{label} @{streams}"] = decoding(await answers(group, streams, PROMPTS[0], STREAMS[streams]))
-    return found
-
-
 def memory_of(process: psutil.Process) -> Found:
     """Return the memory of a process and its children, resident now and at its peak."""
     family = [process, *process.children(recursive=True)]
     peaks = [Path(f"/proc/{each.pid}/status").read_text().partition("VmHWM:")[2].split()[0] for each in family]
     return {
-        "resident GB": sum(each.memory_info().rss for each in family) / 1e9,
-        "peak GB": sum(map(int, peaks)) * 1024 / 1e9,
+        "resident GB": [sum(each.memory_info().rss for each in family) / 1e9],
+        "peak GB": [sum(map(int, peaks)) * 1024 / 1e9],
     }
-
-
-def loramux(
-    work: Path, deployment: str, models: Mapping[str, Sequence[str]], vocab: int, **settings: Any
-) -> Found:
-    """Measure a replica of a deployment."""
-
-    async def run(service: Service) -> Found:
-        async with AsyncClient(inference=service.grpc) as client:
-            return await ask_for(over_grpc(client), models, vocab)
-
-    usual = {"kv_memory_gb": 2.0, "cache_dir": work / "cache", "speculative_tokens": 0}
-    with Service("inference_service", work, "--deployment", deployment, **usual | settings) as service:
-        return asyncio.run(run(service)) | memory_of(service.process)
 
 
 @contextmanager
 def vllm_server(command: Path, work: Path, names: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
     """Serve the base and adapters, until the context ends."""
     host, _, port = free_address().rpartition(":")
-    line = [
-        str(command),
-        "serve",
-        str(work / "base"),
-        "--served-model-name",
-        "base",
-        "--host",
-        host,
-        "--port",
-        port,
-    ]
-    line += ["--dtype", "bfloat16", "--max-model-len", "2048", "--enable-lora", "--max-lora-rank", "64"]
-    line += ["--max-loras", "8", "--lora-modules", *(f"{name}={work / 'adapters' / name}" for name in names)]
+    line = [str(command), "serve", str(work / "base"), "--served-model-name", "base", "--host", host]
+    line += ["--port", port, "--dtype", "bfloat16", "--max-model-len", "2048", "--enable-lora"]
+    line += ["--max-lora-rank", "64", "--max-loras", "8"]
+    line += ["--lora-modules", *(f"{name}={work / 'adapters' / name}" for name in names)]
     with (work / "vllm.log").open("w") as log:
-        variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2"}
+        path = f"{command.parent}:{os.environ['PATH']}"
+        variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "PATH": path}
         process = psutil.Popen(line, stdout=log, stderr=log, env=variables)
     url, until_s = f"http://{host}:{port}", time.monotonic() + BEGIN_S
     try:
@@ -251,64 +228,81 @@ def _answers(url: str) -> bool:
         return False
 
 
-def vllm(command: Path, work: Path, models: Mapping[str, Sequence[str]], vocab: int) -> Found:
-    """Measure vLLM with the same adapters."""
-
-    async def run(url: str) -> Found:
-        limits = httpx.Limits(max_connections=64)
-        async with httpx.AsyncClient(timeout=BEGIN_S, limits=limits) as web:
-            return await ask_for(over_http(web, url), models, vocab, [1, 8])  # 32 would take half an hour
-
-    names = [name for group, some in models.items() if group != "base" for name in some]
-    with vllm_server(command, work, names) as (url, process):
-        return asyncio.run(run(url)) | memory_of(process)
-
-
-def contenders(options: Any, work: Path, groups: Mapping[str, Sequence[str]], vocab: int) -> list[Contender]:
-    """Return all that are there, in turn."""
+async def measure(options: Any, work: Path, kind: str, groups: Mapping[str, Sequence[str]], vocab: int) -> Any:
+    """Return the figures of all contenders of a type, by their labels."""
+    runs: dict[str, Run] = {}
+    processes: dict[str, psutil.Process] = {}
+    found: dict[str, Found] = defaultdict(dict)
     models = {"base": ["base"], **groups}
-    found = [
-        Contender("loramux bf16", partial(loramux, work, "whole", models, vocab)),
-        Contender("loramux int8", partial(loramux, work, "whole", models, vocab, quantization="int8")),
-    ]
-    if options.llama_cpp:
-        found.append(Contender("llama.cpp bf16", partial(llama_cpp, options.llama_cpp, work / "bf16.gguf")))
-        for kind, name in FILES.items():
-            found += [
-                Contender(f"loramux {kind}", partial(loramux, work, kind, models, vocab)),
-                Contender(f"llama.cpp {kind}", partial(llama_cpp, options.llama_cpp, work / name)),
-            ]
-    if options.vllm:
-        few = {"base": ["base"], "of rank 16": groups["of rank 16"]}
-        found.append(Contender("vLLM bf16", partial(vllm, options.vllm, work, few, vocab)))
-    return [each for each in found if not options.only or each.label in options.only]
+    async with AsyncExitStack() as stack:
+        ours = {f"loramux {kind}": replica_settings(work)}
+        if kind == "Q8_0":
+            ours["loramux int8"] = replica_settings(work) | {"quantization": "int8"}
+        for label, settings in ours.items():
+            deployment = kind if label.endswith(kind) else "bf16"
+            command = "inference_service", work, "--deployment", deployment
+            service = stack.enter_context(Service(*command, **settings))
+            ask = over_grpc(await stack.enter_async_context(AsyncClient(inference=service.grpc)))
+            processes[f"{label}, base"] = service.process
+            runs |= {f"{label}, {group}": server(ask, names, vocab) for group, names in models.items()}
+        if options.vllm and kind == "bf16":
+            few = groups["of rank 16"]
+            url, process = stack.enter_context(vllm_server(options.vllm, work, few))
+            web = await stack.enter_async_context(httpx.AsyncClient(timeout=BEGIN_S))
+            processes["vLLM bf16, base"] = process
+            for group, names in (("base", ["base"]), ("of rank 16", few)):
+                runs[f"vLLM bf16, {group}"] = server(
+                    over_http(web, url), names, vocab, most=8
+                )  # 32: half an hour
+        if options.llama_cpp:
+            label, file = f"llama.cpp {kind}", work / FILES.get(kind, "bf16.gguf")
+            runs[label] = llama_cpp(options.llama_cpp, file, found[label])
+        for run in runs.values():
+            await run(Load("", 32, 16, 4))  # adapters come, and what is compiled is
+        for load in LOADS:
+            for _ in range(options.rounds):
+                for label, run in runs.items():
+                    found[label].setdefault(load.label, []).append(await run(load))
+            print(kind, load.label, {label: each[load.label] for label, each in found.items()}, file=sys.stderr)
+        for label, process in processes.items():
+            found[label] |= memory_of(process)
+    return found
+
+
+def replica_settings(work: Path) -> dict[str, Any]:
+    """Return the settings of a replica."""
+    return {"kv_memory_gb": 1.0, "cache_dir": work / "cache", "speculative_tokens": 0}
+
+
+def report(found: Mapping[str, Found]) -> None:
+    """Print medians, a row for each contender, in Markdown."""
+    columns = dict.fromkeys(name for each in found.values() for name in each)
+    print(f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}", sep="\n")
+    for label, each in found.items():
+        cells = (f"{statistics.median(each[name]):.3g}" if name in each else "-" for name in columns)
+        print(f"| {label} | {' | '.join(cells)} |")
 
 
 def main() -> None:
-    """Measure, and print a table of medians in Markdown."""
+    """Measure, and print a table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--llama-cpp", type=Path, help="the folder of its source, built")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="types of weights, separated by commas")
+    parser.add_argument(
+        "--llama-cpp", type=Path, help="the folder of its source, built; makes Q8_0 and Q4_K_M too"
+    )
     parser.add_argument("--vllm", type=Path, help="the command of an installation of vLLM for CPUs")
-    parser.add_argument("--only", action="append", default=[], help="a contender's label; may be repeated")
     options = parser.parse_args()
     shape = SHAPES[options.shape] | USUAL
     with tempfile.TemporaryDirectory(prefix="loramux-sizes-") as folder:
         work = Path(folder)
         groups = write_files(work, shape, options.llama_cpp)
-        runs = contenders(options, work, groups, shape["vocab_size"])
-        found: dict[str, list[Found]] = {each.label: [] for each in runs}
-        for _ in range(options.rounds):
-            for each in runs:
-                found[each.label].append(each.measure())
-                print(each.label, json.dumps(found[each.label][-1]), file=sys.stderr, flush=True)
+        found: dict[str, Found] = {}
+        for kind in options.kinds.split(","):
+            found |= asyncio.run(measure(options, work, kind, groups, shape["vocab_size"]))
     print(f"{options.shape}: {machine()}", "", sep="\n")
-    rows = dict.fromkeys(name for results in found.values() for result in results for name in result)
-    print(f"| | {' | '.join(found)} |", f"|---|{'---|' * len(found)}", sep="\n")
-    for name in rows:
-        cells = [[each[name] for each in results if name in each] for results in found.values()]
-        print(f"| {name} | {' | '.join(f'{statistics.median(some):.3g}' if some else '-' for some in cells)} |")
+    report(found)
 
 
 if __name__ == "__main__":
