@@ -1,10 +1,10 @@
 """Models of 1 to 4 billion parameters on a CPU, beside llama.cpp and vLLM: decoding, prompts and memory.
 
-Weights are random, in the shapes of Llama-3.2-1B, Qwen3-1.7B and Qwen3-4B; bfloat16, int8, Q8_0 and Q4_K_M. For
-one type after the other all contenders are there, and do each load in turn, round by round, so that all meet the
-same machine; figures are medians. Decoding is tokens a second while all streams decode, at the client for servers,
-and llama.cpp's own S_TG; prompts are tokens over the seconds to the first one, and S_PP. Memory is what is resident
-at the end, and the peak. llama-quantize makes the files of few bits.
+Weights are random, in the shapes of Llama-3.2-1B, Qwen3-1.7B and Qwen3-4B; bfloat16, int8, Q8_0 and Q4_K_M.
+For one type after the other all contenders are there, and do each load in turn, round by round, so that all
+meet the same machine; figures are medians. Decoding is tokens a second while all streams decode, at the
+client for servers, and llama.cpp's own S_TG; prompts are tokens over the seconds to the first one, and
+S_PP. Memory is what is resident at the end, and the peak. llama-quantize makes the files of few bits.
 
     python -m benchmarks.sizes llama-3.2-1b --llama-cpp ~/llama.cpp --vllm ~/vllm/bin/vllm
 """
