@@ -367,3 +367,20 @@ async def test_a_pair_without_rows_for_its_types_ends_alone(tmp_path: Path) -> N
         ]
         with torch.no_grad():
             assert_close(found["probs"], whole(torch.tensor([PROMPTS[0]])).logits[0])
+
+
+async def test_heads_of_a_modern_encoder_with_another_activation_are_refused(tmp_path: Path) -> None:
+    """Vectors are made all the same; a head is refused by name, an adapter's and the base's own."""
+    config = transformers.ModernBertConfig(**SIZES, classifier_activation="relu")
+    write_base(transformers.AutoModelForMaskedLM.from_config(config), tmp_path / "base")
+    for name, settings in {
+        "vectors": LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=["Wqkv"]),
+        "scores": LoraConfig(task_type="SEQ_CLS", target_modules=["Wqkv"]),
+    }.items():
+        whole = bare(tmp_path / "base") if name == "vectors" else loaded(tmp_path / "base", 2)
+        save_random(get_peft_model(whole, settings), tmp_path / name, 0)
+    assert World(tmp_path / "base", {"vectors": tmp_path / "vectors"}, tmp_path).built()
+    with pytest.raises(AdapterInvalid, match="with another activation or pooling"):
+        World(tmp_path / "base", {"scores": tmp_path / "scores"}, tmp_path).build(MemoryStore())
+    with pytest.raises(CheckpointInvalid, match="classifier_activation"):
+        read_fields(config.to_dict() | {"architectures": ["ModernBertForSequenceClassification"]})

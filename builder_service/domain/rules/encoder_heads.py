@@ -87,18 +87,12 @@ def take_head(
     )
     if not config.classifies:
         return TakenHead(rest, None, saved, tuple(sorted(of_head)))
-    layers, task = (
-        base.head(of_tokens=config.of_tokens),
-        f"task_type {TAGS if config.of_tokens else CLASSIFIES}",
-    )
-    if not layers.labels:
-        found_head = f"a head of {base.architecture} with another activation or pooling"
-        report.add("E_TASK", task, expected=ENCODES, found=found_head, fix=_VECTORS)
-        return TakenHead(rest, None, saved, ())
+    task = f"task_type {TAGS if config.of_tokens else CLASSIFIES}"
     parts: dict[tuple[str, str], Tensor] = {}
     for name, match in of_head.items():
         module = match["module"].removeprefix("bert.")
         parts[module, match["lora"] or match["what"]] = file.tensors[name]
+    layers = base.head(of_tokens=config.of_tokens)
     head = _Head(file, config, base, weights, report, parts, layers, task).made()
     return TakenHead(rest, head, saved, ())
 
@@ -118,6 +112,10 @@ class _Head:
     def made(self) -> PlannedScore | None:
         """Return the head as a bundle has it; None where something was reported."""
         hidden, layers = self.base.dims.hidden, self.layers
+        if not layers.labels:
+            found_head = f"a head of {self.base.architecture} with another activation or pooling"
+            self.report.add("E_TASK", self.task, expected=ENCODES, found=found_head, fix=_VECTORS)
+            return None
         served = {name: ["weight", "lora_A", "lora_B"] for name in (layers.dense, layers.labels) if name}
         served |= {layers.norm: ["weight"]} if layers.norm else {}
         for name in layers.biased:
