@@ -107,8 +107,8 @@ async def serve_ready(ready: Ready, guard: Guard = NOBODY_GUARDS) -> AsyncIterat
 
 
 def assert_close(found: Any, required: Any) -> None:
-    """Check that numbers agree within float32."""
-    np.testing.assert_allclose(np.array(found, np.float32), required, atol=1e-5, rtol=1e-5)
+    """Check that numbers about 1 agree within what some layers round in float32, in any processor's order of sums."""
+    np.testing.assert_allclose(np.array(found, np.float32), required, atol=3e-5, rtol=1e-5)
 
 
 async def answer_of(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
