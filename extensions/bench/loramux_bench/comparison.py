@@ -91,7 +91,8 @@ def _comparison(metric: str, new: Blocks, old: Blocks, seed: int = 0) -> Compari
         for _ in range(RESAMPLES)
     )
     tail = (1 - LEVEL) / 2
-    low, high = changes[math.floor(tail * RESAMPLES)], changes[math.ceil((1 - tail) * RESAMPLES) - 1]
+    low = max(changes[math.floor(tail * RESAMPLES)], -1.0)  # no metric is below 0
+    high = changes[math.ceil((1 - tail) * RESAMPLES) - 1]
     verdict = "better" if (low > 0) == metric.endswith("/s") else "worse"
     conclusion = verdict if low > 0 or high < 0 else "no difference shown"
     return Comparison(metric, baseline, value, value / baseline - 1, low, high, conclusion)

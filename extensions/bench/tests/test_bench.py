@@ -321,11 +321,13 @@ def jittered(seed: int, factor: float = 1.0) -> Run:
 
 
 def test_runs_are_compared() -> None:
-    """A server that is a fifth slower is worse in all metrics; the same one shows no difference."""
+    """A server that is a fifth slower is worse in all metrics; the same one shows no difference; no time is below 0."""
     slower = {each.metric: each for each in compare(jittered(1, 1.2), jittered(2))}
     assert {each.verdict for each in slower.values()} == {"worse"}
     assert slower["TPOT, ms"].change == pytest.approx(0.2, rel=CLOSE)
     assert slower["E2EL, ms"].low < 0.2 < slower["E2EL, ms"].high
+    quick = compare(jittered(1, 0.01), jittered(2))
+    assert min(each.low for each in quick) == -1
     same = {each.metric: each.verdict for each in compare(jittered(1), jittered(2))}
     assert same["E2EL, ms"] == same["output tokens/s"] == "no difference shown"
     short = measured(FakeOpenAI(), replace(PLAN, num_prompts=3))
