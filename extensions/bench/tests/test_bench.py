@@ -321,7 +321,10 @@ def jittered(seed: int, factor: float = 1.0) -> Run:
 
 
 def test_runs_are_compared() -> None:
-    """A server that is a fifth slower is worse in all metrics; the same one shows no difference; no time is below 0."""
+    """A server that is a fifth slower is worse in all metrics; the same one shows no difference.
+
+    No bound is below -100 %.
+    """
     slower = {each.metric: each for each in compare(jittered(1, 1.2), jittered(2))}
     assert {each.verdict for each in slower.values()} == {"worse"}
     assert slower["TPOT, ms"].change == pytest.approx(0.2, rel=CLOSE)
