@@ -1,9 +1,11 @@
 """The base: fetched or found in the cache, read, made into a model, rounded; and how fast it is read."""
 
+import os
 import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -30,11 +32,12 @@ from loramux_shared.bases.shard import Shard
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.kinds import AdapterKind
 from loramux_shared.codes import CODES
+from loramux_shared.cores import cores_of, usable_cpus
 from loramux_shared.deployment import Merge, SourceKind
 from loramux_shared.faults import ResourcesExhausted, SettingsInvalid
 from loramux_shared.process import report
 from loramux_shared.runtime import Pooling, Rounding, pooling_in
-from loramux_shared.settings import InferenceSettings
+from loramux_shared.settings import InferenceSettings, variable
 from loramux_shared.sources.checkpoint import PlacedBase, with_base
 from loramux_shared.sources.open import Sources
 
@@ -125,11 +128,32 @@ def shard_of(settings: InferenceSettings, config: ModelConfig, rank: int) -> Sha
     return None if world == 1 else Shard(config, rank, world, config.shard(world))
 
 
-def set_threads(settings: InferenceSettings) -> None:
-    """Divide the cores among the ranks, unless settings say how many threads each has."""
+OPENMP_VARIABLES: Final = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_PROC_BIND",
+    "OMP_PLACES",
+    "GOMP_CPU_AFFINITY",
+)
+"""Variables that decide on torch's threads; binding also hides cores from the thread that is bound."""
+
+
+def set_threads(settings: InferenceSettings, root: Path = Path("/")) -> str:
+    """Have a thread compute on each core, or as many as settings or OpenMP's variables say; return why so many.
+
+    Ranks divide the cores. root is as in `cores_of`.
+    """
     ranks = settings.tensor_parallel or 1
-    if settings.threads or ranks > 1:
-        torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // ranks))
+    if settings.threads:
+        count, why = settings.threads, variable("threads")
+    elif named := next((name for name in OPENMP_VARIABLES if name in os.environ), None):
+        count, why = torch.get_num_threads() // ranks, f"{named}={os.environ[named]}"
+    else:
+        cores = cores_of(usable_cpus(), root)
+        count, why = cores.count // ranks, cores.why
+    if max(1, count) != torch.get_num_threads():
+        torch.set_num_threads(max(1, count))
+    return why if ranks == 1 else f"{why}, of {ranks} ranks"
 
 
 def _warn_about(config: ModelConfig, model: Decoder) -> tuple[str, ...]:

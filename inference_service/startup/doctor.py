@@ -5,7 +5,7 @@ FOLDER holds the base's ``config.json``. Either form is the answer::
     {"torch": "2.13.0", "device": "cpu", "name": "...", "memory_bytes": 1, "free_bytes": 1,
      "dtype": "bfloat16", "backend": "native", "how": "compiled with c++", "product": "bfloat16 ...",
      "reading": "0.27 GB of weights a token, ...", "warning": null, "threads": 2,
-     "cuda": "", "pinned_bytes": 0, "risks": []}
+     "threads_why": "one for each core", "cuda": "", "pinned_bytes": 0, "risks": []}
     {"fault": {"reason": "SETTINGS_INVALID", "message": "..."}}
 """
 
@@ -20,13 +20,14 @@ import torch
 
 from inference_service.engine.backends.operations import Backend
 from inference_service.engine.models.packed import named
-from inference_service.startup.base import reading_of
+from inference_service.startup.base import reading_of, set_threads
 from inference_service.startup.cards import driver_version, why_no_card
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.memory import host_memory, plan_host_tier
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import GB
 from loramux_shared.bases.read import read_config
+from loramux_shared.cores import numa_risks, usable_cpus
 from loramux_shared.faults import Fault
 from loramux_shared.process import log_to_stderr
 from loramux_shared.settings import InferenceSettings, load_settings
@@ -60,9 +61,8 @@ def examine(folder: Path) -> dict[str, Any]:
     settings = load_settings(InferenceSettings, deployment="none")
     config = read_config(folder)
     chosen = choose_backend(settings, config)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    return {
+    why = set_threads(settings)
+    answer = {
         "torch": torch.__version__,
         **_memory(chosen.device),
         "dtype": named(chosen.dtype),
@@ -72,8 +72,12 @@ def examine(folder: Path) -> dict[str, Any]:
         "reading": _reading(chosen, config),
         "warning": chosen.computing.warning,
         "threads": torch.get_num_threads(),
+        "threads_why": why,
         **look_at_card(settings, chosen.device, driver_version()),
     }
+    if chosen.device.type == "cpu":
+        answer["risks"] += numa_risks(usable_cpus())
+    return answer
 
 
 def look_at_card(settings: InferenceSettings, device: torch.device, driver: str | None) -> dict[str, Any]:

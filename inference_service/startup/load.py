@@ -132,7 +132,7 @@ def load(
         secrets_dir=settings.secrets_dir,
         work_dir=settings.cache_dir,
     )
-    set_threads(settings)
+    log.info("threads", why=set_threads(settings), threads=torch.get_num_threads())
     with ExitStack() as start:
         start.enter_context(sole_start(cards_of(settings)))
         base = load_base(generation, settings, sources)

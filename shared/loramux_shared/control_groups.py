@@ -1,4 +1,4 @@
-"""The memory that control groups leave to this process: a container's limit is one of a group."""
+"""The memory and the cores that control groups leave to this process: a container's limit is one of a group."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,10 +36,12 @@ class _Version:
     """Field of memory.stat."""
 
 
+VERSION_2: Final = "sys/fs/cgroup"
+"""The mount of version 2; version 1 has one for each controller below it."""
 VERSIONS: Final = (
-    _Version("sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
+    _Version(VERSION_2, "", "memory.max", "memory.current", "inactive_file"),
     _Version(
-        "sys/fs/cgroup/memory",
+        f"{VERSION_2}/memory",
         "memory",
         "memory.limit_in_bytes",
         "memory.usage_in_bytes",
@@ -56,21 +58,46 @@ def memory_limit(root: Path = Path("/")) -> MemoryLimit | None:
     return min(_limits(root), key=lambda limit: limit.free, default=None)
 
 
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return the cores whose time the narrowest limit leaves this process; None where there is no limit.
+
+    root is as in `memory_limit`.
+    """
+    own = [_words(group / "cpu.max") for group in _groups(root, VERSION_2, "")]
+    own += [
+        _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
+        for group in _groups(root, f"{VERSION_2}/cpu", "cpu")
+    ]
+    limits = (words for words in own if len(words) == 2 and words[0] not in ("max", "-1"))
+    return min((int(quota) / int(period) for quota, period in limits), default=None)
+
+
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split()
+    except OSError:
+        return []
+
+
 def _limits(root: Path) -> Iterator[MemoryLimit]:
+    for version in VERSIONS:
+        for group in _groups(root, version.mount, version.controller):
+            if (limit := _limit_of(group, version)) is not None:
+                yield limit
+
+
+def _groups(root: Path, mounted: str, controller: str) -> Iterator[Path]:
+    """Yield the group that has this process, and those around it, where a version mounts a controller."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
+    mount = root / mounted
     for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        for version in VERSIONS:
-            if version.controller not in controllers.split(","):
-                continue
-            mount = root / version.mount
+        if controller in controllers.split(","):
             # A container may see the path of the machine, and its own group where groups are mounted.
             own = mount / path.lstrip("/") if ".." not in Path(path).parts else mount
-            for group in (own, *own.parents):
-                if group.is_relative_to(mount) and (limit := _limit_of(group, version)) is not None:
-                    yield limit
+            yield from (group for group in (own, *own.parents) if group.is_relative_to(mount))
 
 
 def _limit_of(group: Path, version: _Version) -> MemoryLimit | None:

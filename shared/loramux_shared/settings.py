@@ -272,7 +272,7 @@ class InferenceSettings(Settings):
     native: bool = True
     """Use compiled operations on a CPU; a wheel has them, or the first start compiles them."""
     threads: Workers | None = None
-    """Threads that compute on the CPU, of each rank; as many as cores together when not given."""
+    """Threads that compute on the CPU, of each rank; when not given, one for each core that it may use."""
     spin: Literal["auto", "always", "never"] = "auto"
     """Busy waiting of the threads of a step on a CPU.
 

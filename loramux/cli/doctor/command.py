@@ -28,6 +28,7 @@ from loramux.client import BUILDER, INFERENCE
 from loramux.connection import Address, is_many, resolve
 from loramux_shared.faults import Fault, ServerUnavailable, SettingsInvalid
 from loramux_shared.settings import InferenceSettings, load_settings
+from loramux_shared.wording import counted
 
 SOME_LLAMA: Final = {
     "architectures": ["LlamaForCausalLM"],
@@ -221,7 +222,8 @@ def _show_inference(found: Diagnosis) -> None:
         _line("runs on", f"nothing: {chosen}")
         return
     free, memory = decimal(chosen.free_bytes), decimal(chosen.memory_bytes)
-    _line("runs on", f"{chosen.device}: {chosen.name}, {free} of {memory} free, {chosen.threads} threads")
+    threads = counted(chosen.threads, "thread") + (f" ({chosen.threads_why})" if chosen.threads_why else "")
+    _line("runs on", f"{chosen.device}: {chosen.name}, {free} of {memory} free, {threads}")
     if chosen.cuda:
         _line("driven by", chosen.cuda)
         _line("locks", f"{decimal(chosen.pinned_bytes)} of the host's memory for adapters, at most")

@@ -12,6 +12,7 @@ from typing import Any
 
 from loramux_shared.bundle.deployments import list_deployments
 from loramux_shared.control_groups import memory_limit
+from loramux_shared.cores import usable_cpus
 from loramux_shared.faults import Fault
 from loramux_shared.process import python
 from loramux_shared.storage.open import open_store
@@ -62,7 +63,9 @@ class Inference:
     pinned_bytes: int = 0
     """Host memory that a replica on a GPU locks for adapters, at most."""
     risks: Sequence[str] = ()
-    """What may go wrong with a card, each with its cure."""
+    """What may go wrong with a card or with memory's place, each with its cure."""
+    threads_why: str = ""
+    """What decided their number."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def look_at_machine(cache_dir: Path, root: Path = Path("/")) -> Machine:
     return Machine(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=len(usable_cpus()),
         memory_bytes=memory,
         memory_limit_bytes=limit.num_bytes if limit is not None and limit.num_bytes < memory else None,
         cache_dir=cache_dir,

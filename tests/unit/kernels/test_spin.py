@@ -97,7 +97,7 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.parametrize("cores", [1, 2, 4])
 def test_idle_teams_are_more_threads_than_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The threads of idle teams count: with those of a step there are more than cores, so all sleep."""
-    monkeypatch.setattr(spin, "_cores", lambda: cores)
+    monkeypatch.setattr(spin, "usable_cpus", lambda: range(cores))
     threads, before, teams = 2, _tasks(), IdleTeams()
     teams(live=True)
     began = _tasks() - before

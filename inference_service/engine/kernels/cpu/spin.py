@@ -8,7 +8,6 @@ So threads that only live are the switch.
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 import weakref
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 import torch
+
+from loramux_shared.cores import usable_cpus
 
 Spin = Literal["auto", "always", "never"]
 
@@ -63,7 +64,7 @@ class IdleTeams:
     def _begin(self) -> None:
         """Let threads be that each have a team: it lives as long as they do."""
         threads = torch.get_num_threads()
-        count = (_cores() - 1) // (threads - 1) if threads > 1 else 0
+        count = (len(usable_cpus()) - 1) // (threads - 1) if threads > 1 else 0
         made = threading.Barrier(count + 1)
         for _ in range(count):
             holder = threading.Thread(target=_hold, args=(threads, made, self._ended), daemon=True)
@@ -76,10 +77,6 @@ def _hold(threads: int, made: threading.Barrier, ended: threading.Event) -> None
     torch.zeros(threads * VALUES_A_THREAD).add_(1)
     made.wait()
     ended.wait()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
