@@ -1,7 +1,7 @@
 """Texts and score heads that adapters bring beside their weights, read before a request is tokenized."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,11 @@ class Scorer:
         dense, norm, labels = np.split(self.weights, head.parts)
         if head.dense:
             x = _affine(dense, x)
-            x = np.tanh(x) if head.norm_eps is None else _normed(norm, gelu(x), head.norm_eps)
+            x = (
+                BEHIND_DENSE[head.activation](x)
+                if head.norm_eps is None
+                else _normed(norm, gelu(x), head.norm_eps)
+            )
         return _affine(labels, x)
 
     def activated(self, scores: Vector) -> Vector:
@@ -80,6 +84,13 @@ def gelu(x: Vector) -> Vector:
     tail = np.polyval(ERF, 1 / (1 + 0.3275911 * wide)) * np.exp(-(wide**2))
     found: Vector = (x * (0.5 + np.copysign(0.5 - 0.5 * tail, x))).astype(np.float32)
     return found
+
+
+BEHIND_DENSE: Final[Mapping[str | None, Callable[[Vector], Vector]]] = {
+    None: np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": gelu,
+}
 
 
 CACHED: Final = 512

@@ -24,7 +24,7 @@ from loramux_shared.bundle.manifest import MAX_LABELS
 from loramux_shared.bundle.npy import Array
 
 _KEY: Final = re.compile(
-    r"base_model\.model\.(?P<module>(?:bert\.)?pooler\.dense|head\.(?:dense|norm)|classifier(?:\.dense|\.out_proj)?)\."
+    r"base_model\.model\.(?P<module>(?:bert\.)?pooler\.dense|head\.(?:dense|norm)|pre_classifier|classifier(?:\.dense|\.out_proj)?)\."
     r"(?:modules_to_save\.(?:[^.]+\.)?)?(?P<what>weight|bias|(?P<lora>lora_[AB])(?:\.[^.]+)?\.weight|lora_.+)"
 )
 _AGAIN: Final = (

@@ -43,8 +43,9 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-def read_norm(reader: Reader | LayerReader, name: str) -> LayerNorm:
+def read_norm(reader: Reader | LayerReader, name: str | None) -> LayerNorm:
     """Read a norm; old checkpoints call its weight gamma and its bias beta."""
+    assert name is not None  # noqa: S101 - every family of encoders names its norms
     whole = reader if isinstance(reader, Reader) else reader.reader
     names = ("weight", "bias") if reader.has(f"{name}.weight") else ("gamma", "beta")
     shape = (whole.config.dims.hidden,)
@@ -124,8 +125,8 @@ class EncoderLayer:
         self.o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
         self.up = reader.linear("mlp_h_to_4h", names.gate_up, bias=config.mlp_bias)
         self.down = reader.linear("mlp_4h_to_h", (names.down,), bias=config.mlp_bias)
-        self._attention_norm = read_norm(reader, "attention.output.LayerNorm")
-        self._norm = read_norm(reader, "output.LayerNorm")
+        self._attention_norm = read_norm(reader, names.attention_out_norm)
+        self._norm = read_norm(reader, names.mlp_out_norm)
         self._activation = ACTIVATIONS[config.hidden_act]
 
     @property
@@ -183,7 +184,7 @@ class Encoder(Decoder):
             return reader.rounded(reader.get(f"embeddings.{name}.weight", (rows, config.dims.hidden)))
 
         self._positions = table("position_embeddings", config.table_rows)
-        self._types = table("token_type_embeddings", config.token_types)
+        self._types = table("token_type_embeddings", config.token_types) if config.token_types else None
         self._embeddings_norm: RMSNorm = read_norm(reader, "embeddings.LayerNorm")
         self._encoders = [EncoderLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
 
@@ -224,13 +225,14 @@ class Encoder(Decoder):
     ) -> Tensor:
         """Run tokens [T] at positions [T]; return the last hidden states of some or all rows [N, hidden]."""
         assert isinstance(attention, SequenceAttention)  # noqa: S101 - `attention` made it
-        types = torch.zeros_like(tokens)
-        for span, second in zip(attention.spans, attention.seconds, strict=True):
-            types[span.start + min(second, span.stop - span.start) : span.stop] = 1
+        if self._types is not None:
+            types = torch.zeros_like(tokens)
+            for span, second in zip(attention.spans, attention.seconds, strict=True):
+                types[span.start + min(second, span.stop - span.start) : span.stop] = 1
+            hidden = hidden + embedding(types, self._types)
         if self.config.padding is not None:
             positions = self._behind_padding(tokens, attention.spans, self.config.padding)
-        x = hidden + embedding(types, self._types) + embedding(positions, self._positions)
-        x = self._embeddings_norm(x)
+        x = self._embeddings_norm(hidden + embedding(positions, self._positions))
         for layer in self._encoders:
             x = layer(self._operations, x, attention, lora)
         return x if last_rows is None else x[last_rows]

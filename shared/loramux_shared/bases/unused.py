@@ -22,7 +22,9 @@ OTHERS: Final = (
         r"[._](?:(?:weight_)?activation_scale|input_scale(?:_ub)?|input_zero_point)$"
     ),  # round activations
 )
-HEADS_OF_ENCODERS: Final = re.compile(r"(?:\w+\.)?(?:pooler|cls|lm_head|classifier|head|decoder)\.")
+HEADS_OF_ENCODERS: Final = re.compile(
+    r"(?:\w+\.)?(?:pooler|cls|lm_head|(?:pre_)?classifier|head|decoder|vocab_\w+)\."
+)
 """Heads of the tasks that an encoder was trained for; vectors are made without them."""
 PREDICTS_FURTHER: Final = "eh_proj.weight"
 """A tensor of the layers behind the last one that predict further tokens."""

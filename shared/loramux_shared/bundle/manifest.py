@@ -181,7 +181,7 @@ class Replaced(Model):
 class ScoreHead(Model):
     """A linear without a bias on the hidden state of the last token: one score for each label.
 
-    One of an encoder reads the first token's, through a dense layer and tanh, and both layers have biases.
+    One of an encoder reads the first token's, through a dense layer and an activation; both have biases.
     ModernBERT's has gelu and a norm behind the dense layer; one of token classification reads every token's.
     """
 
@@ -195,7 +195,9 @@ class ScoreHead(Model):
     """True if the file has the rows of a dense layer before those of labels, and biases as its last column."""
     norm_eps: float | None = Field(default=None, gt=0, allow_inf_nan=False, exclude_if=unset)
     """Epsilon of the norm behind the dense layer, whose weight and bias are two rows between both layers' rows;
-    gelu is before it. Absent where tanh is there."""
+    gelu is before it. Absent where there is none."""
+    activation: Literal["relu", "gelu"] | None = Field(default=None, exclude_if=unset)
+    """Activation behind a dense layer without a norm; absent for tanh."""
     pooling: Literal[Pooling.MEAN, Pooling.ALL] | None = Field(default=None, exclude_if=unset)
     """The states that it reads where it is not one: their mean, or all, each of which has scores then."""
 

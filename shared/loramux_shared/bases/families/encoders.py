@@ -36,11 +36,13 @@ class HeadLayers:
     dense: str = ""
     """Name of the layer before it; empty where there is none."""
     norm: str = ""
-    """Name of the norm between both, with gelu before it; empty where tanh is between them."""
+    """Name of the norm between both layers; empty where there is none."""
     without_bias: tuple[str, ...] = ()
     """Those of these modules that have no bias."""
     pooling: Literal[Pooling.MEAN, Pooling.ALL] | None = None
     """The states that it reads where it is not the first one alone."""
+    activation: Literal["relu", "gelu"] | None = None
+    """Activation behind the dense layer; None: tanh, or gelu where there is a norm."""
 
     @property
     def biased(self) -> tuple[str, ...]:
@@ -51,8 +53,8 @@ class HeadLayers:
     def score_head(self, labels: int, config: ModelConfig) -> ScoreHead:
         """Return what a bundle says of a head of so many labels."""
         eps = config.norm_eps if self.norm else None
-        kind = {"dense": bool(self.dense), "norm_eps": eps, "pooling": self.pooling}
-        return ScoreHead(num_labels=labels, hidden_size=config.dims.hidden, **kind)
+        kind: dict[str, Any] = {"norm_eps": eps, "activation": self.activation, "pooling": self.pooling}
+        return ScoreHead(num_labels=labels, hidden_size=config.dims.hidden, dense=bool(self.dense), **kind)
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,14 @@ def _names(prefix: str) -> TensorNames:
         layer="encoder.layer.{index}.",
         qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
         o="attention.output.dense",
+        attention_out_norm="attention.output.LayerNorm",
         gate_up=("intermediate.dense",),
         down="output.dense",
+        mlp_out_norm="output.LayerNorm",
     )
 
 
-def _read(config: HfConfig, prefix: str, sizes: Mapping[str, int] = SIZES) -> EncoderConfig:
+def read_bert(config: HfConfig, prefix: str, sizes: Mapping[str, int] = SIZES) -> EncoderConfig:
     """Return what a BERT is."""
     config.require("is_decoder", False)
     config.require("add_cross_attention", False)
@@ -190,7 +194,7 @@ def _still(_config: HfConfig, head_dim: int, max_positions: int) -> tuple[RopeSp
 
 def _read_roberta(config: HfConfig, sizes: Mapping[str, int] = SIZES) -> EncoderConfig:
     """Return what a RoBERTa is: positions begin behind the padding's, and a head has its own dense layer."""
-    found = _read(config, "roberta.", sizes)
+    found = read_bert(config, "roberta.", sizes)
     padding = config.integer("pad_token_id", 1)
     return replace(
         found,
@@ -205,16 +209,17 @@ TOKENS: Final = "ForTokenClassification"
 """Ends of the names of architectures with a score head."""
 
 
-def _named(name: str, model_type: str, *tasks: str) -> tuple[Architecture, ...]:
+def named(name: str, model_type: str, *tasks: str) -> tuple[Architecture, ...]:
+    """Return the model of a name, and those for tasks."""
     return tuple(Architecture(f"{name}{task}", model_type) for task in ("Model", *tasks))
 
 
 TASKS: Final = ("ForMaskedLM", SCORES, TOKENS)
-BERT: Final = Family(_named("Bert", "bert", *TASKS, "ForPreTraining"), partial(_read, prefix="bert."))
+BERT: Final = Family(named("Bert", "bert", *TASKS, "ForPreTraining"), partial(read_bert, prefix="bert."))
 ROBERTA: Final = Family(
-    _named("Roberta", "roberta", *TASKS), partial(_read_roberta, sizes=SIZES | {"vocab_size": 50265})
+    named("Roberta", "roberta", *TASKS), partial(_read_roberta, sizes=SIZES | {"vocab_size": 50265})
 )
-XLM_ROBERTA: Final = Family(_named("XLMRoberta", "xlm-roberta", *TASKS), _read_roberta)
+XLM_ROBERTA: Final = Family(named("XLMRoberta", "xlm-roberta", *TASKS), _read_roberta)
 
 MODERN_NAMES: Final = TensorNames(
     embedding="embeddings.tok_embeddings",
@@ -290,4 +295,4 @@ def _modern_heads(config: HfConfig, *, norm_bias: bool) -> dict[str, Any]:
     }
 
 
-MODERN_BERT: Final = Family(_named("ModernBert", "modernbert", *TASKS), _read_modern)
+MODERN_BERT: Final = Family(named("ModernBert", "modernbert", *TASKS), _read_modern)
