@@ -1,16 +1,26 @@
 """The model of a base, or of a rank's part of it, read from its checkpoint."""
 
+from typing import Final
+
 import torch
 
 from inference_service.engine.backends.operations import Backend
 from inference_service.engine.models.blocks import Ranks
 from inference_service.engine.models.checkpoint import Checkpoint
 from inference_service.engine.models.decoder import Decoder
-from inference_service.engine.models.encoder import read_encoder
+from inference_service.engine.models.encoder import Encoder, ModernEncoder
+from inference_service.engine.models.relative import BiasedEncoder
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.families.encoders import EncoderConfig
+from loramux_shared.bases.families.encoders import EncoderConfig, ModernConfig
+from loramux_shared.bases.families.mpnet import BiasedConfig
 from loramux_shared.bases.weight_format import Quantization
 from loramux_shared.sources.checkpoint import PlacedBase
+
+ENCODERS: Final[dict[type[EncoderConfig], type[Encoder]]] = {
+    EncoderConfig: Encoder,
+    ModernConfig: ModernEncoder,
+    BiasedConfig: BiasedEncoder,
+}
 
 
 def read_model(
@@ -21,7 +31,7 @@ def read_model(
     """
     tensors = checkpoint(placed, backend.dtype, backend.device, config.quantization)
     if isinstance(config, EncoderConfig):
-        read: Decoder = read_encoder(config, tensors, backend.operations, backend.quantization)
+        read: Decoder = ENCODERS[type(config)](config, tensors, backend.operations, backend.quantization)
     else:
         read = Decoder(config, tensors, backend.operations, backend.quantization, ranks)
     if ranks is None or ranks.shard.is_first:  # which reads all

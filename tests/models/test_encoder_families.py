@@ -13,12 +13,15 @@ from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.runtime import Pooling
 from tests.contract.http.test_scores import bare, loaded, save_random
-from tests.models.test_encoders import PROMPTS, SIZES, states, write_base
+from tests.models.test_encoders import PROMPTS as LENGTHS, SIZES, states, write_base
 from tests.support.cases import cases
 from tests.support.openai_api import answer_of, assert_close, open_api
 from tests.support.pooled import run_pooled
 from tests.support.tiny import World
 
+PROMPTS = [*LENGTHS, [7, 1, 8]]
+"""The last one has the token that has no position in an MPNet."""
+USUAL = SIZES | {"initializer_range": 0.1}
 FAMILIES: dict[str, Any] = {
     "distilbert": transformers.DistilBertConfig(
         vocab_size=SIZES["vocab_size"],
@@ -28,11 +31,13 @@ FAMILIES: dict[str, Any] = {
         n_heads=4,
         max_position_embeddings=66,
         activation="relu",
-        initializer_range=0.3,
+        initializer_range=0.1,
     ),
+    "mpnet": transformers.MPNetConfig(**USUAL),
 }
 MODULES: dict[str, tuple[list[str], list[str], str]] = {
     "distilbert": (["q_lin", "v_lin"], ["k_lin", "ffn.lin1", "q_lin"], "attention.out_lin"),
+    "mpnet": (["q", "v"], ["k", "o", "intermediate.dense"], "output.dense"),
 }
 """Targets of three adapters of each family."""
 HEAD = ["pre_classifier", "classifier"]

@@ -6,7 +6,7 @@ norms, an activation, and attention within each sequence.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -76,6 +76,11 @@ def read_score(checkpoint: Tensors, config: EncoderConfig) -> tuple[ScoreHead, A
     return head, torch.cat(parts).cpu().numpy()
 
 
+Added: TypeAlias = Callable[[slice, Tensor, Tensor], Tensor | None]
+"""Of the rows of a sequence, its queries and its keys [heads, length, d]: what is added to its scores, or which
+of them count, [heads or none, length, length]; None: nothing, and all."""
+
+
 class SequenceAttention:
     """Attention of every row to all rows of its sequence."""
 
@@ -91,23 +96,24 @@ class SequenceAttention:
 
     def __call__(self, layer: LayerHeads) -> Tensor:
         """Return [T, heads * d]; embeddings have positions, and nothing is cached."""
-        return self.attend(layer.heads, layer.spec.scale)
+        return self.attend(layer.heads, layer.spec.scale, self.near)
 
-    def attend(self, heads: Tensor, scale: float, reach: int | None = None) -> Tensor:
-        """Return the same, of rows that see so many positions to each side; None: all."""
+    def attend(self, heads: Tensor, scale: float, added: Added) -> Tensor:
+        """Return the same, with what is added to the scores of a sequence."""
         out = heads.new_empty(len(heads), heads.shape[1] // 3, heads.shape[2])
         for span in self.spans:
             q, k, v = heads[span].transpose(0, 1)[None].chunk(3, dim=1)
-            seen = None if reach is None else self._near(span.stop - span.start, reach, heads.device)
-            out[span] = scaled_dot_product_attention(q, k, v, seen, scale=scale)[0].transpose(0, 1)
+            scores = added(span, q[0], k[0])
+            out[span] = scaled_dot_product_attention(q, k, v, scores, scale=scale)[0].transpose(0, 1)
         return out.flatten(1)
 
-    def _near(self, length: int, reach: int, device: torch.device) -> Tensor | None:
-        """Return which positions of a sequence [length, length] each row sees; None: all."""
-        if length <= reach + 1:
+    def near(self, span: slice, q: Tensor, _k: Tensor, reach: int | None = None) -> Tensor | None:
+        """Return which positions of a sequence [length, length] each row sees, to each side; None: all."""
+        length = span.stop - span.start
+        if reach is None or length <= reach + 1:
             return None
         if (length, reach) not in self._seen:
-            rows = torch.arange(length, device=device)
+            rows = torch.arange(length, device=q.device)
             self._seen[length, reach] = (rows[:, None] - rows).abs() <= reach
         return self._seen[length, reach]
 
@@ -254,7 +260,8 @@ class ModernLayer:
         """Read the weights."""
         names, mixer = config.names, config.attentions[reader.index]
         self._index, self._heads, self._head_dim = reader.index, mixer.num_heads, mixer.head_dim
-        self._scale, self._reach = mixer.attention.scale, config.reaches[reader.index]
+        self._scale, reach = mixer.attention.scale, config.reaches[reader.index]
+        self._near = partial(SequenceAttention.near, reach=reach)
         self._rope = config.ropes.index(mixer.rope)
         modules = "attn_q", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h"
         self._groups = tuple(reader.group(module).name for module in modules)
@@ -286,7 +293,7 @@ class ModernLayer:
         heads = linear(0, normed).view(len(x), -1, self._head_dim)
         rotated = rotate(heads[:, : 2 * self._heads], *rotations[self._rope])
         heads = torch.cat([rotated, heads[:, 2 * self._heads :]], dim=1)
-        x = x + linear(1, attention.attend(heads, self._scale, self._reach))
+        x = x + linear(1, attention.attend(heads, self._scale, partial(self._near, attention)))
         wide = linear(2, x if self._norm is None else self._norm(x))
         gate, up = wide.chunk(2, dim=1)
         rows = torch.split(gate, 1) if ops.by_row else (gate,)
@@ -300,7 +307,7 @@ class ModernEncoder(Encoder):
 
     def _read(self, reader: Reader, config: EncoderConfig) -> None:
         """Read the layers, and the norms before and behind them."""
-        assert isinstance(config, ModernConfig)  # noqa: S101 - `read_encoder` looked
+        assert isinstance(config, ModernConfig)  # noqa: S101 - `read_model` looked
         self._embeddings_norm = reader.norm("embeddings.norm")
         self._modern = [ModernLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
         self._norm = reader.norm(config.names.final_norm)
@@ -331,11 +338,3 @@ class ModernEncoder(Encoder):
         for layer in self._modern:
             x = layer(self._operations, x, attention, rotations, lora)
         return self._norm(x if last_rows is None else x[last_rows])
-
-
-def read_encoder(
-    config: EncoderConfig, checkpoint: Tensors, operations: Operations, quantization: Rounding
-) -> Encoder:
-    """Load the encoder of a config."""
-    kind = ModernEncoder if isinstance(config, ModernConfig) else Encoder
-    return kind(config, checkpoint, operations, quantization)

@@ -23,7 +23,7 @@ OTHERS: Final = (
     ),  # round activations
 )
 HEADS_OF_ENCODERS: Final = re.compile(
-    r"(?:\w+\.)?(?:pooler|cls|lm_head|(?:pre_)?classifier|head|decoder|vocab_\w+)\."
+    r"(?:\w+\.)?(?:pooler|cls|lm_head|(?:pre_)?classifier|head|decoder|vocab_(?:transform|layer_norm|projector))\."
 )
 """Heads of the tasks that an encoder was trained for; vectors are made without them."""
 PREDICTS_FURTHER: Final = "eh_proj.weight"
