@@ -33,11 +33,12 @@ SIZES: Final = {
 KINDS: Final = ("linear_attention", "full_attention") * 4
 LAYERS: Final[dict[str, dict[str, Any]]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "deberta-v2": {"pos_att_type": "p2c|c2p", "relative_attention": True, "share_att_key": True},
     "granitemoehybrid": {"layer_types": [*KINDS]},
     "helium": {"head_dim": 16},
     "nemotron_h": {"layers_block_type": ["mlp", *KINDS]},
 }
-"""Kinds of layers and sizes of heads, where those of the class are not served."""
+"""Kinds of layers and of attention, and sizes of heads, where those of the class are not served."""
 
 
 def page() -> str:

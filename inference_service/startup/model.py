@@ -9,8 +9,9 @@ from inference_service.engine.models.blocks import Ranks
 from inference_service.engine.models.checkpoint import Checkpoint
 from inference_service.engine.models.decoder import Decoder
 from inference_service.engine.models.encoder import Encoder, ModernEncoder
-from inference_service.engine.models.relative import BiasedEncoder
+from inference_service.engine.models.relative import BiasedEncoder, DisentangledEncoder
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.families.deberta import DisentangledConfig
 from loramux_shared.bases.families.encoders import EncoderConfig, ModernConfig
 from loramux_shared.bases.families.mpnet import BiasedConfig
 from loramux_shared.bases.weight_format import Quantization
@@ -20,6 +21,7 @@ ENCODERS: Final[dict[type[EncoderConfig], type[Encoder]]] = {
     EncoderConfig: Encoder,
     ModernConfig: ModernEncoder,
     BiasedConfig: BiasedEncoder,
+    DisentangledConfig: DisentangledEncoder,
 }
 
 

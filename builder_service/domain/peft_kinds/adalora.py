@@ -70,6 +70,7 @@ ADALORA: Final = PeftKind(
     targets={
         **{name: targets for name, targets in QUERY_VALUE.items() if name not in _NO_DEFAULT},
         "roberta": ("query", "key", "value", "dense"),
+        "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
     },
     pairs=Pairs(PARTS, _make, may_be_empty=True),
 )

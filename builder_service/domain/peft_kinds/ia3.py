@@ -16,6 +16,7 @@ IA3: Final = PeftKind(
         "gpt_neox": ("query_key_value", "dense_4h_to_h"),
         "phi": ("q_proj", "v_proj", "fc2"),
         **dict.fromkeys(("bert", "roberta"), ("key", "value", "output.dense")),
+        "deberta-v2": ("key_proj", "value_proj", "output.dense"),
     },
     mark=".ia3_l",
 )

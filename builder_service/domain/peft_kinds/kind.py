@@ -31,6 +31,7 @@ QUERY_VALUE: Final[Mapping[str, Targets]] = {
     "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "phi": ("q_proj", "v_proj", "fc1", "fc2"),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
+    "deberta-v2": ("query_proj", "value_proj"),
 }
 """Modules that LoRA and most kinds adapt where the config names none, by ``model_type``."""
 

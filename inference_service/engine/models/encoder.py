@@ -144,10 +144,21 @@ class EncoderLayer:
         """Return [T, hidden] for x [T, hidden]."""
         qkv, o, up, down = self._groups
         heads = self._linear(ops, self.qkv, x, lora, qkv).view(len(x), -1, self._head_dim)
-        attended = attention(LayerHeads(heads, (x, x), x, x, self._spec))
+        attended = self._attended(ops, heads, x, attention, lora)
         x = self._attention_norm(self._linear(ops, self.o, attended, lora, o) + x)
         wide = self._activated(ops, self._linear(ops, self.up, x, lora, up))
         return self._norm(self._linear(ops, self.down, wide, lora, down) + x)
+
+    def _attended(
+        self,
+        ops: Operations,  # noqa: ARG002 - layers that read more than heads compute it
+        heads: Tensor,
+        x: Tensor,
+        attention: Attention,
+        lora: StepLora | None,  # noqa: ARG002
+    ) -> Tensor:
+        """Return [T, hidden] of the heads [T, all heads, d] of x."""
+        return attention(LayerHeads(heads, (x, x), x, x, self._spec))
 
     def _linear(self, ops: Operations, layer: Linear, x: Tensor, lora: StepLora | None, group: str) -> Tensor:
         return ops.linear(layer, x) if lora is None else ops.apply_with_lora(layer, x, lora, self._index, group)
@@ -161,6 +172,7 @@ class Encoder(Decoder):
     """Turns token ids into hidden states, as the engine's runner asks a decoder for them."""
 
     config: EncoderConfig
+    _layer: Callable[[LayerReader, EncoderConfig], EncoderLayer] = EncoderLayer
 
     def __init__(
         self,
@@ -189,10 +201,11 @@ class Encoder(Decoder):
         def table(name: str, rows: int) -> Tensor:
             return reader.rounded(reader.get(f"embeddings.{name}.weight", (rows, config.dims.hidden)))
 
-        self._positions = table("position_embeddings", config.table_rows)
+        self._positions = table("position_embeddings", config.table_rows) if config.table_rows else None
         self._types = table("token_type_embeddings", config.token_types) if config.token_types else None
         self._embeddings_norm: RMSNorm = read_norm(reader, "embeddings.LayerNorm")
-        self._encoders = [EncoderLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
+        layers = map(reader.layer, range(config.dims.num_layers))
+        self._encoders = [self._layer(each, config) for each in layers]
 
     def linears(self) -> Iterator[Linear]:
         """Yield the linears of all layers, in their order."""
@@ -238,7 +251,9 @@ class Encoder(Decoder):
             hidden = hidden + embedding(types, self._types)
         if self.config.padding is not None:
             positions = self._behind_padding(tokens, attention.spans, self.config.padding)
-        x = self._embeddings_norm(hidden + embedding(positions, self._positions))
+        if self._positions is not None:
+            hidden = hidden + embedding(positions, self._positions)
+        x = self._embeddings_norm(hidden)
         for layer in self._encoders:
             x = layer(self._operations, x, attention, lora)
         return x if last_rows is None else x[last_rows]

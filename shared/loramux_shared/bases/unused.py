@@ -22,10 +22,13 @@ OTHERS: Final = (
         r"[._](?:(?:weight_)?activation_scale|input_scale(?:_ub)?|input_zero_point)$"
     ),  # round activations
 )
-HEADS_OF_ENCODERS: Final = re.compile(
-    r"(?:\w+\.)?(?:pooler|cls|lm_head|(?:pre_)?classifier|head|decoder|vocab_(?:transform|layer_norm|projector))\."
+BESIDE_ENCODERS: Final = re.compile(
+    r"(?:\w+\.)?(?:pooler|cls|lm_head|(?:pre_)?classifier|head|decoder|vocab_(?:transform|layer_norm|projector)"
+    r"|mask_predictions|embeddings\.position_embeddings)\."
 )
-"""Heads of the tasks that an encoder was trained for; vectors are made without them."""
+"""Heads of the tasks that an encoder was trained for, without which vectors are made, and the positions that
+are left in a DeBERTa whose config has none.
+"""
 PREDICTS_FURTHER: Final = "eh_proj.weight"
 """A tensor of the layers behind the last one that predict further tokens."""
 
@@ -38,7 +41,7 @@ def unknown(names: Iterable[str], config: ModelConfig) -> list[str]:
 
 
 def _is_other(name: str, config: ModelConfig) -> bool:
-    if config.encodes and HEADS_OF_ENCODERS.match(name):
+    if config.encodes and BESIDE_ENCODERS.match(name):
         return True
     return any(pattern.search(name) for pattern in OTHERS)
 
