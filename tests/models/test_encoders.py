@@ -60,6 +60,7 @@ MODERN: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_theta": 50.0}},
         **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias"), True),
     },
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
 }
 """Fields of a ModernBERT beside the sizes."""
 OF_MODERN: dict[str, dict[str, Any]] = {
@@ -166,7 +167,11 @@ async def test_a_modern_encoder_equals_transformers(tmp_path: Path, fields: dict
     base = tmp_path / "base"
     torch.manual_seed(0)
     config = transformers.ModernBertConfig(
-        **(SIZES | {"local_attention": 16, "cls_token_id": 0, "sep_token_id": 2} | fields)
+        **copy.deepcopy(SIZES | {"local_attention": 16, "cls_token_id": 0, "sep_token_id": 2} | fields)
+    )
+    architecture = {"architectures": ["ModernBertModel"]}
+    assert (
+        read_fields(SIZES | fields | architecture).ropes == read_fields(config.to_dict() | architecture).ropes
     )
     write_base(transformers.AutoModel.from_config(config), base)
     for seed, (name, settings) in enumerate(OF_MODERN.items()):

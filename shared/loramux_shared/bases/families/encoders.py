@@ -242,7 +242,7 @@ THETAS: Final = {
 def _read_modern(config: HfConfig) -> ModernConfig:
     """Return what a ModernBERT is."""
     config.require("hidden_activation", "gelu")
-    config.require("rope_scaling", None)
+    config = _with_scaling(config)
     every = config.size("global_attn_every_n_layers", 3)
     model = _bidirectional(config, MODERN_SIZES)
     dims, rows = model.dims, config.size("max_position_embeddings", 8192)
@@ -276,6 +276,16 @@ def _read_modern(config: HfConfig) -> ModernConfig:
         **_modern_heads(config, norm_bias=norm_bias),
         **_own_head(config),
     )
+
+
+def _with_scaling(config: HfConfig) -> HfConfig:
+    """Return a config with ``rope_scaling`` in the blocks of all types of layers, as transformers takes it."""
+    scaling, blocks = config.block("rope_scaling").fields, config.block("rope_parameters")
+    if not scaling:
+        return config
+    scaled = {kind: {"rope_type": "default", **blocks.block(kind).fields, **scaling} for kind in THETAS}
+    own = {**config.fields, "rope_parameters": {**blocks.fields, **scaled}}
+    return HfConfig(own, config.architecture, config.max_seq_len)
 
 
 def _modern_heads(config: HfConfig, *, norm_bias: bool) -> dict[str, Any]:
