@@ -107,7 +107,7 @@ async def serve_ready(ready: Ready, guard: Guard = NOBODY_GUARDS) -> AsyncIterat
 
 
 def assert_close(found: Any, required: Any) -> None:
-    """Check that numbers about 1 agree within what some layers round in float32, in any processor's order of sums."""
+    """Check that numbers about 1 agree within what layers round in float32, in any order of sums."""
     np.testing.assert_allclose(np.array(found, np.float32), required, atol=3e-5, rtol=1e-5)
 
 

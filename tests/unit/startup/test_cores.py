@@ -122,5 +122,5 @@ def test_cores_and_memory_on_other_nodes_are_a_risk(
 
 
 def test_a_machine_without_nodes_has_no_risk(tmp_path: Path) -> None:
-    """Where the kernel shows no nodes, nothing is said."""
+    """A kernel without nodes makes no risk."""
     assert numa_risks(usable_cpus(), tmp_path) == []
