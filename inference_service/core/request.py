@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from inference_service.core.adapter import ScaledAdapter
 from inference_service.core.constraint import ByEnding, Constraint
@@ -29,6 +29,7 @@ class TextPair(NamedTuple):
     second: str
 
 
+TruncationSide = Literal["left", "right"]
 PromptContent = str | list[int] | list[Message] | TextPair
 """Text, token ids, chat messages, or two texts."""
 
@@ -77,6 +78,9 @@ class RequestPrompt:
     """Tokenize with the special tokens that the tokenizer adds itself; None: for texts, not for messages."""
     truncate_prompt_tokens: int | None = None
     """Leave out the beginning of a prompt with more tokens; -1: of one that leaves the answer no room."""
+    truncation_side: TruncationSide | None = None
+    """The end of a longer text that is left out, while its special tokens stay; None: the right one of an
+    encoder's texts, and of others the first tokens, special ones too."""
 
 
 @dataclass(frozen=True)

@@ -150,14 +150,16 @@ class Text:
         return self._with_types(encoding.ids, encoding.type_ids)
 
     def encode_shortened(
-        self, texts: tuple[str, ...], max_seq_len: int, most: int, *, add_special_tokens: bool
+        self, texts: tuple[str, ...], max_seq_len: int, most: int, side: str, *, add_special_tokens: bool
     ) -> tuple[list[int], list[int]]:
-        """Tokenize one or two texts like `encode_pair`, without their ends beyond so many tokens."""
+        """Tokenize one or two texts like `encode_pair`, without what is beyond so many tokens on a side."""
         self._look_at(texts, max_seq_len)
-        found = encode_shortened(self._tokenizer, texts, most, add_special_tokens=add_special_tokens)
+        found = encode_shortened(self._tokenizer, texts, most, side, add_special_tokens=add_special_tokens)
         return self._with_types(found.ids, found.type_ids)
 
-    def encode_spans(self, text: str, max_seq_len: int, most: int | None, *, add_special_tokens: bool) -> Spans:
+    def encode_spans(
+        self, text: str, max_seq_len: int, most: int | None, side: str, *, add_special_tokens: bool
+    ) -> Spans:
         """Tokenize a text with the characters of each token; it is whole where most is None, else as
         `encode_shortened` has it. Raise what `encode_prompt` does.
         """
@@ -165,7 +167,8 @@ class Text:
         if most is None:
             [found] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         else:
-            found = encode_shortened(self._tokenizer, (text,), most, add_special_tokens=add_special_tokens)
+            special = add_special_tokens
+            found = encode_shortened(self._tokenizer, (text,), most, side, add_special_tokens=special)
         return Spans(text, found, Wording.of(self._tokenizer, self.special_tokens.get("unk_token")))
 
     def _with_types(self, tokens: list[int], types: list[int]) -> tuple[list[int], list[int]]:
@@ -374,16 +377,16 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def encode_shortened(
-    tokenizer: Tokenizer, texts: tuple[str, ...], most: int, *, add_special_tokens: bool
+    tokenizer: Tokenizer, texts: tuple[str, ...], most: int, side: str, *, add_special_tokens: bool
 ) -> Encoding:
     """Return one or two texts as tokens, so many at most with the special ones.
 
-    Their ends are left out as transformers truncates them.
+    The rest of each is left out on a side, left or right, as transformers truncates them.
     """
     parts = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     special = tokenizer.num_special_tokens_to_add(len(parts) > 1) if add_special_tokens else 0
     for part, length in zip(parts, shortened([*map(len, parts)], max(0, most - special)), strict=True):
-        part.truncate(length)
+        part.truncate(length, direction=side)
     pair = parts[1] if len(parts) > 1 else None
     return tokenizer.post_process(parts[0], pair, add_special_tokens)
 

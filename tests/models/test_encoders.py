@@ -246,6 +246,9 @@ async def test_a_cross_encoder_scores_without_an_adapter(tmp_path: Path, family:
         assert_close([best[0], best[1]], torch.cat(expected))
         [found] = (await answer_of(api, "/classify", model="base", input="a"))["data"]
         assert found["label"] == "relevance"
+        ranks = (await api.post("/rerank", query=QUERY, texts=DOCUMENTS, raw_scores=True)).json()
+        assert {each["index"]: each["score"] for each in ranks} == best
+        assert [each["label"] for each in (await api.post("/predict", inputs="a")).json()] == ["relevance"]
         answer = await api.post("/rerank", model="base", query=QUERY, documents=["a" * 30])
         assert "at most 30" in answer.json()["error"]["message"]
         body = {"model": "base", "query": QUERY, "documents": ["a" * 30], "truncate_prompt_tokens": -1}
@@ -289,6 +292,8 @@ async def test_texts_are_truncated_as_transformers_does(api: OpenAIApi) -> None:
     body = {"model": "usual", "truncate_prompt_tokens": 5}
     whole = await answer_of(api, "/v1/embeddings", **body, input="abc")
     assert whole == await answer_of(api, "/v1/embeddings", **body, input="abc" + 90 * "d")
+    left = await api.post("/embed", **body, inputs=90 * "d" + "abc", truncate=True, truncation_direction="Left")
+    assert left.json() == [each["embedding"] for each in whole["data"]]
 
 
 async def test_bits_of_a_vector_are_independent_of_the_batch(made: tuple[World, MemoryStore]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 import torch
 import transformers
+from huggingface_hub import AsyncInferenceClient
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -244,6 +245,15 @@ async def test_predict_answers_as_text_embeddings_inference(api: OpenAIApi) -> N
     ]
     body = {"model": "plain", "inputs": [[text]], "aggregation_strategy": "first"}
     assert (await api.post("/predict", **body)).json() == [tagged["entities"]]
+    options = {"aggregation_strategy": "first", "ignore_labels": []}
+    [known] = (await answer_of(api, "/classify", model="plain", input=text, **options))["data"]
+    assert (await api.post("/predict", model="plain", inputs=text, parameters=options)).json() == known[
+        "entities"
+    ]
+    cut = {"model": "plain", "inputs": "c" * 90 + text, "truncate": True, "parameters": {"ignore_labels": []}}
+    left = (await api.post("/predict", **cut, truncation_direction="Left")).json()
+    assert left[-1]["end"] == len(cut["inputs"])
+    assert (await api.post("/predict", **cut)).json()[0]["start"] == 0 < left[0]["start"]
     long = {"model": "topic", "inputs": "a" * 90}
     assert (await api.post("/predict", **long)).status_code == 400
     assert len((await api.post("/predict", **long, truncate=True)).json()) == 3
@@ -288,7 +298,7 @@ async def test_what_does_not_fit_tokens_is_refused(api: OpenAIApi) -> None:
 async def test_a_base_labels_tokens_itself(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base's own head needs no adapter."""
+    """The base's own head needs no adapter, and the hub's client names none."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     save_random(
         transformers.AutoModelForTokenClassification.from_config(FAMILIES[family]), tmp_path / "base", 0
@@ -299,7 +309,10 @@ async def test_a_base_labels_tokens_itself(
     oracle = pipeline_of(world, "base")
     async with open_api((world, world.built())) as api:
         found = await answer_of(api, "/classify", model="base", input=TEXTS[0], aggregation_strategy="first")
+        client = AsyncInferenceClient(model=f"{api.url}/predict")
+        tagged = await client.token_classification(TEXTS[0], aggregation_strategy="first")
     expected = oracle(TEXTS[0], aggregation_strategy="first")
     [text] = found["data"]
+    assert [each.word for each in tagged] == [each["word"] for each in text["entities"]]
     assert_close([each.pop("score") for each in text["entities"]], [each.pop("score") for each in expected])
     assert text["entities"] == expected

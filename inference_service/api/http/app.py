@@ -27,15 +27,15 @@ from inference_service.api.http.openapi.document import show_openapi
 from inference_service.api.http.page import page_endpoints
 from inference_service.api.http.responses.create import count_input, create_response
 from inference_service.api.http.responses.schema import ResponsesBody
-from inference_service.api.http.vectors import scores
+from inference_service.api.http.vectors import scores, tei
 from inference_service.api.http.vectors.embeddings import (
     ClassifyBody,
     EmbeddingsBody,
-    PredictBody,
     RerankBody,
     ScoreBody,
     embeddings,
 )
+from inference_service.api.http.vectors.tei import EmbedBody, PredictBody, RanksBody
 from inference_service.api.http.wire.front import Front
 from inference_service.api.http.wire.refusals import FAILED, MessageError, fault_response, http_error_response
 from inference_service.api.requests.service import GenerationService
@@ -67,12 +67,11 @@ _SERVED: Final[tuple[Endpoint, ...]] = (
     _counting(routes.INPUT_TOKENS, count_input, ResponsesBody),
     _computing(routes.EMBEDDINGS, embeddings, EmbeddingsBody),
     *(_computing(route, scores.score, ScoreBody) for route in (routes.SCORE, routes.SCORE_V1)),
-    *(
-        _computing(route, scores.rerank, RerankBody)
-        for route in (routes.RERANK, routes.RERANK_V1, routes.RERANK_V2)
-    ),
+    *(_computing(route, scores.rerank, RerankBody) for route in (routes.RERANK_V1, routes.RERANK_V2)),
+    _computing(routes.RERANK, tei.rank, RanksBody),
     *(_computing(route, scores.classify, ClassifyBody) for route in (routes.CLASSIFY, routes.CLASSIFY_V1)),
-    _computing(routes.PREDICT, scores.predict, PredictBody),
+    _computing(routes.PREDICT, tei.predict, PredictBody),
+    _computing(routes.EMBED, tei.embed, EmbedBody),
     Endpoint(routes.MODELS, models.list_models),
     Endpoint(routes.MODEL, models.get_model, fails=(404,)),
     Endpoint(routes.ADAPTERS, operators.list_adapters, query=PageQuery),
@@ -86,6 +85,7 @@ _SERVED: Final[tuple[Endpoint, ...]] = (
             (routes.UNLOAD_ADAPTER, operators.unload_lora_adapter, UnloadBody),
         )
     ),
+    Endpoint(routes.INFO, tei.info, fails=(404,)),
     Endpoint(routes.VERSION, state.show_version),
     *chain.from_iterable(each.endpoints for each in registered("routes", Routes, log_left_out).values()),
     *COMPAT,

@@ -143,7 +143,7 @@ async def _head(
     if model.num_labels is None:
         does = "makes vectors of texts" if AdapterKind.ENCODER in model.kinds else "generates text"
         expected = "an adapter with a score head, of task_type SEQ_CLS or TOKEN_CLS"
-        raise refused_model(model.name, expected, f"one that {does}")
+        raise refused_model(model.name, expected, f"one that {does}", "Name such an adapter as model.")
     scorer = await service.scorer(model)
     _require(scorer, model, of_tokens=of_tokens)
     if labels is not None and model.num_labels != labels:
@@ -181,11 +181,12 @@ def _spans(
     found: dict[str, Spans] = {}
     for request in requests:
         prompt, longest = request.prompt, service.limits.max_seq_len
-        content, cut = prompt.content, prompt.truncate_prompt_tokens
+        content, cut, side = prompt.content, prompt.truncate_prompt_tokens, prompt.truncation_side or "right"
         if isinstance(content, str) and content not in found:
             special, most = prompt.add_special_tokens is not False, longest if cut == -1 else cut
             looked_at = longest if cut is None else countable(longest)
-            found[content] = service.text.encode_spans(content, looked_at, most, add_special_tokens=special)
+            spans = service.text.encode_spans(content, looked_at, most, side, add_special_tokens=special)
+            found[content] = spans
         if not isinstance(content, str) and request.model.name in of_tokens:
             found_two = "two texts" if isinstance(content, TextPair) else "token ids"
             raise refused("prompt", "a text, of whose characters entities are", found_two)

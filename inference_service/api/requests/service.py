@@ -20,6 +20,7 @@ from inference_service.driver.telemetry.metrics import RequestMetrics
 from inference_service.driver.telemetry.record import RequestFollower, Watcher, following
 from inference_service.store import Batches
 from inference_service.text.text import StopTexts, Text
+from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import InternalFault
 from loramux_shared.runtime import OF_DECODERS, OF_ENCODERS, Parsers, Pooling, ReasoningParser
 
@@ -170,6 +171,12 @@ class GenerationService:
     def usual_pooling(self) -> Pooling | None:
         """Return the pooling of requests that name none; None: they must."""
         return self.driver.deployed.pooling or self.pooling_of_base
+
+    @property
+    def usual_model(self) -> str:
+        """Return the model of requests that name none: the one that the caller's key opens, else the base."""
+        opened = ACCESS.get().models or ()
+        return next(iter(opened)) if len(opened) == 1 else self.driver.deployed.served_model_name
 
     @property
     def poolings(self) -> tuple[Pooling, ...]:

@@ -77,16 +77,21 @@ class Terms:
         """Return the tokens of the prompt, of which a text may have so many unless it is cut. Raise
         PromptTooLong for more, and RequestInvalid for none, or where the template refuses its messages.
         """
-        prompt, cut = self.request.prompt.content, self.request.prompt.truncate_prompt_tokens
-        if cut is not None and self.limits.encodes and isinstance(prompt, str | TextPair):
+        source = self.request.prompt
+        prompt, cut, side = source.content, source.truncate_prompt_tokens, source.truncation_side
+        if cut is not None and (side or self.limits.encodes) and isinstance(prompt, str | TextPair):
             texts = (prompt,) if isinstance(prompt, str) else prompt
-            return await asyncio.to_thread(self._cut, texts, most if cut == -1 else cut)
-        found = await self._tokens(most if cut is None else countable(most))
+            found = await asyncio.to_thread(self._cut, texts, most if cut == -1 else cut)
+            cut = None
+        else:
+            found = await self._tokens(most if cut is None else countable(most))
         if not found.ids:
             raise RequestInvalid.of_field("the prompt is empty.", "prompt", "at least one token", "none")
         if cut == -1:
             cut = self._longest_prompt()
-        return found if cut is None or cut < 1 else found.last(cut)
+        if cut is None or cut < 1:
+            return found
+        return PromptTokens(found.ids[:cut]) if side == "right" else found.last(cut)
 
     async def _tokens(self, most: int) -> PromptTokens:
         """Return the tokens of the whole prompt: of a pair, a text, messages, or tokens as they are."""
@@ -133,10 +138,11 @@ class Terms:
             )
 
     def _cut(self, texts: tuple[str, ...], most: int) -> PromptTokens:
-        """Return texts as an encoder was trained on them where they are too long: without their ends."""
-        special = self.request.prompt.add_special_tokens is not False
+        """Return texts as a model was trained on them where they are too long: without their ends."""
+        source = self.request.prompt
+        special, side = source.add_special_tokens is not False, source.truncation_side or "right"
         longest = countable(self.limits.max_seq_len)
-        tokens, types = self.text.encode_shortened(texts, longest, most, add_special_tokens=special)
+        tokens, types = self.text.encode_shortened(texts, longest, most, side, add_special_tokens=special)
         return PromptTokens(tokens, types.index(1) if 1 in types else NEVER)
 
     async def submission(self, model: ServedModel, tokens: list[int], second: int) -> Submission:

@@ -28,7 +28,8 @@ from inference_service.api.http.openapi.parts import (
     path_parameter,
     query_parameters,
 )
-from inference_service.api.http.vectors.embeddings import ClassifyBody, PredictBody, ScoringBody
+from inference_service.api.http.vectors.embeddings import ClassifyBody, ScoringBody
+from inference_service.api.http.vectors.tei import PredictBody
 from inference_service.api.http.wire.body import Body, table
 from inference_service.api.http.wire.errors import AGAIN
 from inference_service.api.http.wire.reply import EventStream, Reply

@@ -2,8 +2,8 @@
 
 import asyncio
 import base64
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -34,10 +34,11 @@ from inference_service.api.requests.pooling import (
     shaped,
 )
 from inference_service.api.requests.service import GenerationService
-from inference_service.core.request import PromptContent, Request, TextPair, TokenUsage, hinted
+from inference_service.core.request import PromptContent, Request, TokenUsage, hinted
 from inference_service.core.sequence import Vector
 from loramux_shared.runtime import Pooling
 
+T = TypeVar("T")
 MAX_MODELS: Final = 64
 """Models of one call."""
 
@@ -63,8 +64,23 @@ class PoolingBody(Body):
     user: str | None = None
     """Picks among the models of an alias."""
 
+    def cut(self) -> dict[str, Any]:
+        """Return the fields of a request that cut its texts, where a body has other fields for that."""
+        return {}
 
-class EmbeddingsBody(PoolingBody):
+
+class VectorsBody(PoolingBody):
+    """The fields that requests for vectors have in common."""
+
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Number of leading numbers of each vector to return."""
+    normalize: bool | None = None
+    """vLLM's; vectors have length 1, unless this is false."""
+    pooling: str | None = None
+    """Ours: last, mean, or of an encoder cls."""
+
+
+class EmbeddingsBody(VectorsBody):
     """``POST /v1/embeddings``."""
 
     examples: ClassVar[Examples] = {
@@ -75,16 +91,10 @@ class EmbeddingsBody(PoolingBody):
     input: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]
     encoding_format: Literal["float", "base64"] | None = None
     """base64 is of float32, little endian."""
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-    """Number of leading numbers of each vector to return."""
-    normalize: bool | None = None
-    """vLLM's; vectors have length 1, unless this is false."""
-    pooling: str | None = None
-    """Ours: last, mean, or of an encoder cls."""
 
 
 class ScoringBody(PoolingBody):
-    """The fields that requests for scores have in common."""
+    """The fields that vLLM's requests for scores have in common."""
 
     use_activation: bool | None = None
     """vLLM's: true for probabilities, false for raw scores."""
@@ -109,6 +119,7 @@ def _documents(value: object) -> object:
 
 
 DocumentTexts = Annotated[list[str | DocumentText], Field(min_length=1, max_length=MAX_INPUTS)]
+Documents = Annotated[Texts, BeforeValidator(_documents, json_schema_input_type=DocumentTexts)]
 
 
 def _is_document(value: object) -> bool:
@@ -133,11 +144,7 @@ class RerankBody(ScoringBody):
     }
 
     query: str
-    documents: Annotated[
-        Texts,
-        BeforeValidator(_documents, json_schema_input_type=DocumentTexts),
-        Noun("prompt", also=("token_ids",), taken=False),
-    ]
+    documents: Annotated[Documents, Noun("prompt", also=("token_ids",), taken=False)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     """Number of results, best first; all when not set."""
     return_documents: bool | None = None
@@ -161,45 +168,6 @@ class ClassifyBody(ScoringBody):
     """Of a model that scores tokens: how they become entities; none by default."""
     ignore_labels: list[str] | None = None
     """Likewise: labels of entities that are left out; `O` by default."""
-
-
-TextOrPair = Annotated[list[str], Field(min_length=1, max_length=2)]
-"""A text, or a pair of texts."""
-
-
-class PredictBody(PoolingBody):
-    """``POST /predict``: Text Embeddings Inference's, with the name of the model."""
-
-    examples: ClassVar[Examples] = {
-        "text": {"inputs": "My order is late."},
-        "several": {"inputs": [["One"], ["Two"]], "raw_scores": True},
-    }
-
-    inputs: Annotated[
-        str | TextOrPair | Annotated[list[TextOrPair], Field(min_length=1, max_length=MAX_INPUTS)],
-        Noun("prompt", also=("token_ids",), taken=False),
-    ]
-    """A text, a pair of texts, or a list of lists of one or two texts."""
-    raw_scores: bool | None = None
-    """True for scores, false for probabilities."""
-    truncate: bool | None = None
-    """Leave out the ends of longer texts."""
-    truncation_direction: Literal["Right"] | None = None
-    aggregation_strategy: Aggregation | None = None
-    """Ours, as in `/classify`."""
-
-    @property
-    def prompts(self) -> list[PromptContent]:
-        """Return the texts, and the pairs of texts."""
-        inputs = [self.inputs] if isinstance(self.inputs, str) else self.inputs
-        alone = [each for each in inputs if isinstance(each, str)]
-        several = [alone] if alone else [each for each in inputs if isinstance(each, list)]
-        return [each[0] if len(each) == 1 else TextPair(*each) for each in several]
-
-    @property
-    def is_one(self) -> bool:
-        """Return True if the answer is that of one text or pair, and no list of answers."""
-        return isinstance(self.inputs, str) or isinstance(self.inputs[0], str)
 
 
 MANY: Final = 1 << 14
@@ -234,14 +202,25 @@ class Embeddings(TypedDict):
 async def embeddings(service: GenerationService, http: HttpRequest) -> Reply[Embeddings]:
     """Make vectors of texts: their hidden states, pooled."""
     body = await read_body(http, EmbeddingsBody)
+    found, vectors = await embedded(service, http, body, body.model, body.input)
+    return await answer(found, vectors, base64_=body.encoding_format == "base64")
+
+
+async def embedded(
+    service: GenerationService,
+    http: HttpRequest,
+    body: VectorsBody,
+    model: str,
+    prompts: Sequence[PromptContent],
+) -> tuple[list[PooledPrompt], list[Vector]]:
+    """Return the vectors that a body asks for, and what became of its prompts."""
     with in_words_of(body):
         pooling = pooling_of(body.pooling, service.usual_pooling, service.poolings)
         check_dimensions(body.dimensions, service.limits.hidden_size)
-        requests = pooling_requests(body, [(body.model, each) for each in body.input], pooling, http.headers)
+        requests = pooling_requests(body, [(model, each) for each in prompts], pooling, http.headers)
         found = await while_connected(http.receive, everything(service, requests))
     normalize = body.normalize is not False
-    vectors = [shaped(each.vector, body.dimensions, normalize=normalize) for each in found]
-    return await answer(found, vectors, base64_=body.encoding_format == "base64")
+    return found, [shaped(each.vector, body.dimensions, normalize=normalize) for each in found]
 
 
 def pooling_requests(
@@ -255,7 +234,7 @@ def pooling_requests(
     own |= hinted(headers, body.min_generation or 0, body.user or "")._asdict()
     if body.request_id is not None:
         own["id"] = body.request_id
-    fields = request_fields(body) | own
+    fields = request_fields(body) | own | body.cut()
     return [Request.of(**fields | {"model": model, "prompt": prompt}) for model, prompt in prompts]
 
 
@@ -291,18 +270,30 @@ async def answer(
 
     def write() -> Reply[Embeddings]:
         data: list[Embedding] = [
-            {"object": "embedding", "index": index, "embedding": _encoded(vector, base64_=base64_)}
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": in_base64(vector) if base64_ else numbers_of(vector),
+            }
             for index, vector in enumerate(vectors)
         ]
         whole: Embeddings = {"object": "list", "model": head.model, "usage": usage, "data": data}
         return Reply(whole, headers=head.headers)
 
-    many = len(vectors) * len(vectors[0]) > MANY
-    return await asyncio.to_thread(write) if many else write()
+    return await written(write, vectors)
 
 
-def _encoded(vector: Vector, *, base64_: bool) -> str | list[float]:
-    if base64_:
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+async def written(write: Callable[[], T], vectors: Sequence[Vector]) -> T:
+    """Return what write returns, which runs on another thread where it has many numbers to write."""
+    return await asyncio.to_thread(write) if sum(map(len, vectors)) > MANY else write()
+
+
+def in_base64(vector: Vector) -> str:
+    """Return the bytes of float32, little endian."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def numbers_of(vector: Vector) -> list[float]:
+    """Return a vector as JSON has it."""
     numbers: list[float] = np.asarray(vector, np.float64).tolist()
     return numbers

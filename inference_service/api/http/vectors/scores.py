@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NotRequired
 
-from pydantic import RootModel
 from starlette.requests import Request as HttpRequest
 from typing_extensions import TypedDict
 
 from inference_service.api.http.vectors.embeddings import (
     ClassifyBody,
     PoolingBody,
-    PredictBody,
     PromptUsage,
     RerankBody,
     ScoreBody,
@@ -130,19 +128,6 @@ class Classified(TypedDict):
     usage: PromptUsage
 
 
-class Prediction(TypedDict):
-    """A label and its score."""
-
-    score: float
-    label: str
-
-
-class Predictions(
-    RootModel[list[Prediction] | list[EntityFields] | list[list[Prediction] | list[EntityFields]]]
-):
-    """The labels of one text or the entities in it, or a list of these for several."""
-
-
 class ScoringHead(TypedDict):
     """The fields that all answers of scores have: which version answered, and the tokens of the texts."""
 
@@ -157,29 +142,56 @@ async def score(service: GenerationService, http: HttpRequest) -> Reply[Scores]:
     """Score pairs of texts."""
     body = await read_body(http, ScoreBody)
     with in_words_of(body):
-        found = await _scored(service, http, body, [(body.model, pair) for pair in _pairs(body)], labels=1)
+        found = await score_prompts(
+            service, http, body, [(body.model, pair) for pair in _pairs(body)], labels=1
+        )
     data: list[Score] = [
         {"index": index, "object": "score", "score": float(_scores(body, each)[0])}
         for index, each in enumerate(found)
     ]
-    head, headers = _head(found, "score")
+    head, headers = answer_head(found, "score")
     return Reply({**head, "data": data}, headers=headers)
 
 
 async def rerank(service: GenerationService, http: HttpRequest) -> Reply[Ranking]:
     """Sort documents by their score for a query, best first."""
     body = await read_body(http, RerankBody)
-    with in_words_of(body):
-        pairs = [(body.model, TextPair(body.query, document)) for document in body.documents]
-        found = await _scored(service, http, body, pairs, labels=1)
+    ranking, headers = await ranked(service, http, body, body.model, body.documents)
+    return Reply(ranking, headers=headers)
+
+
+async def ranked(
+    service: GenerationService, http: HttpRequest, body: RerankBody, model: str, documents: Sequence[str]
+) -> tuple[Ranking, Mapping[str, str]]:
+    """Return documents as a body asks for them, best first, and the headers."""
+    found = await score_documents(service, http, body, model, body.query, documents)
     scores = [float(_scores(body, each)[0]) for each in found]
-    best = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[: body.top_n]
-    texts = body.return_documents is not False
-    results: list[Ranked] = [{"index": index, "relevance_score": scores[index]} for index in best]
-    for ranked in results if texts else ():
-        ranked["document"] = {"text": body.documents[ranked["index"]]}
-    head, headers = _head(found, "rerank")
-    return Reply({**head, "results": results}, headers=headers)
+    results: list[Ranked] = [
+        {"index": index, "relevance_score": scores[index]} for index in best_first(scores)[: body.top_n]
+    ]
+    for each in results if body.return_documents is not False else ():
+        each["document"] = {"text": documents[each["index"]]}
+    head, headers = answer_head(found, "rerank")
+    return {**head, "results": results}, headers
+
+
+async def score_documents(
+    service: GenerationService,
+    http: HttpRequest,
+    body: PoolingBody,
+    model: str,
+    query: str,
+    documents: Sequence[str],
+) -> list[ScoredPrompt]:
+    """Return the one score of each document beside a query."""
+    with in_words_of(body):
+        pairs = [(model, TextPair(query, document)) for document in documents]
+        return await score_prompts(service, http, body, pairs, labels=1)
+
+
+def best_first(scores: Sequence[float]) -> list[int]:
+    """Return the places of scores, the highest first, of equal ones the earlier first."""
+    return sorted(range(len(scores)), key=lambda index: (-scores[index], index))
 
 
 async def classify(service: GenerationService, http: HttpRequest) -> Reply[Classified]:
@@ -192,14 +204,14 @@ async def classify(service: GenerationService, http: HttpRequest) -> Reply[Class
             raise refused("model", f"models times inputs at most {MAX_INPUTS}", len(models) * len(body.input))
         prompts = [(model, prompt) for prompt in body.input for model in models]
         of_tokens = True if entities and len(models) == 1 else None
-        found = await _scored(service, http, body, prompts, of_tokens=of_tokens)
+        found = await score_prompts(service, http, body, prompts, of_tokens=of_tokens)
         if body.use_activation is False and any(each.spans for each in found):
             raise refused("use_activation", "true for a model that scores tokens", "false")
     parts = [_classes(body, found[place :: len(models)]) for place in range(len(models))]
     if isinstance(body.model, str):
         [(alone, headers)] = parts
         return Reply({**alone}, headers=headers)
-    whole, _ = _head(found, "classify")
+    whole, _ = answer_head(found, "classify")
     answered = {MODEL_HEADER: ",".join(part["model"] for part, _ in parts)}
     return Reply({**whole, "model": models, "data": [part for part, _ in parts]}, headers=answered)
 
@@ -210,33 +222,8 @@ def _classes(body: ClassifyBody, found: Sequence[ScoredPrompt]) -> tuple[Classes
         _class(index, each, body) if each.spans is None else _tagged(index, each, each.spans, body)
         for index, each in enumerate(found)
     ]
-    head, headers = _head(found, "classify")
+    head, headers = answer_head(found, "classify")
     return {**head, "data": data}, headers
-
-
-async def predict(service: GenerationService, http: HttpRequest) -> Reply[Predictions]:
-    """Return all labels of texts, the most likely first, or the entities in them: a list for each text."""
-    body = await read_body(http, PredictBody)
-    cut = body.model_copy(update={"truncate_prompt_tokens": -1}) if body.truncate else body
-    how, raw = body.aggregation_strategy, body.raw_scores is True
-    with in_words_of(body):
-        prompts = [(body.model, prompt) for prompt in body.prompts]
-        found = await _scored(service, http, cut, prompts, of_tokens=True if how else None)
-        if raw and found[0].spans is not None:
-            raise refused("raw_scores", "false for a model that scores tokens", "true")
-    labelled: list[list[Prediction] | list[EntityFields]] = [
-        _ranked(each, raw=raw) if each.spans is None else _entities(each, each.spans, how or "none", ["O"])
-        for each in found
-    ]
-    _, headers = _head(found, "predict")
-    return Reply(Predictions(labelled[0] if body.is_one else labelled), headers=headers)
-
-
-def _ranked(found: ScoredPrompt, *, raw: bool) -> list[Prediction]:
-    scores = found.scores if raw else found.scorer.activated(found.scores)
-    labels = found.scorer.head.label_names
-    best = (-scores).argsort(kind="stable").tolist()
-    return [{"score": float(scores[place]), "label": labels[place]} for place in best]
 
 
 def _class(index: int, found: ScoredPrompt, body: ClassifyBody) -> Class:
@@ -248,12 +235,16 @@ def _class(index: int, found: ScoredPrompt, body: ClassifyBody) -> Class:
 
 def _tagged(index: int, found: ScoredPrompt, spans: Spans, body: ClassifyBody) -> Tagged:
     ignored = ["O"] if body.ignore_labels is None else body.ignore_labels
-    return {"index": index, "entities": _entities(found, spans, body.aggregation_strategy or "none", ignored)}
+    return {
+        "index": index,
+        "entities": entity_fields(found, spans, body.aggregation_strategy or "none", ignored),
+    }
 
 
-def _entities(
+def entity_fields(
     found: ScoredPrompt, spans: Spans, how: Aggregation, ignored: Sequence[str]
 ) -> list[EntityFields]:
+    """Return the entities of a text as transformers' pipeline has them."""
     shares, labels = found.scorer.activated(found.scores), found.scorer.head.label_names
     return [_entity(each, how) for each in entities_of(spans, shares, labels, how, ignored)]
 
@@ -266,7 +257,7 @@ def _entity(entity: Entity, how: Aggregation) -> EntityFields:
     return {**fields, "entity_group": entity.label}
 
 
-async def _scored(
+async def score_prompts(
     service: GenerationService,
     http: HttpRequest,
     body: PoolingBody,
@@ -275,6 +266,7 @@ async def _scored(
     *,
     of_tokens: bool | None = False,
 ) -> list[ScoredPrompt]:
+    """Return the scores of each model and prompt, as `scored` has them, while the client is there."""
     requests = pooling_requests(body, prompts, service.score_pooling, http.headers)
 
     async def everything() -> list[ScoredPrompt]:
@@ -304,7 +296,7 @@ def _scores(body: ScoringBody, found: ScoredPrompt) -> Sequence[float]:
     return numbers
 
 
-def _head(found: Sequence[ScoredPrompt], kind: str) -> tuple[ScoringHead, Mapping[str, str]]:
+def answer_head(found: Sequence[ScoredPrompt], kind: str) -> tuple[ScoringHead, Mapping[str, str]]:
     """Return the fields that all answers have, and the headers."""
     prompts = [each.prompt for each in found]
     head = head_of(prompts, kind)
