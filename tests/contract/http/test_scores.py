@@ -147,6 +147,37 @@ async def test_documents_are_ranked_as_transformers_ranks_them(
     assert_close([each["score"] for each in both["data"]], 1 / (1 + np.exp(-expected)))
 
 
+@pytest.mark.sweep
+async def test_coheres_client_ranks_documents(api: OpenAIApi) -> None:
+    """Both versions of its API return what plain HTTP does; fields of documents are refused by name."""
+    cohere = pytest.importorskip("cohere")
+    requested: dict[str, Any] = {"model": "ranker", "query": "a cat", "documents": DOCUMENTS, "top_n": 3}
+    known = (await answer_of(api, "/v1/rerank", **requested))["results"]
+    first, second = (kind("none", base_url=api.url) for kind in (cohere.AsyncClient, cohere.AsyncClientV2))
+    objects = [{"text": document} for document in DOCUMENTS]
+    for found in (
+        await second.rerank(**requested),
+        await first.rerank(**requested, return_documents=True),
+        await first.rerank(**requested | {"documents": objects}),
+    ):
+        assert [(each.index, each.relevance_score) for each in found.results] == [
+            (each["index"], pytest.approx(each["relevance_score"], abs=1e-5)) for each in known
+        ]
+        assert dict(found.results[0].document) == known[0]["document"]
+    probable = {"additional_body_parameters": {"use_activation": True}}
+    shares = await second.rerank(**requested, request_options=probable)
+    assert all(0 < each.relevance_score < 1 for each in shares.results)
+    for client, wrong, part in (
+        (first, {"rank_fields": ["text"]}, "rank_fields"),
+        (second, {"max_tokens_per_doc": 5}, "max_tokens_per_doc"),
+        (second, {"documents": []}, "documents"),
+        (second, {"documents": ["a" * 300]}, "at most"),
+        (second, {"model": "topics"}, "a score head of 1 label"),
+    ):
+        with pytest.raises(cohere.errors.BadRequestError, match=part):
+            await client.rerank(**requested | wrong)
+
+
 async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], api: OpenAIApi) -> None:
     """Scores and probabilities of all labels, of ids and of pairs, are the same with the Python client."""
     async with open_client(api.ready) as client:

@@ -22,6 +22,7 @@ from inference_service.api.http.wire.body import (
     in_words_of,
     read_body,
     request_fields,
+    unserved,
 )
 from inference_service.api.http.wire.reply import Head, Reply, while_connected
 from inference_service.api.requests.entities import Aggregation
@@ -149,8 +150,9 @@ class RerankBody(ScoringBody):
     """Number of results, best first; all when not set."""
     return_documents: bool | None = None
     """Return the texts too; the default."""
-    max_tokens_per_doc: None = None
-    max_chunks_per_doc: None = None
+    rank_fields: Annotated[None, unserved("A document has its text alone; join the fields to it.")] = None
+    max_tokens_per_doc: Annotated[None, unserved("Use truncate_prompt_tokens, of query and document.")] = None
+    max_chunks_per_doc: Annotated[None, unserved("Use truncate_prompt_tokens, of query and document.")] = None
 
 
 Models = Annotated[list[str], Field(min_length=1, max_length=MAX_MODELS)]

@@ -200,7 +200,7 @@ class Ranks(RootModel[list[Rank] | Ranking]):
 
 
 class PooledType(TypedDict):
-    """How texts become vectors; null where requests must say it."""
+    """The pooling of texts; null where requests must name one."""
 
     pooling: str | None
 
