@@ -1,5 +1,6 @@
 """Encoders with adapters, from PEFT's files through the builder to vectors, classes and ranks."""
 
+import base64
 import copy
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -7,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
@@ -15,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from inference_service.api.http.vectors.pooling import MAX_NUMBERS
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
 from loramux_shared.runtime import Pooling
@@ -276,6 +279,36 @@ async def test_a_model_that_takes_no_types_is_told_none(tmp_path: Path) -> None:
             ranked = await answer_of(api, "/rerank", model="base", query=QUERY, documents=DOCUMENTS, **cut)
             best = {each["index"]: each["relevance_score"] for each in ranked["results"]}
             assert_close([best[0], best[1]], expected)
+
+
+async def test_pooling_answers_as_vllm_does(made: tuple[World, MemoryStore], api: OpenAIApi) -> None:
+    """States of all tokens are transformers', of length 1 by default; other tasks are those of their routes."""
+    hidden, body = states(made[0], "usual", PROMPTS), {"model": "usual", "input": PROMPTS}
+    found = await answer_of(api, "/pooling", **body, normalize=False)
+    for each, expected in zip(found["data"], hidden, strict=True):
+        assert_close(each["data"], expected)
+    cut = {"task": "token_embed", "dimensions": 7, "encoding_format": "base64"}
+    for each, expected in zip((await answer_of(api, "/pooling", **body, **cut))["data"], hidden, strict=True):
+        rows = np.frombuffer(base64.b64decode(each["data"]), "<f4").reshape(-1, 7)
+        assert_close(rows, torch.nn.functional.normalize(expected[:, :7], dim=-1))
+    one = await answer_of(api, "/pooling", **body, task="embed", pooling="cls")
+    known = await answer_of(api, "/v1/embeddings", **body, pooling="cls")
+    assert_close([each["data"] for each in one["data"]], [each["embedding"] for each in known["data"]])
+    body["model"] = "topics"
+    for more in ({}, {"use_activation": False}):
+        shares = await answer_of(api, "/pooling", **body, task="classify", **more)
+        labelled = await answer_of(api, "/classify", **body, **more)
+        assert_close([each["data"] for each in shares["data"]], [each["probs"] for each in labelled["data"]])
+    many = (MAX_NUMBERS // SIZES["hidden_size"] // 64 + 1) * ["a" * 62]
+    for wrong, part in (
+        ({"pooling": "mean"}, "pooling: expected nothing with task token_embed"),
+        ({"task": "classify", "dimensions": 7}, "dimensions"),
+        ({"task": "token_classify"}, "one of texts"),
+        ({"task": "classify", "model": "usual"}, "makes vectors"),
+        ({"input": many}, "tokens together"),
+    ):
+        answer = await api.post("/pooling", **body | wrong)
+        assert (answer.status_code, part in answer.json()["error"]["message"]) == (400, True), answer.text
 
 
 async def test_both_apis_serve_the_same_vectors(api: OpenAIApi) -> None:

@@ -254,6 +254,12 @@ async def test_predict_answers_as_text_embeddings_inference(api: OpenAIApi) -> N
     left = (await api.post("/predict", **cut, truncation_direction="Left")).json()
     assert left[-1]["end"] == len(cut["inputs"])
     assert (await api.post("/predict", **cut)).json()[0]["start"] == 0 < left[0]["start"]
+    rows = (await answer_of(api, "/pooling", model="plain", input=text, task="token_classify"))["data"][0][
+        "data"
+    ]
+    entities = await answer_of(api, "/classify", model="plain", input=text, ignore_labels=[])
+    for each in entities["data"][0]["entities"]:
+        assert_close(max(rows[each["index"]]), each["score"])
     long = {"model": "topic", "inputs": "a" * 90}
     assert (await api.post("/predict", **long)).status_code == 400
     assert len((await api.post("/predict", **long, truncate=True)).json()) == 3

@@ -27,7 +27,7 @@ from inference_service.api.http.openapi.document import show_openapi
 from inference_service.api.http.page import page_endpoints
 from inference_service.api.http.responses.create import count_input, create_response
 from inference_service.api.http.responses.schema import ResponsesBody
-from inference_service.api.http.vectors import scores, tei
+from inference_service.api.http.vectors import pooling, scores, tei
 from inference_service.api.http.vectors.embeddings import (
     ClassifyBody,
     EmbeddingsBody,
@@ -72,6 +72,7 @@ _SERVED: Final[tuple[Endpoint, ...]] = (
     *(_computing(route, scores.classify, ClassifyBody) for route in (routes.CLASSIFY, routes.CLASSIFY_V1)),
     _computing(routes.PREDICT, tei.predict, PredictBody),
     _computing(routes.EMBED, tei.embed, EmbedBody),
+    _computing(routes.POOLING, pooling.pool, pooling.TaskBody),
     Endpoint(routes.MODELS, models.list_models),
     Endpoint(routes.MODEL, models.get_model, fails=(404,)),
     Endpoint(routes.ADAPTERS, operators.list_adapters, query=PageQuery),

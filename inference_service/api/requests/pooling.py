@@ -213,10 +213,15 @@ def pooling_of(
 
 
 def shaped(vector: Vector, dimensions: int | None, *, normalize: bool) -> Vector:
-    """Return the first dimensions of a vector, of length 1 where that is asked for; zeros stay zeros."""
-    cut = vector if dimensions is None else vector[:dimensions]
-    length = float(np.linalg.norm(cut.astype(np.float64))) if normalize else 1.0
-    return (cut / length).astype(np.float32) if length else cut
+    """Return the first dimensions of a vector, or of each row of several, of length 1 where that is asked for;
+    zeros stay zeros.
+    """
+    cut = vector[..., :dimensions]
+    if not normalize:
+        return cut
+    length = np.linalg.norm(cut.astype(np.float64), axis=-1, keepdims=True)
+    unit: Vector = (cut / np.where(length, length, 1.0)).astype(np.float32)
+    return unit
 
 
 def check_dimensions(dimensions: int | None, hidden: int) -> None:

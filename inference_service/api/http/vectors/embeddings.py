@@ -287,7 +287,7 @@ async def answer(
 
 async def written(write: Callable[[], T], vectors: Sequence[Vector]) -> T:
     """Return what write returns, which runs on another thread where it has many numbers to write."""
-    return await asyncio.to_thread(write) if sum(map(len, vectors)) > MANY else write()
+    return await asyncio.to_thread(write) if sum(each.size for each in vectors) > MANY else write()
 
 
 def in_base64(vector: Vector) -> str:
