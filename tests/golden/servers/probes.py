@@ -107,5 +107,6 @@ PROBES: Final = [
     _probe("router of a mixture", made(("q_proj",), beside={f"{L}0.mlp.gate.lora_A.weight": (4, HIDDEN),
            f"{L}0.mlp.gate.lora_B.weight": (3, 4)}), target_modules=["q_proj", "gate"]),
     _probe("all linears", made(tuple(ALL)), target_modules=ALL),
+    _probe("of a model with images, at its decoder alone", made(renamed={M: f"{M}language_model."})),
 ]  # fmt: skip
 TRIED: Final = [*SHAPES, *PROBES]
