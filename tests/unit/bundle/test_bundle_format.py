@@ -242,6 +242,26 @@ def test_a_manifest_that_lies_is_refused_in_few_words(field: bytes, other: bytes
     assert len(caught.value.message) < 1000
 
 
+@pytest.mark.parametrize(
+    ("seed", "field", "other", "expected"),
+    [
+        (0, '"format_version": 1', '"format_version": 2', "format_version: expected 1, found 2"),
+        (1, '["a", "b"]', '["a"]', "expected a name for each label, found 1"),
+        (1, '"hidden_size": 3', '"hidden_size": 4', r"shape: expected \(2, 4\), found \(2, 3\)"),
+        (2, "[[1, 2], [5, 1]]", "[[1, 2], [3, 1]]", "embedding: expected ascending runs of tokens"),
+    ],
+    ids=["version", "labels", "score head", "tokens"],
+)
+def test_a_manifest_that_contradicts_itself_or_its_files_is_refused(
+    seed: int, field: str, other: str, expected: str
+) -> None:
+    """A bundle is refused where parts of its manifest do not agree, or a file has another shape."""
+    bundle = bundles.seeds()[seed]
+    assert field.encode() in bundle
+    with pytest.raises(BundleCorrupt, match=expected):
+        bundles.judge(bundle.replace(field.encode(), other.encode(), 1))
+
+
 def section(begin: str, end: str) -> str:
     return PAGE[PAGE.index(begin) : PAGE.index(end, PAGE.index(begin))]
 
