@@ -4,6 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import AdapterProgress, Progress
 from builder_service.pipeline.update import Update, update
 from loramux_shared.bundle.deployments import publish_change
-from loramux_shared.bundle.generation import CONVERTER, Generation
+from loramux_shared.bundle.generation import CONVERTER, Generation, current_key
 from loramux_shared.bundle.manifest import FileDigest, bundle_key
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment import Deployment, SourceKind
@@ -186,3 +187,17 @@ def test_damage_is_found_by_a_build_that_verifies(world: World) -> None:
     assert (reported["a000"].kept, reported["a000"].repaired) == (False, True)
     assert (reported["a001"].kept, reported["a001"].reused) == (True, True)
     read_bundle(world.store, digest)
+
+
+def test_a_bundle_that_is_reused_of_an_unserved_generation_is_made_young(world: World) -> None:
+    """A manifest that the served generation does not refer to is put again, so that `loramux gc` spares it."""
+    served = world.store.objects[current_key("d")]
+    world.names.append("new")
+    write_adapter(world.folder / "new", tensors(seed=9))
+    built = world.build(world.deployment())
+    world.store.objects[current_key("d")] = served
+    keys = [bundle_key(built[name].digest, "manifest.json") for name in ("a000", "new")]
+    old = datetime.fromtimestamp(0, UTC)
+    world.store.modified |= dict.fromkeys(keys, old)
+    assert world.build(world.deployment())["new"].kept
+    assert [world.store.modified[key] > old for key in keys] == [False, True]
