@@ -78,6 +78,27 @@ for open_it, settings in ((open_replica_store, replica), (_store, builder)):
     assert run(tree, required).count("expected an installed package that brings signatures, found none") == 2
 
 
+def test_a_deployment_is_built_unless_it_asks_for_proofs(tree: Path, tmp_path: Path) -> None:
+    """A builder without a prover builds what needs none, and refuses the rest."""
+    builds = """
+from pathlib import Path
+from loramux_shared.faults import SettingsInvalid
+from tests.support.adapters import write_adapter, write_base
+from tests.support.folders import context_of, deployment_of, run_build
+folder = Path(sys.argv[1])
+write_base(folder / "base")
+write_adapter(folder / "one")
+print("built", *run_build(deployment_of(folder, "one"), context_of(folder)).generation.adapters)
+try:
+    run_build(deployment_of(folder, "one", prove=True), context_of(folder))
+except SettingsInvalid as fault:
+    print(fault)
+"""
+    output = run(tree, builds, str(tmp_path))
+    assert "built one\n" in output
+    assert "a deployment with prove: true: expected an installed package that brings prover" in output
+
+
 def test_its_import_contracts_hold(tree: Path) -> None:
     """The import contracts name installed packages only."""
     assert "0 broken" in run(
