@@ -290,6 +290,18 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
     assert rows["back"] / rows["steady"] == pytest.approx(1.0, rel=0.25)
 
 
+def test_a_model_far_behind_takes_a_seat_at_once() -> None:
+    """A model that was served far less takes a seat within two steps, though the other was the last to wait."""
+    engine, _, _ = _engine(max_seqs=2, max_tokens=64, blocks=2000)
+    _add(engine, _seq(2, 2000, flow="behind"), _seq(500, 1, flow="ahead"))
+    _run(engine, 30)
+    engine.add(_seq(2, 2000, flow="ahead"))
+    engine.step()
+    query = _seq(2, 2, flow="behind")
+    engine.add(query)
+    assert _steps(engine, query, 300, first=True) <= 2
+
+
 def test_a_blend_keeps_free_places_from_those_behind_it() -> None:
     """A blend that waits for places is not overtaken by a sequence behind it."""
     engine, _, _ = _engine()
