@@ -63,20 +63,22 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
     root is as in `memory_limit`.
     """
-    own = [_words(group / "cpu.max") for group in _groups(root, VERSION_2, "")]
+    own = [read_or_empty(group / "cpu.max") for group in _groups(root, VERSION_2, "")]
     own += [
-        _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
+        f"{read_or_empty(group / 'cpu.cfs_quota_us')} {read_or_empty(group / 'cpu.cfs_period_us')}"
         for group in _groups(root, f"{VERSION_2}/cpu", "cpu")
     ]
-    limits = (words for words in own if len(words) == 2 and words[0] not in ("max", "-1"))
+    pairs = map(str.split, own)
+    limits = (words for words in pairs if len(words) == 2 and words[0] not in ("max", "-1"))
     return min((int(quota) / int(period) for quota, period in limits), default=None)
 
 
-def _words(file: Path) -> list[str]:
+def read_or_empty(file: Path) -> str:
+    """Return the text of a file of the kernel; empty where there is none."""
     try:
-        return file.read_text(encoding="utf-8").split()
+        return file.read_text(encoding="utf-8").strip()
     except OSError:
-        return []
+        return ""
 
 
 def _limits(root: Path) -> Iterator[MemoryLimit]:
@@ -88,10 +90,7 @@ def _limits(root: Path) -> Iterator[MemoryLimit]:
 
 def _groups(root: Path, mounted: str, controller: str) -> Iterator[Path]:
     """Yield the group that has this process, and those around it, where a version mounts a controller."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
+    lines = read_or_empty(root / "proc/self/cgroup").splitlines()
     mount = root / mounted
     for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if controller in controllers.split(","):

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_shared.control_groups import cpu_quota
+from loramux_shared.control_groups import cpu_quota, read_or_empty
 from loramux_shared.wording import counted
 
 
@@ -47,7 +47,7 @@ class Cores:
 def cores_of(cpus: Collection[int], root: Path = Path("/")) -> Cores:
     """Return the cores of logical CPUs; root holds the folders proc and sys."""
     folder = root / "sys/devices/system/cpu"
-    siblings = {_text(folder / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    siblings = {read_or_empty(folder / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
     return Cores(len(cpus), len(siblings), cpu_quota(root))
 
 
@@ -56,10 +56,10 @@ def numa_risks(cpus: Collection[int], root: Path = Path("/")) -> list[str]:
     `cores_of`.
     """
     folders = (root / "sys/devices/system/node").glob("node[0-9]*")
-    nodes = {int(folder.name[4:]): _numbers(_text(folder / "cpulist")) for folder in folders}
+    nodes = {int(folder.name[4:]): _numbers(read_or_empty(folder / "cpulist")) for folder in folders}
     near = sorted(node for node, own in nodes.items() if own & set(cpus))
     pages: Counter[int] = Counter()
-    for line in _text(root / "proc/self/numa_maps").splitlines():
+    for line in read_or_empty(root / "proc/self/numa_maps").splitlines():
         if " anon=" in line:
             pages.update({int(node): int(count) for node, count in re.findall(r" N(\d+)=(\d+)", line)})
     found = []
@@ -75,13 +75,6 @@ def numa_risks(cpus: Collection[int], root: Path = Path("/")) -> list[str]:
             f"read from afar. Bind both to one node: numactl --cpunodebind={far} --membind={far}"
         )
     return found
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 def _numbers(ranges: str) -> set[int]:

@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.runtime import Pooling
-from tests.contract.http.test_scores import bare, loaded, save_random
-from tests.models.test_encoders import PROMPTS as LENGTHS, SIZES, states, write_base
+from tests.contract.http.test_scores import loaded, save_random
+from tests.models.test_encoders import PROMPTS as LENGTHS, SIZES, adapt, means, write_base
 from tests.support.cases import cases
 from tests.support.openai_api import answer_of, assert_close, open_api
 from tests.support.pooled import run_pooled
@@ -79,13 +79,9 @@ def test_vectors_equal_those_of_transformers(tmp_path: Path, family: str) -> Non
     base, adapters = tmp_path / "base", adapters_of(family)
     torch.manual_seed(0)
     write_base(transformers.AutoModel.from_config(FAMILIES[family]), base)
-    for seed, (name, settings) in enumerate(adapters.items()):
-        made = get_peft_model(bare(base), LoraConfig(task_type="FEATURE_EXTRACTION", **settings))
-        save_random(made, tmp_path / name, seed)
-    world = World(base, {name: tmp_path / name for name in adapters}, tmp_path)
-    models, store = ("base", *adapters), world.built()
-    expected = torch.stack([each.mean(0) for model in models for each in states(world, model, PROMPTS)])
-    requests = [(model, prompt, Pooling.MEAN) for model in models for prompt in PROMPTS]
+    world = adapt(base, adapters)
+    store, expected = world.built(), means(world, PROMPTS)
+    requests = [(model, prompt, Pooling.MEAN) for model in ("base", *adapters) for prompt in PROMPTS]
     for options in ({"native": False}, {"deterministic": True}):
         ready = world.load(store, max_batch_tokens=1024, **options)
         vectors, _ = run_pooled(ready, requests)

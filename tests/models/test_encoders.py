@@ -3,7 +3,7 @@
 import base64
 import copy
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,20 @@ async def test_scores_equal_those_of_transformers(
     assert_close([best[0], best[1]], torch.cat(pairs))
 
 
+def adapt(base: Path, adapters: Mapping[str, Mapping[str, Any]]) -> World:
+    """Write random adapters for vectors beside a base, from fields of their configs."""
+    for seed, (name, settings) in enumerate(adapters.items()):
+        made = get_peft_model(bare(base), LoraConfig(task_type="FEATURE_EXTRACTION", **settings))
+        save_random(made, base.parent / name, seed)
+    return World(base, {name: base.parent / name for name in adapters}, base.parent)
+
+
+def means(world: World, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return transformers' means of the states of each model and prompt."""
+    models = ("base", *world.adapters)
+    return torch.stack([each.mean(0) for model in models for each in states(world, model, prompts)])
+
+
 @pytest.mark.parametrize("fields", MODERN.values(), ids=MODERN)
 async def test_a_modern_encoder_equals_transformers(tmp_path: Path, fields: dict[str, Any]) -> None:
     """Base and adapters are computed in one batch, over texts longer than what local layers see."""
@@ -177,13 +191,9 @@ async def test_a_modern_encoder_equals_transformers(tmp_path: Path, fields: dict
         read_fields(SIZES | fields | architecture).ropes == read_fields(config.to_dict() | architecture).ropes
     )
     write_base(transformers.AutoModel.from_config(config), base)
-    for seed, (name, settings) in enumerate(OF_MODERN.items()):
-        made = get_peft_model(bare(base), LoraConfig(task_type="FEATURE_EXTRACTION", **settings))
-        save_random(made, tmp_path / name, seed)
-    world = World(base, {name: tmp_path / name for name in OF_MODERN}, tmp_path)
-    models, store = ("base", *OF_MODERN), world.built()
-    expected = torch.stack([each.mean(0) for model in models for each in states(world, model, PROMPTS)])
-    requests = [(model, prompt, Pooling.MEAN) for model in models for prompt in PROMPTS]
+    world = adapt(base, OF_MODERN)
+    store, expected = world.built(), means(world, PROMPTS)
+    requests = [(model, prompt, Pooling.MEAN) for model in ("base", *OF_MODERN) for prompt in PROMPTS]
     for options in ({}, {"deterministic": True}):
         vectors, _ = run_pooled(world.load(store, max_batch_tokens=1024, **options), requests)
         assert_close(vectors, expected)

@@ -100,6 +100,10 @@ class ScoredPrompt:
     spans: Spans | None = None
     """The tokens of the text, where each has scores."""
 
+    def values(self, *, raw: bool) -> Vector:
+        """Return the scores as the head gives them, or as probabilities where its kind of problem has them."""
+        return self.scores if raw else self.scorer.activated(self.scores)
+
 
 async def scored(
     service: GenerationService,

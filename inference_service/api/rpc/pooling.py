@@ -106,7 +106,7 @@ def scores_to_message(index: int, scored: ScoredPrompt) -> pb.ClassifyResponse:
     return pb.ClassifyResponse(
         index=index,
         scores=scored.scores.tolist(),
-        probabilities=scored.scorer.activated(scored.scores).tolist(),
+        probabilities=scored.values(raw=False).tolist(),
         labels=() if index else scored.scorer.head.label_names,
         model=started.model.name,
         adapter_digest=started.model.digest,

@@ -76,9 +76,9 @@ def read_score(checkpoint: Tensors, config: EncoderConfig) -> tuple[ScoreHead, A
     return head, torch.cat(parts).cpu().numpy()
 
 
-Added: TypeAlias = Callable[[slice, Tensor, Tensor], Tensor | None]
-"""Of the rows of a sequence, its queries and its keys [heads, length, d]: what is added to its scores, or which
-of them count, [heads or none, length, length]; None: nothing, and all."""
+ScoreMask: TypeAlias = Callable[[slice, Tensor, Tensor], Tensor | None]
+"""Takes the rows of a sequence, its queries and its keys [heads, length, d]; returns the mask of its attention,
+boolean or added to the scores, [heads, length, length] or [length, length], or None for no mask."""
 
 
 class SequenceAttention:
@@ -98,13 +98,13 @@ class SequenceAttention:
         """Return [T, heads * d]; embeddings have positions, and nothing is cached."""
         return self.attend(layer.heads, layer.spec.scale, self.near)
 
-    def attend(self, heads: Tensor, scale: float, added: Added) -> Tensor:
-        """Return the same, with what is added to the scores of a sequence."""
+    def attend(self, heads: Tensor, scale: float, mask: ScoreMask) -> Tensor:
+        """Return the same, with a mask for each sequence."""
         out = heads.new_empty(len(heads), heads.shape[1] // 3, heads.shape[2])
         for span in self.spans:
             q, k, v = heads[span].transpose(0, 1)[None].chunk(3, dim=1)
-            scores = added(span, q[0], k[0])
-            out[span] = scaled_dot_product_attention(q, k, v, scores, scale=scale)[0].transpose(0, 1)
+            masked = mask(span, q[0], k[0])
+            out[span] = scaled_dot_product_attention(q, k, v, masked, scale=scale)[0].transpose(0, 1)
         return out.flatten(1)
 
     def near(self, span: slice, q: Tensor, _k: Tensor, reach: int | None = None) -> Tensor | None:
@@ -144,12 +144,12 @@ class EncoderLayer:
         """Return [T, hidden] for x [T, hidden]."""
         qkv, o, up, down = self._groups
         heads = self._linear(ops, self.qkv, x, lora, qkv).view(len(x), -1, self._head_dim)
-        attended = self._attended(ops, heads, x, attention, lora)
+        attended = self._attend(ops, heads, x, attention, lora)
         x = self._attention_norm(self._linear(ops, self.o, attended, lora, o) + x)
         wide = self._activated(ops, self._linear(ops, self.up, x, lora, up))
         return self._norm(self._linear(ops, self.down, wide, lora, down) + x)
 
-    def _attended(
+    def _attend(
         self,
         ops: Operations,  # noqa: ARG002 - layers that read more than heads compute it
         heads: Tensor,
@@ -275,8 +275,7 @@ class ModernLayer:
         """Read the weights."""
         names, mixer = config.names, config.attentions[reader.index]
         self._index, self._heads, self._head_dim = reader.index, mixer.num_heads, mixer.head_dim
-        self._scale, reach = mixer.attention.scale, config.reaches[reader.index]
-        self._near = partial(SequenceAttention.near, reach=reach)
+        self._scale, self._reach = mixer.attention.scale, config.reaches[reader.index]
         self._rope = config.ropes.index(mixer.rope)
         modules = "attn_q", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h"
         self._groups = tuple(reader.group(module).name for module in modules)
@@ -308,7 +307,7 @@ class ModernLayer:
         heads = linear(0, normed).view(len(x), -1, self._head_dim)
         rotated = rotate(heads[:, : 2 * self._heads], *rotations[self._rope])
         heads = torch.cat([rotated, heads[:, 2 * self._heads :]], dim=1)
-        x = x + linear(1, attention.attend(heads, self._scale, partial(self._near, attention)))
+        x = x + linear(1, attention.attend(heads, self._scale, partial(attention.near, reach=self._reach)))
         wide = linear(2, x if self._norm is None else self._norm(x))
         gate, up = wide.chunk(2, dim=1)
         rows = torch.split(gate, 1) if ops.by_row else (gate,)

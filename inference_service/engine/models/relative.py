@@ -86,7 +86,7 @@ class DistanceAttention(SequenceAttention):
 class DisentangledLayer(EncoderLayer):
     """A layer whose linears of queries and keys read embeddings of distances too, with the adapters of rows."""
 
-    def _attended(
+    def _attend(
         self,
         ops: Operations,
         heads: Tensor,
@@ -105,13 +105,13 @@ class DisentangledLayer(EncoderLayer):
         before, behind = found
         scale = self._spec.scale
 
-        def added(span: slice, q: Tensor, k: Tensor) -> Tensor:
+        def score_distances(span: slice, q: Tensor, k: Tensor) -> Tensor:
             """Return the scores [heads, length, length] of queries and keys with distances."""
             both = torch.cat([before[span].flip(0)[:-1], behind[span]])
             queries, keys, _ = both.transpose(0, 1).chunk(3)
-            return scale * (_shifted(q @ keys.flip(1).mT) + _shifted(k @ queries.mT).mT)
+            return scale * (_shift(q @ keys.flip(1).mT) + _shift(k @ queries.mT).mT)
 
-        return attention.attend(heads, scale, added)
+        return attention.attend(heads, scale, score_distances)
 
 
 class DisentangledEncoder(Encoder):
@@ -143,7 +143,7 @@ def span_of(distances: Tensor, config: DisentangledConfig) -> Tensor:
     return torch.where(distances <= middle, distances, logs.long())
 
 
-def _shifted(x: Tensor) -> Tensor:
+def _shift(x: Tensor) -> Tensor:
     """Return [heads, length, length] with column c of row r from column c - r + length - 1 of x."""
     heads, length, columns = x.shape
     strides = length * columns, columns - 1, 1

@@ -63,9 +63,9 @@ class Inference:
     pinned_bytes: int = 0
     """Host memory that a replica on a GPU locks for adapters, at most."""
     risks: Sequence[str] = ()
-    """What may go wrong with a card or with memory's place, each with its cure."""
+    """Known problems of a card, or of where memory lies, each with its cure."""
     threads_why: str = ""
-    """What decided their number."""
+    """The reason for the number of threads."""
 
 
 @dataclass(frozen=True)

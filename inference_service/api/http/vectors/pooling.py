@@ -95,7 +95,7 @@ async def pool(service: GenerationService, http: HttpRequest) -> Reply[PooledLis
             scored = await score_prompts(service, http, body, prompts, of_tokens=task == "token_classify")
         raw = body.use_activation is False
         found = [each.prompt for each in scored]
-        vectors = [each.scores if raw else each.scorer.activated(each.scores) for each in scored]
+        vectors = [each.values(raw=raw) for each in scored]
     return await _answer(found, vectors, base64_=body.encoding_format == "base64")
 
 
@@ -111,7 +111,7 @@ async def _token_vectors(
         requests = pooling_requests(
             body, [(body.model, each) for each in body.input], Pooling.ALL, http.headers
         )
-        prompts = await while_connected(http.receive, _bounded(service, requests))
+        prompts = await while_connected(http.receive, _collect(service, requests))
     rows = [each.vector.reshape(-1, service.limits.hidden_size) for each in prompts]
     normalize = body.normalize is not False
     return prompts, await asyncio.to_thread(
@@ -119,7 +119,8 @@ async def _token_vectors(
     )
 
 
-async def _bounded(service: GenerationService, requests: Sequence[Request]) -> list[PooledPrompt]:
+async def _collect(service: GenerationService, requests: Sequence[Request]) -> list[PooledPrompt]:
+    """Return the tokens' states of all requests; raise RequestInvalid for more than `MAX_NUMBERS`."""
     found: list[PooledPrompt] = []
     numbers = 0
     async with aclosing(pooled(service, requests)) as prompts:

@@ -156,11 +156,11 @@ async def score(service: GenerationService, http: HttpRequest) -> Reply[Scores]:
 async def rerank(service: GenerationService, http: HttpRequest) -> Reply[Ranking]:
     """Sort documents by their score for a query, best first."""
     body = await read_body(http, RerankBody)
-    ranking, headers = await ranked(service, http, body, body.model, body.documents)
+    ranking, headers = await rank_documents(service, http, body, body.model, body.documents)
     return Reply(ranking, headers=headers)
 
 
-async def ranked(
+async def rank_documents(
     service: GenerationService, http: HttpRequest, body: RerankBody, model: str, documents: Sequence[str]
 ) -> tuple[Ranking, Mapping[str, str]]:
     """Return documents as a body asks for them, best first, and the headers."""
@@ -227,7 +227,7 @@ def _classes(body: ClassifyBody, found: Sequence[ScoredPrompt]) -> tuple[Classes
 
 
 def _class(index: int, found: ScoredPrompt, body: ClassifyBody) -> Class:
-    probs = found.scores if body.use_activation is False else found.scorer.activated(found.scores)
+    probs = found.values(raw=body.use_activation is False)
     names = found.scorer.head.label_names
     label = names[int(found.scores.argmax())]
     return {"index": index, "label": label, "probs": probs.tolist(), "num_classes": len(names)}
@@ -245,7 +245,7 @@ def entity_fields(
     found: ScoredPrompt, spans: Spans, how: Aggregation, ignored: Sequence[str]
 ) -> list[EntityFields]:
     """Return the entities of a text as transformers' pipeline has them."""
-    shares, labels = found.scorer.activated(found.scores), found.scorer.head.label_names
+    shares, labels = found.values(raw=False), found.scorer.head.label_names
     return [_entity(each, how) for each in entities_of(spans, shares, labels, how, ignored)]
 
 
@@ -291,8 +291,7 @@ def _pairs(body: ScoreBody) -> list[TextPair]:
 
 def _scores(body: ScoringBody, found: ScoredPrompt) -> Sequence[float]:
     """Return scores as the head gives them, or where the body asks for it as probabilities."""
-    scores = found.scorer.activated(found.scores) if body.use_activation else found.scores
-    numbers: list[float] = scores.tolist()
+    numbers: list[float] = found.values(raw=not body.use_activation).tolist()
     return numbers
 
 

@@ -30,7 +30,7 @@ from inference_service.api.http.vectors.scores import (
     answer_head,
     best_first,
     entity_fields,
-    ranked,
+    rank_documents,
     score_documents,
     score_prompts,
 )
@@ -273,11 +273,11 @@ async def rank(service: GenerationService, http: HttpRequest) -> Reply[Ranks]:
         if body.model is None:
             missing = Finding(code="E_MISSING_FIELD", where="model", expected="a value, with documents")
             raise RequestInvalid("the body of the request is not valid.", [missing])
-        ranking, headers = await ranked(service, http, body, body.model, body.documents)
+        ranking, headers = await rank_documents(service, http, body, body.model, body.documents)
         return Reply(Ranks(ranking), headers=headers)
     model, texts = body.model or service.usual_model, body.texts or ()
     found = await score_documents(service, http, body, model, body.query, texts)
-    scores = [_score(each, raw=body.raw_scores is True) for each in found]
+    scores = [float(each.values(raw=body.raw_scores is True)[0]) for each in found]
     ranks: list[Rank] = [{"index": index, "score": scores[index]} for index in best_first(scores)]
     for each in ranks if body.return_text else ():
         each["text"] = texts[each["index"]]
@@ -312,11 +312,6 @@ async def info(service: GenerationService, http: HttpRequest) -> Reply[Info]:
 
 
 def _labels(found: ScoredPrompt, *, raw: bool) -> list[Prediction]:
-    scores = found.scores if raw else found.scorer.activated(found.scores)
+    scores: list[float] = found.values(raw=raw).tolist()
     labels = found.scorer.head.label_names
-    best = (-scores).argsort(kind="stable").tolist()
-    return [{"score": float(scores[place]), "label": labels[place]} for place in best]
-
-
-def _score(found: ScoredPrompt, *, raw: bool) -> float:
-    return float((found.scores if raw else found.scorer.activated(found.scores))[0])
+    return [{"score": scores[place], "label": labels[place]} for place in best_first(scores)]

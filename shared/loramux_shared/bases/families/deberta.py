@@ -1,10 +1,18 @@
 """DeBERTa-v2 and v3: scores add those of queries and of keys with embeddings of the distances between them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from loramux_shared.bases.families.encoders import POOLER, TASKS, EncoderConfig, HeadLayers, named, read_bert
+from loramux_shared.bases.families.encoders import (
+    POOLER,
+    TASKS,
+    EncoderConfig,
+    HeadLayers,
+    architectures,
+    extend,
+    read_bert,
+)
 from loramux_shared.bases.family import Family
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.faults import CheckpointInvalid
@@ -75,7 +83,7 @@ def _read(config: HfConfig) -> DisentangledConfig:
         "distance_norm": config.text("norm_rel_ebd", "none") == "layer_norm",
         "text_head": _pooler(config),
     }
-    return DisentangledConfig(**{each.name: getattr(found, each.name) for each in fields(found)} | own)
+    return extend(DisentangledConfig, found, own)
 
 
 def _require_both_sides(config: HfConfig) -> None:
@@ -99,4 +107,4 @@ def _pooler(config: HfConfig) -> HeadLayers:
     return HeadLayers(dense=POOLER, activation=POOLER_ACTIVATIONS[activation])
 
 
-DEBERTA: Final = Family(named("DebertaV2", "deberta-v2", *TASKS), _read)
+DEBERTA: Final = Family(architectures("DebertaV2", "deberta-v2", *TASKS), _read)

@@ -3,13 +3,12 @@
 from dataclasses import replace
 from typing import Final
 
-from loramux_shared.bases.config import TensorNames
 from loramux_shared.bases.families.encoders import (
     ACTIVATIONS,
     TASKS,
     EncoderConfig,
     HeadLayers,
-    named,
+    architectures,
     read_bert,
 )
 from loramux_shared.bases.family import Family
@@ -31,10 +30,8 @@ def _read(config: HfConfig) -> EncoderConfig:
     fields = {"num_hidden_layers": 6, **config.fields, "layer_norm_eps": 1e-12}
     fields |= {usual: fields[own] for own, usual in KEYS.items() if own in fields}
     found = read_bert(HfConfig(fields, config.architecture, config.max_seq_len), PREFIX)
-    names = TensorNames(
-        prefixes=found.names.prefixes,
-        embedding=found.names.embedding,
-        final_norm=found.names.final_norm,
+    names = replace(
+        found.names,
         layer="transformer.layer.{index}.",
         qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         o="attention.out_lin",
@@ -47,4 +44,4 @@ def _read(config: HfConfig) -> EncoderConfig:
     return replace(found, names=names, token_types=0, text_head=head)
 
 
-DISTILBERT: Final = Family(named("DistilBert", "distilbert", *TASKS), _read)
+DISTILBERT: Final = Family(architectures("DistilBert", "distilbert", *TASKS), _read)

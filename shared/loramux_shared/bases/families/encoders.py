@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, TypeVar
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
 from loramux_shared.bases.family import Architecture, Family, layer_types, llama_like, plain_mlps
@@ -136,13 +136,16 @@ def read_bert(config: HfConfig, prefix: str, sizes: Mapping[str, int] = SIZES) -
         "mlp_bias": True,
         "token_types": config.size("type_vocab_size", 2),
     }
-    described = {each.name: getattr(model, each.name) for each in fields(ModelConfig)} | own
-    return EncoderConfig(
-        **described,
-        table_rows=rows,
-        hidden_act=config.text("hidden_act", "gelu"),
-        **_own_head(config),
-    )
+    own |= {"table_rows": rows, "hidden_act": config.text("hidden_act", "gelu")}
+    return extend(EncoderConfig, model, own | _own_head(config))
+
+
+Kind = TypeVar("Kind", bound=EncoderConfig)
+
+
+def extend(kind: type[Kind], model: ModelConfig, own: Mapping[str, Any]) -> Kind:
+    """Return a model as a kind of encoder, with values of its own."""
+    return kind(**{each.name: getattr(model, each.name) for each in fields(model)} | dict(own))
 
 
 def _own_head(config: HfConfig) -> dict[str, Any]:
@@ -209,17 +212,19 @@ TOKENS: Final = "ForTokenClassification"
 """Ends of the names of architectures with a score head."""
 
 
-def named(name: str, model_type: str, *tasks: str) -> tuple[Architecture, ...]:
+def architectures(name: str, model_type: str, *tasks: str) -> tuple[Architecture, ...]:
     """Return the model of a name, and those for tasks."""
     return tuple(Architecture(f"{name}{task}", model_type) for task in ("Model", *tasks))
 
 
 TASKS: Final = ("ForMaskedLM", SCORES, TOKENS)
-BERT: Final = Family(named("Bert", "bert", *TASKS, "ForPreTraining"), partial(read_bert, prefix="bert."))
-ROBERTA: Final = Family(
-    named("Roberta", "roberta", *TASKS), partial(_read_roberta, sizes=SIZES | {"vocab_size": 50265})
+BERT: Final = Family(
+    architectures("Bert", "bert", *TASKS, "ForPreTraining"), partial(read_bert, prefix="bert.")
 )
-XLM_ROBERTA: Final = Family(named("XLMRoberta", "xlm-roberta", *TASKS), _read_roberta)
+ROBERTA: Final = Family(
+    architectures("Roberta", "roberta", *TASKS), partial(_read_roberta, sizes=SIZES | {"vocab_size": 50265})
+)
+XLM_ROBERTA: Final = Family(architectures("XLMRoberta", "xlm-roberta", *TASKS), _read_roberta)
 
 MODERN_NAMES: Final = TensorNames(
     embedding="embeddings.tok_embeddings",
@@ -242,7 +247,7 @@ THETAS: Final = {
 def _read_modern(config: HfConfig) -> ModernConfig:
     """Return what a ModernBERT is."""
     config.require("hidden_activation", "gelu")
-    config = _with_scaling(config)
+    config = _spread_scaling(config)
     every = config.size("global_attn_every_n_layers", 3)
     model = _bidirectional(config, MODERN_SIZES)
     dims, rows = model.dims, config.size("max_position_embeddings", 8192)
@@ -268,17 +273,12 @@ def _read_modern(config: HfConfig) -> ModernConfig:
         "mlp_bias": config.flag("mlp_bias", default=False),
         "activation": "gelu",
     }
-    described = {each.name: getattr(model, each.name) for each in fields(ModelConfig)} | own
     side = config.size("local_attention", 128) // 2
-    return ModernConfig(
-        **described,
-        reaches=tuple([side if kind == "sliding_attention" else None for kind in types]),
-        **_modern_heads(config, norm_bias=norm_bias),
-        **_own_head(config),
-    )
+    own["reaches"] = tuple([side if kind == "sliding_attention" else None for kind in types])
+    return extend(ModernConfig, model, own | _modern_heads(config, norm_bias=norm_bias) | _own_head(config))
 
 
-def _with_scaling(config: HfConfig) -> HfConfig:
+def _spread_scaling(config: HfConfig) -> HfConfig:
     """Return a config with ``rope_scaling`` in the blocks of all types of layers, as transformers takes it."""
     scaling, blocks = config.block("rope_scaling").fields, config.block("rope_parameters")
     if not scaling:
@@ -305,4 +305,4 @@ def _modern_heads(config: HfConfig, *, norm_bias: bool) -> dict[str, Any]:
     }
 
 
-MODERN_BERT: Final = Family(named("ModernBert", "modernbert", *TASKS), _read_modern)
+MODERN_BERT: Final = Family(architectures("ModernBert", "modernbert", *TASKS), _read_modern)

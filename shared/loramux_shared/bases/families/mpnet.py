@@ -1,9 +1,17 @@
 """MPNet: a RoBERTa without types of tokens, whose scores have a bias of each distance between positions."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
-from loramux_shared.bases.families.encoders import SIZES, TASKS, EncoderConfig, HeadLayers, named, read_bert
+from loramux_shared.bases.families.encoders import (
+    SIZES,
+    TASKS,
+    EncoderConfig,
+    HeadLayers,
+    architectures,
+    extend,
+    read_bert,
+)
 from loramux_shared.bases.family import Family
 from loramux_shared.bases.hf_config import HfConfig
 
@@ -37,7 +45,7 @@ def _read(config: HfConfig) -> BiasedConfig:
         "padding": PADDING,
         "text_head": HeadLayers("classifier.out_proj", "classifier.dense"),
     }
-    return BiasedConfig(**{each.name: getattr(found, each.name) for each in fields(found)} | own)
+    return extend(BiasedConfig, found, own)
 
 
-MPNET: Final = Family(named("MPNet", "mpnet", *TASKS), _read)
+MPNET: Final = Family(architectures("MPNet", "mpnet", *TASKS), _read)
