@@ -230,7 +230,7 @@ def _config(kind: PeftKind, fields: dict[str, Any]) -> AdapterConfig:
         exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded or ()),
         layers_to_transform=layers if isinstance(layers, int) else tuple(layers or ()),
         layers_pattern=_patterns(fields.get("layers_pattern")),
-        modules_to_save=tuple(fields.get("modules_to_save") or ()),
+        modules_to_save=tuple(dict.fromkeys(fields.get("modules_to_save") or ())),
         target_parameters=parameters_of_experts(fields.get("target_parameters")),
         invocation_tokens=_tokens(fields.get(INVOCATION)),
         trainable_tokens=_trainable_tokens(fields.get("trainable_token_indices") or {}),

@@ -123,7 +123,7 @@ def bad_fields(fields: dict[str, Any]) -> list[Finding]:
         ("lora_bias", lambda value: isinstance(value, bool), "true or false"),
         ("target_modules", _is_names_or_pattern, "a list of names or a pattern"),
         ("exclude_modules", _is_names_or_pattern, "a list of names or a pattern"),
-        ("modules_to_save", _is_few_names, f"a list of at most {MAX_SAVED_MODULES} names"),
+        ("modules_to_save", _is_few_names, f"a list of at most {MAX_SAVED_MODULES} different names"),
         ("trainable_token_indices", _is_tokens, "a list of token ids, or one for each of some modules"),
         ("layers_to_transform", _is_layers, "a layer or a list of layers"),
         ("layers_pattern", _is_names_or_pattern, "a pattern or a list of patterns"),
@@ -213,7 +213,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_few_names(value: Any) -> bool:
-    return _is_names(value) and len(value) <= MAX_SAVED_MODULES
+    return _is_names(value) and len(set(value)) <= MAX_SAVED_MODULES
 
 
 def _is_names(value: Any) -> bool:

@@ -116,7 +116,8 @@ async def test_the_report_of_an_adapter_that_would_be_built(world: Served) -> No
 async def test_a_report_names_labels(world: Served) -> None:
     """Labels come from a config beside a classifier, else from transformers' defaults; a wrong one is named."""
     head = {"base_model.model.score.weight": np.ones((2, HIDDEN), "f4")}
-    trained = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    saved = ["classifier", "score"] * 40  # which PEFT adds each time that a config is used
+    trained = {"task_type": "SEQ_CLS", "modules_to_save": saved}
     for name in ("named", "nameless"):
         write_adapter(world.folder / name, tensors() | head, **trained)
     about = {"id2label": {"0": "spam", "1": "ham"}, "problem_type": "multi_label_classification"}
