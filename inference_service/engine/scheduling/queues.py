@@ -366,8 +366,11 @@ class Plan:
     def whole(self, seq: Sequence) -> int:
         """Rows of a prompt that one step must compute: all, or none; the first one takes the time it needs."""
         left = self.left(seq)
-        fits = self.fitting(seq) == left or (not self.lengths and left <= self.budget)
-        return left if fits else 0
+        return left if self.fits(seq) or (not self.lengths and left <= self.budget) else 0
+
+    def fits(self, seq: Sequence) -> bool:
+        """Return True if all rows of a prompt find room."""
+        return self.fitting(seq) == self.left(seq)
 
     def left(self, seq: Sequence) -> int:
         """Rows of a prompt that it has not been given, up to where its chunk must end."""

@@ -38,6 +38,11 @@ MAX_RECOMPUTED_SHARE: Final = 1 / 8
 """Share of all computed rows that may be computed twice for new queues, QUANTUM_TOKENS of them at once."""
 SHORTER_PROMPTS_SHARE: Final = 0.75
 """Part that a prompt which would take all that is left of a step leaves to shorter ones of its queue."""
+MAX_WHOLE_STEP_S: Final = 0.1
+"""Largest time of a step of whole prompts, but for one that takes longer alone: their rows cost the same from
+some hundred on, and a later request waits for the end of the step."""
+MAX_AHEAD_TOKENS: Final = 2048.0
+"""Tokens, by weight, that a queue is ahead of another's whole prompt from which on none of it passes that."""
 
 
 class _Outcome(Enum):
@@ -59,9 +64,9 @@ class Scheduler:
 
     Sequences that decode come first. Then prompts under way and waiting ones take turns by `SequenceQueues`, in
     the time that `StepTimes` leaves them: the queue that was served least comes first, and within a queue the
-    most urgent, then the oldest, which leaves most of what it would take to shorter ones of its queue. A queue
-    lets others pass while an adapter of it is not resident, or finds no place among the `max_adapters` of a
-    step.
+    most urgent, then the oldest, which leaves most of what it would take to shorter ones of its queue; one that
+    must be computed whole leaves a step before its own to shorter ones of all queues. A queue lets others pass
+    while an adapter of it is not resident, or finds no place among the `max_adapters` of a step.
 
     A sequence without a seat, blocks, a place among the adapters or in the bank is served nothing, while those
     under way are. So the difference grows, and from QUANTUM_TOKENS on they make room: the queue that is
@@ -94,6 +99,8 @@ class Scheduler:
         self._load = EMPTY_LOAD
         self._parted = False
         """True if the last step left out those that decode."""
+        self._passed: set[Sequence] = set()
+        """Prompts that must be computed whole, and had no rows of a step: they let no others pass again."""
         self._residents = residents
         self._credit = QUANTUM_TOKENS
         """Rows that may be computed twice now; below 0 only those that are QUANTUM_TOKENS behind find room."""
@@ -130,6 +137,7 @@ class Scheduler:
             self._let_go(seq)
         else:
             self._stop_waiting(seq)
+        self._passed.discard(seq)
         self.queues.remove(seq)
         self.lookup.forget(seq)
 
@@ -190,6 +198,8 @@ class Scheduler:
         if not plan.prompts and not self.num_waiting:
             return
         plan.limit(len(plan.lengths))
+        if self.limits.whole:
+            plan.seconds = min(plan.seconds, MAX_WHOLE_STEP_S)
         if self.queues.in_background and plan.admits_background:
             plan.seconds = min(plan.seconds, plan.spare_s)
         self._take_turns(plan)
@@ -334,12 +344,15 @@ class Scheduler:
         """Give a prompt what finds room; one that would take all of it leaves some to shorter ones."""
         if seq in plan.preempted:
             return
-        if plan.fitting(seq) < plan.left(seq) and not self.limits.whole:
+        if plan.fitting(seq) < plan.left(seq) and seq not in self._passed:
             self._give_shorter(seq, plan)
         rows = self._fitting(seq, plan)
         if rows > 0:
             plan.give(seq, rows, self.queues.of[seq])
             self._grow(seq, plan)
+            self._passed.discard(seq)
+        elif self.limits.whole:
+            self._passed.add(seq)
         if plan.left(seq):
             plan.budget = 0
 
@@ -353,20 +366,35 @@ class Scheduler:
         return min(rows, max(1, self.blocks.reach(seq, spare) - reached))
 
     def _give_shorter(self, long: Sequence, plan: Plan) -> None:
-        """Give SHORTER_PROMPTS_SHARE of the rest to shorter prompts of the same queue, shortest first."""
+        """Give SHORTER_PROMPTS_SHARE of the rest to shorter prompts, shortest first."""
         kept = 1 - SHORTER_PROMPTS_SHARE
         budget, kept_s = math.ceil(kept * plan.budget), kept * plan.seconds
         plan.budget, plan.seconds = plan.budget - budget, plan.seconds - kept_s
-        shorter = self._shorter(long, plan)
+        of_all = self._shorter_of_all if self.limits.whole else self._shorter
+        shorter = of_all(long, self.queues.of[long], plan)
         while not plan.full and (seq := next(shorter, None)) is not None:
             plan.give(seq, self._fitting(seq, plan), self.queues.of[seq])
             self._grow(seq, plan)
         plan.budget += budget
         plan.seconds += kept_s
 
-    def _shorter(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:
-        """Yield them, those under way and those that wait, which begin for it; none that is less urgent."""
-        queue, left = self.queues.of[long], plan.left(long)
+    def _shorter_of_all(self, long: Sequence, own: SequenceQueue, plan: Plan) -> Iterator[Sequence]:
+        """Yield those that wait in any queue which is at most MAX_AHEAD_TOKENS ahead, as far as they fit."""
+        most = plan.counter(own) + MAX_AHEAD_TOKENS
+        queues = [queue for queue in self._candidates(plan) if plan.counter(queue) < most]
+        for queue in sorted(queues, key=lambda queue: queue.by_length[0].num_prompt):
+            while (
+                queue.waiting
+                and (seq := queue.by_length[0]).priority >= long.priority
+                and plan.fits(seq)
+                and self._may_begin(queue, seq, plan)
+                and self._admit(seq, plan) is _Outcome.ADMITTED
+            ):
+                yield seq
+
+    def _shorter(self, long: Sequence, queue: SequenceQueue, plan: Plan) -> Iterator[Sequence]:
+        """Yield those of its queue, under way and waiting, which begin for it; none that is less urgent."""
+        left = plan.left(long)
         others = (seq for seq in plan.prompts if self.queues.of[seq] is queue and seq not in plan.preempted)
         running = [seq for seq in others if seq.priority >= long.priority and 0 < plan.left(seq) < left]
         running.sort(key=plan.left, reverse=True)

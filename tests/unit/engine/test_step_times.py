@@ -15,6 +15,7 @@ from inference_service.engine.scheduling.block_manager import BlockManager
 from inference_service.engine.scheduling.lookup import FIRST_PROBABILITY, TOKEN_LEARNING_RATE, Expected, Lookup
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.engine.scheduling.residents import Residents
+from inference_service.engine.scheduling.scheduler import MAX_WHOLE_STEP_S
 from inference_service.engine.scheduling.step_times import (
     MAX_PREFILL_STEP_S,
     MAX_STEP_RATIO,
@@ -195,15 +196,37 @@ def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
     assert long.num_known
 
 
+def _whole(machine: Machine) -> Engine:
+    """Return an engine that computes all of a prompt in one step."""
+    limits = SchedulerLimits(1024, 64, max_adapters=2, max_seq_len=8192, whole=True)
+    return Engine(machine, limits, BlockManager(8192, 16), Residents(), clock=lambda: machine.now_s)
+
+
 def test_prompts_that_are_computed_whole_share_a_step_as_far_as_they_fit() -> None:
     """Once it is known what rows cost, a step has as many of such prompts as its time allows."""
-    machine = Machine(row_s=0.002)
-    limits = SchedulerLimits(1024, 64, max_adapters=2, max_seq_len=8192, whole=True)
-    engine = Engine(machine, limits, BlockManager(8192, 16), Residents(), clock=lambda: machine.now_s)
+    machine = Machine(row_s=0.0004)
+    engine = _whole(machine)
     _add(engine, *(_seq(64) for _ in range(40)))
     while not engine.idle:
         engine.step()
-    assert {len(batch.chunks) for batch in machine.batches[1:-1]} == {int(MAX_PREFILL_STEP_S / 0.128)}
+    assert {len(batch.chunks) for batch in machine.batches[1:-1]} == {int(MAX_WHOLE_STEP_S / 0.0256)}
+
+
+@pytest.mark.parametrize("flow", ["", "another"])
+def test_a_short_prompt_waits_for_one_long_one_that_is_computed_whole(flow: str) -> None:
+    """The next step has it, however many of those wait; endless short ones leave every other step to these."""
+    machine = Machine(row_s=0.0005)
+    engine = _whole(machine)
+    long = _add(engine, *(_seq(512) for _ in range(32)))
+    _run(engine, 1)
+    for ended in range(3, 33):
+        [short] = _add(engine, _seq(16, flow=flow))
+        _run(engine, 1)
+        assert short.num_known
+        assert {chunk.length for chunk in machine.batches[-1].chunks} == {16}
+        _add(engine, _seq(16, flow=flow))
+        _run(engine, 1)
+        assert sum(seq.num_known for seq in long) == ended
 
 
 def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:
