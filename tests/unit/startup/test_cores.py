@@ -1,5 +1,8 @@
 """The cores of a process and the place of its memory, from folders that stand for /proc and /sys."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,3 +127,12 @@ def test_cores_and_memory_on_other_nodes_are_a_risk(
 def test_a_machine_without_nodes_has_no_risk(tmp_path: Path) -> None:
     """A kernel without nodes makes no risk."""
     assert numa_risks(usable_cpus(), tmp_path) == []
+
+
+@pytest.mark.parametrize("service", ["inference_service", "builder_service"])
+def test_numpys_products_take_the_thread_that_asks(service: str) -> None:
+    """Threads of another library of products would wait awake on the cores of a step, or of other adapters."""
+    count = f"import os, {service}.__main__, numpy as np; np.ones((512, 512)) @ np.ones((512, 512))"
+    variables = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    command = [sys.executable, "-c", f"{count}; print(len(os.listdir('/proc/self/task')))"]
+    assert subprocess.run(command, env=variables, capture_output=True, check=True).stdout.split() == [b"1"]
