@@ -3,8 +3,8 @@
 import os
 import re
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -36,7 +36,7 @@ from loramux_shared.cores import cores_of, usable_cpus
 from loramux_shared.deployment import Merge, SourceKind
 from loramux_shared.faults import ResourcesExhausted, SettingsInvalid
 from loramux_shared.process import report
-from loramux_shared.runtime import Pooling, Rounding, pooling_in
+from loramux_shared.runtime import Pooling, Rounding, pooling_in, prompts_in
 from loramux_shared.settings import InferenceSettings, variable
 from loramux_shared.sources.checkpoint import PlacedBase, with_base
 from loramux_shared.sources.open import Sources
@@ -58,6 +58,8 @@ class LoadedBase:
     """The other ranks that compute it, where there are some."""
     pooling: Pooling | None = Pooling.LAST
     """Pooling with which it was trained to make vectors; None: one that is not served."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """Texts that it was trained to read in front of others, by name."""
     lookup: Lookup | None = None
     """Prompt lookup and a draft model, where the deployment has one."""
 
@@ -92,7 +94,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         with placed.small_files() as folder:
             config = read_config(folder, generation.max_seq_len)
             text = Text.load(folder, config.dims.vocab)
-            pooling = pooling_in(folder, encodes=config.encodes)
+            pooling, prompts = pooling_in(folder, encodes=config.encodes), prompts_in(folder)
         shard = shard_of(settings, config, 0)
         backend = choose_backend(settings, config if shard is None else shard.config)
         if config.encodes or not all(layer.mixer.recorded for layer in config.layers):
@@ -109,7 +111,8 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         else:
             host, model = read_with_ranks(placed, shard, backend, settings, generation)
             config = shard.config
-        return LoadedBase(placed, config, text, backend, model, time.monotonic() - reading, host, pooling)
+        load_s = time.monotonic() - reading
+        return LoadedBase(placed, config, text, backend, model, load_s, host, pooling, prompts)
 
     if generation.base.source.source is not SourceKind.LOCAL:
         report("fetching the base, or finding it in the cache")

@@ -287,6 +287,7 @@ def _make_service(
         driver.metrics,
         watchers,
         pooling_of_base=base.pooling,
+        prompts_of_base=base.prompts,
         parsers_of=settings.parsers,
         logprobs_mode=settings.logprobs_mode,
         batches=open_batches(settings),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
@@ -179,17 +179,42 @@ def pooling_in(folder: Path, *, encodes: bool = False) -> Pooling | None:
     a decoder, a maximum, weighted means, or several together. Raise CheckpointInvalid where the file is no JSON
     object.
     """
-    path = folder / FILE
-    if not path.exists():
+    fields = _read_object(folder, FILE)
+    if fields is None:
         return Pooling.MEAN if encodes else Pooling.LAST
-    try:
-        fields = parse_json(path.read_bytes())
-    except JsonInvalid as error:
-        raise CheckpointInvalid(f"the base's {FILE} is not valid JSON. Correct or remove it.") from error
-    if not isinstance(fields, dict):
-        raise CheckpointInvalid(f"the base's {FILE} must be an object. Correct or remove it.")
     mode = fields.get("pooling_mode")
     chosen = [mode] if mode is not None else [name for name in fields if fields[name] is True]
     modes = [str(name).removeprefix("pooling_mode_") for name in chosen if name not in ("include_prompt",)]
     found = MODES.get(modes[0]) if len(modes) == 1 else None
     return found if found in (OF_ENCODERS if encodes else OF_DECODERS) else None
+
+
+PROMPTS: Final = "config_sentence_transformers.json"
+"""Config of sentence-transformers, with the texts that a base was trained to read in front of others."""
+
+
+def prompts_in(folder: Path) -> dict[str, str]:
+    """Return these texts by their names; none where they are left out of the mean, which is not served.
+
+    Raise CheckpointInvalid where a file is no JSON object, or they are no texts.
+    """
+    prompts = (_read_object(folder, PROMPTS) or {}).get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(each, str) for each in prompts.values()):
+        raise CheckpointInvalid(
+            f"the base's {PROMPTS}: expected texts by their names as prompts. Correct or remove it."
+        )
+    return {} if (_read_object(folder, FILE) or {}).get("include_prompt") is False else prompts
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return an object of a base's file; None where it has none."""
+    path = folder / name
+    if not path.exists():
+        return None
+    try:
+        fields = parse_json(path.read_bytes())
+    except JsonInvalid as error:
+        raise CheckpointInvalid(f"the base's {name} is not valid JSON. Correct or remove it.") from error
+    if not isinstance(fields, dict):
+        raise CheckpointInvalid(f"the base's {name} must be an object. Correct or remove it.")
+    return fields

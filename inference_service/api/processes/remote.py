@@ -48,6 +48,7 @@ def served_to(service: GenerationService) -> dict[str, Any]:
         "limits": asdict(limits) | {"eos_token_ids": list(limits.eos_token_ids)},
         "max_queue": service.max_queue,
         "pooling": service.pooling_of_base,
+        "prompts": dict(service.prompts_of_base),
         "logprobs_mode": service.logprobs_mode,
         "deployed": deployed_to(service.local.catalog),
     }
@@ -275,6 +276,7 @@ class RemoteApi:
             metrics,
             watchers,
             pooling_of_base=messages.pooling_from(served["pooling"]),
+            prompts_of_base=served["prompts"],
             parsers_of=parsers_of,
             logprobs_mode=served["logprobs_mode"],
             batches=batches,

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 from inference_service.adapters.texts import Scorer
 from inference_service.api.requests.answer import Answer
@@ -44,6 +45,7 @@ class GenerationService:
         watchers: Seq[Watcher] = (),
         *,
         pooling_of_base: Pooling | None = Pooling.LAST,
+        prompts_of_base: Mapping[str, str] = MappingProxyType({}),
         parsers_of: ParsersOf = Parsers,
         logprobs_mode: LogprobsMode = "raw",
         batches: Batches | None = None,
@@ -51,6 +53,7 @@ class GenerationService:
         """Begin to serve; watchers see every request, as the metrics do.
 
         pooling_of_base is how the base was trained to make vectors; None: in a way that is not served.
+        prompts_of_base are texts that it was trained to read in front of others, by name.
         parsers_of returns how answers of chats are read, where a deployment names these parsers.
         logprobs_mode is that of requests that name none.
         """
@@ -60,6 +63,7 @@ class GenerationService:
         self.metrics = metrics
         self.logprobs_mode: LogprobsMode = logprobs_mode
         self.pooling_of_base = pooling_of_base
+        self.prompts_of_base = prompts_of_base
         self.batches = batches
         """None without a store for them."""
         self.parsers_of = parsers_of

@@ -18,7 +18,7 @@ from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid, SignatureInvalid
-from loramux_shared.runtime import FILE as POOLING
+from loramux_shared.runtime import FILE as POOLING, PROMPTS
 from loramux_shared.signatures import MAX_SIGNATURE, SIGNATURE, signatures
 from loramux_shared.sources.base import Progress, Resolved, Room, Source, about, unwatched
 from loramux_shared.sources.cache import alone, differs, discard, open_cache
@@ -33,6 +33,7 @@ log = structlog.get_logger()
 SMALL_FILES: Final = (
     CONFIG,
     POOLING,
+    PROMPTS,
     INDEX,
     "chat_template.jinja",
     GENERATION,

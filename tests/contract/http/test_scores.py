@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaConfig
 
+from loramux_shared import runtime
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.reader import read_bundle
@@ -59,6 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
     """Two that classify, one of them with names for its labels, and one that generates."""
     root = tmp_path_factory.mktemp("scores")
     make_checkpoint(root / "base", LlamaConfig(**SIZES))
+    (root / "base" / runtime.PROMPTS).write_text(json.dumps({"prompts": {"query": "find: ", "document": ""}}))
     make_classifier(root / "base", root / "ranker", 1, 1, r=6, target_modules=["q_proj", "down_proj"])
     make_classifier(root / "base", root / "topics", 5, 2, r=3, lora_alpha=5, target_modules=["v_proj"])
     about = {"id2label": {str(number): name for number, name in enumerate(NAMES)}}

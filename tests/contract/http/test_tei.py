@@ -39,6 +39,9 @@ async def test_the_hubs_client_gets_vectors_of_the_base(api: OpenAIApi) -> None:
     options: dict[str, Any] = {"normalize": False, "dimensions": 7}
     found = await client.feature_extraction(["abc", "a cat"], **options)
     assert_close(found, await vectors(api, model="base", input=["abc", "a cat"], **options))
+    for name, text in (("query", "find: abc"), ("document", "abc")):
+        found = await client.feature_extraction("abc", prompt_name=name)
+        assert_close(found, await vectors(api, model="base", input=[text]))
     ids = api.ready.service.text.encode(LONG)
     most = api.ready.service.limits.max_seq_len
     for side, kept in (("left", ids[-most:]), ("right", ids[:most]), (None, ids[:most])):

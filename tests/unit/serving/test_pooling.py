@@ -10,7 +10,7 @@ from inference_service.adapters.texts import Scorer
 from inference_service.api.requests.pooling import check_dimensions, pooling_of, shaped
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.faults import CheckpointInvalid, RequestInvalid
-from loramux_shared.runtime import FILE, Pooling, pooling_in
+from loramux_shared.runtime import FILE, PROMPTS, Pooling, pooling_in, prompts_in
 from tests.support.cases import cases
 
 
@@ -21,6 +21,20 @@ def test_how_a_base_was_trained_to_make_vectors(tmp_path: Path, fields: object, 
         (tmp_path / FILE).parent.mkdir()
         (tmp_path / FILE).write_text(json.dumps(fields))
     assert pooling_in(tmp_path) == pooling
+
+
+def test_the_prompts_that_a_base_was_trained_with(tmp_path: Path) -> None:
+    """A base without the file, or whose mean leaves prompts out, has none; what is no text is refused."""
+    assert prompts_in(tmp_path) == {}
+    (tmp_path / PROMPTS).write_text('{"prompts": {"query": "find: "}, "default_prompt_name": null}')
+    assert prompts_in(tmp_path) == {"query": "find: "}
+    (tmp_path / FILE).parent.mkdir()
+    (tmp_path / FILE).write_text('{"include_prompt": false}')
+    assert prompts_in(tmp_path) == {}
+    for wrong in ('{"prompts": ["find: "]}', '{"prompts": {"query": 1}}', "[]", "{"):
+        (tmp_path / PROMPTS).write_text(wrong)
+        with pytest.raises(CheckpointInvalid, match=PROMPTS):
+            prompts_in(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "{"])

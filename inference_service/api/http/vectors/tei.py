@@ -3,6 +3,7 @@
 Its clients name no model.
 """
 
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired, Self
 
@@ -34,7 +35,7 @@ from inference_service.api.http.vectors.scores import (
     score_documents,
     score_prompts,
 )
-from inference_service.api.http.wire.body import Body, Examples, Noun, Same, in_words_of, read_body, unserved
+from inference_service.api.http.wire.body import Body, Examples, Noun, Same, in_words_of, read_body
 from inference_service.api.http.wire.reply import Reply
 from inference_service.api.requests.bounds import refused
 from inference_service.api.requests.entities import Aggregation
@@ -42,6 +43,7 @@ from inference_service.api.requests.pooling import MAX_INPUTS, ScoredPrompt
 from inference_service.api.requests.service import GenerationService
 from inference_service.core.request import PromptContent, TextPair
 from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.wording import listed
 
 OF_DOCUMENTS: Final = ("top_n", "return_documents", "use_activation")
 OF_TEXTS: Final = ("raw_scores", "return_text")
@@ -89,7 +91,8 @@ class EmbedBody(TeiBody, VectorsBody):
     }
 
     inputs: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]
-    prompt_name: Annotated[None, unserved("Write the prompt in front of the text.")] = None
+    prompt_name: str | None = None
+    """Name of a text of the base's `config_sentence_transformers.json`, to put in front of each input."""
 
 
 TextOrPair = Annotated[list[str], Field(min_length=1, max_length=2)]
@@ -239,9 +242,26 @@ class Info(TypedDict):
 async def embed(service: GenerationService, http: HttpRequest) -> Reply[Vectors]:
     """Make vectors of texts: a list of numbers for each."""
     body = await read_body(http, EmbedBody)
-    found, vectors = await embedded(service, http, body, body.model or service.usual_model, body.inputs)
+    inputs: Sequence[PromptContent] = body.inputs
+    if body.prompt_name is not None:
+        inputs = _put_in_front(body.prompt_name, service.prompts_of_base, inputs)
+    found, vectors = await embedded(service, http, body, body.model or service.usual_model, inputs)
     headers = head_of(found, "embed").headers
     return await written(lambda: Reply(Vectors([*map(numbers_of, vectors)]), headers=headers), vectors)
+
+
+def _put_in_front(
+    name: str, prompts: Mapping[str, str], inputs: Sequence[PromptContent]
+) -> tuple[PromptContent, ...]:
+    """Return inputs behind a prompt; raise RequestInvalid where none has that name, or for token ids."""
+    if name not in prompts:
+        raise refused(
+            "prompt_name", listed([*map(repr, prompts)], 8, none="none: this base names no prompts"), repr(name)
+        )
+    texts = [each for each in inputs if isinstance(each, str)]
+    if len(texts) < len(inputs):
+        raise refused("prompt_name", "inputs that are texts", "token ids")
+    return tuple([prompts[name] + text for text in texts])
 
 
 async def predict(service: GenerationService, http: HttpRequest) -> Reply[Predictions]:
