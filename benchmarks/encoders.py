@@ -27,12 +27,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from benchmarks.figures import machine
 from benchmarks.on_gpu import checkpoint
+from benchmarks.peer import load_adapters
 from benchmarks.service import replica_process
 from loramux import AsyncClient
 
@@ -78,8 +79,7 @@ LOADS: Final = tuple(Load(tokens, texts) for texts in (1, 32) for tokens in (16,
 def write_files(work: Path, shape: dict[str, int]) -> list[str]:
     """Write a base and its adapters, and build them; return their names."""
     torch.manual_seed(0)
-    config = transformers.BertConfig(**shape, num_labels=LABELS)
-    transformers.BertModel(config).save_pretrained(work / "base")
+    transformers.BertModel(transformers.BertConfig(**shape)).save_pretrained(work / "base")
     Tokenizer(WordLevel({"[UNK]": 0}, "[UNK]")).save(str(work / "base/tokenizer.json"))
     names = [f"topic{number}" for number in range(max(COUNTS))]
     for name in names:
@@ -92,7 +92,7 @@ def write_files(work: Path, shape: dict[str, int]) -> list[str]:
     return names
 
 
-def padded(texts: Texts) -> dict[str, torch.Tensor]:
+def pad(texts: Texts) -> dict[str, torch.Tensor]:
     """Return a batch, padded to its longest text."""
     longest = max(map(len, texts))
     ids = torch.tensor([[*text, *([0] * (longest - len(text)))] for text in texts])
@@ -119,7 +119,7 @@ def transformers_alone(work: Path) -> Run:
 
     @torch.inference_mode()
     def run(texts: Texts) -> None:
-        batch = padded(texts)
+        batch = pad(texts)
         mean(model(**batch).last_hidden_state.numpy(), batch["attention_mask"].numpy())
 
     return in_a_thread(run)
@@ -128,14 +128,11 @@ def transformers_alone(work: Path) -> Run:
 def with_peft(work: Path, names: Sequence[str]) -> Run:
     """Return scores of transformers + PEFT, one batch that mixes adapters."""
     base = transformers.AutoModelForSequenceClassification.from_pretrained(work / "base", num_labels=LABELS)
-    model = PeftModel.from_pretrained(base, work / "adapters" / names[0], adapter_name=names[0])
-    for name in names[1:]:
-        model.load_adapter(work / "adapters" / name, adapter_name=name)
-    model.eval()
+    model = load_adapters(base, work / "adapters", names)
 
     @torch.inference_mode()
     def run(texts: Texts) -> None:
-        model(**padded(texts), adapter_names=[names[place % len(names)] for place in range(len(texts))])
+        model(**pad(texts), adapter_names=[names[place % len(names)] for place in range(len(texts))])
 
     return in_a_thread(run)
 
@@ -148,7 +145,7 @@ def onnx(work: Path, kind: str) -> Run:
     exact, small = work / "float32.onnx", work / "int8.onnx"
     if not exact.exists():
         model = transformers.AutoModel.from_pretrained(work / "base", attn_implementation="eager").eval()
-        batch, size = padded([[1] * 8, [1] * 6]), torch.export.Dim("texts", max=64)
+        batch, size = pad([[1] * 8, [1] * 6]), torch.export.Dim("texts", max=64)
         length = torch.export.Dim("length", max=POSITIONS)
         shapes = {name: {0: size, 1: length} for name in batch}
         torch.onnx.export(
@@ -165,7 +162,7 @@ def onnx(work: Path, kind: str) -> Run:
     session = onnxruntime.InferenceSession(str(exact if kind == "float32" else small))
 
     def run(texts: Texts) -> None:
-        batch = {name: tensor.numpy() for name, tensor in padded(texts).items()}
+        batch = {name: tensor.numpy() for name, tensor in pad(texts).items()}
         mean(session.run(None, batch)[0], batch["attention_mask"])
 
     return in_a_thread(run)
@@ -178,26 +175,18 @@ def mean(states: Any, mask: Any) -> Any:
 
 def in_a_thread(run: Callable[[Texts], None]) -> Run:
     """Return a function as one that is awaited."""
-
-    async def threaded(texts: Texts) -> None:
-        await asyncio.to_thread(run, texts)
-
-    return threaded
+    return lambda texts: asyncio.to_thread(run, texts)
 
 
 async def rate(run: Run, load: Load, seed: int) -> float:
     """Return texts a second over some seconds, the first second left out."""
-    began_s, done, measured_s = time.perf_counter(), 0, 0.0
-    for number in itertools.count(1000 * seed):
-        await run(load.draw(number))
-        passed_s = time.perf_counter() - began_s
-        if not measured_s and passed_s > WARM_S:
-            began_s, measured_s = time.perf_counter(), MEASURED_S
-        elif measured_s:
-            done += 1
-            if passed_s > measured_s:
-                break
-    return done * load.texts / passed_s
+    seeds = itertools.count(1000 * seed)
+    for least_s in (WARM_S, MEASURED_S):
+        began_s, passed_s, calls = time.perf_counter(), 0.0, 0
+        while passed_s <= least_s:
+            await run(load.draw(next(seeds)))
+            passed_s, calls = time.perf_counter() - began_s, calls + 1
+    return calls * load.texts / passed_s
 
 
 async def tails(client: AsyncClient, names: Sequence[str]) -> tuple[str, str]:

@@ -58,18 +58,24 @@ class Peer:
         return self._process.stdout.readline()
 
 
+def load_adapters(model: Any, folder: Path, names: Sequence[str]) -> Any:
+    """Return a model with the adapters of a folder, as PEFT has them."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(model, folder / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(folder / name, adapter_name=name)
+    return model.eval()
+
+
 def peft(base: str, adapters: str, *names: str) -> Measure:
     """Generate for as many prompts as are to be open at once, as one batch; the first token is not seen."""
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
     if names:
-        model = PeftModel.from_pretrained(model, Path(adapters) / names[0], adapter_name=names[0])
-        for name in names[1:]:
-            model.load_adapter(Path(adapters) / name, adapter_name=name)
-        model.eval()
+        model = load_adapters(model, Path(adapters), names)
 
     @torch.inference_mode()
     def measure(load: Load) -> tuple[float, float]:

@@ -370,17 +370,16 @@ class Scheduler:
         kept = 1 - SHORTER_PROMPTS_SHARE
         budget, kept_s = math.ceil(kept * plan.budget), kept * plan.seconds
         plan.budget, plan.seconds = plan.budget - budget, plan.seconds - kept_s
-        of_all = self._shorter_of_all if self.limits.whole else self._shorter
-        shorter = of_all(long, self.queues.of[long], plan)
+        shorter = (self._shorter_of_all if self.limits.whole else self._shorter)(long, plan)
         while not plan.full and (seq := next(shorter, None)) is not None:
             plan.give(seq, self._fitting(seq, plan), self.queues.of[seq])
             self._grow(seq, plan)
         plan.budget += budget
         plan.seconds += kept_s
 
-    def _shorter_of_all(self, long: Sequence, own: SequenceQueue, plan: Plan) -> Iterator[Sequence]:
+    def _shorter_of_all(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:
         """Yield those that wait in any queue which is at most MAX_AHEAD_TOKENS ahead, as far as they fit."""
-        most = plan.counter(own) + MAX_AHEAD_TOKENS
+        most = plan.counter(self.queues.of[long]) + MAX_AHEAD_TOKENS
         queues = [queue for queue in self._candidates(plan) if plan.counter(queue) < most]
         for queue in sorted(queues, key=lambda queue: queue.by_length[0].num_prompt):
             while (
@@ -392,9 +391,9 @@ class Scheduler:
             ):
                 yield seq
 
-    def _shorter(self, long: Sequence, queue: SequenceQueue, plan: Plan) -> Iterator[Sequence]:
+    def _shorter(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:
         """Yield those of its queue, under way and waiting, which begin for it; none that is less urgent."""
-        left = plan.left(long)
+        queue, left = self.queues.of[long], plan.left(long)
         others = (seq for seq in plan.prompts if self.queues.of[seq] is queue and seq not in plan.preempted)
         running = [seq for seq in others if seq.priority >= long.priority and 0 < plan.left(seq) < left]
         running.sort(key=plan.left, reverse=True)
