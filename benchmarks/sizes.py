@@ -259,6 +259,7 @@ async def measure(options: Any, work: Path, kind: str, groups: Mapping[str, Sequ
             runs[label] = llama_cpp(options.llama_cpp, file, found[label])
         for run in runs.values():
             await run(Load("", 32, 16, 4))  # adapters come, and what is compiled is
+            await run(LOADS[0])
         for load in LOADS:
             for _ in range(options.rounds):
                 for label, run in runs.items():

@@ -169,9 +169,13 @@ def display_source(repository: Repository) -> str:
     return f"{place}@{repository.revision}" if repository.revision else place
 
 
-def require_text(model: ServedModel) -> None:
-    """Raise RequestInvalid for text from an adapter that was trained for scores or vectors."""
-    silent = next((each for each in model.parts or (model,) if not SILENT.isdisjoint(each.kinds)), None)
+def require_text(model: ServedModel, *, of_base: bool) -> None:
+    """Raise RequestInvalid for text from a model that was trained for scores or vectors.
+
+    Of_base says whether the base generates text; where it does not, no model does.
+    """
+    parts = model.parts or (model,)
+    silent = next((each for each in parts if not (of_base and SILENT.isdisjoint(each.kinds))), None)
     if silent is None:
         return
     found, fix = "one that makes vectors of texts", "Ask /v1/embeddings for them."

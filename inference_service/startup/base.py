@@ -74,7 +74,7 @@ class LoadedBase:
             generation.served_model_name,
             source=display_source(generation.base.source),
             load_s=self.load_s,
-            kinds=(AdapterKind.ENCODER.value,) if self.config.encodes else (),
+            kinds=() if self.config.generates else (AdapterKind.ENCODER.value,),
             num_labels=None if self.model.score is None else self.model.score[0].num_labels,
             warnings=_warn_about(self.config, self.model),
         )
@@ -93,11 +93,12 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
     def read(placed: PlacedBase) -> LoadedBase:
         with placed.small_files() as folder:
             config = read_config(folder, generation.max_seq_len)
-            text = Text.load(folder, config.dims.vocab)
+            judged = config.logit_score
+            text = Text.load(folder, config.dims.vocab, None if judged is None else judged.instruction)
             pooling, prompts = pooling_in(folder, encodes=config.encodes), prompts_in(folder)
         shard = shard_of(settings, config, 0)
         backend = choose_backend(settings, config if shard is None else shard.config)
-        if config.encodes or not all(layer.mixer.recorded for layer in config.layers):
+        if not config.generates or not all(layer.mixer.recorded for layer in config.layers):
             backend = replace(backend, recordable=False)
         dtype = named(backend.dtype)
         packed = may_stay_packed(config, backend.operations.keeps)
@@ -111,6 +112,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         else:
             host, model = read_with_ranks(placed, shard, backend, settings, generation)
             config = shard.config
+        config = replace(config, has_head=model.config.has_head)
         load_s = time.monotonic() - reading
         return LoadedBase(placed, config, text, backend, model, load_s, host, pooling, prompts)
 

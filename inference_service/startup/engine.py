@@ -74,7 +74,7 @@ def build_engine(
     residents: Residents = Residents() if bank is None else bank.residency
     resident = [] if bank is None else bank.residency.resident()[:MAX_MEASURED_ADAPTERS]
 
-    encodes = model.config.encodes
+    encodes, generates = model.config.encodes, model.config.generates
 
     def limits_of(longest: int) -> SchedulerLimits:
         return SchedulerLimits(
@@ -83,7 +83,7 @@ def build_engine(
             settings.max_batch_adapters,
             longest,
             # a state that took in a token which did not hold cannot be cut back
-            speculative_tokens=0 if model.config.state_bytes(1) or encodes else sizes.speculative,
+            speculative_tokens=sizes.speculative if generates and not model.config.state_bytes(1) else 0,
             whole=encodes,
             prefill_first=settings.prefill_first,
         )
@@ -103,7 +103,7 @@ def build_engine(
         lora.num_bytes,
         promised=0 if bank is None else bank.promised,
         graphs=backend.recordable,
-        measure=measured if model.device.type == "cuda" and not encodes else None,
+        measure=measured if model.device.type == "cuda" and generates else None,
     )
     limits = replace(limits_of(plan.max_seq_len), max_seqs=plan.seqs)
     blocks = blocks_of(plan, model.config, settings)
@@ -115,10 +115,10 @@ def build_engine(
     return Engine(runner, limits, blocks, residents, clock, lookup=base.lookup), limits
 
 
-def run_a_few_tokens(engine: Engine, bank: OpenBank | None, *, encodes: bool) -> None:
+def run_a_few_tokens(engine: Engine, bank: OpenBank | None, *, generates: bool) -> None:
     """Run what works as long as anything does: the base, and an adapter where one is resident."""
     resident: list[Adapter] = [] if bank is None else bank.residency.resident()
-    sampling, pooling = SamplingParams(max_tokens=0 if encodes else 2), Pooling.MEAN if encodes else None
+    sampling, pooling = SamplingParams(max_tokens=2 if generates else 0), None if generates else Pooling.MEAN
     for adapter in [None, *resident[:1]]:
         engine.add(Sequence("warm-up", [0, 0], sampling, adapter, pooling=pooling))
         while not engine.idle:

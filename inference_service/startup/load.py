@@ -167,7 +167,7 @@ def _begin(
         report(f"loading {counted(len(first), 'adapter')}")
         preload(bank, first, inbox)
     engine, limits = build(settings, generation, base, bank)
-    probe = partial(run_a_few_tokens, engine, bank, encodes=base.config.encodes)
+    probe = partial(run_a_few_tokens, engine, bank, generates=base.config.generates)
     probe()  # so that the first request does not wait for buffers and kernels of the first use
     facts = _describe_replica(settings, generation, base, time.monotonic() - started)
     _report_loaded(generation, base, bank, engine, limits, served_adapters, facts)
@@ -283,6 +283,8 @@ def _make_service(
             config.dims.hidden,
             config.encodes,
             config.token_types,
+            config.generates,
+            base.model.sparse is not None,
         ),
         driver.metrics,
         watchers,

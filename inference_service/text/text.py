@@ -6,6 +6,7 @@ import asyncio
 import threading
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -30,6 +31,17 @@ CUT_TOKENS: Final = 256
 """More than a cut was ever seen to add."""
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """The form in which a model reads two texts."""
+
+    typed: bool = True
+    """Whether the model is told which tokens are of the second text."""
+    instruction: str | None = None
+    """Where the chat template renders query and document: the system's message before them, empty for none.
+    None: the tokenizer joins both."""
+
+
 class Text:
     """The text side of a model."""
 
@@ -39,12 +51,10 @@ class Text:
         template: ChatTemplate | None,
         vocab: int,
         special_tokens: Mapping[str, str] | None = None,
-        *,
-        gives_types: bool = True,
+        pairs: Pairs = Pairs(),
     ) -> None:
         self._tokenizer = tokenizer
-        self.gives_types = gives_types
-        """Whether the model is told which tokens are of the second text of a pair."""
+        self.pairs = pairs
         self.vocab = vocab
         self._cut = max(CUT_TOKENS, 2 * max(map(len, tokenizer.get_vocab()), default=0))
         self.vocabulary = TokenBytes(tokenizer, vocab)
@@ -76,12 +86,13 @@ class Text:
             if (known := tokenizer.token_to_id(each.content)) != each.id:
                 raise ValueError(f"id {each.id} for token {each.content!r}, which becomes {known}")
         special = self.special_tokens
-        return Text(tokenizer, self.template, own.vocab, special, gives_types=self.gives_types)
+        return Text(tokenizer, self.template, own.vocab, special, self.pairs)
 
     @classmethod
-    def load(cls, folder: Path, vocab: int) -> Text:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja; raise CheckpointInvalid where
-        there is no tokenizer.json, or a file cannot be read.
+    def load(cls, folder: Path, vocab: int, instruction: str | None = None) -> Text:
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja; instruction is as in `Pairs`.
+
+        Raise CheckpointInvalid where there is no tokenizer.json, or a file cannot be read.
         """
         path = folder / "tokenizer.json"
         if not path.exists():
@@ -99,7 +110,7 @@ class Text:
         template = ChatTemplate(source, special) if source else None
         inputs = config.get("model_input_names")  # of transformers; without it, the tokenizer's own types count
         gives_types = not isinstance(inputs, list) or "token_type_ids" in inputs
-        return cls(tokenizer, template, vocab, special, gives_types=gives_types)
+        return cls(tokenizer, template, vocab, special, Pairs(gives_types, instruction))
 
     @classmethod
     def from_json(
@@ -108,11 +119,10 @@ class Text:
         template: ChatTemplate | None,
         vocab: int,
         special_tokens: Mapping[str, str],
-        *,
-        gives_types: bool,
+        pairs: Pairs,
     ) -> Text:
         """Return a text side from what `tokenizer_json` returns."""
-        return cls(Tokenizer.from_str(tokenizer), template, vocab, special_tokens, gives_types=gives_types)
+        return cls(Tokenizer.from_str(tokenizer), template, vocab, special_tokens, pairs)
 
     def tokenizer_json(self) -> str:
         """Return the tokenizer as ``tokenizer.json`` has it."""
@@ -172,7 +182,7 @@ class Text:
         return Spans(text, found, Wording.of(self._tokenizer, self.special_tokens.get("unk_token")))
 
     def _with_types(self, tokens: list[int], types: list[int]) -> tuple[list[int], list[int]]:
-        return tokens, types if self.gives_types else [0] * len(tokens)
+        return tokens, types if self.pairs.typed else [0] * len(tokens)
 
     def _look_at(self, texts: Sequence[str], max_seq_len: int) -> None:
         """Look at long texts in slices first.
@@ -239,11 +249,7 @@ class Text:
             PromptTooLong: they have many more tokens than max_seq_len.
             RequestInvalid: there is no chat template, or it refuses the messages.
         """
-        template = template or self.template
-        if template is None:
-            finding = Finding(code="E_NO_TEMPLATE", where="messages", fix="Send text or token_ids.")
-            raise RequestInvalid("the base has no chat template.", [finding])
-        rendered = await template.render(
+        rendered = await self._template(template).render(
             messages,
             tools,
             variables,
@@ -251,6 +257,48 @@ class Text:
             continue_final_message=continue_final_message,
         )
         return await self.encoded(rendered, max_seq_len, add_special_tokens=add_special_tokens)
+
+    async def encode_rendered_pair(
+        self,
+        texts: tuple[str, str],
+        max_seq_len: int,
+        template: ChatTemplate | None = None,
+        most: int | None = None,
+    ) -> list[int]:
+        """Render query and document as sentence-transformers does, and tokenize them.
+
+        Where they have more tokens than most, the end of the document is left out.
+
+        Raises:
+            PromptTooLong: they have many more tokens than max_seq_len.
+            RequestInvalid: there is no chat template, it does not render both, or most leaves no place.
+        """
+        instruction = self.pairs.instruction
+        messages = [{"role": "system", "content": instruction}] if instruction else []
+        messages += [{"role": "query", "content": texts[0]}, {"role": "document", "content": texts[1]}]
+        rendered = await self._template(template).render(messages, add_generation_prompt=False)
+        query, document = (text.strip() for text in texts)
+        if query not in rendered or document not in rendered:
+            expected = "messages of the roles query and document, as sentence-transformers renders pairs"
+            problem = "the chat template does not render both texts."
+            raise RequestInvalid.of_field(problem, "messages", expected, "a template that leaves one out")
+        tokens = await self.encoded(rendered, max_seq_len, add_special_tokens=False)
+        if most is None or len(tokens) <= most:
+            return tokens
+        before, _, behind = rendered.rpartition(document)
+        end = self.encode(behind, add_special_tokens=False)
+        if len(self.encode(before, add_special_tokens=False)) + len(end) >= most:
+            problem, expected = "the query leaves no place for a document.", "room for query and document"
+            raise RequestInvalid.of_field(problem, "truncate_prompt_tokens", expected, str(most))
+        return self.encode(before + document, add_special_tokens=False)[: most - len(end)] + end
+
+    def _template(self, template: ChatTemplate | None) -> ChatTemplate:
+        """Return a template, or the base's where there is none; raise RequestInvalid without either."""
+        template = template or self.template
+        if template is None:
+            finding = Finding(code="E_NO_TEMPLATE", where="messages", fix="Send text or token_ids.")
+            raise RequestInvalid("the base has no chat template.", [finding])
+        return template
 
     async def encoded(self, text: str, max_seq_len: int, *, add_special_tokens: bool) -> list[int]:
         """Tokenize a text as `encode_prompt` does, on another thread unless it is short."""

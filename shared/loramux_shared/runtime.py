@@ -143,6 +143,9 @@ class Pooling(StrEnum):
     """The hidden state of the first token, which has seen all others in an encoder alone."""
     ALL = "all"
     """All of them, one behind another: what heads of token classification read. No request names it."""
+    SPARSE = "sparse"
+    """For each token of the vocabulary the largest score over all of them, by the head of masked language
+    modelling, as log(1 + score), and 0 for negative ones: SPLADE. No request names it."""
 
 
 OF_DECODERS: Final = (Pooling.LAST, Pooling.MEAN)

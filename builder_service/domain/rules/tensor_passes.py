@@ -136,7 +136,7 @@ def check_tensors(check: TensorCheck) -> CheckedAdapter:
         check.config.invocation_tokens,
         vocab,
         score=check.score,
-        encodes=check.config.encodes or (check.base.encodes and check.score is None),
+        encodes=check.config.encodes or (check.score is None and not check.base.generates),
     )
 
 

@@ -35,7 +35,7 @@ from inference_service.api.http.vectors.embeddings import (
     ScoreBody,
     embeddings,
 )
-from inference_service.api.http.vectors.tei import EmbedBody, PredictBody, RanksBody
+from inference_service.api.http.vectors.tei import EmbedBody, PredictBody, RanksBody, SparseBody
 from inference_service.api.http.wire.front import Front
 from inference_service.api.http.wire.refusals import FAILED, MessageError, fault_response, http_error_response
 from inference_service.api.requests.service import GenerationService
@@ -72,6 +72,7 @@ _SERVED: Final[tuple[Endpoint, ...]] = (
     *(_computing(route, scores.classify, ClassifyBody) for route in (routes.CLASSIFY, routes.CLASSIFY_V1)),
     _computing(routes.PREDICT, tei.predict, PredictBody),
     _computing(routes.EMBED, tei.embed, EmbedBody),
+    _computing(routes.EMBED_SPARSE, tei.embed_sparse, SparseBody),
     _computing(routes.POOLING, pooling.pool, pooling.TaskBody),
     Endpoint(routes.MODELS, models.list_models),
     Endpoint(routes.MODEL, models.get_model, fails=(404,)),

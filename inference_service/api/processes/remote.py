@@ -28,7 +28,7 @@ from inference_service.driver.telemetry.metrics import RequestMetrics
 from inference_service.driver.telemetry.record import Watcher
 from inference_service.store import Batches
 from inference_service.text.chat_template import ChatTemplate
-from inference_service.text.text import Text
+from inference_service.text.text import Pairs, Text
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
@@ -44,7 +44,7 @@ def served_to(service: GenerationService) -> dict[str, Any]:
         "template": None if text.template is None else text.template.source,
         "vocab": text.vocab,
         "special": text.special_tokens,
-        "gives_types": text.gives_types,
+        "pairs": asdict(text.pairs),
         "limits": asdict(limits) | {"eos_token_ids": list(limits.eos_token_ids)},
         "max_queue": service.max_queue,
         "pooling": service.pooling_of_base,
@@ -266,7 +266,7 @@ class RemoteApi:
         """Begin with what `served_to` returns."""
         source, special, vocab = served["template"], served["special"], served["vocab"]
         template = ChatTemplate(source, special) if source else None
-        text = Text.from_json(served["tokenizer"], template, vocab, special, gives_types=served["gives_types"])
+        text = Text.from_json(served["tokenizer"], template, vocab, special, Pairs(**served["pairs"]))
         limits = served["limits"]
         driver, metrics = RemoteDriver(channel, text, served), CollectedMetrics()
         service = GenerationService(

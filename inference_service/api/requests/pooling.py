@@ -23,7 +23,7 @@ from inference_service.core.request import (
 from inference_service.core.sequence import Vector
 from inference_service.core.served_model import ServedModel, refused_model
 from inference_service.text.spans import Spans
-from loramux_shared.bundle.kinds import AdapterKind
+from loramux_shared.bundle.kinds import SILENT, AdapterKind
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
 from loramux_shared.runtime import OF_DECODERS, Pooling
 
@@ -144,20 +144,27 @@ async def _head(
     """Return the model of a request and its score head; raise RequestInvalid where `scored` does."""
     served = await service.choose(request)
     model = served.model
-    if model.num_labels is None:
+    by_base = service.text.pairs.instruction is not None and _has_the_bases_head(model)
+    if model.num_labels is None and not by_base:
         does = "makes vectors of texts" if AdapterKind.ENCODER in model.kinds else "generates text"
         expected = "an adapter with a score head, of task_type SEQ_CLS or TOKEN_CLS"
         raise refused_model(model.name, expected, f"one that {does}", "Name such an adapter as model.")
-    scorer = await service.scorer(model)
+    scorer = await service.scorer(ServedModel(model.name) if by_base else model)
     _require(scorer, model, of_tokens=of_tokens)
-    if labels is not None and model.num_labels != labels:
+    if labels is not None and scorer.head.num_labels != labels:
         raise refused_model(
             model.name,
             f"a score head of {labels} label",
-            f"one of {model.num_labels}",
+            f"one of {scorer.head.num_labels}",
             "Ask /classify for all of them.",
         )
     return served, scorer
+
+
+def _has_the_bases_head(model: ServedModel) -> bool:
+    """Return whether the logits of an adapter, or of a blend, are those of the base's own head."""
+    own = SILENT | {AdapterKind.HEAD, AdapterKind.TOKENS}
+    return all(each.kinds and own.isdisjoint(each.kinds) for each in model.parts or (model,))
 
 
 def _require(scorer: Scorer, model: ServedModel, *, of_tokens: bool | None) -> None:

@@ -109,7 +109,7 @@ class GenerationService:
             served = await self.choose(request)
             model = follower.record.model = served.model
             if request.output.pooling is None:
-                require_text(model)
+                require_text(model, of_base=self.limits.generates)
             check(request, model.vocab or self.text.vocab, self.max_queue, self.limits.max_seq_len)
             with self.driver.admit(model) as admission:
                 defaults = await self.defaults(model)

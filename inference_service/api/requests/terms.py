@@ -10,7 +10,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
-from inference_service.api.requests.bounds import check_constraint, countable, prompt_too_long
+from inference_service.api.requests.bounds import check_constraint, countable, prompt_too_long, refused
 from inference_service.core.constraint import Constraint, packed
 from inference_service.core.request import Request, TextPair
 from inference_service.core.sampling import LogprobsMode, SamplingParams
@@ -37,6 +37,10 @@ class ServingLimits:
     """True if the base is an encoder, which makes vectors alone."""
     token_types: int = 0
     """Types by which an encoder tells the texts of a pair apart; 0: by none."""
+    generates: bool = True
+    """False for a base that makes vectors and scores alone."""
+    sparse: bool = False
+    """True for one that makes sparse vectors, too."""
 
 
 class PromptTokens(NamedTuple):
@@ -79,6 +83,15 @@ class Terms:
         """
         source = self.request.prompt
         prompt, cut, side = source.content, source.truncate_prompt_tokens, source.truncation_side
+        if isinstance(prompt, TextPair) and self.text.pairs.instruction is not None:
+            longest = most if cut is None else countable(most)
+            if cut is not None and side == "left":
+                raise refused("truncation_side", "right: the end of a document is left out", "left")
+            return PromptTokens(
+                await self.text.encode_rendered_pair(
+                    prompt, longest, self.defaults.template, most if cut == -1 else cut
+                )
+            )
         if cut is not None and (side or self.limits.encodes) and isinstance(prompt, str | TextPair):
             texts = (prompt,) if isinstance(prompt, str) else prompt
             found = await asyncio.to_thread(self._cut, texts, most if cut == -1 else cut)

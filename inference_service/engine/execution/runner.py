@@ -112,7 +112,7 @@ def _pooled(chunk: Chunk, row: int, pooling: Pooling) -> list[PooledRows]:
     """Return the rows of a chunk, which begins at row, that go into a vector and have not yet."""
     seq, end = chunk.seq, row + chunk.length
     first = end - 1
-    if pooling in (Pooling.CLS, Pooling.ALL):  # of encoders alone, whose chunks are whole
+    if pooling in (Pooling.CLS, Pooling.ALL, Pooling.SPARSE):  # of encoders alone, whose chunks are whole
         return [PooledRows(seq, range(row, row + (1 if pooling is Pooling.CLS else chunk.length)), ends=True)]
     if pooling is Pooling.MEAN:
         first = row + seq.progress.num_pooled - chunk.start
@@ -225,7 +225,9 @@ _sums: Final[WeakKeyDictionary[Sequence, Tensor]] = WeakKeyDictionary()
 """Sums of hidden states [hidden size], of the sequences whose mean is asked for; on the device."""
 
 
-def pool(chunks: Iterable[PooledRows], hidden: Seq[Tensor]) -> Callable[[], Vectors]:
+def pool(
+    chunks: Iterable[PooledRows], hidden: Seq[Tensor], sparse: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[], Vectors]:
     """Take in the hidden states [n, hidden size] of each chunk; the result waits for the vectors that end.
 
     Sums are float64, so that neither the chunks of a prompt nor a preemption show in a mean.
@@ -238,6 +240,8 @@ def pool(chunks: Iterable[PooledRows], hidden: Seq[Tensor]) -> Callable[[], Vect
             _sums[seq] = total = total if before is None else before + total
             seq.progress.num_pooled += len(rows)
             states = (total / seq.progress.num_pooled)[None]
+        elif seq.pooling is Pooling.SPARSE and sparse is not None:
+            states = sparse(states)[None]
         if ends:
             seqs.append(seq)
             vectors.append((states if seq.pooling is Pooling.ALL else states[-1]).float().flatten())
@@ -337,7 +341,7 @@ class Runner:
         last, *states = torch.split(hidden, [len(rows.last_rows), *map(len, others)])
         for seq, scored in zip(rows.scored, states, strict=False):
             score_prompt(seq, scored, partial(self._logits_of, seq), model.scores)()
-        vectors = pool(rows.pooled, states[len(rows.scored) :]) if rows.pooled else list
+        vectors = pool(rows.pooled, states[len(rows.scored) :], model.sparse) if rows.pooled else list
         return model.logits(last, own), vectors
 
     def _logits_of(self, seq: Sequence, hidden: Tensor) -> Tensor:

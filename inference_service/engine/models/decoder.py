@@ -6,10 +6,10 @@ together, and the adapters from theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ from inference_service.engine.models.blocks import (
 )
 from inference_service.engine.models.checkpoint import Tensors
 from inference_service.engine.models.experts import BesideBlock, ExpertsBlock
-from inference_service.engine.models.reader import LayerReader, Reader
+from inference_service.engine.models.reader import LayerReader, Reader, Table
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
@@ -128,7 +128,9 @@ class Decoder:
     """Turns token ids into logits."""
 
     score: tuple[ScoreHead, Array] | None = None
-    """The score head that a base has itself, and its weights: of some encoders."""
+    """The score head that a base has itself, and its weights: of some encoders, and rerankers."""
+    sparse: Callable[[Tensor], Tensor] | None = None
+    """What makes the sparse vector [vocab] of hidden states [n, hidden]: of some encoders."""
 
     def __init__(
         self,
@@ -154,13 +156,17 @@ class Decoder:
             checkpoint, config, self.dtype, self._operations, quantization=quantization, shard=shard
         )
         self._embedding, head = reader.tables()
-        self.config = replace(config, tied_embeddings=head is self._embedding)
+        if shard is None or shard.is_first:
+            self.score = _read_score(checkpoint, config, head)
+        tied = config.tied_embeddings if head is None else head is self._embedding
+        self.config = replace(config, tied_embeddings=tied, has_head=head is not None)
         self._stateful = config.state_bytes(1) > 0
         self.layers = [read_layer(reader.layer(index)) for index in range(config.dims.num_layers)]
         self._norm = reader.norm(config.names.final_norm)
+        self._head = None
         if isinstance(head, WeightBlocks):
             self._head = self._operations.new_blocks([head])
-        else:
+        elif head is not None:
             self._head = self._operations.new_linear(head, quantization=quantization.of_head)
         self._head_bias = reader.head_bias() if config.head_bias else None
         self._inputs = None
@@ -273,7 +279,10 @@ class Decoder:
         """Return the logits [N, vocab] of rows [N, hidden], some of which have a head of their own.
 
         Where one has more tokens than the base, there are columns for the most, and -inf where a row has none.
+        Without a head there are no columns.
         """
+        if self._head is None:
+            return hidden.new_empty(len(hidden), 0)
         logits = self._operations.linear(self._head, hidden)
         if own is not None:
             logits = own.head(hidden, logits, by_row=self._operations.by_row)
@@ -342,6 +351,23 @@ class Decoder:
         if spec is None:
             return None
         return self._query_factors.index_select(0, (positions + spec.ahead) // spec.length)[:, None]
+
+
+def _read_score(checkpoint: Tensors, config: ModelConfig, head: Table | None) -> tuple[ScoreHead, Array] | None:
+    """Read the base's own score head, or make it of rows of its head; None where it has none."""
+    spec, hidden = config.logit_score, config.dims.hidden
+    if config.labels:
+        rows = checkpoint.get("score.weight", (len(config.labels), hidden), torch.float32)
+        about: Any = {"id2label": config.labels, "problem_type": config.problem_type}
+        return ScoreHead(num_labels=len(rows), hidden_size=hidden, **about), rows.cpu().numpy()
+    if spec is None or head is None:
+        return None
+    tokens = torch.tensor([each for each in (spec.true_token, spec.false_token) if each is not None])
+    rows = head.part(tokens).widened() if isinstance(head, WeightBlocks) else head[tokens.to(head.device)]
+    rows = rows.float().cpu() / config.logit_divisor
+    kind = "regression" if spec.raw else None
+    score = ScoreHead(num_labels=1, hidden_size=hidden, problem_type=kind)
+    return score, (rows[:1] - rows[1:].sum(0)).numpy()
 
 
 def _query_factors(spec: QueryScaling | None, max_positions: int) -> Tensor:

@@ -76,6 +76,40 @@ def read_score(checkpoint: Tensors, config: EncoderConfig) -> tuple[ScoreHead, A
     return head, torch.cat(parts).cpu().numpy()
 
 
+class VocabularyScores:
+    """The head of masked language modelling, whose last layer has the rows of the embeddings."""
+
+    def __init__(self, checkpoint: Tensors, config: EncoderConfig, words: Tensor) -> None:
+        """Read it; words are the embeddings."""
+        head = config.vocabulary_head
+        assert head is not None  # noqa: S101 - `read_config` looked
+        hidden, dtype = config.dims.hidden, words.dtype
+
+        def vector(name: str, width: int = hidden) -> Tensor:
+            return checkpoint.get(name, (width,)).to(dtype)
+
+        biases = [
+            None if name in head.without_bias else vector(f"{name}.bias") for name in (head.dense, head.norm)
+        ]
+        self._dense = Linear(checkpoint.get(f"{head.dense}.weight", (hidden, hidden)).to(dtype), biases[0])
+        self._norm = LayerNorm(vector(f"{head.norm}.weight"), config.norm_eps, biases[1])
+        self._words = Linear(words, vector(head.bias, config.dims.vocab))
+        self._activation, self._logs = ACTIVATIONS[head.activation or config.hidden_act], config.sparse_logs
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the sparse vector [vocab] of hidden states [n, hidden], in which most numbers are 0."""
+        best = states.new_zeros(self._words.out_features)
+        for part in torch.split(states, max(1, SCORES_AT_ONCE // len(best))):
+            scores = self._words(self._norm(self._activation(self._dense(part))))
+            best = torch.maximum(best, scores.amax(0))
+        for _ in range(self._logs):
+            best = best.float().log1p()
+        return best
+
+
+SCORES_AT_ONCE: Final = 1 << 23
+"""Scores of tokens of the vocabulary that are in memory at once."""
+
 ScoreMask: TypeAlias = Callable[[slice, Tensor, Tensor], Tensor | None]
 """Takes the rows of a sequence, its queries and its keys [heads, length, d]; returns the mask of its attention,
 boolean or added to the scores, [heads, length, length] or [length, length], or None for no mask."""
@@ -194,6 +228,7 @@ class Encoder(Decoder):
         self._words = reader.rounded(reader.get(f"{config.names.embedding}.weight", words))
         self._read(reader, config)
         self.score = read_score(checkpoint, config) if config.labels else None
+        self.sparse = VocabularyScores(checkpoint, config, self._words) if config.sparse_logs else None
 
     def _read(self, reader: Reader, config: EncoderConfig) -> None:
         """Read the layers, and what is before and behind them."""

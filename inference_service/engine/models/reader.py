@@ -57,8 +57,10 @@ class Reader:
         found = checkpoint.first([f"{prefix}{names.final_norm}.weight" for prefix in names.prefixes])
         self._prefix = found.removesuffix(f"{names.final_norm}.weight")
 
-    def tables(self) -> tuple[Table, Table]:
+    def tables(self) -> tuple[Table, Table | None]:
         """Embeddings and head, both [vocab, hidden]; of a tied model one table. Rank 0 alone has some.
+
+        The head is None where a model that makes vectors and scores alone lacks it.
 
         As in transformers, a checkpoint counts before its config: what is tied may stand under either name, and
         where it stands under both with different values it is not tied.
@@ -69,6 +71,9 @@ class Reader:
             return unread, unread
         embedding = f"{self._prefix}{config.names.embedding}.weight"
         head = checkpoint.first([f"{name}.weight" for name in config.names.heads])
+        lacking = config.for_vectors and not config.tied_embeddings and not checkpoint.has(head)
+        if not config.has_head or lacking:
+            return self._table(embedding), None
         if config.tied_embeddings and not (checkpoint.has(embedding) and checkpoint.has(head)):
             only = self._table(head if checkpoint.has(head) else embedding)
             return only, only

@@ -105,6 +105,18 @@ class TensorNames:
 
 
 @dataclass(frozen=True)
+class LogitScore:
+    """The score of a pair of texts: the logit of a token, less that of another one where there is one."""
+
+    true_token: int
+    false_token: int | None = None
+    instruction: str = ""
+    """Message of the system before query and document; empty for none."""
+    raw: bool = False
+    """True where a score is no probability's logit: nothing is computed from it."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of attention and gated MLPs or mixtures, with norms before or after them, or both."""
 
@@ -143,11 +155,26 @@ class ModelConfig:
     logit_divisor: float = 1.0
     quantization: Quantization | None = None
     """Storage format of the linears; None: the type in which they are served."""
+    has_head: bool = True
+    """False for a decoder without the head of its vocabulary, which makes vectors and scores alone."""
+    for_vectors: bool = False
+    """True for one that was trained to make vectors, and may lack that head."""
+    labels: tuple[str, ...] = ()
+    """Names of the labels of the base's own score head; none where it has no such head."""
+    problem_type: str | None = None
+    """Kind of its scores, as transformers names it."""
+    logit_score: LogitScore | None = None
+    """Scores of documents that a decoder makes by its own logits."""
     token_types: int = 0
     """Rows of an encoder's table of token types; 0: it has none, and no type changes an answer."""
 
     encodes: ClassVar[bool] = False
     """True of an encoder, which makes vectors alone, of sequences that a step computes whole."""
+
+    @property
+    def generates(self) -> bool:
+        """Return True for a base that generates text."""
+        return self.has_head and not self.encodes
 
     @cached_property
     def layer_groups(self) -> tuple[tuple[GroupShape, ...], ...]:

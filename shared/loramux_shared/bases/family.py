@@ -8,6 +8,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.layers import AttentionLayer, LayerSpec, MlpLayer
 from loramux_shared.bases.rope import AttentionSpec, RopeSpec, read_rope
+from loramux_shared.bundle.manifest import MAX_LABEL, PROBLEM_TYPES, names_of_labels
 from loramux_shared.bundle.modules import read_dims
 from loramux_shared.faults import CheckpointInvalid
 
@@ -135,3 +136,21 @@ def token_ids(value: Any) -> frozenset[int]:
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
         raise CheckpointInvalid(f"eos_token_id: expected a token or a list of tokens, found {value!r}.")
     return frozenset(ids)
+
+
+def labels_of(config: HfConfig) -> tuple[str, ...]:
+    """Return the names of the labels that a base's own head scores, in their order.
+
+    Raises:
+        CheckpointInvalid: they are not numbered from 0 on, or have no names, or the kind of scores is unknown.
+    """
+    config.require("problem_type", None, *PROBLEM_TYPES)
+    names = config.block("id2label").fields
+    count = len(names) or config.size("num_labels", 2)
+    labels = names_of_labels(names or {str(number): f"LABEL_{number}" for number in range(count)}, count)
+    if labels is None:
+        raise CheckpointInvalid(
+            f"config.json: id2label: expected a name of at most {MAX_LABEL} characters for each of 0 to "
+            f"{count - 1}, found {dict(names)!r}."
+        )
+    return labels

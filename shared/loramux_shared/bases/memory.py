@@ -236,7 +236,7 @@ def weights_bytes(
             experts += count
     table, of_head = config.dims.vocab * config.dims.hidden, quantization.of_head
     tied = config.tied_embeddings and device == "cuda" and of_head is Rounding.NONE
-    head = 0 if tied or config.encodes else of_head.weight_bytes(table, item_bytes)
+    head = 0 if tied or not config.generates else of_head.weight_bytes(table, item_bytes)
     whole = experts + table + _count_inputs(config)
     if packed and config.quantization is not None and config.quantization.in_blocks:
         return config.quantization.linear_bytes + config.quantization.table_bytes + table
@@ -254,7 +254,7 @@ def token_bytes(config: ModelConfig, item_bytes: int, quantization: Rounding) ->
         for group in groups
         if group.expert is None or (isinstance(layer.mlp, ExpertsLayer) and group.expert < layer.mlp.top_k)
     )
-    table = 0 if config.encodes else config.dims.vocab * config.dims.hidden
+    table = 0 if not config.generates else config.dims.vocab * config.dims.hidden
     head = quantization.of_head.weight_bytes(table, item_bytes)
     return quantization.weight_bytes(count, item_bytes) + head
 

@@ -7,10 +7,14 @@ from typing import Any, Final
 
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
-from loramux_shared.bases.family import Architecture, Family, token_ids
+from loramux_shared.bases.families.encoders import EncoderConfig
+from loramux_shared.bases.family import Architecture, Family, labels_of, token_ids
 from loramux_shared.bases.formats import QUANTIZE, read_quantization, with_quantize
 from loramux_shared.bases.hf_config import HfConfig, read_json
+from loramux_shared.bases.logit_score import logit_score_in
+from loramux_shared.bases.splade import sparse_logs_in
 from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.runtime import FILE as POOLING
 from loramux_shared.wording import nearest
 
 SENTENCES: Final = "sentence_bert_config.json"
@@ -28,7 +32,11 @@ def read_config(folder: Path, max_seq_len: int | None = None) -> ModelConfig:
         raise CheckpointInvalid("the base checkpoint has no config.json; expected a Hugging Face checkpoint.")
     fields = with_quantize(fields, read_json(folder / QUANTIZE))
     model = read_fields(fields, read_json(folder / "generation_config.json") or {}, max_seq_len)
-    if not model.encodes or max_seq_len is not None:
+    if not isinstance(model, EncoderConfig):
+        scored = logit_score_in(folder, model)
+        return replace(model, logit_score=scored, for_vectors=(folder / POOLING).exists())
+    model = replace(model, sparse_logs=sparse_logs_in(folder, model))
+    if max_seq_len is not None:
         return model
     longest = (read_json(folder / SENTENCES) or {}).get("max_seq_length") or model.max_positions
     if not isinstance(longest, int) or longest < 1:
@@ -55,14 +63,20 @@ def read_fields(
     refuse_other_geometry(decoder, family.describes)
     model = family.read(HfConfig(decoder, architecture.name, max_seq_len))
     ends = token_ids((generation or {}).get("eos_token_id"))
-    return replace(model, eos_token_ids=ends or model.eos_token_ids, quantization=quantization)
+    model = replace(model, eos_token_ids=ends or model.eos_token_ids, quantization=quantization)
+    task = _task(fields)
+    if not task:
+        return model
+    whole = HfConfig(fields, architecture.name)
+    labels, kind = ((), None) if task == BARE else (labels_of(whole), whole.text("problem_type", "") or None)
+    return replace(model, has_head=False, labels=labels, problem_type=kind)
 
 
 def _named(fields: Mapping[str, Any]) -> tuple[Architecture, Family]:
     """Return the architecture that a config names, and its family."""
-    named = fields.get("architectures")
-    name = str(named[0]) if isinstance(named, list) and named else "unknown"
-    families = load_families()
+    name, families = _architecture(fields), load_families()
+    if task := _task(fields):
+        name = name.removesuffix(task) + GENERATES
     if name not in families:
         near = nearest(name.partition("For")[0], {known.partition("For")[0] for known in families})
         meant = f" The nearest name is that of {near}." if near else ""
@@ -77,6 +91,27 @@ def _named(fields: Mapping[str, Any]) -> tuple[Architecture, Family]:
             f"model_type is {model_type!r:.80}: they contradict each other. Correct the one that is wrong."
         )
     return architecture, family
+
+
+def _architecture(fields: Mapping[str, Any]) -> str:
+    """Return the first name of ``architectures``."""
+    named = fields.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else "unknown"
+
+
+GENERATES: Final = "ForCausalLM"
+BARE: Final = "Model"
+SCORES: Final = "ForSequenceClassification"
+"""Ends of names of a decoder with the head of its vocabulary, without it, and with one that scores."""
+
+
+def _task(fields: Mapping[str, Any]) -> str:
+    """Return the end of the name of a decoder without the head of its vocabulary; empty for other models."""
+    name, families = _architecture(fields), load_families()
+    ends = (end for end in (BARE, SCORES) if name.endswith(end))
+    return next(
+        (end for end in ends if name not in families and name.removesuffix(end) + GENERATES in families), ""
+    )
 
 
 def _decoder(fields: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:

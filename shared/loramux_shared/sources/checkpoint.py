@@ -13,7 +13,9 @@ from loramux_shared.adapter_files import ADAPTER_GGUF
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.files import CONFIG, GENERATION, GGUF_SUFFIX, INDEX, WEIGHTS, gguf_files
 from loramux_shared.bases.formats import QUANTIZE, says_quantization, with_quantize
+from loramux_shared.bases.logit_score import LOGIT_SCORE
 from loramux_shared.bases.read import SENTENCES, read_fields
+from loramux_shared.bases.splade import SPLADE
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
@@ -33,12 +35,14 @@ log = structlog.get_logger()
 SMALL_FILES: Final = (
     CONFIG,
     POOLING,
+    LOGIT_SCORE,
     PROMPTS,
     INDEX,
     "chat_template.jinja",
     GENERATION,
     QUANTIZE,
     SENTENCES,
+    SPLADE,
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",

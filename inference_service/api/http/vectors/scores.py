@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NotRequired
 
+import numpy as np
 from starlette.requests import Request as HttpRequest
 from typing_extensions import TypedDict
 
@@ -24,6 +25,7 @@ from inference_service.api.requests.entities import Aggregation, Entity, entitie
 from inference_service.api.requests.pooling import MAX_INPUTS, ScoredPrompt, scored
 from inference_service.api.requests.service import GenerationService
 from inference_service.core.request import PromptContent, TextPair
+from inference_service.core.sequence import Vector
 from inference_service.text.spans import Spans
 from loramux_shared.routes import MODEL_HEADER
 
@@ -146,8 +148,7 @@ async def score(service: GenerationService, http: HttpRequest) -> Reply[Scores]:
             service, http, body, [(body.model, pair) for pair in _pairs(body)], labels=1
         )
     data: list[Score] = [
-        {"index": index, "object": "score", "score": float(_scores(body, each)[0])}
-        for index, each in enumerate(found)
+        {"index": index, "object": "score", "score": _score(body, each)} for index, each in enumerate(found)
     ]
     head, headers = answer_head(found, "score")
     return Reply({**head, "data": data}, headers=headers)
@@ -165,9 +166,9 @@ async def rank_documents(
 ) -> tuple[Ranking, Mapping[str, str]]:
     """Return documents as a body asks for them, best first, and the headers."""
     found = await score_documents(service, http, body, model, body.query, documents)
-    scores = [float(_scores(body, each)[0]) for each in found]
     results: list[Ranked] = [
-        {"index": index, "relevance_score": scores[index]} for index in best_first(scores)[: body.top_n]
+        {"index": index, "relevance_score": _score(body, found[index])}
+        for index in ranks_of(found)[: body.top_n]
     ]
     for each in results if body.return_documents is not False else ():
         each["document"] = {"text": documents[each["index"]]}
@@ -189,9 +190,17 @@ async def score_documents(
         return await score_prompts(service, http, body, pairs, labels=1)
 
 
-def best_first(scores: Sequence[float]) -> list[int]:
-    """Return the places of scores, the highest first, of equal ones the earlier first."""
-    return sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+def best_first(scores: Vector) -> list[int]:
+    """Return the places of scores [N], the highest first, of equal ones the earlier first.
+
+    They are compared as the head gives them: from 17 on, all probabilities in float32 are 1.
+    """
+    return [int(place) for place in np.argsort(-scores, kind="stable")]
+
+
+def ranks_of(found: Sequence[ScoredPrompt]) -> list[int]:
+    """Return the places of prompts with one score each, the highest first."""
+    return best_first(np.array([each.scores[0] for each in found]))
 
 
 async def classify(service: GenerationService, http: HttpRequest) -> Reply[Classified]:
@@ -289,10 +298,9 @@ def _pairs(body: ScoreBody) -> list[TextPair]:
     return [TextPair(*pair) for pair in zip(first, second, strict=True)]
 
 
-def _scores(body: ScoringBody, found: ScoredPrompt) -> Sequence[float]:
-    """Return scores as the head gives them, or where the body asks for it as probabilities."""
-    numbers: list[float] = found.values(raw=not body.use_activation).tolist()
-    return numbers
+def _score(body: ScoringBody, found: ScoredPrompt) -> float:
+    """Return the one score as a probability, or where the body asks for it as the head gives it."""
+    return float(found.values(raw=body.use_activation is False)[0])
 
 
 def answer_head(found: Sequence[ScoredPrompt], kind: str) -> tuple[ScoringHead, Mapping[str, str]]:

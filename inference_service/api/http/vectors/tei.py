@@ -1,12 +1,14 @@
-"""``POST /embed``, ``/predict`` and ``/rerank``, and ``GET /info``, as Text Embeddings Inference has them.
+"""Routes as Text Embeddings Inference has them.
 
 Its clients name no model.
 """
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired, Self
 
+import numpy as np
 from pydantic import ConfigDict, Field, RootModel, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request as HttpRequest
@@ -21,8 +23,10 @@ from inference_service.api.http.vectors.embeddings import (
     Texts,
     VectorsBody,
     embedded,
+    everything,
     head_of,
     numbers_of,
+    pooling_requests,
     written,
 )
 from inference_service.api.http.vectors.scores import (
@@ -32,17 +36,21 @@ from inference_service.api.http.vectors.scores import (
     best_first,
     entity_fields,
     rank_documents,
+    ranks_of,
     score_documents,
     score_prompts,
 )
 from inference_service.api.http.wire.body import Body, Examples, Noun, Same, in_words_of, read_body
-from inference_service.api.http.wire.reply import Reply
+from inference_service.api.http.wire.reply import Reply, while_connected
 from inference_service.api.requests.bounds import refused
 from inference_service.api.requests.entities import Aggregation
 from inference_service.api.requests.pooling import MAX_INPUTS, ScoredPrompt
 from inference_service.api.requests.service import GenerationService
 from inference_service.core.request import PromptContent, TextPair
+from inference_service.core.sequence import Vector
+from inference_service.core.served_model import refused_model
 from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.runtime import Pooling
 from loramux_shared.wording import listed
 
 OF_DOCUMENTS: Final = ("top_n", "return_documents", "use_activation")
@@ -82,17 +90,30 @@ class TeiBody(PoolingBody):
         return {"truncate_prompt_tokens": self.truncate_prompt_tokens or -1, "truncation_side": side}
 
 
-class EmbedBody(TeiBody, VectorsBody):
+class InputsBody(TeiBody):
+    """The fields of requests for vectors."""
+
+    inputs: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]
+    prompt_name: str | None = None
+    """Name of a text of the base's `config_sentence_transformers.json`, to put in front of each input."""
+
+
+class SparseBody(InputsBody):
+    """``POST /embed_sparse``."""
+
+    examples: ClassVar[Examples] = {
+        "text": {"inputs": "My order is late."},
+        "several": {"inputs": ["One", "Two"], "truncate": True},
+    }
+
+
+class EmbedBody(InputsBody, VectorsBody):
     """``POST /embed``."""
 
     examples: ClassVar[Examples] = {
         "text": {"inputs": "My order is late."},
         "several": {"inputs": ["One", "Two"], "normalize": False, "truncate": True},
     }
-
-    inputs: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]
-    prompt_name: str | None = None
-    """Name of a text of the base's `config_sentence_transformers.json`, to put in front of each input."""
 
 
 TextOrPair = Annotated[list[str], Field(min_length=1, max_length=2)]
@@ -185,6 +206,18 @@ class Predictions(
     """The labels of one text or the entities in it, or a list of these for several."""
 
 
+class Weight(TypedDict):
+    """The weight of a token of the vocabulary."""
+
+    index: int
+    """The token."""
+    value: float
+
+
+class SparseVectors(RootModel[list[list[Weight]]]):
+    """The tokens with a weight, of each input."""
+
+
 class Vectors(RootModel[list[list[float]]]):
     """The vectors of inputs."""
 
@@ -242,18 +275,41 @@ class Info(TypedDict):
 async def embed(service: GenerationService, http: HttpRequest) -> Reply[Vectors]:
     """Make vectors of texts: a list of numbers for each."""
     body = await read_body(http, EmbedBody)
-    inputs: Sequence[PromptContent] = body.inputs
-    if body.prompt_name is not None:
-        inputs = _put_in_front(body.prompt_name, service.prompts_of_base, inputs)
+    inputs = _inputs_of(body, service.prompts_of_base)
     found, vectors = await embedded(service, http, body, body.model or service.usual_model, inputs)
     headers = head_of(found, "embed").headers
     return await written(lambda: Reply(Vectors([*map(numbers_of, vectors)]), headers=headers), vectors)
 
 
-def _put_in_front(
-    name: str, prompts: Mapping[str, str], inputs: Sequence[PromptContent]
-) -> tuple[PromptContent, ...]:
-    """Return inputs behind a prompt; raise RequestInvalid where none has that name, or for token ids."""
+async def embed_sparse(service: GenerationService, http: HttpRequest) -> Reply[SparseVectors]:
+    """Make sparse vectors of texts, as SPLADE does: the tokens of the vocabulary that have a weight."""
+    body = await read_body(http, SparseBody)
+    model, inputs = body.model or service.usual_model, _inputs_of(body, service.prompts_of_base)
+    if not service.limits.sparse:
+        expected = "a base of ...ForMaskedLM with 1_SpladePooling/config.json beside it"
+        raise refused_model(model, expected, "one without", "Ask /embed for dense vectors.")
+    with in_words_of(body):
+        requests = pooling_requests(body, [(model, each) for each in inputs], Pooling.SPARSE, http.headers)
+        found = await while_connected(http.receive, everything(service, requests))
+    headers = head_of(found, "embed").headers
+    return await asyncio.to_thread(
+        lambda: Reply(SparseVectors([_weights(each.vector) for each in found]), headers=headers)
+    )
+
+
+def _weights(vector: Vector) -> list[Weight]:
+    """Return the tokens of the vocabulary whose weight is not 0."""
+    tokens = np.flatnonzero(vector)
+    return [{"index": int(token), "value": float(vector[token])} for token in tokens]
+
+
+def _inputs_of(body: InputsBody, prompts: Mapping[str, str]) -> tuple[PromptContent, ...]:
+    """Return inputs, behind the prompt that a body names; raise RequestInvalid where none has that name, or for
+    token ids.
+    """
+    name, inputs = body.prompt_name, body.inputs
+    if name is None:
+        return inputs
     if name not in prompts:
         raise refused(
             "prompt_name", listed([*map(repr, prompts)], 8, none="none: this base names no prompts"), repr(name)
@@ -298,7 +354,7 @@ async def rank(service: GenerationService, http: HttpRequest) -> Reply[Ranks]:
     model, texts = body.model or service.usual_model, body.texts or ()
     found = await score_documents(service, http, body, model, body.query, texts)
     scores = [float(each.values(raw=body.raw_scores is True)[0]) for each in found]
-    ranks: list[Rank] = [{"index": index, "score": scores[index]} for index in best_first(scores)]
+    ranks: list[Rank] = [{"index": index, "score": scores[index]} for index in ranks_of(found)]
     for each in ranks if body.return_text else ():
         each["text"] = texts[each["index"]]
     _, headers = answer_head(found, "rerank")
@@ -334,4 +390,4 @@ async def info(service: GenerationService, http: HttpRequest) -> Reply[Info]:
 def _labels(found: ScoredPrompt, *, raw: bool) -> list[Prediction]:
     scores: list[float] = found.values(raw=raw).tolist()
     labels = found.scorer.head.label_names
-    return [{"score": scores[place], "label": labels[place]} for place in best_first(scores)]
+    return [{"score": scores[place], "label": labels[place]} for place in best_first(found.scores)]

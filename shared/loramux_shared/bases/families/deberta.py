@@ -82,6 +82,7 @@ def _read(config: HfConfig) -> DisentangledConfig:
         "farthest": farthest,
         "distance_norm": config.text("norm_rel_ebd", "none") == "layer_norm",
         "text_head": _pooler(config),
+        "vocabulary_head": None,
     }
     return extend(DisentangledConfig, found, own)
 

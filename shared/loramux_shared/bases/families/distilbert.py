@@ -8,6 +8,7 @@ from loramux_shared.bases.families.encoders import (
     TASKS,
     EncoderConfig,
     HeadLayers,
+    VocabularyHead,
     architectures,
     read_bert,
 )
@@ -41,7 +42,8 @@ def _read(config: HfConfig) -> EncoderConfig:
         mlp_out_norm="output_layer_norm",
     )
     head = HeadLayers(dense="pre_classifier", activation="relu")
-    return replace(found, names=names, token_types=0, text_head=head)
+    predicts = VocabularyHead("vocab_transform", "vocab_layer_norm", "vocab_projector.bias")
+    return replace(found, names=names, token_types=0, text_head=head, vocabulary_head=predicts)
 
 
 DISTILBERT: Final = Family(architectures("DistilBert", "distilbert", *TASKS), _read)

@@ -6,10 +6,10 @@ from functools import cached_property, partial
 from typing import Any, ClassVar, Final, Literal, TypeVar
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
-from loramux_shared.bases.family import Architecture, Family, layer_types, llama_like, plain_mlps
+from loramux_shared.bases.family import Architecture, Family, labels_of, layer_types, llama_like, plain_mlps
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.rope import RopeSpec, Still, read_rope_of
-from loramux_shared.bundle.manifest import MAX_LABEL, PROBLEM_TYPES, ScoreHead, names_of_labels
+from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.modules import FUSED, Renamed
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.runtime import Pooling
@@ -58,6 +58,20 @@ class HeadLayers:
 
 
 @dataclass(frozen=True)
+class VocabularyHead:
+    """The modules of the head of masked language modelling, whose last layer has the rows of the embeddings."""
+
+    dense: str = "cls.predictions.transform.dense"
+    norm: str = "cls.predictions.transform.LayerNorm"
+    bias: str = "cls.predictions.bias"
+    """The whole name of the bias of the last layer."""
+    activation: str | None = None
+    """Activation behind the dense layer; None: that of the MLPs."""
+    without_bias: tuple[str, ...] = ()
+    """Those of these modules that have no bias."""
+
+
+@dataclass(frozen=True)
 class EncoderConfig(ModelConfig):
     """An encoder: layers as BERT has them, with norms behind attention and MLP."""
 
@@ -73,12 +87,12 @@ class EncoderConfig(ModelConfig):
     """The score head of sequence classification."""
     token_head: HeadLayers = HeadLayers(pooling=Pooling.ALL)
     """The score head of token classification."""
-    labels: tuple[str, ...] = ()
-    """Names of the labels of the base's own head; none where it has no head."""
+    vocabulary_head: VocabularyHead | None = VocabularyHead()
+    """The head of masked language modelling; None where it is not served."""
+    sparse_logs: int = 0
+    """How often log(1 + x) is taken of that head's scores for a sparse vector; 0: it makes none."""
     scores_tokens: bool = False
     """True if the base's own head is one of token classification."""
-    problem_type: str | None = None
-    """Kind of its scores, as transformers names it."""
 
     def head(self, *, of_tokens: bool) -> HeadLayers:
         """Return the score head of token classification, or of sequence classification."""
@@ -152,7 +166,7 @@ def _own_head(config: HfConfig) -> dict[str, Any]:
     """Return what is known of the base's own score head."""
     of_tokens = config.architecture.endswith(TOKENS)
     return {
-        "labels": _labels(config) if of_tokens or config.architecture.endswith(SCORES) else (),
+        "labels": labels_of(config) if of_tokens or config.architecture.endswith(SCORES) else (),
         "problem_type": config.text("problem_type", "") or None,
         "scores_tokens": of_tokens,
     }
@@ -172,24 +186,6 @@ def _bidirectional(config: HfConfig, sizes: Mapping[str, int]) -> ModelConfig:
     return replace(model, layers=tuple(replace(layer, mixer=mixer) for layer in model.layers))
 
 
-def _labels(config: HfConfig) -> tuple[str, ...]:
-    """Return the names of the labels that a base's own head scores, in their order.
-
-    Raises:
-        CheckpointInvalid: they are not numbered from 0 on, or have no names, or the kind of scores is unknown.
-    """
-    config.require("problem_type", None, *PROBLEM_TYPES)
-    names = config.block("id2label").fields
-    count = len(names) or config.size("num_labels", 2)
-    labels = names_of_labels(names or {str(number): f"LABEL_{number}" for number in range(count)}, count)
-    if labels is None:
-        raise CheckpointInvalid(
-            f"config.json: id2label: expected a name of at most {MAX_LABEL} characters for each of 0 to "
-            f"{count - 1}, found {dict(names)!r}."
-        )
-    return labels
-
-
 def _still(_config: HfConfig, head_dim: int, max_positions: int) -> tuple[RopeSpec, int]:
     """Return a rotation that turns nothing: positions are in the embeddings."""
     return RopeSpec(head_dim, 10000.0, Still()), max_positions
@@ -204,7 +200,12 @@ def _read_roberta(config: HfConfig, sizes: Mapping[str, int] = SIZES) -> Encoder
         max_positions=found.table_rows - padding - 1,
         padding=padding,
         text_head=HeadLayers("classifier.out_proj", "classifier.dense"),
+        vocabulary_head=LM_HEAD,
     )
+
+
+LM_HEAD: Final = VocabularyHead("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "gelu")
+"""The head of masked language modelling of RoBERTa and others."""
 
 
 SCORES: Final = "ForSequenceClassification"
@@ -296,12 +297,14 @@ def _modern_heads(config: HfConfig, *, norm_bias: bool) -> dict[str, Any]:
         config.require("classifier_activation", "gelu")
         config.require("classifier_pooling", "cls", "mean")
     if activation != "gelu" or pooling not in ("cls", "mean"):
-        return dict.fromkeys(("text_head", "token_head"), HeadLayers(""))
+        return dict.fromkeys(("text_head", "token_head"), HeadLayers("")) | {"vocabulary_head": None}
     bare = tuple(name for name, biased in biases.items() if not biased)
     head = HeadLayers("classifier", "head.dense", "head.norm", bare, Pooling.ALL)
+    predicts = VocabularyHead("head.dense", "head.norm", "decoder.bias", "gelu", bare)
     return {
         "text_head": replace(head, pooling=Pooling.MEAN if pooling == "mean" else None),
         "token_head": head,
+        "vocabulary_head": predicts if config.flag("decoder_bias", default=True) else None,
     }
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loramux_shared.bases.families.encoders import (
+    LM_HEAD,
     SIZES,
     TASKS,
     EncoderConfig,
@@ -44,6 +45,7 @@ def _read(config: HfConfig) -> BiasedConfig:
         "max_positions": found.table_rows - PADDING - 1,
         "padding": PADDING,
         "text_head": HeadLayers("classifier.out_proj", "classifier.dense"),
+        "vocabulary_head": LM_HEAD,
     }
     return extend(BiasedConfig, found, own)
 
