@@ -23,5 +23,5 @@ def choices_and_logprobs(
 ) -> tuple[list[int], list[float]]:
     """Return the likeliest token at every place of an answer, and the log probabilities of the answer."""
     ids = torch.tensor([[*prompt, *answer[:-1]]])
-    rows = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 :], dim=-1)
+    rows = torch.log_softmax(model(ids, use_cache=False).logits[0, len(prompt) - 1 :], dim=-1)
     return rows.argmax(-1).tolist(), rows.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     Llama4ForConditionalGeneration,
     LlamaConfig,
+    Mxfp4Config,
     PreTrainedConfig,
 )
 
@@ -94,7 +95,11 @@ def _loaded(base: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def _read(base: Path, _files: tuple[tuple[Any, ...], ...]) -> Any:
-    return _class_of(AutoConfig.from_pretrained(base)).from_pretrained(base, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(base)
+    settings: dict[str, Any] = {"dtype": torch.float32}
+    if getattr(config, "quantization_config", {}).get("quant_method") == "mxfp4":
+        settings["quantization_config"] = Mxfp4Config(dequantize=True)  # transformers 5.25 asks the hub for kernels
+    return _class_of(config).from_pretrained(base, **settings)
 
 
 def oracle(base: Path, adapter: Path | None) -> Any:

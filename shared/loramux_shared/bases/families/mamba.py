@@ -267,7 +267,7 @@ PATTERN: Final = {"M": MIXES, "*": ATTENDS, "-": "mlp", "E": "moe"}
 OLD_NAMES: Final = {
     "mamba_n_groups": "n_groups",
     "mamba_d_conv": "conv_kernel",
-    "mamba_dt_min": "time_step_min",
+    "mamba_dt_limit": "time_step_limit",
     "mamba_conv_bias": "use_conv_bias",
 }
 """Fields that count before those with their present names, as in transformers."""
@@ -297,7 +297,7 @@ def _read_nemotron(config: HfConfig) -> ModelConfig:
         conv_bias=config.flag("use_conv_bias", default=True),
         in_bias=bias,
         out_bias=bias,
-        step_limits=(config.number("time_step_min", 0.001), math.inf),
+        step_limits=_limits(config),
     )
     attends = replace(model.attentions[0], rope=replace(model.ropes[0], scaling=Still()))
     mixers = {
