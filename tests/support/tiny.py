@@ -98,7 +98,8 @@ def _read(base: Path, _files: tuple[tuple[Any, ...], ...]) -> Any:
     config = AutoConfig.from_pretrained(base)
     settings: dict[str, Any] = {"dtype": torch.float32}
     if getattr(config, "quantization_config", {}).get("quant_method") == "mxfp4":
-        settings["quantization_config"] = Mxfp4Config(dequantize=True)  # transformers 5.25 asks the hub for kernels
+        # transformers 5.25 asks the hub for kernels otherwise
+        settings["quantization_config"] = Mxfp4Config(dequantize=True)
     return _class_of(config).from_pretrained(base, **settings)
 
 
