@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-from loramux_shared.bases.config import TensorNames
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.unused import TOWER
 from loramux_shared.bundle.modules import (
     BY_PATH,
@@ -131,10 +131,15 @@ class LoraKey:
         """Return the name of the module for people."""
         return label(self.own_path or self.path)
 
-    def names_in(self, names: TensorNames, kind: str) -> list[str]:
-        """Return what a base may call the module's weight or bias."""
-        own = f"{names.layer.format(index=self.layer)}{self.own_path or self.path}.{kind}"
-        return [f"{prefix}{own}" for prefix in names.prefixes]
+    def names_in(self, base: ModelConfig, kind: str) -> list[str]:
+        """Return what a base may call the tensor that has the module's weight or bias, from `first_row` on."""
+        path, _ = base.stored.get(self.path, (self.own_path or self.path, 0))
+        own = f"{base.names.layer.format(index=self.layer)}{path}.{kind}"
+        return [f"{prefix}{own}" for prefix in base.names.prefixes]
+
+    def first_row(self, base: ModelConfig) -> int:
+        """Return the module's first row in that tensor."""
+        return base.stored.get(self.path, ("", 0))[1]
 
     @property
     def place(self) -> str:

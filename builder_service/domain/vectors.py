@@ -153,7 +153,7 @@ class VectorReader:
 
     def _base_bias(self, key: LoraKey) -> Array | None:
         """Return the bias that the base's tensors have for a module; None where they have none."""
-        for name in key.names_in(self.base.names, "bias"):
+        for name in key.names_in(self.base, "bias"):
             file = None if self.weights is None else self.weights.find(name)
             if file is None:
                 continue
@@ -161,12 +161,14 @@ class VectorReader:
                 file.tensors[name].dtype,
                 sum(stop - start for _, (start, stop) in parts_of(key, self.base)),
             )
-            if kind in READABLE and file.tensors[name].shape == (out,):
-                bias: Array = file.read(name).astype(np.float32)
+            shape, first = file.tensors[name].shape, key.first_row(self.base)
+            packed = key.path in self.base.stored and len(shape) == 1 and first + out <= shape[0]
+            if kind in READABLE and (shape == (out,) or packed):
+                bias: Array = file.read(name, (first, first + out)).astype(np.float32)
                 return bias
             expected = f"the base's {key.leaf}.bias of {out} values in float32, float16 or bfloat16"
-            shape = f"{kind} {list(file.tensors[name].shape)}"
-            self.report.add("E_BIAS", key.place, cause=kind, expected=expected, found=shape, fix=MERGE)
+            found = f"{kind} {list(shape)}"
+            self.report.add("E_BIAS", key.place, cause=kind, expected=expected, found=found, fix=MERGE)
         return None
 
     def _norms(self, pair: Pair, scale: float) -> Array | None:
@@ -176,8 +178,9 @@ class VectorReader:
             return None
         a, b = self.file.read(pair.a.name).astype(np.float64), self.file.read(pair.b.name).astype(np.float64)
         norms, step = np.empty(len(b)), max(1, BLOCK_ELEMENTS // a.shape[1])
+        first = pair.key.first_row(self.base)
         for start in range(0, len(b), step):
-            rows = file.read(name, (start, min(start + step, len(b)))).astype(np.float64)
+            rows = file.read(name, (first + start, first + min(start + step, len(b)))).astype(np.float64)
             rows += scale * np.dot(b[start : start + step], a)
             norms[start : start + step] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
             self.progress(0)
@@ -185,7 +188,7 @@ class VectorReader:
 
     def _weight_of(self, key: LoraKey) -> tuple[TensorFile | None, str]:
         """Return the file that has the base's weight of a module, and its name; report where none has."""
-        for name in key.names_in(self.base.names, "weight"):
+        for name in key.names_in(self.base, "weight"):
             file = None if self.weights is None else self.weights.find(name)
             if file is not None and file.tensors[name].dtype in READABLE:
                 return file, name

@@ -10,10 +10,12 @@ from inference_service.engine.models.checkpoint import Checkpoint
 from inference_service.engine.models.decoder import Decoder
 from inference_service.engine.models.encoder import Encoder, ModernEncoder
 from inference_service.engine.models.relative import BiasedEncoder, DisentangledEncoder
+from inference_service.engine.models.rotated import RotatedEncoder
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families.deberta import DisentangledConfig
 from loramux_shared.bases.families.encoders import EncoderConfig, ModernConfig
 from loramux_shared.bases.families.mpnet import BiasedConfig
+from loramux_shared.bases.families.rotated import RotatedConfig
 from loramux_shared.bases.weight_format import Quantization
 from loramux_shared.sources.checkpoint import PlacedBase
 
@@ -22,6 +24,7 @@ ENCODERS: Final[dict[type[EncoderConfig], type[Encoder]]] = {
     ModernConfig: ModernEncoder,
     BiasedConfig: BiasedEncoder,
     DisentangledConfig: DisentangledEncoder,
+    RotatedConfig: RotatedEncoder,
 }
 
 

@@ -31,6 +31,9 @@ SPARSE: dict[str, Any] = {
         initializer_range=0.3,
     ),
     "mpnet": transformers.MPNetConfig(**SIZES),
+    "gte": transformers.GteConfig(**SIZES),
+    "nomic": transformers.NomicBertConfig(**SIZES | {"initializer_range": 0.1}),
+    "jina": transformers.JinaEmbeddingsV3Config(**SIZES),
     "modern": transformers.ModernBertConfig(**SIZES, classifier_bias=True, norm_bias=True),
 }
 
@@ -40,6 +43,7 @@ TARGETS = {
     "roberta": ["value"],
     "distilbert": ["q_lin"],
     "mpnet": ["attn.q"],
+    **{family: ["q_proj", "o_proj"] for family in ("gte", "nomic", "jina")},
     "modern": ["Wqkv", "mlp.Wo"],
 }
 LOGS = {"bert": "log1p_relu"}

@@ -24,7 +24,7 @@ from loramux_shared.bundle.manifest import MAX_LABELS
 from loramux_shared.bundle.npy import Array
 
 _KEY: Final = re.compile(
-    r"base_model\.model\.(?P<module>(?:bert\.)?pooler\.dense|head\.(?:dense|norm)|pre_classifier|classifier(?:\.dense|\.out_proj)?)\."
+    r"base_model\.model\.(?P<module>(?:\w+\.)?pooler\.dense|head\.(?:dense|norm)|pre_classifier|classifier(?:\.dense|\.out_proj)?)\."
     r"(?:modules_to_save\.(?:[^.]+\.)?)?(?P<what>weight|bias|(?P<lora>lora_[AB])(?:\.[^.]+)?\.weight|lora_.+)"
 )
 _AGAIN: Final = (
@@ -90,7 +90,7 @@ def take_head(
     task = f"task_type {TAGS if config.of_tokens else CLASSIFIES}"
     parts: dict[tuple[str, str], Tensor] = {}
     for name, match in of_head.items():
-        module = match["module"].removeprefix("bert.")
+        module = POOLER if match["module"].endswith(POOLER) else match["module"]
         parts[module, match["lora"] or match["what"]] = file.tensors[name]
     layers = base.head(of_tokens=config.of_tokens)
     head = _Head(file, config, base, weights, report, parts, layers, task).made()

@@ -311,8 +311,9 @@ def check_magnitudes(
 
 def _norm(part: Part, base: ModelConfig, weights: BaseTensors | None) -> float:
     """Return the norm of a module's own rows of the base's weight; 0 where the builder cannot read them."""
-    key, (start, stop) = part.pair.key, part.b_rows
-    for name in key.names_in(base.names, "weight"):
+    key, first_row = part.pair.key, part.pair.key.first_row(base)
+    start, stop = (first_row + row for row in part.b_rows)
+    for name in key.names_in(base, "weight"):
         file = None if weights is None else weights.find(name)
         if file is None or file.tensors[name].dtype not in READABLE or file.tensors[name].shape[0] < stop:
             continue

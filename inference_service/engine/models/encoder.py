@@ -163,7 +163,7 @@ class EncoderLayer:
         self._groups = tuple(reader.group(module).name for module in modules)
         self.qkv = reader.linear("attn_q", names.qkv, bias=config.qkv_bias)
         self.o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
-        self.up = reader.linear("mlp_h_to_4h", names.gate_up, bias=config.mlp_bias)
+        self.up = reader.linear("mlp_h_to_4h", names.gate_up, bias=config.mlp_bias and config.up_bias)
         self.down = reader.linear("mlp_4h_to_h", (names.down,), bias=config.mlp_bias)
         self._attention_norm = read_norm(reader, names.attention_out_norm)
         self._norm = read_norm(reader, names.mlp_out_norm)
@@ -238,7 +238,7 @@ class Encoder(Decoder):
 
         self._positions = table("position_embeddings", config.table_rows) if config.table_rows else None
         self._types = table("token_type_embeddings", config.token_types) if config.token_types else None
-        self._embeddings_norm: RMSNorm = read_norm(reader, "embeddings.LayerNorm")
+        self._embeddings_norm: RMSNorm = read_norm(reader, config.embedding_norm)
         layers = map(reader.layer, range(config.dims.num_layers))
         self._encoders = [self._layer(each, config) for each in layers]
 
@@ -288,10 +288,14 @@ class Encoder(Decoder):
             positions = self._behind_padding(tokens, attention.spans, self.config.padding)
         if self._positions is not None:
             hidden = hidden + embedding(positions, self._positions)
+        self._begin(attention, positions)
         x = self._embeddings_norm(hidden)
         for layer in self._encoders:
             x = layer(self._operations, x, attention, lora)
         return x if last_rows is None else x[last_rows]
+
+    def _begin(self, attention: SequenceAttention, positions: Tensor) -> None:
+        """Compute what all layers of a step share: nothing here."""
 
     def logits(self, hidden: Tensor, own: StepVocabulary | None = None) -> Tensor:  # noqa: ARG002
         """Return no columns: an encoder draws no tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -229,6 +230,14 @@ class ModelConfig:
     def state_bytes(self, item_bytes: int) -> int:
         """Return what layers carry from token to token for a sequence; 0 where none does."""
         return sum(layer.mixer.state_bytes(item_bytes) for layer in self.layers)
+
+    @property
+    def stored(self) -> Mapping[str, tuple[str, int]]:
+        """Return the tensor of a layer that has a module, and its first row there, by the path in `MODULES`.
+
+        Only where the checkpoint names modules otherwise than adapters do.
+        """
+        return {}
 
     @property
     def layer_names(self) -> tuple[str, ...]:

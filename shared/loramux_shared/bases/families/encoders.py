@@ -83,6 +83,10 @@ class EncoderConfig(ModelConfig):
     """The token that has no position of its own, by which positions begin, as RoBERTa has it; None: at 0."""
     hidden_act: str = "gelu"
     """Activation between the linears of the MLP."""
+    up_bias: bool = True
+    """False if the first one has no bias where the second one has."""
+    embedding_norm: str = "embeddings.LayerNorm"
+    """Name of the norm of the sum of all embeddings."""
     text_head: HeadLayers = HeadLayers(dense=POOLER)
     """The score head of sequence classification."""
     token_head: HeadLayers = HeadLayers(pooling=Pooling.ALL)
