@@ -6,7 +6,7 @@ norms, an activation, and attention within each sequence.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -122,6 +122,8 @@ class SequenceAttention:
         self.spans = [slice(context.row, context.row + context.length) for context in contexts]
         self.seconds = [context.second for context in contexts]
         """Positions from which on tokens are a second text's."""
+        self.rotations: Sequence[Rotation] = ()
+        """The rotations of queries and keys, where positions are in them."""
         self._seen: dict[tuple[int, int], Tensor] = {}
 
     def prepare_rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
@@ -150,6 +152,21 @@ class SequenceAttention:
             rows = torch.arange(length, device=q.device)
             self._seen[length, reach] = (rows[:, None] - rows).abs() <= reach
         return self._seen[length, reach]
+
+
+class Layer(Protocol):
+    """One layer of an encoder."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Return its linears, in the order of computation."""
+        ...
+
+    def __call__(
+        self, ops: Operations, x: Tensor, attention: SequenceAttention, lora: StepLora | None, /
+    ) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        ...
 
 
 class EncoderLayer:
@@ -240,11 +257,11 @@ class Encoder(Decoder):
         self._types = table("token_type_embeddings", config.token_types) if config.token_types else None
         self._embeddings_norm: RMSNorm = read_norm(reader, config.embedding_norm)
         layers = map(reader.layer, range(config.dims.num_layers))
-        self._encoders = [self._layer(each, config) for each in layers]
+        self._layers: Sequence[Layer] = [self._layer(each, config) for each in layers]
 
     def linears(self) -> Iterator[Linear]:
         """Yield the linears of all layers, in their order."""
-        for layer in self._encoders:
+        for layer in self._layers:
             yield from layer.linears
 
     def new_cache(self, size: CacheSize) -> Cache:  # noqa: ARG002 - nothing is cached
@@ -279,6 +296,16 @@ class Encoder(Decoder):
     ) -> Tensor:
         """Run tokens [T] at positions [T]; return the last hidden states of some or all rows [N, hidden]."""
         assert isinstance(attention, SequenceAttention)  # noqa: S101 - `attention` made it
+        x = self.begin(tokens, hidden, positions, attention)
+        for index in range(len(self._layers)):
+            x = self.layer(index, x, attention, lora)
+        return self.end(x if last_rows is None else x[last_rows])
+
+    @torch.inference_mode()
+    def begin(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attention: SequenceAttention
+    ) -> Tensor:
+        """Return the rows [T, hidden] that the first layer reads, of the embeddings [T, hidden] of tokens [T]."""
         if self._types is not None:
             types = torch.zeros_like(tokens)
             for span, second in zip(attention.spans, attention.seconds, strict=True):
@@ -288,14 +315,17 @@ class Encoder(Decoder):
             positions = self._behind_padding(tokens, attention.spans, self.config.padding)
         if self._positions is not None:
             hidden = hidden + embedding(positions, self._positions)
-        self._begin(attention, positions)
-        x = self._embeddings_norm(hidden)
-        for layer in self._encoders:
-            x = layer(self._operations, x, attention, lora)
-        return x if last_rows is None else x[last_rows]
+        return self._embeddings_norm(hidden)
 
-    def _begin(self, attention: SequenceAttention, positions: Tensor) -> None:
-        """Compute what all layers of a step share: nothing here."""
+    @torch.inference_mode()
+    def layer(self, index: int, x: Tensor, attention: SequenceAttention, lora: StepLora | None) -> Tensor:
+        """Return what a layer makes of rows [T, hidden]."""
+        return self._layers[index](self._operations, x, attention, lora)
+
+    @torch.inference_mode()
+    def end(self, x: Tensor) -> Tensor:
+        """Return the last hidden states of rows [N, hidden] behind the last layer."""
+        return x
 
     def logits(self, hidden: Tensor, own: StepVocabulary | None = None) -> Tensor:  # noqa: ARG002
         """Return no columns: an encoder draws no tokens."""
@@ -331,7 +361,6 @@ class ModernLayer:
         ops: Operations,
         x: Tensor,
         attention: SequenceAttention,
-        rotations: Sequence[Rotation],
         lora: StepLora | None,
     ) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
@@ -344,7 +373,7 @@ class ModernLayer:
 
         normed = x if self._attention_norm is None else self._attention_norm(x)
         heads = linear(0, normed).view(len(x), -1, self._head_dim)
-        rotated = rotate(heads[:, : 2 * self._heads], *rotations[self._rope])
+        rotated = rotate(heads[:, : 2 * self._heads], *attention.rotations[self._rope])
         heads = torch.cat([rotated, heads[:, 2 * self._heads :]], dim=1)
         x = x + linear(1, attention.attend(heads, self._scale, partial(attention.near, reach=self._reach)))
         wide = linear(2, x if self._norm is None else self._norm(x))
@@ -362,32 +391,23 @@ class ModernEncoder(Encoder):
         """Read the layers, and the norms before and behind them."""
         assert isinstance(config, ModernConfig)  # noqa: S101 - `read_model` looked
         self._embeddings_norm = reader.norm("embeddings.norm")
-        self._modern = [ModernLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
+        self._layers = [ModernLayer(reader.layer(index), config) for index in range(config.dims.num_layers)]
         self._norm = reader.norm(config.names.final_norm)
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
 
-    def linears(self) -> Iterator[Linear]:
-        """Yield the linears of all layers, in their order."""
-        for layer in self._modern:
-            yield from layer.linears
-
     @torch.inference_mode()
-    def hidden(
+    def begin(
         self,
         tokens: Tensor,  # noqa: ARG002 - their embeddings are there
         hidden: Tensor,
         positions: Tensor,
-        last_rows: Tensor | None,
-        attention: Attention,
-        cache: Cache,  # noqa: ARG002 - nothing is cached
-        lora: StepLora | None,
-        recurrence: Recurrence = no_recurrence,  # noqa: ARG002
-        out: Tensor | None = None,  # noqa: ARG002
+        attention: SequenceAttention,
     ) -> Tensor:
-        """Run embeddings [T, hidden] at positions [T]; return the last hidden states of some or all rows."""
-        assert isinstance(attention, SequenceAttention)  # noqa: S101 - `attention` made it
-        rotations = [self._operations.angles(rope, positions) for rope in self._ropes]
-        x = self._embeddings_norm(hidden)
-        for layer in self._modern:
-            x = layer(self._operations, x, attention, rotations, lora)
-        return self._norm(x if last_rows is None else x[last_rows])
+        """Return the rows [T, hidden] that the first layer reads, and compute the rotations of a step."""
+        attention.rotations = [self._operations.angles(rope, positions) for rope in self._ropes]
+        return self._embeddings_norm(hidden)
+
+    @torch.inference_mode()
+    def end(self, x: Tensor) -> Tensor:
+        """Return the last hidden states of rows [N, hidden] behind the last layer."""
+        return self._norm(x)

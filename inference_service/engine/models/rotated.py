@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inference_service.engine.backends.base import Attention, LayerHeads, Rotation
+from inference_service.engine.backends.base import Attention, LayerHeads
 from inference_service.engine.backends.operations import Operations
 from inference_service.engine.kernels.attention import Context
 from inference_service.engine.layers.rope import Rope, rotate
@@ -16,14 +16,12 @@ from loramux_shared.bases.layers import MlpLayer
 
 
 class RotatedAttention(SequenceAttention):
-    """Attention of rotated queries and keys; the step that begins it sets the rotation."""
-
-    rotation: Rotation
+    """Attention of rotated queries and keys."""
 
     def __call__(self, layer: LayerHeads) -> Tensor:
         """Return [T, heads * d]."""
         turned = layer.heads.shape[1] // 3 * 2
-        heads = torch.cat([rotate(layer.heads[:, :turned], *self.rotation), layer.heads[:, turned:]], dim=1)
+        heads = torch.cat([rotate(layer.heads[:, :turned], *self.rotations[0]), layer.heads[:, turned:]], dim=1)
         return self.attend(heads, layer.spec.scale, self.near)
 
 
@@ -51,14 +49,16 @@ class RotatedEncoder(Encoder):
     def _read(self, reader: Reader, config: EncoderConfig) -> None:
         """Read the layers, and what is before them."""
         super()._read(reader, config)
-        [rope] = config.ropes
-        self._rope = Rope(rope, self.dtype, self.device)
+        self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
 
     def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:  # noqa: ARG002
         """Plan the attention of a step, which has all rows of its sequences."""
         return RotatedAttention(contexts)
 
-    def _begin(self, attention: SequenceAttention, positions: Tensor) -> None:
-        """Compute the rotation of a step."""
-        assert isinstance(attention, RotatedAttention)  # noqa: S101 - `attention` made it
-        attention.rotation = self._operations.angles(self._rope, positions)
+    @torch.inference_mode()
+    def begin(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attention: SequenceAttention
+    ) -> Tensor:
+        """Return the rows [T, hidden] that the first layer reads, and compute the rotation of a step."""
+        attention.rotations = [self._operations.angles(rope, positions) for rope in self._ropes]
+        return super().begin(tokens, hidden, positions, attention)
