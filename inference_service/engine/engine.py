@@ -68,6 +68,24 @@ def _count(adapter: Adapter, model: str, now_s: float) -> None:
     )
 
 
+@dataclass
+class Spare:
+    """How long others may run between two parts of a step.
+
+    As long as it has run since they did, so that it has half of the time at least, and no longer than what is
+    left of it.
+    """
+
+    seconds: float = 0.0
+    spent_s: float = 0.0
+    """What the step has taken by itself."""
+
+    def computed(self, took_s: float, left: float) -> None:
+        """Note a part, and the share of the step that is left."""
+        self.spent_s += took_s
+        self.seconds = min(self.seconds + took_s, self.spent_s * left / (1 - left))
+
+
 @dataclass(frozen=True)
 class EngineStats:
     """The content of the engine now, and its counters."""
@@ -168,6 +186,8 @@ class Engine:
         """Those that the scheduler does not have, while a search for the one that a step raises for goes on."""
         self._search = Search()
         self._pending: deque[Pending] = deque()
+        self._spare: Spare | None = None
+        """None where no part of a step is left to compute here."""
         self._outputs: list[StepOutput] = []  # not handed out yet: a step that raises loses none
         self._earliest_s = math.inf  # no deadline of a sequence comes before
         self._arrivals = 0
@@ -283,29 +303,35 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Submit one batch, and return the outputs of the oldest one under way if the runner is full."""
         began_s = self._expire()
-        batch = self._scheduler.schedule()
+        if self._spare is not None:
+            batch = self._scheduler.schedule_between(self._spare.seconds)
+        else:
+            batch = self._scheduler.schedule()
         self._left = self._scheduler.num_waiting
         self._end_failed_loads()
         if batch.chunks:
             self._begin(batch)
-            self._pending.append(self._runner.submit(batch))
-            self._residency.submitted()
+            pending = self._runner.submit(batch)
             self._scheduler.commit(batch, began_s)
+            if self._spare is not None:
+                self._spare.seconds = 0.0
+                self._resolve(pending, between=True)
+            else:
+                self._pending.append(pending)
+                self._residency.submitted()
         if len(self._pending) > (self._runner.depth if batch.chunks else 0):
-            self._resolve(self._pending.popleft())
+            self._go_on()
         for pending in self._pending:
             pending.finish()
         if self._search.has_passed(self._seqs):
-            while self._pending:
-                self._resolve(self._pending.popleft())
+            self._resolve_all()
             self._withdraw()
             self.retry()
         return self._hand_out()
 
     def rest(self) -> list[StepOutput]:
         """Resolve what is under way and begin nothing; sequences stay as they are, until their deadlines."""
-        while self._pending:
-            self._resolve(self._pending.popleft())
+        self._resolve_all()
         self._expire()
         return self._hand_out()
 
@@ -340,6 +366,7 @@ class Engine:
 
     def _forget_steps(self) -> None:
         self._pending.clear()
+        self._spare = None
         self._scheduler.step_times.forget_steps()
         self._residency.resolved(everything=True)
         self._blocks.forget_all()
@@ -380,11 +407,31 @@ class Engine:
                 self.abort(seq.id)
                 self._outputs.append(StepOutput(seq.id, None, EndReason.FAILED, fault=fault))
 
-    def _resolve(self, pending: Pending) -> None:
-        """Wait for a step; what it drew for sequences that ended meanwhile is dropped."""
+    def _go_on(self) -> None:
+        """Compute a part of the oldest step; resolve it when nothing is left."""
+        began_s = self._clock()
+        left = self._pending[0].go_on()
+        if left:
+            self._spare = self._spare or Spare()
+            self._spare.computed(self._clock() - began_s, left)
+        else:
+            self._spare = None
+            self._resolve(self._pending.popleft())
+
+    def _resolve_all(self) -> None:
+        """Wait for what is under way."""
+        self._spare = None
+        while self._pending:
+            self._resolve(self._pending.popleft())
+
+    def _resolve(self, pending: Pending, *, between: bool = False) -> None:
+        """Wait for a step; what it drew for sequences that ended meanwhile is dropped.
+
+        One between two parts of another is over before anything leaves the bank.
+        """
         accepted = dict.fromkeys(pending.drafts, -1)
         tokens = pending.tokens()
-        self._scheduler.step_times.resolved(self._clock())
+        self._scheduler.step_times.resolved(self._clock(), between=between)
         for seq, token in tokens:
             if self._seqs.get(seq.id) is not seq:
                 continue
@@ -398,7 +445,8 @@ class Engine:
                 self._outputs.append(self._pooled(seq, vector))
         for seq, count in accepted.items():
             self._scheduler.lookup.learn(len(pending.drafts[seq]), max(0, count))
-        self._residency.resolved()
+        if not between:
+            self._residency.resolved()
 
     def _overflowed(self, seq: Sequence) -> StepOutput:
         """End a sequence whose values are no numbers; nothing of it is found by others."""

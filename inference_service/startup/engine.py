@@ -18,7 +18,9 @@ from inference_service.engine.backends.triton_lora import TritonLora
 from inference_service.engine.engine import Engine
 from inference_service.engine.execution.graph_runner import GraphRunner
 from inference_service.engine.execution.graphs import CudaRecorder
+from inference_service.engine.execution.parts import PartRunner
 from inference_service.engine.execution.runner import Blocks, Runner
+from inference_service.engine.models.encoder import Encoder
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.engine.scheduling.residents import Residents
 from inference_service.startup.bank import OpenBank
@@ -143,6 +145,8 @@ def runner_of(
         segmented = cast(TritonLora, lora)  # what `recordable` promises
         recorder = CudaRecorder(model.device)
         return GraphRunner(model, segmented, blocks, block_size, limits, recorder, slots, depth=depth)
+    if isinstance(model, Encoder) and model.device.type == "cpu":
+        return PartRunner(model, lora, blocks, block_size)
     return Runner(model, lora, blocks, block_size, slots, depth=depth)
 
 

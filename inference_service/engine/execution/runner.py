@@ -76,6 +76,11 @@ class Rows:
         """True when a row takes a token from the step before."""
         return any(source != KNOWN for source in self.sources)
 
+    @property
+    def others(self) -> list[range]:
+        """The rows whose hidden states are read beside `last_rows`: first of `scored`, then of `pooled`."""
+        return [*self.scored.values(), *[each.rows for each in self.pooled]]
+
 
 def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
     """Lay a batch out; drawn gives each sequence's place among those that the step before drew a token for."""
@@ -147,9 +152,14 @@ class Pending:
     """Drafts to verify."""
     vectors: Callable[[], list[tuple[Sequence, Vector]]] = list
     """Waits for those of the sequences whose hidden states are all there."""
+    go_on: Callable[[], float] = float
+    """Computes a part of what is left of it, between two of which another step may run; returns the share of
+    the step that is left then, 0 by default."""
 
     def tokens(self) -> Iterable[tuple[Sequence, Token]]:
         """Wait for the step; return the new tokens of every sequence for which it draws some."""
+        while self.go_on():
+            pass
         self.finish()
         drawn = zip(self.seqs, self.wait(), strict=True)
         return verified(drawn, self.drafts) if self.drafts else drawn
@@ -327,8 +337,7 @@ class Runner:
         lora = self._lora if rows.arrangement.segments else None
         if lora:
             lora.begin(rows.arrangement)
-        others = [*rows.scored.values(), *[each.rows for each in rows.pooled]]
-        needed = [*rows.last_rows, *chain.from_iterable(others)]
+        needed = [*rows.last_rows, *chain.from_iterable(rows.others)]
         inputs = [rows.tokens, rows.sources, rows.positions, needed]
         packed = to_device(list(chain.from_iterable(inputs)), model.device)
         tokens, sources, positions, last_rows = torch.split(packed, [len(each) for each in inputs])
@@ -338,7 +347,7 @@ class Runner:
         embedded = model.embed(tokens, own)
         cache = self.cache
         hidden = model.hidden(tokens, embedded, positions, last_rows, attention, cache, lora, recurrence)
-        last, *states = torch.split(hidden, [len(rows.last_rows), *map(len, others)])
+        last, *states = torch.split(hidden, [len(rows.last_rows), *map(len, rows.others)])
         for seq, scored in zip(rows.scored, states, strict=False):
             score_prompt(seq, scored, partial(self._logits_of, seq), model.scores)()
         vectors = pool(rows.pooled, states[len(rows.scored) :], model.sparse) if rows.pooled else list

@@ -302,10 +302,8 @@ class Encoder(Decoder):
         return self.end(x if last_rows is None else x[last_rows])
 
     @torch.inference_mode()
-    def begin(
-        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attention: SequenceAttention
-    ) -> Tensor:
-        """Return the rows [T, hidden] that the first layer reads, of the embeddings [T, hidden] of tokens [T]."""
+    def begin(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attention: SequenceAttention) -> Tensor:
+        """Return the rows [T, hidden] that the first layer reads; hidden are the embeddings of tokens [T]."""
         if self._types is not None:
             types = torch.zeros_like(tokens)
             for span, second in zip(attention.spans, attention.seconds, strict=True):

@@ -56,9 +56,7 @@ class RotatedEncoder(Encoder):
         return RotatedAttention(contexts)
 
     @torch.inference_mode()
-    def begin(
-        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attention: SequenceAttention
-    ) -> Tensor:
+    def begin(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attention: SequenceAttention) -> Tensor:
         """Return the rows [T, hidden] that the first layer reads, and compute the rotation of a step."""
         attention.rotations = [self._operations.angles(rope, positions) for rope in self._ropes]
         return super().begin(tokens, hidden, positions, attention)

@@ -97,6 +97,7 @@ class Scheduler:
         self.lookup = Lookup() if lookup is None else lookup
         self.step_times = step_times or StepTimes(prefill_first=limits.prefill_first)
         self._load = EMPTY_LOAD
+        self._last = Batch(())
         self._parted = False
         """True if the last step left out those that decode."""
         self._passed: set[Sequence] = set()
@@ -166,6 +167,20 @@ class Scheduler:
                 plan.lengths.pop(seq, None)
         if self.limits.speculative_tokens and not plan.short:
             self._draft(plan)
+        self._load = plan.load()
+        self._last = plan.batch(self.blocks)
+        return self._last
+
+    def schedule_between(self, spare_s: float) -> Batch:
+        """Choose whole prompts that take no longer than this, to run between two parts of the last step.
+
+        They may pass the longest of that step, as they may pass what waits; often there are none.
+        """
+        plan = Plan(self.limits.max_tokens, self.step_times, spare_s, admits_background=False)
+        left = [chunk.seq for chunk in self._last.chunks if chunk.seq in self.queues.of]
+        if self.num_waiting and left and self.step_times.cost_s(0, 1):
+            longest = max(left, key=lambda seq: seq.num_prompt)
+            self._give_all(self._shorter_of_all(longest, plan), plan)
         self._load = plan.load()
         return plan.batch(self.blocks)
 
@@ -370,12 +385,15 @@ class Scheduler:
         kept = 1 - SHORTER_PROMPTS_SHARE
         budget, kept_s = math.ceil(kept * plan.budget), kept * plan.seconds
         plan.budget, plan.seconds = plan.budget - budget, plan.seconds - kept_s
-        shorter = (self._shorter_of_all if self.limits.whole else self._shorter)(long, plan)
+        self._give_all((self._shorter_of_all if self.limits.whole else self._shorter)(long, plan), plan)
+        plan.budget += budget
+        plan.seconds += kept_s
+
+    def _give_all(self, shorter: Iterator[Sequence], plan: Plan) -> None:
+        """Give some prompts their rows, until a step is full."""
         while not plan.full and (seq := next(shorter, None)) is not None:
             plan.give(seq, self._fitting(seq, plan), self.queues.of[seq])
             self._grow(seq, plan)
-        plan.budget += budget
-        plan.seconds += kept_s
 
     def _shorter_of_all(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:
         """Yield those that wait in any queue which is at most MAX_AHEAD_TOKENS ahead, as far as they fit."""

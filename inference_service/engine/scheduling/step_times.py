@@ -212,11 +212,19 @@ class StepTimes:
         """Note that a step began, and its drafts before it."""
         self._submitted.append((load, now_s + load.drafting_s))
 
-    def resolved(self, now_s: float) -> None:
-        """Note that the oldest step that was submitted is over; its time began when the one before ended."""
-        load, began_s = self._submitted.popleft()
-        took_s = now_s - max(began_s, self._resolved_s)
-        self._resolved_s = now_s
+    def resolved(self, now_s: float, *, between: bool = False) -> None:
+        """Note that the oldest step that was submitted is over; its time began when the one before ended.
+
+        With between, it is the newest, which ran between two parts of the one before it.
+        """
+        if between:
+            load, began_s = self._submitted.pop()
+            took_s = now_s - began_s
+            self._submitted = deque((each, other_s + took_s) for each, other_s in self._submitted)
+        else:
+            load, began_s = self._submitted.popleft()
+            took_s = now_s - max(began_s, self._resolved_s)
+            self._resolved_s = now_s
         if load.rows:
             self._learn_rows(load, took_s)
             return

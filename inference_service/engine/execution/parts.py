@@ -1,0 +1,60 @@
+"""Steps of an encoder on a CPU, some layers at a time, so that a shorter step need not wait for their end."""
+
+import time
+from collections.abc import Callable
+from itertools import chain
+from typing import Final
+
+import torch
+
+from inference_service.core.sequence import Token
+from inference_service.engine.backends.base import StepLora
+from inference_service.engine.execution.runner import Blocks, Pending, Rows, Runner, Vectors, pool
+from inference_service.engine.models.encoder import Encoder, SequenceAttention
+
+PART_S: Final = 0.004
+"""Seconds after which a part ends, with the layer that it computes."""
+
+
+class PartRunner(Runner):
+    """Begins a step without computing it: its layers run when it goes on, whatever ran between two of them."""
+
+    def __init__(
+        self,
+        model: Encoder,
+        lora: StepLora,
+        blocks: Blocks,
+        block_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Run an encoder; clock is in seconds."""
+        super().__init__(model, lora, blocks, block_size, depth=0)
+        self._encoder, self._clock = model, clock
+
+    def _step(self, rows: Rows) -> Pending:
+        """Begin a step."""
+        model, last = self._encoder, self._encoder.config.dims.num_layers
+        attention = model.attention(rows.contexts, self._block_size)
+        assert isinstance(attention, SequenceAttention)  # noqa: S101 - it is an encoder's
+        tokens, positions = torch.tensor(rows.tokens), torch.tensor(rows.positions)
+        x, done = model.begin(tokens, model.embed(tokens), positions, attention), 0
+
+        def go_on() -> float:
+            nonlocal x, done
+            lora = self._lora if rows.arrangement.segments else None
+            if lora:  # another step may have run
+                lora.begin(rows.arrangement)
+            end_s = self._clock() + PART_S
+            while done < last:
+                x, done = model.layer(done, x, attention, lora), done + 1
+                if self._clock() >= end_s:
+                    break
+            return 1 - done / last
+
+        @torch.inference_mode()
+        def vectors() -> Vectors:
+            hidden = model.end(x[list(chain.from_iterable(rows.others))])
+            states = torch.split(hidden, [*map(len, rows.others)])
+            return pool(rows.pooled, states, model.sparse)()
+
+        return Pending((), list[Token], go_on=go_on, vectors=vectors)
