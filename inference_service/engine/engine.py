@@ -72,11 +72,12 @@ def _count(adapter: Adapter, model: str, now_s: float) -> None:
 class Spare:
     """How long others may run between two parts of a step.
 
-    As long as it has run since they did, so that it has half of the time at least, and no longer than what is
-    left of it.
+    As long as it has run by itself, so that it has half of the time at least, and no longer than what is left
+    of it.
     """
 
     seconds: float = 0.0
+    """Less than nothing where they took longer than they were expected to."""
     spent_s: float = 0.0
     """What the step has taken by itself."""
 
@@ -314,8 +315,8 @@ class Engine:
             pending = self._runner.submit(batch)
             self._scheduler.commit(batch, began_s)
             if self._spare is not None:
-                self._spare.seconds = 0.0
                 self._resolve(pending, between=True)
+                self._spare.seconds -= self._clock() - began_s
             else:
                 self._pending.append(pending)
                 self._residency.submitted()

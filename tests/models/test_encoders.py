@@ -18,6 +18,9 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from inference_service.api.http.vectors.pooling import MAX_NUMBERS
+from inference_service.core.sequence import Batch, Sequence as EngineSequence, Vector
+from inference_service.engine.execution import parts
+from inference_service.engine.execution.runner import Pending
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
 from loramux_shared.runtime import Pooling
@@ -27,6 +30,7 @@ from tests.support.cases import cases
 from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, answer_of, assert_close, open_api
 from tests.support.pooled import run_pooled
+from tests.support.steps import Submit, engine_around
 from tests.support.tiny import VOCAB, World, write_tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -320,6 +324,37 @@ async def test_pooling_answers_as_vllm_does(made: tuple[World, MemoryStore], api
     ):
         answer = await api.post("/pooling", **body | wrong)
         assert (answer.status_code, part in answer.json()["error"]["message"]) == (400, True), answer.text
+
+
+async def test_steps_between_two_parts_of_another_change_nothing(
+    made: tuple[World, MemoryStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of other adapters and lengths go on by turns, a layer each: each has what it has alone."""
+    monkeypatch.setattr(parts, "PART_S", 0.0)
+    world, turns = made[0], list[list[float]]()
+
+    def in_turns(submit: Submit, batch: Batch) -> Pending:
+        every, *single = [submit(each) for each in (batch, *(Batch((chunk,)) for chunk in batch.chunks))]
+
+        def go_on() -> float:
+            turns.append([each.go_on() for each in single])
+            return every.go_on()
+
+        def vectors() -> list[tuple[EngineSequence, Vector]]:
+            alone = dict(pair for each in single for pair in each.vectors())
+            found = every.vectors()
+            for seq, vector in found:
+                assert_close(vector, alone[seq])
+            return found
+
+        return replace(every, go_on=go_on, vectors=vectors)
+
+    models = ("base", *VECTORS)
+    requests = [(model, prompt, Pooling.CLS) for model in models for prompt in PROMPTS]
+    vectors, _ = run_pooled(world.load(made[1], build=engine_around(in_turns)), requests)
+    expected = [each[0] for model in models for each in states(world, model, PROMPTS)]
+    assert_close(vectors, torch.stack(expected))
+    assert {len(each) for each in turns} == {1, len(requests)}, "the warm-up's step, and those of the requests"
 
 
 async def test_both_apis_serve_the_same_vectors(api: OpenAIApi) -> None:
