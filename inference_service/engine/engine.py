@@ -68,25 +68,6 @@ def _count(adapter: Adapter, model: str, now_s: float) -> None:
     )
 
 
-@dataclass
-class Spare:
-    """How long others may run between two parts of a step.
-
-    As long as it has run by itself, so that it has half of the time at least, and no longer than what is left
-    of it.
-    """
-
-    seconds: float = 0.0
-    """Less than nothing where they took longer than they were expected to."""
-    spent_s: float = 0.0
-    """What the step has taken by itself."""
-
-    def computed(self, took_s: float, left: float) -> None:
-        """Note a part, and the share of the step that is left."""
-        self.spent_s += took_s
-        self.seconds = min(self.seconds + took_s, self.spent_s * left / (1 - left))
-
-
 @dataclass(frozen=True)
 class EngineStats:
     """The content of the engine now, and its counters."""
@@ -187,8 +168,9 @@ class Engine:
         """Those that the scheduler does not have, while a search for the one that a step raises for goes on."""
         self._search = Search()
         self._pending: deque[Pending] = deque()
-        self._spare: Spare | None = None
-        """None where no part of a step is left to compute here."""
+        self._spare_s: float | None = None
+        """How long the oldest step has run by itself, less what others took between its parts; None where none
+        of it is left to compute here."""
         self._outputs: list[StepOutput] = []  # not handed out yet: a step that raises loses none
         self._earliest_s = math.inf  # no deadline of a sequence comes before
         self._arrivals = 0
@@ -304,8 +286,8 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Submit one batch, and return the outputs of the oldest one under way if the runner is full."""
         began_s = self._expire()
-        if self._spare is not None:
-            batch = self._scheduler.schedule_between(self._spare.seconds)
+        if self._spare_s is not None:
+            batch = self._scheduler.schedule_between(self._spare_s)
         else:
             batch = self._scheduler.schedule()
         self._left = self._scheduler.num_waiting
@@ -314,12 +296,12 @@ class Engine:
             self._begin(batch)
             pending = self._runner.submit(batch)
             self._scheduler.commit(batch, began_s)
-            if self._spare is not None:
+            if self._spare_s is not None:
                 self._resolve(pending, between=True)
-                self._spare.seconds -= self._clock() - began_s
-            else:
-                self._pending.append(pending)
-                self._residency.submitted()
+                self._spare_s -= self._clock() - began_s
+                return self._hand_out()
+            self._pending.append(pending)
+            self._residency.submitted()
         if len(self._pending) > (self._runner.depth if batch.chunks else 0):
             self._go_on()
         for pending in self._pending:
@@ -367,7 +349,7 @@ class Engine:
 
     def _forget_steps(self) -> None:
         self._pending.clear()
-        self._spare = None
+        self._spare_s = None
         self._scheduler.step_times.forget_steps()
         self._residency.resolved(everything=True)
         self._blocks.forget_all()
@@ -411,17 +393,15 @@ class Engine:
     def _go_on(self) -> None:
         """Compute a part of the oldest step; resolve it when nothing is left."""
         began_s = self._clock()
-        left = self._pending[0].go_on()
-        if left:
-            self._spare = self._spare or Spare()
-            self._spare.computed(self._clock() - began_s, left)
+        if self._pending[0].go_on():
+            self._spare_s = (self._spare_s or 0.0) + self._clock() - began_s
         else:
-            self._spare = None
+            self._spare_s = None
             self._resolve(self._pending.popleft())
 
     def _resolve_all(self) -> None:
         """Wait for what is under way."""
-        self._spare = None
+        self._spare_s = None
         while self._pending:
             self._resolve(self._pending.popleft())
 

@@ -1,4 +1,4 @@
-"""Steps of an encoder on a CPU, some layers at a time, so that a shorter step need not wait for their end."""
+"""Steps of an encoder on a CPU, some parts at a time, so that a shorter step need not wait for their end."""
 
 import time
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from inference_service.engine.execution.runner import Blocks, Pending, Rows, Run
 from inference_service.engine.models.encoder import Encoder, SequenceAttention
 
 PART_S: Final = 0.004
-"""Seconds after which a part ends, with the layer that it computes."""
+"""Seconds after which a step pauses, at the end of a part of a layer."""
 
 
 class PartRunner(Runner):
-    """Begins a step without computing it: its layers run when it goes on, whatever ran between two of them."""
+    """Begins a step without computing it: its parts run when it goes on, whatever ran between two of them."""
 
     def __init__(
         self,
@@ -33,23 +33,23 @@ class PartRunner(Runner):
 
     def _step(self, rows: Rows) -> Pending:
         """Begin a step."""
-        model, last = self._encoder, self._encoder.config.dims.num_layers
+        model, lora = self._encoder, self._lora if rows.arrangement.segments else None
         attention = model.attention(rows.contexts, self._block_size)
         assert isinstance(attention, SequenceAttention)  # noqa: S101 - it is an encoder's
         tokens, positions = torch.tensor(rows.tokens), torch.tensor(rows.positions)
-        x, done = model.begin(tokens, model.embed(tokens), positions, attention), 0
+        x = model.begin(tokens, model.embed(tokens), positions, attention)
+        parts, left = model.parts(x, attention, lora), model.num_parts
 
-        def go_on() -> float:
-            nonlocal x, done
-            lora = self._lora if rows.arrangement.segments else None
+        def go_on() -> bool:
+            nonlocal x, left
             if lora:  # another step may have run
                 lora.begin(rows.arrangement)
             end_s = self._clock() + PART_S
-            while done < last:
-                x, done = model.layer(done, x, attention, lora), done + 1
+            for each in parts:
+                x, left = each, left - 1
                 if self._clock() >= end_s:
                     break
-            return 1 - done / last
+            return left > 0
 
         @torch.inference_mode()
         def vectors() -> Vectors:

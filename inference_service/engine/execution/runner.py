@@ -152,9 +152,9 @@ class Pending:
     """Drafts to verify."""
     vectors: Callable[[], list[tuple[Sequence, Vector]]] = list
     """Waits for those of the sequences whose hidden states are all there."""
-    go_on: Callable[[], float] = float
-    """Computes a part of what is left of it, between two of which another step may run; returns the share of
-    the step that is left then, 0 by default."""
+    go_on: Callable[[], bool] = bool
+    """Computes a part of what is left of it, between two of which another step may run; returns True while
+    anything is left, False by default."""
 
     def tokens(self) -> Iterable[tuple[Sequence, Token]]:
         """Wait for the step; return the new tokens of every sequence for which it draws some."""

@@ -4,6 +4,7 @@ Linears are those of the decoder, which a device multiplies and adapts as it doe
 norms, an activation, and attention within each sequence.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final, Protocol, TypeAlias
@@ -154,6 +155,10 @@ class SequenceAttention:
         return self._seen[length, reach]
 
 
+PARTS: Final = 3
+"""Parts of a layer, of about as many products each, between which another step may run."""
+
+
 class Layer(Protocol):
     """One layer of an encoder."""
 
@@ -164,8 +169,8 @@ class Layer(Protocol):
 
     def __call__(
         self, ops: Operations, x: Tensor, attention: SequenceAttention, lora: StepLora | None, /
-    ) -> Tensor:
-        """Return [T, hidden] for x [T, hidden]."""
+    ) -> Iterator[Tensor]:
+        """Yield what each of its PARTS computes for x [T, hidden], the last of them [T, hidden]."""
         ...
 
 
@@ -191,14 +196,19 @@ class EncoderLayer:
         """Return its linears, in the order of computation."""
         return self.qkv, self.o, self.up, self.down
 
-    def __call__(self, ops: Operations, x: Tensor, attention: Attention, lora: StepLora | None) -> Tensor:
-        """Return [T, hidden] for x [T, hidden]."""
+    def __call__(
+        self, ops: Operations, x: Tensor, attention: Attention, lora: StepLora | None
+    ) -> Iterator[Tensor]:
+        """Yield what each of its PARTS computes for x [T, hidden], the last of them [T, hidden]."""
         qkv, o, up, down = self._groups
         heads = self._linear(ops, self.qkv, x, lora, qkv).view(len(x), -1, self._head_dim)
         attended = self._attend(ops, heads, x, attention, lora)
         x = self._attention_norm(self._linear(ops, self.o, attended, lora, o) + x)
+        del heads, attended
+        yield x
         wide = self._activated(ops, self._linear(ops, self.up, x, lora, up))
-        return self._norm(self._linear(ops, self.down, wide, lora, down) + x)
+        yield wide
+        yield self._norm(self._linear(ops, self.down, wide, lora, down) + x)
 
     def _attend(
         self,
@@ -297,8 +307,7 @@ class Encoder(Decoder):
         """Run tokens [T] at positions [T]; return the last hidden states of some or all rows [N, hidden]."""
         assert isinstance(attention, SequenceAttention)  # noqa: S101 - `attention` made it
         x = self.begin(tokens, hidden, positions, attention)
-        for index in range(len(self._layers)):
-            x = self.layer(index, x, attention, lora)
+        x = deque(self.parts(x, attention, lora), maxlen=1).pop()
         return self.end(x if last_rows is None else x[last_rows])
 
     @torch.inference_mode()
@@ -315,10 +324,20 @@ class Encoder(Decoder):
             hidden = hidden + embedding(positions, self._positions)
         return self._embeddings_norm(hidden)
 
+    @property
+    def num_parts(self) -> int:
+        """Return the parts of a step."""
+        return PARTS * len(self._layers)
+
     @torch.inference_mode()
-    def layer(self, index: int, x: Tensor, attention: SequenceAttention, lora: StepLora | None) -> Tensor:
-        """Return what a layer makes of rows [T, hidden]."""
-        return self._layers[index](self._operations, x, attention, lora)
+    def parts(self, x: Tensor, attention: SequenceAttention, lora: StepLora | None) -> Iterator[Tensor]:
+        """Yield what each part of a step computes of rows [T, hidden], last the rows [T, hidden] for `end`.
+
+        Another step may run between two parts, if lora is told of this one again before the next.
+        """
+        for layer in self._layers:
+            for x in layer(self._operations, x, attention, lora):  # noqa: B020 - the last is the next layer's
+                yield x
 
     @torch.inference_mode()
     def end(self, x: Tensor) -> Tensor:
@@ -360,8 +379,8 @@ class ModernLayer:
         x: Tensor,
         attention: SequenceAttention,
         lora: StepLora | None,
-    ) -> Tensor:
-        """Return [T, hidden] for x [T, hidden]."""
+    ) -> Iterator[Tensor]:
+        """Yield what each of its PARTS computes for x [T, hidden], the last of them [T, hidden]."""
 
         def linear(place: int, x: Tensor) -> Tensor:
             layer, group = self.linears[place], self._groups[place]
@@ -374,10 +393,13 @@ class ModernLayer:
         rotated = rotate(heads[:, : 2 * self._heads], *attention.rotations[self._rope])
         heads = torch.cat([rotated, heads[:, 2 * self._heads :]], dim=1)
         x = x + linear(1, attention.attend(heads, self._scale, partial(attention.near, reach=self._reach)))
+        del normed, heads, rotated
+        yield x
         wide = linear(2, x if self._norm is None else self._norm(x))
+        yield wide
         gate, up = wide.chunk(2, dim=1)
         rows = torch.split(gate, 1) if ops.by_row else (gate,)
-        return x + linear(3, torch.cat([gelu(row) for row in rows]) * up)
+        yield x + linear(3, torch.cat([gelu(row) for row in rows]) * up)
 
 
 class ModernEncoder(Encoder):

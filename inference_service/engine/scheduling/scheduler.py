@@ -172,15 +172,19 @@ class Scheduler:
         return self._last
 
     def schedule_between(self, spare_s: float) -> Batch:
-        """Choose whole prompts that take no longer than this, to run between two parts of the last step.
+        """Choose prompts that are far shorter than the longest of the last step, to run between its parts.
 
-        They may pass the longest of that step, as they may pass what waits; often there are none.
+        They may pass it as they may pass what waits. The first may take longer than spare_s, which counts for
+        the next call; so the step has half of the time. Often there are none.
         """
-        plan = Plan(self.limits.max_tokens, self.step_times, spare_s, admits_background=False)
+        plan = Plan(self.limits.max_tokens, self.step_times, MAX_WHOLE_STEP_S, admits_background=False)
         left = [chunk.seq for chunk in self._last.chunks if chunk.seq in self.queues.of]
-        if self.num_waiting and left and self.step_times.cost_s(0, 1):
-            longest = max(left, key=lambda seq: seq.num_prompt)
-            self._give_all(self._shorter_of_all(longest, plan), plan)
+        if self.num_waiting and left and spare_s > 0:
+            long = max(left, key=lambda seq: seq.num_prompt)
+            shorter = self._shorter_of_all(long, plan, long.num_prompt / self.limits.max_length_ratio)
+            self._give_all(itertools.islice(shorter, 1), plan)
+            plan.seconds -= MAX_WHOLE_STEP_S - spare_s
+            self._give_all(shorter, plan)
         self._load = plan.load()
         return plan.batch(self.blocks)
 
@@ -340,9 +344,8 @@ class Scheduler:
             if prompt is not None:
                 self._give(prompt, plan)
                 continue
-            if not queue.waiting:
+            if not queue.waiting or not self._may_join(seq := queue.waiting[0], plan):
                 continue
-            seq = queue.waiting[0]
             outcome = self._admit(seq, plan)
             if outcome is _Outcome.BLOCKED:
                 turns = [turn for turn in turns if turn[-1] is not None]
@@ -357,11 +360,11 @@ class Scheduler:
 
     def _give(self, seq: Sequence, plan: Plan) -> None:
         """Give a prompt what finds room; one that would take all of it leaves some to shorter ones."""
-        if seq in plan.preempted:
+        if seq in plan.preempted or not self._may_join(seq, plan):
             return
         if plan.fitting(seq) < plan.left(seq) and seq not in self._passed:
             self._give_shorter(seq, plan)
-        rows = self._fitting(seq, plan)
+        rows = self._fitting(seq, plan) if self._may_join(seq, plan) else 0
         if rows > 0:
             plan.give(seq, rows, self.queues.of[seq])
             self._grow(seq, plan)
@@ -370,6 +373,10 @@ class Scheduler:
             self._passed.add(seq)
         if plan.left(seq):
             plan.budget = 0
+
+    def _may_join(self, seq: Sequence, plan: Plan) -> bool:
+        """Return True if a step may have a prompt beside those that it has."""
+        return plan.like_others(seq, self.limits.max_length_ratio)
 
     def _fitting(self, seq: Sequence, plan: Plan) -> int:
         """Rows of a prompt that find room, in layers with a window too; one makes room for itself."""
@@ -395,7 +402,7 @@ class Scheduler:
             plan.give(seq, self._fitting(seq, plan), self.queues.of[seq])
             self._grow(seq, plan)
 
-    def _shorter_of_all(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:
+    def _shorter_of_all(self, long: Sequence, plan: Plan, longest: float = math.inf) -> Iterator[Sequence]:
         """Yield those that wait in any queue which is at most MAX_AHEAD_TOKENS ahead, as far as they fit."""
         most = plan.counter(self.queues.of[long]) + MAX_AHEAD_TOKENS
         queues = [queue for queue in self._candidates(plan) if plan.counter(queue) < most]
@@ -403,7 +410,9 @@ class Scheduler:
             while (
                 queue.waiting
                 and (seq := queue.by_length[0]).priority >= long.priority
+                and seq.num_prompt <= longest
                 and plan.fits(seq)
+                and self._may_join(seq, plan)
                 and self._may_begin(queue, seq, plan)
                 and self._admit(seq, plan) is _Outcome.ADMITTED
             ):
