@@ -391,13 +391,18 @@ class Engine:
                 self._outputs.append(StepOutput(seq.id, None, EndReason.FAILED, fault=fault))
 
     def _go_on(self) -> None:
-        """Compute a part of the oldest step; resolve it when nothing is left."""
+        """Compute a part of the oldest step, unless nobody waits for it; resolve it when nothing is left."""
         began_s = self._clock()
-        if self._pending[0].go_on():
+        if self._spare_s is not None and not self._scheduler.under_way:
+            self._pending.clear()
+            self._scheduler.step_times.forget_steps()
+            self._residency.resolved()
+        elif self._pending[0].go_on():
             self._spare_s = (self._spare_s or 0.0) + self._clock() - began_s
+            return
         else:
-            self._spare_s = None
             self._resolve(self._pending.popleft())
+        self._spare_s = None
 
     def _resolve_all(self) -> None:
         """Wait for what is under way."""

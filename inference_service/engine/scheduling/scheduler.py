@@ -171,6 +171,11 @@ class Scheduler:
         self._last = plan.batch(self.blocks)
         return self._last
 
+    @property
+    def under_way(self) -> list[Sequence]:
+        """Return the sequences of the last step, but for those between its parts, that have not ended."""
+        return [chunk.seq for chunk in self._last.chunks if chunk.seq in self.queues.of]
+
     def schedule_between(self, spare_s: float) -> Batch:
         """Choose prompts that are far shorter than the longest of the last step, to run between its parts.
 
@@ -178,9 +183,8 @@ class Scheduler:
         the next call; so the step has half of the time. Often there are none.
         """
         plan = Plan(self.limits.max_tokens, self.step_times, MAX_WHOLE_STEP_S, admits_background=False)
-        left = [chunk.seq for chunk in self._last.chunks if chunk.seq in self.queues.of]
-        if self.num_waiting and left and spare_s > 0:
-            long = max(left, key=lambda seq: seq.num_prompt)
+        if self.num_waiting and self.under_way and spare_s > 0:
+            long = max(self.under_way, key=lambda seq: seq.num_prompt)
             shorter = self._shorter_of_all(long, plan, long.num_prompt / self.limits.max_length_ratio)
             self._give_all(itertools.islice(shorter, 1), plan)
             plan.seconds -= MAX_WHOLE_STEP_S - spare_s

@@ -157,17 +157,20 @@ def test_a_step_has_prompts_of_like_lengths(first: int) -> None:
     assert sorted(lengths) == [[10, 40], [LONG], [LONG]]
 
 
-def test_who_is_alone_in_a_step_is_passed_by_nobody_once_it_has_ended() -> None:
-    """A long one that its client gave up is computed to its end, which later ones wait for as for any step."""
+def test_a_step_for_which_nobody_waits_is_not_computed_to_its_end() -> None:
+    """A long prompt whose client gave up takes no further part; one beside another is computed with that."""
     world = World()
-    long = world.ask(LONG)
+    alone, began_s = world.ask(LONG), world.machine.now_s
     world.step(2)
-    world.engine.abort(long.id)
-    short = world.ask(10)
+    world.engine.abort(alone.id)
     world.step()
-    assert world.bank.reading == 1
+    assert not world.bank.reading
+    pair = [world.ask(40), world.ask(40)]
+    world.step()
+    world.engine.abort(pair[0].id)
     world.settle()
-    assert world.ended == [short.id]
+    assert world.ended == [pair[1].id]
+    assert world.machine.now_s - began_s == pytest.approx((2 * LONG / PARTS + 80) * ROW_S)
 
 
 @pytest.mark.parametrize("which", ["long", "short"])
