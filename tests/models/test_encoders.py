@@ -3,7 +3,7 @@
 import base64
 import copy
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from inference_service.api.http.vectors.pooling import MAX_NUMBERS
 from inference_service.core.sequence import Batch, Sequence as EngineSequence, Vector
 from inference_service.engine.execution import parts
 from inference_service.engine.execution.runner import Pending
+from inference_service.engine.models.encoder import PARTS, Encoder
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
 from loramux_shared.runtime import Pooling
@@ -79,6 +80,8 @@ OF_MODERN: dict[str, dict[str, Any]] = {
 QUERY, DOCUMENTS = "late <2> order<1>s", ["abc", "a dog"]
 """The query has the token that parts two texts, and the one that has no position in a RoBERTa."""
 PROMPTS = [[5, 6, 7], [9] * 40, [3 + (7 * place) % 190 for place in range(64)], [8]]
+ALIKE = PROMPTS[1:3]
+"""Of lengths that share a step."""
 
 
 def write_base(model: Any, base: Path) -> None:
@@ -350,11 +353,50 @@ async def test_steps_between_two_parts_of_another_change_nothing(
         return replace(every, go_on=go_on, vectors=vectors)
 
     models = ("base", *VECTORS)
-    requests = [(model, prompt, Pooling.CLS) for model in models for prompt in PROMPTS]
+    requests = [(model, prompt, Pooling.CLS) for model in models for prompt in ALIKE]
     vectors, _ = run_pooled(world.load(made[1], build=engine_around(in_turns)), requests)
-    expected = [each[0] for model in models for each in states(world, model, PROMPTS)]
+    expected = [each[0] for model in models for each in states(world, model, ALIKE)]
     assert_close(vectors, torch.stack(expected))
     assert {len(each) for each in turns} == {1, len(requests)}, "the warm-up's step, and those of the requests"
+
+
+@pytest.mark.parametrize("kind", ["bert", "modern", "rotated"])
+async def test_layers_without_adapters_run_once_for_a_text_of_several_models(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are those of different texts, below the first layer that an adapter of a shared text adds to."""
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    layers, query = 4, "Wqkv" if kind == "modern" else "q_proj" if kind == "rotated" else "query"
+    fields = SIZES | {"num_hidden_layers": layers}
+    config = {
+        "bert": transformers.BertConfig,
+        "modern": transformers.ModernBertConfig,
+        "rotated": transformers.JinaEmbeddingsV3Config,
+    }[kind](**fields)
+    write_base(transformers.AutoModel.from_config(config), base)
+    adapted = {"high": "3", "middle": "[23]", "low": "[03]"}
+    patterns = {name: rf".*layers?\.{numbers}\..*\.{query}" for name, numbers in adapted.items()}
+    world = adapt(base, {name: {"r": 3, "target_modules": pattern} for name, pattern in patterns.items()})
+    rows: list[int] = []
+    parts_of = Encoder.parts
+
+    def counted(self: Encoder, x: torch.Tensor, *more: Any) -> Iterator[torch.Tensor]:
+        for each in parts_of(self, x, *more):
+            rows.append(len(each))
+            yield each
+
+    store, expected = world.built(), means(world, ALIKE)
+    ready = world.load(store)
+    monkeypatch.setattr(Encoder, "parts", counted)
+    lengths = sum(map(len, ALIKE))
+    for models, high in ((("base", "high", "middle"), 2), (("base", "high", "middle", "low"), 2)):
+        rows.clear()
+        texts = [(model, prompt, Pooling.MEAN) for model in models for prompt in ALIKE]
+        vectors, _ = run_pooled(ready, texts)
+        assert_close(vectors, expected[: len(texts)])
+        own = lengths * (len(models) - 3)
+        assert rows == [lengths + own] * PARTS * high + [lengths * len(models)] * PARTS * (layers - high)
 
 
 async def test_both_apis_serve_the_same_vectors(api: OpenAIApi) -> None:

@@ -23,6 +23,8 @@ class Slots:
         self._opened = False
         self._held: dict[int, int] = {}
         """Linears that each adapter adds to, by its slot: a bit for each linear."""
+        self._first: dict[int, int] = {}
+        """The first layer that each adapter adds to, by its slot."""
 
     @property
     def num_bytes(self) -> int:
@@ -71,6 +73,8 @@ class Slots:
             )
         linears = np.packbits(packed.linears, bitorder="little").tobytes()
         self._held[slot] = int.from_bytes(linears, "little")
+        layers = packed.linears.any(axis=1)
+        self._first[slot] = int(layers.argmax()) if layers.any() else len(layers)
 
     def leave(self, slot: int) -> None:
         """Empty a slot; a later reference to it gets an error or nothing, never another adapter. Raise
@@ -78,7 +82,12 @@ class Slots:
         """
         if self._held.pop(slot, None) is None:
             raise InternalFault(f"slot {slot} holds no adapter that could leave")
+        del self._first[slot]
         self.vocabularies.leave(slot)
+
+    def first_layer(self, slot: int) -> int:
+        """Return the first layer that the adapter of a slot adds to; their number, if to none."""
+        return self._first[slot]
 
     def touched(self, slots: Iterable[int]) -> int:
         """Return a bit for each linear that one of the adapters of these slots adds to; raise InternalFault for

@@ -157,6 +157,8 @@ class SequenceAttention:
 
 PARTS: Final = 3
 """Parts of a layer, of about as many products each, between which another step may run."""
+EVERY: Final = slice(None)
+"""All layers."""
 
 
 class Layer(Protocol):
@@ -330,12 +332,14 @@ class Encoder(Decoder):
         return PARTS * len(self._layers)
 
     @torch.inference_mode()
-    def parts(self, x: Tensor, attention: SequenceAttention, lora: StepLora | None) -> Iterator[Tensor]:
-        """Yield what each part of a step computes of rows [T, hidden], last the rows [T, hidden] for `end`.
+    def parts(
+        self, x: Tensor, attention: SequenceAttention, lora: StepLora | None, layers: slice = EVERY
+    ) -> Iterator[Tensor]:
+        """Yield what each part of some layers computes of rows [T, hidden], last what the last one returns.
 
         Another step may run between two parts, if lora is told of this one again before the next.
         """
-        for layer in self._layers:
+        for layer in self._layers[layers]:
             for x in layer(self._operations, x, attention, lora):  # noqa: B020 - the last is the next layer's
                 yield x
 

@@ -99,7 +99,7 @@ class World:
 
 
 def test_a_short_prompt_ends_before_a_long_one_under_way() -> None:
-    """It waits for a part at most. The long one ends later by what it took, and its rows cost the same."""
+    """The short one waits for a part at most, and the other ends later by that; its rows cost the same."""
     world = World()
     times: StepTimes = world.engine._scheduler.step_times
     cost_s, began_s = times.cost_s(0, LONG), world.machine.now_s
