@@ -21,7 +21,6 @@ from inference_service.engine.execution.graph_runner import GraphRunner
 from inference_service.engine.execution.graphs import CudaRecorder
 from inference_service.engine.execution.parts import PartRunner
 from inference_service.engine.execution.runner import Blocks, Runner
-from inference_service.engine.models.decoder import Decoder
 from inference_service.engine.models.encoder import Encoder
 from inference_service.engine.scheduling.queues import SchedulerLimits
 from inference_service.engine.scheduling.residents import Residents
@@ -49,8 +48,8 @@ log = structlog.get_logger()
 
 MAX_MEASURED_ADAPTERS: Final = 64
 """Adapters that take part in the step by which memory is measured, at most."""
-MAX_LENGTH_RATIO: Final = 4.0
-"""Between two prompts of a step in parts: no text is computed beside one that need not wait for it."""
+PART_S: Final = 0.004
+"""Seconds after which a step of an encoder on a CPU pauses."""
 
 NewRunner: TypeAlias = Callable[[LoadedBase, LoraBackend, Blocks, int, SchedulerLimits, int], Runner]
 """Makes a runner as `runner_of` does."""
@@ -91,7 +90,7 @@ def build_engine(
             # a state that took in a token which did not hold cannot be cut back
             speculative_tokens=sizes.speculative if generates and not model.config.state_bytes(1) else 0,
             whole=encodes,
-            max_length_ratio=MAX_LENGTH_RATIO if _in_parts(model) else math.inf,
+            part_s=PART_S if encodes and model.device.type == "cpu" else math.inf,
             prefill_first=settings.prefill_first,
         )
 
@@ -150,14 +149,9 @@ def runner_of(
         segmented = cast(TritonLora, lora)  # what `recordable` promises
         recorder = CudaRecorder(model.device)
         return GraphRunner(model, segmented, blocks, block_size, limits, recorder, slots, depth=depth)
-    if isinstance(model, Encoder) and _in_parts(model):
-        return PartRunner(model, lora, blocks, block_size)
+    if isinstance(model, Encoder) and math.isfinite(limits.part_s):
+        return PartRunner(model, lora, blocks, block_size, limits.part_s)
     return Runner(model, lora, blocks, block_size, slots, depth=depth)
-
-
-def _in_parts(model: Decoder) -> bool:
-    """Return True if shorter texts run between two parts of a step."""
-    return model.config.encodes and model.device.type == "cpu"
 
 
 def _record(runner: Runner, device: torch.device) -> None:

@@ -19,9 +19,9 @@ from tokenizers.processors import TemplateProcessing
 
 from inference_service.api.http.vectors.pooling import MAX_NUMBERS
 from inference_service.core.sequence import Batch, Sequence as EngineSequence, Vector
-from inference_service.engine.execution import parts
 from inference_service.engine.execution.runner import Pending
 from inference_service.engine.models.encoder import PARTS, Encoder
+from inference_service.startup import engine
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
 from loramux_shared.runtime import Pooling
@@ -333,7 +333,7 @@ async def test_steps_between_two_parts_of_another_change_nothing(
     made: tuple[World, MemoryStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of other adapters and lengths go on by turns, a layer each: each has what it has alone."""
-    monkeypatch.setattr(parts, "PART_S", 0.0)
+    monkeypatch.setattr(engine, "PART_S", 0.0)
     world, turns = made[0], list[list[float]]()
 
     def in_turns(submit: Submit, batch: Batch) -> Pending:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from inference_service.engine.backends.base import LoraBackend
 from inference_service.engine.execution.runner import Blocks, Pending, Rows, Runner, Vectors, lay_out, pool
 from inference_service.engine.kernels.attention import Context
 from inference_service.engine.models.encoder import EVERY, Encoder, SequenceAttention
-
-PART_S: Final = 0.004
-"""Seconds after which a step pauses, at the end of a part of a layer."""
 
 
 class Phase(NamedTuple):
@@ -36,11 +33,12 @@ class PartRunner(Runner):
         lora: LoraBackend,
         blocks: Blocks,
         block_size: int,
+        part_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Run an encoder; clock is in seconds."""
+        """Run an encoder; a step pauses after part_s, at the end of a part of a layer. clock is in seconds."""
         super().__init__(model, lora, blocks, block_size, depth=0)
-        self._encoder, self._bank, self._clock = model, lora, clock
+        self._encoder, self._bank, self._part_s, self._clock = model, lora, part_s, clock
 
     def _step(self, rows: Rows) -> Pending:
         """Begin a step."""
@@ -65,7 +63,7 @@ class PartRunner(Runner):
         def go_on() -> bool:
             nonlocal x, left
             self._tell(phase.rows)  # another step may have run
-            end_s = self._clock() + PART_S
+            end_s = self._clock() + self._part_s
             for each in parts:
                 x, left = each, left - 1
                 if self._clock() >= end_s:

@@ -73,8 +73,8 @@ class Slots:
             )
         linears = np.packbits(packed.linears, bitorder="little").tobytes()
         self._held[slot] = int.from_bytes(linears, "little")
-        layers = packed.linears.any(axis=1)
-        self._first[slot] = int(layers.argmax()) if layers.any() else len(layers)
+        adapted = np.flatnonzero(packed.linears.any(axis=1))
+        self._first[slot] = int(adapted[0]) if adapted.size else len(packed.linears)
 
     def leave(self, slot: int) -> None:
         """Empty a slot; a later reference to it gets an error or nothing, never another adapter. Raise

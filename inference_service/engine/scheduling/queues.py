@@ -289,8 +289,8 @@ class SchedulerLimits:
     """Tokens that are drafted for a sequence in a step, at most. 0: none."""
     whole: bool = False
     """True if one step computes all of a prompt, as an encoder must; each fits a step."""
-    max_length_ratio: float = math.inf
-    """Between two prompts of a step; finite where shorter ones run between two parts of a step."""
+    part_s: float = math.inf
+    """Seconds after which a step pauses for prompts that are far shorter; infinite where none does."""
     prefill_first: bool = False
     """True if steps with prompts need not be short for sequences that decode."""
 
@@ -348,11 +348,6 @@ class Plan:
         self.decodes, self.brief = decodes, all(map(_is_brief, self.prompts))
         seconds = self.step_times.room_s(decodes, MAX_BRIEF_STEP_RATIO if self.brief else MAX_STEP_RATIO)
         self.budget, self.seconds = (0, 0.0) if seconds is None else (self.budget, seconds)
-
-    def like_others(self, seq: Sequence, max_ratio: float) -> bool:
-        """Return True if the lengths of a prompt and the first one of the step are within a ratio."""
-        first = next(iter(self.lengths), seq)
-        return 1 / max_ratio <= seq.num_prompt / first.num_prompt <= max_ratio
 
     def begin(self, seq: Sequence) -> None:
         """Take in a prompt that was admitted; beside one that is not brief, prompts have less of the step."""

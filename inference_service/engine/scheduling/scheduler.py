@@ -41,6 +41,8 @@ SHORTER_PROMPTS_SHARE: Final = 0.75
 MAX_WHOLE_STEP_S: Final = 0.1
 """Largest time of a step of whole prompts, but for one that takes longer alone: their rows cost the same from
 some hundred on, and a later request waits for the end of the step."""
+FAR_SHORTER: Final = 4.0
+"""Ratio of lengths from which on a prompt does not wait for a longer one, where steps pause."""
 MAX_AHEAD_TOKENS: Final = 2048.0
 """Tokens, by weight, that a queue is ahead of another's whole prompt from which on none of it passes that."""
 
@@ -185,7 +187,7 @@ class Scheduler:
         plan = Plan(self.limits.max_tokens, self.step_times, MAX_WHOLE_STEP_S, admits_background=False)
         if self.num_waiting and self.under_way and spare_s > 0:
             long = max(self.under_way, key=lambda seq: seq.num_prompt)
-            shorter = self._shorter_of_all(long, plan, long.num_prompt / self.limits.max_length_ratio)
+            shorter = self._shorter_of_all(long, plan, long.num_prompt / FAR_SHORTER)
             self._give_all(itertools.islice(shorter, 1), plan)
             plan.seconds -= MAX_WHOLE_STEP_S - spare_s
             self._give_all(shorter, plan)
@@ -379,8 +381,9 @@ class Scheduler:
             plan.budget = 0
 
     def _may_join(self, seq: Sequence, plan: Plan) -> bool:
-        """Return True if a step may have a prompt beside those that it has."""
-        return plan.like_others(seq, self.limits.max_length_ratio)
+        """Return True if a step may have a prompt beside its first one: neither need wait for the other."""
+        shorter, longer = sorted((seq.num_prompt, next(iter(plan.lengths), seq).num_prompt))
+        return longer <= FAR_SHORTER * shorter or self.step_times.cost_s(0, longer) <= self.limits.part_s
 
     def _fitting(self, seq: Sequence, plan: Plan) -> int:
         """Rows of a prompt that find room, in layers with a window too; one makes room for itself."""

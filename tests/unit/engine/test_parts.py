@@ -66,7 +66,7 @@ class World:
 
     def __init__(self) -> None:
         self.machine, self.bank = Machine(), Bank()
-        limits = SchedulerLimits(1024, 64, max_adapters=2, max_seq_len=8192, whole=True, max_length_ratio=4.0)
+        limits = SchedulerLimits(1024, 64, max_adapters=2, max_seq_len=8192, whole=True, part_s=ROW_S)
         blocks = BlockManager(8192, 16)
         self.engine = Engine(self.machine, limits, blocks, self.bank, clock=lambda: self.machine.now_s)
         self.ends: list[StepOutput] = []
