@@ -5,6 +5,7 @@ import copy
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from inference_service.api.http.vectors.pooling import MAX_NUMBERS
 from inference_service.core.sequence import Batch, Sequence as EngineSequence, Vector
 from inference_service.engine.execution.runner import Pending
 from inference_service.engine.models.encoder import PARTS, Encoder
-from inference_service.startup import engine
+from inference_service.startup.engine import build_engine
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, DeploymentInvalid
 from loramux_shared.runtime import Pooling
@@ -31,7 +32,7 @@ from tests.support.cases import cases
 from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, answer_of, assert_close, open_api
 from tests.support.pooled import run_pooled
-from tests.support.steps import Submit, engine_around
+from tests.support.steps import Submit, engine_without_time, runner_around
 from tests.support.tiny import VOCAB, World, write_tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -333,7 +334,7 @@ async def test_steps_between_two_parts_of_another_change_nothing(
     made: tuple[World, MemoryStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of other adapters and lengths go on by turns, a layer each: each has what it has alone."""
-    monkeypatch.setattr(engine, "PART_S", 0.0)
+    monkeypatch.setattr("inference_service.startup.engine.PART_S", 0.0)
     world, turns = made[0], list[list[float]]()
 
     def in_turns(submit: Submit, batch: Batch) -> Pending:
@@ -354,7 +355,8 @@ async def test_steps_between_two_parts_of_another_change_nothing(
 
     models = ("base", *VECTORS)
     requests = [(model, prompt, Pooling.CLS) for model in models for prompt in ALIKE]
-    vectors, _ = run_pooled(world.load(made[1], build=engine_around(in_turns)), requests)
+    build = partial(build_engine, new_runner=runner_around(in_turns), clock=lambda: 0.0)
+    vectors, _ = run_pooled(world.load(made[1], build=build), requests)
     expected = [each[0] for model in models for each in states(world, model, ALIKE)]
     assert_close(vectors, torch.stack(expected))
     assert {len(each) for each in turns} == {1, len(requests)}, "the warm-up's step, and those of the requests"
@@ -387,7 +389,7 @@ async def test_layers_without_adapters_run_once_for_a_text_of_several_models(
             yield each
 
     store, expected = world.built(), means(world, ALIKE)
-    ready = world.load(store)
+    ready = world.load(store, build=engine_without_time())
     monkeypatch.setattr(Encoder, "parts", counted)
     lengths = sum(map(len, ALIKE))
     for models, high in ((("base", "high", "middle"), 2), (("base", "high", "middle", "low"), 2)):

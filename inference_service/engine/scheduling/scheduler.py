@@ -185,6 +185,7 @@ class Scheduler:
         the next call; so the step has half of the time. Often there are none.
         """
         plan = Plan(self.limits.max_tokens, self.step_times, MAX_WHOLE_STEP_S, admits_background=False)
+        self._note_residents()
         if self.num_waiting and self.under_way and spare_s > 0:
             long = max(self.under_way, key=lambda seq: seq.num_prompt)
             shorter = self._shorter_of_all(long, plan, long.num_prompt / FAR_SHORTER)
@@ -276,8 +277,7 @@ class Scheduler:
         Returns the counter from which on no queue begins on an adapter, since another waits for a place in the
         bank that queues so far ahead have to leave.
         """
-        if self._residents.wanting or self._residents.changes != self._seen:
-            self._look_for_adapters()
+        self._note_residents()
         starved = [
             queue for queue in self._starved if queue.waiting and self._presence(queue) is Presence.STARVED
         ]
@@ -290,8 +290,10 @@ class Scheduler:
             self._displace(ahead[0].adapters, plan)
         return first.served + quantum
 
-    def _look_for_adapters(self) -> None:
-        """Say who waits for which adapter, and note who can be served now."""
+    def _note_residents(self) -> None:
+        """Say who waits for which adapter, and note who can be served now, where that has changed."""
+        if not self._residents.wanting and self._residents.changes == self._seen:
+            return
         self._seen = self._residents.changes
         waiting = [queue for queue in self.queues.waiting if queue.adapters]
         ranks: dict[Adapter, Rank] = {}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, Share, StepOutput
 from inference_service.engine.engine import Engine
@@ -155,6 +156,20 @@ def test_a_step_has_prompts_of_like_lengths(first: int) -> None:
     assert world.ended == [seq.id for seq in (*short, *longer)]
     lengths = [[chunk.length for chunk in batch.chunks] for batch in world.machine.batches[1:]]
     assert sorted(lengths) == [[10, 40], [LONG], [LONG]]
+
+
+def test_an_adapter_that_arrives_between_two_parts_serves_there() -> None:
+    """A short prompt that waits for its adapter begins in the pause behind its arrival."""
+    world, adapter = World(), Adapter("a" * 64)
+    long = world.ask(LONG)
+    world.step(2)
+    short = world.ask(10, adapter=adapter)
+    world.step(2)
+    assert not world.ended
+    adapter.slot = 0
+    world.bank.changes += 1
+    world.settle()
+    assert world.ended == [short.id, long.id]
 
 
 def test_a_step_for_which_nobody_waits_is_not_computed_to_its_end() -> None:
